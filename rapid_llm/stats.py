@@ -1,0 +1,63 @@
+"""What one generation cost and what speculation brought."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Method = Literal["rapid", "sd", "lc", "rag"]
+
+
+@dataclass
+class Stats:
+    """Counts and seconds of one generation.
+
+    Attributes:
+        method: ``rapid`` (η > 0), ``sd`` (η = 0), ``lc`` (no draft: the target alone over its
+            whole prompt), or ``rag`` (the drafter alone over the retrieval context).
+        prompt_tokens: tokens of the target's prompt.
+        draft_prompt_tokens: tokens of the drafter's prompt; 0 without a draft.
+        completion_tokens: tokens generated, an end-of-sequence token included.
+        rounds: verification passes of the target.
+        drafted_tokens: tokens the drafter proposed.
+        accepted_tokens: proposed tokens that the target accepted.
+        prefill_seconds: wall time of reading the prompts.
+        decode_seconds: wall time of the rounds that followed.
+        time_to_first_token: seconds from the call to the first round's tokens; None before it.
+        draft_skipped: why a prepared draft was not used; None when it was, or none was asked for.
+    """
+
+    method: Method = "lc"
+    prompt_tokens: int = 0
+    draft_prompt_tokens: int = 0
+    completion_tokens: int = 0
+    rounds: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    time_to_first_token: float | None = None
+    draft_skipped: str | None = None
+
+    @property
+    def acceptance_ratio(self) -> float:
+        """Accepted ÷ drafted tokens (the paper's "acceptance rate"); 0 if none was drafted."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens kept per verification pass of the target."""
+        return self.completion_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed: completion tokens ÷ ``decode_seconds`` (prefill left out)."""
+        return self.completion_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every count, second and ratio under its name, ready for JSON."""
+        return asdict(self) | {
+            "acceptance_ratio": self.acceptance_ratio,
+            "tokens_per_round": self.tokens_per_round,
+            "tokens_per_second": self.tokens_per_second,
+        }
