@@ -1,0 +1,25 @@
+"""The drafter's context: reading, chunking, embedding, storing and retrieving documents."""
+
+from rapid_llm.context.builder import Chunk, ContextBuilder, RetrievalContext
+from rapid_llm.context.chunking import Span, TokenCounter, split_text
+from rapid_llm.context.documents import read_document
+from rapid_llm.context.embedding import (
+    DEFAULT_EMBEDDER,
+    PACKAGED_EMBEDDER,
+    Embedder,
+    load_embedder,
+)
+
+__all__ = [
+    "DEFAULT_EMBEDDER",
+    "PACKAGED_EMBEDDER",
+    "Chunk",
+    "ContextBuilder",
+    "Embedder",
+    "RetrievalContext",
+    "Span",
+    "TokenCounter",
+    "load_embedder",
+    "read_document",
+    "split_text",
+]

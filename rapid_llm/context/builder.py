@@ -1,0 +1,263 @@
+"""The drafter's context: the chunks of a document that are most similar to the question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import floor, isfinite
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, TokenCounter, split_text
+from rapid_llm.context.embedding import (
+    DEFAULT_EMBEDDER,
+    EMBEDDING_BATCH,
+    Embedder,
+    batched,
+    load_embedder,
+)
+from rapid_llm.context.store import ChunkStore, StoredDocument
+from rapid_llm.errors import DocumentError, InvalidParameterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+
+_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A retrieved passage.
+
+    Attributes:
+        text: ``documents[document][start:end]``.
+        start: first character.
+        end: one past the last character.
+        score: cosine similarity to the question, in [-1, 1].
+        tokens: tokens of ``text`` in the target's tokenizer.
+        document: index of the document it comes from.
+    """
+
+    text: str
+    start: int
+    end: int
+    score: float
+    tokens: int
+    document: int = 0
+
+
+@dataclass(frozen=True)
+class RetrievalContext:
+    """What the drafter reads instead of the documents.
+
+    Attributes:
+        text: the chunks in document order, joined by blank lines; empty without chunks.
+        chunks: the retrieved passages in document order.
+        tokens: tokens of ``text`` in the target's tokenizer, at most ``budget``.
+        budget: max(``min_budget_tokens``, tokens of all documents ÷ ``compression``).
+        empty_reason: why there are no chunks, or None when there are some.
+    """
+
+    text: str
+    chunks: tuple[Chunk, ...]
+    tokens: int
+    budget: int
+    empty_reason: str | None
+
+
+class ContextBuilder:
+    """Retrieves the drafter's context from long documents.
+
+    Documents are cut into chunks, embedded, stored in Chroma and searched by cosine similarity.
+    One builder may be called from several threads, one at a time embedding.
+
+    Args:
+        tokenizer: the target's transformers tokenizer; all token counts are in its tokens. Special
+            tokens' strings inside a document count as ordinary text.
+        embedder: what ``load_embedder`` takes; loaded at the first ``build``. A chunk longer than
+            the embedder's window is embedded by its beginning.
+        chunk_tokens: the most tokens a chunk may have, at least 32.
+        threshold: the least cosine similarity of a retrieved chunk, in [-1, 1].
+        min_budget_tokens: the budget of short documents, at least 1.
+        compression: λ, at least 1: the budget of long documents is their tokens ÷ λ.
+        persist_directory: where Chroma keeps the vectors, so that a document is embedded once for
+            all; None keeps them in memory for the life of the process.
+        device: where the embedder is put when it is loaded by name.
+
+    Raises:
+        InvalidParameterError: a value is outside its range, or Chroma cannot open the directory.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        embedder: str | Path | Embedder | Any = DEFAULT_EMBEDDER,
+        *,
+        chunk_tokens: int = 512,
+        threshold: float = 0.3,
+        min_budget_tokens: int = 4096,
+        compression: float = 24,
+        persist_directory: str | Path | None = None,
+        device: str | None = None,
+    ) -> None:
+        _require_whole("chunk_tokens", chunk_tokens, MIN_CHUNK_TOKENS)
+        _require_whole("min_budget_tokens", min_budget_tokens, 1)
+        if not (_is_real(threshold) and -1 <= threshold <= 1):
+            raise InvalidParameterError(
+                f"threshold={threshold!r} is not allowed: a cosine similarity is within [-1, 1]"
+            )
+        if not (_is_real(compression) and compression >= 1):
+            raise InvalidParameterError(
+                f"compression={compression!r} is not allowed: give a number of at least 1"
+            )
+        self._count = TokenCounter(tokenizer)
+        self._chunk_tokens = chunk_tokens
+        self._threshold = threshold
+        self._min_budget_tokens = min_budget_tokens
+        self._compression = compression
+        self._store = ChunkStore(persist_directory)
+        self._embedder_source, self._device = embedder, device
+        self._embedder: Embedder | None = None
+        self._lock = Lock()  # loads once, and lets a second thread find the first one's vectors
+        self._split = lru_cache(maxsize=64)(self._split_document)
+
+    def build(
+        self, documents: str | Sequence[str], question: str, *, progress: Progress | None = None
+    ) -> RetrievalContext:
+        """Retrieve what of the documents belongs to the question.
+
+        Chunks of at least the threshold's similarity are taken, the best first, until the budget
+        is filled; one that no longer fits is passed over for smaller ones.
+
+        Args:
+            documents: one document or several.
+            question: what the retrieved chunks should be similar to.
+            progress: called as ``progress(done, total)`` with the number of chunks embedded; not
+                called when the vectors of all chunks are stored already.
+
+        Raises:
+            DocumentError: a document or the question is empty or not text.
+            ModelError: the embedding model cannot be loaded.
+            MissingDependencyError: the embedding model needs a package that is not installed.
+        """
+        texts = [documents] if isinstance(documents, str) else list(documents)
+        _require_documents(texts)
+        _require_text("the question", question)
+        budget = max(
+            self._min_budget_tokens,
+            int(sum(self._split(text)[1] for text in texts) / self._compression),
+        )
+        ranked = sorted(
+            self._score(texts, question, progress), key=lambda c: (-c.score, c.document, c.start)
+        )
+        similar = [chunk for chunk in ranked if chunk.score >= self._threshold]
+        chunks = self._fill(similar, budget)
+        text = _join(chunks)
+        return RetrievalContext(
+            text=text,
+            chunks=tuple(chunks),
+            tokens=self._count(text),
+            budget=budget,
+            empty_reason=None if chunks else self._empty_reason(ranked, similar, budget),
+        )
+
+    def _split_document(self, text: str) -> tuple[list[Span], int]:
+        return split_text(text, self._count, self._chunk_tokens), self._count(text)
+
+    def _score(self, texts: Sequence[str], question: str, progress: Progress | None) -> list[Chunk]:
+        """Every chunk of every document with its similarity to the question."""
+        with self._lock:
+            if self._embedder is None:
+                self._embedder = load_embedder(self._embedder_source, self._device)
+            embedder = self._embedder
+            stored = {
+                text: self._store.open(text, self._split(text)[0], embedder.name) for text in texts
+            }
+            _embed(list(stored.values()), embedder, progress)
+            query = embedder.embed_query(question)
+            scores = {text: document.search(query) for text, document in stored.items()}
+        return [
+            Chunk(text[span.start : span.end], span.start, span.end, score, span.tokens, document)
+            for document, text in enumerate(texts)
+            for span, score in (
+                (self._split(text)[0][i], score) for i, score in scores[text].items()
+            )
+        ]
+
+    def _fill(self, ranked: Sequence[Chunk], budget: int) -> list[Chunk]:
+        """The best chunks that fit together, in document order."""
+        chosen: list[Chunk] = []
+        used = 0
+        for chunk in ranked:
+            if used + chunk.tokens > budget:
+                continue
+            together = sorted([*chosen, chunk], key=lambda c: (c.document, c.start))
+            # Counted as a whole: tokens of the parts and of the blank lines do not simply add up.
+            tokens = self._count(_join(together))
+            if tokens <= budget:
+                chosen, used = together, tokens
+        return chosen
+
+    def _empty_reason(self, ranked: Sequence[Chunk], similar: Sequence[Chunk], budget: int) -> str:
+        if not similar:
+            best = floor(ranked[0].score * 100) / 100
+            return f"no chunk reached similarity {self._threshold:g} (best {best:g})"
+        smallest = min(chunk.tokens for chunk in similar)
+        return f"no similar chunk fits into {budget} tokens (the smallest has {smallest})"
+
+
+def _embed(
+    documents: Sequence[StoredDocument], embedder: Embedder, progress: Progress | None
+) -> None:
+    """Embed and store what is missing, batch by batch, so that an interrupt loses one batch."""
+    missing = [(document, document.missing()) for document in documents]
+    total = sum(len(chunks) for _, chunks in missing)
+    done = 0
+    for document, chunks in missing:
+        for batch in batched(chunks, EMBEDDING_BATCH):
+            document.add(batch, embedder.embed_documents([document.text(i) for i in batch]))
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+
+
+def _join(chunks: Sequence[Chunk]) -> str:
+    return _SEPARATOR.join(chunk.text for chunk in chunks)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _require_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidParameterError(
+            f"{name}={value!r} is not allowed: give a whole number of at least {least}"
+        )
+
+
+def _require_documents(texts: Sequence[str]) -> None:
+    if not texts:
+        raise DocumentError("no document was given: give at least one text")
+    for number, text in enumerate(texts, start=1):
+        _require_text(
+            f"document {number} of {len(texts)}" if len(texts) > 1 else "the document", text
+        )
+
+
+def _require_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise DocumentError(f"{name} is {type(text).__name__}, not text: decode it to a str")
+    if not text.strip():
+        raise DocumentError(f"{name} is empty: give a text that is more than white space")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DocumentError(
+            f"{name} holds a lone surrogate at character {error.start}, which is no text: "
+            "decode it with errors='replace'"
+        ) from error

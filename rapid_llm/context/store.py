@@ -1,0 +1,103 @@
+"""Chunks and their vectors in Chroma, kept so that no document is embedded twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rapid_llm.context.chunking import Span
+from rapid_llm.context.embedding import Vectors
+from rapid_llm.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+    from chromadb.api.models.Collection import Collection
+
+
+class StoredDocument:
+    """The chunks of one document under one embedder: one Chroma collection in cosine space."""
+
+    def __init__(self, collection: Collection, text: str, spans: Sequence[Span]) -> None:
+        self._collection = collection
+        self._text = text
+        self._spans = spans
+
+    def missing(self) -> list[int]:
+        """The chunks without a vector: all of a new document, the rest of an interrupted one."""
+        stored = set(self._collection.get(include=[])["ids"])
+        return [i for i in range(len(self._spans)) if str(i) not in stored]
+
+    def text(self, chunk: int) -> str:
+        span = self._spans[chunk]
+        return self._text[span.start : span.end]
+
+    def add(self, chunks: Sequence[int], vectors: Vectors) -> None:
+        """Store the vectors ``[len(chunks), d]`` of these chunks; again is no harm."""
+        self._collection.upsert(
+            ids=[str(i) for i in chunks],
+            embeddings=vectors,
+            documents=[self.text(i) for i in chunks],
+            metadatas=[{"start": self._spans[i].start, "end": self._spans[i].end} for i in chunks],
+        )
+
+    def search(self, query: Vectors) -> dict[int, float]:
+        """Cosine similarity of every stored chunk to a unit vector ``[d]``, best first."""
+        found = self._collection.query(
+            query_embeddings=query[None], n_results=len(self._spans), include=["distances"]
+        )
+        scores = {
+            int(i): 1 - distance
+            for i, distance in zip(found["ids"][0], found["distances"][0], strict=True)
+        }
+        # Chroma's graph index can lose sight of chunks that are nearly the same as many others.
+        unseen = [i for i in range(len(self._spans)) if i not in scores]
+        if unseen:
+            rest = self._collection.get(ids=[str(i) for i in unseen], include=["embeddings"])
+            cosines = np.asarray(rest["embeddings"]) @ query
+            scores |= {int(i): float(s) for i, s in zip(rest["ids"], cosines, strict=True)}
+        return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+class ChunkStore:
+    """Documents in a Chroma database.
+
+    Args:
+        directory: where Chroma keeps it; None keeps it in memory, shared by the whole process.
+
+    Raises:
+        InvalidParameterError: Chroma cannot open the directory.
+    """
+
+    def __init__(self, directory: str | Path | None = None) -> None:
+        # Chroma's default settings: it refuses a second client of one database with other ones,
+        # and the in-memory database may be in use by the caller's own pipeline.
+        import chromadb
+
+        self._client: ClientAPI
+        if directory is None:
+            self._client = chromadb.EphemeralClient()
+            return
+        try:
+            self._client = chromadb.PersistentClient(Path(directory).expanduser().resolve())
+        except Exception as error:  # Chroma raises its own, sqlite's and Rust's types
+            raise InvalidParameterError(
+                f"persist_directory={str(directory)!r} cannot be opened ({error}): "
+                "give a writable folder that is empty or a Chroma database"
+            ) from error
+
+    def open(self, text: str, spans: Sequence[Span], embedder: str) -> StoredDocument:
+        """The place of a document's chunks, found by text, borders and the embedder's name."""
+        key = hashlib.sha256(embedder.encode() + b"\0")
+        key.update(repr([(span.start, span.end) for span in spans]).encode() + b"\0")
+        key.update(text.encode())
+        collection = self._client.get_or_create_collection(
+            f"rapid-{key.hexdigest()[:32]}",
+            metadata={"embedder": embedder},
+            configuration={"hnsw": {"space": "cosine", "ef_search": max(100, len(spans))}},
+            embedding_function=None,  # vectors come from the embedder
+        )
+        return StoredDocument(collection, text, spans)

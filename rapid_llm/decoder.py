@@ -1,0 +1,446 @@
+"""RAPID: retrieval-augmented speculative decoding (arXiv 2502.20330).
+
+The target reads the whole context. The drafter reads what was retrieved and proposes γ tokens;
+the target verifies them in one pass, against its own distribution enriched by the drafter's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.encoding import Prompt, encode_prompt
+from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
+from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.session import Session
+from rapid_llm.errors import (
+    ContextWindowError,
+    InvalidParameterError,
+    NumericalError,
+    TokenizerMismatchError,
+)
+from rapid_llm.models import load_model, resolve_device
+from rapid_llm.speculation.acceptance import verify_greedy, verify_sampled
+from rapid_llm.speculation.drafters.base import Draft, Drafter
+from rapid_llm.speculation.drafters.rag import RagDrafter
+from rapid_llm.speculation.sampling import Sampler
+from rapid_llm.stats import Method, Stats
+from rapid_llm.text import TextStream
+
+FinishReason = Literal["stop", "length"]
+Progress = Callable[[Literal["draft", "target"], int, int], None]
+"""Called during prefill with (whose prompt, tokens read, tokens to read)."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one round added.
+
+    Attributes:
+        text: final text; empty while a character or a stop string may still be incomplete.
+        token_ids: the round's tokens.
+        finish_reason: set on the last chunk: ``stop`` (an end-of-sequence token or a stop
+            string) or ``length`` (``max_new_tokens``).
+        stats: running totals, complete on the last chunk.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A finished answer.
+
+    Attributes:
+        text: without special tokens, cut before a stop string.
+        token_ids: every token generated, the ending one included.
+        finish_reason: ``stop`` or ``length``.
+        stats: counts and seconds.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+class RapidDecoder:
+    """A target model, and optionally a drafter of its own.
+
+    Holds no state between calls: caches live as long as one generation, so a closed stream, an
+    interrupt or an error leaves nothing behind. Calls from several threads are safe; forward
+    passes on one model take turns.
+
+    Args:
+        target: a loaded transformers model.
+        tokenizer: the target's.
+        drafter: a loaded model with the same tokenizer; None lets the target draft as well
+            (self-speculation: shared weights, two caches).
+        drafter_tokenizer: the drafter's, to be compared; without it the sizes of the
+            vocabularies must agree.
+        name, drafter_name: what errors and results call the models.
+        attn_implementation: ``rapid`` (ours), or transformers' ``sdpa``, ``flash_attention_2``
+            or ``eager``.
+
+    Raises:
+        ModelError: an architecture is not supported.
+        TokenizerMismatchError: the tokenizers differ.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        drafter: PreTrainedModel | None = None,
+        *,
+        drafter_tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str | None = None,
+        drafter_name: str | None = None,
+        attn_implementation: str = RAPID_ATTENTION,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.target = Forward(target, name or _name_of(target), attn_implementation)
+        self.drafter = self.target
+        if drafter is not None and drafter is not target:
+            self.drafter = Forward(
+                drafter, drafter_name or _name_of(drafter), attn_implementation
+            )
+            self._check_tokenizers(drafter_tokenizer)
+        self._eos = _eos_ids(target, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | Path,
+        drafter: str | Path | PreTrainedModel | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        drafter_device: str | torch.device | None = None,
+        attn_implementation: str = RAPID_ATTENTION,
+        **hub_options: Any,
+    ) -> RapidDecoder:
+        """Load the models by name (see :func:`rapid_llm.models.load_model`).
+
+        Args:
+            target: hub id, folder, GGUF file or the packaged model's name.
+            drafter: the same, or a loaded model; None is self-speculation.
+            dtype: of both models.
+            device: of the target; None takes CUDA if there is one.
+            drafter_device: of the drafter; None puts it beside the target.
+            attn_implementation: as for the constructor.
+            hub_options: ``revision``, ``token``, … for ``from_pretrained`` of the target.
+        """
+        loaded = load_model(target, dtype=dtype, device=device, **hub_options)
+        place = resolve_device(device)
+        draft_place = place if drafter_device is None else resolve_device(drafter_device)
+        draft_model, draft_tokenizer, draft_name = None, None, None
+        if isinstance(drafter, str | Path):
+            if str(drafter) != str(target) or draft_place != place:
+                other = load_model(drafter, dtype=dtype, device=draft_place)
+                draft_model, draft_tokenizer = other.model, other.tokenizer
+                draft_name = other.name
+        else:
+            draft_model = drafter
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            draft_model,
+            drafter_tokenizer=draft_tokenizer,
+            name=loaded.name,
+            drafter_name=draft_name,
+            attn_implementation=attn_implementation,
+        )
+
+    def generate(
+        self,
+        target_prompt: Prompt | None,
+        draft_prompt: Prompt | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        speculation: SpeculationConfig | None = None,
+        progress: Progress | None = None,
+    ) -> GenerationResult:
+        """Answer a prompt; arguments and errors are those of :meth:`stream`."""
+        chunks = list(
+            self.stream(
+                target_prompt,
+                draft_prompt,
+                sampling=sampling,
+                speculation=speculation,
+                progress=progress,
+            )
+        )
+        last = chunks[-1]
+        assert last.finish_reason is not None
+        return GenerationResult(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=[token for chunk in chunks for token in chunk.token_ids],
+            finish_reason=last.finish_reason,
+            stats=last.stats,
+        )
+
+    def stream(
+        self,
+        target_prompt: Prompt | None,
+        draft_prompt: Prompt | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        speculation: SpeculationConfig | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Chunk]:
+        """Answer a prompt, a chunk a round.
+
+        Args:
+            target_prompt: the whole context and the question: a string (taken as it is), chat
+                messages (the model's template is applied) or token ids. None lets the drafter
+                answer alone from its own prompt (plain RAG).
+            draft_prompt: the retrieved context and the question. None decodes the target plainly.
+            sampling: how tokens are drawn; greedy by default.
+            speculation: how drafts are made and judged; not used without a draft prompt.
+            progress: told how far the prompts have been read.
+
+        Raises:
+            InvalidParameterError: neither prompt was given, or one is malformed.
+            ContextWindowError: a prompt and ``max_new_tokens`` exceed its model's window.
+            NumericalError: a model produced NaN (raised while streaming).
+        """
+        started = time.perf_counter()
+        generation = self._prepare(
+            target_prompt, draft_prompt, sampling or SamplingParams(), speculation
+        )
+        return self._run(generation, started, progress)
+
+    def _prepare(
+        self,
+        target_prompt: Prompt | None,
+        draft_prompt: Prompt | None,
+        sampling: SamplingParams,
+        speculation: SpeculationConfig | None,
+    ) -> _Generation:
+        """Check everything that can be checked before a model runs, and make room."""
+        config = speculation or SpeculationConfig()
+        method: Method = "lc"
+        forward = self.target
+        if target_prompt is None:
+            if draft_prompt is None:
+                raise InvalidParameterError(
+                    "target_prompt and draft_prompt are both None; give at least one prompt"
+                )
+            method, forward = "rag", self.drafter
+            target_prompt, draft_prompt = draft_prompt, None
+        elif draft_prompt is not None:
+            method = "rapid" if config.transfer_strength > 0 else "sd"
+
+        prompt = self._encode(target_prompt, forward, sampling)
+        sampler = Sampler(sampling, prompt, forward.device)
+        drafter = None
+        if draft_prompt is not None:
+            draft_ids = self._encode(draft_prompt, self.drafter, sampling)
+            same_device = self.drafter.device == forward.device
+            drafter = RagDrafter(
+                Session(self.drafter, len(draft_ids) + sampling.max_new_tokens),
+                draft_ids,
+                sampler
+                if same_device
+                else Sampler(sampling, prompt, self.drafter.device, stream=1),
+                forward.vocab_size,
+            )
+        return _Generation(
+            target=Session(forward, len(prompt) + sampling.max_new_tokens),
+            prompt=prompt,
+            drafter=drafter,
+            drafter_name=self.drafter.name,
+            sampler=sampler,
+            config=config,
+            method=method,
+        )
+
+    def _encode(self, prompt: Prompt, forward: Forward, sampling: SamplingParams) -> list[int]:
+        ids = encode_prompt(prompt, self.tokenizer)
+        window, new = forward.context_window, sampling.max_new_tokens
+        if len(ids) + new > window:
+            raise ContextWindowError(
+                f"the prompt has {len(ids)} tokens and max_new_tokens={new}, together more than "
+                f"the context window of {forward.name}, {window} tokens; shorten the prompt by "
+                f"{len(ids) + new - window} tokens, lower max_new_tokens, or truncate the document"
+            )
+        return ids
+
+    def _run(
+        self, generation: _Generation, started: float, progress: Progress | None
+    ) -> Iterator[Chunk]:
+        """Rounds until the answer ends. Only the steps run in inference mode, never the caller."""
+        sampling = generation.sampler.params
+        text = TextStream(self.tokenizer, sampling.stop)
+        stats = generation.stats
+        generation.prefill(progress)
+
+        finish: FinishReason | None = None
+        while finish is None:
+            new: list[int] = []
+            pieces: list[str] = []
+            for token in generation.round():
+                new.append(token)
+                if token in self._eos and not sampling.ignore_eos:
+                    finish = "stop"
+                    break
+                pieces.append(text.push(token))
+                if text.stopped:
+                    finish = "stop"
+                    break
+                if stats.completion_tokens + len(new) == sampling.max_new_tokens:
+                    finish = "length"
+                    break
+            if finish is not None:
+                pieces.append(text.finish())
+                finish = "stop" if text.stopped else finish
+            generation.keep(new)
+            if stats.time_to_first_token is None:
+                stats.time_to_first_token = time.perf_counter() - started
+            yield Chunk("".join(pieces), tuple(new), finish, replace(stats))
+
+    def _check_tokenizers(self, drafter_tokenizer: PreTrainedTokenizerBase | None) -> None:
+        target, drafter = self.target, self.drafter
+        if drafter_tokenizer is None:
+            if drafter.vocab_size != target.vocab_size:
+                raise TokenizerMismatchError(
+                    f"the drafter {drafter.name} has a vocabulary of {drafter.vocab_size}, the "
+                    f"target {target.name} of {target.vocab_size}; take a drafter of the same "
+                    "family, or pass drafter_tokenizer= if only the padding differs"
+                )
+            return
+        ours, theirs = self.tokenizer.get_vocab(), drafter_tokenizer.get_vocab()
+        if ours != theirs:
+            differing = next(t for t in (ours | theirs) if ours.get(t) != theirs.get(t))
+            raise TokenizerMismatchError(
+                f"the tokenizers of {target.name} ({len(ours)} tokens) and {drafter.name} "
+                f"({len(theirs)} tokens) differ, for example in {differing!r}; take a drafter "
+                "that shares the target's tokenizer"
+            )
+
+
+class _Generation:
+    """One generation: the target's session, the drafter, and the output so far."""
+
+    def __init__(
+        self,
+        target: Session,
+        prompt: Sequence[int],
+        drafter: Drafter | None,
+        drafter_name: str,
+        sampler: Sampler,
+        config: SpeculationConfig,
+        method: Method,
+    ) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.sampler = sampler
+        self.config = config
+        self._prompt = list(prompt)
+        self._output: list[int] = []
+        self._drafter_name = drafter_name
+        self.stats = Stats(method=method, prompt_tokens=len(prompt))
+        if drafter is not None:
+            self.stats.draft_prompt_tokens = drafter.prompt_tokens
+
+    @torch.inference_mode()
+    def prefill(self, progress: Progress | None) -> None:
+        """Read both prompts, all but their last tokens: the first round reads those."""
+        started = time.perf_counter()
+        if self.drafter is not None:
+            self.drafter.prefill(progress and (lambda *tokens: progress("draft", *tokens)))
+        self.target.prefill(
+            self._prompt[:-1], progress and (lambda *tokens: progress("target", *tokens))
+        )
+        if self.target.forward.device.type == "cuda":
+            torch.cuda.synchronize()  # or the first round would be charged with the prefill
+        self.stats.prefill_seconds = time.perf_counter() - started
+
+    @torch.inference_mode()
+    def round(self) -> list[int]:
+        """Draft, verify, accept: one pass of the target; between 1 and γ+1 tokens."""
+        started = time.perf_counter()
+        draft = self._draft()
+
+        # Position i of the draft is judged by the logits that follow token i - 1.
+        logits = self.target.extend(torch.cat([self._pending(), draft.tokens]))
+        s = self.sampler.scores(logits, draft.tokens)
+        q = draft.probabilities
+        if self.sampler.params.greedy:
+            accepted, token = verify_greedy(s, q, draft.tokens, self.config)
+        else:
+            accepted, token = verify_sampled(
+                s, q, draft.tokens, self.config, self.sampler.generator
+            )
+
+        broken = torch.stack([logits.isnan().any(), q.isnan().any()]).long()
+        verdict = torch.cat([accepted[None], token[None], broken, draft.tokens])
+        n, last, target_nan, drafter_nan, *drafted = verdict.tolist()  # the one host sync
+        if target_nan or drafter_nan:
+            name = self.target.forward.name if target_nan else self._drafter_name
+            raise NumericalError(
+                f"{name} produced NaN logits; check its weights, or load it in another dtype"
+            )
+        self.stats.rounds += 1
+        self.stats.drafted_tokens += len(drafted)
+        self.stats.accepted_tokens += n
+        self.stats.decode_seconds += time.perf_counter() - started
+        return [*drafted[:n], last]
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Append a round's tokens, as many as the answer takes, and forget the rest."""
+        self._output += tokens
+        self.stats.completion_tokens = len(self._output)
+        self.sampler.commit(tokens)
+        self.target.rollback(len(self._prompt) + len(self._output) - 1)
+
+    def _pending(self) -> Tensor:
+        """The tokens that the target has not read: the last one, on the target's device."""
+        sequence = self._output[-1:] or self._prompt[-1:]
+        return torch.tensor(sequence, device=self.target.forward.device)
+
+    def _draft(self) -> Draft:
+        """A proposal, on the target's device; an empty one without a drafter."""
+        device = self.target.forward.device
+        if self.drafter is None:
+            vocab = self.target.forward.vocab_size
+            return Draft(
+                torch.empty(0, dtype=torch.long, device=device),
+                torch.empty(0, vocab, device=device),
+            )
+        # Even the last token is drafted, so that every one follows the mode's law.
+        remaining = self.sampler.params.max_new_tokens - len(self._output)
+        draft = self.drafter.draft(
+            self._output,
+            min(self.config.gamma, remaining),
+            look_ahead=self.config.mode == "augmented",
+        )
+        return Draft(draft.tokens.to(device), draft.probabilities.to(device))
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return getattr(model, "name_or_path", "") or type(model).__name__
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that ends a sequence: the generation config's, the tokenizer's if it has none."""
+    config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)

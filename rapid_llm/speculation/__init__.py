@@ -1,0 +1,1 @@
+"""Speculative decoding: how drafts are made, and how they are judged."""

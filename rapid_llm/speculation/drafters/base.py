@@ -1,0 +1,42 @@
+"""What a drafter is to the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from rapid_llm.engine.session import PrefillProgress
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A proposal.
+
+    Attributes:
+        tokens: int64 ``[γ]``.
+        probabilities: float32 ``[γ, vocab]``, row i is the distribution q that token i was drawn
+            from; ``[γ+1, vocab]`` if the one after the draft was asked for.
+    """
+
+    tokens: Tensor
+    probabilities: Tensor
+
+
+class Drafter(Protocol):
+    """Proposes tokens that continue the output so far."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the drafter's own prompt."""
+
+    def prefill(self, progress: PrefillProgress | None) -> None:
+        """Read the prompt, once, before the first draft."""
+
+    def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
+        """Draw γ tokens after ``output`` (which may drop tokens of an earlier draft).
+
+        ``look_ahead`` asks for the distribution after the last drafted token too.
+        """

@@ -1,0 +1,101 @@
+"""Models for the tests: tiny random ones of every architecture, and the packaged one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    CONFIG_MAPPING,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from rapid_llm.models import LoadedModel, load_model
+
+TINY: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.4,  # logits that differ, so that a wrong token shows
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MOE: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen2-sliding": {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "qwen3": {},
+    "mistral": {"sliding_window": None},
+    "mistral-sliding": {"sliding_window": 8},
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granite": {},
+    "mixtral": MOE | {"sliding_window": None},
+    "olmo2": {},
+    "phi3": {"original_max_position_embeddings": 512},
+    "qwen2_moe": MOE,
+    "qwen3_moe": MOE,
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model of 2 layers; ``changes`` go to its config."""
+    settings = TINY | ARCHITECTURES[architecture] | changes
+    config = CONFIG_MAPPING[architecture.split("-")[0]](**settings)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def tiny_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: id 5 is the word ``w5``; 0, 1, 2 are pad, BOS and EOS."""
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2_float32() -> LoadedModel:
+    """The packaged model in float32, for exact comparisons."""
+    return load_model("smollm2-135m", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def dictionary() -> str:
+    """The bundled document: an excerpt of The Devil's Dictionary."""
+    spec = importlib.util.find_spec("rapid_llm")
+    assert spec is not None
+    assert spec.origin is not None
+    path = Path(spec.origin).with_name("data") / "devils-dictionary.txt"
+    return path.read_text(encoding="utf-8")

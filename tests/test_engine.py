@@ -1,0 +1,154 @@
+"""Every supported architecture against its own forward pass; the cache; what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    GPT2Config,
+    MambaConfig,
+)
+
+from rapid_llm.engine import session as session_module
+from rapid_llm.engine.forward import ATTENTION, SUPPORTED, Forward
+from rapid_llm.engine.session import Session
+from rapid_llm.errors import ModelError
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def run_as_decoder(forward: Forward, ids: torch.Tensor) -> torch.Tensor:
+    """Chunked prefill, one token, a rejected draft, a verification, a chunk: logits from 40 on."""
+    session = Session(forward, len(ids))
+    with torch.inference_mode():
+        session.prefill(ids[:40].tolist())
+        first = session.extend(ids[40:41])
+        session.extend((ids[41:48] + 1) % 60)
+        session.rollback(41)
+        second = session.extend(ids[41:52])
+        third = session.extend(ids[52:])
+    return torch.cat([first, second, third])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", [a for a in ATTENTION if a != "flash_attention_2"])
+def test_logits_equal_the_models_own_forward(architecture, implementation, monkeypatch):
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 16)
+    model = tiny_model(architecture)
+    ids = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0, 40:]
+    logits = run_as_decoder(Forward(model, architecture, implementation), ids)
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+def test_multimodal_gemma3_runs_its_text_model(monkeypatch):
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 16)
+    text = tiny_model("gemma3_text").config
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text.to_dict(), vision_config=vision)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0, 40:]
+    logits = run_as_decoder(Forward(model, "gemma3"), ids)
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+def test_every_supported_type_is_compared():
+    compared = {name.split("-")[0] for name in ARCHITECTURES} | {"gemma3"}
+    assert compared == SUPPORTED
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64),
+        MambaConfig(num_hidden_layers=1, hidden_size=16, state_size=4, vocab_size=64),
+        Gemma2Config(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, head_dim=8,
+                     num_key_value_heads=1, intermediate_size=16, vocab_size=64),  # fmt: skip
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_architectures_are_refused_by_name(config):
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match=f"'{config.model_type}'.*not supported.*llama"):
+        Forward(model, "some-model")
+
+
+def test_bidirectional_gemma_is_refused():
+    model = tiny_model("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(ModelError, match="both directions"):
+        Forward(model, "some-model")
+
+
+def test_unknown_attention_is_refused():
+    with pytest.raises(ModelError, match=r"'fast' is unknown.*rapid, sdpa"):
+        Forward(tiny_model(), "some-model", "fast")
+
+
+def test_the_callers_model_is_left_as_it_was():
+    model = tiny_model("gemma3_text")
+    before = model.config._attn_implementation
+    ids = torch.randint(3, 64, (60,))
+    run_as_decoder(Forward(model, "x"), ids)
+    assert model.config._attn_implementation == before
+
+
+def test_a_failed_pass_leaves_the_cache_as_it_was(monkeypatch):
+    model = tiny_model()
+    forward = Forward(model, "x")
+    session = Session(forward, 20)
+    ids = torch.arange(3, 13)
+    with torch.inference_mode():
+        session.prefill(ids[:5].tolist())
+        with monkeypatch.context() as broken:
+            broken.setattr(model.model.layers[1].mlp, "forward", lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                session.extend(ids[5:])
+        assert session.length == 5
+        assert model.config._attn_implementation != "rapid"
+        expected = model(ids[None]).logits[0, 5:]
+        torch.testing.assert_close(session.extend(ids[5:]), expected, **TOLERANCE)
+
+
+def test_cache_is_allocated_once_and_its_bytes_follow_the_formula():
+    model = tiny_model("gemma3_text")  # a sliding layer keeps the whole sequence too
+    session = Session(Forward(model, "x"), 300)
+    with torch.inference_mode():
+        session.prefill(list(range(3, 60)))
+        layer = session.cache.layers[0]
+        storage = layer.keys.data_ptr()
+        for step in range(50):
+            keys, _ = layer.keys, session.extend(torch.tensor([step]))
+            assert layer.keys is keys
+        session.rollback(10)
+        session.extend(torch.tensor([4, 5, 6]))
+    assert layer.keys.data_ptr() == storage
+    assert session.length == 13
+    layers, kv_heads, dim, float32 = 2, 2, 8, 4
+    assert session.cache.nbytes == layers * 2 * kv_heads * dim * 300 * float32
+
+
+def test_context_window_counts_yarn():
+    plain = Forward(tiny_model(), "x")
+    assert plain.context_window == 512
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512,
+            "rope_theta": 10000.0}  # fmt: skip
+    assert Forward(tiny_model(rope_parameters=yarn), "x").context_window == 2048
+
+
+def test_prefill_reports_progress_in_chunks(monkeypatch):
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+    seen = []
+    with torch.inference_mode():
+        Session(Forward(tiny_model(), "x"), 40).prefill(
+            [5] * 25, lambda done, total: seen.append((done, total))
+        )
+    assert seen == [(0, 25), (10, 25), (20, 25), (25, 25)]
