@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import floor, isfinite
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, TokenCounter, split_text
 from rapid_llm.context.embedding import (
@@ -67,6 +67,11 @@ class RetrievalContext:
     tokens: int
     budget: int
     empty_reason: str | None
+
+
+class _Split(NamedTuple):
+    spans: list[Span]
+    tokens: int  # of the whole text
 
 
 class ContextBuilder:
@@ -136,7 +141,7 @@ class ContextBuilder:
         Args:
             documents: one document or several.
             question: what the retrieved chunks should be similar to.
-            progress: called as ``progress(done, total)`` with the number of chunks embedded; not
+            progress: called as ``progress(done, total)``, chunks embedded so far, first with 0; not
                 called when the vectors of all chunks are stored already.
 
         Raises:
@@ -147,13 +152,16 @@ class ContextBuilder:
         texts = [documents] if isinstance(documents, str) else list(documents)
         _require_documents(texts)
         _require_text("the question", question)
-        budget = max(
-            self._min_budget_tokens,
-            int(sum(self._split(text)[1] for text in texts) / self._compression),
-        )
-        ranked = sorted(
-            self._score(texts, question, progress), key=lambda c: (-c.score, c.document, c.start)
-        )
+        split = {text: self._split(text) for text in texts}
+        total = sum(split[text].tokens for text in texts)
+        budget = max(self._min_budget_tokens, int(total / self._compression))
+        hits = self._search(split, question, progress)
+        ranked = [
+            Chunk(text[span.start : span.end], span.start, span.end, score, span.tokens, number)
+            for number, text in enumerate(texts)
+            for span, score in hits[text]
+        ]
+        ranked.sort(key=lambda chunk: (-chunk.score, chunk.document, chunk.start))
         similar = [chunk for chunk in ranked if chunk.score >= self._threshold]
         chunks = self._fill(similar, budget)
         text = _join(chunks)
@@ -165,28 +173,23 @@ class ContextBuilder:
             empty_reason=None if chunks else self._empty_reason(ranked, similar, budget),
         )
 
-    def _split_document(self, text: str) -> tuple[list[Span], int]:
-        return split_text(text, self._count, self._chunk_tokens), self._count(text)
+    def _split_document(self, text: str) -> _Split:
+        return _Split(split_text(text, self._count, self._chunk_tokens), self._count(text))
 
-    def _score(self, texts: Sequence[str], question: str, progress: Progress | None) -> list[Chunk]:
-        """Every chunk of every document with its similarity to the question."""
+    def _search(
+        self, split: Mapping[str, _Split], question: str, progress: Progress | None
+    ) -> dict[str, list[tuple[Span, float]]]:
+        """Every chunk of every text with its similarity to the question."""
         with self._lock:
             if self._embedder is None:
                 self._embedder = load_embedder(self._embedder_source, self._device)
-            embedder = self._embedder
             stored = {
-                text: self._store.open(text, self._split(text)[0], embedder.name) for text in texts
+                text: self._store.open(text, parts.spans, self._embedder.name)
+                for text, parts in split.items()
             }
-            _embed(list(stored.values()), embedder, progress)
-            query = embedder.embed_query(question)
-            scores = {text: document.search(query) for text, document in stored.items()}
-        return [
-            Chunk(text[span.start : span.end], span.start, span.end, score, span.tokens, document)
-            for document, text in enumerate(texts)
-            for span, score in (
-                (self._split(text)[0][i], score) for i, score in scores[text].items()
-            )
-        ]
+            _embed(stored.values(), self._embedder, progress)
+            query = self._embedder.embed_query(question)
+            return {text: document.search(query) for text, document in stored.items()}
 
     def _fill(self, ranked: Sequence[Chunk], budget: int) -> list[Chunk]:
         """The best chunks that fit together, in document order."""
@@ -211,18 +214,20 @@ class ContextBuilder:
 
 
 def _embed(
-    documents: Sequence[StoredDocument], embedder: Embedder, progress: Progress | None
+    documents: Iterable[StoredDocument], embedder: Embedder, progress: Progress | None
 ) -> None:
     """Embed and store what is missing, batch by batch, so that an interrupt loses one batch."""
     missing = [(document, document.missing()) for document in documents]
     total = sum(len(chunks) for _, chunks in missing)
+    report = progress or (lambda done, total: None)
     done = 0
     for document, chunks in missing:
         for batch in batched(chunks, EMBEDDING_BATCH):
+            report(done, total)
             document.add(batch, embedder.embed_documents([document.text(i) for i in batch]))
             done += len(batch)
-            if progress is not None:
-                progress(done, total)
+    if total:
+        report(total, total)
 
 
 def _join(chunks: Sequence[Chunk]) -> str:

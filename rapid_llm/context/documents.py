@@ -9,7 +9,9 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-from bs4 import BeautifulSoup, NavigableString
+from bs4 import BeautifulSoup
+from bs4.builder import HTMLTreeBuilder
+from bs4.element import NavigableString
 from charset_normalizer import from_bytes
 from pypdf import PdfReader
 
@@ -20,10 +22,7 @@ _TEXT_SUFFIXES = {".txt", ".md", ".markdown"}
 _HTML_START = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(!doctype\s+html|html)\b", re.IGNORECASE)
 _BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UNREAD_TAGS = ["script", "style", "template", "noscript", "svg"]
-_BLOCK_TAGS = (
-    "address article aside blockquote body dd details div dl dt fieldset figcaption figure footer "
-    "form h1 h2 h3 h4 h5 h6 header hr main nav ol p pre section summary table title ul"
-).split()
+_BLOCK_TAGS = [*(HTMLTreeBuilder.DEFAULT_BLOCK_ELEMENTS - {"li"}), "summary", "title"]
 _LINE_TAGS = ["br", "li", "tr", "caption", "option"]
 
 _LOADABLE = "give a text, Markdown, HTML or PDF file"

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,7 @@ class Embedder(Protocol):
 class SentenceTransformerEmbedder:
     """An ``Embedder`` over a loaded ``SentenceTransformer``, with its own query prompts."""
 
-    _options = {"batch_size": EMBEDDING_BATCH, "show_progress_bar": False}
+    _options: ClassVar = {"batch_size": EMBEDDING_BATCH, "show_progress_bar": False}
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -66,7 +66,7 @@ class FlagEmbedder:
     """An ``Embedder`` over a loaded FlagEmbedding model (of BGE-M3, the dense vectors)."""
 
     # FlagEmbedding shows a progress bar as soon as a call holds a full batch.
-    _options = {"batch_size": EMBEDDING_BATCH + 1}
+    _options: ClassVar = {"batch_size": EMBEDDING_BATCH + 1}
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -153,11 +153,14 @@ def _flag_model(name: str, is_m3: bool, device: str | None) -> Any:
     options = {"devices": [device], "use_fp16": device.startswith("cuda")}
     if is_m3:
         model = BGEM3FlagModel(name, **options)
-        model.passage_max_length = min(_M3_MAX_LENGTH, model.tokenizer.model_max_length)
-        return model
-    if Path(name).name in AUTO_EMBEDDER_MAPPING:  # some have their own pooling or a decoder
-        return FlagAutoModel.from_finetuned(name, **options)
-    return FlagModel(name, **options)
+    elif Path(name).name in AUTO_EMBEDDER_MAPPING:  # some have their own pooling or a decoder
+        model = FlagAutoModel.from_finetuned(name, **options)
+    else:
+        model = FlagModel(name, **options)
+    longest = _M3_MAX_LENGTH if is_m3 else model.passage_max_length
+    longest = min(longest, model.tokenizer.model_max_length)
+    model.passage_max_length = model.query_max_length = longest
+    return model
 
 
 def _sentence_transformer(name: str, device: str | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from rapid_llm.context.embedding import Vectors
 from rapid_llm.errors import InvalidParameterError
 
 if TYPE_CHECKING:
-    from chromadb.api import ClientAPI
+    from chromadb.api import ServerAPI
     from chromadb.api.models.Collection import Collection
 
 
@@ -44,22 +45,21 @@ class StoredDocument:
             metadatas=[{"start": self._spans[i].start, "end": self._spans[i].end} for i in chunks],
         )
 
-    def search(self, query: Vectors) -> dict[int, float]:
-        """Cosine similarity of every stored chunk to a unit vector ``[d]``, best first."""
+    def search(self, query: Vectors) -> list[tuple[Span, float]]:
+        """Every stored chunk with its cosine similarity to a unit vector ``[d]``, best first."""
         found = self._collection.query(
             query_embeddings=query[None], n_results=len(self._spans), include=["distances"]
         )
-        scores = {
-            int(i): 1 - distance
-            for i, distance in zip(found["ids"][0], found["distances"][0], strict=True)
-        }
+        ids, distances = found["ids"][0], found["distances"][0]
+        scores = {int(i): 1 - distance for i, distance in zip(ids, distances, strict=True)}
         # Chroma's graph index can lose sight of chunks that are nearly the same as many others.
-        unseen = [i for i in range(len(self._spans)) if i not in scores]
+        unseen = [str(i) for i in range(len(self._spans)) if i not in scores]
         if unseen:
-            rest = self._collection.get(ids=[str(i) for i in unseen], include=["embeddings"])
+            rest = self._collection.get(ids=unseen, include=["embeddings"])
             cosines = np.asarray(rest["embeddings"]) @ query
             scores |= {int(i): float(s) for i, s in zip(rest["ids"], cosines, strict=True)}
-        return dict(sorted(scores.items(), key=lambda item: -item[1]))
+        ranked = sorted(scores.items(), key=lambda item: -item[1])
+        return [(self._spans[i], max(-1.0, min(1.0, score))) for i, score in ranked]
 
 
 class ChunkStore:
@@ -73,16 +73,8 @@ class ChunkStore:
     """
 
     def __init__(self, directory: str | Path | None = None) -> None:
-        # Chroma's default settings: it refuses a second client of one database with other ones,
-        # and the in-memory database may be in use by the caller's own pipeline.
-        import chromadb
-
-        self._client: ClientAPI
-        if directory is None:
-            self._client = chromadb.EphemeralClient()
-            return
         try:
-            self._client = chromadb.PersistentClient(Path(directory).expanduser().resolve())
+            self._server = _server(Path(directory).expanduser().resolve() if directory else None)
         except Exception as error:  # Chroma raises its own, sqlite's and Rust's types
             raise InvalidParameterError(
                 f"persist_directory={str(directory)!r} cannot be opened ({error}): "
@@ -91,13 +83,38 @@ class ChunkStore:
 
     def open(self, text: str, spans: Sequence[Span], embedder: str) -> StoredDocument:
         """The place of a document's chunks, found by text, borders and the embedder's name."""
+        from chromadb.api.models.Collection import Collection
+
         key = hashlib.sha256(embedder.encode() + b"\0")
         key.update(repr([(span.start, span.end) for span in spans]).encode() + b"\0")
         key.update(text.encode())
-        collection = self._client.get_or_create_collection(
+        model = self._server.get_or_create_collection(
             f"rapid-{key.hexdigest()[:32]}",
             metadata={"embedder": embedder},
             configuration={"hnsw": {"space": "cosine", "ef_search": max(100, len(spans))}},
-            embedding_function=None,  # vectors come from the embedder
         )
+        # The vectors are the embedder's, so Chroma's own embedding function stays out.
+        collection = Collection(client=self._server, model=model, embedding_function=None)
         return StoredDocument(collection, text, spans)
+
+
+@cache
+def _server(directory: Path | None) -> ServerAPI:
+    """One Chroma a directory, and one in memory.
+
+    They are built without Chroma's client registry: it has a single in-memory database a process
+    and refuses other settings than its first user's, who may be our caller.
+    """
+    from chromadb.api import ServerAPI
+    from chromadb.config import Settings, System
+
+    system = System(
+        Settings(
+            anonymized_telemetry=False,
+            is_persistent=directory is not None,
+            persist_directory=str(directory or ""),
+        )
+    )
+    server = system.instance(ServerAPI)
+    system.start()
+    return server

@@ -1,0 +1,124 @@
+"""The prompt of target and drafter, and documents too long for the context window."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rapid_llm.encoding import encode_literal, encode_prompt, literal_encoding
+from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
+
+INSTRUCTION = "Answer the question in one short sentence, using only the text above."
+
+
+def build_messages(
+    document: str, question: str, *, instruction: str = INSTRUCTION
+) -> list[dict[str, str]]:
+    """One user message: the document, then the instruction and the question.
+
+    The document comes first, so that another question on it shares all tokens up to its end. The
+    drafter's prompt is the same, with the retrieved text in the place of the document.
+
+    Raises:
+        DocumentError: the document or the question is empty.
+    """
+    for name, text in (("document", document), ("question", question)):
+        if not text.strip():
+            raise DocumentError(f"the {name} is empty: give at least one character of text")
+    return _messages(document, question, instruction)
+
+
+def truncate_middle(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
+    """The beginning and the end of a text, as the long-context benchmarks shorten documents.
+
+    Args:
+        text: any text; control tokens in it count as ordinary text.
+        tokenizer: the target's fast tokenizer.
+        max_tokens: tokens to keep, half of them at each end; at least 0.
+
+    Returns:
+        The text itself if it fits; else its two ends joined, whole characters only, at most
+        ``max_tokens`` when encoded again.
+
+    Raises:
+        InvalidParameterError: ``max_tokens`` is negative.
+    """
+    if max_tokens < 0:
+        raise InvalidParameterError(
+            f"max_tokens={max_tokens} is not allowed: max_tokens must be at least 0"
+        )
+    offsets = literal_encoding(text, tokenizer).offsets
+    if len(offsets) <= max_tokens:
+        return text
+    keep = max_tokens
+    while keep > 0:
+        # Where a character has several tokens, cutting before and after it drops it whole.
+        head = text[: offsets[(keep + 1) // 2][0]]
+        tail = text[offsets[len(offsets) - keep // 2 - 1][1] :]
+        excess = len(encode_literal(head + tail, tokenizer)) - max_tokens
+        if excess <= 0:
+            return head + tail
+        keep -= excess  # the two ends meet in other tokens than they had
+    return ""
+
+
+def fit_document(
+    document: str,
+    question: str,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    max_new_tokens: int,
+    truncate: Literal["middle"] | None = None,
+    *,
+    instruction: str = INSTRUCTION,
+) -> list[dict[str, str]]:
+    """``build_messages`` for a context window.
+
+    Args:
+        document: the whole document.
+        question: what is asked about it.
+        tokenizer: the target's tokenizer, with its chat template.
+        window: tokens that the target can hold.
+        max_new_tokens: tokens kept free for the answer.
+        truncate: ``middle`` leaves out the middle of a document that is too long; None refuses it.
+        instruction: see ``build_messages``.
+
+    Raises:
+        ContextWindowError: the document does not fit (``truncate=None``), or nothing of it would.
+        DocumentError: the document or the question is empty.
+        InvalidParameterError: ``truncate`` is unknown, or there is no chat template.
+    """
+    if truncate not in ("middle", None):
+        raise InvalidParameterError(
+            f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
+        )
+    messages = build_messages(document, question, instruction=instruction)
+    room = window - max_new_tokens
+    tokens = len(encode_prompt(messages, tokenizer))
+    if tokens <= room:
+        return messages
+    if truncate is None:
+        raise ContextWindowError(
+            f"the prompt of {tokens} tokens and max_new_tokens={max_new_tokens} exceed the context "
+            f"window of {window} tokens by {tokens - room}: shorten the document or truncate its "
+            "middle (truncate='middle')"
+        )
+    frame = len(encode_prompt(_messages("", question, instruction), tokenizer))
+    keep = room - frame
+    while keep > 0:
+        messages = _messages(truncate_middle(document, tokenizer, keep), question, instruction)
+        excess = len(encode_prompt(messages, tokenizer)) - room
+        if excess <= 0:
+            return messages
+        keep -= excess  # a document can meet its surroundings in a token more than nothing does
+    raise ContextWindowError(
+        f"the prompt has {frame} tokens without the document, which with max_new_tokens="
+        f"{max_new_tokens} leaves no room for it in the context window of {window} tokens: "
+        "shorten the question or lower max_new_tokens"
+    )
+
+
+def _messages(document: str, question: str, instruction: str) -> list[dict[str, str]]:
+    content = f"{document}\n\n{instruction}\n\nQuestion: {question}"
+    return [{"role": "user", "content": content}]

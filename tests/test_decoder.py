@@ -1,0 +1,436 @@
+"""The decoder on tiny models: lossless modes, streams, errors, counting passes and bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
+from torch import nn
+
+from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine import session as session_module
+from rapid_llm.engine.forward import Forward
+from rapid_llm.errors import (
+    ContextWindowError,
+    InvalidParameterError,
+    ModelError,
+    NumericalError,
+    TokenizerMismatchError,
+)
+
+TARGET_PROMPT = [5, 9, 31, 7, 44, 12, 8, 30, 21, 17, 60, 3]
+DRAFT_PROMPT = [31, 7, 44, 3]
+GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.0, max_new_tokens=40, seed=11, ignore_eos=True)
+EXACT = SpeculationConfig(gamma=4, mode="exact")
+
+
+@pytest.fixture
+def decoder() -> RapidDecoder:
+    return RapidDecoder(tiny_model(), tiny_tokenizer())
+
+
+def transformers_greedy(model: nn.Module, prompt: list[int], new: int, **options) -> list[int]:
+    """The reference: the model's own ``generate``."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        **options,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("gamma", [1, 4, 10])
+def test_greedy_without_transfer_is_what_transformers_generates(architecture, gamma):
+    model = tiny_model(architecture, eos_token_id=None)
+    decoder = RapidDecoder(model, tiny_tokenizer())
+    result = decoder.generate(
+        TARGET_PROMPT,
+        DRAFT_PROMPT,
+        sampling=GREEDY,
+        speculation=SpeculationConfig(gamma=gamma, eta=0.0),
+    )
+    assert result.token_ids == transformers_greedy(model, TARGET_PROMPT, 40)
+    assert result.stats.method == "sd"
+    assert result.stats.drafted_tokens > 0
+
+
+@pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
+def test_a_larger_drafter_of_another_width_drafts_for_a_smaller_target(mode):
+    target = tiny_model(eos_token_id=None)
+    drafter = tiny_model("qwen3", hidden_size=64, num_hidden_layers=3, vocab_size=80)
+    decoder = RapidDecoder(
+        target, tiny_tokenizer(), drafter, drafter_tokenizer=tiny_tokenizer()
+    )
+    result = decoder.generate(
+        TARGET_PROMPT,
+        DRAFT_PROMPT,
+        sampling=GREEDY,
+        speculation=SpeculationConfig(gamma=3, eta=0.0, mode=mode),
+    )
+    assert result.token_ids == transformers_greedy(target, TARGET_PROMPT, 40)
+    sampled = decoder.generate(
+        TARGET_PROMPT,
+        DRAFT_PROMPT,
+        sampling=SAMPLED,
+        speculation=SpeculationConfig(gamma=3, eta=40.0, mode=mode),
+    )
+    assert len(sampled.token_ids) == 40
+    assert max(sampled.token_ids) < 64
+
+
+def test_repetition_penalty_follows_transformers():
+    model = tiny_model(eos_token_id=None)
+    decoder = RapidDecoder(model, tiny_tokenizer())
+    sampling = SamplingParams(max_new_tokens=40, repetition_penalty=1.3, ignore_eos=True)
+    reference = transformers_greedy(model, TARGET_PROMPT, 40, repetition_penalty=1.3)
+    assert reference != transformers_greedy(model, TARGET_PROMPT, 40)
+    for draft_prompt in (None, DRAFT_PROMPT):
+        result = decoder.generate(
+            TARGET_PROMPT, draft_prompt, sampling=sampling, speculation=EXACT
+        )
+        assert result.token_ids == reference
+
+
+@pytest.mark.parametrize(
+    "limits", [{"top_k": 3}, {"top_p": 0.4}, {"top_k": 1}, {"top_k": 5, "top_p": 0.7}]
+)
+@pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
+def test_top_k_and_top_p_bound_every_token(decoder, limits, mode):
+    """No mode may emit a token that the target's own top-k and top-p rule out."""
+    sampling = SamplingParams(
+        temperature=1.5, max_new_tokens=30, seed=5, ignore_eos=True, **limits
+    )
+    result = decoder.generate(
+        TARGET_PROMPT,
+        DRAFT_PROMPT,
+        sampling=sampling,
+        speculation=SpeculationConfig(gamma=3, eta=20.0, mode=mode),
+    )
+    logits = decoder.target.model(torch.tensor([TARGET_PROMPT + result.token_ids])).logits[0]
+    for position, token in enumerate(result.token_ids):
+        row = logits[len(TARGET_PROMPT) + position - 1] / 1.5
+        order = row.argsort(descending=True)
+        rank = order.tolist().index(token)
+        assert rank < limits.get("top_k", 64)
+        above = row.softmax(-1)[order[:rank]].sum()
+        assert above < limits.get("top_p", 1.0) + 1e-4
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft_prompt", [None, DRAFT_PROMPT], ids=["plain", "drafted"])
+def test_stream_and_generate_are_the_same(decoder, sampling, draft_prompt):
+    whole = decoder.generate(TARGET_PROMPT, draft_prompt, sampling=sampling)
+    chunks = list(decoder.stream(TARGET_PROMPT, draft_prompt, sampling=sampling))
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [t for chunk in chunks for t in chunk.token_ids] == whole.token_ids
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == whole.finish_reason == "length"
+    assert chunks[-1].stats.rounds == len(chunks) == whole.stats.rounds
+
+
+def test_the_seed_decides(decoder):
+    def run(seed):
+        sampling = SamplingParams(temperature=1.0, max_new_tokens=20, seed=seed)
+        return decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling).token_ids
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert run(None) != run(None)
+
+
+def test_every_eos_of_the_generation_config_stops(decoder):
+    free = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY).token_ids
+    for place in (0, 3, 9):
+        ending = free[place]
+        first = free.index(ending)
+        decoder.target.model.generation_config.eos_token_id = [62, ending]
+        again = RapidDecoder(decoder.target.model, decoder.tokenizer)
+        sampling = SamplingParams(max_new_tokens=40)
+        result = again.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling)
+        assert result.token_ids == free[: first + 1]
+        assert result.finish_reason == "stop"
+        assert again.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY).token_ids == free
+
+
+def test_a_stop_string_cuts_the_text_exactly(decoder):
+    free = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
+    cut = free.text.index(" ", 12)
+    stop = free.text[cut - 1 : cut + 3]  # across two tokens
+    sampling = SamplingParams(max_new_tokens=40, ignore_eos=True, stop=[stop])
+    result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling)
+    assert result.text == free.text[: free.text.index(stop)]
+    assert result.finish_reason == "stop"
+    assert result.token_ids == free.token_ids[: len(result.token_ids)]
+    assert len(result.token_ids) < len(free.token_ids)
+
+
+@pytest.mark.parametrize("new", [1, 2, 5])
+def test_max_new_tokens_is_never_exceeded(decoder, new):
+    for gamma in (1, 4, 10):
+        sampling = SamplingParams(max_new_tokens=new, ignore_eos=True)
+        chunks = decoder.stream(
+            TARGET_PROMPT,
+            DRAFT_PROMPT,
+            sampling=sampling,
+            speculation=SpeculationConfig(gamma=gamma, eta=0),
+        )
+        assert sum(len(chunk.token_ids) for chunk in chunks) == new
+
+
+def test_stats_add_up(decoder):
+    result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
+    stats = result.stats
+    assert stats.method == "rapid"
+    assert (stats.prompt_tokens, stats.draft_prompt_tokens) == (12, 4)
+    assert stats.completion_tokens == len(result.token_ids) == 40
+    assert 0 <= stats.accepted_tokens <= stats.drafted_tokens <= 10 * stats.rounds
+    # Each round adds its accepted tokens and one more, but for what the limit cut off.
+    assert stats.completion_tokens <= stats.accepted_tokens + stats.rounds
+    assert stats.acceptance_ratio == stats.accepted_tokens / stats.drafted_tokens
+    assert stats.tokens_per_round == 40 / stats.rounds
+    assert stats.tokens_per_second == 40 / stats.decode_seconds
+    assert 0 < stats.prefill_seconds < stats.time_to_first_token
+    assert stats.as_dict()["tokens_per_second"] == stats.tokens_per_second
+
+    plain = decoder.generate(TARGET_PROMPT, sampling=GREEDY).stats
+    assert (plain.method, plain.draft_prompt_tokens, plain.drafted_tokens) == ("lc", 0, 0)
+    assert plain.tokens_per_round == 1
+    alone = decoder.generate(None, DRAFT_PROMPT, sampling=GREEDY)
+    assert (alone.stats.method, alone.stats.prompt_tokens) == ("rag", 4)
+    assert alone.token_ids == decoder.generate(DRAFT_PROMPT, sampling=GREEDY).token_ids
+
+
+class CountedForward:
+    """Counts the tokens of each forward pass."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.passes: list[int] = []
+        self.caches = {}
+        original = Forward.__call__
+
+        def spy(forward, tokens, cache, keep_logits):
+            self.passes.append(len(tokens))
+            self.caches[id(cache)] = cache
+            return original(forward, tokens, cache, keep_logits)
+
+        monkeypatch.setattr(Forward, "__call__", spy)
+
+
+def test_each_prompt_is_read_once_and_each_round_is_one_target_pass(decoder, monkeypatch):
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 5)
+    counted = CountedForward(monkeypatch)
+    speculation = SpeculationConfig(gamma=3, mode="exact")
+    result = decoder.generate(
+        TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY, speculation=speculation
+    )
+    stats = result.stats
+    assert counted.passes[:4] == [3, 5, 5, 1]  # both prompts, in chunks, but for the last token
+    rounds = Counter(counted.passes[4:])
+    drafted_and_verified = stats.drafted_tokens + stats.rounds
+    assert sum(rounds.values()) == drafted_and_verified
+    # Verification reads 1 + γ; a drafter reads 1, or 2 after a round that kept its whole draft.
+    assert set(rounds) <= {1, 2, 4, *range(1, 5)}
+    assert max(counted.passes[4:]) == 4
+
+
+@pytest.mark.parametrize("draft_prompt", [None, DRAFT_PROMPT])
+def test_kv_memory_follows_the_formula(decoder, monkeypatch, draft_prompt):
+    counted = CountedForward(monkeypatch)
+    decoder.generate(TARGET_PROMPT, draft_prompt, sampling=GREEDY)
+    layers, kv_heads, dim, float32 = 2, 2, 8, 4
+    bytes_per_token = layers * 2 * kv_heads * dim * float32
+    expected = sorted(
+        (len(prompt) + 40) * bytes_per_token
+        for prompt in (TARGET_PROMPT, draft_prompt)
+        if prompt
+    )
+    assert sorted(cache.nbytes for cache in counted.caches.values()) == expected
+
+
+def test_one_host_synchronisation_a_round(decoder, monkeypatch):
+    """On a GPU each ``tolist``/``item`` waits for the device."""
+    syncs = Counter()
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, _name=name, _original=original):
+            syncs[_name] += 1
+            return _original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    for sampling in (GREEDY, SAMPLED):
+        syncs.clear()
+        result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling)
+        assert syncs == {"tolist": result.stats.rounds}
+
+
+# --- after trouble, the same decoder answers the next call -----------------------------------
+
+
+@pytest.fixture
+def expected(decoder) -> list[int]:
+    return decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY).token_ids
+
+
+def test_a_closed_stream_leaves_nothing_behind(decoder, expected, monkeypatch):
+    counted = CountedForward(monkeypatch)
+    stream = decoder.stream(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
+    next(stream)
+    assert not torch.is_inference_mode_enabled()  # the caller's own tensors stay trainable
+    stream.close()
+    passes = len(counted.passes)
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert len(counted.passes) == passes
+    assert decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY).token_ids == expected
+
+
+@pytest.mark.parametrize("at", [1, 3, 12])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+def test_an_interrupt_leaves_nothing_behind(decoder, expected, monkeypatch, at, error):
+    layer = decoder.target.model.model.layers[1]
+    original, calls = layer.forward, iter(range(1000))
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == at:
+            raise error
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as context:
+        context.setattr(layer, "forward", interrupted)
+        with pytest.raises(error):
+            decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
+    assert decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY).token_ids == expected
+
+
+def test_streams_may_interleave(decoder, expected):
+    streams = [decoder.stream(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY) for _ in range(3)]
+    outputs: list[list[int]] = [[], [], []]
+    for chunks in zip(*streams, strict=True):
+        for output, chunk in zip(outputs, chunks, strict=True):
+            output += chunk.token_ids
+    assert outputs == [expected] * 3
+
+
+def test_threads_get_the_answers_that_they_get_alone(decoder):
+    prompts = [[seed + 3, *TARGET_PROMPT] for seed in range(6)]
+
+    def answer(prompt):
+        return decoder.generate(prompt, DRAFT_PROMPT, sampling=SAMPLED).token_ids
+
+    alone = [answer(prompt) for prompt in prompts]
+    together: dict[int, list[int]] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, p=p: together.update({i: answer(p)}))
+        for i, p in enumerate(prompts)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[i] for i in range(6)] == alone
+
+
+@pytest.mark.parametrize("broken", ["target", "drafter"])
+def test_nan_names_the_model(broken):
+    models = {"target": tiny_model(), "drafter": tiny_model(seed=1)}
+    with torch.no_grad():
+        models[broken].lm_head.weight[7] = float("nan")
+    decoder = RapidDecoder(
+        models["target"], tiny_tokenizer(), models["drafter"], name="the-target",
+        drafter_name="the-drafter",
+    )  # fmt: skip
+    for sampling in (GREEDY, SAMPLED):
+        with pytest.raises(NumericalError, match=f"the-{broken} produced NaN.*dtype"):
+            decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling)
+
+
+# --- bad input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"),
+        ("top_p", 0.0), ("top_p", 1.01), ("top_k", -1), ("top_k", 2.5),
+        ("max_new_tokens", 0), ("max_new_tokens", -3), ("repetition_penalty", 0.0),
+        ("stop", [""]), ("stop", [3]), ("seed", -1), ("seed", 2**63),
+    ],
+)  # fmt: skip
+def test_bad_sampling_parameters(name, value):
+    with pytest.raises(InvalidParameterError, match=rf"{name}=.* must be ") as caught:
+        SamplingParams(**{name: value})
+    assert repr(value).strip("[]") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gamma", 0), ("gamma", -1), ("gamma", 1.5), ("eta", -1.0), ("eta", float("inf")),
+        ("alpha", 1.1), ("alpha", -0.1), ("mode", "best"),
+    ],
+)  # fmt: skip
+def test_bad_speculation_parameters(name, value):
+    with pytest.raises(InvalidParameterError, match=rf"{name}=.* must be "):
+        SpeculationConfig(**{name: value})
+
+
+def test_a_prompt_over_the_window_names_both_numbers(decoder):
+    with pytest.raises(ContextWindowError, match=r"500 tokens.*max_new_tokens=40.*512.*28 tokens"):
+        decoder.stream([5] * 500, sampling=GREEDY)
+    with pytest.raises(ContextWindowError, match="500 tokens"):
+        decoder.generate(TARGET_PROMPT, [5] * 500, sampling=GREEDY)
+    assert len(decoder.generate([5] * 472, sampling=GREEDY).token_ids) == 40  # just fits
+
+
+def test_bad_prompts(decoder):
+    for target, draft in ((None, None), ([], None), ("", None), ([99], None), (TARGET_PROMPT, [])):
+        with pytest.raises(InvalidParameterError):
+            decoder.stream(target, draft)  # at the call, not at the first chunk
+
+
+def test_tokenizers_that_differ_are_refused():
+    target = tiny_model()
+    with pytest.raises(TokenizerMismatchError, match=r"80.*64.*drafter_tokenizer"):
+        RapidDecoder(target, tiny_tokenizer(), tiny_model(vocab_size=80))
+    other = tiny_tokenizer()
+    other.add_tokens(["<extra>"])
+    with pytest.raises(TokenizerMismatchError, match="<extra>"):
+        RapidDecoder(target, tiny_tokenizer(), tiny_model(seed=1), drafter_tokenizer=other)
+
+
+def test_unknown_models_are_named():
+    with pytest.raises(ModelError, match=r"no-such/model.*smollm2-135m"):
+        RapidDecoder.from_pretrained("no-such/model")
+    with pytest.raises(ModelError, match=r"missing\.gguf.*no such file"):
+        RapidDecoder.from_pretrained("/nowhere/missing.gguf")
+    with pytest.raises(InvalidParameterError, match="'float3'"):
+        RapidDecoder.from_pretrained("smollm2-135m", dtype="float3")
+    with pytest.raises(InvalidParameterError, match="'tpu9'"):
+        RapidDecoder.from_pretrained("smollm2-135m", device="tpu9")
+
+
+def test_a_local_folder_loads_and_drafts_for_itself(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "model"
+    alone = RapidDecoder.from_pretrained(folder, device="cpu")
+    assert alone.drafter is alone.target  # shared weights
+    assert RapidDecoder.from_pretrained(folder, folder, device="cpu").drafter.model is not None
+    pair = RapidDecoder.from_pretrained(folder, tiny_model(seed=4), device="cpu", dtype="float32")
+    assert pair.drafter is not pair.target
+    expected = RapidDecoder(model, tokenizer).generate(TARGET_PROMPT, sampling=GREEDY).token_ids
+    assert alone.generate(TARGET_PROMPT, sampling=GREEDY).token_ids == expected
+    half = RapidDecoder.from_pretrained(folder, device="cpu", dtype="bfloat16")
+    assert next(half.target.model.parameters()).dtype == torch.bfloat16
