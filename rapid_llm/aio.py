@@ -1,0 +1,58 @@
+"""A blocking iterator as an asynchronous one, cancelled within one step."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import TypeVar, cast
+
+T = TypeVar("T")
+
+_END = object()
+
+
+class _Abandoned(Exception):
+    """Nobody waits for the iterator any more. Never seen by callers."""
+
+
+async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) -> AsyncIterator[T]:
+    """Run an iterator in worker threads, one step at a time, in order.
+
+    Args:
+        start: makes the iterator, in a thread too. It is given a function that a long step may
+            call now and then: it raises once the asynchronous iterator was closed or cancelled.
+
+    Raises:
+        Exception: whatever the iterator raises.
+    """
+    abandoned = threading.Event()
+
+    def check() -> None:
+        if abandoned.is_set():
+            raise _Abandoned
+
+    iterator: Iterator[T] | None = None
+    step: asyncio.Future[object] | None = None
+    try:
+        iterator = await asyncio.to_thread(start, check)
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, iterator, _END))
+            # Shielded: a thread cannot be cancelled, and must be known to have ended.
+            item = await asyncio.shield(step)
+            if item is _END:
+                return
+            yield cast(T, item)
+    finally:
+        abandoned.set()
+        if isinstance(iterator, Generator):
+            if step is None or step.done():
+                iterator.close()
+            else:
+                step.add_done_callback(lambda done: _close(done, iterator))
+
+
+def _close(step: asyncio.Future[object], iterator: Generator[object, None, None]) -> None:
+    if not step.cancelled():
+        step.exception()  # retrieved, or asyncio would log it as lost
+    iterator.close()

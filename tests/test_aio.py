@@ -1,0 +1,119 @@
+"""Generation under asyncio: the loop stays free, cancellation stops it, the model stays usable."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+from conftest import tiny_model, tiny_tokenizer
+
+from rapid_llm.config import SamplingParams
+from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine import session as session_module
+from rapid_llm.engine.forward import Forward
+from rapid_llm.errors import InvalidParameterError
+
+PROMPT, DRAFT = [5, 9, 31, 7, 44, 12], [31, 7]
+SAMPLING = SamplingParams(max_new_tokens=30, ignore_eos=True)
+
+
+@pytest.fixture
+def decoder() -> RapidDecoder:
+    return RapidDecoder(tiny_model(), tiny_tokenizer())
+
+
+@pytest.fixture
+def slow_passes(monkeypatch) -> list[int]:
+    """Forward passes that take 20 ms, and how many tokens each has read."""
+    passes: list[int] = []
+    original = Forward.__call__
+
+    def slow(forward, tokens, cache, keep_logits):
+        passes.append(len(tokens))
+        time.sleep(0.02)
+        return original(forward, tokens, cache, keep_logits)
+
+    monkeypatch.setattr(Forward, "__call__", slow)
+    return passes
+
+
+async def collect(decoder: RapidDecoder) -> list[int]:
+    chunks = decoder.astream(PROMPT, DRAFT, sampling=SAMPLING)
+    return [token async for chunk in chunks for token in chunk.token_ids]
+
+
+def test_the_same_tokens_as_without_asyncio(decoder):
+    expected = decoder.generate(PROMPT, DRAFT, sampling=SAMPLING).token_ids
+
+    async def together():
+        return await asyncio.gather(*(collect(decoder) for _ in range(3)))
+
+    assert asyncio.run(together()) == [expected] * 3
+
+
+def test_other_tasks_run_during_a_pass(decoder, slow_passes):
+    async def main() -> int:
+        task, ticks = asyncio.ensure_future(collect(decoder)), 0
+        while not task.done():
+            ticks += 1
+            await asyncio.sleep(0.001)
+        return ticks
+
+    # A blocked loop would tick once a pass at most, in the gaps between them.
+    assert asyncio.run(main()) > 2 * len(slow_passes)
+
+
+def test_a_cancelled_task_stops_within_one_round(decoder, slow_passes):
+    async def main() -> tuple[int, int]:
+        task = asyncio.ensure_future(collect(decoder))
+        while len(slow_passes) < 5:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        at_cancel = len(slow_passes)
+        await asyncio.sleep(0.5)
+        return at_cancel, len(slow_passes)
+
+    at_cancel, afterwards = asyncio.run(main())
+    assert afterwards - at_cancel <= 11  # the rest of one round: 10 drafts and a verification
+    assert len(decoder.generate(PROMPT, DRAFT, sampling=SAMPLING).token_ids) == 30
+
+
+def test_a_cancelled_prefill_stops_at_the_next_chunk(decoder, slow_passes, monkeypatch):
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+
+    async def main() -> None:
+        stream = decoder.astream([5] * 400, sampling=SAMPLING)
+        task = asyncio.ensure_future(anext(stream))
+        while len(slow_passes) < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.3)
+
+    asyncio.run(main())
+    assert len(slow_passes) < 8
+
+
+def test_a_stream_may_be_left_early(decoder):
+    async def main() -> int:
+        stream = decoder.astream(PROMPT, DRAFT, sampling=SAMPLING)
+        async for chunk in stream:
+            await stream.aclose()
+            return len(chunk.token_ids)
+        return 0
+
+    assert asyncio.run(main()) > 0
+
+
+def test_errors_arrive(decoder):
+    async def main() -> None:
+        async for _ in decoder.astream([999], sampling=SAMPLING):
+            pass
+
+    with pytest.raises(InvalidParameterError, match="999"):
+        asyncio.run(main())
