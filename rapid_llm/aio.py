@@ -12,7 +12,7 @@ T = TypeVar("T")
 _END = object()
 
 
-class _Abandoned(Exception):
+class _AbandonedError(Exception):
     """Nobody waits for the iterator any more. Never seen by callers."""
 
 
@@ -30,7 +30,7 @@ async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) 
 
     def check() -> None:
         if abandoned.is_set():
-            raise _Abandoned
+            raise _AbandonedError
 
     iterator: Iterator[T] | None = None
     step: asyncio.Future[object] | None = None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from math import isfinite
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from rapid_llm.errors import InvalidParameterError
 
@@ -135,3 +135,29 @@ class SpeculationConfig:
     def transfer_strength(self) -> float:
         """η as it is applied: 0 in ``exact`` mode."""
         return 0.0 if self.mode == "exact" else self.eta
+
+
+def from_options(options: Mapping[str, Any]) -> tuple[SamplingParams, SpeculationConfig]:
+    """Sort flat options, as the frameworks pass them, into the two dataclasses.
+
+    Args:
+        options: names of either dataclass's attributes, or ``max_tokens`` for
+            ``max_new_tokens``; None leaves the default (but for ``seed``, where None is a value).
+
+    Raises:
+        InvalidParameterError: an unknown name, or a value outside its range.
+    """
+    given = {"max_new_tokens" if k == "max_tokens" else k: v for k, v in options.items()}
+    given = {k: v for k, v in given.items() if v is not None or k == "seed"}
+    sampling, speculation = (
+        {field.name for field in fields(kind)} for kind in (SamplingParams, SpeculationConfig)
+    )
+    if unknown := given.keys() - sampling - speculation:
+        raise InvalidParameterError(
+            f"unknown option {min(unknown)!r}; known are "
+            + ", ".join(sorted(sampling | speculation | {"max_tokens"}))
+        )
+    return (
+        SamplingParams(**{k: v for k, v in given.items() if k in sampling}),
+        SpeculationConfig(**{k: v for k, v in given.items() if k in speculation}),
+    )

@@ -115,9 +115,7 @@ class RapidDecoder:
         self.target = Forward(target, name or _name_of(target), attn_implementation)
         self.drafter = self.target
         if drafter is not None and drafter is not target:
-            self.drafter = Forward(
-                drafter, drafter_name or _name_of(drafter), attn_implementation
-            )
+            self.drafter = Forward(drafter, drafter_name or _name_of(drafter), attn_implementation)
             self._check_tokenizers(drafter_tokenizer)
         self._eos = _eos_ids(target, tokenizer)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     CONFIG_MAPPING,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )

@@ -70,9 +70,7 @@ def test_greedy_without_transfer_is_what_transformers_generates(architecture, ga
 def test_a_larger_drafter_of_another_width_drafts_for_a_smaller_target(mode):
     target = tiny_model(eos_token_id=None)
     drafter = tiny_model("qwen3", hidden_size=64, num_hidden_layers=3, vocab_size=80)
-    decoder = RapidDecoder(
-        target, tiny_tokenizer(), drafter, drafter_tokenizer=tiny_tokenizer()
-    )
+    decoder = RapidDecoder(target, tiny_tokenizer(), drafter, drafter_tokenizer=tiny_tokenizer())
     result = decoder.generate(
         TARGET_PROMPT,
         DRAFT_PROMPT,
@@ -97,9 +95,7 @@ def test_repetition_penalty_follows_transformers():
     reference = transformers_greedy(model, TARGET_PROMPT, 40, repetition_penalty=1.3)
     assert reference != transformers_greedy(model, TARGET_PROMPT, 40)
     for draft_prompt in (None, DRAFT_PROMPT):
-        result = decoder.generate(
-            TARGET_PROMPT, draft_prompt, sampling=sampling, speculation=EXACT
-        )
+        result = decoder.generate(TARGET_PROMPT, draft_prompt, sampling=sampling, speculation=EXACT)
         assert result.token_ids == reference
 
 
@@ -109,9 +105,7 @@ def test_repetition_penalty_follows_transformers():
 @pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
 def test_top_k_and_top_p_bound_every_token(decoder, limits, mode):
     """No mode may emit a token that the target's own top-k and top-p rule out."""
-    sampling = SamplingParams(
-        temperature=1.5, max_new_tokens=30, seed=5, ignore_eos=True, **limits
-    )
+    sampling = SamplingParams(temperature=1.5, max_new_tokens=30, seed=5, ignore_eos=True, **limits)
     result = decoder.generate(
         TARGET_PROMPT,
         DRAFT_PROMPT,
@@ -232,9 +226,7 @@ def test_each_prompt_is_read_once_and_each_round_is_one_target_pass(decoder, mon
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", 5)
     counted = CountedForward(monkeypatch)
     speculation = SpeculationConfig(gamma=3, mode="exact")
-    result = decoder.generate(
-        TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY, speculation=speculation
-    )
+    result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY, speculation=speculation)
     stats = result.stats
     assert counted.passes[:4] == [3, 5, 5, 1]  # both prompts, in chunks, but for the last token
     rounds = Counter(counted.passes[4:])
@@ -252,9 +244,7 @@ def test_kv_memory_follows_the_formula(decoder, monkeypatch, draft_prompt):
     layers, kv_heads, dim, float32 = 2, 2, 8, 4
     bytes_per_token = layers * 2 * kv_heads * dim * float32
     expected = sorted(
-        (len(prompt) + 40) * bytes_per_token
-        for prompt in (TARGET_PROMPT, draft_prompt)
-        if prompt
+        (len(prompt) + 40) * bytes_per_token for prompt in (TARGET_PROMPT, draft_prompt) if prompt
     )
     assert sorted(cache.nbytes for cache in counted.caches.values()) == expected
 

@@ -71,8 +71,15 @@ def test_every_supported_type_is_compared():
     [
         GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64),
         MambaConfig(num_hidden_layers=1, hidden_size=16, state_size=4, vocab_size=64),
-        Gemma2Config(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, head_dim=8,
-                     num_key_value_heads=1, intermediate_size=16, vocab_size=64),  # fmt: skip
+        Gemma2Config(
+            num_hidden_layers=1,
+            hidden_size=16,
+            num_attention_heads=2,
+            head_dim=8,
+            num_key_value_heads=1,
+            intermediate_size=16,
+            vocab_size=64,
+        ),
     ],
     ids=lambda config: config.model_type,
 )

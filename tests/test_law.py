@@ -83,9 +83,7 @@ def counts(decoder: RapidDecoder, samples: int = SAMPLES, seed: int = 0, **confi
     table = torch.zeros(VOCAB, VOCAB)
     speculation = SpeculationConfig(eta=ETA, **config)
     for i in range(samples):
-        sampling = SamplingParams(
-            temperature=0.8, max_new_tokens=2, seed=seed + i, ignore_eos=True
-        )
+        sampling = SamplingParams(temperature=0.8, max_new_tokens=2, seed=seed + i, ignore_eos=True)
         result = decoder.generate(
             TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling, speculation=speculation
         )

@@ -57,7 +57,7 @@ def test_nothing_retrieved_leaves_the_target_with_everything():
 
 def test_documents_that_cannot_be_found_are_named():
     for documents in (TEXTS, TEXTS.get):
-        with pytest.raises(DocumentError, match="'z'.*add it"):
+        with pytest.raises(DocumentError, match=r"'z'.*add it"):
             ground([Passage("x", "z")], documents)
         with pytest.raises(DocumentError, match="does not say"):
             ground([Passage("x")], documents)

@@ -1,7 +1,7 @@
 """The drafter's context: reading, chunking, embedding, storing and retrieving documents."""
 
 from rapid_llm.context.builder import Chunk, ContextBuilder, RetrievalContext
-from rapid_llm.context.chunking import Span, TokenCounter, split_text
+from rapid_llm.context.chunking import Span, count_tokens, split_text
 from rapid_llm.context.documents import read_document
 from rapid_llm.context.embedding import (
     DEFAULT_EMBEDDER,
@@ -18,7 +18,7 @@ __all__ = [
     "Embedder",
     "RetrievalContext",
     "Span",
-    "TokenCounter",
+    "count_tokens",
     "load_embedder",
     "read_document",
     "split_text",

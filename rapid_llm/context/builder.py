@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import floor, isfinite
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, TokenCounter, split_text
+from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, count_tokens, split_text
 from rapid_llm.context.embedding import (
     DEFAULT_EMBEDDER,
     EMBEDDING_BATCH,
@@ -81,8 +81,8 @@ class ContextBuilder:
     One builder may be called from several threads, one at a time embedding.
 
     Args:
-        tokenizer: the target's transformers tokenizer; all token counts are in its tokens. Special
-            tokens' strings inside a document count as ordinary text.
+        tokenizer: the target's transformers tokenizer; all token counts are in its tokens. Control
+            tokens inside a document count as ordinary text.
         embedder: what ``load_embedder`` takes; loaded at the first ``build``. A chunk longer than
             the embedder's window is embedded by its beginning.
         chunk_tokens: the most tokens a chunk may have, at least 32.
@@ -119,7 +119,8 @@ class ContextBuilder:
             raise InvalidParameterError(
                 f"compression={compression!r} is not allowed: give a number of at least 1"
             )
-        self._count = TokenCounter(tokenizer)
+        self._tokenizer = tokenizer
+        self._count = partial(count_tokens, tokenizer=tokenizer)
         self._chunk_tokens = chunk_tokens
         self._threshold = threshold
         self._min_budget_tokens = min_budget_tokens
@@ -174,7 +175,7 @@ class ContextBuilder:
         )
 
     def _split_document(self, text: str) -> _Split:
-        return _Split(split_text(text, self._count, self._chunk_tokens), self._count(text))
+        return _Split(split_text(text, self._tokenizer, self._chunk_tokens), self._count(text))
 
     def _search(
         self, split: Mapping[str, _Split], question: str, progress: Progress | None

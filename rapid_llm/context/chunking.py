@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,42 +26,19 @@ class Span:
     tokens: int
 
 
-class TokenCounter:
-    """Counts the tokens of document text: ``counter(text) -> int``.
+def count_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of document text: control tokens in it count as the ordinary text they will be."""
+    from rapid_llm.encoding import encode_literal  # here, because it imports torch
 
-    Document text is data, so ``<|im_end|>`` in it counts as the ordinary characters that it will
-    be encoded as; no BOM, BOS or EOS is added.
-
-    Args:
-        tokenizer: any transformers tokenizer. A fast one is copied, because counting changes a
-            setting that another thread's encoding may rely on.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._encode: Callable[[str], Sized]
-        if tokenizer.is_fast:
-            backend = deepcopy(tokenizer.backend_tokenizer)
-            backend.encode_special_tokens = True
-            backend.no_truncation()
-            backend.no_padding()
-            self._encode = partial(backend.encode, add_special_tokens=False)
-        else:
-            self._encode = partial(
-                tokenizer.encode, add_special_tokens=False, split_special_tokens=True
-            )
-
-    def __call__(self, text: str) -> int:
-        return len(self._encode(text))
+    return len(encode_literal(text, tokenizer))
 
 
-def split_text(
-    text: str, tokenizer: PreTrainedTokenizerBase | TokenCounter, max_tokens: int = 512
-) -> list[Span]:
+def split_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 512) -> list[Span]:
     """Cut a text into chunks at the largest borders (paragraph, sentence, word) that fit.
 
     Args:
         text: the document.
-        tokenizer: the target's tokenizer, or its ``TokenCounter`` to cut many texts.
+        tokenizer: the target's tokenizer.
         max_tokens: the limit of each chunk, at least 32.
 
     Returns:
@@ -77,8 +52,8 @@ def split_text(
         raise InvalidParameterError(
             f"max_tokens={max_tokens} is too small for a chunk: give at least {MIN_CHUNK_TOKENS}"
         )
-    count = tokenizer if isinstance(tokenizer, TokenCounter) else TokenCounter(tokenizer)
-    # A callback, because the splitter's own tokenizer support takes special tokens for one token.
+    # A callback, because the splitter's own tokenizer support takes control tokens for one token.
+    count = partial(count_tokens, tokenizer=tokenizer)
     splitter = TextSplitter.from_callback(count, max_tokens)
     return [
         Span(start, start + len(chunk), count(chunk))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rapid_llm.encoding import encode_literal, encode_prompt, literal_encoding
+from rapid_llm.encoding import Prompt, encode_literal, encode_prompt, literal_encoding
 from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
 
 INSTRUCTION = "Answer the question in one short sentence, using only the text above."
@@ -63,6 +64,58 @@ def truncate_middle(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: i
     return ""
 
 
+def fit_prompt(
+    document: str,
+    render: Callable[[str], Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    max_new_tokens: int,
+    truncate: Literal["middle"] | None = None,
+) -> Prompt:
+    """A prompt with a document that fits into a context window.
+
+    Args:
+        document: the whole document.
+        render: makes the prompt around what it is given of the document.
+        tokenizer: the target's fast tokenizer.
+        window: tokens that the target can hold.
+        max_new_tokens: tokens kept free for the answer.
+        truncate: ``middle`` leaves out the middle of a document that is too long; None refuses it.
+
+    Raises:
+        ContextWindowError: the document does not fit (``truncate=None``), or nothing of it would.
+        InvalidParameterError: ``truncate`` is unknown, or the prompt cannot be encoded.
+    """
+    if truncate not in ("middle", None):
+        raise InvalidParameterError(
+            f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
+        )
+    prompt = render(document)
+    room = window - max_new_tokens
+    tokens = len(encode_prompt(prompt, tokenizer))
+    if tokens <= room:
+        return prompt
+    if truncate is None:
+        raise ContextWindowError(
+            f"the prompt of {tokens} tokens and max_new_tokens={max_new_tokens} exceed the context "
+            f"window of {window} tokens by {tokens - room}: shorten the document or truncate its "
+            "middle (truncate='middle')"
+        )
+    frame = len(encode_prompt(render(""), tokenizer))
+    keep = room - frame
+    while keep > 0:
+        prompt = render(truncate_middle(document, tokenizer, keep))
+        excess = len(encode_prompt(prompt, tokenizer)) - room
+        if excess <= 0:
+            return prompt
+        keep -= excess  # a document can meet its surroundings in a token more than nothing does
+    raise ContextWindowError(
+        f"the prompt has {frame} tokens without the document, which with max_new_tokens="
+        f"{max_new_tokens} leaves no room for it in the context window of {window} tokens: "
+        "shorten the question or lower max_new_tokens"
+    )
+
+
 def fit_document(
     document: str,
     question: str,
@@ -70,52 +123,16 @@ def fit_document(
     window: int,
     max_new_tokens: int,
     truncate: Literal["middle"] | None = None,
-    *,
-    instruction: str = INSTRUCTION,
-) -> list[dict[str, str]]:
-    """``build_messages`` for a context window.
-
-    Args:
-        document: the whole document.
-        question: what is asked about it.
-        tokenizer: the target's tokenizer, with its chat template.
-        window: tokens that the target can hold.
-        max_new_tokens: tokens kept free for the answer.
-        truncate: ``middle`` leaves out the middle of a document that is too long; None refuses it.
-        instruction: see ``build_messages``.
-
-    Raises:
-        ContextWindowError: the document does not fit (``truncate=None``), or nothing of it would.
-        DocumentError: the document or the question is empty.
-        InvalidParameterError: ``truncate`` is unknown, or there is no chat template.
-    """
-    if truncate not in ("middle", None):
-        raise InvalidParameterError(
-            f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
-        )
-    messages = build_messages(document, question, instruction=instruction)
-    room = window - max_new_tokens
-    tokens = len(encode_prompt(messages, tokenizer))
-    if tokens <= room:
-        return messages
-    if truncate is None:
-        raise ContextWindowError(
-            f"the prompt of {tokens} tokens and max_new_tokens={max_new_tokens} exceed the context "
-            f"window of {window} tokens by {tokens - room}: shorten the document or truncate its "
-            "middle (truncate='middle')"
-        )
-    frame = len(encode_prompt(_messages("", question, instruction), tokenizer))
-    keep = room - frame
-    while keep > 0:
-        messages = _messages(truncate_middle(document, tokenizer, keep), question, instruction)
-        excess = len(encode_prompt(messages, tokenizer)) - room
-        if excess <= 0:
-            return messages
-        keep -= excess  # a document can meet its surroundings in a token more than nothing does
-    raise ContextWindowError(
-        f"the prompt has {frame} tokens without the document, which with max_new_tokens="
-        f"{max_new_tokens} leaves no room for it in the context window of {window} tokens: "
-        "shorten the question or lower max_new_tokens"
+) -> Prompt:
+    """:func:`fit_prompt` around :func:`build_messages`, which see for the errors."""
+    build_messages(document, question)  # refuses an empty document or question
+    return fit_prompt(
+        document,
+        lambda part: _messages(part, question, INSTRUCTION),
+        tokenizer,
+        window,
+        max_new_tokens,
+        truncate,
     )
 
 
