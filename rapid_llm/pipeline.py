@@ -28,7 +28,7 @@ class Inquiry:
 
     Args:
         decoder: the models.
-        builder: retrieves the drafter's context; ``lc`` never calls it.
+        builder: retrieves the drafter's context; None will do for ``lc``, which needs none.
         documents: their texts; the target reads them in this order.
         question: what is asked about them.
         sampling: how tokens are drawn.
@@ -41,7 +41,7 @@ class Inquiry:
     def __init__(
         self,
         decoder: RapidDecoder,
-        builder: ContextBuilder,
+        builder: ContextBuilder | None,
         documents: Sequence[str],
         question: str,
         *,
@@ -64,9 +64,14 @@ class Inquiry:
         """What the drafter reads; retrieved when first asked for.
 
         Raises:
+            InvalidParameterError: there is no context builder.
             DocumentError: a document or the question is empty or not text.
             ModelError, MissingDependencyError: the embedder cannot be loaded.
         """
+        if self._builder is None:
+            raise InvalidParameterError(
+                "builder=None retrieves nothing; give a ContextBuilder, or use method 'lc'"
+            )
         progress = self._progress
         return self._builder.build(
             self.documents,

@@ -131,6 +131,21 @@ class Recorder:
         return hash_vector(text) if self.inner is None else self.inner.embed_query(text)
 
 
+class Scores:
+    """An embedder that gives each text a chosen similarity to every question."""
+
+    def __init__(self, name: str, scores: dict[str, float]) -> None:
+        self.name = name
+        self.scores = scores
+
+    def embed_documents(self, texts: Sequence[str]) -> Vectors:
+        cosines = np.array([self.scores[text] for text in texts])
+        return np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1).astype(np.float32)
+
+    def embed_query(self, text: str) -> Vectors:
+        return np.array([1, 0], dtype=np.float32)
+
+
 def hash_vector(text: str) -> Vectors:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     vector = np.random.default_rng(seed).standard_normal(16).astype(np.float32)
@@ -412,18 +427,17 @@ def line_spans(lines: Sequence[str]) -> tuple[str, list[Span]]:
     return "\n".join(lines), spans
 
 
-@pytest.mark.parametrize("distinct", [1, 40, 1500])
-def test_search_is_exact_even_among_near_duplicates(distinct: int) -> None:
-    text, spans = line_spans([f"{i} line" for i in range(1500)])
+@pytest.mark.parametrize("spread", [0, 1e-3, 1])
+def test_search_is_exact_even_among_near_duplicates(spread: float) -> None:
+    count = 1000
+    text, spans = line_spans([f"{i} line" for i in range(count)])
     rng = np.random.default_rng(0)
-    vectors = np.repeat(rng.standard_normal((distinct, 24)), -(-1500 // distinct), axis=0)[:1500]
-    vectors += 1e-3 * rng.standard_normal(vectors.shape)
+    vectors = rng.standard_normal(64) + spread * rng.standard_normal((count, 64))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    document = ChunkStore().open(text, spans, f"exact-{distinct}")
-    for start in range(0, 1500, 100):
+    document = ChunkStore().open(text, spans, f"spread {spread}")
+    for start in range(0, count, 100):
         document.add(range(start, start + 100), vectors[start : start + 100])
-    query = hash_vector("query")
-    query = np.concatenate([query, query[:8]]) / np.sqrt(1 + query[:8] @ query[:8])
+    query = vectors[7]
     hits = document.search(query)
     assert [score for _, score in hits] == sorted((s for _, s in hits), reverse=True)
     scores = dict(hits)
@@ -474,6 +488,13 @@ def test_a_document_is_embedded_once(
     renamed = Recorder(f"once-more-{persistent}", minilm)
     ContextBuilder(tokenizer, renamed, **options).build(DOCUMENT, QUESTIONS["bread"])
     assert len(renamed.embedded) == len(TOPICS)
+
+
+def test_documents_of_the_same_shape_are_kept_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = ["The cat sat down.", "The dog ran away."]
+    builder = ContextBuilder(tokenizer, Scores("shape", dict(zip(texts, [0.5, 0.9], strict=True))))
+    scores = [builder.build(text, "question").chunks[0].score for text in texts]
+    assert scores == pytest.approx([0.5, 0.9])
 
 
 STORE_IN_A_PROCESS = """
@@ -636,17 +657,20 @@ def test_the_budget_grows_with_the_documents(
 
 
 def test_a_chunk_that_no_longer_fits_leaves_room_for_a_smaller_one(
-    tokenizer: PreTrainedTokenizerBase, minilm: Embedder
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    documents = [TOPICS["whale"], TOPICS["whale"] + " It is blue.", "Blue whales eat krill."]
-    sizes = [ordinary_tokens(tokenizer, text) for text in documents]
-    builder = ContextBuilder(
-        tokenizer, minilm, chunk_tokens=64, min_budget_tokens=sizes[1] + sizes[2] + 4
-    )
-    context = builder.build(documents[1:2] + documents, "Blue whales eat krill and are blue.")
-    check_context(context, documents[1:2] + documents, tokenizer)
-    assert [chunk.text for chunk in context.chunks if chunk.text == documents[2]]
-    assert len(context.chunks) == 2
+    short = ["Blue whales eat krill.", "Pawns are promoted."]
+    documents = [short[0], TOPICS["whale"], TOPICS["chess"], short[1]]
+    embedder = Scores("skip", dict(zip(documents, [0.6, 0.9, 0.8, 0.7], strict=True)))
+    context = ContextBuilder(
+        tokenizer,
+        embedder,
+        chunk_tokens=64,
+        min_budget_tokens=ordinary_tokens(tokenizer, "\n\n".join([TOPICS["whale"], *short])),
+    ).build(documents, "question")
+    check_context(context, documents, tokenizer)
+    assert [chunk.document for chunk in context.chunks] == [0, 1, 3]
+    assert [chunk.score for chunk in context.chunks] == pytest.approx([0.6, 0.9, 0.7])
 
 
 def test_nothing_above_the_threshold(builder: ContextBuilder) -> None:

@@ -16,6 +16,7 @@ from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine import session as session_module
 from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.errors import (
     ContextWindowError,
     InvalidParameterError,
@@ -290,8 +291,7 @@ def test_a_closed_stream_leaves_nothing_behind(decoder, expected, monkeypatch):
 @pytest.mark.parametrize("at", [1, 3, 12])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
 def test_an_interrupt_leaves_nothing_behind(decoder, expected, monkeypatch, at, error):
-    layer = decoder.target.model.model.layers[1]
-    original, calls = layer.forward, iter(range(1000))
+    original, calls = PreallocatedLayer.update, iter(range(1000))
 
     def interrupted(*args, **kwargs):
         if next(calls) == at:
@@ -299,7 +299,7 @@ def test_an_interrupt_leaves_nothing_behind(decoder, expected, monkeypatch, at, 
         return original(*args, **kwargs)
 
     with monkeypatch.context() as context:
-        context.setattr(layer, "forward", interrupted)
+        context.setattr(PreallocatedLayer, "update", interrupted)
         with pytest.raises(error):
             decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
     assert decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY).token_ids == expected

@@ -400,8 +400,11 @@ def test_control_tokens_added_later_are_respected() -> None:
     tokenizer = byte_level()
     encode_prompt(user("a<|im_end|>b"), tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    tokenizer.chat_template += "<|new|>"
     ids = encode_prompt(user("a<|new|>b"), tokenizer)
-    assert tokenizer.convert_tokens_to_ids("<|new|>") not in ids
+    new = tokenizer.convert_tokens_to_ids("<|new|>")
+    assert [i for i in ids if i == new] == [new]
+    assert ids[-1] == new
     assert "a<|new|>b" in tokenizer.decode(ids)
 
 

@@ -95,6 +95,44 @@ def test_bidirectional_gemma_is_refused():
         Forward(model, "some-model")
 
 
+def test_the_lean_pass_is_for_plain_models_of_the_family_only():
+    for architecture in ARCHITECTURES:
+        family = architecture.split("-")[0] in {"llama", "mistral", "qwen2", "qwen3"}
+        model = tiny_model(architecture)
+        assert Forward(model, "x").lean == family
+        assert not Forward(model, "x", "sdpa").lean
+    hooked = tiny_model()
+    hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert not Forward(hooked, "x").lean
+    adapted = tiny_model()
+    adapted.lm_head = torch.nn.Sequential(adapted.lm_head)
+    adapted.model.layers[1].mlp.up_proj = type("Adapter", (torch.nn.Linear,), {})(32, 48)
+    assert not Forward(adapted, "x").lean
+    assert not Forward(tiny_model(hidden_act="gelu"), "x").lean
+
+
+@pytest.mark.parametrize("changes", [
+    {"attention_bias": True, "mlp_bias": True},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+                         "original_max_position_embeddings": 32}},
+    {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0,
+                         "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 32}},
+    {"tie_word_embeddings": True}, {"head_dim": 16}, {"num_key_value_heads": 4},
+    {"num_key_value_heads": 1},
+], ids=str)  # fmt: skip
+def test_the_lean_pass_follows_the_config(changes):
+    model = tiny_model("llama", **changes)
+    for parameter in model.parameters():  # biases and norms are 0 and 1 in a new model
+        parameter.data += torch.randn_like(parameter) * 0.05
+    ids = torch.randint(3, 64, (60,))
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0, 40:]
+    forward = Forward(model, "x")
+    assert forward.lean
+    torch.testing.assert_close(run_as_decoder(forward, ids), expected, **TOLERANCE)
+
+
 def test_unknown_attention_is_refused():
     with pytest.raises(ModelError, match=r"'fast' is unknown.*rapid, sdpa"):
         Forward(tiny_model(), "some-model", "fast")
@@ -108,15 +146,16 @@ def test_the_callers_model_is_left_as_it_was():
     assert model.config._attn_implementation == before
 
 
-def test_a_failed_pass_leaves_the_cache_as_it_was(monkeypatch):
-    model = tiny_model()
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_failed_pass_leaves_the_cache_as_it_was(architecture, monkeypatch):
+    model = tiny_model(architecture)
     forward = Forward(model, "x")
     session = Session(forward, 20)
     ids = torch.arange(3, 13)
     with torch.inference_mode():
         session.prefill(ids[:5].tolist())
         with monkeypatch.context() as broken:
-            broken.setattr(model.model.layers[1].mlp, "forward", lambda _: 1 / 0)
+            broken.setattr(session.cache.layers[1], "update", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 session.extend(ids[5:])
         assert session.length == 5

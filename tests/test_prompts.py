@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rapid_llm.context.prompts import INSTRUCTION, build_messages, fit_document, truncate_middle
+from rapid_llm.context.prompts import (
+    INSTRUCTION,
+    build_messages,
+    fit_document,
+    fit_prompt,
+    truncate_middle,
+)
 from rapid_llm.encoding import encode_literal, encode_prompt
 from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
 from rapid_llm.models import packaged_model
@@ -169,11 +175,19 @@ def test_a_long_document_is_shortened_just_enough(kind: str, text: str) -> None:
         assert messages[0]["content"].endswith(f"{INSTRUCTION}\n\nQuestion: Why?")
 
 
-def test_the_instruction_is_kept() -> None:
-    messages = fit_document(
-        PARAGRAPH * 9, "Why?", smollm2(), 200, 16, "middle", instruction="Be brief."
-    )
-    assert "Be brief." in messages[0]["content"]
+def test_any_prompt_around_a_document_can_be_fitted() -> None:
+    """A pipeline brings its own wording, as text or messages."""
+    tokenizer = smollm2()
+
+    def render(document: str) -> str:
+        return f"Read this:\n{document}\nNow sum it up."
+
+    assert fit_prompt(PARAGRAPH, render, tokenizer, 200, 16) == render(PARAGRAPH)
+    prompt = fit_prompt(PARAGRAPH * 9, render, tokenizer, 200, 16, "middle")
+    assert isinstance(prompt, str)
+    assert prompt.startswith("Read this:\nThe lamp")
+    assert prompt.endswith("under the rain.\n\n\nNow sum it up.")
+    assert 200 - 16 - 8 <= len(encode_prompt(prompt, tokenizer)) <= 200 - 16
 
 
 def test_a_long_document_is_refused_with_both_numbers() -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from rapid_llm.engine import attention
 from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.lean import is_lean, lean_logits
 from rapid_llm.errors import ModelError
 
 SUPPORTED = frozenset(
@@ -48,12 +49,13 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
 
 
 class Forward:
-    """Runs a model's own forward pass with our attention and cache.
+    """Runs a model over our cache: a lean forward pass where there is one, or its own.
 
     Args:
         model: a decoder-only transformers model.
         name: what errors and results call it.
-        attn_implementation: ``rapid`` (ours), or one of transformers' own.
+        attn_implementation: ``rapid`` (ours), or one of transformers' own, which always runs
+            the model's own forward pass.
 
     Raises:
         ModelError: the architecture or the attention implementation is not supported.
@@ -80,6 +82,7 @@ class Forward:
         self.config = model.config.get_text_config()
         if getattr(self.config, "use_bidirectional_attention", None):
             raise ModelError(f"{name} attends in both directions; a causal model is needed")
+        self.lean = attn_implementation == attention.NAME and is_lean(model)
         self._lock = _lock_of(model)
 
     @property
@@ -118,22 +121,30 @@ class Forward:
             float32 ``[keep_logits, vocab_size]``.
         """
         start = cache.length
-        ids = tokens.to(self.device, non_blocking=True)[None]
-        positions = torch.arange(start, start + ids.shape[1], device=self.device)[None]
+        ids = tokens.to(self.device, non_blocking=True)
+        positions = torch.arange(start, start + ids.shape[0], device=self.device)
+        run = self._lean_pass if self.lean else self._own_pass
         try:
-            with self._lock, self._attention():
-                output = self.model(
-                    input_ids=ids,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=keep_logits,
-                )
+            with self._lock:
+                return run(ids, positions, cache, keep_logits).float()
         except BaseException:
             cache.rollback(start)
             raise
+
+    def _lean_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+        return lean_logits(self.model, ids, positions, cache, keep)
+
+    def _own_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+        with self._attention():
+            output = self.model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
         logits: Tensor = output.logits[0]
-        return logits.float()
+        return logits
 
     @contextmanager
     def _attention(self) -> Iterator[None]:

@@ -1,0 +1,104 @@
+"""A lean forward pass of the Llama family, over the loaded model's own weights.
+
+transformers' forward spends more time between the matrix products of a small step than in them.
+This one does the same arithmetic with a third of the calls. It is used for exactly the classes
+below with plain linear layers; anything else (quantized, adapted, hooked) runs its own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+from rapid_llm.engine.attention import attend
+from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
+
+FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+_PLAIN = (nn.Linear, nn.Embedding)
+
+
+def is_lean(model: PreTrainedModel) -> bool:
+    """Whether :func:`lean_logits` computes what this model's own forward would."""
+    if type(model) not in FAMILY or model.config.hidden_act != "silu":
+        return False
+    if len({parameter.device for parameter in model.parameters()}) != 1:
+        return False
+    return all(
+        not hasattr(module, "_hf_hook")
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and (type(module) in _PLAIN or not list(module.parameters(recurse=False)) or _norm(module))
+        for module in model.modules()
+    )
+
+
+def _norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def lean_logits(
+    model: Any, ids: Tensor, positions: Tensor, cache: KVCache, keep_logits: int
+) -> Tensor:
+    """Append int64 ``[n]`` tokens at ``positions`` ``[n]`` to the cache.
+
+    Returns:
+        ``[keep_logits, vocab]`` in the model's dtype.
+    """
+    body = model.model
+    x = F.embedding(ids, body.embed_tokens.weight)
+    # The model's own rotary module, so that every kind of scaling is right.
+    cos, sin = body.rotary_emb(x, position_ids=positions[None])
+    half = cos.shape[-1] // 2
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    rotary = cos[0][:, None], signed[0][:, None]
+    for layer, kv in zip(body.layers, cache.layers, strict=True):
+        x = x + _attention(layer.self_attn, _rms_norm(x, layer.input_layernorm), rotary, kv)
+        x = x + _mlp(layer.mlp, _rms_norm(x, layer.post_attention_layernorm))
+    return _linear(_rms_norm(x[-keep_logits:], body.norm), model.lm_head)
+
+
+def _attention(
+    module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], kv: PreallocatedLayer
+) -> Tensor:
+    n, dim = x.shape[0], module.head_dim
+    query = _linear(x, module.q_proj).view(n, -1, dim)
+    key = _linear(x, module.k_proj).view(n, -1, dim)
+    value = _linear(x, module.v_proj).view(n, -1, dim)
+    if hasattr(module, "q_norm"):  # Qwen3
+        query, key = _rms_norm(query, module.q_norm), _rms_norm(key, module.k_norm)
+    heads = query.shape[1]
+    rotated = _rotate(torch.cat([query, key], dim=1), rotary).transpose(0, 1)
+    keys, values = kv.update(rotated[None, heads:], value.transpose(0, 1)[None])
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    mixed = attend(rotated[:heads], keys[0], values[0], module.scaling, window)
+    return _linear(mixed.transpose(0, 1).reshape(n, -1), module.o_proj)
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of ``[n, heads, dim]``: x cos + (-x2, x1) sin, with x = (x1, x2)."""
+    cos, signed_sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    gated = F.silu(_linear(x, module.gate_proj)).mul_(_linear(x, module.up_proj))
+    return _linear(gated, module.down_proj)
+
+
+def _linear(x: Tensor, module: Any) -> Tensor:
+    return F.linear(x, module.weight, module.bias)
+
+
+def _rms_norm(x: Tensor, module: Any) -> Tensor:
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)

@@ -1,0 +1,185 @@
+"""From documents and a question to an answer: what each method hands to the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import tiny_model, tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from rapid_llm import (
+    ContextBuilder,
+    ContextWindowError,
+    InvalidParameterError,
+    RapidDecoder,
+    SamplingParams,
+    SpeculationConfig,
+)
+from rapid_llm.context.prompts import build_messages
+from rapid_llm.pipeline import METHODS, Inquiry
+
+TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
+FIRST = " ".join(f"w{3 + i % 20}" for i in range(90))
+SECOND = " ".join(f"w{30 + i % 20}" for i in range(90))
+QUESTION = "w31 w32 w33"
+
+
+class CountingEmbedder:
+    """Vectors that count words, so that a text is similar to the words it shares."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def embed_documents(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        self.calls += 1
+        vectors = np.full((len(texts), 64), 0.01, dtype=np.float32)
+        for row, text in enumerate(texts):
+            for word in text.split():
+                vectors[row, int(word[1:])] += 1
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def embed_query(self, text: str) -> npt.NDArray[np.float32]:
+        return self.embed_documents([text])[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer: PreTrainedTokenizerFast) -> RapidDecoder:
+    return RapidDecoder(tiny_model(), tokenizer)
+
+
+@pytest.fixture
+def embedder() -> CountingEmbedder:
+    return CountingEmbedder()
+
+
+@pytest.fixture
+def inquire(decoder: RapidDecoder, embedder: CountingEmbedder) -> Any:
+    def inquire(
+        documents: Sequence[str] = (FIRST, SECOND), *, threshold: float = 0.1, **options: Any
+    ) -> Inquiry:
+        builder = ContextBuilder(
+            decoder.tokenizer,
+            embedder,
+            chunk_tokens=32,
+            threshold=threshold,
+            min_budget_tokens=64,
+        )
+        sampling = options.pop("sampling", SamplingParams(max_new_tokens=16, ignore_eos=True))
+        return Inquiry(decoder, builder, documents, QUESTION, sampling=sampling, **options)
+
+    return inquire
+
+
+def test_the_target_reads_every_document_in_order(inquire: Any, decoder: RapidDecoder) -> None:
+    result = inquire().answer("lc")
+
+    messages = build_messages(f"{FIRST}\n\n{SECOND}", QUESTION)
+    sampling = SamplingParams(max_new_tokens=16, ignore_eos=True)
+    assert result.token_ids == decoder.generate(messages, sampling=sampling).token_ids
+    assert result.stats.method == "lc"
+
+
+def test_the_drafter_reads_what_was_retrieved(inquire: Any, decoder: RapidDecoder) -> None:
+    inquiry = inquire()
+    result = inquiry.answer("rag")
+
+    assert {chunk.document for chunk in inquiry.context.chunks} == {1}
+    messages = build_messages(inquiry.context.text, QUESTION)
+    sampling = SamplingParams(max_new_tokens=16, ignore_eos=True)
+    assert result.token_ids == decoder.generate(None, messages, sampling=sampling).token_ids
+    assert result.stats.method == "rag"
+
+
+def test_sd_is_lossless_and_rapid_transfers(inquire: Any) -> None:
+    inquiry = inquire(speculation=SpeculationConfig(gamma=3, eta=40))
+    plain, exact, rapid = (inquiry.answer(method) for method in ("lc", "sd", "rapid"))
+
+    assert exact.token_ids == plain.token_ids
+    assert exact.stats.method == "sd"
+    assert exact.stats.drafted_tokens > 0
+    assert rapid.stats.method == "rapid"
+    assert rapid.token_ids != plain.token_ids  # so strong a transfer must show in a random model
+    assert rapid.stats.draft_prompt_tokens == exact.stats.draft_prompt_tokens
+
+
+def test_methods_share_one_retrieval(inquire: Any, embedder: CountingEmbedder) -> None:
+    inquiry = inquire()
+    inquiry.answer("lc")
+    assert embedder.calls == 0
+    inquiry.answer("rapid")
+    calls = embedder.calls
+    inquiry.answer("sd")
+    inquiry.answer("rag")
+    assert embedder.calls == calls > 0
+
+
+def test_lc_needs_no_builder(decoder: RapidDecoder) -> None:
+    inquiry = Inquiry(decoder, None, [FIRST], QUESTION, sampling=SamplingParams(max_new_tokens=4))
+    assert inquiry.answer("lc").stats.method == "lc"
+    with pytest.raises(InvalidParameterError, match="ContextBuilder"):
+        inquiry.answer("rapid")
+
+
+@pytest.mark.parametrize("method", ["rapid", "sd", "rag"])
+def test_without_chunks_the_target_decodes_plainly(inquire: Any, method: Any) -> None:
+    inquiry = inquire(threshold=1.0)
+    result = inquiry.answer(method)
+
+    assert result.token_ids == inquiry.answer("lc").token_ids
+    assert result.stats.method == "lc"
+    assert result.stats.draft_skipped == inquiry.context.empty_reason
+    assert "similarity 1" in result.stats.draft_skipped
+    assert [c.stats.draft_skipped for c in inquiry.stream(method)] == [
+        inquiry.context.empty_reason
+    ] * 16
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stream_is_the_answer_in_pieces(inquire: Any, method: Any) -> None:
+    inquiry = inquire(sampling=SamplingParams(temperature=1.0, max_new_tokens=16, seed=3))
+    chunks = list(inquiry.stream(method))
+    result = inquiry.answer(method)
+
+    assert "".join(chunk.text for chunk in chunks) == result.text
+    assert [token for chunk in chunks for token in chunk.token_ids] == result.token_ids
+    assert chunks[-1].finish_reason == result.finish_reason
+    assert chunks[-1].stats.draft_skipped is None
+
+
+def test_long_documents_are_refused_or_truncated(inquire: Any) -> None:
+    long = " ".join([FIRST] * 7)  # 630 words, in a window of 512
+    with pytest.raises(ContextWindowError, match="512"):
+        inquire([long, SECOND]).answer("rapid")
+
+    inquiry = inquire([long, SECOND], truncate="middle")
+    stats = inquiry.answer("rapid").stats
+    assert 480 < stats.prompt_tokens <= 512 - 16
+    assert {chunk.document for chunk in inquiry.context.chunks} == {1}  # retrieved from the whole
+
+
+def test_progress_covers_embedding_and_both_prompts(inquire: Any) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    # Other words than in the other tests: vectors are stored once a process.
+    documents = [FIRST + " w60", SECOND + " w61"]
+    inquire(documents, progress=lambda stage, *count: seen.update({stage: count})).answer("rapid")
+
+    assert list(seen) == ["embed", "draft", "target"]
+    assert all(done == total > 0 for done, total in seen.values())
+
+
+def test_an_unknown_method_is_named(inquire: Any) -> None:
+    with pytest.raises(InvalidParameterError, match=r"'magic'.*rapid, sd, lc, rag"):
+        inquire().answer("magic")
