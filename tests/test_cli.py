@@ -1,0 +1,538 @@
+"""The command line: what it prints where, and with which status it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cache
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, get_args
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from transformers import DynamicCache
+from transformers.utils import logging
+
+from rapid_llm import ContextBuilder, InvalidParameterError, RapidDecoder, cli
+from rapid_llm.bench.plain import Report, Run, measure
+from rapid_llm.context import builder
+from rapid_llm.engine.forward import ATTENTION
+from rapid_llm.models import LoadedModel
+
+TEXT = " ".join(f"w{3 + i * i % 61}" for i in range(150))
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def save(folder: Path, *, words: int = 64, broken: bool = False) -> str:
+    """A tiny model on disk, as a user would name it."""
+    model = tiny_model(vocab_size=words)
+    if broken:
+        model.get_input_embeddings().weight.data.fill_(float("nan"))
+    tokenizer = tiny_tokenizer(words)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _no_loading_bars() -> Iterator[None]:
+    """What TQDM_DISABLE does in a process that has not imported tqdm yet."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> str:
+    path = tmp_path / "document.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def run(*arguments: object) -> Outcome:
+        status = cli.main([str(argument) for argument in arguments])
+        return Outcome(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def ask(
+    run: Callable[..., Outcome], model: str, document: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Outcome]:
+    """``ask`` about a short document: a tiny model, every chunk retrieved, a short answer."""
+    monkeypatch.setattr(builder, "load_embedder", _load_embedder)
+
+    def ask(*options: object, threshold: float = -1) -> Outcome:
+        return run(
+            *("ask", document, "--question", "w5 w6", "--target", model, "--dtype", "float32"),
+            *("--chunk-tokens", 32, "--context-tokens", 64, "--threshold", threshold),
+            *("--max-new-tokens", 12, *options),
+        )
+
+    return ask
+
+
+_load_embedder = cache(builder.load_embedder)
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+def test_the_answer_goes_to_stdout_and_a_summary_to_stderr(ask: Any, model: str) -> None:
+    status, out, err = ask()
+    answer = json.loads(ask("--json").out)["text"]
+
+    assert status == 0
+    assert out == answer + "\n"
+    assert err.count("\n") == 1
+    for part in (f"target {model}", "embedder all-minilm-l6-v2", "| rapid |", "tokens/s"):
+        assert part in err
+    assert "acceptance ratio" in err
+    assert "tokens a round" in err
+
+
+def test_json_is_one_object(ask: Any, model: str, document: str) -> None:
+    status, out, err = ask("--json")
+    answer = json.loads(out)
+
+    assert (status, err) == (0, "")
+    assert list(answer) == [
+        *("text", "token_ids", "finish_reason", "method", "stats", "chunks", "models")
+    ]
+    assert len(answer["token_ids"]) == answer["stats"]["completion_tokens"] == 12
+    assert answer["finish_reason"] == "length"
+    assert answer["method"] == answer["stats"]["method"] == "rapid"
+    assert answer["models"] == {
+        "target": model,
+        "drafter": model,
+        "embedder": "all-minilm-l6-v2",
+    }
+    assert answer["chunks"]
+    for chunk in answer["chunks"]:
+        assert set(chunk) == {"document", "start", "end", "score"}
+        assert chunk["document"] == document
+        assert 0 < len(TEXT[chunk["start"] : chunk["end"]].split()) <= 32
+
+
+def test_lc_loads_no_embedder(ask: Any, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    monkeypatch.setattr(ContextBuilder, "__init__", None)
+    answer = json.loads(ask("--json", "--method", "lc").out)
+
+    assert answer["chunks"] == []
+    assert answer["models"] == {"target": model, "drafter": None, "embedder": None}
+    assert answer["stats"]["draft_prompt_tokens"] == 0
+
+
+def test_rag_runs_the_drafter_alone(ask: Any, model: str) -> None:
+    answer = json.loads(ask("--json", "--method", "rag").out)
+    assert answer["models"]["target"] is None
+    assert answer["models"]["drafter"] == model
+    assert answer["stats"]["prompt_tokens"] < 150
+
+
+def test_nothing_retrieved_is_said(ask: Any) -> None:
+    plain = ask("--method", "lc").out
+    status, out, err = ask(threshold=1)
+    assert (status, out) == (0, plain)
+    assert "| lc (no chunk reached similarity 1" in err
+
+    answer = json.loads(ask("--json", threshold=1).out)
+    assert answer["method"] == "rapid"
+    assert answer["stats"]["method"] == "lc"
+    assert "similarity 1" in answer["stats"]["draft_skipped"]
+
+
+def test_compare_shows_every_method(ask: Any) -> None:
+    status, out, err = ask("--compare")
+    rows = [line.split()[0] for line in out.splitlines() if line.strip()]
+
+    assert status == 0
+    assert [row for row in rows if row in cli.COMPARED] == ["lc", "rag", "sd", "rapid"]
+    assert "tokens/s" in out
+    assert "acceptance" in out
+    assert err.count("\n") == 1
+
+    results = json.loads(ask("--compare", "--json").out)["results"]
+    assert [result["method"] for result in results] == ["lc", "rag", "sd", "rapid"]
+    assert results[2]["token_ids"] == results[0]["token_ids"]
+
+
+def test_every_option_reaches_the_decoder(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    stream = RapidDecoder.stream
+
+    def spy(self: RapidDecoder, *prompts: Any, **options: Any) -> Any:
+        seen.update(options, attention=self.target.attn_implementation)
+        return stream(self, *prompts, **options)
+
+    monkeypatch.setattr(RapidDecoder, "stream", spy)
+    options = {
+        "gamma": 3,
+        "eta": 7.5,
+        "alpha": 0.2,
+        "mode": "augmented",
+        "temperature": 0.9,
+        "top-p": 0.8,
+        "top-k": 20,
+        "seed": 11,
+        "stop": "w9 w9",
+        "attention": "eager",
+    }
+    outcome = ask(*(part for name, value in options.items() for part in (f"--{name}", value)))
+
+    assert outcome.status == 0
+    values = asdict(seen["sampling"]) | asdict(seen["speculation"]) | seen
+    values["stop"] = values["stop"][0]
+    assert {name: values[name.replace("-", "_")] for name in options} == options
+    assert values["max_new_tokens"] == 12
+
+
+def test_documents_are_read_by_format_and_from_stdin(
+    run: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<html><body><p>w3 w4</p><script>w7</script></body></html>", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"w5 w6")))
+    outcome = run(
+        *("ask", page, "-", "--question", "w8", "--target", model, "--method", "lc"),
+        *("--max-new-tokens", 1, "--json"),
+    )
+    plain = tmp_path / "plain.md"
+    plain.write_text("w3 w4\n\nw5 w6", encoding="utf-8")
+    expected = run(
+        *("ask", plain, "--question", "w8", "--target", model, "--method", "lc"),
+        *("--max-new-tokens", 1, "--json"),
+    )
+    numbers = [json.loads(o.out)["stats"]["prompt_tokens"] for o in (outcome, expected)]
+    assert numbers[0] == numbers[1]
+
+
+def test_a_store_keeps_the_vectors(ask: Any, tmp_path: Path) -> None:
+    embedder = _load_embedder("all-minilm-l6-v2", None)
+    embedded: list[int] = []
+    embed = embedder.embed_documents
+
+    def counting(texts: Any) -> Any:
+        embedded.append(len(texts))
+        return embed(texts)
+
+    try:
+        embedder.embed_documents = counting  # type: ignore[method-assign]
+        first = ask("--json", "--store", tmp_path / "store")
+        assert embedded
+        embedded.clear()
+        second = ask("--json", "--store", tmp_path / "store")
+    finally:
+        embedder.embed_documents = embed  # type: ignore[method-assign]
+    assert not embedded
+    assert json.loads(first.out)["chunks"] == json.loads(second.out)["chunks"]
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def assert_refused(outcome: Outcome, *mentions: str) -> None:
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("rapid-llm: error: ")
+    assert outcome.err.count("\n") == 1
+    for mention in mentions:
+        assert mention in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "mentions"),
+    [
+        (["--question", ""], ["question", "empty"]),
+        (["--question", " \n"], ["question", "empty"]),
+        (["--method", "magic"], ["'magic'", "rapid", "sd", "lc", "rag"]),
+        (["--mode", "fast"], ["'fast'", "exact", "augmented", "paper"]),
+        (["--truncate", "end"], ["'end'", "middle"]),
+        (["--dtype", "int8"], ["'int8'", "bfloat16"]),
+        (["--attention", "flash"], ["'flash'", "sdpa"]),
+        (["--gamma", "0"], ["gamma", "0", "at least 1"]),
+        (["--gamma", "many"], ["gamma", "many", "integer"]),
+        (["--eta", "-1"], ["eta", "-1.0", "at least 0"]),
+        (["--eta", "nan"], ["eta", "nan"]),
+        (["--alpha", "2"], ["alpha", "2.0", "[0, 1]"]),
+        (["--temperature", "-0.5"], ["temperature", "-0.5", "at least 0"]),
+        (["--top-p", "0"], ["top_p", "0.0", "(0, 1]"]),
+        (["--top-p", "1.5"], ["top_p", "1.5", "(0, 1]"]),
+        (["--top-k", "-1"], ["top_k", "-1", "at least 0"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens", "0", "at least 1"]),
+        (["--max-new-tokens", "1e3"], ["max-new-tokens", "1e3"]),
+        (["--stop", ""], ["stop"]),
+        (["--chunk-tokens", "31"], ["chunk-tokens", "31", "32"]),
+        (["--threshold", "1.5"], ["threshold", "1.5", "1"]),
+        (["--context-tokens", "0"], ["context-tokens", "0", "1"]),
+        (["--compression", "0.5"], ["compression", "0.5", "1"]),
+        (["--colour", "red"], ["--colour"]),
+        (["no-such-file.txt"], ["no-such-file.txt"]),
+    ],
+)
+def test_bad_options_are_refused_before_a_model_is_loaded(
+    run: Any,
+    document: str,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    mentions: list[str],
+) -> None:
+    monkeypatch.setattr(RapidDecoder, "from_pretrained", None)
+    question = [] if "--question" in options else ["--question", "w5"]
+    assert_refused(run("ask", document, *question, *options), *mentions)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "mention"),
+    [
+        ("empty.txt", b" \n", "no text"),
+        ("binary.txt", b"\x00\x01\x02\xff" * 50, "binary"),
+        ("broken.pdf", b"%PDF-1.4 nothing follows", "PDF"),
+    ],
+)
+def test_unreadable_documents_are_refused(
+    run: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes,
+    mention: str,
+) -> None:
+    monkeypatch.setattr(RapidDecoder, "from_pretrained", None)
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert_refused(run("ask", path, "--question", "w5"), name, mention)
+    assert_refused(run("ask", tmp_path, "--question", "w5"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        (["ask"], "DOCUMENT"),
+        (["ask", "document.txt"], "--question"),
+        (["sing"], "'sing'"),
+        (["--loud"], "--loud"),
+        (["bench", "--repeats", "0"], "repeats"),
+        (["bench", "--new-tokens", "1"], "new-tokens"),
+    ],
+)
+def test_bad_usage_is_refused(run: Any, arguments: list[str], mention: str) -> None:
+    assert_refused(run(*arguments), mention)
+
+
+def test_bad_models_are_refused(ask: Any, tmp_path: Path, model: str) -> None:
+    other = save(tmp_path / "other", words=60)
+    broken = save(tmp_path / "broken", broken=True)
+
+    assert_refused(ask("--target", tmp_path / "nowhere"), "nowhere", "could not be loaded")
+    assert_refused(ask("--drafter", other), model, other, "tokenizer")
+    assert_refused(ask("--target", broken), broken, "NaN")
+    assert_refused(ask("--embed-model", tmp_path / "nowhere"), "nowhere")
+    assert_refused(ask("--device", "abacus"), "abacus")
+
+
+def test_a_long_document_is_refused_or_truncated(ask: Any, document: str) -> None:
+    Path(document).write_text(" ".join([TEXT] * 4), encoding="utf-8")
+    assert_refused(ask(), "512", "12", "truncate")
+    outcome = ask("--truncate", "middle", "--json")
+    assert outcome.status == 0
+    assert json.loads(outcome.out)["stats"]["prompt_tokens"] <= 500
+
+
+def test_attention_choices_are_the_engine_s() -> None:
+    assert get_args(cli.Attention) == ATTENTION
+
+
+# --- interrupts, pipes, help ------------------------------------------------------------------
+
+
+def test_an_interrupt_ends_with_130(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Iterator[Any]:
+        yield SimpleNamespace(text="half an ans", stats=None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RapidDecoder, "stream", interrupted)
+    monkeypatch.setattr("rapid_llm.pipeline._explained", lambda chunks, reason: chunks)
+    status, out, err = ask()
+    assert status == 130
+    assert out.startswith("half an ans")
+    assert "Traceback" not in err
+
+
+def test_help_and_no_arguments_show_the_commands(run: Any) -> None:
+    for arguments in ([], ["--help"]):
+        status, out, err = run(*arguments)
+        assert (status, err) == (0, "")
+        assert "ask" in out
+        assert "demo" in out
+
+
+def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """A process of its own, offline."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=pipe,
+        stderr=pipe,
+        env=environment,
+        encoding="utf-8",
+        **options,
+    )
+
+
+def test_importing_is_light() -> None:
+    heavy = "{'torch', 'transformers', 'chromadb', 'sentence_transformers'}"
+    code = f"import sys, rapid_llm.cli; print({heavy} & set(sys.modules))"
+    out, err = python("-c", code).communicate()
+    assert (out, err) == ("set()\n", "")
+
+
+def test_the_packaged_models_answer_without_noise(tmp_path: Path) -> None:
+    path = tmp_path / "garden.md"
+    path.write_text(
+        "# The garden\n\nThe old lamp stands beside the well.\n\n"
+        "Anna waters the roses every evening.\n",
+        encoding="utf-8",
+    )
+    options = ("--question", "Who waters the roses?", "--max-new-tokens", "8", "--json")
+    process = python("-m", "rapid_llm", "ask", str(path), *options)
+    out, err = process.communicate()
+
+    assert (process.returncode, err) == (0, "")
+    answer = json.loads(out)
+    assert answer["models"] == {
+        "target": "smollm2-135m",
+        "drafter": "smollm2-135m",
+        "embedder": "all-minilm-l6-v2",
+    }
+    assert answer["chunks"][0]["score"] > 0.3
+    assert answer["stats"]["drafted_tokens"] > 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals and pipes")
+def test_a_closed_pipe_and_a_real_interrupt_leave_no_traceback(model: str, document: str) -> None:
+    options = ("--question", "w5", "--target", model, "--method", "lc", "--max-new-tokens", "300")
+    closed = python("-m", "rapid_llm", "ask", document, *options)
+    stopped = python("-m", "rapid_llm", "ask", document, *options)
+    assert closed.stdout is not None
+    assert stopped.stdout is not None
+    closed.stdout.close()
+    stopped.stdout.read(2)  # the answer has begun
+    stopped.send_signal(signal.SIGINT)
+    stopped.wait(60)
+    closed.wait(60)
+
+    assert closed.returncode == 1
+    assert stopped.returncode == 130
+    for process in (closed, stopped):
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+# --- demo and bench ---------------------------------------------------------------------------
+
+
+def test_the_demo_answers_by_every_method(
+    run: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "load_embedder", _load_embedder)
+    monkeypatch.setattr(cli, "PACKAGED_MODEL", model)
+    monkeypatch.setattr(cli, "_demo_text", lambda: f"What is w5? {TEXT}")
+    status, out, err = run("demo")
+
+    assert (status, err) == (0, "")
+    assert cli.DEMO_QUESTION in out
+    assert "similarity 0." in out
+    for method in cli.COMPARED:
+        assert f"\n  {method} " in out
+
+
+def test_the_demo_s_question_finds_its_passage(smollm2_float32: LoadedModel) -> None:
+    embedder = _load_embedder("all-minilm-l6-v2", None)
+    context = ContextBuilder(
+        smollm2_float32.tokenizer,
+        embedder,
+        chunk_tokens=cli.DEMO_CHUNK_TOKENS,
+        min_budget_tokens=cli.DEMO_CONTEXT_TOKENS,
+    ).build(cli._demo_text(), cli.DEMO_QUESTION)
+    best = max(context.chunks, key=lambda chunk: chunk.score)
+    assert best.text.startswith("PESSIMISM, n.")
+    assert context.tokens <= cli.DEMO_CONTEXT_TOKENS
+
+
+def test_bench_times_both_on_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
+    prompts: list[list[int]] = []
+    passes: list[int] = []
+    generate = decoder.generate
+
+    def ours(prompt: Any, **options: Any) -> Any:
+        prompts.append(prompt)
+        return generate(prompt, **options)
+
+    def theirs(module: Any, args: Any, kwargs: Any) -> None:
+        if isinstance(kwargs["past_key_values"], DynamicCache):
+            passes.append(kwargs["input_ids"].shape[1])
+
+    monkeypatch.setattr(decoder, "generate", ours)
+    decoder.target.model.register_forward_pre_hook(theirs, with_kwargs=True)
+    report = measure(decoder, TEXT, context_tokens=200, new_tokens=5, repeats=2)
+
+    assert [len(prompt) for prompt in prompts] == [200] * 3  # one warm-up
+    assert passes == [200, 1, 1, 1, 1] * 3  # every prompt read once, no token fewer
+    assert len(report.rapid) == len(report.generate) == 2
+    assert report.attention == "sdpa"
+    assert all(run.prefill > 0 and run.per_token > 0 for run in report.rapid + report.generate)
+    json.dumps(report.as_dict())
+
+    with pytest.raises(InvalidParameterError, match="new_tokens=1 "):
+        measure(decoder, TEXT, new_tokens=1)
+
+
+def test_bench_ratio_is_of_the_medians() -> None:
+    rapid, generate = ([Run(1.0, t) for t in times] for times in ([1, 2, 9], [4, 6, 5]))
+    names = dict.fromkeys(("model", "dtype", "device", "attention", "torch", "transformers"), "x")
+    numbers = dict.fromkeys(("context_tokens", "new_tokens", "threads", "load_average"), 1)
+    report = Report(**names, **numbers, rapid=tuple(rapid), generate=tuple(generate))  # type: ignore[arg-type]
+    assert report.ratio == 2.5
+    assert report.ratio_range == (5 / 9, 4)
+
+
+def test_bench_reports(run: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "PACKAGED_MODEL", model)
+    monkeypatch.setattr(cli, "_demo_text", lambda: TEXT)
+    sizes = ("--context-tokens", 100, "--new-tokens", 3, "--repeats", 1)
+    status, out, err = run("bench", *sizes)
+    assert (status, err) == (0, "")
+    for part in ("transformers generate, sdpa", "ratio ", f"torch {torch.__version__}", "threads"):
+        assert part in out
+
+    report = json.loads(run("bench", *sizes, "--json").out)
+    assert report["context_tokens"] == 100
+    assert report["ratio"] > 0
+
+    assert_refused(run("bench", "--context-tokens", 600), "600", "512")
