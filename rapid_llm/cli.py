@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from statistics import median
-from textwrap import shorten
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
@@ -44,7 +44,7 @@ PACKAGED_EMBEDDER = "all-minilm-l6-v2"
 COMPARED: tuple[Method, ...] = ("lc", "rag", "sd", "rapid")
 
 DEMO_DOCUMENT = "devils-dictionary.txt"
-DEMO_QUESTION = "What is pessimism?"
+DEMO_QUESTION = "Quote the definition of PROPHECY."
 DEMO_CHUNK_TOKENS = 64
 DEMO_CONTEXT_TOKENS = 512
 
@@ -307,13 +307,14 @@ def demo() -> None:
         "4,096, are made for longer documents than this one):"
     )
     for chunk in context.chunks:
-        excerpt = shorten(chunk.text, 64, placeholder=" …")
-        _print(f"  similarity {chunk.score:.2f}, from character {chunk.start}: {excerpt}")
+        passage = f"similarity {chunk.score:.2f}, from character {chunk.start}: {chunk.text}"
+        _print(fill(passage, 78, initial_indent="  - ", subsequent_indent="    "))
     _print("\nAnswer by RAPID, drafted from these and verified over the whole document:")
     stats = job.stream("rapid")
     _print(_summary(job.models("rapid", stats), stats))
     _print("\nAll four methods on the same input:")
     _print(_comparison(job.compare()))
+    _print("(sd answers as lc does; in bfloat16, rounding can part them.)")
 
 
 def _demo_text() -> str:
@@ -468,7 +469,7 @@ def _comparison(results: dict[Method, GenerationResult]) -> Table:
         stats = result.stats
         table.add_row(
             method,
-            Text(result.text),
+            Text(" ".join(result.text.split())),
             f"{stats.tokens_per_second:.1f}",
             f"{stats.acceptance_ratio:.2f}" if stats.drafted_tokens else "–",
             f"{stats.tokens_per_round:.1f}",

@@ -53,17 +53,24 @@ def test_without_transfer_it_says_what_transformers_says(decoder, dictionary, le
         assert result.text == tokenizer.decode(reference, skip_special_tokens=True)
 
 
-def test_it_quotes_the_document_and_stops_by_itself(decoder, dictionary):
+def test_it_quotes_the_document(decoder, dictionary):
     start = dictionary.index("PATIENCE, n.")
     passage = dictionary[start : start + 600]
-    prompt = build_messages(passage, "What is patience? Quote the definition.")
+    prompt = build_messages(passage, "Quote the definition of PATIENCE.")
     result = decoder.generate(prompt, prompt, sampling=SamplingParams(max_new_tokens=100))
     assert "minor form of despair" in result.text
     assert "<|im" not in result.text
-    assert result.finish_reason == "stop"
     # The drafter read the same prompt as the target: all that was drafted is accepted.
     assert result.stats.acceptance_ratio > 0.9
     assert result.stats.tokens_per_round > 4
+
+
+def test_it_stops_by_itself(decoder):
+    prompt = [{"role": "user", "content": "Say hello in one short sentence."}]
+    result = decoder.generate(prompt, prompt, sampling=SamplingParams(max_new_tokens=100))
+    assert result.finish_reason == "stop"
+    assert result.token_ids[-1] == decoder.tokenizer.eos_token_id
+    assert result.stats.completion_tokens == len(result.token_ids) < 100
 
 
 def test_a_document_cannot_speak_for_the_system(decoder):

@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt, literal_encoding
 from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
 
-INSTRUCTION = "Answer the question in one short sentence, using only the text above."
+INSTRUCTION = "Answer the question using only the text above."
 
 
 def build_messages(

@@ -1,0 +1,7 @@
+"""RAPID for LlamaIndex: swap the LLM, keep the pipeline."""
+
+from llama_index.llms.rapid.llm import RapidLLM
+from llama_index.llms.rapid.synthesizer import RapidSynthesizer
+from llama_index.llms.rapid.templates import PipelineError
+
+__all__ = ["PipelineError", "RapidLLM", "RapidSynthesizer"]

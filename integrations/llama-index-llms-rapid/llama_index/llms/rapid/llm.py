@@ -1,0 +1,502 @@
+"""RAPID as a LlamaIndex LLM."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from llama_index.core.base.llms.generic_utils import (
+    astream_completion_response_to_chat_response,
+    completion_response_to_chat_response,
+    stream_completion_response_to_chat_response,
+)
+from llama_index.core.base.llms.generic_utils import (
+    messages_to_prompt as default_messages_to_prompt,
+)
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import LLM, default_completion_to_prompt
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.storage.docstore import BaseDocumentStore
+from llama_index.core.types import TokenAsyncGen
+
+from llama_index.llms.rapid.documents import as_documents, ground_text
+from llama_index.llms.rapid.templates import (
+    Context,
+    FilledMessages,
+    FilledPrompt,
+    not_swallowed,
+    refillable,
+)
+from rapid_llm.config import Mode, SamplingParams, SpeculationConfig, from_options
+from rapid_llm.context.prompts import fit_prompt
+from rapid_llm.decoder import Chunk, RapidDecoder
+from rapid_llm.encoding import Prompt
+from rapid_llm.errors import InvalidParameterError
+
+_OPTIONS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "stop",
+    "seed",
+    "gamma",
+    "eta",
+    "alpha",
+    "mode",
+)
+"""The fields that are options of a generation; any of them may be given per call."""
+
+
+class RapidLLM(LLM):
+    """A target that reads whole documents, and a drafter that reads what was retrieved from them.
+
+    The model is loaded at its first use (a call, or ``metadata``, which query engines ask for when
+    they are built), once for all objects that name it.
+
+    Where the drafter's prompt comes from:
+
+    - ``complete(prompt, draft_prompt=…)`` and ``chat(messages, draft_messages=…)`` give it.
+    - In a query or chat engine with ``documents=``, the prompt that the engine wrote, with the
+      retrieved text, is the drafter's; the same prompt with the documents in the place of the
+      retrieved text is the target's.
+    - :class:`RapidSynthesizer` does the same with the documents that the nodes are from.
+    - Otherwise there is none, and the target decodes plainly.
+
+    ``complete`` on a model with a chat template sends the prompt as one user message, unless
+    ``formatted=True`` or ``completion_to_prompt`` is given. ``system_prompt`` is used where
+    LlamaIndex uses it: in engines, not in ``complete`` and ``chat``.
+
+    Every response has in ``raw``: ``usage`` (tokens of the target), ``finish_reason``, and
+    ``rapid`` (see :class:`rapid_llm.Stats`; in engines also ``chunk_ids`` and ``document_ids``).
+
+    Raises:
+        InvalidParameterError: neither ``model`` nor ``decoder`` is given, or both; a value outside
+            its range; an unknown option of a call.
+        ContextWindowError: a prompt does not fit (in engines: :class:`PipelineError` from it).
+        ModelError: the model cannot be loaded.
+    """
+
+    model_config = ConfigDict(extra="forbid")  # a misspelt parameter must not pass unseen
+
+    model: str | None = Field(
+        default=None,
+        description="The target: hub id, folder, GGUF file, or smollm2-135m (packaged).",
+    )
+    drafter: str | None = Field(
+        default=None, description="The drafter, of the same tokenizer; None: the target drafts."
+    )
+    documents: Any = Field(
+        default=None,
+        exclude=True,
+        repr=False,
+        description="What the target reads in query and chat engines: one text or Document, "
+        "several Documents (all are read), or a function of the retrieved text.",
+    )
+    max_tokens: int = Field(default=256, description="Tokens to generate at most.")
+    temperature: float = Field(
+        default=SamplingParams.temperature, description="0 decodes greedily."
+    )
+    top_p: float = Field(default=SamplingParams.top_p, description="Nucleus mass in (0, 1].")
+    top_k: int = Field(
+        default=SamplingParams.top_k, description="Most likely tokens kept; 0 keeps all."
+    )
+    repetition_penalty: float = Field(
+        default=SamplingParams.repetition_penalty, description="1 is none."
+    )
+    stop: str | list[str] | None = Field(
+        default=None, description="Strings that end the answer; they are cut from the text."
+    )
+    seed: int | None = Field(
+        default=SamplingParams.seed, description="Seeds each call; None draws afresh."
+    )
+    gamma: int = Field(default=SpeculationConfig.gamma, description="Tokens drafted a round.")
+    eta: float = Field(
+        default=SpeculationConfig.eta, description="Strength of the knowledge transfer."
+    )
+    alpha: float = Field(
+        default=SpeculationConfig.alpha,
+        description="Tail protection: tokens with q < alpha * max(q) get no transfer.",
+    )
+    mode: Mode = Field(
+        default=SpeculationConfig.mode,
+        description="exact (the target's own distribution), augmented or paper.",
+    )
+    truncate: Literal["middle"] | None = Field(
+        default=None,
+        description="In engines: middle leaves out the middle of documents that do not fit into "
+        "the context window; None refuses them.",
+    )
+    dtype: str = Field(default="auto", description="Of both models; auto is the checkpoint's.")
+    device: str | None = Field(
+        default=None, description="Of the target; None takes CUDA if there is one."
+    )
+    drafter_device: str | None = Field(
+        default=None, description="Of the drafter; None puts it beside the target."
+    )
+
+    _decoder: RapidDecoder | None = PrivateAttr(default=None)
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        drafter: str | Path | None = None,
+        *,
+        decoder: RapidDecoder | None = None,
+        **fields: Any,
+    ) -> None:
+        if (model is None) == (decoder is None):
+            raise InvalidParameterError(
+                "give either model= (a name) or decoder= (a loaded RapidDecoder), not both or none"
+            )
+        if decoder is not None:
+            if drafter is not None:
+                raise InvalidParameterError(
+                    f"drafter={str(drafter)!r} cannot be added to a loaded decoder: give the "
+                    "drafter to RapidDecoder"
+                )
+            model = decoder.target.name
+        fields |= {"model": str(model), "drafter": None if drafter is None else str(drafter)}
+        super().__init__(**fields)
+        self._decoder = decoder
+        self._options({})
+        if isinstance(self.documents, BaseDocumentStore):
+            raise InvalidParameterError(
+                "a docstore cannot be RapidLLM(documents=...): without RapidSynthesizer the ids of "
+                "the retrieved nodes are not known; give it to RapidSynthesizer"
+            )
+        if self.documents is not None:
+            as_documents(self.documents)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> RapidLLM:
+        return self.model_copy()  # the weights are shared
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name that LlamaIndex serializes this class under."""
+        return "RapidLLM"
+
+    @property
+    def decoder(self) -> RapidDecoder:
+        """The models underneath; loads them if they are not yet.
+
+        Raises:
+            ModelError: a model cannot be loaded.
+        """
+        if self._decoder is None:
+            assert self.model is not None
+            self._decoder = RapidDecoder.from_pretrained(
+                self.model,
+                self.drafter,
+                dtype=self.dtype,
+                device=self.device,
+                drafter_device=self.drafter_device,
+            )
+        return self._decoder
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """The model's own window and whether it has a chat template; loads the model."""
+        return LLMMetadata(
+            context_window=self.decoder.target.context_window,
+            num_output=self.max_tokens,
+            is_chat_model=self._has_chat_template,
+            model_name=str(self.model),
+        )
+
+    def to_payload(self) -> dict[str, Any]:
+        """What callbacks and events are told about this LLM."""
+        if self._decoder is None:  # they must not load the model, least of all in an event loop
+            return {"class_name": self.class_name(), "model_name": str(self.model)}
+        return super().to_payload()
+
+    # --- complete ------------------------------------------------------------------------------
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Continue a prompt, which is not repeated in the answer.
+
+        Args:
+            prompt: sent as one user message if the model has a chat template.
+            formatted: send the prompt as it is: it already holds the model's control tokens.
+            kwargs: ``draft_prompt`` (treated as the prompt is), and any option of a generation.
+        """
+        with not_swallowed(prompt):
+            *_, last = self._stream(self._completion_call(prompt, formatted, **kwargs))
+        return _whole(last)
+
+    @llm_completion_callback()
+    def stream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseGen:
+        """:meth:`complete`, a response a round; closing the generator stops the model."""
+        with not_swallowed(prompt):
+            return self._stream(self._completion_call(prompt, formatted, **kwargs))
+
+    @llm_completion_callback()
+    async def acomplete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponse:
+        """:meth:`complete` without blocking the event loop."""
+        with not_swallowed(prompt):
+            call = await asyncio.to_thread(self._completion_call, prompt, formatted, **kwargs)
+            return await _awhole(self._astream(call))
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        """:meth:`stream_complete` without blocking the event loop."""
+        with not_swallowed(prompt):
+            call = await asyncio.to_thread(self._completion_call, prompt, formatted, **kwargs)
+        return self._astream(call)
+
+    # --- chat ----------------------------------------------------------------------------------
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer messages through the model's chat template.
+
+        Args:
+            messages: of text. A model without a template gets them through
+                ``messages_to_prompt``; one given to the constructor always goes first.
+            kwargs: ``draft_messages``, and any option of a generation.
+        """
+        with not_swallowed(messages):
+            *_, last = self._stream(self._chat_call(messages, **kwargs))
+        return completion_response_to_chat_response(last)
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """:meth:`chat`, a response a round; closing the generator stops the model."""
+        with not_swallowed(messages):
+            responses = self._stream(self._chat_call(messages, **kwargs))
+        return stream_completion_response_to_chat_response(responses)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """:meth:`chat` without blocking the event loop."""
+        with not_swallowed(messages):
+            call = await asyncio.to_thread(self._chat_call, messages, **kwargs)
+            return completion_response_to_chat_response(await _awhole(self._astream(call)))
+
+    @llm_chat_callback()
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], **kwargs: Any
+    ) -> ChatResponseAsyncGen:
+        """:meth:`stream_chat` without blocking the event loop."""
+        with not_swallowed(messages):
+            call = await asyncio.to_thread(self._chat_call, messages, **kwargs)
+        return astream_completion_response_to_chat_response(self._astream(call))
+
+    # --- predict, as engines call it -----------------------------------------------------------
+
+    async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """``LLM.apredict``, which would load the model in the event loop."""
+        await asyncio.to_thread(lambda: self.decoder)
+        # Unwrapped, because this method has its instrumentation span already.
+        return cast(str, await inspect.unwrap(LLM.apredict)(self, prompt, **prompt_args))
+
+    async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
+        """``LLM.astream``, which would load the model in the event loop."""
+        await asyncio.to_thread(lambda: self.decoder)
+        return cast(TokenAsyncGen, await inspect.unwrap(LLM.astream)(self, prompt, **prompt_args))
+
+    def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
+        fill = super()._get_messages
+        return FilledMessages(*refillable(fill, prompt, prompt_args, self.documents is not None))
+
+    def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        fill = super()._get_prompt
+        return FilledPrompt(*refillable(fill, prompt, prompt_args, self.documents is not None))
+
+    # --- from LlamaIndex's arguments to the decoder's ------------------------------------------
+
+    @property
+    def _has_chat_template(self) -> bool:
+        return bool(self.decoder.tokenizer.chat_template)
+
+    def _options(self, given: Mapping[str, Any]) -> tuple[SamplingParams, SpeculationConfig]:
+        own = {name: getattr(self, name) for name in _OPTIONS}
+        return from_options(own | {k: v for k, v in given.items() if v is not None or k == "seed"})
+
+    def _completion_call(
+        self, prompt: str, formatted: bool, *, draft_prompt: str | None = None, **options: Any
+    ) -> _Call:
+        sampling, speculation = self._options(options)
+        if isinstance(prompt, FilledPrompt) and prompt.context is not None:
+            return self._grounded_call(prompt.fill, prompt.context, sampling, speculation)
+        return _Call(
+            target=self._from_text(prompt, formatted),
+            draft=None if draft_prompt is None else self._from_text(draft_prompt, formatted),
+            sampling=sampling,
+            speculation=speculation,
+        )
+
+    def _chat_call(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        draft_messages: Sequence[ChatMessage] | None = None,
+        **options: Any,
+    ) -> _Call:
+        sampling, speculation = self._options(options)
+        if isinstance(messages, FilledMessages) and messages.context is not None:
+            fill = messages.fill
+            return self._grounded_call(
+                lambda text: self._from_messages(fill(text)),
+                messages.context,
+                sampling,
+                speculation,
+            )
+        return _Call(
+            target=self._from_messages(messages),
+            draft=None if draft_messages is None else self._from_messages(draft_messages),
+            sampling=sampling,
+            speculation=speculation,
+        )
+
+    def _grounded_call(
+        self,
+        render: Callable[[str], Prompt],
+        context: str,
+        sampling: SamplingParams,
+        speculation: SpeculationConfig,
+    ) -> _Call:
+        """The prompt with the documents for the target, with the retrieved text for the drafter."""
+        if isinstance(context, Context):
+            grounding, report = context.grounding, context.report
+        else:
+            grounding, report = ground_text(context, self.documents), {}
+        decoder = self.decoder
+
+        def fitted(text: str, window: int) -> Prompt:
+            return fit_prompt(
+                text, render, decoder.tokenizer, window, sampling.max_new_tokens, self.truncate
+            )
+
+        skipped = grounding.empty_reason
+        return _Call(
+            target=fitted(grounding.target, decoder.target.context_window),
+            draft=None if skipped else fitted(grounding.draft, decoder.drafter.context_window),
+            sampling=sampling,
+            speculation=speculation,
+            notes={
+                "chunk_ids": [passage.id for passage in grounding.passages],
+                "document_ids": [name for name in grounding.document_ids if name is not None],
+                "draft_skipped": skipped,
+            },
+            report=report,
+        )
+
+    def _from_text(self, prompt: str, formatted: bool) -> Prompt:
+        if formatted:
+            return prompt
+        own = self.completion_to_prompt
+        if own is not None and own is not default_completion_to_prompt:
+            return own(prompt)
+        return [{"role": "user", "content": prompt}] if self._has_chat_template else prompt
+
+    def _from_messages(self, messages: Sequence[ChatMessage]) -> Prompt:
+        own = self.messages_to_prompt or default_messages_to_prompt
+        if own is default_messages_to_prompt and self._has_chat_template:
+            return [_as_dict(message) for message in messages]
+        return own(messages)
+
+    # --- from the decoder's chunks to responses ------------------------------------------------
+
+    def _stream(self, call: _Call) -> CompletionResponseGen:
+        # The decoder checks the prompts in this call, so errors do not wait for the first token.
+        chunks = self.decoder.stream(
+            call.target, call.draft, sampling=call.sampling, speculation=call.speculation
+        )
+        return _responses(call, chunks)
+
+    async def _astream(self, call: _Call) -> CompletionResponseAsyncGen:
+        chunks = self.decoder.astream(
+            call.target, call.draft, sampling=call.sampling, speculation=call.speculation
+        )
+        text = ""
+        async with aclosing(cast(AsyncGenerator[Chunk, None], chunks)):
+            async for chunk in chunks:
+                text += chunk.text
+                yield call.response(text, chunk)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What goes to the decoder, and what goes into the response beside its answer."""
+
+    target: Prompt
+    draft: Prompt | None
+    sampling: SamplingParams
+    speculation: SpeculationConfig
+    notes: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def response(self, text: str, chunk: Chunk) -> CompletionResponse:
+        """The answer so far, after a chunk."""
+        stats = chunk.stats
+        self.report.update(stats.as_dict() | self.notes)
+        return CompletionResponse(
+            text=text,
+            delta=chunk.text,
+            raw={
+                "usage": {
+                    "prompt_tokens": stats.prompt_tokens,
+                    "completion_tokens": stats.completion_tokens,
+                    "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+                },
+                "finish_reason": chunk.finish_reason,
+                "rapid": dict(self.report),
+            },
+        )
+
+
+def _responses(call: _Call, chunks: Iterator[Chunk]) -> CompletionResponseGen:
+    text = ""
+    with closing(cast(Any, chunks)):
+        for chunk in chunks:
+            text += chunk.text
+            yield call.response(text, chunk)
+
+
+def _whole(last: CompletionResponse) -> CompletionResponse:
+    return last.model_copy(update={"delta": None})
+
+
+async def _awhole(responses: CompletionResponseAsyncGen) -> CompletionResponse:
+    async with aclosing(responses):
+        *_, last = [response async for response in responses]
+    return _whole(last)
+
+
+def _as_dict(message: ChatMessage) -> dict[str, Any]:
+    """A message as the chat template takes it; parts that are no text are refused there."""
+    if all(isinstance(block, TextBlock) for block in message.blocks):
+        return {"role": message.role.value, "content": message.content or ""}
+    parts = [
+        {"type": "text", "text": block.text}
+        if isinstance(block, TextBlock)
+        else {"type": block.block_type}
+        for block in message.blocks
+    ]
+    return {"role": message.role.value, "content": parts}

@@ -1,0 +1,184 @@
+"""A response synthesizer whose target reads the documents that the retrieved nodes are from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llama_index.core.base.response.schema import RESPONSE_TYPE
+from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.events.synthesis import (
+    SynthesizeEndEvent,
+    SynthesizeStartEvent,
+)
+from llama_index.core.llms import LLM
+from llama_index.core.prompts.base import BasePromptTemplate
+from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
+from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTextType
+from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.settings import Settings
+from llama_index.core.types import RESPONSE_TEXT_TYPE
+
+from llama_index.llms.rapid.documents import DocumentSource, as_documents, ground_nodes
+from llama_index.llms.rapid.llm import RapidLLM
+from llama_index.llms.rapid.templates import Context
+from rapid_llm.context.retrieved import Passage, ground
+from rapid_llm.errors import InvalidParameterError
+
+dispatcher = get_dispatcher(__name__)
+
+
+class RapidSynthesizer(BaseSynthesizer):
+    """One call a question: the drafter reads the retrieved nodes, the target their documents.
+
+    The nodes come after the postprocessors; repeated ones count once. The documents come in the
+    order of their first node, all in one prompt, which must fit into the target's context window
+    with ``max_tokens`` to spare: there is no chain of refining calls. The same template makes both
+    prompts.
+
+    If nothing was retrieved the target reads all documents without a draft, where they can be
+    listed (a text, a list or a mapping).
+
+    The response has the nodes in ``source_nodes`` and their metadata in ``metadata``, as every
+    synthesizer's; ``metadata["rapid"]`` holds what the LLM reports in ``raw["rapid"]`` (of a
+    streaming response: complete when the stream has ended).
+
+    Args:
+        llm: the models; None takes ``Settings.llm``.
+        documents: the full texts: one text, a list of Documents, a mapping from document ids to
+            texts or Documents, a docstore that holds the documents, or a function of the id. The
+            id is a node's ``ref_doc_id``.
+        text_qa_template: with ``context_str`` and ``query_str``; LlamaIndex's own by default.
+        streaming: answer with a streaming response. It must be set here: ``as_query_engine``
+            does not pass it on to a given synthesizer.
+        callback_manager: as for every synthesizer.
+
+    Raises:
+        InvalidParameterError: ``llm`` is no RapidLLM, or ``documents`` is of another type.
+        DocumentError: when asked; a document cannot be found, or is empty.
+        ContextWindowError: when asked; the documents do not fit and ``llm.truncate`` is None.
+    """
+
+    _llm: RapidLLM
+
+    def __init__(
+        self,
+        llm: LLM | None = None,
+        *,
+        documents: DocumentSource,
+        text_qa_template: BasePromptTemplate | None = None,
+        streaming: bool = False,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        llm = llm or Settings.llm
+        if not isinstance(llm, RapidLLM):
+            raise InvalidParameterError(
+                f"an LLM of type {type(llm).__name__} is not allowed: RapidSynthesizer needs a "
+                "RapidLLM"
+            )
+        super().__init__(
+            llm=llm,
+            callback_manager=callback_manager,
+            # Not used: they count another model's tokens. Without them the base class would
+            # load the model to ask for its window.
+            prompt_helper=PromptHelper(),
+            chat_prompt_helper=ChatPromptHelper(),
+            streaming=streaming,
+        )
+        self._documents = as_documents(documents)
+        self._text_qa_template = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
+
+    def _get_prompts(self) -> PromptDictType:
+        return {"text_qa_template": self._text_qa_template}
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        self._text_qa_template = prompts.get("text_qa_template", self._text_qa_template)
+
+    @dispatcher.span
+    def synthesize(
+        self,
+        query: QueryTextType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """Answer from the nodes and their documents; see the class."""
+        with self._events(query) as (query_str, finish):
+            context = Context(ground_nodes(nodes, self._documents))
+            text = self._answer(query_str, context, **response_kwargs)
+            return finish(text, context, [*nodes, *(additional_source_nodes or ())])
+
+    @dispatcher.span
+    async def asynthesize(
+        self,
+        query: QueryTextType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """:meth:`synthesize` without blocking the event loop."""
+        with self._events(query) as (query_str, finish):
+            grounding = await asyncio.to_thread(ground_nodes, nodes, self._documents)
+            context = Context(grounding)
+            text = await self._aanswer(query_str, context, **response_kwargs)
+            return finish(text, context, [*nodes, *(additional_source_nodes or ())])
+
+    def get_response(
+        self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """Answer from texts without ids, which takes a single document.
+
+        Raises:
+            DocumentError: ``documents`` is not one text.
+        """
+        grounding = ground(map(Passage, text_chunks), self._documents)
+        return self._answer(query_str, Context(grounding), **response_kwargs)
+
+    async def aget_response(
+        self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """:meth:`get_response` without blocking the event loop."""
+        grounding = ground(map(Passage, text_chunks), self._documents)
+        return await self._aanswer(query_str, Context(grounding), **response_kwargs)
+
+    def _answer(self, query_str: str, context: Context, **kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        template = self._text_qa_template.partial_format(query_str=query_str)
+        if self._streaming:
+            return self._llm.stream(template, context_str=context, **kwargs)
+        return self._llm.predict(template, context_str=context, **kwargs)
+
+    async def _aanswer(self, query_str: str, context: Context, **kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        template = self._text_qa_template.partial_format(query_str=query_str)
+        if self._streaming:
+            return await self._llm.astream(template, context_str=context, **kwargs)
+        return await self._llm.apredict(template, context_str=context, **kwargs)
+
+    @contextmanager
+    def _events(
+        self, query: QueryTextType
+    ) -> Iterator[
+        tuple[str, Callable[[RESPONSE_TEXT_TYPE, Context, list[NodeWithScore]], RESPONSE_TYPE]]
+    ]:
+        """The callbacks and events of every synthesizer, around one answer."""
+        bundle = QueryBundle(query) if isinstance(query, str) else query
+        dispatcher.event(SynthesizeStartEvent(query=bundle))
+        with self._callback_manager.event(
+            CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}
+        ) as event:
+
+            def finish(
+                text: RESPONSE_TEXT_TYPE, context: Context, source_nodes: list[NodeWithScore]
+            ) -> RESPONSE_TYPE:
+                response = self._prepare_response_output(text, source_nodes)
+                response.metadata = {**(response.metadata or {}), "rapid": context.report}
+                event.on_end(payload={EventPayload.RESPONSE: response})
+                dispatcher.event(SynthesizeEndEvent(query=bundle, response=response))
+                return response
+
+            yield bundle.query_str, finish

@@ -1,0 +1,476 @@
+"""The contract of a LlamaIndex LLM: each row of complete/chat × plain/stream × sync/async."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.callbacks.llama_debug import LlamaDebugHandler
+from llama_index.core.callbacks.schema import CBEventType
+from llama_index.core.prompts import PromptTemplate
+
+from llama_index.llms.rapid import PipelineError, RapidLLM
+from rapid_llm import models
+from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.encoding import encode_prompt
+from rapid_llm.errors import ContextWindowError, InvalidParameterError, ModelError
+
+PROMPT = "What does the keeper of the lighthouse write in his diary?"
+DRAFT = "Jonas Vind kept a diary of storms."
+ROWS = [
+    "complete",
+    "stream_complete",
+    "acomplete",
+    "astream_complete",
+    "chat",
+    "stream_chat",
+    "achat",
+    "astream_chat",
+]
+STREAMS = [row for row in ROWS if "stream" in row]
+
+
+def user(text):
+    return [ChatMessage(role="user", content=text)]
+
+
+def start(llm, row, prompt=PROMPT, draft=DRAFT, **options):
+    """Call a row of the matrix with a prompt that means the same in all of them."""
+    if "chat" in row:
+        drafts = {"draft_messages": user(draft)} if draft else {}
+        return getattr(llm, row)(user(prompt), **drafts, **options)
+    drafts = {"draft_prompt": draft} if draft else {}
+    return getattr(llm, row)(prompt, **drafts, **options)
+
+
+def responses(llm, row, **kwargs):
+    """All responses of a row; one of them if it does not stream."""
+    if row.startswith("a"):
+
+        async def collect():
+            answer = await start(llm, row, **kwargs)
+            return [r async for r in answer] if "stream" in row else [answer]
+
+        return asyncio.run(collect())
+    answer = start(llm, row, **kwargs)
+    return list(answer) if "stream" in row else [answer]
+
+
+def text_of(response):
+    return response.message.content if hasattr(response, "message") else response.text
+
+
+@pytest.fixture
+def llm(decoder):
+    return RapidLLM(decoder=decoder, max_tokens=24, gamma=3)
+
+
+@pytest.fixture
+def expected(decoder):
+    """What the decoder itself says."""
+    return decoder.generate(
+        [{"role": "user", "content": PROMPT}],
+        [{"role": "user", "content": DRAFT}],
+        sampling=SamplingParams(max_new_tokens=24),
+        speculation=SpeculationConfig(gamma=3),
+    )
+
+
+# --- the matrix ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_gives_the_decoders_answer(llm, expected, row):
+    found = responses(llm, row)
+    assert text_of(found[-1]) == expected.text
+    raw = found[-1].raw
+    assert raw["usage"] == {
+        "prompt_tokens": expected.stats.prompt_tokens,
+        "completion_tokens": 24,
+        "total_tokens": expected.stats.prompt_tokens + 24,
+    }
+    assert raw["finish_reason"] == "length"
+    counts = expected.stats.as_dict()
+    for name in ("method", "drafted_tokens", "accepted_tokens", "draft_prompt_tokens", "rounds"):
+        assert raw["rapid"][name] == counts[name], name
+    json.dumps(raw)
+    if hasattr(found[-1], "message"):
+        assert found[-1].message.role == MessageRole.ASSISTANT
+
+
+@pytest.mark.parametrize("row", STREAMS)
+def test_streams_carry_deltas_and_the_text_so_far(llm, expected, row):
+    found = responses(llm, row)
+    assert len(found) == expected.stats.rounds > 1
+    so_far = ""
+    for response in found:
+        so_far += response.delta
+        assert text_of(response) == so_far
+    assert so_far == expected.text
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_without_a_draft_the_target_decodes_plainly(llm, row):
+    raw = responses(llm, row, draft=None)[-1].raw
+    assert raw["rapid"]["method"] == "lc"
+    assert raw["rapid"]["drafted_tokens"] == 0
+
+
+@pytest.mark.parametrize("row", ["complete", "achat"])
+def test_the_real_model_answers_without_an_echo(smollm2, row):
+    llm = RapidLLM(decoder=smollm2, max_tokens=12)
+    question = "What is the capital of France? Answer in one word."
+    answer = text_of(responses(llm, row, prompt=question, draft=None)[-1])
+    assert "Paris" in answer
+    assert "capital of France?" not in answer
+    assert "<|im" not in answer
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_options_of_a_call_count_before_those_of_the_object(llm, row):
+    assert responses(llm, row, max_tokens=5)[-1].raw["usage"]["completion_tokens"] == 5
+    assert responses(llm, row, max_tokens=None)[-1].raw["usage"]["completion_tokens"] == 24
+    drafted = responses(llm, row, gamma=1, max_tokens=6)[-1].raw["rapid"]
+    assert drafted["drafted_tokens"] <= drafted["rounds"]
+    assert responses(llm, row, mode="exact", max_tokens=2)[-1].raw["rapid"]["method"] == "sd"
+
+
+def test_sampling_is_reproducible_by_its_seed(llm):
+    def sample(seed):
+        return llm.complete(PROMPT, temperature=1.0, seed=seed).text
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert RapidLLM(decoder=llm.decoder, max_tokens=24, seed=1, temperature=1.0).complete(
+        PROMPT
+    ).text == sample(1)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_unknown_options_are_refused_by_name(llm, row):
+    with pytest.raises(InvalidParameterError, match="unknown option 'max_length'; known are"):
+        responses(llm, row, max_length=5)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_values_are_refused(llm, row):
+    with pytest.raises(InvalidParameterError, match="temperature=-1"):
+        responses(llm, row, temperature=-1)
+
+
+def test_the_constructor_checks_its_arguments(decoder):
+    with pytest.raises(InvalidParameterError, match="top_p=0"):
+        RapidLLM(decoder=decoder, top_p=0)
+    with pytest.raises(ValueError, match="max_token"):
+        RapidLLM(decoder=decoder, max_token=5)
+    for both in ({}, {"model": "smollm2-135m", "decoder": decoder}):
+        with pytest.raises(InvalidParameterError, match="either model="):
+            RapidLLM(**both)
+    with pytest.raises(InvalidParameterError, match="RapidDecoder"):
+        RapidLLM(decoder=decoder, drafter="other")
+    with pytest.raises(InvalidParameterError, match="documents of type int"):
+        RapidLLM(decoder=decoder, documents=5)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_stop_strings_end_the_answer_and_are_cut(llm, expected, row):
+    stop = expected.text[8:11]
+    found = responses(llm, row, stop=[stop])
+    assert text_of(found[-1]) == expected.text[: expected.text.index(stop)]
+    assert all(stop not in text_of(response) for response in found)
+    assert found[-1].raw["finish_reason"] == "stop"
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_both_prompts_pass_the_template_with_one_bos(llm, spy, row):
+    responses(llm, row)
+    assert spy.target() == f"<s><|user>{PROMPT}\n<|assistant>"
+    assert spy.draft() == f"<s><|user>{DRAFT}\n<|assistant>"
+    bos = llm.decoder.tokenizer.bos_token_id
+    assert spy.target_ids().count(bos) == spy.draft_ids().count(bos) == 1
+
+
+def test_a_formatted_prompt_is_taken_as_it_is(llm, spy):
+    llm.complete("<s><|user>Hi\n<|assistant>", formatted=True, draft_prompt="<s>Hi", max_tokens=1)
+    assert spy.target() == "<s><|user>Hi\n<|assistant>"
+    assert spy.draft() == "<s>Hi"
+
+
+def test_a_model_without_a_template_gets_text_with_one_bos(make_decoder, spy):
+    llm = RapidLLM(decoder=make_decoder(chat=False), max_tokens=2)
+    assert not llm.metadata.is_chat_model
+    llm.complete("Once", draft_prompt="upon")
+    assert (spy.target(), spy.draft()) == ("<s>Once", "<s>upon")
+    llm.chat(user("Once"))
+    assert spy.target() == "<s>user: Once\nassistant: "
+    assert isinstance(llm.predict(PromptTemplate("Say {word}."), word="this"), str)
+    assert spy.target() == "<s>Say this."
+
+
+def test_ones_own_formatting_functions_go_first(decoder, spy):
+    llm = RapidLLM(
+        decoder=decoder,
+        max_tokens=1,
+        messages_to_prompt=lambda messages: "M:" + messages[0].content,
+        completion_to_prompt=lambda prompt: "C:" + prompt,
+    )
+    llm.complete("a")
+    assert spy.target() == "<s>C:a"
+    llm.chat(user("b"))
+    assert spy.target() == "<s>M:b"
+
+
+def test_messages_keep_their_roles_and_text_parts(llm, spy):
+    history = [
+        ChatMessage(role="system", content="Be brief."),
+        ChatMessage(role="user", blocks=[TextBlock(text="One."), TextBlock(text="Two.")]),
+        ChatMessage(role="assistant", content="Three."),
+        ChatMessage(role="user", content="Four? <s>"),
+    ]
+    llm.chat(history, max_tokens=1)
+    assert spy.target() == (
+        "<s><|system>Be brief.\n<|user>One.\nTwo.\n<|assistant>Three.\n<|user>Four? <s>\n"
+        "<|assistant>"
+    )
+    assert spy.target_ids().count(1) == 1  # the one in the text is text
+    image = ChatMessage(role="user", blocks=[ImageBlock(image=b"x", image_mimetype="image/png")])
+    with pytest.raises(InvalidParameterError, match="'image' is not allowed: this is a text model"):
+        llm.chat([image])
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_prompt_too_long_is_refused_with_the_numbers(make_decoder, row):
+    llm = RapidLLM(decoder=make_decoder(window=64), max_tokens=30)
+    length = len(f"?<|user>{PROMPT}\n<|assistant>") - 2
+    with pytest.raises(ContextWindowError, match=rf"{length} tokens .*=30.* window .*64 tokens"):
+        responses(llm, row, draft=None)
+
+
+@pytest.mark.parametrize("row", ["stream_complete", "stream_chat"])
+def test_errors_do_not_wait_for_the_first_token(make_decoder, row):
+    llm = RapidLLM(decoder=make_decoder(window=64), max_tokens=30)
+    with pytest.raises(ContextWindowError):
+        start(llm, row)
+
+
+# --- metadata and loading ------------------------------------------------------------------------
+
+
+def test_the_metadata_are_the_models(smollm2, decoder):
+    llm = RapidLLM(decoder=smollm2, max_tokens=7)
+    assert llm.metadata.context_window == smollm2.target.config.max_position_embeddings == 8192
+    assert llm.metadata.num_output == 7
+    assert llm.metadata.is_chat_model
+    assert llm.metadata.model_name == "smollm2-135m"
+    assert RapidLLM(decoder=decoder).metadata.context_window == 16384
+
+
+def test_the_model_is_loaded_at_first_use_and_in_a_thread(monkeypatch):
+    def fail(*args, **kwargs):
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        raise ModelError("asked for")
+
+    monkeypatch.setattr("rapid_llm.decoder.load_model", fail)
+    llm = RapidLLM("some/model", documents="a text", callback_manager=CallbackManager([]))
+    assert llm.to_payload() == {"class_name": "RapidLLM", "model_name": "some/model"}
+    assert "a text" not in repr(llm) + str(llm.to_dict())
+    template = PromptTemplate("{query_str}")
+    with pytest.raises(ModelError, match="asked for"):
+        llm.complete("x")
+    for call in (
+        lambda: llm.acomplete("x"),
+        lambda: llm.astream_complete("x"),
+        lambda: llm.achat(user("x")),
+        lambda: llm.astream_chat(user("x")),
+        lambda: llm.apredict(template, query_str="x"),
+        lambda: llm.astream(template, query_str="x"),
+    ):
+        with pytest.raises(ModelError, match="asked for"):
+            asyncio.run(call())
+
+
+def test_one_loaded_model_serves_many_objects(smollm2):
+    kept = models.load_model("smollm2-135m", dtype="float32", device="cpu").model
+    one = RapidLLM("smollm2-135m", dtype="float32", device="cpu", max_tokens=3)
+    two = RapidLLM(model="smollm2-135m", dtype="float32", device="cpu", drafter="smollm2-135m")
+    assert one.decoder.target.model is kept
+    third = copy.deepcopy(one)
+    assert smollm2.target.model is kept
+    for llm in (one, two, third):
+        assert llm.decoder.target.model is kept
+        assert llm.decoder.drafter.model is kept
+    third.max_tokens = 9
+    assert one.max_tokens == 3
+
+
+# --- callbacks, events, counts -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_token_counts_reach_the_handler(decoder, expected, row):
+    counter = TokenCountingHandler()
+    llm = RapidLLM(
+        decoder=decoder, max_tokens=24, gamma=3, callback_manager=CallbackManager([counter])
+    )
+    responses(llm, row)
+    assert counter.prompt_llm_token_count == expected.stats.prompt_tokens
+    assert counter.completion_llm_token_count == 24
+    assert counter.total_llm_token_count == expected.stats.prompt_tokens + 24
+    assert len(counter.llm_token_counts) == 1
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_callbacks_and_events_of_each_row(decoder, row, trace):
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    llm = RapidLLM(decoder=decoder, max_tokens=8, callback_manager=CallbackManager([debug]))
+    found = responses(llm, row)
+    assert len(debug.get_event_pairs(CBEventType.LLM)) == 1
+    names = [event.class_name() for event in trace.events]
+    kind = "Chat" if "chat" in row else "Completion"
+    progress = len(found) if "stream" in row else 0
+    assert names == [
+        f"LLM{kind}StartEvent",
+        *[f"LLM{kind}InProgressEvent"] * progress,
+        f"LLM{kind}EndEvent",
+    ]
+    assert trace.events[-1].response.raw["usage"]["completion_tokens"] == 8
+    assert trace.span_names == [f"RapidLLM.{row}"]
+
+
+@pytest.mark.parametrize("method", ["predict", "stream", "apredict", "astream"])
+def test_predict_and_its_kin_have_one_span_each(llm, trace, method):
+    template = PromptTemplate("{query_str}")
+
+    def call():
+        if not method.startswith("a"):
+            answer = getattr(llm, method)(template, query_str=PROMPT)
+            return answer if isinstance(answer, str) else "".join(answer)
+
+        async def collect():
+            answer = await getattr(llm, method)(template, query_str=PROMPT)
+            return answer if isinstance(answer, str) else "".join([t async for t in answer])
+
+        return asyncio.run(collect())
+
+    assert call() == llm.complete(PROMPT).text
+    inner = {"predict": "chat", "stream": "stream_chat"}[method.removeprefix("a")]
+    prefix = "a" if method.startswith("a") else ""
+    spans = [span for span in trace.span_names if span != "RapidLLM.complete"]
+    assert sorted(spans) == sorted([f"RapidLLM.{method}", f"RapidLLM.{prefix}{inner}"])
+
+
+def test_predict_uses_the_system_prompt(decoder, spy):
+    llm = RapidLLM(decoder=decoder, max_tokens=1, system_prompt="Be brief.")
+    llm.predict(PromptTemplate("Say {word}."), word="this")
+    assert spy.target() == "<s><|system>Be brief.\n<|user>Say this.\n<|assistant>"
+
+
+def test_an_error_in_predict_is_no_value_error(make_decoder):
+    """LlamaIndex's refine mode would swallow one and answer "Empty Response"."""
+    llm = RapidLLM(decoder=make_decoder(window=64), max_tokens=40)
+    with pytest.raises(PipelineError, match="window") as caught:
+        llm.predict(PromptTemplate("{query_str}"), query_str=PROMPT)
+    assert not isinstance(caught.value, ValueError)
+    assert isinstance(caught.value.__cause__, ContextWindowError)
+
+
+# --- asyncio, threads, closing -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("a")])
+def test_other_tasks_run_during_a_generation(llm, slow_passes, row):
+    async def generate():
+        answer = await start(llm, row)
+        if "stream" in row:
+            async for _ in answer:
+                pass
+
+    async def main():
+        task, ticks = asyncio.ensure_future(generate()), 0
+        while not task.done():
+            ticks += 1
+            await asyncio.sleep(0.001)
+        await task
+        return ticks
+
+    # A blocked loop would tick once a pass at most, in the gaps between them.
+    assert asyncio.run(main()) > 2 * len(slow_passes)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith("a")])
+def test_a_cancelled_task_stops_within_one_round(llm, expected, slow_passes, row):
+    async def generate():
+        answer = await start(llm, row, max_tokens=200)
+        if "stream" in row:
+            async for _ in answer:
+                pass
+
+    async def main():
+        task = asyncio.ensure_future(generate())
+        while len(slow_passes) < 6:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        at_cancel = len(slow_passes)
+        await asyncio.sleep(0.3)
+        return at_cancel
+
+    at_cancel = asyncio.run(main())
+    assert len(slow_passes) - at_cancel <= 4  # the rest of a round: 3 drafts and a verification
+    assert text_of(responses(llm, row)[-1]) == expected.text
+
+
+@pytest.mark.parametrize("row", STREAMS)
+def test_a_closed_stream_stops_the_model(llm, expected, slow_passes, row):
+    async def take_one():
+        stream = await start(llm, row, max_tokens=200)
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    if row.startswith("a"):
+        asyncio.run(take_one())
+    else:
+        stream = start(llm, row, max_tokens=200)
+        next(stream)
+        stream.close()
+    assert len(slow_passes) <= 2 + 4  # two prefills and a round
+    assert text_of(responses(llm, row)[-1]) == expected.text
+
+
+def test_concurrent_calls_give_the_answers_that_they_give_alone(llm):
+    prompts = [f"{PROMPT} {i}" for i in range(6)]
+    alone = [llm.complete(p, draft_prompt=DRAFT, temperature=0.7).text for p in prompts]
+
+    def call(prompt):
+        return llm.complete(prompt, draft_prompt=DRAFT, temperature=0.7).text
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(call, prompts)) == alone
+
+    async def tasks():
+        calls = [llm.acomplete(p, draft_prompt=DRAFT, temperature=0.7) for p in prompts]
+        return [response.text for response in await asyncio.gather(*calls)]
+
+    assert asyncio.run(tasks()) == alone
+
+
+def test_usage_counts_the_tokens_that_were_read(llm, spy):
+    raw = llm.complete(PROMPT, draft_prompt=DRAFT).raw
+    tokenizer = llm.decoder.tokenizer
+    assert raw["usage"]["prompt_tokens"] == len(encode_prompt(spy.prompts[0][0], tokenizer))
+    assert raw["rapid"]["draft_prompt_tokens"] == len(encode_prompt(spy.prompts[0][1], tokenizer))
