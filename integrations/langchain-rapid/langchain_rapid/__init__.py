@@ -1,0 +1,14 @@
+"""RAPID for LangChain: long-context answers, drafted from what the chain's retriever found."""
+
+from langchain_rapid.chains import create_rapid_documents_chain
+from langchain_rapid.chat_models import ChatRapid
+from langchain_rapid.errors import GenerationTimeoutError, RetrievalError
+from langchain_rapid.llms import RapidLLM
+
+__all__ = [
+    "ChatRapid",
+    "GenerationTimeoutError",
+    "RapidLLM",
+    "RetrievalError",
+    "create_rapid_documents_chain",
+]

@@ -1,0 +1,162 @@
+"""Stuffing twice: the drafter gets the retrieved chunks, the target the documents behind them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseLanguageModel, BaseLLM, LanguageModelLike
+from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
+from langchain_core.prompt_values import PromptValue
+from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.base import RunnableBindingBase
+from rapid_llm.errors import InvalidParameterError
+
+from langchain_rapid.documents import SEPARATOR, Documents, FullDocuments
+from langchain_rapid.settings import RapidModel
+
+_PAGE_CONTENT = PromptTemplate.from_template("{page_content}")
+
+
+def create_rapid_documents_chain(
+    llm: LanguageModelLike,
+    prompt: BasePromptTemplate[Any],
+    *,
+    documents: Documents,
+    output_parser: BaseOutputParser[Any] | None = None,
+    document_prompt: BasePromptTemplate[str] | None = None,
+    document_separator: str = SEPARATOR,
+    document_variable_name: str = "context",
+    document_id_key: str | None = None,
+) -> Runnable[dict[str, Any], Any]:
+    """``create_stuff_documents_chain`` with one more argument: the full documents.
+
+    The prompt is formatted twice: for the drafter with the retrieved chunks, without repetitions;
+    for the target with the full documents that they were cut from, in the order of their first
+    chunk. If nothing was retrieved, the target reads all documents and decodes plainly, which
+    ``response_metadata["rapid"]["draft_skipped"]`` says.
+
+    Args:
+        llm: a ``ChatRapid`` or ``RapidLLM``, or one with bound arguments.
+        prompt: with ``document_variable_name`` among its input variables.
+        documents: the full texts: one string, a mapping from document id to text, a list of
+            Document (as a loader returned them), or a function from document id to text.
+        output_parser: ``StrOutputParser`` if None.
+        document_prompt: formats a chunk and a full document alike; a full document has the
+            metadata of its first chunk, and its own if a list of Document was given. Only the
+            text if None.
+        document_separator: between two formatted chunks or documents.
+        document_variable_name: the prompt's variable for them, and their key in the input.
+        document_id_key: the key of a chunk's metadata that holds the document's id; None tries
+            ``document_id``, ``doc_id`` and ``source``.
+
+    Returns:
+        A Runnable from a dictionary with the retrieved documents under
+        ``document_variable_name`` and the prompt's other variables, as ``create_retrieval_chain``
+        gives it, to the output parser's result.
+
+    Raises:
+        InvalidParameterError: the prompt has no such variable, or the LLM is another.
+        DocumentError: ``documents`` cannot be used; when called: a chunk's document is unknown.
+    """
+    if document_variable_name not in prompt.input_variables:
+        raise InvalidParameterError(
+            f"the prompt has no input variable {document_variable_name!r} for the documents, only "
+            f"{', '.join(prompt.input_variables) or 'none'}: add it, or pass "
+            "document_variable_name="
+        )
+    innermost = llm
+    while isinstance(innermost, RunnableBindingBase):
+        innermost = innermost.bound
+    if isinstance(innermost, BaseLanguageModel) and not isinstance(innermost, RapidModel):
+        raise InvalidParameterError(
+            f"{type(innermost).__name__} cannot read a draft: pass a ChatRapid or a RapidLLM"
+        )
+    answer = _GroundedAnswer(
+        llm,
+        prompt,
+        FullDocuments(documents, document_id_key),
+        document_prompt or _PAGE_CONTENT,
+        document_separator,
+        document_variable_name,
+        as_text=isinstance(innermost, BaseLLM),
+    )
+    chain: Runnable[dict[str, Any], Any] = answer | (output_parser or StrOutputParser())
+    return chain.with_config(run_name="rapid_documents_chain")
+
+
+class _GroundedAnswer(Runnable[dict[str, Any], Any]):
+    """From chunks and question to the LLM's answer.
+
+    One step without runs of its own but the LLM's, or a trace would hold the whole documents once
+    for each run that they pass through.
+    """
+
+    name = "grounded_answer"
+
+    def __init__(
+        self,
+        llm: LanguageModelLike,
+        prompt: BasePromptTemplate[Any],
+        documents: FullDocuments,
+        document_prompt: BasePromptTemplate[str],
+        separator: str,
+        variable: str,
+        *,
+        as_text: bool,
+    ) -> None:
+        self.llm = llm
+        self.prompt = prompt
+        self.documents = documents
+        self.document_prompt = document_prompt
+        self.separator = separator
+        self.variable = variable
+        self.as_text = as_text
+
+    def invoke(
+        self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Any:
+        llm, prompt = self._grounded(input)
+        return llm.invoke(prompt, config, **kwargs)
+
+    async def ainvoke(
+        self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Any:
+        llm, prompt = await asyncio.to_thread(self._grounded, input)
+        return await llm.ainvoke(prompt, config, **kwargs)
+
+    def stream(
+        self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[Any]:
+        llm, prompt = self._grounded(input)
+        yield from llm.stream(prompt, config, **kwargs)
+
+    async def astream(
+        self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        llm, prompt = await asyncio.to_thread(self._grounded, input)
+        async for chunk in llm.astream(prompt, config, **kwargs):
+            yield chunk
+
+    def _grounded(self, inputs: dict[str, Any]) -> tuple[Runnable[Any, Any], PromptValue]:
+        """The LLM with the draft bound to it, and the target's prompt."""
+        from langchain_rapid.grounding import find_sources
+
+        found = find_sources(inputs[self.variable], self.documents)
+        bound: dict[str, Any] = {"retrieved": found.retrieved}
+        if found.chunks:
+            draft = self._format(inputs, found.chunks)
+            if self.as_text:
+                bound["draft_prompt"] = draft.to_string()
+            else:
+                bound["draft_messages"] = draft.to_messages()
+        return self.llm.bind(**bound), self._format(inputs, found.documents)
+
+    def _format(self, inputs: dict[str, Any], documents: list[Document]) -> PromptValue:
+        text = self.separator.join(
+            format_document(document, self.document_prompt) for document in documents
+        )
+        return self.prompt.format_prompt(**{**inputs, self.variable: text})

@@ -1,0 +1,279 @@
+"""ChatRapid: a chat model whose drafter reads what was retrieved, its target whole documents."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.callbacks import (
+    AsyncCallbackManager,
+    AsyncCallbackManagerForLLMRun,
+    CallbackManager,
+    CallbackManagerForLLMRun,
+    Callbacks,
+)
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.language_models.chat_models import (
+    agenerate_from_stream,
+    generate_from_stream,
+)
+from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.runnables import RunnableConfig
+from pydantic import ConfigDict, model_validator
+from typing_extensions import Self
+
+from langchain_rapid.messages import last_question, text_of, to_chat
+from langchain_rapid.settings import (
+    VERSION,
+    Call,
+    RapidModel,
+    beside,
+    child_of,
+    response_metadata,
+    usage,
+)
+
+if TYPE_CHECKING:
+    from rapid_llm.decoder import Chunk
+
+
+class ChatRapid(RapidModel, BaseChatModel):
+    """Chat model with retrieval-augmented speculative decoding.
+
+    The messages are the target's prompt. The drafter's comes from one of three places:
+
+    - :func:`create_rapid_documents_chain`, where ``create_stuff_documents_chain`` stood;
+    - ``retriever=`` and ``documents=``: the last human message is the question;
+    - ``draft_messages=`` of a call, or bound by ``bind``.
+
+    Without one the target decodes plainly. Every field of :class:`RapidModel` from ``max_tokens``
+    to ``truncate``, and ``model``, may be overridden by a call's argument of that name.
+
+    Example:
+        .. code-block:: python
+
+            llm = ChatRapid(model="meta-llama/Llama-3.1-8B-Instruct", dtype="bfloat16")
+            llm.invoke("Hello", max_tokens=20)
+
+    Raises:
+        pydantic.ValidationError: an unknown field, or a value outside its range.
+        RapidError: when called, see ``rapid_llm.RapidDecoder.stream``; and
+            ``GenerationTimeoutError``, ``RetrievalError``.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    streaming: bool = False
+    """``invoke`` streams to callbacks as well."""
+
+    @model_validator(mode="after")
+    def _set_rapid_version(self) -> Self:
+        self._add_version("langchain-rapid", VERSION)
+        return self
+
+    @property
+    def _llm_type(self) -> str:
+        return "rapid-chat"
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        return self._tracing_params("chat", stop, kwargs)
+
+    # --- generation ----------------------------------------------------------------------------
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        if self._retrieves(kwargs):  # not done yet: stream_events (v3)
+            messages, found = self._ground(messages, child_of(run_manager, CallbackManager))
+            kwargs |= found
+        draft = self._draft(kwargs)
+        call = self._call(stop, kwargs)
+        for chunk in self._run(to_chat(messages), draft, call):
+            if chunk.text or chunk.finish_reason:
+                yield _generation_chunk(chunk, call)
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        if self._retrieves(kwargs):
+            child = child_of(run_manager, AsyncCallbackManager)
+            messages, found = await self._aground(messages, child)
+            kwargs |= found
+        draft = self._draft(kwargs)
+        call = self._call(stop, kwargs)
+        async for chunk in self._arun(to_chat(messages), draft, call):
+            if chunk.text or chunk.finish_reason:
+                yield _generation_chunk(chunk, call)
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return await agenerate_from_stream(self._astream(messages, stop, run_manager, **kwargs))
+
+    def _draft(self, kwargs: dict[str, Any]) -> list[dict[str, str]] | None:
+        messages = kwargs.pop("draft_messages", None)
+        return None if messages is None else to_chat(self._convert_input(messages).to_messages())
+
+    # --- retriever= ----------------------------------------------------------------------------
+    # Retrieval comes before LangChain looks into its cache, so that both prompts are in the key.
+
+    def generate(
+        self,
+        messages: list[list[BaseMessage]],
+        stop: list[str] | None = None,
+        callbacks: Callbacks = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """LangChain's; with a retriever, each chat is grounded first."""
+        if not self._retrieves(kwargs):
+            return super().generate(messages, stop, callbacks, **kwargs)
+        config = beside({"callbacks": callbacks, **kwargs})
+        results = []
+        for chat in messages:
+            grounded, found = self._ground(chat, config)
+            results.append(super().generate([grounded], stop, callbacks, **kwargs, **found))
+        return _joined(results)
+
+    async def agenerate(
+        self,
+        messages: list[list[BaseMessage]],
+        stop: list[str] | None = None,
+        callbacks: Callbacks = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """:meth:`generate` for asyncio."""
+        if not self._retrieves(kwargs):
+            return await super().agenerate(messages, stop, callbacks, **kwargs)
+        config = beside({"callbacks": callbacks, **kwargs})
+        results = []
+        for chat in messages:
+            grounded, found = await self._aground(chat, config)
+            results.append(await super().agenerate([grounded], stop, callbacks, **kwargs, **found))
+        return _joined(results)
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
+        """LangChain's; with a retriever, the chat is grounded first."""
+        if self._retrieves(kwargs):
+            messages = self._convert_input(input).to_messages()
+            input, found = self._ground(messages, beside(config))
+            kwargs |= found
+        yield from super().stream(input, config, stop=stop, **kwargs)
+
+    async def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        """:meth:`stream` for asyncio."""
+        if self._retrieves(kwargs):
+            messages = self._convert_input(input).to_messages()
+            input, found = await self._aground(messages, beside(config))
+            kwargs |= found
+        async for chunk in super().astream(input, config, stop=stop, **kwargs):
+            yield chunk
+
+    def _retrieves(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the draft is still to be retrieved; what a call brings along goes first."""
+        given = kwargs.get("draft_messages") is not None or kwargs.get("retrieved") is not None
+        return self.retriever is not None and not given
+
+    def _ground(
+        self, messages: list[BaseMessage], config: RunnableConfig
+    ) -> tuple[list[BaseMessage], dict[str, Any]]:
+        question = text_of(messages[last_question(messages)])
+        return self._with_contexts(messages, self._retrieve(question, config))
+
+    async def _aground(
+        self, messages: list[BaseMessage], config: RunnableConfig
+    ) -> tuple[list[BaseMessage], dict[str, Any]]:
+        question = text_of(messages[last_question(messages)])
+        chunks = await self._aretrieve(question, config)
+        return await asyncio.to_thread(self._with_contexts, messages, chunks)
+
+    def _with_contexts(
+        self, messages: list[BaseMessage], chunks: list[Document]
+    ) -> tuple[list[BaseMessage], dict[str, Any]]:
+        """The target's messages, and what tells a call of the drafter's."""
+        index = last_question(messages)
+        target, draft, retrieved = self._contexts(chunks, text_of(messages[index]))
+
+        def around(content: str) -> list[BaseMessage]:
+            question = messages[index].model_copy(update={"content": content})
+            return [*messages[:index], question, *messages[index + 1 :]]
+
+        found: dict[str, Any] = {"retrieved": retrieved}
+        if draft is not None:
+            found["draft_messages"] = around(draft)
+        return around(target), found
+
+    # --- token counts --------------------------------------------------------------------------
+
+    def get_num_tokens_from_messages(
+        self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
+    ) -> int:
+        """Tokens of a prompt as the model reads it, the chat template's included.
+
+        Raises:
+            InvalidParameterError: a message cannot be sent, or there are tools.
+        """
+        from rapid_llm.encoding import encode_prompt
+        from rapid_llm.errors import InvalidParameterError
+
+        if tools:
+            raise InvalidParameterError("tools were given: ChatRapid does not call tools")
+        return len(encode_prompt(to_chat(messages), self._decoder_for(self.model).tokenizer))
+
+
+def _generation_chunk(chunk: Chunk, call: Call) -> ChatGenerationChunk:
+    if chunk.finish_reason is None:
+        return ChatGenerationChunk(message=AIMessageChunk(content=chunk.text))
+    return ChatGenerationChunk(
+        message=AIMessageChunk(
+            content=chunk.text,
+            response_metadata=response_metadata(chunk, call),
+            usage_metadata=usage(chunk.stats),
+            chunk_position="last",
+        )
+    )
+
+
+def _joined(results: list[LLMResult]) -> LLMResult:
+    return LLMResult(
+        generations=[generations for result in results for generations in result.generations],
+        llm_output={},
+        run=[info for result in results for info in result.run or []] or None,
+    )

@@ -1,0 +1,230 @@
+"""RapidLLM: the same as text completion, without a chat template."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.callbacks import (
+    AsyncCallbackManager,
+    AsyncCallbackManagerForLLMRun,
+    CallbackManager,
+    CallbackManagerForLLMRun,
+    Callbacks,
+)
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseLLM, LangSmithParams
+from langchain_core.outputs import GenerationChunk, LLMResult
+from pydantic import ConfigDict, PrivateAttr, model_validator
+from rapid_llm.errors import InvalidParameterError
+from typing_extensions import Self
+
+from langchain_rapid.settings import VERSION, Call, RapidModel, child_of, response_metadata, usage
+
+if TYPE_CHECKING:
+    from rapid_llm.decoder import Chunk
+
+
+class RapidLLM(RapidModel, BaseLLM):
+    """Completes text as it stands: no chat template is applied (use ``ChatRapid`` for that).
+
+    The prompt is the target's. The drafter's comes from :func:`create_rapid_documents_chain`, from
+    ``retriever=`` and ``documents=`` (the prompt is the question), or from ``draft_prompt=`` of a
+    call. Fields and overrides are those of ``ChatRapid``. What an answer says of itself is in
+    ``generate(...).generations[i][0].generation_info``.
+
+    Raises:
+        pydantic.ValidationError: an unknown field, or a value outside its range.
+        RapidError: when called, as for ``ChatRapid``.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    _of_call: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _set_rapid_llm_version(self) -> Self:
+        self._add_version("langchain-rapid", VERSION)
+        return self
+
+    @model_validator(mode="after")
+    def _forbid_cache_with_retriever(self) -> Self:
+        # LangChain looks into the cache before it calls an LLM: what is retrieved then could
+        # not be in the key.
+        if self.retriever is not None:
+            if self.cache not in (None, False):
+                raise InvalidParameterError(
+                    "RapidLLM with retriever= cannot be cached, because what is retrieved would "
+                    "not be part of the key; use ChatRapid or create_rapid_documents_chain"
+                )
+            self.cache = False
+        return self
+
+    @property
+    def _llm_type(self) -> str:
+        return "rapid"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return super()._identifying_params | self._of_call
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        return self._tracing_params("llm", stop, kwargs)
+
+    # --- the cache key -------------------------------------------------------------------------
+    # LangChain makes an LLM's key of its identifying parameters and leaves out the arguments of
+    # the call, of which the draft is one.
+
+    def generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """LangChain's, with the arguments of the call in the cache key."""
+        return super(RapidLLM, self._called_with(kwargs)).generate(
+            prompts, stop, callbacks, **kwargs
+        )
+
+    async def agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """:meth:`generate` for asyncio."""
+        return await super(RapidLLM, self._called_with(kwargs)).agenerate(
+            prompts, stop, callbacks, **kwargs
+        )
+
+    def _called_with(self, kwargs: dict[str, Any]) -> Self:
+        of_run = ("tags", "metadata", "run_name", "run_id")
+        keyed = self.model_copy()  # shares the loaded models
+        keyed._of_call = {name: value for name, value in kwargs.items() if name not in of_run}
+        return keyed
+
+    # --- generation ----------------------------------------------------------------------------
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        for chunk in self._completed(prompt, stop, run_manager, kwargs):
+            if run_manager is not None:
+                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        async for chunk in self._acompleted(prompt, stop, run_manager, kwargs):
+            if run_manager is not None:
+                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return _result(
+            [list(self._completed(prompt, stop, run_manager, kwargs)) for prompt in prompts]
+        )
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        answers = []
+        for prompt in prompts:
+            chunks = self._acompleted(prompt, stop, run_manager, kwargs)
+            answers.append([chunk async for chunk in chunks])
+        return _result(answers)
+
+    def _completed(
+        self,
+        prompt: str,
+        stop: list[str] | None,
+        run_manager: CallbackManagerForLLMRun | None,
+        kwargs: dict[str, Any],
+    ) -> Iterator[GenerationChunk]:
+        if self._retrieves(kwargs):
+            found_chunks = self._retrieve(prompt, child_of(run_manager, CallbackManager))
+            prompt, found = self._with_contexts(prompt, found_chunks)
+            kwargs = kwargs | found
+        draft, call = self._draft_and_call(stop, kwargs)
+        for chunk in self._run(prompt, draft, call):
+            if chunk.text or chunk.finish_reason:
+                yield _generation_chunk(chunk, call)
+
+    async def _acompleted(
+        self,
+        prompt: str,
+        stop: list[str] | None,
+        run_manager: AsyncCallbackManagerForLLMRun | None,
+        kwargs: dict[str, Any],
+    ) -> AsyncIterator[GenerationChunk]:
+        if self._retrieves(kwargs):
+            child = child_of(run_manager, AsyncCallbackManager)
+            found_chunks = await self._aretrieve(prompt, child)
+            prompt, found = await asyncio.to_thread(self._with_contexts, prompt, found_chunks)
+            kwargs = kwargs | found
+        draft, call = self._draft_and_call(stop, kwargs)
+        async for chunk in self._arun(prompt, draft, call):
+            if chunk.text or chunk.finish_reason:
+                yield _generation_chunk(chunk, call)
+
+    def _retrieves(self, kwargs: dict[str, Any]) -> bool:
+        given = kwargs.get("draft_prompt") is not None or kwargs.get("retrieved") is not None
+        return self.retriever is not None and not given
+
+    def _with_contexts(self, question: str, chunks: list[Document]) -> tuple[str, dict[str, Any]]:
+        target, draft, retrieved = self._contexts(chunks, question)
+        found: dict[str, Any] = {"retrieved": retrieved}
+        if draft is not None:
+            found["draft_prompt"] = f"{draft}\n\nAnswer:"
+        return f"{target}\n\nAnswer:", found
+
+    def _draft_and_call(
+        self, stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> tuple[str | None, Call]:
+        options = dict(kwargs)
+        draft: str | None = options.pop("draft_prompt", None)
+        return draft, self._call(stop, options)
+
+
+def _generation_chunk(chunk: Chunk, call: Call) -> GenerationChunk:
+    if chunk.finish_reason is None:
+        return GenerationChunk(text=chunk.text)
+    info = response_metadata(chunk, call) | {"usage_metadata": usage(chunk.stats)}
+    return GenerationChunk(text=chunk.text, generation_info=info)
+
+
+def _result(answers: list[list[GenerationChunk]]) -> LLMResult:
+    generations = []
+    totals = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    for chunks in answers:
+        whole = chunks[0]
+        for chunk in chunks[1:]:
+            whole += chunk
+        generations.append([whole])
+        counts = (whole.generation_info or {})["usage_metadata"]
+        totals["prompt_tokens"] += counts["input_tokens"]
+        totals["completion_tokens"] += counts["output_tokens"]
+        totals["total_tokens"] += counts["total_tokens"]
+    return LLMResult(generations=generations, llm_output={"token_usage": totals})

@@ -1,0 +1,419 @@
+"""What ChatRapid and RapidLLM have in common: their fields, and running the decoder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
+
+from langchain_core.callbacks import AsyncCallbackManager, CallbackManager
+from langchain_core.callbacks.manager import BaseRunManager
+from langchain_core.documents import Document
+from langchain_core.language_models import LangSmithParams
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.runnables import Runnable, RunnableConfig
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SkipValidation,
+    field_validator,
+    model_validator,
+)
+from rapid_llm.aio import iterate_in_thread
+from rapid_llm.config import Mode, SamplingParams, SpeculationConfig, from_options
+from rapid_llm.errors import InvalidParameterError
+from typing_extensions import Self
+
+from langchain_rapid.documents import SEPARATOR, FullDocuments
+from langchain_rapid.errors import GenerationTimeoutError, RetrievalError
+
+if TYPE_CHECKING:
+    from rapid_llm.decoder import Chunk, RapidDecoder
+    from rapid_llm.encoding import Prompt
+    from rapid_llm.stats import Stats
+else:  # importing them would import torch
+    RapidDecoder = Any
+
+try:
+    VERSION = version("langchain-rapid")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    VERSION = "0+unknown"
+
+INSTRUCTION = "Answer the question using only the text above."
+"""What stands between document and question where the model builds the prompt (``retriever=``)."""
+
+NOTHING_RETRIEVED = "the retriever returned nothing"
+
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
+_SPECULATION = ("gamma", "eta", "alpha", "mode")
+_PLACEMENT = ("model", "drafter", "dtype", "device", "drafter_device")
+_LIMITS = ("timeout", "truncate")
+
+# LangChain's standard parameters of hosted models: here is no key to give and nothing to retry.
+_HOSTED = ("api_key", "max_retries")
+
+
+class Call(NamedTuple):
+    """One generation's settings: the fields, overridden by what the call was given."""
+
+    model: str
+    sampling: SamplingParams
+    speculation: SpeculationConfig
+    timeout: float | None
+    truncate: Literal["middle"] | None
+    retrieved: list[dict[str, Any]] | None
+
+
+class RapidModel(BaseModel):
+    """The fields of both classes, and how they are used.
+
+    Nothing is loaded, and torch is not imported, before the first token is asked for.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    model: str = "smollm2-135m"
+    """Target: a hub id, a folder, a GGUF file, or the packaged model. A call may name another."""
+    drafter: str | None = None
+    """Drafter: the same, with the target's tokenizer. None: the target drafts for itself."""
+    dtype: str = "auto"
+    """``auto`` (the checkpoint's own), ``bfloat16``, ``float16`` or ``float32``."""
+    device: str | None = None
+    """Of the target, such as ``cuda:0``; None takes CUDA if there is one."""
+    drafter_device: str | None = None
+    """Of the drafter; None puts it beside the target."""
+    decoder: RapidDecoder | None = Field(default=None, exclude=True, repr=False)
+    """A loaded decoder, in place of the five fields above."""
+
+    max_tokens: int = 256
+    """Tokens to generate at most."""
+    temperature: float = 0.0
+    """0 decodes greedily."""
+    top_p: float = 1.0
+    """Nucleus mass in (0, 1]; 1 keeps every token."""
+    top_k: int = 0
+    """Number of most likely tokens kept; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Above 0; 1 is none."""
+    stop: list[str] | None = None
+    """Strings that end the answer and are cut from it. Those of a call replace these."""
+    seed: int | None = None
+    """Makes sampling reproducible; None draws afresh."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds for reading the prompts and generating, after which the call fails; None waits."""
+
+    gamma: int = 10
+    """Tokens drafted a round (γ)."""
+    eta: float = 10.0
+    """Strength of the knowledge transfer (η); 0 is lossless speculation."""
+    alpha: float = 0.1
+    """Tail protection: drafted tokens with q < alpha * max(q) get no transfer."""
+    mode: Mode = "paper"
+    """Whose distribution the answer follows: ``exact``, ``augmented`` or ``paper``."""
+
+    truncate: Literal["middle"] | None = None
+    """``middle`` leaves out the middle of the longest message if a prompt exceeds the context
+    window; None refuses such a prompt."""
+    retriever: Runnable[str, list[Document]] | None = Field(default=None, exclude=True, repr=False)
+    """With ``documents``: finds the drafter's context for the last human message."""
+    documents: Annotated[Any, SkipValidation] = Field(default=None, exclude=True, repr=False)
+    """With ``retriever``: the full texts for the target: a string, a mapping from document id to
+    text, a list of Document, or a function from document id to text."""
+    document_id_key: str | None = None
+    """Key of the chunks' metadata that holds the document's id; None tries ``document_id``,
+    ``doc_id`` and ``source``."""
+
+    _loaded: dict[str, RapidDecoder] = PrivateAttr(default_factory=dict)
+    _sources: FullDocuments | None = PrivateAttr(default=None)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Pass on to LangChain's own, which pydantic's for private attributes would hide."""
+        super().model_post_init(context)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_parameters_of_hosted_models(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {name: value for name, value in values.items() if name not in _HOSTED}
+        return values
+
+    @field_validator("model", "drafter", mode="before")
+    @classmethod
+    def _path_to_str(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, PurePath) else value
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> Self:
+        if self.decoder is not None:
+            self._take_names_of_decoder()
+        if (self.retriever is None) != (self.documents is None):
+            given, missing = ("retriever", "documents")[:: 1 if self.documents is None else -1]
+            raise InvalidParameterError(
+                f"{given}= was given without {missing}=: the retriever finds the drafter's "
+                "context, the documents are the target's; pass both or neither"
+            )
+        if self.documents is not None:
+            self._sources = FullDocuments(self.documents, self.document_id_key)
+        self._call(None, {})  # refuses values outside their range
+        return self
+
+    def _take_names_of_decoder(self) -> None:
+        """So that traces and cache keys tell one decoder from another."""
+        from rapid_llm.decoder import RapidDecoder  # imported already, by who made the decoder
+
+        if not isinstance(self.decoder, RapidDecoder):
+            raise InvalidParameterError(
+                f"decoder of type {type(self.decoder).__name__} is not allowed: pass a "
+                "rapid_llm.RapidDecoder"
+            )
+        name = self.decoder.target.name
+        if "model" in self.model_fields_set and self.model != name:
+            raise InvalidParameterError(
+                f"model={self.model!r} and a decoder of {name!r} were given; pass one of them"
+            )
+        self.model = name
+        if self.decoder.drafter is not self.decoder.target:
+            self.drafter = self.decoder.drafter.name
+
+    # --- one call ------------------------------------------------------------------------------
+
+    def _call(self, stop: list[str] | None, options: Mapping[str, Any]) -> Call:
+        """Merge the fields with what a call was given.
+
+        Raises:
+            InvalidParameterError: an unknown option, or a value outside its range.
+        """
+        settings = {name: getattr(self, name) for name in (*_SAMPLING, *_SPECULATION, *_LIMITS)}
+        settings |= {"model": self.model, "retrieved": None}
+        # None leaves a setting as it is, but for the seed, where it is a value of its own.
+        settings |= {k: v for k, v in options.items() if v is not None or k == "seed"}
+        if stop is not None:
+            settings["stop"] = stop
+        settings.pop("stream", None)  # LangChain's own; how we are called says it already
+        model, retrieved = settings.pop("model"), settings.pop("retrieved")
+        timeout, truncate = settings.pop("timeout"), settings.pop("truncate")
+        if timeout is not None and not timeout > 0:
+            raise InvalidParameterError(f"timeout={timeout!r} is not allowed: pass seconds above 0")
+        sampling, speculation = from_options(settings)
+        return Call(str(model), sampling, speculation, timeout, truncate, retrieved)
+
+    def _decoder_for(self, model: str) -> RapidDecoder:
+        """The decoder, loaded when first needed; objects with the same models share weights."""
+        if self.decoder is not None and model == self.model:
+            return self.decoder
+        decoder = self._loaded.get(model)
+        if decoder is None:
+            from rapid_llm.decoder import RapidDecoder
+
+            decoder = RapidDecoder.from_pretrained(
+                model,
+                self.drafter,
+                dtype=self.dtype,
+                device=self.device,
+                drafter_device=self.drafter_device,
+            )
+            self._loaded[model] = decoder
+        return decoder
+
+    def _run(
+        self,
+        target: Prompt,
+        draft: Prompt | None,
+        call: Call,
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[Chunk]:
+        """Generate; ``check`` is called during prefill and may stop it by raising."""
+        decoder = self._decoder_for(call.model)
+        started = time.monotonic()
+        tokens = 0
+
+        def proceed(*_: object) -> None:
+            check()
+            if call.timeout is not None and time.monotonic() - started > call.timeout:
+                raise GenerationTimeoutError(
+                    f"timeout={call.timeout:g} s passed after {tokens} of at most "
+                    f"{call.sampling.max_new_tokens} tokens: raise the timeout, lower max_tokens, "
+                    "or shorten the prompt"
+                )
+
+        if call.truncate is not None:
+            target = self._fitted(target, decoder, decoder.target.context_window, call)
+            if draft is not None:
+                draft = self._fitted(draft, decoder, decoder.drafter.context_window, call)
+        for chunk in decoder.stream(
+            target,
+            draft,
+            sampling=call.sampling,
+            speculation=call.speculation,
+            progress=proceed,
+        ):
+            tokens += len(chunk.token_ids)
+            if chunk.finish_reason is None:
+                proceed()
+            yield chunk
+
+    async def _arun(self, target: Prompt, draft: Prompt | None, call: Call) -> AsyncIterator[Chunk]:
+        """The same in worker threads, loading included; cancelled within one round."""
+        async for chunk in iterate_in_thread(lambda check: self._run(target, draft, call, check)):
+            yield chunk
+
+    def _fitted(self, prompt: Prompt, decoder: RapidDecoder, window: int, call: Call) -> Prompt:
+        """The prompt, without the middle of its longest part if it exceeds the window."""
+        from rapid_llm.context.prompts import fit_prompt
+
+        document, render = _longest_part(prompt)
+        return fit_prompt(
+            document,
+            render,
+            decoder.tokenizer,
+            window,
+            call.sampling.max_new_tokens,
+            call.truncate,
+        )
+
+    # --- retrieval -----------------------------------------------------------------------------
+
+    def _retrieve(self, question: str, config: RunnableConfig) -> list[Document]:
+        assert self.retriever is not None
+        try:
+            return self.retriever.invoke(question, config)
+        except Exception as error:
+            raise _retrieval_error(error) from error
+
+    async def _aretrieve(self, question: str, config: RunnableConfig) -> list[Document]:
+        assert self.retriever is not None
+        try:
+            return await self.retriever.ainvoke(question, config)
+        except Exception as error:
+            raise _retrieval_error(error) from error
+
+    def _contexts(
+        self, chunks: list[Document], question: str
+    ) -> tuple[str, str | None, list[dict[str, Any]]]:
+        """The target's message, the drafter's (None if nothing was retrieved), and the chunks."""
+        from rapid_llm.context.prompts import build_messages
+
+        from langchain_rapid.grounding import find_sources
+
+        assert self._sources is not None
+        found = find_sources(chunks, self._sources)
+        target, draft = (
+            build_messages(
+                SEPARATOR.join(part.page_content for part in parts),
+                question,
+                instruction=INSTRUCTION,
+            )[0]["content"]
+            if parts
+            else None
+            for parts in (found.documents, found.chunks)
+        )
+        assert target is not None
+        return target, draft, found.retrieved
+
+    # --- what LangChain asks for ---------------------------------------------------------------
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        names = (*_PLACEMENT, *_SAMPLING, *_SPECULATION, *_LIMITS)
+        return {name: getattr(self, name) for name in names}
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of a text under the model's tokenizer, without BOS or EOS."""
+        from rapid_llm.encoding import encode_literal
+
+        custom: Callable[[str], list[int]] | None = getattr(self, "custom_get_token_ids", None)
+        if custom is not None:
+            return custom(text)
+        return encode_literal(text, self._decoder_for(self.model).tokenizer)
+
+    def _tracing_params(
+        self, kind: Literal["chat", "llm"], stop: list[str] | None, call: Mapping[str, Any]
+    ) -> LangSmithParams:
+        given = {name: value for name, value in call.items() if value is not None}
+        params = LangSmithParams(
+            ls_provider="rapid",
+            ls_model_type=kind,
+            ls_model_name=str(given.get("model", self.model)),
+            ls_temperature=given.get("temperature", self.temperature),
+            ls_max_tokens=given.get("max_tokens", self.max_tokens),
+        )
+        if stop := self.stop if stop is None else stop:
+            params["ls_stop"] = stop
+        return params
+
+
+Manager = TypeVar("Manager", CallbackManager, AsyncCallbackManager)
+
+
+def child_of(run: BaseRunManager | None, manager: type[Manager]) -> RunnableConfig:
+    """The config of a run inside an LLM's; LangChain's managers of LLM runs do not make one."""
+    if run is None:
+        return RunnableConfig()
+    child = manager(handlers=[], parent_run_id=run.run_id)
+    child.set_handlers(run.inheritable_handlers)
+    child.add_tags(run.inheritable_tags)
+    child.add_metadata(run.inheritable_metadata)
+    return RunnableConfig(callbacks=child)
+
+
+def beside(config: Mapping[str, Any] | None) -> RunnableConfig:
+    """The config of a run beside an LLM's: without the name and id of that one."""
+    inherited = ("callbacks", "tags", "metadata", "configurable")
+    given = {name: value for name, value in (config or {}).items() if name in inherited}
+    return cast(RunnableConfig, given)
+
+
+def usage(stats: Stats) -> UsageMetadata:
+    """The target's tokens. The drafter's prompt is in ``response_metadata["rapid"]``."""
+    return UsageMetadata(
+        input_tokens=stats.prompt_tokens,
+        output_tokens=stats.completion_tokens,
+        total_tokens=stats.prompt_tokens + stats.completion_tokens,
+    )
+
+
+def response_metadata(chunk: Chunk, call: Call) -> dict[str, Any]:
+    """What a finished answer says of itself; ``chunk`` is its last."""
+    stats = chunk.stats
+    return {
+        "model_name": call.model,
+        "finish_reason": chunk.finish_reason,
+        "rapid": {
+            "method": stats.method,
+            "drafted": stats.drafted_tokens,
+            "accepted": stats.accepted_tokens,
+            "acceptance_ratio": stats.acceptance_ratio,
+            "rounds": stats.rounds,
+            "tokens_per_round": stats.tokens_per_round,
+            "draft_prompt_tokens": stats.draft_prompt_tokens,
+            "prefill_seconds": stats.prefill_seconds,
+            "decode_seconds": stats.decode_seconds,
+            "draft_skipped": NOTHING_RETRIEVED if call.retrieved == [] else stats.draft_skipped,
+            "chunks": call.retrieved or [],
+        },
+    }
+
+
+def _retrieval_error(error: Exception) -> RetrievalError:
+    return RetrievalError(
+        f"the retriever failed with {type(error).__name__}: {error}; repair it, or ask without "
+        "retriever="
+    )
+
+
+def _longest_part(prompt: Prompt) -> tuple[str, Callable[[str], Prompt]]:
+    """The text that may be shortened, and how the prompt is put together again."""
+    if isinstance(prompt, str):
+        # All but its ends, so that no shortened prompt is empty.
+        return prompt[1:-1], lambda part: prompt[:1] + part + prompt[1:][-1:]
+    messages = cast("list[dict[str, str]]", prompt)
+    longest = max(range(len(messages)), key=lambda i: len(messages[i]["content"]))
+
+    def render(part: str) -> Prompt:
+        return [m | {"content": part} if i == longest else m for i, m in enumerate(messages)]
+
+    return messages[longest]["content"], render
