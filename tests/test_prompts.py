@@ -188,6 +188,8 @@ def test_any_prompt_around_a_document_can_be_fitted() -> None:
     assert prompt.startswith("Read this:\nThe lamp")
     assert prompt.endswith("under the rain.\n\n\nNow sum it up.")
     assert 200 - 16 - 8 <= len(encode_prompt(prompt, tokenizer)) <= 200 - 16
+    bare = fit_prompt(PARAGRAPH * 9, lambda text: text, tokenizer, 200, 16, "middle")
+    assert 200 - 16 - 8 <= len(encode_prompt(bare, tokenizer)) <= 200 - 16
 
 
 def test_a_long_document_is_refused_with_both_numbers() -> None:

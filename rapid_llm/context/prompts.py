@@ -101,7 +101,7 @@ def fit_prompt(
             f"window of {window} tokens by {tokens - room}: shorten the document or truncate its "
             "middle (truncate='middle')"
         )
-    frame = len(encode_prompt(render(""), tokenizer))
+    frame = tokens - len(encode_literal(document, tokenizer))
     keep = room - frame
     while keep > 0:
         prompt = render(truncate_middle(document, tokenizer, keep))

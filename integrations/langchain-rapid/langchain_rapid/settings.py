@@ -408,8 +408,7 @@ def _retrieval_error(error: Exception) -> RetrievalError:
 def _longest_part(prompt: Prompt) -> tuple[str, Callable[[str], Prompt]]:
     """The text that may be shortened, and how the prompt is put together again."""
     if isinstance(prompt, str):
-        # All but its ends, so that no shortened prompt is empty.
-        return prompt[1:-1], lambda part: prompt[:1] + part + prompt[1:][-1:]
+        return prompt, lambda part: part
     messages = cast("list[dict[str, str]]", prompt)
     longest = max(range(len(messages)), key=lambda i: len(messages[i]["content"]))
 
