@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from statistics import median
-from textwrap import fill
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
@@ -304,11 +304,11 @@ def demo() -> None:
     _print(
         f"{PACKAGED_EMBEDDER} retrieved {context.tokens} tokens for the drafter, in chunks of at "
         f"most {DEMO_CHUNK_TOKENS} and {DEMO_CONTEXT_TOKENS} in all\n(the defaults, 512 and "
-        "4,096, are made for longer documents than this one):"
+        "4,096, are made for longer documents than this one). Similarity and first character:"
     )
     for chunk in context.chunks:
-        passage = f"similarity {chunk.score:.2f}, from character {chunk.start}: {chunk.text}"
-        _print(fill(passage, 78, initial_indent="  - ", subsequent_indent="    "))
+        passage = shorten(chunk.text, 58, placeholder=" …")
+        _print(f"  {chunk.score:.2f} at {chunk.start:6,}  {passage}")
     _print("\nAnswer by RAPID, drafted from these and verified over the whole document:")
     stats = job.stream("rapid")
     _print(_summary(job.models("rapid", stats), stats))
@@ -373,7 +373,7 @@ def _print_report(report: Report) -> None:
             f"{min(prefill):.2f}–{max(prefill):.2f}",
         )
     low, high = report.ratio_range
-    load = "unknown" if report.load_average is None else f"{report.load_average:.2f}"
+    load = ", ".join(f"{load:.2f}" for load in report.load_average) or "unknown"
     _print(
         f"{report.model}, {report.dtype}, {report.device}: {report.context_tokens} prompt tokens, "
         f"{report.new_tokens} new tokens, greedy, medians of {len(report.rapid)} runs each in turns"
@@ -382,7 +382,7 @@ def _print_report(report: Report) -> None:
     _print(f"ratio {report.ratio:.2f} (pairs of runs: {low:.2f}–{high:.2f})")
     _print(
         f"torch {report.torch}, transformers {report.transformers}, {report.threads} threads, "
-        f"load average before {load}"
+        f"load average before, after: {load}"
     )
 
 

@@ -466,7 +466,7 @@ def test_the_demo_answers_by_every_method(
 
     assert (status, err) == (0, "")
     assert cli.DEMO_QUESTION in out
-    assert "similarity 0." in out
+    assert "retrieved" in out
     for method in cli.COMPARED:
         assert f"\n  {method} " in out
 
@@ -480,7 +480,7 @@ def test_the_demo_s_question_finds_its_passage(smollm2_float32: LoadedModel) -> 
         min_budget_tokens=cli.DEMO_CONTEXT_TOKENS,
     ).build(cli._demo_text(), cli.DEMO_QUESTION)
     best = max(context.chunks, key=lambda chunk: chunk.score)
-    assert "PRESCRIPTION, n.  A physician's guess" in best.text
+    assert best.text.startswith("PROPHECY, n.  The art and practice")
     assert context.tokens <= cli.DEMO_CONTEXT_TOKENS
 
 
@@ -516,8 +516,9 @@ def test_bench_times_both_on_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None
 def test_bench_ratio_is_of_the_medians() -> None:
     rapid, generate = ([Run(1.0, t) for t in times] for times in ([1, 2, 9], [4, 6, 5]))
     names = dict.fromkeys(("model", "dtype", "device", "attention", "torch", "transformers"), "x")
-    numbers = dict.fromkeys(("context_tokens", "new_tokens", "threads", "load_average"), 1)
-    report = Report(**names, **numbers, rapid=tuple(rapid), generate=tuple(generate))  # type: ignore[arg-type]
+    numbers = dict.fromkeys(("context_tokens", "new_tokens", "threads"), 1)
+    runs = {"rapid": tuple(rapid), "generate": tuple(generate)}
+    report = Report(**names, **numbers, **runs, load_average=())  # type: ignore[arg-type]
     assert report.ratio == 2.5
     assert report.ratio_range == (5 / 9, 4)
 

@@ -40,7 +40,8 @@ class Report:
     Attributes:
         rapid: runs of our plain decoding, in the order measured.
         generate: runs of transformers' ``generate``; run i followed run i of ``rapid``.
-        load_average: of the last minute, before the first run; None where the system has none.
+        load_average: of the minute before the first run and of the last minute of the runs, which
+            are themselves part of it; empty where the system has none.
     """
 
     model: str
@@ -52,7 +53,7 @@ class Report:
     torch: str
     transformers: str
     threads: int
-    load_average: float | None
+    load_average: tuple[float, ...]
     rapid: tuple[Run, ...]
     generate: tuple[Run, ...]
 
@@ -111,7 +112,7 @@ def measure(
             f"context_tokens={context_tokens} and new_tokens={new_tokens} exceed the context "
             f"window of {target.name}, {target.context_window} tokens; lower one of them"
         )
-    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load_before = _load_average()
     prompt = list(islice(cycle(decoder.tokenizer(text)["input_ids"]), context_tokens))
     for run in (_rapid, _generate):
         run(decoder, prompt[:_WARM_UP_TOKENS], new_tokens)
@@ -133,10 +134,14 @@ def measure(
         torch=torch.__version__,
         transformers=transformers.__version__,
         threads=torch.get_num_threads(),
-        load_average=load_average,
+        load_average=load_before + _load_average(),
         rapid=tuple(rapid),
         generate=tuple(generate),
     )
+
+
+def _load_average() -> tuple[float, ...]:
+    return os.getloadavg()[:1] if hasattr(os, "getloadavg") else ()
 
 
 def _rapid(decoder: RapidDecoder, prompt: list[int], new_tokens: int) -> Run:
