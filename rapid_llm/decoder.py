@@ -142,9 +142,14 @@ class RapidDecoder:
             attn_implementation: as for the constructor.
             hub_options: ``revision``, ``token``, … for ``from_pretrained`` of the target.
         """
-        loaded = load_model(target, dtype=dtype, device=device, **hub_options)
         place = resolve_device(device)
         draft_place = place if drafter_device is None else resolve_device(drafter_device)
+        if draft_place != place and not isinstance(drafter, str | Path):
+            raise InvalidParameterError(
+                f"drafter_device={str(drafter_device)!r} needs a drafter to load there: name one "
+                "(the target's own name loads a second copy), or leave drafter_device out"
+            )
+        loaded = load_model(target, dtype=dtype, device=device, **hub_options)
         draft_model, draft_tokenizer, draft_name = None, None, None
         if isinstance(drafter, str | Path):
             if str(drafter) != str(target) or draft_place != place:

@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -87,7 +88,7 @@ def _load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model = AutoModelForCausalLM.from_pretrained(location, **options, **model_options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"model {name!r} could not be loaded ({reason}); give a hub id, a local folder, a "
@@ -113,14 +114,20 @@ def packaged_model() -> Path:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the first GPU, or the CPU."""
+    """The device asked for, or the first GPU, or the CPU.
+
+    Raises:
+        InvalidParameterError: there is no such device here.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
+        # An allocation, because a device may be well named and yet not be here.
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
         raise InvalidParameterError(
-            f"device={device!r} is not a device that torch knows; use 'cpu', 'cuda' or 'cuda:1'"
+            f"device={str(device)!r} cannot be used on this machine; use 'cpu', or 'cuda' or "
+            "'cuda:1' where there is such a GPU"
         ) from error
 
 

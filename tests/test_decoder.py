@@ -14,12 +14,14 @@ from torch import nn
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine import forward as forward_module
 from rapid_llm.engine import session as session_module
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.errors import (
     ContextWindowError,
     InvalidParameterError,
+    MissingDependencyError,
     ModelError,
     NumericalError,
     TokenizerMismatchError,
@@ -440,3 +442,20 @@ def test_a_model_in_use_is_not_loaded_twice(tmp_path):
     del first, second
     gc.collect()
     assert freed() is None
+
+
+def test_what_is_not_on_this_machine_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidParameterError, match=r"'cuda:7'.*'cpu'"):
+        RapidDecoder.from_pretrained("smollm2-135m", device="cuda:7")
+    with pytest.raises(InvalidParameterError, match=r"drafter_device='meta'.*name one"):
+        RapidDecoder.from_pretrained("smollm2-135m", device="cpu", drafter_device="meta")
+    monkeypatch.setattr(forward_module, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(MissingDependencyError, match=r"flash-attn.*'sdpa'"):
+        RapidDecoder(tiny_model(), tiny_tokenizer(), attn_implementation="flash_attention_2")
+
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        RapidDecoder.from_pretrained(tmp_path, device="cpu")

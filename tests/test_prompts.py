@@ -211,3 +211,9 @@ def test_an_unknown_truncation_is_refused() -> None:
     truncate: Any = "end"
     with pytest.raises(InvalidParameterError, match=r"truncate='end'.*'middle' or None"):
         fit_document(PARAGRAPH, "Why?", smollm2(), 500, 10, truncate)
+
+
+@pytest.mark.parametrize(("document", "question"), [("a\ud800", "Why?"), ("a", "Why\ud800?")])
+def test_half_a_surrogate_pair_is_no_text(document: str, question: str) -> None:
+    with pytest.raises(DocumentError, match="lone surrogate at character"):
+        build_messages(document, question)

@@ -22,11 +22,12 @@ def build_messages(
     drafter's prompt is the same, with the retrieved text in the place of the document.
 
     Raises:
-        DocumentError: the document or the question is empty.
+        DocumentError: the document or the question is empty, or not text.
     """
     for name, text in (("document", document), ("question", question)):
         if not text.strip():
             raise DocumentError(f"the {name} is empty: give at least one character of text")
+        _require_encodable(name, text)
     return _messages(document, question, instruction)
 
 
@@ -134,6 +135,16 @@ def fit_document(
         max_new_tokens,
         truncate,
     )
+
+
+def _require_encodable(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DocumentError(
+            f"the {name} holds a lone surrogate at character {error.start}, which is no text: "
+            "decode it with errors='replace'"
+        ) from error
 
 
 def _messages(document: str, question: str, instruction: str) -> list[dict[str, str]]:

@@ -11,11 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from rapid_llm.engine import attention
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import is_lean, lean_logits
-from rapid_llm.errors import ModelError
+from rapid_llm.errors import MissingDependencyError, ModelError
 
 SUPPORTED = frozenset(
     {
@@ -59,6 +60,7 @@ class Forward:
 
     Raises:
         ModelError: the architecture or the attention implementation is not supported.
+        MissingDependencyError: the attention implementation is not installed.
     """
 
     def __init__(
@@ -75,6 +77,11 @@ class Forward:
             raise ModelError(
                 f"{name}: attn_implementation={attn_implementation!r} is unknown; "
                 f"choose one of {', '.join(ATTENTION)}"
+            )
+        if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+            raise MissingDependencyError(
+                f"{name}: attn_implementation='flash_attention_2' needs the package flash-attn and "
+                "a CUDA device; install it, or use 'rapid' or 'sdpa'"
             )
         self.model = model.eval()
         self.name = name
