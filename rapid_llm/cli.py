@@ -261,7 +261,7 @@ def ask(
     elif as_json:
         print(json.dumps(job.as_dict(method, inquiry.answer(method))), flush=True)
     else:
-        stats = job.stream(method)
+        stats = job.stream(method).stats
         _print(_summary(job.models(method, stats), stats), stderr=True)
 
 
@@ -310,10 +310,10 @@ def demo() -> None:
         passage = shorten(chunk.text, 58, placeholder=" …")
         _print(f"  {chunk.score:.2f} at {chunk.start:6,}  {passage}")
     _print("\nAnswer by RAPID, drafted from these and verified over the whole document:")
-    stats = job.stream("rapid")
-    _print(_summary(job.models("rapid", stats), stats))
+    rapid = job.stream("rapid")
+    _print(_summary(job.models("rapid", rapid.stats), rapid.stats))
     _print("\nAll four methods on the same input:")
-    _print(_comparison(job.compare()))
+    _print(_comparison(job.compare(rapid=rapid)))
     _print("(sd answers as lc does; in bfloat16, rounding can part them.)")
 
 
@@ -398,20 +398,27 @@ class _Job:
     embedder: str
     bars: _Bars
 
-    def stream(self, method: Method) -> Stats:
+    def stream(self, method: Method) -> GenerationResult:
         """Print the answer as it comes."""
-        with self.bars:
-            chunks = self.inquiry.stream(method)
-            chunk = next(chunks)  # all reading comes before it
-        print(chunk.text, end="", flush=True)
-        for chunk in chunks:
-            print(chunk.text, end="", flush=True)
-        print(flush=True)
-        return chunk.stats
+        from rapid_llm.decoder import GenerationResult
 
-    def compare(self) -> dict[Method, GenerationResult]:
+        with self.bars:
+            stream = self.inquiry.stream(method)
+            chunks = [next(stream)]  # all reading comes before it
+        print(chunks[0].text, end="", flush=True)
+        for chunk in stream:
+            print(chunk.text, end="", flush=True)
+            chunks.append(chunk)
+        print(flush=True)
+        return GenerationResult.from_chunks(chunks)
+
+    def compare(self, **known: GenerationResult) -> dict[Method, GenerationResult]:
+        """The answers of all methods; those that are known are not asked for again."""
         results = {}
         for method in COMPARED:
+            if method in known:
+                results[method] = known[method]
+                continue
             with self.bars:
                 results[method] = self.inquiry.answer(method)
         return results

@@ -76,6 +76,18 @@ class GenerationResult:
     finish_reason: FinishReason
     stats: Stats
 
+    @classmethod
+    def from_chunks(cls, chunks: Sequence[Chunk]) -> GenerationResult:
+        """The answer that a stream, read to its end, has given."""
+        last = chunks[-1]
+        assert last.finish_reason is not None
+        return cls(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=[token for chunk in chunks for token in chunk.token_ids],
+            finish_reason=last.finish_reason,
+            stats=last.stats,
+        )
+
 
 class RapidDecoder:
     """A target model, and optionally a drafter of its own.
@@ -149,7 +161,7 @@ class RapidDecoder:
                 f"drafter_device={str(drafter_device)!r} needs a drafter to load there: name one "
                 "(the target's own name loads a second copy), or leave drafter_device out"
             )
-        loaded = load_model(target, dtype=dtype, device=device, **hub_options)
+        loaded = load_model(target, dtype=dtype, device=place, **hub_options)
         draft_model, draft_tokenizer, draft_name = None, None, None
         if isinstance(drafter, str | Path):
             if str(drafter) != str(target) or draft_place != place:
@@ -178,23 +190,14 @@ class RapidDecoder:
         progress: Progress | None = None,
     ) -> GenerationResult:
         """Answer a prompt; arguments and errors are those of :meth:`stream`."""
-        chunks = list(
-            self.stream(
-                target_prompt,
-                draft_prompt,
-                sampling=sampling,
-                speculation=speculation,
-                progress=progress,
-            )
+        chunks = self.stream(
+            target_prompt,
+            draft_prompt,
+            sampling=sampling,
+            speculation=speculation,
+            progress=progress,
         )
-        last = chunks[-1]
-        assert last.finish_reason is not None
-        return GenerationResult(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=[token for chunk in chunks for token in chunk.token_ids],
-            finish_reason=last.finish_reason,
-            stats=last.stats,
-        )
+        return GenerationResult.from_chunks(list(chunks))
 
     def stream(
         self,

@@ -98,10 +98,7 @@ class Inquiry:
 
     def answer(self, method: Method = "rapid") -> GenerationResult:
         """The finished answer; see :meth:`stream`."""
-        run = self._plan(method)
-        result = self.decoder.generate(run.target, run.draft, **self._options(run))
-        result.stats.draft_skipped = run.draft_skipped
-        return result
+        return GenerationResult.from_chunks(list(self.stream(method)))
 
     def _plan(self, method: Method) -> _Run:
         require_method(method)

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 Method = Literal["rapid", "sd", "lc", "rag"]
 
+NOTHING_RETRIEVED = "the retriever returned nothing"
+"""``Stats.draft_skipped`` where a pipeline's own retriever left the drafter without a context."""
+
 
 @dataclass
 class Stats:

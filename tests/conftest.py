@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from rapid_llm.models import LoadedModel, load_model
+from rapid_llm.models import LoadedModel, load_model, packaged_model
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -83,6 +85,13 @@ def tiny_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+@lru_cache
+def smollm2() -> Any:
+    """The packaged model's tokenizer."""
+    path = packaged_model()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @pytest.fixture(scope="session")

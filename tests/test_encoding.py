@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rapid_llm import encoding
 from rapid_llm.encoding import encode_literal, encode_prompt, literal_encoding
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.models import packaged_model
 
 CORPUS = [
     "The lamp on the pier was lit at seven, and the keeper wrote the hour in his book.",
@@ -122,12 +122,6 @@ def unigram() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         chat_template=INST,
     )
-
-
-@lru_cache
-def smollm2() -> Any:
-    path = packaged_model()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 KINDS: dict[str, Any] = {

@@ -6,10 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+from conftest import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rapid_llm.context.prompts import (
     INSTRUCTION,
@@ -20,19 +21,12 @@ from rapid_llm.context.prompts import (
 )
 from rapid_llm.encoding import encode_literal, encode_prompt
 from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
-from rapid_llm.models import packaged_model
 
 PARAGRAPH = (
     "The lamp on the pier was lit at seven, and the keeper wrote the hour in his book. "
     "Nobody asked him why; the boats came home, one after another, under the rain.\n\n"
 )
 LAMP = "\U0001f4a1"
-
-
-@lru_cache
-def smollm2() -> Any:
-    path = packaged_model()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @lru_cache

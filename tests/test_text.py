@@ -6,22 +6,16 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+from conftest import smollm2
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from rapid_llm.models import packaged_model
 from rapid_llm.text import TextStream
 
 LAMP = "\U0001f4a1"
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
-
-
-@lru_cache
-def smollm2() -> Any:
-    path = packaged_model()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @lru_cache

@@ -19,6 +19,7 @@ from rapid_llm.context.embedding import (
     load_embedder,
 )
 from rapid_llm.context.store import ChunkStore, StoredDocument
+from rapid_llm.context.validation import require_text
 from rapid_llm.errors import DocumentError, InvalidParameterError
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class ContextBuilder:
         """
         texts = [documents] if isinstance(documents, str) else list(documents)
         _require_documents(texts)
-        _require_text("the question", question)
+        require_text("the question", question)
         split = {text: self._split(text) for text in texts}
         total = sum(split[text].tokens for text in texts)
         budget = max(self._min_budget_tokens, int(total / self._compression))
@@ -250,20 +251,6 @@ def _require_documents(texts: Sequence[str]) -> None:
     if not texts:
         raise DocumentError("no document was given: give at least one text")
     for number, text in enumerate(texts, start=1):
-        _require_text(
+        require_text(
             f"document {number} of {len(texts)}" if len(texts) > 1 else "the document", text
         )
-
-
-def _require_text(name: str, text: object) -> None:
-    if not isinstance(text, str):
-        raise DocumentError(f"{name} is {type(text).__name__}, not text: decode it to a str")
-    if not text.strip():
-        raise DocumentError(f"{name} is empty: give a text that is more than white space")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DocumentError(
-            f"{name} holds a lone surrogate at character {error.start}, which is no text: "
-            "decode it with errors='replace'"
-        ) from error

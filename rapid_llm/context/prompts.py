@@ -7,8 +7,9 @@ from typing import Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rapid_llm.context.validation import require_text
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt, literal_encoding
-from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
+from rapid_llm.errors import ContextWindowError, InvalidParameterError
 
 INSTRUCTION = "Answer the question using only the text above."
 
@@ -24,10 +25,8 @@ def build_messages(
     Raises:
         DocumentError: the document or the question is empty, or not text.
     """
-    for name, text in (("document", document), ("question", question)):
-        if not text.strip():
-            raise DocumentError(f"the {name} is empty: give at least one character of text")
-        _require_encodable(name, text)
+    require_text("the document", document)
+    require_text("the question", question)
     return _messages(document, question, instruction)
 
 
@@ -126,7 +125,8 @@ def fit_document(
     truncate: Literal["middle"] | None = None,
 ) -> Prompt:
     """:func:`fit_prompt` around :func:`build_messages`, which see for the errors."""
-    build_messages(document, question)  # refuses an empty document or question
+    require_text("the document", document)
+    require_text("the question", question)
     return fit_prompt(
         document,
         lambda part: _messages(part, question, INSTRUCTION),
@@ -135,16 +135,6 @@ def fit_document(
         max_new_tokens,
         truncate,
     )
-
-
-def _require_encodable(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DocumentError(
-            f"the {name} holds a lone surrogate at character {error.start}, which is no text: "
-            "decode it with errors='replace'"
-        ) from error
 
 
 def _messages(document: str, question: str, instruction: str) -> list[dict[str, str]]:

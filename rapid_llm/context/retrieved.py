@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rapid_llm.errors import DocumentError
+from rapid_llm.stats import NOTHING_RETRIEVED
 
 Documents = str | Mapping[str, str] | Callable[[str], str | None]
 """The full texts: one document, a mapping from document ids, or a function of the id."""
@@ -35,18 +36,23 @@ class Grounding:
     Attributes:
         draft: the retrieved chunks, joined by blank lines, in the retriever's order; empty if
             nothing was retrieved.
-        target: the full documents, joined by blank lines, in the order of their first chunk; all
-            of them if nothing was retrieved and they can be listed.
         passages: the chunks without repetitions.
-        document_ids: the documents in ``target``; None stands for a single document without id.
+        texts: the full documents, in the order of their first chunk; all of them if nothing was
+            retrieved and they can be listed.
+        document_ids: theirs; None stands for a single document without id.
         empty_reason: why there is no draft, or None if there is one.
     """
 
     draft: str
-    target: str
     passages: tuple[Passage, ...]
+    texts: tuple[str, ...]
     document_ids: tuple[str | None, ...]
     empty_reason: str | None
+
+    @property
+    def target(self) -> str:
+        """What the target reads: the full documents, joined by blank lines."""
+        return SEPARATOR.join(self.texts)
 
 
 def ground(passages: Iterable[Passage], documents: Documents) -> Grounding:
@@ -75,12 +81,11 @@ def ground(passages: Iterable[Passage], documents: Documents) -> Grounding:
         reason = None
     else:
         names = _all_document_ids(documents)
-        reason = "the retriever returned nothing"
-    texts = [_full_text(name, documents) for name in names]
+        reason = NOTHING_RETRIEVED
     return Grounding(
         draft=SEPARATOR.join(passage.text for passage in unique),
-        target=SEPARATOR.join(texts),
         passages=unique,
+        texts=tuple(_full_text(name, documents) for name in names),
         document_ids=names,
         empty_reason=reason,
     )

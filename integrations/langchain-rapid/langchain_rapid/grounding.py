@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 from langchain_core.documents import Document
@@ -46,20 +45,11 @@ def find_sources(chunks: Iterable[Document], documents: FullDocuments) -> Source
             document is empty, or nothing was retrieved and the documents cannot be listed.
     """
     passages = [_passage(chunk, documents.id_key) for chunk in chunks]
-    texts = documents.texts
-    if not isinstance(texts, str) and callable(texts):
-        texts = cache(texts)  # asked twice below
-    found = ground(passages, texts)
-
-    full: dict[str | None, Document] = {}
-    for name in found.document_ids:
-        if isinstance(texts, str):
-            text: str | None = texts
-        else:
-            assert name is not None  # or ground would have raised
-            text = texts(name) if callable(texts) else texts[name]
-        assert text is not None
-        full[name] = Document(text, metadata=documents.metadata(name))
+    found = ground(passages, documents.texts)
+    full = {
+        name: Document(text, metadata=documents.metadata(name))
+        for name, text in zip(found.document_ids, found.texts, strict=True)
+    }
 
     unique: list[Document] = []
     retrieved: list[dict[str, Any]] = []
@@ -67,7 +57,7 @@ def find_sources(chunks: Iterable[Document], documents: FullDocuments) -> Source
         chunk = passage.document
         assert chunk is not None
         unique.append(chunk)
-        source = full[None if isinstance(texts, str) else passage.document_id]
+        source = full[None if isinstance(documents.texts, str) else passage.document_id]
         source.metadata = chunk.metadata | source.metadata
         retrieved.append(_describe(passage, chunk, source.page_content))
     return Sources(unique, list(full.values()), retrieved)

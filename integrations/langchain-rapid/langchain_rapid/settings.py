@@ -26,6 +26,7 @@ from pydantic import (
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import Mode, SamplingParams, SpeculationConfig, from_options
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.stats import NOTHING_RETRIEVED
 from typing_extensions import Self
 
 from langchain_rapid.documents import SEPARATOR, FullDocuments
@@ -42,11 +43,6 @@ try:
     VERSION = version("langchain-rapid")
 except PackageNotFoundError:  # run from a source tree that was not installed
     VERSION = "0+unknown"
-
-INSTRUCTION = "Answer the question using only the text above."
-"""What stands between document and question where the model builds the prompt (``retriever=``)."""
-
-NOTHING_RETRIEVED = "the retriever returned nothing"
 
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
 _SPECULATION = ("gamma", "eta", "alpha", "mode")
@@ -300,19 +296,14 @@ class RapidModel(BaseModel):
         from langchain_rapid.grounding import find_sources
 
         assert self._sources is not None
+
+        def message(parts: list[Document]) -> str:
+            text = SEPARATOR.join(part.page_content for part in parts)
+            return build_messages(text, question)[0]["content"]
+
         found = find_sources(chunks, self._sources)
-        target, draft = (
-            build_messages(
-                SEPARATOR.join(part.page_content for part in parts),
-                question,
-                instruction=INSTRUCTION,
-            )[0]["content"]
-            if parts
-            else None
-            for parts in (found.documents, found.chunks)
-        )
-        assert target is not None
-        return target, draft, found.retrieved
+        draft = message(found.chunks) if found.chunks else None
+        return message(found.documents), draft, found.retrieved
 
     # --- what LangChain asks for ---------------------------------------------------------------
 
