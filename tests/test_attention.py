@@ -22,7 +22,9 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: 
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
 
 
-@pytest.mark.parametrize("kernel", [attention._attend_products, attention._attend_sdpa])
+@pytest.mark.parametrize(
+    "kernel", [attention._attend_products, attention._attend_sdpa, attention._attend_batched]
+)
 @pytest.mark.parametrize("window", [None, 1, 7, 100])
 @pytest.mark.parametrize(
     ("n", "length"), [(1, 1), (1, 130), (4, 4), (11, 130), (33, 33), (70, 130), (130, 130)]
@@ -34,6 +36,15 @@ def test_kernels_follow_the_formula(kernel, window, n, length):
     key, value = buffer[:, :, :length]
     expected = textbook(query, key, value, 0.3, window)
     out = kernel(query, key, value, 0.3, window)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [2049, 2500, 4096])
+def test_a_long_sum_over_keys_may_be_divided(keys):
+    torch.manual_seed(keys)
+    query, key, value = torch.randn(6, 5, 16), torch.randn(2, keys, 16), torch.randn(2, keys, 16)
+    out = attention.attend(query, key, value, 0.3)
+    expected = textbook(query, key, value, 0.3, None)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ every key. Batch size is 1, without padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from rapid_llm.errors import ModelError
 NAME = "rapid"
 """Under this name transformers knows our attention (``attn_implementation="rapid"``)."""
 
-_QUERY_BLOCK = 64  # bounds the score matrix to [group * 64, keys] on a CPU
 _FEW_QUERIES = 32  # up to here packing beats a causal kernel over repeated query heads
+# On a CPU, where each number was the best of its neighbours in bfloat16:
+_QUERY_BLOCK = 64  # bounds the score matrix to [group * 64, keys]
+_SHORT = 1024  # keys up to which copying all heads' slices costs less than a product a head
+_KEY_PARTS = 4  # a long sum over keys for few queries runs on one thread unless it is divided
 
 
 def attend(
@@ -41,8 +45,33 @@ def attend(
     """
     if window is not None and window >= key.shape[1]:
         window = None
-    kernel = _attend_products if query.device.type == "cpu" else _attend_sdpa
-    return kernel(query, key, value, scaling, window)
+    return _kernel(query, key)(query, key, value, scaling, window)
+
+
+def _kernel(query: Tensor, key: Tensor) -> Callable[..., Tensor]:
+    """What is fastest for this device and shape."""
+    n, length = query.shape[1], key.shape[1]
+    if query.device.type != "cpu" or (n == 1 and length <= _SHORT):
+        return _attend_sdpa
+    if n <= _FEW_QUERIES and length <= _SHORT:
+        return _attend_batched
+    return _attend_products
+
+
+def _attend_batched(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    """Two batched products over all KV heads: few queries and few keys, so few calls count."""
+    heads, n, dim = query.shape
+    kv_heads, length = key.shape[0], key.shape[1]
+    packed = query.reshape(kv_heads, -1, dim)
+    scores = torch.baddbmm(
+        packed.new_empty(1, 1, 1), packed, key.transpose(1, 2), beta=0, alpha=scaling
+    )
+    hidden = _hidden(n, length, window, query.device)
+    if hidden is not None:
+        scores.view(kv_heads, -1, n, length).masked_fill_(hidden, float("-inf"))
+    return torch.bmm(scores.softmax(dim=-1), value).view(heads, n, -1)
 
 
 def _attend_products(
@@ -67,13 +96,26 @@ def _attend_products(
         hidden = _hidden(stop - start, masked, window, query.device)
         for head in range(kv_heads):
             rows = packed[head, :, start:stop].reshape(-1, dim)
-            scores = (rows @ key[head, first:last].T).mul_(scaling)
+            scores = torch.addmm(
+                rows.new_empty(1, 1), rows, key[head, first:last].T, beta=0, alpha=scaling
+            )
             if hidden is not None:
                 columns = scores.view(group, stop - start, -1)[..., -masked:]
                 columns.masked_fill_(hidden, float("-inf"))
-            mixed = scores.softmax(dim=-1) @ value[head, first:last]
+            mixed = _mix(scores.softmax(dim=-1), value[head, first:last])
             out[head, :, start:stop] = mixed.view(group, stop - start, -1)
     return out.view(heads, n, -1)
+
+
+def _mix(weights: Tensor, value: Tensor) -> Tensor:
+    """``weights @ value``, ``[rows, keys] @ [keys, value_dim]``, on every thread."""
+    rows, keys = weights.shape
+    if rows > 4 * _FEW_QUERIES or keys <= 2 * _SHORT:
+        return weights @ value
+    whole = keys - keys % _KEY_PARTS
+    parts = weights[:, :whole].view(rows, _KEY_PARTS, -1).transpose(0, 1)
+    mixed = torch.bmm(parts, value[:whole].view(_KEY_PARTS, -1, value.shape[-1])).sum(dim=0)
+    return mixed if whole == keys else mixed.addmm_(weights[:, whole:], value[whole:])
 
 
 def _attend_sdpa(

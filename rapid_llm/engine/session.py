@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rapid_llm.engine.forward import Forward
 
-PREFILL_CHUNK = 1024
+PREFILL_CHUNK = 512
 """Tokens a prefill pass: bounds its activations, and how long a progress bar stands still."""
 
 PrefillProgress = Callable[[int, int], None]
