@@ -1,4 +1,4 @@
-"""The command line: ``rapid-llm ask``, ``rapid-llm demo`` and ``rapid-llm bench``.
+"""The command line: ``rapid-llm ask``, ``demo``, ``bench`` and ``plan``.
 
 torch and the models are imported inside the commands: help and refusals need not wait for them.
 """
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from rapid_llm.bench.speed_model import ACCEPTANCE, DEVICES, named_device
 from rapid_llm.config import Mode, SamplingParams, SpeculationConfig
 from rapid_llm.errors import DocumentError, RapidError
 from rapid_llm.stats import Method, Stats
@@ -109,6 +110,15 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def _gamma(value: str) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is neither 'auto' nor a whole number") from None
+
+
 # --- ask -------------------------------------------------------------------------------------
 
 
@@ -149,7 +159,9 @@ def ask(
         bool, typer.Option("--compare", help="Run all four methods and show a table.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    gamma: Annotated[int, typer.Option(help="Tokens drafted a round.")] = SpeculationConfig.gamma,
+    gamma: Annotated[
+        Any, typer.Option(parser=_gamma, metavar="N|auto", help="Tokens drafted a round.")
+    ] = SpeculationConfig.gamma,
     eta: Annotated[
         float, typer.Option(help="Strength of the knowledge transfer.")
     ] = SpeculationConfig.eta,
@@ -384,6 +396,58 @@ def _print_report(report: Report) -> None:
         f"torch {report.torch}, transformers {report.transformers}, {report.threads} threads, "
         f"load average before, after: {load}"
     )
+
+
+# --- plan ------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens the target reads.", show_default=False)
+    ],
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder, GGUF file or the packaged model.")
+    ] = PACKAGED_MODEL,
+    drafter: Annotated[
+        str | None, typer.Option(help="The same: a smaller or larger model to draft with.")
+    ] = None,
+    retrieved: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens the drafter reads; by default 4,096, or 1/24 if more."),
+    ] = None,
+    acceptance: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability that a draft token is accepted.")
+    ] = ACCEPTANCE,
+    device: Annotated[
+        str, typer.Option(help=f"{', '.join(DEVICES)}; or this, which is measured.")
+    ] = "this",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Predict speed and memory from a model's config alone; no weights are loaded."""
+    known = None if device == "this" else named_device(device)
+    with _status(f"sizing {model}", sys.stderr.isatty() and not as_json):
+        from rapid_llm.bench import plan as planning
+
+        made = planning.make_plan(
+            model,
+            context,
+            retrieved=retrieved,
+            drafter=drafter,
+            acceptance=acceptance,
+            device=known,
+        )
+    if as_json:
+        print(json.dumps(made.as_dict()), flush=True)
+        return
+    _print(planning.heading(made))
+    for table in (planning.speed_table, planning.sensitivity_table, planning.memory_table):
+        _print(table(made))
+    for warning in made.warnings:
+        _print(f"Warning: {warning}.")
+    _print("Assumed:")
+    for assumption in made.assumptions:
+        _print(f"- {assumption}.")
 
 
 # --- what is shown ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from rapid_llm.errors import InvalidParameterError
 
 Mode = Literal["exact", "augmented", "paper"]
+Drafting = Literal["rag", "streaming", "triforce", "rest"]
 
 
 def _require(ok: bool, name: str, value: object, limit: str) -> None:
@@ -96,28 +97,42 @@ class SpeculationConfig:
     """How drafts are made and judged (RAPID, arXiv 2502.20330; see ``speculation.acceptance``).
 
     Attributes:
-        gamma: tokens drafted a round (γ), at least 1; the paper uses 10.
+        gamma: tokens drafted a round (γ), at least 1 (the paper uses 10); or ``auto``: each round
+            takes what the measured costs and the acceptance so far make fastest, 0 included. The
+            costs are measured once for each model and context length and then kept, so that a
+            decoder repeats itself; another process may measure, draft and round differently.
         eta: strength of the knowledge transfer (η), at least 0. The paper uses 5 to 20 for
             self-speculation, 40 to 50 when the drafter is larger. ``exact`` does not use it.
         alpha: tail protection in [0, 1]: tokens with q < alpha * max(q) get no transfer.
         mode: ``exact`` keeps the target's own distribution, ``augmented`` follows the enriched
             distribution, ``paper`` is the published rule, which follows neither.
+        drafting: what drafts. ``rag``, the drafter over the retrieval context; the others read no
+            context of their own and are there to be compared: ``streaming`` and ``triforce``, the
+            target over the latest or the most attended part of its KV (see
+            ``speculation.drafters.compressed``), and ``rest``, lookup in the target's prompt,
+            which has no distribution to transfer and is always ``exact``.
+        lookup: let the drafter check, in one pass, tokens that followed the last ones in what was
+            retrieved or said before. It changes no distribution, only the number of passes.
+        min_confidence: in [0, 1]; a round's draft ends after a token with a smaller q.
 
     Raises:
         InvalidParameterError: a value is outside its range.
     """
 
-    gamma: int = 10
+    gamma: int | Literal["auto"] = "auto"
     eta: float = 10.0
     alpha: float = 0.1
     mode: Mode = "paper"
+    drafting: Drafting = "rag"
+    lookup: bool = True
+    min_confidence: float = 0.0
 
     def __post_init__(self) -> None:
         _require(
-            _is_int(self.gamma) and self.gamma >= 1,
+            self.gamma == "auto" or (_is_int(self.gamma) and self.gamma >= 1),
             "gamma",
             self.gamma,
-            "a whole number of at least 1",
+            "'auto' or a whole number of at least 1",
         )
         _require(
             _is_real(self.eta) and self.eta >= 0,
@@ -128,13 +143,28 @@ class SpeculationConfig:
         _require(
             _is_real(self.alpha) and 0 <= self.alpha <= 1, "alpha", self.alpha, "within [0, 1]"
         )
+        _require(isinstance(self.lookup, bool), "lookup", self.lookup, "True or False")
+        confidence = self.min_confidence
+        _require(
+            _is_real(confidence) and 0 <= confidence <= 1,
+            "min_confidence",
+            confidence,
+            "within [0, 1]",
+        )
+        kinds = get_args(Drafting)
+        _require(self.drafting in kinds, "drafting", self.drafting, "one of " + ", ".join(kinds))
         modes = get_args(Mode)
         _require(self.mode in modes, "mode", self.mode, "one of " + ", ".join(modes))
 
     @property
     def transfer_strength(self) -> float:
         """η as it is applied: 0 in ``exact`` mode."""
-        return 0.0 if self.mode == "exact" else self.eta
+        return 0.0 if self.applied_mode == "exact" else self.eta
+
+    @property
+    def applied_mode(self) -> Mode:
+        """The mode; ``exact`` for ``rest``, whose drafts have no distribution of their own."""
+        return "exact" if self.drafting == "rest" else self.mode
 
 
 def from_options(options: Mapping[str, Any]) -> tuple[SamplingParams, SpeculationConfig]:

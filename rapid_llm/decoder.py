@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,10 @@ from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
+from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.quantization import Quantization, int8_pays, int8_twin, require_int8
+from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
     ContextWindowError,
@@ -29,11 +34,18 @@ from rapid_llm.errors import (
     NumericalError,
     TokenizerMismatchError,
 )
-from rapid_llm.models import load_model, resolve_device
+from rapid_llm.models import device_memory, load_model, resolve_device
 from rapid_llm.speculation.acceptance import verify_greedy, verify_sampled
 from rapid_llm.speculation.drafters.base import Draft, Drafter
+from rapid_llm.speculation.drafters.compressed import (
+    SELECTIONS,
+    CompressedDrafter,
+    require_compressible,
+)
+from rapid_llm.speculation.drafters.lookup import LookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
+from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
 from rapid_llm.stats import Method, Stats
 from rapid_llm.text import TextStream
 
@@ -92,9 +104,10 @@ class GenerationResult:
 class RapidDecoder:
     """A target model, and optionally a drafter of its own.
 
-    Holds no state between calls: caches live as long as one generation, so a closed stream, an
-    interrupt or an error leaves nothing behind. Calls from several threads are safe; forward
-    passes on one model take turns.
+    Between calls it keeps the KV of prompts that were read, and nothing else: the next question on
+    a document, or the next turn of a conversation, reads only what is new. A closed stream, an
+    interrupt or an error leaves what was read until then. Calls from several threads are safe;
+    forward passes on one model take turns.
 
     Args:
         target: a loaded transformers model.
@@ -106,10 +119,18 @@ class RapidDecoder:
         name, drafter_name: what errors and results call the models.
         attn_implementation: ``rapid`` (ours), or transformers' ``sdpa``, ``flash_attention_2``
             or ``eager``.
+        drafter_quantization: ``int8`` drafts with int8 weights (a copy of the drafter's, made at
+            the first draft); ``auto`` does so for a target that drafts for itself where it pays,
+            in bfloat16 on a CPU; None never.
+        kv_cache_bytes: of prompts' KV kept between calls, least recently used first out; None is a
+            quarter of the device's memory, 0 keeps nothing.
+        kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with
+            a checksum; for this model, dtype and these tokens only). It has no limit of size.
 
     Raises:
         ModelError: an architecture is not supported.
         TokenizerMismatchError: the tokenizers differ.
+        InvalidParameterError: an unknown quantization, or one that the device does not have.
     """
 
     def __init__(
@@ -122,6 +143,9 @@ class RapidDecoder:
         name: str | None = None,
         drafter_name: str | None = None,
         attn_implementation: str = RAPID_ATTENTION,
+        drafter_quantization: Quantization | None = "auto",
+        kv_cache_bytes: int | None = None,
+        kv_cache_dir: str | Path | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.target = Forward(target, name or _name_of(target), attn_implementation)
@@ -129,6 +153,12 @@ class RapidDecoder:
         if drafter is not None and drafter is not target:
             self.drafter = Forward(drafter, drafter_name or _name_of(drafter), attn_implementation)
             self._check_tokenizers(drafter_tokenizer)
+        self._quantizes = self._resolve(drafter_quantization)
+        if kv_cache_bytes is None:
+            kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
+        self._prefixes = PrefixCache(
+            kv_cache_bytes, None if kv_cache_dir is None else Path(kv_cache_dir)
+        )
         self._eos = _eos_ids(target, tokenizer)
 
     @classmethod
@@ -141,6 +171,9 @@ class RapidDecoder:
         device: str | torch.device | None = None,
         drafter_device: str | torch.device | None = None,
         attn_implementation: str = RAPID_ATTENTION,
+        drafter_quantization: Quantization | None = "auto",
+        kv_cache_bytes: int | None = None,
+        kv_cache_dir: str | Path | None = None,
         **hub_options: Any,
     ) -> RapidDecoder:
         """Load the models by name (see :func:`rapid_llm.models.load_model`).
@@ -151,7 +184,8 @@ class RapidDecoder:
             dtype: of both models.
             device: of the target; None takes CUDA if there is one.
             drafter_device: of the drafter; None puts it beside the target.
-            attn_implementation: as for the constructor.
+            attn_implementation, drafter_quantization, kv_cache_bytes, kv_cache_dir: as for the
+                constructor.
             hub_options: ``revision``, ``token``, … for ``from_pretrained`` of the target.
         """
         place = resolve_device(device)
@@ -178,7 +212,25 @@ class RapidDecoder:
             name=loaded.name,
             drafter_name=draft_name,
             attn_implementation=attn_implementation,
+            drafter_quantization=drafter_quantization,
+            kv_cache_bytes=kv_cache_bytes,
+            kv_cache_dir=kv_cache_dir,
         )
+
+    @cached_property
+    def draft_forward(self) -> Forward:
+        """What drafts: the drafter, or its int8 twin (quantized when first asked for)."""
+        if not self._quantizes:
+            return self.drafter
+        return Forward(
+            int8_twin(self.drafter.model),
+            f"{self.drafter.name} (int8)",
+            self.drafter.attn_implementation,
+        )
+
+    def clear_cache(self) -> None:
+        """Free the KV that is kept for later prompts; files stay."""
+        self._prefixes.clear()
 
     def generate(
         self,
@@ -225,10 +277,10 @@ class RapidDecoder:
             NumericalError: a model produced NaN (raised while streaming).
         """
         started = time.perf_counter()
-        generation = self._prepare(
+        request = self._prepare(
             target_prompt, draft_prompt, sampling or SamplingParams(), speculation
         )
-        return self._run(generation, started, progress)
+        return self._run(request, started, progress)
 
     async def astream(
         self,
@@ -268,11 +320,11 @@ class RapidDecoder:
         draft_prompt: Prompt | None,
         sampling: SamplingParams,
         speculation: SpeculationConfig | None,
-    ) -> _Generation:
-        """Check everything that can be checked before a model runs, and make room."""
+    ) -> _Request:
+        """Check everything that can be checked before a model runs."""
         config = speculation or SpeculationConfig()
         method: Method = "lc"
-        forward = self.target
+        forward, own_prompt = self.target, config.drafting == "rag"
         if target_prompt is None:
             if draft_prompt is None:
                 raise InvalidParameterError(
@@ -280,32 +332,65 @@ class RapidDecoder:
                 )
             method, forward = "rag", self.drafter
             target_prompt, draft_prompt = draft_prompt, None
-        elif draft_prompt is not None:
+        elif draft_prompt is not None or not own_prompt:
             method = "rapid" if config.transfer_strength > 0 else "sd"
-
-        prompt = self._encode(target_prompt, forward, sampling)
-        sampler = Sampler(sampling, prompt, forward.device)
-        drafter = None
-        if draft_prompt is not None:
-            draft_ids = self._encode(draft_prompt, self.drafter, sampling)
-            same_device = self.drafter.device == forward.device
-            drafter = RagDrafter(
-                Session(self.drafter, len(draft_ids) + sampling.max_new_tokens),
-                draft_ids,
-                sampler
-                if same_device
-                else Sampler(sampling, prompt, self.drafter.device, stream=1),
-                forward.vocab_size,
-            )
-        return _Generation(
-            target=Session(forward, len(prompt) + sampling.max_new_tokens),
-            prompt=prompt,
-            drafter=drafter,
-            drafter_name=self.drafter.name,
-            sampler=sampler,
+        drafts = method in ("rapid", "sd")
+        if drafts and config.drafting in SELECTIONS:
+            require_compressible(forward, config.drafting)
+        return _Request(
+            prompt=self._encode(target_prompt, forward, sampling),
+            draft_prompt=self._encode(draft_prompt, self.drafter, sampling)
+            if draft_prompt is not None and own_prompt
+            else [],
+            forward=forward,
+            sampling=sampling,
             config=config,
             method=method,
+            drafts=drafts,
         )
+
+    @contextmanager
+    def _open(self, request: _Request) -> Iterator[_Generation]:
+        """Sessions for a request, which begin with what was read before and are kept after it."""
+        new = request.sampling.max_new_tokens
+        with ExitStack() as leases:
+
+            def lease(forward: Forward, prompt: Sequence[int]) -> tuple[Session, Lease]:
+                borrowed = leases.enter_context(
+                    self._prefixes.lease(forward, prompt, len(prompt) + new)
+                )
+                return Session(forward, borrowed.cache), borrowed
+
+            target, kept = lease(request.forward, request.prompt)
+            sampler = Sampler(request.sampling, request.prompt, request.forward.device)
+            yield _Generation(
+                target=target,
+                lease=kept,
+                drafter=self._drafter(request, target, sampler, lease) if request.drafts else None,
+                drafter_name=self.drafter.name,
+                sampler=sampler,
+                config=request.config,
+                method=request.method,
+            )
+
+    def _drafter(
+        self,
+        request: _Request,
+        target: Session,
+        sampler: Sampler,
+        lease: Callable[[Forward, Sequence[int]], tuple[Session, Lease]],
+    ) -> Drafter:
+        config, forward = request.config, request.forward
+        if config.drafting == "rest":
+            return LookupDrafter(request.prompt, forward.vocab_size, forward.device)
+        if config.drafting in SELECTIONS:
+            own = self.draft_forward if self.drafter is self.target else forward
+            selection = SELECTIONS[config.drafting]
+            return CompressedDrafter(target, own, request.prompt, selection, sampler, config)
+        session, _ = lease(self.draft_forward, request.draft_prompt)
+        if self.drafter.device != forward.device:
+            sampler = Sampler(request.sampling, request.prompt, self.drafter.device, stream=1)
+        return RagDrafter(session, request.draft_prompt, sampler, forward.vocab_size, config)
 
     def _encode(self, prompt: Prompt, forward: Forward, sampling: SamplingParams) -> list[int]:
         ids = encode_prompt(prompt, self.tokenizer)
@@ -318,38 +403,53 @@ class RapidDecoder:
             )
         return ids
 
-    def _run(
-        self, generation: _Generation, started: float, progress: Progress | None
-    ) -> Iterator[Chunk]:
+    def _run(self, request: _Request, started: float, progress: Progress | None) -> Iterator[Chunk]:
         """Rounds until the answer ends. Only the steps run in inference mode, never the caller."""
-        sampling = generation.sampler.params
+        sampling = request.sampling
         text = TextStream(self.tokenizer, sampling.stop)
-        stats = generation.stats
-        generation.prefill(progress)
+        with self._open(request) as generation:
+            stats = generation.stats
+            try:
+                generation.prefill(progress)
+            except torch.OutOfMemoryError:
+                self.clear_cache()
+                generation.prefill(progress)  # goes on where it stopped
 
-        finish: FinishReason | None = None
-        while finish is None:
-            new: list[int] = []
-            pieces: list[str] = []
-            for token in generation.round():
-                new.append(token)
-                if token in self._eos and not sampling.ignore_eos:
-                    finish = "stop"
-                    break
-                pieces.append(text.push(token))
-                if text.stopped:
-                    finish = "stop"
-                    break
-                if stats.completion_tokens + len(new) == sampling.max_new_tokens:
-                    finish = "length"
-                    break
-            if finish is not None:
-                pieces.append(text.finish())
-                finish = "stop" if text.stopped else finish
-            generation.keep(new)
-            if stats.time_to_first_token is None:
-                stats.time_to_first_token = time.perf_counter() - started
-            yield Chunk("".join(pieces), tuple(new), finish, replace(stats))
+            finish: FinishReason | None = None
+            while finish is None:
+                new: list[int] = []
+                pieces: list[str] = []
+                for token in generation.round():
+                    new.append(token)
+                    if token in self._eos and not sampling.ignore_eos:
+                        finish = "stop"
+                        break
+                    pieces.append(text.push(token))
+                    if text.stopped:
+                        finish = "stop"
+                        break
+                    if stats.completion_tokens + len(new) == sampling.max_new_tokens:
+                        finish = "length"
+                        break
+                if finish is not None:
+                    pieces.append(text.finish())
+                    finish = "stop" if text.stopped else finish
+                generation.keep(new)
+                if stats.time_to_first_token is None:
+                    stats.time_to_first_token = time.perf_counter() - started
+                yield Chunk("".join(pieces), tuple(new), finish, replace(stats))
+
+    def _resolve(self, quantization: str | None) -> bool:
+        """Whether to draft with int8 weights."""
+        if quantization not in (None, "auto", "int8"):
+            raise InvalidParameterError(
+                f"drafter_quantization={quantization!r} is unknown; use 'auto', 'int8' or None"
+            )
+        if quantization == "auto":
+            return self.drafter is self.target and int8_pays(self.drafter.model)
+        if quantization == "int8":
+            require_int8(self.drafter.model)
+        return quantization == "int8"
 
     def _check_tokenizers(self, drafter_tokenizer: PreTrainedTokenizerBase | None) -> None:
         target, drafter = self.target, self.drafter
@@ -371,13 +471,25 @@ class RapidDecoder:
             )
 
 
+class _Request(NamedTuple):
+    """A checked call. ``draft_prompt`` is empty where nothing drafts, or without a prompt."""
+
+    prompt: list[int]
+    draft_prompt: list[int]
+    forward: Forward
+    sampling: SamplingParams
+    config: SpeculationConfig
+    method: Method
+    drafts: bool
+
+
 class _Generation:
     """One generation: the target's session, the drafter, and the output so far."""
 
     def __init__(
         self,
         target: Session,
-        prompt: Sequence[int],
+        lease: Lease,
         drafter: Drafter | None,
         drafter_name: str,
         sampler: Sampler,
@@ -388,10 +500,14 @@ class _Generation:
         self.drafter = drafter
         self.sampler = sampler
         self.config = config
-        self._prompt = list(prompt)
+        self._lease = lease
+        self._prompt = list(lease.tokens)
         self._output: list[int] = []
         self._drafter_name = drafter_name
-        self.stats = Stats(method=method, prompt_tokens=len(prompt))
+        self._schedule: Schedule | None = None
+        self.stats = Stats(
+            method=method, prompt_tokens=len(self._prompt), cached_tokens=lease.reused
+        )
         if drafter is not None:
             self.stats.draft_prompt_tokens = drafter.prompt_tokens
 
@@ -399,11 +515,18 @@ class _Generation:
     def prefill(self, progress: Progress | None) -> None:
         """Read both prompts, all but their last tokens: the first round reads those."""
         started = time.perf_counter()
-        if self.drafter is not None:
-            self.drafter.prefill(progress and (lambda *tokens: progress("draft", *tokens)))
         self.target.prefill(
             self._prompt[:-1], progress and (lambda *tokens: progress("target", *tokens))
         )
+        if self.drafter is not None:
+            self.drafter.prefill(progress and (lambda *tokens: progress("draft", *tokens)))
+        if self.drafter is not None:
+            gamma = self.config.gamma
+            self._schedule = (
+                AdaptiveSchedule(pass_cost(self.target), self.drafter.cost())
+                if gamma == "auto"
+                else FixedSchedule(gamma)
+            )
         if self.target.forward.device.type == "cuda":
             torch.cuda.synchronize()  # or the first round would be charged with the prefill
         self.stats.prefill_seconds = time.perf_counter() - started
@@ -436,6 +559,10 @@ class _Generation:
         self.stats.rounds += 1
         self.stats.drafted_tokens += len(drafted)
         self.stats.accepted_tokens += n
+        self.stats.rejections += n < len(drafted)
+        self.stats.draft_passes += draft.passes
+        if self._schedule is not None:
+            self._schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
         return [*drafted[:n], last]
 
@@ -445,6 +572,7 @@ class _Generation:
         self.stats.completion_tokens = len(self._output)
         self.sampler.commit(tokens)
         self.target.rollback(len(self._prompt) + len(self._output) - 1)
+        self._lease.tokens += tokens  # the next turn of a conversation begins with them
 
     def _pending(self) -> Tensor:
         """The tokens that the target has not read: the last one, on the target's device."""
@@ -452,22 +580,21 @@ class _Generation:
         return torch.tensor(sequence, device=self.target.forward.device)
 
     def _draft(self) -> Draft:
-        """A proposal, on the target's device; an empty one without a drafter."""
+        """A proposal, on the target's device; an empty one without a drafter or for γ = 0."""
         device = self.target.forward.device
-        if self.drafter is None:
+        # Even the last token is drafted, so that every one follows the mode's law.
+        remaining = self.sampler.params.max_new_tokens - len(self._output)
+        gamma = 0 if self._schedule is None else min(self._schedule.next(), remaining)
+        look_ahead = self.config.applied_mode == "augmented"
+        if self.drafter is None or gamma + look_ahead == 0:
             vocab = self.target.forward.vocab_size
             return Draft(
                 torch.empty(0, dtype=torch.long, device=device),
                 torch.empty(0, vocab, device=device),
+                passes=0,
             )
-        # Even the last token is drafted, so that every one follows the mode's law.
-        remaining = self.sampler.params.max_new_tokens - len(self._output)
-        draft = self.drafter.draft(
-            self._output,
-            min(self.config.gamma, remaining),
-            look_ahead=self.config.mode == "augmented",
-        )
-        return Draft(draft.tokens.to(device), draft.probabilities.to(device))
+        draft = self.drafter.draft(self._output, gamma, look_ahead=look_ahead)
+        return Draft(draft.tokens.to(device), draft.probabilities.to(device), draft.passes)
 
 
 def _name_of(model: PreTrainedModel) -> str:

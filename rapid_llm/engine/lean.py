@@ -22,10 +22,11 @@ from transformers import (
 
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
+from rapid_llm.engine.quantization import Int8Linear
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
-_PLAIN = (nn.Linear, nn.Embedding)
+_PLAIN = (nn.Linear, nn.Embedding, Int8Linear)
 
 
 def is_lean(model: PreTrainedModel) -> bool:
@@ -80,6 +81,7 @@ def _attention(
     heads = query.shape[1]
     rotated = _rotate(torch.cat([query, key], dim=1), rotary).transpose(0, 1)
     keys, values = kv.update(rotated[None, heads:], value.transpose(0, 1)[None])
+    kv.last_query = rotated[:heads, -1]
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
     mixed = attend(rotated[:heads], keys[0], values[0], module.scaling, window)
     return _linear(mixed.transpose(0, 1).reshape(n, -1), module.o_proj)
@@ -97,7 +99,7 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, module: Any) -> Tensor:
-    return F.linear(x, module.weight, module.bias)
+    return module.forward(x)
 
 
 def _rms_norm(x: Tensor, module: Any) -> Tensor:

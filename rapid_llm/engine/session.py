@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.kv_cache import KVCache
 
 PREFILL_CHUNK = 512
 """Tokens a prefill pass: bounds its activations, and how long a progress bar stands still."""
@@ -21,21 +22,21 @@ class Session:
 
     Args:
         forward: the model.
-        capacity: tokens the sequence can grow to.
+        cache: made for it; may hold the beginning of the sequence.
     """
 
-    def __init__(self, forward: Forward, capacity: int) -> None:
+    def __init__(self, forward: Forward, cache: KVCache) -> None:
         self.forward = forward
-        self.cache = forward.new_cache(capacity)
+        self.cache = cache
 
     @property
     def length(self) -> int:
-        """Tokens the cache holds."""
-        return self.cache.length
+        """Tokens of the sequence that were read."""
+        return self.cache.skipped + self.cache.length
 
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
-        """Read tokens in chunks; no logits are kept."""
-        for start in range(0, len(tokens), PREFILL_CHUNK):
+        """Read, in chunks, those tokens of a prompt that the cache does not hold yet."""
+        for start in range(self.length, len(tokens), PREFILL_CHUNK):
             if progress is not None:
                 progress(start, len(tokens))
             chunk = torch.tensor(tokens[start : start + PREFILL_CHUNK])
@@ -43,10 +44,13 @@ class Session:
         if progress is not None:
             progress(len(tokens), len(tokens))
 
-    def extend(self, tokens: Tensor) -> Tensor:
-        """Read int64 ``[n]`` tokens; float32 logits ``[n, vocab]``, row i follows token i."""
-        return self.forward(tokens, self.cache, keep_logits=tokens.shape[0])
+    def extend(self, tokens: Tensor, keep: int | None = None) -> Tensor:
+        """Read int64 ``[n]`` tokens; float32 logits ``[n, vocab]``, row i follows token i.
+
+        ``keep``: only those of the last so many tokens.
+        """
+        return self.forward(tokens, self.cache, keep or tokens.shape[0])
 
     def rollback(self, length: int) -> None:
         """Keep the first ``length`` tokens at most."""
-        self.cache.rollback(length)
+        self.cache.rollback(length - self.cache.skipped)

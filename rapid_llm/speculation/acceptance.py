@@ -87,7 +87,7 @@ def verify_sampled(
 
     overlap = torch.zeros_like(p)
     overlap[:gamma] = torch.minimum(q[:gamma], p_hat[:gamma])
-    base = (p_hat if config.mode == "augmented" else p).index_select(0, accepted[None])[0]
+    base = (p_hat if config.applied_mode == "augmented" else p).index_select(0, accepted[None])[0]
     weights = residual(base, overlap.index_select(0, accepted[None])[0])
     return accepted, draw(weights, generator)
 
@@ -107,8 +107,40 @@ def verify_greedy(
         s[: q.shape[0]], q, config.transfer_strength, config.alpha
     ).argmax(dim=-1)
     accepted = (draft == enriched[:gamma]).long().cumprod(dim=0).sum()
-    says = enriched if config.mode == "augmented" else plain
+    says = enriched if config.applied_mode == "augmented" else plain
     return accepted, says.index_select(0, accepted[None])[0]
+
+
+def verify_guess(
+    q: Tensor, guess: Tensor, generator: torch.Generator | None, *, greedy: bool
+) -> tuple[Tensor, Tensor]:
+    """Judge tokens that were not drawn but guessed (a point mass each), so that all follow q.
+
+    Token i is accepted with probability q_i(x_i); after the first rejection a token is drawn from
+    q_i without x_i: together exactly q_i. This is the ``exact`` mode for a drafter whose
+    distribution is a point mass.
+
+    Args:
+        q: float32 ``[n+1, vocab]``, at every guessed position and the one after them.
+        guess: int64 ``[n]``; n may be 0.
+        generator: on q's device; None for torch's default.
+        greedy: a guess is accepted iff it is the argmax of q.
+
+    Returns:
+        int64 scalars: how many guesses were accepted, and the token after them.
+    """
+    n = guess.shape[0]
+    if greedy:
+        best = q.argmax(dim=-1)
+        accepted = (guess == best[:n]).long().cumprod(dim=0).sum()
+        return accepted, best.index_select(0, accepted[None])[0]
+    uniform = torch.rand(n, device=q.device, generator=generator)
+    passed = uniform < q[:n].gather(1, guess[:, None])[:, 0]
+    accepted = passed.long().cumprod(dim=0).sum()
+    overlap = torch.zeros_like(q)
+    overlap[:n].scatter_(1, guess[:, None], 1.0)
+    base, taken = (t.index_select(0, accepted[None])[0] for t in (q, overlap))
+    return accepted, draw(residual(base, taken), generator)
 
 
 def residual(base: Tensor, overlap: Tensor) -> Tensor:

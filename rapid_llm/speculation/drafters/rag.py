@@ -8,13 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapid_llm.config import SpeculationConfig
+from rapid_llm.engine.costs import PassCost, pass_cost
 from rapid_llm.engine.session import PrefillProgress, Session
+from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
+from rapid_llm.speculation.drafters.lookup import SIZES, NgramIndex
 from rapid_llm.speculation.sampling import Sampler
+
+_LONGEST_GUESS = 7  # with the pending token 8 rows, as many as int8 weights serve
 
 
 class RagDrafter:
     """Drafts with a model over the retrieval context.
+
+    With ``lookup`` it cascades: what followed the last tokens in the prompt or the output is
+    guessed, and one pass checks the guess, so that every token still follows q exactly. The host
+    must know what was accepted before it can guess again: one synchronisation a pass, of a pass
+    that yields several tokens. Without lookup and ``min_confidence`` there is none.
 
     Args:
         session: the drafting model with room for ``prompt`` and the output.
@@ -22,15 +33,23 @@ class RagDrafter:
         sampler: on the session's device.
         vocab_size: width of the target's logits. A drafter of the same tokenizer may pad its
             own to another width; tokens beyond the target's get no probability.
+        config: whether to guess (``lookup``), and when to end a draft (``min_confidence``).
     """
 
     def __init__(
-        self, session: Session, prompt: Sequence[int], sampler: Sampler, vocab_size: int
+        self,
+        session: Session,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        vocab_size: int,
+        config: SpeculationConfig,
     ) -> None:
         self._session = session
         self._prompt = list(prompt)
         self._sampler = sampler
         self._vocab_size = vocab_size
+        self._index = NgramIndex(prompt) if config.lookup else None
+        self._min_confidence = config.min_confidence
 
     @property
     def prompt_tokens(self) -> int:
@@ -40,21 +59,61 @@ class RagDrafter:
         # All but the last token, which the first draft feeds: its logits are needed only then.
         self._session.prefill(self._prompt[:-1], progress)
 
+    def cost(self) -> PassCost:
+        return pass_cost(self._session)
+
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
-        """See :class:`Drafter`; γ (or γ+1) forward passes, no host synchronisation."""
+        """See :class:`Drafter`; at most γ (or γ+1) forward passes."""
         sequence = [*self._prompt, *output]
         # What was drafted and not kept is forgotten; the last kept token is yet to be read.
         self._session.rollback(len(sequence) - 1)
-        pending = torch.tensor(sequence[self._session.length :])
-        tokens = torch.empty(0, dtype=torch.long, device=self._session.forward.device)
+        if self._index is not None:
+            self._index.extend(sequence[len(self._index) :])
+        device = self._session.forward.device
+        pending = torch.tensor(sequence[self._session.length :], device=device)
+        tokens = pending.new_empty(0)
         rows: list[Tensor] = []
-        for _ in range(gamma + look_ahead):
-            logits = self._fit(self._session.extend(pending)[-1:])
-            q = self._sampler.scores(logits, tokens).softmax(dim=-1)[0]
-            rows.append(q)
-            pending = self._sampler.draw(q)[None]
-            tokens = torch.cat([tokens, pending])
-        return Draft(tokens[:gamma], torch.stack(rows))
+        passes, drafted, unsure = 0, 0, False
+        while drafted < gamma and not unsure:
+            guess = self._guess(sequence, tokens, gamma - drafted - 1)
+            q = self._read(torch.cat([pending, guess]), torch.cat([tokens, guess]), len(guess) + 1)
+            new = self._check(q, guess)
+            rows.append(q[: len(new)])
+            tokens, pending = torch.cat([tokens, new]), new[-1:]
+            passes, drafted = passes + 1, drafted + len(new)
+            unsure = self._min_confidence > 0 and self._is_unsure(rows[-1], new)
+        if look_ahead:
+            rows.append(self._read(pending, tokens, 1))
+            passes += 1
+        return Draft(tokens, torch.cat(rows), passes)
+
+    def _guess(self, sequence: Sequence[int], tokens: Tensor, limit: int) -> Tensor:
+        """What may come next, int64 ``[at most limit]``."""
+        if self._index is None or limit == 0:
+            return tokens[:0]
+        tail = [*sequence[-max(SIZES) :], *tokens.tolist()]
+        guess = self._index.guess(tail, min(limit, _LONGEST_GUESS))
+        return torch.tensor(guess, dtype=torch.long, device=tokens.device)
+
+    def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
+        """Distributions q after each of the last ``keep`` tokens, float32 ``[keep, vocab]``."""
+        logits = self._fit(self._session.extend(pending, keep))
+        return self._sampler.scores(logits, drafted).softmax(dim=-1)
+
+    def _check(self, q: Tensor, guess: Tensor) -> Tensor:
+        """The tokens that a pass yields: guesses that q accepts and one drawn after them."""
+        if len(guess) == 0:
+            return self._sampler.draw(q[0])[None]
+        accepted, token = verify_guess(
+            q, guess, self._sampler.generator, greedy=self._sampler.params.greedy
+        )
+        n = int(accepted)
+        self._session.rollback(self._session.length - len(guess) + n)
+        return torch.cat([guess[:n], token[None]])
+
+    def _is_unsure(self, q: Tensor, tokens: Tensor) -> bool:
+        chosen = q.gather(1, tokens[:, None])
+        return bool((chosen < self._min_confidence).any())
 
     def _fit(self, logits: Tensor) -> Tensor:
         surplus = self._vocab_size - logits.shape[-1]

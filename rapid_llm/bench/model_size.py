@@ -1,0 +1,75 @@
+"""A model's size from its config alone: built without weights, and counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from rapid_llm.bench.speed_model import ModelSize
+from rapid_llm.engine.forward import Forward
+from rapid_llm.errors import ModelError
+from rapid_llm.models import load_config
+
+
+def read_size(source: str | Path) -> ModelSize:
+    """The size of a model that :func:`rapid_llm.models.load_model` would load; no weights are.
+
+    Raises:
+        ModelError: there is no such model, or its architecture is not supported.
+        MissingDependencyError: the packaged model is not installed.
+    """
+    return size_of(load_config(source), str(source))
+
+
+def size_of(config: PretrainedConfig, name: str) -> ModelSize:
+    """The size of the language model that a config describes.
+
+    Raises:
+        ModelError: it describes none, or one whose architecture is not supported.
+    """
+    text = config.get_text_config()
+    try:
+        # Tensors on the meta device have a shape and no memory.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(text)
+    except ValueError as error:
+        raise ModelError(
+            f"{name}: architecture {config.model_type!r} is no decoder-only language model; "
+            "choose a causal one, such as Llama or Qwen"
+        ) from error
+    forward = Forward(model, name)  # refuses what could not be decoded with
+
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    lookup = 0 if embedding is head else embedding.numel()
+    experts = _expert_weights(model)
+    routed = sum(weight.numel() for weight in experts)
+    weights = list(model.parameters())  # a tied one comes once
+    return ModelSize(
+        name=name,
+        lookup=lookup,
+        head=head.numel(),
+        matrices=sum(w.numel() for w in weights if w.dim() > 1) - lookup - routed,
+        experts=routed,
+        expert_share=text.num_experts_per_tok / experts[0].shape[0] if experts else 0,
+        vectors=sum(w.numel() for w in weights if w.dim() == 1),
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        hidden_size=text.hidden_size,
+        context_window=forward.context_window,
+    )
+
+
+def _expert_weights(model: PreTrainedModel) -> list[Tensor]:
+    """Those of the routed experts: transformers stacks a layer's, ``[experts, out, in]``."""
+    return [
+        weight
+        for name, module in model.named_modules()
+        if name.endswith(".experts")
+        for weight in module.parameters()
+    ]

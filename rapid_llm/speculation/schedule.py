@@ -1,0 +1,98 @@
+"""How many tokens to draft in the next round: as many as the costs and the acceptance so far pay.
+
+The speed model of speculative decoding (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.8, with
+a verification that may cost more than a plain step): a round of γ drafted tokens yields
+
+    E(a, γ) = (1 - a^(γ+1)) / (1 - a)    tokens, and costs    γ·c + v(γ)    plain steps.
+
+Everything here follows from the tokens and from costs measured beforehand, never from the clock of
+the running generation, so that a generation can be repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:  # the speed model of the command line uses this module, and needs no torch
+    from rapid_llm.engine.costs import PassCost
+
+MAX_GAMMA = 16
+"""Longest draft considered: longer ones gain nothing at acceptance rates below 0.95."""
+
+_MEMORY = 0.85  # weight of a round's outcome after the next one
+_PROBE = 2  # tokens drafted to see whether drafting pays again
+_FIRST_WAIT, _LONGEST_WAIT = 8, 64  # plain rounds before a probe: at most 2 to 3 % are lost
+
+
+def expected_tokens(a: float, gamma: int) -> float:
+    """E(a, γ), tokens a round yields at acceptance rate a; γ + 1 at a = 1."""
+    return sum(a**i for i in range(gamma + 1))
+
+
+class Schedule(Protocol):
+    """Decides the draft length of each round."""
+
+    def next(self) -> int:
+        """γ of the next round; 0 is a plain step."""
+
+    def record(self, drafted: int, accepted: int, passes: int) -> None:
+        """Hear how a round went: tokens drafted and accepted, passes of the drafter."""
+
+
+@dataclass(frozen=True)
+class FixedSchedule:
+    """The same draft length in every round."""
+
+    gamma: int
+
+    def next(self) -> int:
+        return self.gamma
+
+    def record(self, drafted: int, accepted: int, passes: int) -> None:
+        pass
+
+
+class AdaptiveSchedule:
+    """The draft length that maximises expected tokens a second.
+
+    Args:
+        target: cost of the target's passes at this context length.
+        drafter: cost of the drafter's.
+    """
+
+    def __init__(self, target: PassCost, drafter: PassCost) -> None:
+        self._target, self._drafter = target, drafter
+        # Beliefs before the first round, as if seen: accepted of tried, passes of drafted tokens.
+        self._accepted, self._tried = 3.2, 4.0
+        self._passes, self._drafted = 4.0, 4.0
+        self._plain_rounds, self._wait = 0, _FIRST_WAIT
+
+    def next(self) -> int:
+        a = self._accepted / self._tried
+        passes = self._passes / self._drafted  # below 1 where lookup saves some
+        # A pass over guesses reads more rows: 1 / passes tokens each.
+        draft = passes * self._drafter.seconds(1 / passes)
+
+        def speed(gamma: int) -> float:
+            cost = gamma * draft + self._target.seconds(gamma + 1)
+            return expected_tokens(a, gamma) / cost
+
+        gamma = max(range(MAX_GAMMA + 1), key=speed)
+        if gamma > 0:
+            self._plain_rounds, self._wait = 0, _FIRST_WAIT
+            return gamma
+        self._plain_rounds += 1
+        if self._plain_rounds <= self._wait:
+            return 0
+        self._plain_rounds, self._wait = 0, min(2 * self._wait, _LONGEST_WAIT)
+        return _PROBE
+
+    def record(self, drafted: int, accepted: int, passes: int) -> None:
+        if drafted == 0:
+            return
+        tried = accepted + (accepted < drafted)
+        self._accepted = _MEMORY * self._accepted + accepted
+        self._tried = _MEMORY * self._tried + tried
+        self._passes = _MEMORY * self._passes + passes
+        self._drafted = _MEMORY * self._drafted + drafted

@@ -1,0 +1,354 @@
+"""The speed model and the plan made with it: counts, formulas, limits; no timings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from transformers import GPT2Config, LlamaConfig, T5Config
+
+from rapid_llm.bench.model_size import read_size, size_of
+from rapid_llm.bench.plan import (
+    Plan,
+    heading,
+    make_plan,
+    memory_table,
+    paper_retrieved,
+    sensitivity_table,
+    speed_table,
+)
+from rapid_llm.bench.speed_model import (
+    DEVICES,
+    ModelSize,
+    best_draft,
+    named_device,
+    prefill_seconds,
+    step_seconds,
+)
+from rapid_llm.bench.this_device import measure_device
+from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.quantization import int8_nbytes, int8_twin
+from rapid_llm.errors import InvalidParameterError, ModelError
+from rapid_llm.speculation.schedule import MAX_GAMMA, expected_tokens
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131_072,
+    tie_word_embeddings=False,
+)
+LLAMA_1B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=131_072,
+    tie_word_embeddings=True,
+)
+H100 = DEVICES["h100"]
+
+
+def size(**changes: Any) -> ModelSize:
+    return replace(size_of(LLAMA_8B, "8B"), **changes)
+
+
+def plan(context: int = 131_072, **changes: Any) -> Plan:
+    given: dict[str, Any] = {
+        "model": size(),
+        "drafter": None,
+        "device": H100,
+        "context": context,
+        "retrieved": paper_retrieved(context),
+        "acceptance": 0.8,
+    }
+    return Plan(**given | changes)
+
+
+def save(config: Any, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+# --- sizes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_counts_are_those_of_the_real_model(architecture: str, tied: bool) -> None:
+    model = tiny_model(architecture, tie_word_embeddings=tied)
+    found = size_of(model.config, "tiny")
+
+    assert found.parameters == model.num_parameters()
+    assert found.lookup == (0 if tied else model.get_input_embeddings().weight.numel())
+    assert found.head == 64 * 32
+    assert found.weight_bytes == model.to(torch.bfloat16).get_memory_footprint() - sum(
+        buffer.nbytes for buffer in model.buffers()
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kv_bytes_are_those_of_the_cache(architecture: str) -> None:
+    model = tiny_model(architecture).to(torch.bfloat16)
+    cache = KVCache(model.config.num_hidden_layers, 10)
+    model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache)
+    assert cache.nbytes == 10 * size_of(model.config, "tiny").kv_bytes_per_token
+
+
+def test_known_models() -> None:
+    assert size_of(LLAMA_8B, "8B").parameters == 8_030_261_248
+    assert size_of(LLAMA_1B, "1B").parameters == 1_235_814_400
+    assert read_size("smollm2-135m").parameters == 134_515_008
+    assert read_size("smollm2-135m").context_window == 8192
+
+
+def test_int8_bytes_are_those_of_the_engine() -> None:
+    # Square layers, so that every row is as long as the estimate takes it to be.
+    model = tiny_model(intermediate_size=32).to(torch.bfloat16)
+    assert size_of(model.config, "t").quantized_bytes("int8") == int8_nbytes(int8_twin(model))
+
+
+def test_a_step_reads_no_embedding_and_half_or_a_quarter_of_the_matrices() -> None:
+    found = size()
+    assert found.bytes_read(1, "bf16") == 2 * (found.parameters - found.lookup)
+    assert found.bytes_read(1, "int8") == pytest.approx(found.matrices, rel=0.001)
+    assert found.bytes_read(1, "int4") == pytest.approx(found.matrices / 2, rel=0.04)
+    assert found.bytes_read(11, "int8") == found.bytes_read(1, "int8")
+
+
+def test_a_mixture_reads_the_experts_that_its_tokens_choose() -> None:
+    found = size_of(tiny_model("mixtral").config, "mixture")  # 2 of 4 experts a token
+    dense = found.parameters - found.lookup - found.experts
+
+    assert found.experts == 2 * 4 * (3 * 32 * 48)
+    assert found.active_parameters == found.matrices + found.experts / 2
+    assert found.bytes_read(1, "bf16") == 2 * (dense + found.experts / 2)
+    assert found.bytes_read(2, "bf16") == 2 * (dense + found.experts * 3 / 4)
+    assert found.bytes_read(99, "bf16") == pytest.approx(2 * (dense + found.experts))
+
+
+# --- formulas --------------------------------------------------------------------------------
+
+
+def test_tokens_a_round() -> None:
+    assert expected_tokens(0, 5) == 1
+    assert expected_tokens(1, 5) == 6
+    assert expected_tokens(0.9, 0) == 1
+    assert expected_tokens(0.7, 4) == pytest.approx((1 - 0.7**5) / (1 - 0.7))
+
+
+def test_c_of_llama_8b_is_the_designs() -> None:
+    """Drafting for itself with 4,096 tokens retrieved: 0.48 at 128K and 0.80 at 32K."""
+
+    def c(context: int, retrieved: int) -> float:
+        return step_seconds(size(), H100, retrieved) / step_seconds(size(), H100, context)
+
+    assert c(131_072, 4096) == pytest.approx(0.483, abs=0.001)
+    assert c(131_072, paper_retrieved(131_072)) == pytest.approx(0.489, abs=0.001)
+    assert c(32_768, paper_retrieved(32_768)) == pytest.approx(0.805, abs=0.001)
+
+
+def test_what_the_paper_retrieves() -> None:
+    assert [paper_retrieved(n) for n in (100, 4096, 32_768, 131_072)] == [100, 4096, 4096, 5461]
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_step_is_bounded_by_reading_computing_or_launching(overlaps: bool) -> None:
+    device = replace(H100, overlaps=overlaps)
+    combined = max if overlaps else sum
+    for tokens, length in ((1, 0), (1, 131_072), (4096, 0)):
+        reading = (size().bytes_read(1, "bf16") + 131_072 * length) / H100.bandwidth
+        flops = 2 * size().matrices * tokens + 4 * tokens * length * 32 * 4096
+        parts = reading, flops / H100.flops, 32 * H100.layer_overhead
+        found = step_seconds(size(), device, length, tokens=tokens)
+        assert found == pytest.approx(combined(parts))
+
+
+def test_prefill_counts_products_attention_and_one_row_of_logits() -> None:
+    length = 1000
+    products = 2 * (size().matrices - size().head) * length + 2 * size().head
+    attention = 2 * 2 * length**2 / 2 * 32 * 32 * 128
+    found = prefill_seconds(size(), H100, length)
+    assert found == pytest.approx((products + attention) / H100.flops)
+
+
+rates = st.floats(0, 1)
+costs = st.floats(0.01, 2)
+lengths = st.integers(1, MAX_GAMMA)
+
+
+def speedup(acceptance: float, c: float, v: float = 1, longest: int = MAX_GAMMA) -> float:
+    return best_draft(acceptance, 1, c, [v] * longest)[1]
+
+
+@given(rates, costs)
+def test_nothing_is_drafted_where_nothing_is_gained(acceptance: float, excess: float) -> None:
+    assert best_draft(acceptance, 1, acceptance + excess, [1] * MAX_GAMMA) == (0, 1)
+
+
+@given(rates, rates, costs, costs)
+def test_speedup_grows_with_acceptance_and_falls_with_cost(
+    acceptance: float, other: float, c: float, d: float
+) -> None:
+    low, high = sorted((acceptance, other))
+    cheap, dear = sorted((c, d))
+    assert 1 <= speedup(low, c) <= speedup(high, c) <= MAX_GAMMA + 1
+    assert speedup(low, dear) <= speedup(low, cheap)
+    assert speedup(low, c, v=1.5) <= speedup(low, c)
+
+
+@given(rates, costs, lengths)
+def test_the_best_draft_is_no_worse_than_any_other(a: float, c: float, gamma: int) -> None:
+    assert speedup(a, c) >= expected_tokens(a, gamma) / (gamma * c + 1)
+
+
+# --- plans -----------------------------------------------------------------------------------
+
+
+def test_rows_get_faster_as_the_drafter_gets_cheaper() -> None:
+    rows = plan(drafter=size_of(LLAMA_1B, "meta/1B")).rows
+    plain, bf16, int8, int4, other = rows
+
+    assert [row.drafter for row in rows] == [
+        *(None, "self, bf16", "self, int8", "self, int4", "1B, bf16")
+    ]
+    assert plain.best.gamma == 0
+    assert plain.best.speedup == 1
+    assert other.best.speedup > int4.best.speedup >= int8.best.speedup > bf16.best.speedup > 1
+    for row in rows:
+        assert row.seconds_a_token == pytest.approx(plain.seconds_a_token / row.best.speedup)
+    for row in rows[1:]:
+        assert row.sensitivity[0.8] == row.best
+        speedups = [best.speedup for best in row.sensitivity.values()]
+        assert speedups == sorted(speedups)
+
+
+def test_memory_is_shared_weights_once_and_both_caches() -> None:
+    small = size_of(LLAMA_1B, "1B")
+    plain, bf16, int8, int4, other = plan(drafter=small).rows
+    w, k = size().weight_bytes, size().kv_bytes_per_token
+
+    assert (plain.weight_bytes, plain.kv_bytes) == (w, 131_072 * k)
+    assert (bf16.weight_bytes, bf16.kv_bytes) == (w, (131_072 + 5461) * k)
+    assert int8.weight_bytes == w + size().quantized_bytes("int8")
+    assert int4.weight_bytes == w + size().quantized_bytes("int4")
+    assert other.weight_bytes == w + small.weight_bytes
+    assert other.kv_bytes == 131_072 * k + 5461 * small.kv_bytes_per_token
+
+
+def test_what_fits() -> None:
+    assert all(row.fits for row in plan().rows)
+    assert not any(row.fits for row in plan(device=DEVICES["4090"]).rows)
+    plain, bf16, int8, _ = plan(device=DEVICES["l40s"]).rows
+    assert (plain.fits, bf16.fits, int8.fits) == (True, True, True)
+    plain, bf16, *_ = plan(device=replace(H100, memory=37_100_000_000)).rows
+    assert (plain.fits, bf16.fits) == (True, False)
+    assert plan(device=replace(H100, memory=None)).rows[0].fits is None
+
+
+def test_a_window_too_short_is_a_warning() -> None:
+    assert plan().warnings == []
+    small = replace(size_of(LLAMA_1B, "1B"), context_window=2048)
+    long, drafter = plan(200_000, drafter=small).warnings
+    assert "131,072" in long
+    assert "200,000" in long
+    assert "1B was made for 2,048 tokens, fewer than the 8,333" in drafter
+
+
+def test_a_plan_from_folders_is_json(tmp_path: Path) -> None:
+    target = save(LLAMA_8B, tmp_path / "8B")
+    drafter = save(LLAMA_1B, tmp_path / "1B")
+    made = make_plan(target, 131_072, drafter=drafter, device=H100)
+
+    assert made.retrieved == 5461
+    found = json.loads(json.dumps(made.as_dict()))
+    assert found["model"]["name"] == target
+    assert found["model"]["parameters"] == 8_030_261_248
+    assert found["drafter"]["parameters"] == 1_235_814_400
+    assert len(found["rows"]) == 5
+    assert make_plan(target, 131_072, retrieved=100, device=H100).retrieved == 100
+
+
+def test_tables_fit_a_terminal_and_show_every_row() -> None:
+    made = plan(drafter=size_of(LLAMA_1B, "meta/1B"))
+    console = Console(width=80)
+    for table in (speed_table, sensitivity_table, memory_table):
+        with console.capture() as capture:
+            console.print(table(made))
+        text = capture.get()
+        assert "…" not in text
+        for drafter in ("self, bf16", "self, int8", "self, int4", "1B, bf16"):
+            assert drafter in text
+    assert "8B (8.03B parameters), H100 SXM 80 GB: 131,072 tokens, 5,461" in heading(made)
+    mixture = size_of(tiny_model("mixtral").config, "mixture")
+    assert "active" in heading(plan(model=mixture))
+
+
+def test_assumptions_name_the_source_of_the_numbers() -> None:
+    assert "3,350 GB/s and 989 TFLOP/s" in plan().assumptions[0]
+    assert "80% and 60%" in plan().assumptions[0]
+
+
+@pytest.mark.parametrize("name", ["h100", "a100", "l40s", "4090"])
+def test_devices_have_names(name: str) -> None:
+    assert named_device(name) is DEVICES[name]
+
+
+def test_this_machine_is_measured() -> None:
+    device = measure_device(size_of(tiny_model().config, "tiny"), 512)
+    for rate in (device.bandwidth, device.kv_bandwidth, device.flops, device.layer_overhead):
+        assert rate > 0
+    assert device.overlaps == torch.cuda.is_available()
+    assert "measured just now" in device.source
+    assert [row.fits for row in plan(model=size_of(tiny_model().config, "t"), device=device).rows]
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(InvalidParameterError, match=r"'h900'.*'this'.*'h100'"):
+        named_device("h900")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 0}, "context=0"),
+        ({"retrieved": 0}, "retrieved=0 .* from 1 to context=10"),
+        ({"retrieved": 11}, "retrieved=11 .* from 1 to context=10"),
+        ({"acceptance": 1.1}, "acceptance=1.1"),
+        ({"acceptance": float("nan")}, "acceptance=nan"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        make_plan(**{"model": "never-read", "context": 10, "device": H100} | options)
+
+
+def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"could not be loaded.*local folder"):
+        read_size(tmp_path)
+    with pytest.raises(ModelError, match="no such file"):
+        read_size(tmp_path / "missing.gguf")
+
+
+def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"'gpt2'.*not supported"):
+        read_size(save(GPT2Config(n_layer=1), tmp_path / "gpt2"))
+    with pytest.raises(ModelError, match="'t5' is no decoder-only"):
+        read_size(save(T5Config(), tmp_path / "t5"))

@@ -1,0 +1,595 @@
+"""KV reuse: the answer is that of a fresh prefill, and only what is new is read."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import random
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import rapid_llm.engine.kv_files as kv_files
+from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.kv_cache import kv_nbytes
+from rapid_llm.engine.kv_files import KVFiles, fingerprint
+from rapid_llm.engine.quantization import Int8Linear
+from rapid_llm.engine.reuse import Lease, PrefixCache
+from rapid_llm.errors import InvalidParameterError
+
+BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32
+AMPLE = 1 << 30
+
+
+def text(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 64), k=length)
+
+
+DOCUMENT = text(60, seed=1)
+OTHER = text(60, seed=2)
+LONG = text(1500, seed=3)
+
+
+def make_forward(seed: int = 0, **changes) -> Forward:
+    return Forward(tiny_model(seed=seed, max_position_embeddings=4096, **changes), "tiny")
+
+
+@pytest.fixture
+def forward() -> Forward:
+    return make_forward()
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+@torch.inference_mode()
+def read(forward: Forward, lease: Lease, until: int | None = None) -> torch.Tensor:
+    """Read what the lease lacks of its prompt; logits ``[vocab]`` after the last token."""
+    tokens = torch.tensor(lease.tokens[lease.cache.length : until])
+    return forward(tokens, lease.cache, keep_logits=1)[0]
+
+
+@torch.inference_mode()
+def fresh(forward: Forward, prompt: Sequence[int]) -> torch.Tensor:
+    return forward(torch.tensor(prompt), forward.new_cache(len(prompt)), keep_logits=1)[0]
+
+
+def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """Up to float32 rounding, which depends on how many tokens a pass reads."""
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def ask(
+    cache: PrefixCache, forward: Forward, prompt: list[int], capacity: int | None = None
+) -> int:
+    """Read a prompt through the cache, compare with a fresh prefill; tokens that were reused."""
+    with cache.lease(forward, prompt, capacity or len(prompt)) as lease:
+        assert lease.cache.capacity >= (capacity or len(prompt))
+        assert lease.cache.length == lease.reused
+        assert_close(read(forward, lease), fresh(forward, prompt))
+        return lease.reused
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_next_question_reads_only_itself(architecture, monkeypatch):
+    forward = Forward(tiny_model(architecture), "tiny")
+    cache = PrefixCache(AMPLE)
+    assert ask(cache, forward, [*DOCUMENT, 5, 6, 7]) == 0
+    passes = []
+    original = Forward.__call__
+
+    def spy(forward, tokens, cache, keep_logits):
+        passes.append(len(tokens))
+        return original(forward, tokens, cache, keep_logits)
+
+    monkeypatch.setattr(Forward, "__call__", spy)
+    with cache.lease(forward, [*DOCUMENT, 8, 9], 70) as lease:
+        logits = read(forward, lease)
+    assert passes == [2]
+    assert_close(logits, fresh(forward, [*DOCUMENT, 8, 9]))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_planned_bytes_are_those_allocated(architecture):
+    forward = Forward(tiny_model(architecture), "tiny")
+    cache = PrefixCache(AMPLE)
+    ask(cache, forward, DOCUMENT, capacity=75)
+    assert cache.nbytes == kv_nbytes(forward.config, forward.model.dtype, 75)
+
+
+def test_the_last_token_is_always_left_to_read(forward):
+    cache = PrefixCache(AMPLE)
+    assert ask(cache, forward, DOCUMENT) == 0
+    assert ask(cache, forward, DOCUMENT) == len(DOCUMENT) - 1
+    assert ask(cache, forward, DOCUMENT[:-10]) == len(DOCUMENT) - 11
+    assert ask(cache, forward, DOCUMENT[:1]) == 0
+
+
+def test_the_next_turn_reuses_the_answer_but_not_what_was_drafted_in_vain(forward):
+    cache = PrefixCache(AMPLE)
+    with cache.lease(forward, DOCUMENT, 100) as lease:
+        read(forward, lease)
+        with torch.inference_mode():
+            forward(torch.tensor([10, 11, 12, 13]), lease.cache, keep_logits=1)
+        lease.cache.rollback(len(DOCUMENT) + 2)  # 12 and 13 were rejected
+        lease.tokens += [10, 11, 20]  # 20 is yet to be read
+    assert ask(cache, forward, [*DOCUMENT, 10, 11, 12, 21]) == len(DOCUMENT) + 2
+
+
+def test_tokens_that_nobody_vouches_for_are_forgotten(forward):
+    cache = PrefixCache(AMPLE)
+    with cache.lease(forward, DOCUMENT, 100) as lease:
+        read(forward, lease)
+        with torch.inference_mode():
+            forward(torch.tensor([10, 11]), lease.cache, keep_logits=1)
+    assert ask(cache, forward, [*DOCUMENT, 10, 11, 12]) == len(DOCUMENT)
+
+
+def test_an_idle_cache_is_taken_over_in_place_and_grows_when_it_must(forward):
+    cache = PrefixCache(AMPLE)
+    with cache.lease(forward, [*DOCUMENT, 5], 80) as first:
+        read(forward, first)
+    buffer = first.cache.layers[0].keys.data_ptr()
+    with cache.lease(forward, [*DOCUMENT, 6], 80) as second:
+        assert second.cache is first.cache
+        assert second.cache.layers[0].keys.data_ptr() == buffer
+        read(forward, second)
+    assert cache.nbytes == 80 * BYTES_PER_TOKEN
+    assert ask(cache, forward, [*DOCUMENT, *OTHER[:40]]) == len(DOCUMENT)
+    assert cache.nbytes == 100 * BYTES_PER_TOKEN
+
+
+def test_documents_behind_one_system_prompt_are_both_kept(forward):
+    system, cache = text(20, seed=9), PrefixCache(AMPLE)
+    one, two = [*system, *DOCUMENT], [*system, *OTHER]
+    assert ask(cache, forward, one) == 0
+    assert ask(cache, forward, two) == len(system)
+    assert ask(cache, forward, [*one, 5]) == len(one)
+    assert ask(cache, forward, [*two, 5]) == len(two)
+    assert cache.nbytes == (len(one) + len(two) + 2) * BYTES_PER_TOKEN
+
+
+def test_a_cache_in_use_is_copied_as_far_as_it_has_been_read(forward):
+    cache = PrefixCache(AMPLE)
+    with cache.lease(forward, DOCUMENT, 70) as busy:
+        with cache.lease(forward, DOCUMENT, 70) as early:
+            assert early.reused == 0
+        read(forward, busy, until=30)
+        assert ask(cache, forward, [*DOCUMENT, 5]) == 30
+        assert_close(read(forward, busy), fresh(forward, DOCUMENT))
+        with torch.inference_mode():
+            forward(torch.tensor([7, 8]), busy.cache, keep_logits=1)
+        busy.tokens += [7, 8]
+        cache.clear()  # or the idle one would be the better source
+        # The owner may be reading the prompt's last token, and its answer is not settled yet.
+        assert ask(cache, forward, [*DOCUMENT, 7, 8, 9], capacity=70) == len(DOCUMENT) - 1
+    # These were states of one document: the latest remains.
+    assert cache.nbytes == 70 * BYTES_PER_TOKEN
+    assert ask(cache, forward, [*DOCUMENT, 7, 8, 9]) == len(DOCUMENT) + 2
+
+
+def test_what_was_read_before_an_error_is_reused(forward):
+    cache = PrefixCache(AMPLE)
+
+    def interrupted() -> None:
+        with cache.lease(forward, DOCUMENT, 70) as lease:
+            read(forward, lease, until=25)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert ask(cache, forward, DOCUMENT) == 25
+
+
+def test_a_pass_that_fails_between_layers_leaves_what_was_before(forward, monkeypatch):
+    cache = PrefixCache(AMPLE)
+    with cache.lease(forward, DOCUMENT, 70) as lease:
+        read(forward, lease, until=25)
+        with monkeypatch.context() as context:
+            context.setattr(lease.cache.layers[1], "update", None)
+            with pytest.raises(TypeError):
+                read(forward, lease)
+        assert lease.cache.length == 25
+    assert ask(cache, forward, DOCUMENT) == 25
+
+
+def test_a_layer_that_is_ahead_during_a_pass_is_not_copied(forward, monkeypatch):
+    cache, seen = PrefixCache(AMPLE), []
+    with cache.lease(forward, DOCUMENT, 70) as lease:
+        read(forward, lease, until=25)
+        update = lease.cache.layers[1].update
+
+        def meanwhile(*args):
+            with cache.lease(forward, DOCUMENT, 70) as other:
+                seen.append(other.reused)
+            return update(*args)
+
+        monkeypatch.setattr(lease.cache.layers[1], "update", meanwhile)
+        assert_close(read(forward, lease), fresh(forward, DOCUMENT))
+    assert seen == [25]
+
+
+def test_a_kept_cache_may_be_used_in_or_out_of_inference_mode(forward):
+    cache = PrefixCache(AMPLE)
+    ask(cache, forward, DOCUMENT)
+    with torch.inference_mode():
+        assert ask(cache, forward, [*DOCUMENT, 5]) == len(DOCUMENT)  # grown in inference mode
+    assert ask(cache, forward, [*DOCUMENT[:-1], 5]) == len(DOCUMENT) - 1
+    assert ask(cache, forward, [*DOCUMENT, 5, 6]) == len(DOCUMENT) - 1
+
+
+def test_an_abandoned_stream_gives_its_cache_back(forward):
+    cache = PrefixCache(AMPLE)
+
+    def stream():
+        with cache.lease(forward, DOCUMENT, 70) as lease:
+            read(forward, lease)
+            yield
+
+    chunks = stream()
+    next(chunks)
+    del chunks
+    gc.collect()
+    assert ask(cache, forward, DOCUMENT) == len(DOCUMENT) - 1
+
+
+def test_a_cache_that_was_never_filled_is_not_kept(forward):
+    cache = PrefixCache(AMPLE)
+    with cache.lease(forward, DOCUMENT, 70):
+        pass
+    assert cache.nbytes == 0
+    assert ask(cache, forward, DOCUMENT) == 0
+
+
+def test_the_least_recently_used_document_goes_first(forward):
+    documents = [text(60, seed) for seed in (10, 11, 12)]
+    cache = PrefixCache(2 * 70 * BYTES_PER_TOKEN)
+    for document in documents[:2]:
+        ask(cache, forward, document, capacity=70)
+    assert ask(cache, forward, documents[0], capacity=70) == 59
+    with cache.lease(forward, documents[2], 70) as lease:
+        # Room is made before the new KV is allocated, not after.
+        assert cache.nbytes == 70 * BYTES_PER_TOKEN
+        read(forward, lease)
+    assert cache.nbytes == 2 * 70 * BYTES_PER_TOKEN
+    assert ask(cache, forward, documents[0], capacity=70) == 59
+    assert ask(cache, forward, documents[1], capacity=70) == 0
+    assert cache.nbytes == 2 * 70 * BYTES_PER_TOKEN
+
+
+def test_what_exceeds_the_budget_is_not_kept_and_drives_nothing_out(forward):
+    cache = PrefixCache(70 * BYTES_PER_TOKEN)
+    ask(cache, forward, DOCUMENT, capacity=70)
+    assert ask(cache, forward, OTHER, capacity=71) == 0
+    assert ask(cache, forward, OTHER, capacity=71) == 0
+    assert ask(cache, forward, DOCUMENT, capacity=70) == len(DOCUMENT) - 1
+    nothing = PrefixCache(0)
+    assert [ask(nothing, forward, DOCUMENT) for _ in range(2)] == [0, 0]
+    assert nothing.nbytes == 0
+    with pytest.raises(InvalidParameterError, match="-1"):
+        PrefixCache(-1)
+
+
+def test_clear_frees_what_is_idle(forward):
+    cache = PrefixCache(AMPLE)
+    ask(cache, forward, OTHER)
+    with cache.lease(forward, DOCUMENT, 70) as busy:
+        read(forward, busy, until=30)
+        cache.clear()
+        assert cache.nbytes == 0
+        assert_close(read(forward, busy), fresh(forward, DOCUMENT))
+    assert ask(cache, forward, OTHER) == 0
+    assert ask(cache, forward, DOCUMENT) == len(DOCUMENT) - 1
+
+
+def test_a_lease_that_finds_no_memory_spoils_nothing(forward, monkeypatch):
+    cache = PrefixCache(AMPLE)
+    ask(cache, forward, DOCUMENT)
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as context:
+        context.setattr("rapid_llm.engine.kv_cache.KVCache.grow", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            ask(cache, forward, DOCUMENT, capacity=90)
+    assert ask(cache, forward, DOCUMENT, capacity=90) == 0
+
+
+def test_models_do_not_share(forward):
+    drafter = make_forward(seed=7)
+    cache = PrefixCache(AMPLE)
+    for _ in range(2):
+        for model in (forward, drafter):
+            ask(cache, model, DOCUMENT)
+    assert ask(cache, drafter, DOCUMENT) == len(DOCUMENT) - 1
+    assert cache.nbytes == 2 * len(DOCUMENT) * BYTES_PER_TOKEN
+
+
+def test_threads_get_the_logits_that_they_get_alone(forward):
+    system = text(20, seed=20)
+    documents = [[*system, *text(20 + 15 * i, seed=i)] for i in range(4)]
+    expected = {}
+    for i, document in enumerate(documents):
+        for question in range(4):
+            expected[i, question] = fresh(forward, [*document, 5 + question])
+    cache = PrefixCache(2 * 90 * BYTES_PER_TOKEN)
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        generator = random.Random(seed)
+        try:
+            for _ in range(40):
+                i, question = generator.randrange(4), generator.randrange(4)
+                prompt = [*documents[i], 5 + question]
+                with cache.lease(forward, prompt, 90) as lease:
+                    read(forward, lease, until=generator.randint(lease.reused + 1, len(prompt)))
+                    if lease.cache.length < len(prompt):
+                        if generator.random() < 0.3:
+                            continue
+                        logits = read(forward, lease)
+                        assert_close(logits, expected[i, question])
+                        with torch.inference_mode():
+                            forward(torch.tensor([seed + 3]), lease.cache, keep_logits=1)
+                        lease.tokens.append(seed + 3)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert 0 < cache.nbytes <= 2 * 90 * BYTES_PER_TOKEN
+
+
+# --- disk ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(forward, tmp_path):
+    """The one file that a long prompt leaves."""
+    folder = tmp_path / "new" / "kv"
+    assert ask(PrefixCache(AMPLE, folder), forward, [*LONG, 5]) == 0
+    (path,) = folder.iterdir()
+    assert path.suffix == ".safetensors"
+    assert folder.stat().st_mode & 0o077 == 0
+    return path
+
+
+def later(path) -> PrefixCache:
+    """As in another process."""
+    return PrefixCache(AMPLE, path.parent)
+
+
+def test_another_process_reads_only_the_new_question(saved):
+    cache, forward = later(saved), make_forward()
+    assert ask(cache, forward, [*LONG, 6, 7, 8]) == len(LONG)
+    assert ask(cache, forward, [*LONG[:700], *OTHER]) == 700
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_file_holds_every_architecture(architecture, tmp_path, monkeypatch):
+    monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_SAVING", 40)
+    monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_LOADING", 20)
+    for reused in (0, len(DOCUMENT)):
+        forward = Forward(tiny_model(architecture), "tiny")
+        assert ask(PrefixCache(AMPLE, tmp_path), forward, [*DOCUMENT, 5 + bool(reused)]) == reused
+
+
+def test_bfloat16_comes_back_as_it_was(tmp_path):
+    model = tiny_model(max_position_embeddings=4096).to(torch.bfloat16)
+    caches = []
+    for _ in range(2):
+        forward = Forward(model, "tiny")
+        with PrefixCache(AMPLE, tmp_path).lease(forward, LONG, len(LONG)) as lease:
+            read(forward, lease)
+        caches.append(lease.cache)
+    assert lease.reused == len(LONG) - 1
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(a.keys[:, :, : lease.reused], b.keys[:, :, : lease.reused])
+        assert torch.equal(a.values[:, :, : lease.reused], b.values[:, :, : lease.reused])
+
+
+def test_only_whole_long_prompts_that_no_file_covers_are_written(forward, saved):
+    def files() -> int:
+        return len(list(saved.parent.iterdir()))
+
+    assert ask(later(saved), forward, text(1000, seed=30)) == 0
+    assert files() == 1
+    assert ask(later(saved), forward, [*LONG, *text(150, seed=31)]) == len(LONG)
+    assert files() == 1
+    half = text(2500, seed=32)
+    with later(saved).lease(forward, half, 2500) as lease:
+        read(forward, lease, until=2000)
+    assert files() == 1
+    assert ask(later(saved), forward, [*LONG, *text(1100, seed=33)]) == len(LONG)
+    assert files() == 2
+
+
+def test_two_readers_of_one_document_write_it_once(forward, tmp_path):
+    cache = PrefixCache(AMPLE, tmp_path)
+    with cache.lease(forward, [*LONG, 5], 1501) as one, cache.lease(forward, [*LONG, 6], 1501) as b:
+        read(forward, one)
+        read(forward, b)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_memory_wins_over_a_file_that_has_little_more(forward, saved, monkeypatch):
+    cache = later(saved)
+    assert ask(cache, forward, LONG[:1300]) == 1299
+    monkeypatch.setattr(KVFiles, "load", None)
+    assert ask(cache, forward, LONG) == 1300
+
+
+def test_a_file_wins_over_memory_that_has_much_less(forward, saved):
+    cache = PrefixCache(AMPLE, saved.parent)
+    with cache.lease(forward, LONG[:200], 200) as lease:
+        read(forward, lease)
+    assert lease.reused == 0  # too short to be worth loading
+    assert ask(cache, forward, LONG) == len(LONG) - 1
+    assert cache.nbytes == len(LONG) * BYTES_PER_TOKEN  # and replaces it there
+
+
+def damage(path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        lambda path: os.truncate(path, 0),
+        lambda path: path.write_bytes(b"garbage" * 1000),
+        lambda path: damage(path, path.stat().st_size // 2),
+        lambda path: damage(path, path.stat().st_size - 1),
+    ],
+    ids=["truncated", "empty", "garbage", "flipped inside", "flipped at the end"],
+)
+def test_a_damaged_file_is_named_ignored_and_replaced(forward, saved, harm):
+    harm(saved)
+    with pytest.warns(UserWarning, match=rf"{saved.name} is damaged.*delete it"):
+        assert ask(later(saved), forward, [*LONG, 5]) == 0
+    assert ask(later(saved), forward, [*LONG, 5]) == len(LONG)
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_flipped_byte_anywhere_never_changes_an_answer(forward, tmp_path, monkeypatch):
+    """``ask`` compares the logits; whether a file is used or warned about may differ."""
+    monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_SAVING", 40)
+    monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_LOADING", 20)
+    prompt = [*DOCUMENT, 5]
+    ask(PrefixCache(AMPLE, tmp_path), forward, prompt)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    for at in [*range(0, 700, 23), *range(700, len(before), 499)]:
+        damage(path, at)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ask(PrefixCache(AMPLE, tmp_path), forward, prompt)
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "layers", "tokens"])
+def test_a_file_that_contradicts_the_model_is_refused(forward, saved, change):
+    """Even with a right checksum: no file of ours looks so."""
+    tensors = load_file(saved)
+    with safe_open(saved, "pt") as file:
+        metadata = dict(file.metadata())
+    if change == "shape":
+        tensors["keys.1"] = tensors["keys.1"].transpose(2, 3).contiguous()
+    elif change == "dtype":
+        tensors["keys.1"] = tensors["keys.1"].bfloat16()
+    elif change == "layers":
+        tensors["keys.2"] = tensors["keys.1"].clone()
+    else:
+        tensors["tokens"] = tensors["tokens"].long()
+    order = ["tokens", "keys.0", "values.0", "keys.1", "values.1"]
+    sha = hashlib.sha256()
+    for name in order:
+        sha.update(kv_files._bytes_of(tensors[name]))
+    save_file(tensors, saved, metadata | {"sha256": sha.hexdigest()})
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert ask(later(saved), forward, [*LONG, 5]) == 0
+
+
+def test_files_of_other_models_dtypes_and_formats_are_passed_over(forward, saved, monkeypatch):
+    finetuned = make_forward()
+    with torch.no_grad():
+        finetuned.model.model.layers[1].mlp.up_proj.weight += 0.01
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    others = [
+        make_forward(seed=1),
+        finetuned,
+        make_forward(rope_parameters=rope),
+        Forward(make_forward().model.to(torch.bfloat16), "tiny"),
+    ]
+    for other in others:
+        with later(saved).lease(other, [*LONG, 6], 1501) as lease:
+            assert lease.reused == 0
+    # Even under our file's name.
+    theirs = fingerprint(others[0].model)
+    assert theirs is not None
+    renamed = saved.rename(saved.with_name(theirs[:16] + "-0.safetensors"))
+    with later(saved).lease(others[0], [*LONG, 6], 1501) as lease:
+        assert lease.reused == 0
+    renamed.rename(saved)
+    monkeypatch.setattr(kv_files, "FORMAT", "rapid-llm-kv/2")
+    with later(saved).lease(forward, [*LONG, 6], 1501) as lease:
+        assert lease.reused == 0
+
+
+def test_int8_layers_over_the_same_weights_are_another_model(forward):
+    model = forward.model.to(torch.bfloat16)
+    before, mlp = fingerprint(model), model.model.layers[1].mlp
+    mlp.up_proj = Int8Linear(mlp.up_proj)
+    assert fingerprint(model) != before
+
+
+def test_weights_that_are_elsewhere_have_no_files(saved):
+    with torch.device("meta"):
+        forward = make_forward()
+    assert fingerprint(forward.model) is None
+    assert KVFiles(saved.parent).find(forward, torch.tensor(LONG).int().numpy()) == (None, 0)
+
+
+@pytest.mark.parametrize("what", ["os.replace", "rapid_llm.engine.kv_files.save_file"])
+def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(forward, tmp_path, monkeypatch, what):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    cache = PrefixCache(AMPLE, tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(what, full)
+        with pytest.warns(UserWarning, match=rf"{tmp_path}.*No space left.*free some space"):
+            assert ask(cache, forward, LONG) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert ask(cache, forward, LONG) == len(LONG) - 1
+
+
+def test_a_directory_that_cannot_be_one_is_a_warning(forward, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="could not be written"):
+        assert ask(PrefixCache(AMPLE, tmp_path / "file"), forward, LONG) == 0
+
+
+def test_warnings_as_errors_still_give_the_cache_back(forward, tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = PrefixCache(AMPLE, tmp_path / "file")
+    with pytest.raises(UserWarning, match="could not be written"):
+        ask(cache, forward, LONG)
+    assert cache.nbytes == len(LONG) * BYTES_PER_TOKEN
+
+
+def test_a_file_deleted_meanwhile_is_read_anew(forward, saved):
+    cache = later(saved)
+    assert cache._files is not None
+    assert cache._files.find(forward, torch.tensor(LONG).int().numpy()) == (saved, len(LONG))
+    saved.unlink()
+    assert ask(cache, forward, LONG) == 0
+
+
+def test_headers_are_read_once(forward, saved, monkeypatch):
+    cache = later(saved)
+    ask(cache, forward, LONG)
+    monkeypatch.setattr(kv_files, "_read_header", None)
+    cache.clear()
+    assert ask(cache, forward, LONG) == len(LONG) - 1
