@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 import weakref
 from collections import Counter
@@ -15,6 +16,7 @@ from torch import nn
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine import forward as forward_module
+from rapid_llm.engine import reuse
 from rapid_llm.engine import session as session_module
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
@@ -187,7 +189,9 @@ def test_max_new_tokens_is_never_exceeded(decoder, new):
 
 
 def test_stats_add_up(decoder):
-    result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
+    result = decoder.generate(
+        TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY, speculation=SpeculationConfig(gamma=10)
+    )
     stats = result.stats
     assert stats.method == "rapid"
     assert (stats.prompt_tokens, stats.draft_prompt_tokens) == (12, 4)
@@ -196,6 +200,12 @@ def test_stats_add_up(decoder):
     # Each round adds its accepted tokens and one more, but for what the limit cut off.
     assert stats.completion_tokens <= stats.accepted_tokens + stats.rounds
     assert stats.acceptance_ratio == stats.accepted_tokens / stats.drafted_tokens
+    # A rejection is judged too, what was drafted after it is not.
+    assert 0 < stats.rejections <= stats.rounds
+    judged = stats.accepted_tokens + stats.rejections
+    assert stats.acceptance_rate == stats.accepted_tokens / judged
+    assert stats.acceptance_ratio <= stats.acceptance_rate
+    assert 0 < stats.draft_passes <= stats.drafted_tokens
     assert stats.tokens_per_round == 40 / stats.rounds
     assert stats.tokens_per_second == 40 / stats.decode_seconds
     assert 0 < stats.prefill_seconds < stats.time_to_first_token
@@ -203,7 +213,9 @@ def test_stats_add_up(decoder):
 
     plain = decoder.generate(TARGET_PROMPT, sampling=GREEDY).stats
     assert (plain.method, plain.draft_prompt_tokens, plain.drafted_tokens) == ("lc", 0, 0)
+    assert (plain.draft_passes, plain.rejections) == (0, 0)
     assert plain.tokens_per_round == 1
+    assert plain.acceptance_rate == plain.acceptance_ratio == 0
     alone = decoder.generate(None, DRAFT_PROMPT, sampling=GREEDY)
     assert (alone.stats.method, alone.stats.prompt_tokens) == ("rag", 4)
     assert alone.token_ids == decoder.generate(DRAFT_PROMPT, sampling=GREEDY).token_ids
@@ -225,19 +237,23 @@ class CountedForward:
         monkeypatch.setattr(Forward, "__call__", spy)
 
 
-def test_each_prompt_is_read_once_and_each_round_is_one_target_pass(decoder, monkeypatch):
+@pytest.mark.parametrize("lookup", [False, True])
+def test_each_prompt_is_read_once_and_each_round_is_one_target_pass(decoder, monkeypatch, lookup):
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", 5)
     counted = CountedForward(monkeypatch)
-    speculation = SpeculationConfig(gamma=3, mode="exact")
+    speculation = SpeculationConfig(gamma=3, mode="exact", lookup=lookup)
     result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY, speculation=speculation)
     stats = result.stats
-    assert counted.passes[:4] == [3, 5, 5, 1]  # both prompts, in chunks, but for the last token
-    rounds = Counter(counted.passes[4:])
-    drafted_and_verified = stats.drafted_tokens + stats.rounds
-    assert sum(rounds.values()) == drafted_and_verified
-    # Verification reads 1 + γ; a drafter reads 1, or 2 after a round that kept its whole draft.
-    assert set(rounds) <= {1, 2, 4, *range(1, 5)}
-    assert max(counted.passes[4:]) == 4
+    assert counted.passes[:4] == [5, 5, 1, 3]  # both prompts, in chunks, but for the last token
+    rounds = counted.passes[4:]
+    assert len(rounds) == stats.draft_passes + stats.rounds
+    # Verification reads 1 + γ; a drafter reads its guesses (at most γ - 1) after 1 token, or after
+    # 2 if the round before kept its whole draft.
+    assert max(rounds) == 4
+    if lookup:
+        assert stats.draft_passes < stats.drafted_tokens
+    else:
+        assert stats.draft_passes == stats.drafted_tokens
 
 
 @pytest.mark.parametrize("draft_prompt", [None, DRAFT_PROMPT])
@@ -263,10 +279,228 @@ def test_one_host_synchronisation_a_round(decoder, monkeypatch):
             return _original(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
-    for sampling in (GREEDY, SAMPLED):
+
+    def stats(sampling, **speculation):
         syncs.clear()
-        result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling)
-        assert syncs == {"tolist": result.stats.rounds}
+        config = SpeculationConfig(gamma=4, **speculation)
+        return decoder.generate(
+            TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling, speculation=config
+        ).stats
+
+    for sampling in (GREEDY, SAMPLED):
+        assert syncs == {"tolist": stats(sampling, lookup=False).rounds} != {}
+        # A guess needs what was drafted before it, and the next pass how much of it was accepted.
+        guessed = stats(sampling)
+        assert 0 < syncs["__int__"] < guessed.draft_passes
+        assert syncs["tolist"] <= guessed.rounds + guessed.draft_passes
+        assert set(syncs) == {"tolist", "__int__"}
+
+
+# --- KV kept between calls -------------------------------------------------------------------
+
+
+DOCUMENT = random.Random(1).choices(range(3, 64), k=100)
+RETRIEVED = DOCUMENT[40:70]
+QUESTIONS = [[q, q + 1, q + 2] for q in range(5, 50, 9)]
+
+
+def ask(decoder, question, speculation=None, document=DOCUMENT, **options):
+    """The answer to a question about the document, drafted if a speculation is given."""
+    draft_prompt = None if speculation is None else [*RETRIEVED, *question]
+    return decoder.generate(
+        [*document, *question],
+        draft_prompt,
+        sampling=options.get("sampling", GREEDY),
+        speculation=speculation,
+    )
+
+
+def forgetful() -> RapidDecoder:
+    """The same weights, and every prompt is read from its beginning."""
+    return RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_bytes=0)
+
+
+@pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=3, lookup=False)])
+def test_the_next_question_on_a_document_reads_only_itself(decoder, monkeypatch, speculation):
+    assert ask(decoder, QUESTIONS[0], speculation).stats.cached_tokens == 0
+    counted = CountedForward(monkeypatch)
+    result = ask(decoder, QUESTIONS[1], speculation)
+    stats = result.stats
+    # What is left of each prompt, but for its last token, which the first round reads.
+    prompts = [2] if speculation is None else [2, 2]
+    assert counted.passes[: len(prompts)] == prompts
+    assert len(counted.passes) == len(prompts) + stats.rounds + stats.draft_passes
+    assert (stats.prompt_tokens, stats.cached_tokens) == (103, 100)
+    assert stats.as_dict()["cached_tokens"] == 100
+    assert result.token_ids == ask(forgetful(), QUESTIONS[1], speculation).token_ids
+    assert ask(decoder, QUESTIONS[1], speculation).stats.cached_tokens == 101  # not the last two
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=4)], ids=["plain", "rapid"])
+def test_answers_do_not_depend_on_what_was_asked_before(decoder, sampling, speculation):
+    for question in (*QUESTIONS, *QUESTIONS[::-1]):
+        kept = ask(decoder, question, speculation, sampling=sampling)
+        fresh = ask(forgetful(), question, speculation, sampling=sampling)
+        assert kept.token_ids == fresh.token_ids
+        assert fresh.stats.cached_tokens == 0
+        assert (kept.stats.rounds, kept.stats.accepted_tokens) == (
+            fresh.stats.rounds,
+            fresh.stats.accepted_tokens,
+        )
+
+
+@pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=3)])
+def test_the_next_turn_of_a_conversation_reuses_the_answer(decoder, speculation):
+    first = ask(decoder, QUESTIONS[0], speculation)
+    before = [*DOCUMENT, *QUESTIONS[0], *first.token_ids]
+    second = ask(decoder, QUESTIONS[1], speculation, document=before)
+    # The answer's last token was said, but never read.
+    assert second.stats.cached_tokens == len(before) - 1
+    again = ask(forgetful(), QUESTIONS[1], speculation, document=before)
+    assert second.token_ids == again.token_ids
+
+
+def test_a_closed_stream_leaves_what_it_has_read(decoder):
+    stream = decoder.stream([*DOCUMENT, *QUESTIONS[0]], sampling=GREEDY)
+    said = [token for _ in range(3) for token in next(stream).token_ids]
+    stream.close()
+    longer = [*DOCUMENT, *QUESTIONS[0], *said]
+    result = ask(decoder, QUESTIONS[1], document=longer)
+    assert result.stats.cached_tokens == len(longer) - 1
+    assert result.token_ids == ask(forgetful(), QUESTIONS[1], document=longer).token_ids
+
+
+class FailingForward:
+    """One pass of any model fails."""
+
+    def __init__(self, monkeypatch, at: int, error: type[BaseException]) -> None:
+        self.tokens = 0
+        original, calls = Forward.__call__, iter(range(10_000))
+
+        def fail_once(forward, tokens, cache, keep_logits):
+            if next(calls) == at:
+                raise error
+            self.tokens += len(tokens)
+            return original(forward, tokens, cache, keep_logits)
+
+        monkeypatch.setattr(Forward, "__call__", fail_once)
+
+
+def test_an_error_leaves_what_was_read_before_it(decoder, monkeypatch):
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+    with monkeypatch.context() as context:
+        FailingForward(context, at=4, error=KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ask(decoder, QUESTIONS[0])
+    result = ask(decoder, QUESTIONS[0])
+    assert result.stats.cached_tokens == 40
+    assert result.token_ids == ask(forgetful(), QUESTIONS[0]).token_ids
+
+
+def test_memory_that_runs_out_in_prefill_is_taken_from_what_is_idle(decoder, monkeypatch):
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+    expected = ask(forgetful(), QUESTIONS[0])
+    other = DOCUMENT[::-1]
+    ask(decoder, QUESTIONS[0], document=other)
+    with monkeypatch.context() as context:
+        counted = FailingForward(context, at=4, error=torch.OutOfMemoryError)
+        result = ask(decoder, QUESTIONS[0])
+        assert counted.tokens == 102 + 40  # nothing was read twice
+    assert result.token_ids == expected.token_ids
+    assert ask(decoder, QUESTIONS[0], document=other).stats.cached_tokens == 0
+
+
+def test_memory_that_stays_short_is_an_error(decoder, monkeypatch):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as context:
+        context.setattr(Forward, "__call__", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            ask(decoder, QUESTIONS[0])
+    assert ask(decoder, QUESTIONS[0]).token_ids == ask(forgetful(), QUESTIONS[0]).token_ids
+
+
+class SeenCaches:
+    """Caches that forward passes have written to, and that are still in memory."""
+
+    def __init__(self, monkeypatch) -> None:
+        self._seen: weakref.WeakSet = weakref.WeakSet()
+        original = Forward.__call__
+
+        def spy(forward, tokens, cache, keep_logits):
+            self._seen.add(cache)
+            return original(forward, tokens, cache, keep_logits)
+
+        monkeypatch.setattr(Forward, "__call__", spy)
+
+    def __len__(self) -> int:
+        gc.collect()
+        return len(self._seen)
+
+
+def test_nothing_is_kept_without_a_budget_or_after_clearing(decoder, monkeypatch):
+    caches = SeenCaches(monkeypatch)
+    without = forgetful()
+    for _ in range(2):
+        assert ask(without, QUESTIONS[0], EXACT).stats.cached_tokens == 0
+        assert len(caches) == 0
+    ask(decoder, QUESTIONS[0], EXACT)
+    assert len(caches) == 2  # the target's and the drafter's
+    decoder.clear_cache()
+    assert len(caches) == 0
+    assert ask(decoder, QUESTIONS[0], EXACT).stats.cached_tokens == 0
+
+
+def test_the_budget_bounds_what_is_kept(monkeypatch):
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32
+    prompt_and_answer = (103 + 40) * per_token
+    caches = SeenCaches(monkeypatch)
+    small = RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_bytes=2 * prompt_and_answer)
+    for shift in range(4):
+        ask(small, QUESTIONS[0], document=[*DOCUMENT[20 * shift :], *DOCUMENT[: 20 * shift]])
+    assert len(caches) == 2
+    with pytest.raises(InvalidParameterError, match="kv_cache_bytes=-1"):
+        RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_bytes=-1)
+
+
+def test_threads_share_a_document(decoder):
+    expected = [ask(forgetful(), question, EXACT).token_ids for question in QUESTIONS]
+    answers: dict[int, list[int]] = {}
+    cached: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            result = ask(decoder, QUESTIONS[i], EXACT)
+            cached.append(result.stats.cached_tokens)
+            answers[i] = result.token_ids
+            assert result.token_ids == expected[i]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(QUESTIONS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(cached) == 3 * len(QUESTIONS)  # no thread has failed
+    assert [answers[i] for i in range(len(QUESTIONS))] == expected
+    assert max(cached) >= len(DOCUMENT)
+
+
+def test_a_folder_keeps_prompts_for_the_next_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(reuse, "WORTH_SAVING", 20)
+    monkeypatch.setattr(reuse, "WORTH_LOADING", 10)
+
+    def another_process():
+        return RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_dir=tmp_path / "kv")
+
+    assert ask(another_process(), QUESTIONS[0], EXACT).stats.cached_tokens == 0
+    assert len(list((tmp_path / "kv").iterdir())) == 2  # the document and what was retrieved
+    counted = CountedForward(monkeypatch)
+    result = ask(another_process(), QUESTIONS[1], EXACT)
+    assert result.stats.cached_tokens == len(DOCUMENT)
+    assert counted.passes[:2] == [2, 2]
+    assert result.token_ids == ask(forgetful(), QUESTIONS[1], EXACT).token_ids
 
 
 # --- after trouble, the same decoder answers the next call -----------------------------------
@@ -371,7 +605,9 @@ def test_bad_sampling_parameters(name, value):
     ("name", "value"),
     [
         ("gamma", 0), ("gamma", -1), ("gamma", 1.5), ("eta", -1.0), ("eta", float("inf")),
-        ("alpha", 1.1), ("alpha", -0.1), ("mode", "best"),
+        ("alpha", 1.1), ("alpha", -0.1), ("mode", "best"), ("gamma", "all"), ("gamma", True),
+        ("drafting", "magic"), ("lookup", "yes"), ("min_confidence", 1.5),
+        ("min_confidence", -0.1),
     ],
 )  # fmt: skip
 def test_bad_speculation_parameters(name, value):

@@ -23,7 +23,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 def run_as_decoder(forward: Forward, ids: torch.Tensor) -> torch.Tensor:
     """Chunked prefill, one token, a rejected draft, a verification, a chunk: logits from 40 on."""
-    session = Session(forward, len(ids))
+    session = Session(forward, forward.new_cache(len(ids)))
     with torch.inference_mode():
         session.prefill(ids[:40].tolist())
         first = session.extend(ids[40:41])
@@ -150,7 +150,7 @@ def test_the_callers_model_is_left_as_it_was():
 def test_a_failed_pass_leaves_the_cache_as_it_was(architecture, monkeypatch):
     model = tiny_model(architecture)
     forward = Forward(model, "x")
-    session = Session(forward, 20)
+    session = Session(forward, forward.new_cache(20))
     ids = torch.arange(3, 13)
     with torch.inference_mode():
         session.prefill(ids[:5].tolist())
@@ -166,7 +166,8 @@ def test_a_failed_pass_leaves_the_cache_as_it_was(architecture, monkeypatch):
 
 def test_cache_is_allocated_once_and_its_bytes_follow_the_formula():
     model = tiny_model("gemma3_text")  # a sliding layer keeps the whole sequence too
-    session = Session(Forward(model, "x"), 300)
+    forward = Forward(model, "x")
+    session = Session(forward, forward.new_cache(300))
     with torch.inference_mode():
         session.prefill(list(range(3, 60)))
         layer = session.cache.layers[0]
@@ -192,9 +193,12 @@ def test_context_window_counts_yarn():
 
 def test_prefill_reports_progress_in_chunks(monkeypatch):
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
-    seen = []
+    forward = Forward(tiny_model(), "x")
+    session = Session(forward, forward.new_cache(40))
+    seen: list[tuple[int, int]] = []
     with torch.inference_mode():
-        Session(Forward(tiny_model(), "x"), 40).prefill(
-            [5] * 25, lambda done, total: seen.append((done, total))
-        )
-    assert seen == [(0, 25), (10, 25), (20, 25), (25, 25)]
+        session.prefill([5] * 25, lambda *tokens: seen.append(tokens))
+        assert seen == [(0, 25), (10, 25), (20, 25), (25, 25)]
+        seen.clear()
+        session.prefill([5] * 38, lambda *tokens: seen.append(tokens))  # what was read is not again
+        assert seen == [(25, 38), (35, 38), (38, 38)]

@@ -57,7 +57,12 @@ def test_it_quotes_the_document(decoder, dictionary):
     start = dictionary.index("PATIENCE, n.")
     passage = dictionary[start : start + 600]
     prompt = build_messages(passage, "Quote the definition of PATIENCE.")
-    result = decoder.generate(prompt, prompt, sampling=SamplingParams(max_new_tokens=100))
+    result = decoder.generate(
+        prompt,
+        prompt,
+        sampling=SamplingParams(max_new_tokens=100),
+        speculation=SpeculationConfig(gamma=10),
+    )
     assert "minor form of despair" in result.text
     assert "<|im" not in result.text
     # The drafter read the same prompt as the target: all that was drafted is accepted.

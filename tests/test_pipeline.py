@@ -176,7 +176,7 @@ def test_progress_covers_embedding_and_both_prompts(inquire: Any) -> None:
     documents = [FIRST + " w60", SECOND + " w61"]
     inquire(documents, progress=lambda stage, *count: seen.update({stage: count})).answer("rapid")
 
-    assert list(seen) == ["embed", "draft", "target"]
+    assert list(seen) == ["embed", "target", "draft"]
     assert all(done == total > 0 for done, total in seen.values())
 
 

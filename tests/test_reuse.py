@@ -111,11 +111,14 @@ def test_planned_bytes_are_those_allocated(architecture):
     assert cache.nbytes == kv_nbytes(forward.config, forward.model.dtype, 75)
 
 
-def test_the_last_token_is_always_left_to_read(forward):
+def test_the_last_two_tokens_are_always_left_to_read(forward):
+    """Of the last one the logits are wanted, of the one before it the queries."""
     cache = PrefixCache(AMPLE)
     assert ask(cache, forward, DOCUMENT) == 0
-    assert ask(cache, forward, DOCUMENT) == len(DOCUMENT) - 1
-    assert ask(cache, forward, DOCUMENT[:-10]) == len(DOCUMENT) - 11
+    assert ask(cache, forward, DOCUMENT) == len(DOCUMENT) - 2
+    assert ask(cache, forward, DOCUMENT[:-10]) == len(DOCUMENT) - 12
+    assert ask(cache, forward, DOCUMENT[:3]) == 1
+    assert ask(cache, forward, DOCUMENT[:2]) == 0
     assert ask(cache, forward, DOCUMENT[:1]) == 0
 
 
@@ -158,9 +161,9 @@ def test_documents_behind_one_system_prompt_are_both_kept(forward):
     one, two = [*system, *DOCUMENT], [*system, *OTHER]
     assert ask(cache, forward, one) == 0
     assert ask(cache, forward, two) == len(system)
-    assert ask(cache, forward, [*one, 5]) == len(one)
-    assert ask(cache, forward, [*two, 5]) == len(two)
-    assert cache.nbytes == (len(one) + len(two) + 2) * BYTES_PER_TOKEN
+    assert ask(cache, forward, [*one, 5, 6]) == len(one)
+    assert ask(cache, forward, [*two, 5, 6]) == len(two)
+    assert cache.nbytes == (len(one) + len(two) + 4) * BYTES_PER_TOKEN
 
 
 def test_a_cache_in_use_is_copied_as_far_as_it_has_been_read(forward):
@@ -175,11 +178,11 @@ def test_a_cache_in_use_is_copied_as_far_as_it_has_been_read(forward):
             forward(torch.tensor([7, 8]), busy.cache, keep_logits=1)
         busy.tokens += [7, 8]
         cache.clear()  # or the idle one would be the better source
-        # The owner may be reading the prompt's last token, and its answer is not settled yet.
-        assert ask(cache, forward, [*DOCUMENT, 7, 8, 9], capacity=70) == len(DOCUMENT) - 1
+        # The owner may be reading the prompt's last tokens, and its answer is not settled yet.
+        assert ask(cache, forward, [*DOCUMENT, 7, 8, 9], capacity=70) == len(DOCUMENT) - 2
     # These were states of one document: the latest remains.
     assert cache.nbytes == 70 * BYTES_PER_TOKEN
-    assert ask(cache, forward, [*DOCUMENT, 7, 8, 9]) == len(DOCUMENT) + 2
+    assert ask(cache, forward, [*DOCUMENT, 7, 8, 9, 10]) == len(DOCUMENT) + 2
 
 
 def test_what_was_read_before_an_error_is_reused(forward):
@@ -227,9 +230,9 @@ def test_a_kept_cache_may_be_used_in_or_out_of_inference_mode(forward):
     cache = PrefixCache(AMPLE)
     ask(cache, forward, DOCUMENT)
     with torch.inference_mode():
-        assert ask(cache, forward, [*DOCUMENT, 5]) == len(DOCUMENT)  # grown in inference mode
-    assert ask(cache, forward, [*DOCUMENT[:-1], 5]) == len(DOCUMENT) - 1
-    assert ask(cache, forward, [*DOCUMENT, 5, 6]) == len(DOCUMENT) - 1
+        assert ask(cache, forward, [*DOCUMENT, 5, 6]) == len(DOCUMENT)  # grown in inference mode
+    assert ask(cache, forward, [*DOCUMENT[:-1], 5, 6]) == len(DOCUMENT) - 1
+    assert ask(cache, forward, [*DOCUMENT, 5, 6, 7]) == len(DOCUMENT) - 1
 
 
 def test_an_abandoned_stream_gives_its_cache_back(forward):
@@ -244,7 +247,7 @@ def test_an_abandoned_stream_gives_its_cache_back(forward):
     next(chunks)
     del chunks
     gc.collect()
-    assert ask(cache, forward, DOCUMENT) == len(DOCUMENT) - 1
+    assert ask(cache, forward, DOCUMENT) == len(DOCUMENT) - 2
 
 
 def test_a_cache_that_was_never_filled_is_not_kept(forward):
@@ -260,13 +263,13 @@ def test_the_least_recently_used_document_goes_first(forward):
     cache = PrefixCache(2 * 70 * BYTES_PER_TOKEN)
     for document in documents[:2]:
         ask(cache, forward, document, capacity=70)
-    assert ask(cache, forward, documents[0], capacity=70) == 59
+    assert ask(cache, forward, documents[0], capacity=70) == 58
     with cache.lease(forward, documents[2], 70) as lease:
         # Room is made before the new KV is allocated, not after.
         assert cache.nbytes == 70 * BYTES_PER_TOKEN
         read(forward, lease)
     assert cache.nbytes == 2 * 70 * BYTES_PER_TOKEN
-    assert ask(cache, forward, documents[0], capacity=70) == 59
+    assert ask(cache, forward, documents[0], capacity=70) == 58
     assert ask(cache, forward, documents[1], capacity=70) == 0
     assert cache.nbytes == 2 * 70 * BYTES_PER_TOKEN
 
@@ -276,11 +279,11 @@ def test_what_exceeds_the_budget_is_not_kept_and_drives_nothing_out(forward):
     ask(cache, forward, DOCUMENT, capacity=70)
     assert ask(cache, forward, OTHER, capacity=71) == 0
     assert ask(cache, forward, OTHER, capacity=71) == 0
-    assert ask(cache, forward, DOCUMENT, capacity=70) == len(DOCUMENT) - 1
+    assert ask(cache, forward, DOCUMENT, capacity=70) == len(DOCUMENT) - 2
     nothing = PrefixCache(0)
     assert [ask(nothing, forward, DOCUMENT) for _ in range(2)] == [0, 0]
     assert nothing.nbytes == 0
-    with pytest.raises(InvalidParameterError, match="-1"):
+    with pytest.raises(InvalidParameterError, match="kv_cache_bytes=-1"):
         PrefixCache(-1)
 
 
@@ -293,21 +296,34 @@ def test_clear_frees_what_is_idle(forward):
         assert cache.nbytes == 0
         assert_close(read(forward, busy), fresh(forward, DOCUMENT))
     assert ask(cache, forward, OTHER) == 0
-    assert ask(cache, forward, DOCUMENT) == len(DOCUMENT) - 1
+    assert ask(cache, forward, DOCUMENT) == len(DOCUMENT) - 2
+
+
+def no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError
+
+
+def test_a_cache_that_cannot_grow_is_read_anew(forward, monkeypatch):
+    cache = PrefixCache(AMPLE)
+    ask(cache, forward, OTHER)
+    ask(cache, forward, DOCUMENT)
+    with monkeypatch.context() as context:
+        context.setattr("rapid_llm.engine.kv_cache.KVCache.grow", no_memory)
+        assert ask(cache, forward, DOCUMENT, capacity=90) == 0
+    assert cache.nbytes == 90 * BYTES_PER_TOKEN  # what was idle had to go
+    assert ask(cache, forward, DOCUMENT, capacity=90) == len(DOCUMENT) - 2
 
 
 def test_a_lease_that_finds_no_memory_spoils_nothing(forward, monkeypatch):
     cache = PrefixCache(AMPLE)
-    ask(cache, forward, DOCUMENT)
-
-    def no_memory(*_):
-        raise torch.OutOfMemoryError
-
-    with monkeypatch.context() as context:
-        context.setattr("rapid_llm.engine.kv_cache.KVCache.grow", no_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            ask(cache, forward, DOCUMENT, capacity=90)
-    assert ask(cache, forward, DOCUMENT, capacity=90) == 0
+    with cache.lease(forward, DOCUMENT, 70) as busy:
+        read(forward, busy, until=30)
+        with monkeypatch.context() as context:
+            context.setattr("rapid_llm.engine.kv_cache.KVCache.copy_prefix", no_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                ask(cache, forward, DOCUMENT)
+        assert ask(cache, forward, DOCUMENT) == 30
+        assert_close(read(forward, busy), fresh(forward, DOCUMENT))
 
 
 def test_models_do_not_share(forward):
@@ -316,7 +332,7 @@ def test_models_do_not_share(forward):
     for _ in range(2):
         for model in (forward, drafter):
             ask(cache, model, DOCUMENT)
-    assert ask(cache, drafter, DOCUMENT) == len(DOCUMENT) - 1
+    assert ask(cache, drafter, DOCUMENT) == len(DOCUMENT) - 2
     assert cache.nbytes == 2 * len(DOCUMENT) * BYTES_PER_TOKEN
 
 
@@ -365,7 +381,7 @@ def test_threads_get_the_logits_that_they_get_alone(forward):
 def saved(forward, tmp_path):
     """The one file that a long prompt leaves."""
     folder = tmp_path / "new" / "kv"
-    assert ask(PrefixCache(AMPLE, folder), forward, [*LONG, 5]) == 0
+    assert ask(PrefixCache(AMPLE, folder), forward, [*LONG, 5, 6]) == 0
     (path,) = folder.iterdir()
     assert path.suffix == ".safetensors"
     assert folder.stat().st_mode & 0o077 == 0
@@ -390,7 +406,9 @@ def test_a_file_holds_every_architecture(architecture, tmp_path, monkeypatch):
     monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_LOADING", 20)
     for reused in (0, len(DOCUMENT)):
         forward = Forward(tiny_model(architecture), "tiny")
-        assert ask(PrefixCache(AMPLE, tmp_path), forward, [*DOCUMENT, 5 + bool(reused)]) == reused
+        assert (
+            ask(PrefixCache(AMPLE, tmp_path), forward, [*DOCUMENT, 5 + bool(reused), 5]) == reused
+        )
 
 
 def test_bfloat16_comes_back_as_it_was(tmp_path):
@@ -401,7 +419,7 @@ def test_bfloat16_comes_back_as_it_was(tmp_path):
         with PrefixCache(AMPLE, tmp_path).lease(forward, LONG, len(LONG)) as lease:
             read(forward, lease)
         caches.append(lease.cache)
-    assert lease.reused == len(LONG) - 1
+    assert lease.reused == len(LONG) - 2
     for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
         assert torch.equal(a.keys[:, :, : lease.reused], b.keys[:, :, : lease.reused])
         assert torch.equal(a.values[:, :, : lease.reused], b.values[:, :, : lease.reused])
@@ -425,7 +443,10 @@ def test_only_whole_long_prompts_that_no_file_covers_are_written(forward, saved)
 
 def test_two_readers_of_one_document_write_it_once(forward, tmp_path):
     cache = PrefixCache(AMPLE, tmp_path)
-    with cache.lease(forward, [*LONG, 5], 1501) as one, cache.lease(forward, [*LONG, 6], 1501) as b:
+    with (
+        cache.lease(forward, [*LONG, 5, 6], 1502) as one,
+        cache.lease(forward, [*LONG, 6, 7], 1502) as b,
+    ):
         read(forward, one)
         read(forward, b)
     assert len(list(tmp_path.iterdir())) == 1
@@ -433,7 +454,7 @@ def test_two_readers_of_one_document_write_it_once(forward, tmp_path):
 
 def test_memory_wins_over_a_file_that_has_little_more(forward, saved, monkeypatch):
     cache = later(saved)
-    assert ask(cache, forward, LONG[:1300]) == 1299
+    assert ask(cache, forward, LONG[:1300]) == 1298
     monkeypatch.setattr(KVFiles, "load", None)
     assert ask(cache, forward, LONG) == 1300
 
@@ -443,7 +464,7 @@ def test_a_file_wins_over_memory_that_has_much_less(forward, saved):
     with cache.lease(forward, LONG[:200], 200) as lease:
         read(forward, lease)
     assert lease.reused == 0  # too short to be worth loading
-    assert ask(cache, forward, LONG) == len(LONG) - 1
+    assert ask(cache, forward, LONG) == len(LONG) - 2
     assert cache.nbytes == len(LONG) * BYTES_PER_TOKEN  # and replaces it there
 
 
@@ -467,8 +488,8 @@ def damage(path, at: int) -> None:
 def test_a_damaged_file_is_named_ignored_and_replaced(forward, saved, harm):
     harm(saved)
     with pytest.warns(UserWarning, match=rf"{saved.name} is damaged.*delete it"):
-        assert ask(later(saved), forward, [*LONG, 5]) == 0
-    assert ask(later(saved), forward, [*LONG, 5]) == len(LONG)
+        assert ask(later(saved), forward, [*LONG, 5, 6]) == 0
+    assert ask(later(saved), forward, [*LONG, 5, 6]) == len(LONG)
     assert list(saved.parent.iterdir()) == [saved]
 
 
@@ -508,7 +529,7 @@ def test_a_file_that_contradicts_the_model_is_refused(forward, saved, change):
         sha.update(kv_files._bytes_of(tensors[name]))
     save_file(tensors, saved, metadata | {"sha256": sha.hexdigest()})
     with pytest.warns(UserWarning, match="is damaged"):
-        assert ask(later(saved), forward, [*LONG, 5]) == 0
+        assert ask(later(saved), forward, [*LONG, 5, 6]) == 0
 
 
 def test_files_of_other_models_dtypes_and_formats_are_passed_over(forward, saved, monkeypatch):
@@ -523,17 +544,17 @@ def test_files_of_other_models_dtypes_and_formats_are_passed_over(forward, saved
         Forward(make_forward().model.to(torch.bfloat16), "tiny"),
     ]
     for other in others:
-        with later(saved).lease(other, [*LONG, 6], 1501) as lease:
+        with later(saved).lease(other, [*LONG, 6, 7], 1502) as lease:
             assert lease.reused == 0
     # Even under our file's name.
     theirs = fingerprint(others[0].model)
     assert theirs is not None
     renamed = saved.rename(saved.with_name(theirs[:16] + "-0.safetensors"))
-    with later(saved).lease(others[0], [*LONG, 6], 1501) as lease:
+    with later(saved).lease(others[0], [*LONG, 6, 7], 1502) as lease:
         assert lease.reused == 0
     renamed.rename(saved)
     monkeypatch.setattr(kv_files, "FORMAT", "rapid-llm-kv/2")
-    with later(saved).lease(forward, [*LONG, 6], 1501) as lease:
+    with later(saved).lease(forward, [*LONG, 6, 7], 1502) as lease:
         assert lease.reused == 0
 
 
@@ -562,7 +583,7 @@ def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(forward, tmp_path,
         with pytest.warns(UserWarning, match=rf"{tmp_path}.*No space left.*free some space"):
             assert ask(cache, forward, LONG) == 0
     assert list(tmp_path.iterdir()) == []
-    assert ask(cache, forward, LONG) == len(LONG) - 1
+    assert ask(cache, forward, LONG) == len(LONG) - 2
 
 
 def test_a_directory_that_cannot_be_one_is_a_warning(forward, tmp_path):
@@ -592,4 +613,4 @@ def test_headers_are_read_once(forward, saved, monkeypatch):
     ask(cache, forward, LONG)
     monkeypatch.setattr(kv_files, "_read_header", None)
     cache.clear()
-    assert ask(cache, forward, LONG) == len(LONG) - 1
+    assert ask(cache, forward, LONG) == len(LONG) - 2

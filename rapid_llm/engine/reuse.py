@@ -82,7 +82,7 @@ class PrefixCache:
     def __init__(self, budget_bytes: int, directory: Path | None = None) -> None:
         if budget_bytes < 0:
             raise InvalidParameterError(
-                f"budget_bytes={budget_bytes} is negative; give at least 0, which keeps nothing"
+                f"kv_cache_bytes={budget_bytes} is negative; give at least 0, which keeps nothing"
             )
         self._budget = budget_bytes
         self._files = None if directory is None else KVFiles(directory)
