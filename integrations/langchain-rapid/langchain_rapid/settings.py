@@ -46,7 +46,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
 _SPECULATION = ("gamma", "eta", "alpha", "mode")
-_PLACEMENT = ("model", "drafter", "dtype", "device", "drafter_device")
+_PLACEMENT = ("model", "drafter", "dtype", "device", "drafter_device", "drafter_quantization")
 _LIMITS = ("timeout", "truncate")
 
 # LangChain's standard parameters of hosted models: here is no key to give and nothing to retry.
@@ -82,8 +82,14 @@ class RapidModel(BaseModel):
     """Of the target, such as ``cuda:0``; None takes CUDA if there is one."""
     drafter_device: str | None = None
     """Of the drafter; None puts it beside the target."""
+    drafter_quantization: Literal["auto", "int8"] | None = "auto"
+    """``int8`` drafts with int8 weights; ``auto`` does so where it pays; None never."""
+    kv_cache_bytes: int | None = Field(default=None, ge=0)
+    """Of prompts' KV kept between calls; None is a quarter of the device's memory, 0 is none."""
+    kv_cache_dir: str | None = None
+    """A folder that keeps the KV of long prompts across processes; None keeps it in memory only."""
     decoder: RapidDecoder | None = Field(default=None, exclude=True, repr=False)
-    """A loaded decoder, in place of the five fields above."""
+    """A loaded decoder, in place of the fields above."""
 
     max_tokens: int = 256
     """Tokens to generate at most."""
@@ -102,8 +108,8 @@ class RapidModel(BaseModel):
     timeout: float | None = Field(default=None, gt=0)
     """Seconds for reading the prompts and generating, after which the call fails; None waits."""
 
-    gamma: int = 10
-    """Tokens drafted a round (γ)."""
+    gamma: int | Literal["auto"] = "auto"
+    """Tokens drafted a round (γ); ``auto`` follows the measured costs and the acceptance."""
     eta: float = 10.0
     """Strength of the knowledge transfer (η); 0 is lossless speculation."""
     alpha: float = 0.1
@@ -137,7 +143,7 @@ class RapidModel(BaseModel):
             return {name: value for name, value in values.items() if name not in _HOSTED}
         return values
 
-    @field_validator("model", "drafter", mode="before")
+    @field_validator("model", "drafter", "kv_cache_dir", mode="before")
     @classmethod
     def _path_to_str(cls, value: Any) -> Any:
         return str(value) if isinstance(value, PurePath) else value
@@ -211,6 +217,9 @@ class RapidModel(BaseModel):
                 dtype=self.dtype,
                 device=self.device,
                 drafter_device=self.drafter_device,
+                drafter_quantization=self.drafter_quantization,
+                kv_cache_bytes=self.kv_cache_bytes,
+                kv_cache_dir=self.kv_cache_dir,
             )
             self._loaded[model] = decoder
         return decoder
@@ -381,6 +390,7 @@ def response_metadata(chunk: Chunk, call: Call) -> dict[str, Any]:
             "rounds": stats.rounds,
             "tokens_per_round": stats.tokens_per_round,
             "draft_prompt_tokens": stats.draft_prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
             "prefill_seconds": stats.prefill_seconds,
             "decode_seconds": stats.decode_seconds,
             "draft_skipped": NOTHING_RETRIEVED if call.retrieved == [] else stats.draft_skipped,

@@ -85,6 +85,9 @@ def test_a_model_is_looked_for_when_it_is_needed():
         ({"timeout": 0}, "greater than 0"),
         ({"mode": "fast"}, "mode"),
         ({"gamma": 0}, "at least 1"),
+        ({"gamma": "all"}, "gamma"),
+        ({"drafter_quantization": "int4"}, "drafter_quantization"),
+        ({"kv_cache_bytes": -1}, "kv_cache_bytes"),
         ({"stop": [""]}, "non-empty"),
         ({"truncate": "end"}, "truncate"),
         ({"documents": "text"}, "without retriever="),
@@ -132,6 +135,22 @@ def test_objects_share_one_copy_of_the_weights_and_free_it(tiny_folder):
     del first, second, text
     gc.collect()
     assert alive() is None
+
+
+def test_the_decoders_own_options_reach_it(tiny_folder, tmp_path):
+    options = {"model": tiny_folder, "max_tokens": 4, "drafter_quantization": "int8"}
+    prompt, kept = "abcdefgh" * 150, tmp_path / "kv"
+    for cached in (False, True):  # from the folder, as nothing is kept in memory
+        llm = ChatRapid(**options, kv_cache_bytes=0, kv_cache_dir=kept)
+        for again in (False, True):
+            rapid = llm.invoke(prompt).response_metadata["rapid"]
+            assert (rapid["cached_tokens"] > len(prompt)) == (cached or again)
+        assert len(list(kept.iterdir())) == 1
+    assert llm._decoder_for(tiny_folder).draft_forward.name == f"{tiny_folder} (int8)"
+    assert llm._identifying_params["drafter_quantization"] == "int8"
+    without = ChatRapid(**options, kv_cache_bytes=0)
+    for _ in range(2):
+        assert without.invoke(prompt).response_metadata["rapid"]["cached_tokens"] == 0
 
 
 def test_neither_dump_nor_repr_holds_decoder_or_documents(decoder):
@@ -220,6 +239,7 @@ def test_calls_and_bindings_override_fields(llm):
         meta = llm.invoke("Hello", **draft, gamma=gamma).response_metadata["rapid"]
         assert meta["drafted"] <= gamma * meta["rounds"]
         assert meta["method"] == "sd"
+    assert answer(llm.invoke("Hello", **draft, gamma="auto")) == whole
 
 
 def test_configurable_fields(llm):
@@ -314,9 +334,11 @@ def test_metadata_and_usage(llm):
     assert plain.response_metadata["finish_reason"] == "length"
     rapid = plain.response_metadata["rapid"]
     assert (rapid["method"], rapid["drafted"], rapid["chunks"]) == ("lc", 0, [])
+    assert rapid["cached_tokens"] == 0
 
     drafted = llm.invoke("Hello", draft_messages="Hello", gamma=4)
     rapid = drafted.response_metadata["rapid"]
+    assert rapid["cached_tokens"] == 24 - 2  # of the first question; two are always read
     assert rapid["accepted"] == rapid["drafted"] == 16  # the drafter read what the target read
     assert rapid["acceptance_ratio"] == 1.0
     assert rapid["tokens_per_round"] == 20 / rapid["rounds"] == 5.0

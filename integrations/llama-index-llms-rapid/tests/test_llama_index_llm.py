@@ -316,6 +316,35 @@ def test_one_loaded_model_serves_many_objects(smollm2):
     assert one.max_tokens == 3
 
 
+def test_the_decoders_own_options_reach_it(tmp_path, decoder):
+    decoder.target.model.save_pretrained(tmp_path / "tiny")
+    decoder.tokenizer.save_pretrained(tmp_path / "tiny")
+    options = {"model": tmp_path / "tiny", "max_tokens": 4, "drafter_quantization": "int8"}
+    prompt, kept = "abcdefgh" * 150, tmp_path / "kv"
+    for cached in (False, True):  # from the folder, as nothing is kept in memory
+        llm = RapidLLM(**options, kv_cache_bytes=0, kv_cache_dir=kept)
+        for again in (False, True):
+            rapid = llm.complete(prompt).raw["rapid"]
+            assert (rapid["cached_tokens"] > len(prompt)) == (cached or again)
+        assert len(list(kept.iterdir())) == 1
+    assert llm.decoder.draft_forward.name.endswith("tiny (int8)")
+    without = RapidLLM(**options, kv_cache_bytes=0)
+    for _ in range(2):
+        assert without.complete(prompt).raw["rapid"]["cached_tokens"] == 0
+
+
+def test_gamma_may_follow_the_costs(decoder):
+    llm = RapidLLM(decoder=decoder, max_tokens=24, mode="exact")
+    assert llm.gamma == "auto"
+    plain = llm.complete(PROMPT).text
+    assert llm.complete(PROMPT, draft_prompt=DRAFT).text == plain
+    assert llm.complete(PROMPT, draft_prompt=DRAFT, gamma="auto").text == plain
+    json.dumps(llm.to_dict())
+    for wrong in ({"gamma": "all"}, {"drafter_quantization": "int4"}, {"kv_cache_bytes": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            RapidLLM(decoder=decoder, **wrong)
+
+
 # --- callbacks, events, counts -------------------------------------------------------------------
 
 

@@ -48,6 +48,7 @@ from rapid_llm.config import Mode, SamplingParams, SpeculationConfig, from_optio
 from rapid_llm.context.prompts import fit_prompt
 from rapid_llm.decoder import Chunk, RapidDecoder
 from rapid_llm.encoding import Prompt
+from rapid_llm.engine.quantization import Quantization
 from rapid_llm.errors import InvalidParameterError
 
 _OPTIONS = (
@@ -128,7 +129,10 @@ class RapidLLM(LLM):
     seed: int | None = Field(
         default=SamplingParams.seed, description="Seeds each call; None draws afresh."
     )
-    gamma: int = Field(default=SpeculationConfig.gamma, description="Tokens drafted a round.")
+    gamma: int | Literal["auto"] = Field(
+        default=SpeculationConfig.gamma,
+        description="Tokens drafted a round; auto follows the measured costs and the acceptance.",
+    )
     eta: float = Field(
         default=SpeculationConfig.eta, description="Strength of the knowledge transfer."
     )
@@ -152,6 +156,21 @@ class RapidLLM(LLM):
     drafter_device: str | None = Field(
         default=None, description="Of the drafter; None puts it beside the target."
     )
+    drafter_quantization: Quantization | None = Field(
+        default="auto",
+        description="int8 drafts with int8 weights; auto does so where it pays; None never.",
+    )
+    kv_cache_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Of prompts' KV kept between calls; None is a quarter of the device's memory, "
+        "0 is none.",
+    )
+    kv_cache_dir: str | None = Field(
+        default=None,
+        description="A folder that keeps the KV of long prompts across processes; None keeps it in "
+        "memory only.",
+    )
 
     _decoder: RapidDecoder | None = PrivateAttr(default=None)
 
@@ -161,6 +180,7 @@ class RapidLLM(LLM):
         drafter: str | Path | None = None,
         *,
         decoder: RapidDecoder | None = None,
+        kv_cache_dir: str | Path | None = None,
         **fields: Any,
     ) -> None:
         if (model is None) == (decoder is None):
@@ -174,7 +194,8 @@ class RapidLLM(LLM):
                     "drafter to RapidDecoder"
                 )
             model = decoder.target.name
-        fields |= {"model": str(model), "drafter": None if drafter is None else str(drafter)}
+        paths = {"model": model, "drafter": drafter, "kv_cache_dir": kv_cache_dir}
+        fields |= {name: None if path is None else str(path) for name, path in paths.items()}
         super().__init__(**fields)
         self._decoder = decoder
         self._options({})
@@ -209,6 +230,9 @@ class RapidLLM(LLM):
                 dtype=self.dtype,
                 device=self.device,
                 drafter_device=self.drafter_device,
+                drafter_quantization=self.drafter_quantization,
+                kv_cache_bytes=self.kv_cache_bytes,
+                kv_cache_dir=self.kv_cache_dir,
             )
         return self._decoder
 
