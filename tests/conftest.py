@@ -76,6 +76,19 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Pr
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+def counting_model() -> PreTrainedModel:
+    """A tiny model that says the next word of ``w3`` to ``w63``, over and over."""
+    model = tiny_model(eos_token_id=None)
+    words = torch.arange(3, 64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight[words.roll(-1)] = model.model.embed_tokens.weight[words]
+        model.lm_head.weight[:3] = 0
+    return model
+
+
 def tiny_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
     """A word-level tokenizer: id 5 is the word ``w5``; 0, 1, 2 are pad, BOS and EOS."""
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
@@ -85,6 +98,22 @@ def tiny_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+def transformers_greedy(
+    model: PreTrainedModel, prompt: list[int], new: int, **options: Any
+) -> list[int]:
+    """The reference: the model's own ``generate``."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        **options,
+    )
+    return output[0, len(prompt) :].tolist()
 
 
 @lru_cache

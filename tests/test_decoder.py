@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer, transformers_greedy
 from torch import nn
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
@@ -39,20 +39,6 @@ EXACT = SpeculationConfig(gamma=4, mode="exact")
 @pytest.fixture
 def decoder() -> RapidDecoder:
     return RapidDecoder(tiny_model(), tiny_tokenizer())
-
-
-def transformers_greedy(model: nn.Module, prompt: list[int], new: int, **options) -> list[int]:
-    """The reference: the model's own ``generate``."""
-    ids = torch.tensor([prompt])
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=new,
-        min_new_tokens=new,
-        **options,
-    )
-    return output[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

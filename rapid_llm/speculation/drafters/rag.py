@@ -10,13 +10,12 @@ from torch import Tensor
 
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import PassCost, pass_cost
+from rapid_llm.engine.quantization import FEW_ROWS
 from rapid_llm.engine.session import PrefillProgress, Session
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.drafters.lookup import SIZES, NgramIndex
 from rapid_llm.speculation.sampling import Sampler
-
-_LONGEST_GUESS = 7  # with the pending token 8 rows, as many as int8 weights serve
 
 
 class RagDrafter:
@@ -75,7 +74,9 @@ class RagDrafter:
         rows: list[Tensor] = []
         passes, drafted, unsure = 0, 0, False
         while drafted < gamma and not unsure:
-            guess = self._guess(sequence, tokens, gamma - drafted - 1)
+            # A longer guess would take the pass from the int8 weights to the full ones.
+            limit = min(gamma - drafted - 1, FEW_ROWS - len(pending))
+            guess = self._guess(sequence, tokens, limit)
             q = self._read(torch.cat([pending, guess]), torch.cat([tokens, guess]), len(guess) + 1)
             new = self._check(q, guess)
             rows.append(q[: len(new)])
@@ -89,10 +90,10 @@ class RagDrafter:
 
     def _guess(self, sequence: Sequence[int], tokens: Tensor, limit: int) -> Tensor:
         """What may come next, int64 ``[at most limit]``."""
-        if self._index is None or limit == 0:
+        if self._index is None or limit <= 0:
             return tokens[:0]
         tail = [*sequence[-max(SIZES) :], *tokens.tolist()]
-        guess = self._index.guess(tail, min(limit, _LONGEST_GUESS))
+        guess = self._index.guess(tail, limit)
         return torch.tensor(guess, dtype=torch.long, device=tokens.device)
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:

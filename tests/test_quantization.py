@@ -1,0 +1,252 @@
+"""The int8 twin: its numbers, what it shares with the model, and who drafts with it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ARCHITECTURES, counting_model, tiny_model, tiny_tokenizer, transformers_greedy
+from torch import nn
+
+import rapid_llm.decoder as decoder_module
+from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.quantization import (
+    FEW_ROWS,
+    Int8Linear,
+    int8_nbytes,
+    int8_pays,
+    int8_twin,
+    require_int8,
+)
+from rapid_llm.errors import InvalidParameterError
+
+FAMILY = [name for name in ARCHITECTURES if name.split("-")[0] in {"llama", "mistral", "qwen2"}]
+FAMILY += ["qwen3"]
+PROMPT = [5, 9, 31, 7, 44, 12, 8, 30, 21, 17, 60, 3]
+DRAFT_PROMPT = [31, 7, 44, 3]
+GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
+
+
+def make_linear(bias: bool = False, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(32, 48, bias=bias, dtype=dtype)
+
+
+def int8_layers(model: nn.Module) -> dict[str, Int8Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Int8Linear)}
+
+
+# --- one layer -------------------------------------------------------------------------------
+
+
+def test_values_follow_the_formula():
+    linear = make_linear()
+    layer = Int8Linear(linear)
+    for row, int8, scale in zip(linear.weight.detach(), layer.int8, layer.scale, strict=True):
+        assert scale == row.abs().max() / 127
+        assert int8.tolist() == (row / scale).round().tolist()
+        assert int8.abs().max() == 127
+        assert ((row - scale * int8).abs() <= scale * 0.5001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantizing_leaves_the_weights_as_they_were(dtype):
+    linear = make_linear(bias=True, dtype=dtype)
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    layer = Int8Linear(linear)
+    assert torch.equal(linear.weight, weight)
+    assert torch.equal(linear.bias, bias)
+    assert (layer.weight is linear.weight, layer.bias is linear.bias) == (True, True)
+    assert (layer.int8.dtype, layer.scale.dtype) == (torch.int8, dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (FEW_ROWS,), (1, 3), (2, 4)], ids=str)
+def test_few_rows_are_multiplied_with_int8_weights(shape, bias):
+    linear = make_linear(bias)
+    layer = Int8Linear(linear)
+    x = torch.randn(*shape, 32)
+    with torch.inference_mode():
+        expected = F.linear(x, layer.int8.float() * layer.scale[:, None], linear.bias)
+        torch.testing.assert_close(layer(x), expected)
+        assert not torch.allclose(layer(x), linear(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(FEW_ROWS + 1,), (1, 20), (3, 3)], ids=str)
+def test_many_rows_are_multiplied_with_the_full_weights(shape, bias):
+    linear = make_linear(bias)
+    x = torch.randn(*shape, 32)
+    assert torch.equal(Int8Linear(linear)(x), linear(x))
+
+
+def test_a_row_of_zeros_gives_the_bias():
+    linear = make_linear(bias=True)
+    with torch.no_grad():
+        linear.weight[7] = 0
+    out = Int8Linear(linear)(torch.randn(3, 32))
+    assert torch.equal(out[:, 7], linear.bias[7].expand(3))
+    assert out.isfinite().all()
+
+
+# --- a model ---------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def logits_after(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Of the last 8 tokens, read in one pass of few rows."""
+    forward = Forward(model, "tiny")
+    cache = forward.new_cache(len(ids))
+    forward(ids[:-8], cache, keep_logits=1)
+    return forward(ids[-8:], cache, keep_logits=8)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_twin_of_every_architecture_is_close_to_the_model(architecture):
+    model = tiny_model(architecture)
+    twin = int8_twin(model)
+    assert int8_layers(twin)
+    assert Forward(twin, "twin").lean == Forward(model, "model").lean == (architecture in FAMILY)
+    ids = torch.randint(3, 64, (40,), generator=torch.Generator().manual_seed(1))
+    before, after = logits_after(model, ids), logits_after(twin, ids)
+    error = (after - before).norm() / before.norm()
+    # A router of experts may choose another one.
+    assert 0 < error < (0.05 if architecture in FAMILY else 0.2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=str)
+def test_the_twin_shares_every_weight_and_the_model_is_as_it_was(changes):
+    model = tiny_model("qwen2", **changes)  # has biases
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    twin = int8_twin(model)
+    assert int8_layers(twin).keys() == linears.keys()
+    assert not int8_layers(model)
+    ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    assert ours.keys() == theirs.keys() == values.keys()
+    for name, parameter in ours.items():
+        assert theirs[name].data_ptr() == parameter.data_ptr()
+        assert torch.equal(parameter, values[name])
+    assert twin.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    buffers = dict(twin.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert buffers[name].data_ptr() == buffer.data_ptr()
+
+
+def test_int8_nbytes_counts_what_the_twin_adds():
+    model = tiny_model()
+    sizes = [m.weight.shape for m in model.modules() if type(m) is nn.Linear]
+    expected = sum(rows * columns + 4 * rows for rows, columns in sizes)  # int8, float32 scales
+    assert int8_nbytes(int8_twin(model)) == expected
+    assert int8_nbytes(model) == 0
+
+
+def test_a_model_has_one_twin_and_takes_it_along():
+    model = tiny_model()
+    twin = int8_twin(model)
+    assert int8_twin(model) is twin
+    assert int8_twin(tiny_model()) is not twin
+    freed = weakref.ref(model), weakref.ref(twin)
+    del model, twin
+    gc.collect()
+    assert [reference() for reference in freed] == [None, None]
+
+
+# --- who drafts with it ----------------------------------------------------------------------
+
+
+def drafts_in_int8(decoder: RapidDecoder) -> bool:
+    quantized = bool(int8_layers(decoder.draft_forward.model))
+    assert quantized == decoder.draft_forward.name.endswith(" (int8)")
+    assert quantized != (decoder.draft_forward is decoder.drafter)
+    assert not int8_layers(decoder.target.model)
+    return quantized
+
+
+def test_auto_is_for_a_bfloat16_target_that_drafts_for_itself():
+    def decides(dtype, drafter=None, **options):
+        return drafts_in_int8(
+            RapidDecoder(tiny_model().to(dtype), tiny_tokenizer(), drafter, **options)
+        )
+
+    half = tiny_model(seed=1).to(torch.bfloat16)
+    assert decides(torch.bfloat16)
+    assert not decides(torch.float32)
+    assert not decides(torch.float16)
+    assert not decides(torch.bfloat16, half)
+    assert not decides(torch.bfloat16, drafter_quantization=None)
+    assert decides(torch.bfloat16, half, drafter_quantization="int8")
+    assert decides(torch.float32, drafter_quantization="int8")
+
+
+def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
+    monkeypatch.setattr(decoder_module, "int8_twin", lambda model: 1 / 0)
+    reference = transformers_greedy(tiny_model(eos_token_id=None), PROMPT, 40)
+    # Where the drafter answers alone, it does so with its full weights.
+    for prompts in ((PROMPT, None), (None, PROMPT)):
+        assert decoder.generate(*prompts, sampling=GREEDY).token_ids == reference
+    with pytest.raises(ZeroDivisionError):
+        decoder.generate(PROMPT, DRAFT_PROMPT, sampling=GREEDY)
+
+
+def test_other_devices_are_refused_with_the_remedy():
+    with torch.device("meta"):
+        elsewhere = tiny_model()
+    assert not int8_pays(elsewhere.to(torch.bfloat16))
+    remedy = r"int8.*serves on a CPU.*on meta.*quantization_config.*drafter="
+    with pytest.raises(InvalidParameterError, match=remedy):
+        require_int8(elsewhere)
+    with pytest.raises(InvalidParameterError, match=remedy):
+        RapidDecoder(tiny_model(), tiny_tokenizer(), elsewhere, drafter_quantization="int8")
+    assert not drafts_in_int8(RapidDecoder(tiny_model(), tiny_tokenizer(), elsewhere))
+
+
+def test_an_unknown_quantization_is_named():
+    with pytest.raises(InvalidParameterError, match=r"'int4' is unknown.*'auto', 'int8' or None"):
+        RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int4")
+
+
+@pytest.fixture
+def rows(monkeypatch) -> list[int]:
+    """How many rows each int8 layer was given."""
+    seen: list[int] = []
+    original = Int8Linear.forward
+
+    def spy(layer, x):
+        seen.append(x.shape.numel() // x.shape[-1])
+        return original(layer, x)
+
+    monkeypatch.setattr(Int8Linear, "forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("gamma", [1, 4, 10])
+def test_greedy_without_transfer_is_what_transformers_generates(architecture, gamma, rows):
+    model = tiny_model(architecture, eos_token_id=None)
+    decoder = RapidDecoder(model, tiny_tokenizer(), drafter_quantization="int8")
+    result = decoder.generate(
+        PROMPT, DRAFT_PROMPT, sampling=GREEDY, speculation=SpeculationConfig(gamma=gamma, eta=0)
+    )
+    assert result.token_ids == transformers_greedy(model, PROMPT, 40)
+    assert result.stats.drafted_tokens > 0
+    assert rows
+
+
+def test_no_guess_is_so_long_that_its_pass_leaves_the_int8_weights(rows):
+    decoder = RapidDecoder(counting_model(), tiny_tokenizer(), drafter_quantization="int8")
+    result = decoder.generate(
+        [3, 4, 5],
+        [3, 4, 5],
+        sampling=SamplingParams(max_new_tokens=150, ignore_eos=True),
+        speculation=SpeculationConfig(gamma=14, eta=0),
+    )
+    # The first time all words are drafted one by one, then by guesses.
+    assert result.stats.drafted_tokens > 1.5 * result.stats.draft_passes
+    assert max(rows) == FEW_ROWS
