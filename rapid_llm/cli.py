@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
-from statistics import median
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -29,11 +29,10 @@ from rich.text import Text
 
 from rapid_llm.bench.speed_model import ACCEPTANCE, DEVICES, named_device
 from rapid_llm.config import Mode, SamplingParams, SpeculationConfig
-from rapid_llm.errors import DocumentError, RapidError
+from rapid_llm.errors import DocumentError, InvalidParameterError, RapidError
 from rapid_llm.stats import Method, Stats
 
 if TYPE_CHECKING:
-    from rapid_llm.bench.plain import Report
     from rapid_llm.decoder import GenerationResult
     from rapid_llm.pipeline import Inquiry
 
@@ -54,6 +53,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_FILE_WIDTH = 110  # columns of a table that is not printed on a terminal
 
 # typer carries click or needs it, depending on its version; this is its base of usage errors.
 _UsageError: Any = typer.BadParameter.__base__
@@ -338,64 +339,78 @@ def _demo_text() -> str:
 
 @app.command()
 def bench(
-    context_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 7500,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in a run.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 5,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of the prompt; may be repeated. [default: 1700, 7500]"),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="quoting or free; may be repeated. [default: both]", show_default=False),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only methods whose name contains this; may be repeated.", show_default=False
+        ),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in a run.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each.")] = 3,
     dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the speeds as bars.", metavar="PNG")
+    ] = None,
 ) -> None:
-    """Time plain decoding beside transformers' generate, on the packaged model."""
+    """Time every method beside transformers' own decoding, on the packaged models.
+
+    Contexts longer than the model's window are read with a YaRN-scaled rotary embedding, which is
+    good for measuring speed and for nothing else.
+    """
+    contexts = context or [1700, 7500]
     shown = sys.stderr.isatty() and not as_json
     with _status(f"loading {PACKAGED_MODEL}", shown):
-        from rapid_llm.bench.plain import measure
+        from rapid_llm.bench import report as reporting
+        from rapid_llm.bench.measure import measure
+        from rapid_llm.bench.methods import our_methods, peer_methods
+        from rapid_llm.bench.workload import QUESTIONS, make_workload, stretched
         from rapid_llm.decoder import RapidDecoder
+        from rapid_llm.models import load_model
 
-        decoder = RapidDecoder.from_pretrained(PACKAGED_MODEL, dtype=dtype)
+        loaded = load_model(PACKAGED_MODEL, dtype=dtype)
+        model = stretched(loaded.model, max(contexts) + new_tokens)
+        decoder = RapidDecoder(model, loaded.tokenizer, name=loaded.name)
+        works = [
+            make_workload(one, tokens, _demo_text(), loaded.tokenizer, PACKAGED_EMBEDDER)
+            for tokens in contexts
+            for one in (task or QUESTIONS)
+        ]
+        every = our_methods(decoder) | peer_methods(decoder)
+        parts = method or [""]
+        methods = {name: run for name, run in every.items() if any(part in name for part in parts)}
+        if not methods:
+            raise InvalidParameterError(
+                f"method={method!r} names no method; choose from {', '.join(every)}"
+            )
     bars = _Bars(shown)
     with bars:
         report = measure(
             decoder,
-            _demo_text(),
-            context_tokens=context_tokens,
+            methods,
+            works,
             new_tokens=new_tokens,
             repeats=repeats,
             progress=lambda done, total: bars("runs measured", done, total),
         )
+    if plot is not None:
+        reporting.plot(report, plot)
     if as_json:
         print(json.dumps(report.as_dict()), flush=True)
-    else:
-        _print_report(report)
-
-
-def _print_report(report: Report) -> None:
-    table = Table(box=SIMPLE_HEAD)
-    for heading in ("plain decoding", "ms a token", "(min–max)", "prefill s", "(min–max)"):
-        table.add_column(heading, justify="left" if heading == "plain decoding" else "right")
-    for name, runs in (
-        ("rapid-llm", report.rapid),
-        (f"transformers generate, {report.attention}", report.generate),
-    ):
-        per_token = [1000 * run.per_token for run in runs]
-        prefill = [run.prefill for run in runs]
-        table.add_row(
-            name,
-            f"{median(per_token):.1f}",
-            f"{min(per_token):.1f}–{max(per_token):.1f}",
-            f"{median(prefill):.2f}",
-            f"{min(prefill):.2f}–{max(prefill):.2f}",
-        )
-    low, high = report.ratio_range
-    load = ", ".join(f"{load:.2f}" for load in report.load_average) or "unknown"
-    _print(
-        f"{report.model}, {report.dtype}, {report.device}: {report.context_tokens} prompt tokens, "
-        f"{report.new_tokens} new tokens, greedy, medians of {len(report.rapid)} runs each in turns"
-    )
-    _print(table)
-    _print(f"ratio {report.ratio:.2f} (pairs of runs: {low:.2f}–{high:.2f})")
-    _print(
-        f"torch {report.torch}, transformers {report.transformers}, {report.threads} threads, "
-        f"load average before, after: {load}"
-    )
+        return
+    _print(reporting.heading(report))
+    for cell in report.cells:
+        _print(reporting.cell_table(cell))
+    for line in reporting.engine_lines(report):
+        _print(line)
 
 
 # --- plan ------------------------------------------------------------------------------------
@@ -553,7 +568,9 @@ def _comparison(results: dict[Method, GenerationResult]) -> Table:
 
 
 def _print(what: str | Table, *, stderr: bool = False) -> None:
-    console = Console(stderr=stderr, markup=False, highlight=False)
+    # In a file a table has room; on a terminal it has the terminal's width.
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else _FILE_WIDTH
+    console = Console(stderr=stderr, markup=False, highlight=False, width=width)
     console.print(what, soft_wrap=isinstance(what, str))
 
 

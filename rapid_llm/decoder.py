@@ -536,6 +536,7 @@ class _Generation:
         """Draft, verify, accept: one pass of the target; between 1 and γ+1 tokens."""
         started = time.perf_counter()
         draft = self._draft()
+        self.stats.draft_seconds += time.perf_counter() - started
 
         # Position i of the draft is judged by the logits that follow token i - 1.
         logits = self.target.extend(torch.cat([self._pending(), draft.tokens]))

@@ -30,6 +30,8 @@ class Stats:
             guesses.
         prefill_seconds: wall time of reading the prompts.
         decode_seconds: wall time of the rounds that followed.
+        draft_seconds: of these, spent drafting; on a GPU, where drafts are launched and not waited
+            for, what the host spent.
         time_to_first_token: seconds from the call to the first round's tokens; None before it.
         draft_skipped: why a prepared draft was not used; None when it was, or none was asked for.
     """
@@ -46,6 +48,7 @@ class Stats:
     draft_passes: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    draft_seconds: float = 0.0
     time_to_first_token: float | None = None
     draft_skipped: str | None = None
 

@@ -16,13 +16,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args
 
 import pytest
-import torch
 from conftest import tiny_model, tiny_tokenizer
-from transformers import DynamicCache
 from transformers.utils import logging
 
-from rapid_llm import ContextBuilder, InvalidParameterError, RapidDecoder, cli
-from rapid_llm.bench.plain import Report, Run, measure
+from rapid_llm import ContextBuilder, RapidDecoder, cli
 from rapid_llm.context import builder
 from rapid_llm.engine.forward import ATTENTION
 from rapid_llm.models import LoadedModel
@@ -338,6 +335,9 @@ def test_unreadable_documents_are_refused(
         (["--loud"], "--loud"),
         (["bench", "--repeats", "0"], "repeats"),
         (["bench", "--new-tokens", "1"], "new-tokens"),
+        (["plan"], "--context"),
+        (["plan", "--context", "9", "--device", "h1000"], "'h1000'"),
+        (["plan", "--context", "9", "--acceptance", "2"], "acceptance"),
     ],
 )
 def test_bad_usage_is_refused(run: Any, arguments: list[str], mention: str) -> None:
@@ -454,7 +454,7 @@ def test_a_closed_pipe_and_a_real_interrupt_leave_no_traceback(model: str, docum
         assert "Traceback" not in process.stderr.read()
 
 
-# --- demo and bench ---------------------------------------------------------------------------
+# --- demo ---------------------------------------------------------------------------
 
 
 def test_the_demo_answers_by_every_method(
@@ -483,58 +483,3 @@ def test_the_demo_s_question_finds_its_passage(smollm2_float32: LoadedModel) -> 
     best = max(context.chunks, key=lambda chunk: chunk.score)
     assert best.text.startswith("PROPHECY, n.  The art and practice")
     assert context.tokens <= cli.DEMO_CONTEXT_TOKENS
-
-
-def test_bench_times_both_on_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
-    prompts: list[list[int]] = []
-    passes: list[int] = []
-    generate = decoder.generate
-
-    def ours(prompt: Any, **options: Any) -> Any:
-        prompts.append(prompt)
-        return generate(prompt, **options)
-
-    def theirs(module: Any, args: Any, kwargs: Any) -> None:
-        if isinstance(kwargs["past_key_values"], DynamicCache):
-            passes.append(kwargs["input_ids"].shape[1])
-
-    monkeypatch.setattr(decoder, "generate", ours)
-    decoder.target.model.register_forward_pre_hook(theirs, with_kwargs=True)
-    report = measure(decoder, TEXT, context_tokens=200, new_tokens=5, repeats=2)
-
-    assert [len(prompt) for prompt in prompts] == [200] * 3  # one warm-up
-    assert passes == [200, 1, 1, 1, 1] * 3  # every prompt read once, no token fewer
-    assert len(report.rapid) == len(report.generate) == 2
-    assert report.attention == "sdpa"
-    assert all(run.prefill > 0 and run.per_token > 0 for run in report.rapid + report.generate)
-    json.dumps(report.as_dict())
-
-    with pytest.raises(InvalidParameterError, match="new_tokens=1 "):
-        measure(decoder, TEXT, new_tokens=1)
-
-
-def test_bench_ratio_is_of_the_medians() -> None:
-    rapid, generate = ([Run(1.0, t) for t in times] for times in ([1, 2, 9], [4, 6, 5]))
-    names = dict.fromkeys(("model", "dtype", "device", "attention", "torch", "transformers"), "x")
-    numbers = dict.fromkeys(("context_tokens", "new_tokens", "threads"), 1)
-    runs = {"rapid": tuple(rapid), "generate": tuple(generate)}
-    report = Report(**names, **numbers, **runs, load_average=())  # type: ignore[arg-type]
-    assert report.ratio == 2.5
-    assert report.ratio_range == (5 / 9, 4)
-
-
-def test_bench_reports(run: Any, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "PACKAGED_MODEL", model)
-    monkeypatch.setattr(cli, "_demo_text", lambda: TEXT)
-    sizes = ("--context-tokens", 100, "--new-tokens", 3, "--repeats", 1)
-    status, out, err = run("bench", *sizes)
-    assert (status, err) == (0, "")
-    for part in ("transformers generate, sdpa", "ratio ", f"torch {torch.__version__}", "threads"):
-        assert part in out
-
-    report = json.loads(run("bench", *sizes, "--json").out)
-    assert report["context_tokens"] == 100
-    assert report["ratio"] > 0
-
-    assert_refused(run("bench", "--context-tokens", 600), "600", "512")
