@@ -71,8 +71,8 @@ class AdaptiveSchedule:
     def next(self) -> int:
         a = self._accepted / self._tried
         passes = self._passes / self._drafted  # below 1 where lookup saves some
-        # A pass over guesses reads more rows: 1 / passes tokens each.
-        draft = passes * self._drafter.seconds(1 / passes)
+        # A pass over guesses reads more rows, together one for each token.
+        draft = passes * self._drafter.first + (1 - passes) * self._drafter.row
 
         def speed(gamma: int) -> float:
             cost = gamma * draft + self._target.seconds(gamma + 1)

@@ -1,0 +1,319 @@
+"""How many tokens a round drafts: the speed model, what is learned, what costs are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rapid_llm.engine.costs as costs
+from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.costs import PassCost, pass_cost
+from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.session import Session
+from rapid_llm.speculation.schedule import (
+    MAX_GAMMA,
+    AdaptiveSchedule,
+    FixedSchedule,
+    expected_tokens,
+)
+
+TARGET = PassCost(1.0, 0.05)
+CHEAP, DEAR = PassCost(0.1, 0.005), PassCost(2.0, 0.1)
+
+seconds = st.floats(1e-3, 10)
+rates = st.floats(0, 1)
+
+
+@given(a=st.floats(0, 0.999), gamma=st.integers(0, MAX_GAMMA))
+def test_a_round_yields_the_formulas_tokens(a, gamma):
+    assert expected_tokens(a, gamma) == pytest.approx((1 - a ** (gamma + 1)) / (1 - a))
+    assert expected_tokens(1, gamma) == gamma + 1
+
+
+@given(first=seconds, row=seconds, tokens=st.integers(1, 20))
+def test_a_pass_costs_its_first_row_and_the_others(first, row, tokens):
+    assert PassCost(first, row).seconds(1) == first
+    assert PassCost(first, row).seconds(tokens) == pytest.approx(first + (tokens - 1) * row)
+
+
+def test_a_fixed_schedule_is_fixed():
+    schedule = FixedSchedule(7)
+    schedule.record(7, 0, 7)
+    assert [schedule.next() for _ in range(3)] == [7, 7, 7]
+
+
+# --- what is learned -------------------------------------------------------------------------
+
+
+def steady(schedule: AdaptiveSchedule, gamma: int, accepted: int, rounds: int = 60) -> int:
+    """The next γ after many equal rounds of drafts without guesses."""
+    for _ in range(rounds):
+        schedule.record(gamma, accepted, gamma)
+    return schedule.next()
+
+
+def best(a: float, target: PassCost, drafter: PassCost) -> float:
+    """Tokens a second at the best γ, from DESIGN's formula in units of a plain step."""
+    c = drafter.first / target.first
+    speeds = []
+    for gamma in range(MAX_GAMMA + 1):
+        v = target.seconds(gamma + 1) / target.first
+        speeds.append(sum(a**i for i in range(gamma + 1)) / (gamma * c + v))
+    return max(speeds)
+
+
+@given(target_first=seconds, target_row=st.floats(0, 1), draft=seconds, accepted=st.integers(0, 8))
+def test_the_choice_is_the_best_of_all(target_first, target_row, draft, accepted):
+    target, drafter = PassCost(target_first, target_row), PassCost(draft, 0.0)
+    a = accepted / (accepted + (accepted < 8))
+    gamma = steady(AdaptiveSchedule(target, drafter), 8, accepted)
+    v = target.seconds(gamma + 1) / target.first
+    speed = expected_tokens(a, gamma) / (gamma * draft / target.first + v)
+    # What was believed at first is all but forgotten, and matters between near equals only.
+    assert speed == pytest.approx(best(a, target, drafter), rel=1e-3)
+    assert 0 <= gamma <= MAX_GAMMA
+
+
+def test_a_first_draft_is_made_where_it_may_pay():
+    assert AdaptiveSchedule(TARGET, CHEAP).next() > 0
+    assert AdaptiveSchedule(TARGET, DEAR).next() == 0
+    # A draft that costs nothing (lookup) is as long as the verification's rows allow.
+    assert AdaptiveSchedule(PassCost(1.0, 0.0), PassCost(0.0, 0.0)).next() == MAX_GAMMA
+
+
+def test_the_draft_grows_with_the_acceptance():
+    chosen = [steady(AdaptiveSchedule(TARGET, CHEAP), 8, accepted) for accepted in range(9)]
+    assert chosen == sorted(chosen)
+    assert chosen[0] == 0
+    assert chosen[8] == MAX_GAMMA
+    assert len(set(chosen)) > 4
+
+
+@given(cost=seconds, cheaper=st.floats(0.01, 1), accepted=st.integers(0, 8))
+def test_a_cheaper_drafter_drafts_no_less(cost, cheaper, accepted):
+    dear, cheap = (
+        steady(AdaptiveSchedule(TARGET, PassCost(first, 0.0)), 8, accepted)
+        for first in (cost, cost * cheaper)
+    )
+    assert cheap >= dear
+
+
+def test_passes_saved_by_lookup_count():
+    """A drafter as dear as the target pays where a pass checks four guesses."""
+    guessing, plain = (AdaptiveSchedule(TARGET, TARGET) for _ in range(2))
+    for _ in range(60):
+        guessing.record(8, 8, 2)
+        plain.record(8, 8, 8)
+    assert plain.next() == 0
+    assert guessing.next() > 0
+
+
+def test_drafts_without_a_single_pass_stay_the_longest():
+    schedule = AdaptiveSchedule(PassCost(1.0, 0.0), PassCost(0.0, 0.0))
+    for _ in range(10_000):  # so many that no trace of a pass is left in a float
+        assert schedule.next() == MAX_GAMMA
+        schedule.record(MAX_GAMMA, MAX_GAMMA, 0)
+
+
+def test_an_empty_draft_teaches_nothing():
+    schedule, other = (AdaptiveSchedule(TARGET, CHEAP) for _ in range(2))
+    for _ in range(100):
+        schedule.record(0, 0, 0)
+    for _ in range(10):
+        for one in (schedule, other):
+            one.record(5, 2, 5)
+        schedule.record(0, 0, 1)  # a pass for the distribution after an empty draft
+        assert schedule.next() == other.next()
+
+
+def plain_rounds(schedule: AdaptiveSchedule, probes: int, accepted: int = 0) -> list[int]:
+    """Plain rounds before each probe; a probe goes as told."""
+    waits, rounds = [], 0
+    while len(waits) < probes:
+        gamma = schedule.next()
+        schedule.record(gamma, min(gamma, accepted), gamma)
+        if gamma == 0:
+            rounds += 1
+        else:
+            assert gamma == 2
+            waits, rounds = [*waits, rounds], 0
+        assert rounds < 1000
+    return waits
+
+
+def test_where_drafting_never_pays_it_is_probed_ever_more_rarely():
+    assert plain_rounds(AdaptiveSchedule(TARGET, DEAR), 6) == [8, 16, 32, 64, 64, 64]
+    learned = AdaptiveSchedule(TARGET, CHEAP)
+    assert steady(learned, 8, 0) == 0
+    assert plain_rounds(learned, 3) == [7, 16, 32]  # one plain round was asked for above
+
+
+def test_probes_find_out_when_drafting_pays_again():
+    schedule = AdaptiveSchedule(TARGET, CHEAP)
+    assert steady(schedule, 8, 0) == 0
+    drafted = []
+    for _ in range(200):
+        gamma = schedule.next()
+        schedule.record(gamma, gamma, gamma)
+        drafted.append(gamma)
+    assert 0 in drafted[:10]
+    assert min(drafted[-20:]) > 2
+    # And the patience of old is back.
+    assert steady(schedule, 8, 0) == 0
+    assert plain_rounds(schedule, 2) == [7, 16]
+
+
+@given(st.lists(st.tuples(st.integers(0, 16), st.integers(0, 16), st.integers(0, 17)), max_size=50))
+def test_any_history_gives_an_allowed_length(rounds: Sequence[tuple[int, int, int]]):
+    schedule, again = (AdaptiveSchedule(TARGET, CHEAP) for _ in range(2))
+    for drafted, accepted, passes in rounds:
+        for one in (schedule, again):
+            one.record(drafted, min(drafted, accepted), max(1, min(drafted, passes)))
+        gamma = schedule.next()
+        assert 0 <= gamma <= MAX_GAMMA
+        assert again.next() == gamma
+
+
+# --- costs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[int]:
+    """The rows of each forward pass."""
+    rows: list[int] = []
+    original = Forward.__call__
+
+    def spy(forward, tokens, cache, keep_logits):
+        rows.append(len(tokens))
+        return original(forward, tokens, cache, keep_logits)
+
+    monkeypatch.setattr(Forward, "__call__", spy)
+    return rows
+
+
+@torch.inference_mode()
+def session_of(forward: Forward, length: int, capacity: int = 500) -> Session:
+    session = Session(forward, forward.new_cache(capacity))
+    session.prefill([5 + i % 50 for i in range(length)])
+    return session
+
+
+def test_costs_are_measured_once_for_lengths_within_a_factor(measured):
+    forward = Forward(tiny_model(), "tiny")
+    first = session_of(forward, 100)
+    measured.clear()
+    with torch.inference_mode():
+        cost = pass_cost(first)
+        assert sorted(measured) == [1, 1, 1, 5, 5, 5]
+        assert pass_cost(first) is cost
+        assert pass_cost(session_of(forward, 105)) is cost
+        measured.clear()
+        assert pass_cost(session_of(Forward(forward.model, "again"), 100)) is cost
+        assert measured == [100]  # the prefill
+        for session in (
+            session_of(forward, 145),  # √2 longer
+            session_of(Forward(tiny_model(), "other"), 100),
+            session_of(Forward(forward.model, "tiny", "sdpa"), 100),
+        ):
+            measured.clear()
+            assert pass_cost(session) is not cost
+            assert len(measured) == 6
+
+
+def test_measuring_leaves_the_session_as_it_was(measured):
+    forward = Forward(tiny_model(), "tiny")
+    session = session_of(forward, 60)
+    with torch.inference_mode():
+        before = [layer.keys[:, :, :60].clone() for layer in session.cache.layers]
+        pass_cost(session)
+        assert measured[-1] in (1, 5)
+        assert session.length == 60
+        for layer, keys in zip(session.cache.layers, before, strict=True):
+            assert torch.equal(layer.keys[:, :, :60], keys)
+        next_token = torch.tensor([9])
+        again = session_of(forward, 60).extend(next_token)
+        assert torch.equal(session.extend(next_token), again)
+
+
+@pytest.mark.parametrize("times", [(2.0, 1.0), (1.0, 3.0)], ids=["noise", "rows cost"])
+def test_a_row_never_costs_less_than_nothing(monkeypatch, times):
+    monkeypatch.setattr(costs, "_seconds", lambda session, rows: times)
+    cost = pass_cost(session_of(Forward(tiny_model(), "tiny"), 20))
+    assert cost == PassCost(times[0], max(0.0, (times[1] - times[0]) / 4))
+
+
+def test_the_least_of_a_few_measurements_counts(monkeypatch):
+    clock = iter([0, 3, 10, 19, 20, 21, 30, 35, 40, 42, 50, 57])  # 1, 5, 1, 5, 1, 5 rows
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
+    with torch.inference_mode():
+        cost = pass_cost(session_of(Forward(tiny_model(), "tiny"), 20))
+    assert cost == PassCost(1, (5 - 1) / 4)
+
+
+@pytest.mark.parametrize("room", [1, 2, 4])
+def test_costs_measured_in_little_room_are_not_kept(measured, room):
+    forward = Forward(tiny_model(), "tiny")
+    with torch.inference_mode():
+        tight = session_of(forward, 50, capacity=50 + room)
+        measured.clear()
+        assert pass_cost(tight).row >= 0
+        assert max(measured) == room
+        measured.clear()
+        pass_cost(session_of(forward, 50))
+        assert sorted(measured) == [1, 1, 1, 5, 5, 5, 50]
+
+
+# --- in a decoder ----------------------------------------------------------------------------
+
+
+PROMPT, DRAFT_PROMPT = [5, 9, 31, 7, 44, 12, 8, 30, 21, 17, 60, 3], [31, 7, 44, 3]
+
+
+def decode(monkeypatch, target: PassCost, drafter: PassCost, draft_prompt=DRAFT_PROMPT, **config):
+    """An exact answer of 120 tokens whose costs are those given."""
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), tiny_model())
+    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: target)
+    monkeypatch.setattr("rapid_llm.speculation.drafters.rag.pass_cost", lambda session: drafter)
+    return decoder.generate(
+        PROMPT,
+        draft_prompt,
+        sampling=SamplingParams(max_new_tokens=120, ignore_eos=True),
+        speculation=SpeculationConfig(mode="exact", **config),
+    )
+
+
+def test_a_drafter_that_never_pays_leaves_plain_decoding_with_rare_probes(monkeypatch):
+    result = decode(monkeypatch, TARGET, DEAR)
+    plain = RapidDecoder(tiny_model(), tiny_tokenizer()).generate(
+        PROMPT, sampling=SamplingParams(max_new_tokens=120, ignore_eos=True)
+    )
+    assert result.token_ids == plain.token_ids
+    # Probes of two tokens after 8, 16, 32 and 64 plain rounds.
+    assert 2 <= result.stats.drafted_tokens <= 8
+    assert result.stats.rounds >= 110
+
+
+def test_a_drafter_that_is_always_right_drafts_longer_and_longer(monkeypatch):
+    agreeing = decode(monkeypatch, TARGET, CHEAP, PROMPT)
+    differing = decode(monkeypatch, TARGET, CHEAP)
+    assert agreeing.token_ids == differing.token_ids
+    assert agreeing.stats.acceptance_rate == 1
+    assert agreeing.stats.rounds < 15
+    assert agreeing.stats.tokens_per_round > differing.stats.tokens_per_round
+
+
+def test_an_answer_repeats_itself(monkeypatch):
+    """Costs are measured once, so that the second call drafts as the first did."""
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=60, ignore_eos=True)
+    results = [decoder.generate(PROMPT, DRAFT_PROMPT, sampling=sampling) for _ in range(3)]
+    for result in results[1:]:
+        assert result.token_ids == results[0].token_ids
+        assert result.stats.rounds == results[0].stats.rounds
+        assert result.stats.drafted_tokens == results[0].stats.drafted_tokens
