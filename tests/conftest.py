@@ -76,13 +76,16 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Pr
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def counting_model() -> PreTrainedModel:
-    """A tiny model that says the next word of ``w3`` to ``w63``, over and over."""
+def counting_model(attention: float = 0.0) -> PreTrainedModel:
+    """A tiny model that says the next word of ``w3`` to ``w63``, over and over.
+
+    With some ``attention`` (0.1) what was said before makes it jump now and then.
+    """
     model = tiny_model(eos_token_id=None)
     words = torch.arange(3, 64)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
+            layer.self_attn.o_proj.weight *= attention
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight[words.roll(-1)] = model.model.embed_tokens.weight[words]
         model.lm_head.weight[:3] = 0

@@ -109,6 +109,8 @@ class CompressedDrafter(RagDrafter):
         """Copy what is kept; no model runs."""
         whole, kept = self._target.cache, self._session.cache
         kept.rollback(0)
+        if whole.length == 0:
+            return  # a prompt of one token, which the first round reads
         for layer, part in zip(whole.layers, kept.layers, strict=True):
             index = self._selection(layer)[None, :, :, None]
             part.update(*(t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in _kv(layer)))
