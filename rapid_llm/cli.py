@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from textwrap import shorten
@@ -193,6 +193,17 @@ def ask(
         str | None, typer.Option(help="Of the drafter; by default the target's.")
     ] = None,
     attention: Annotated[Attention, typer.Option(help="Attention implementation.")] = "rapid",
+    drafter_quantization: Annotated[
+        Literal["auto", "int8", "none"],
+        typer.Option(help="Draft with int8 weights; auto: where the target drafts and it pays."),
+    ] = "auto",
+    kv_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep what the models read here, so that the next question need not wait for it.",
+        ),
+    ] = None,
     chunk_tokens: Annotated[int, typer.Option(min=32, help="The longest chunk.")] = 512,
     threshold: Annotated[
         float, typer.Option(min=-1, max=1, help="The least similarity of a retrieved chunk.")
@@ -238,6 +249,8 @@ def ask(
             device=device,
             drafter_device=drafter_device,
             attn_implementation=attention,
+            drafter_quantization=None if drafter_quantization == "none" else drafter_quantization,
+            kv_cache_dir=kv_cache,
         )
         builder = None
         if compare or method != "lc":
@@ -530,6 +543,7 @@ class _Job:
                 for chunk in chunks
             ],
             "models": self.models(method, result.stats),
+            "memory": asdict(self.inquiry.decoder.memory),
         }
 
 

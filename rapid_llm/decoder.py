@@ -25,7 +25,13 @@ from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.quantization import Quantization, int8_pays, int8_twin, require_int8
+from rapid_llm.engine.quantization import (
+    Quantization,
+    int8_nbytes,
+    int8_pays,
+    int8_twin,
+    require_int8,
+)
 from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
@@ -99,6 +105,21 @@ class GenerationResult:
             finish_reason=last.finish_reason,
             stats=last.stats,
         )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a decoder holds.
+
+    Attributes:
+        target_weights: of the target.
+        drafter_weights: beside those: another model's, an int8 twin's, or 0 where they are shared.
+        kept_kv: keys and values of prompts, kept for later ones.
+    """
+
+    target_weights: int
+    drafter_weights: int
+    kept_kv: int
 
 
 class RapidDecoder:
@@ -226,6 +247,18 @@ class RapidDecoder:
             int8_twin(self.drafter.model),
             f"{self.drafter.name} (int8)",
             self.drafter.attn_implementation,
+        )
+
+    @property
+    def memory(self) -> Memory:
+        """What the models and the kept KV take right now; a running generation's KV not counted."""
+        own = 0 if self.drafter is self.target else _weight_bytes(self.drafter.model)
+        # Not self.draft_forward: asking must not quantize.
+        twin = self.__dict__.get("draft_forward")
+        return Memory(
+            target_weights=_weight_bytes(self.target.model),
+            drafter_weights=own + (0 if twin is None else int8_nbytes(twin.model)),
+            kept_kv=self._prefixes.nbytes,
         )
 
     def clear_cache(self) -> None:
@@ -600,6 +633,10 @@ class _Generation:
 
 def _name_of(model: PreTrainedModel) -> str:
     return getattr(model, "name_or_path", "") or type(model).__name__
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

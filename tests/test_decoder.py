@@ -11,15 +11,15 @@ from collections import Counter
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer, transformers_greedy
-from torch import nn
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
-from rapid_llm.decoder import RapidDecoder
+from rapid_llm.decoder import Memory, RapidDecoder
 from rapid_llm.engine import forward as forward_module
 from rapid_llm.engine import reuse
 from rapid_llm.engine import session as session_module
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
+from rapid_llm.engine.quantization import int8_nbytes
 from rapid_llm.errors import (
     ContextWindowError,
     InvalidParameterError,
@@ -681,3 +681,21 @@ def test_what_is_not_on_this_machine_is_named(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ModelError, match="could not be loaded"):
         RapidDecoder.from_pretrained(tmp_path, device="cpu")
+
+
+def test_memory_is_told():
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
+    weights = sum(p.nbytes for p in decoder.target.model.parameters())
+    assert decoder.memory == Memory(weights, 0, 0)  # asking quantizes nothing
+    decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
+    # 2 layers, keys and values, 2 KV heads of 8 float32: two prompts and what may follow them.
+    kept = 2 * 2 * 2 * 8 * 4 * (len(TARGET_PROMPT) + len(DRAFT_PROMPT) + 2 * 40)
+    int8 = int8_nbytes(decoder.draft_forward.model)
+    assert decoder.memory == Memory(weights, int8, kept)
+    assert 0 < int8 < weights / 3
+    decoder.clear_cache()
+    assert decoder.memory.kept_kv == 0
+
+    other = tiny_model("qwen3", seed=1)
+    pair = RapidDecoder(tiny_model(), tiny_tokenizer(), other)
+    assert pair.memory.drafter_weights == sum(p.nbytes for p in other.parameters())

@@ -12,7 +12,7 @@ from langchain_core.callbacks import AsyncCallbackManager, CallbackManager
 from langchain_core.callbacks.manager import BaseRunManager
 from langchain_core.documents import Document
 from langchain_core.language_models import LangSmithParams
-from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import (
     BaseModel,
@@ -373,6 +373,7 @@ def usage(stats: Stats) -> UsageMetadata:
         input_tokens=stats.prompt_tokens,
         output_tokens=stats.completion_tokens,
         total_tokens=stats.prompt_tokens + stats.completion_tokens,
+        input_token_details=InputTokenDetails(cache_read=stats.cached_tokens),
     )
 
 

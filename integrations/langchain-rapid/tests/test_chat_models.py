@@ -329,7 +329,8 @@ def test_truncation_keeps_both_ends_and_the_other_messages(llm, prompts):
 
 def test_metadata_and_usage(llm):
     plain = llm.invoke("Hello")
-    assert plain.usage_metadata == {"input_tokens": 24, "output_tokens": 20, "total_tokens": 44}
+    counts = {"input_tokens": 24, "output_tokens": 20, "total_tokens": 44}
+    assert plain.usage_metadata == counts | {"input_token_details": {"cache_read": 0}}
     assert plain.response_metadata["model_name"] == "tiny-0"
     assert plain.response_metadata["finish_reason"] == "length"
     rapid = plain.response_metadata["rapid"]
@@ -338,6 +339,7 @@ def test_metadata_and_usage(llm):
 
     drafted = llm.invoke("Hello", draft_messages="Hello", gamma=4)
     rapid = drafted.response_metadata["rapid"]
+    assert drafted.usage_metadata["input_token_details"] == {"cache_read": 24 - 2}
     assert rapid["cached_tokens"] == 24 - 2  # of the first question; two are always read
     assert rapid["accepted"] == rapid["drafted"] == 16  # the drafter read what the target read
     assert rapid["acceptance_ratio"] == 1.0
@@ -353,6 +355,7 @@ def test_the_stream_is_the_answer_and_its_end_has_the_metadata(llm):
     assert len(chunks) == 20
     assert [c.usage_metadata for c in chunks[:-1]] == [None] * 19
     assert chunks[-1].chunk_position == "last"
+    llm.decoder.clear_cache()  # or the second would find the first one's KV
     whole, message = joined(chunks), llm.invoke("Hello")
     assert whole.content == message.content
     assert whole.usage_metadata == message.usage_metadata

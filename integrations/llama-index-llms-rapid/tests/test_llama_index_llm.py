@@ -94,6 +94,7 @@ def test_every_row_gives_the_decoders_answer(llm, expected, row):
         "prompt_tokens": expected.stats.prompt_tokens,
         "completion_tokens": 24,
         "total_tokens": expected.stats.prompt_tokens + 24,
+        "prompt_tokens_details": {"cached_tokens": raw["rapid"]["cached_tokens"]},
     }
     assert raw["finish_reason"] == "length"
     counts = expected.stats.as_dict()

@@ -488,6 +488,7 @@ class _Call:
                     "prompt_tokens": stats.prompt_tokens,
                     "completion_tokens": stats.completion_tokens,
                     "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+                    "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
                 },
                 "finish_reason": chunk.finish_reason,
                 "rapid": dict(self.report),
