@@ -1,12 +1,15 @@
 """The law of the output: chi-square tests on whole generations of tiny models.
 
-Two-token outputs, so that accepted, recovered and bonus tokens all take part. The last tests
-alter the residual and the tail test, and see that the chi-square notices.
+Outputs of two or three tokens, so that accepted, recovered and bonus tokens all take part. The
+last tests alter the residual and the tail test, and see that the chi-square notices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,12 +19,25 @@ from torch import Tensor
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.costs import PassCost
+from rapid_llm.engine.quantization import Int8Linear
 from rapid_llm.speculation import acceptance
+from rapid_llm.speculation.drafters import compressed, rag
+from rapid_llm.stats import Stats
 
 VOCAB = 6
-SAMPLES = 20_000
-TARGET_PROMPT, DRAFT_PROMPT = [3, 5, 4], [4]
+SAMPLES, FEWER_SAMPLES = 20_000, 8_000
 ETA = 5.0
+
+
+class Prompts(NamedTuple):
+    target: list[int]
+    draft: list[int]
+
+
+SHORT = Prompts([3, 5, 4], [4])
+REPETITIVE = Prompts([3, 5, 4, 0, 2, 1, 3, 5, 4, 1, 3, 5], [4, 3, 5, 4, 3])
+"""Both end with words that stood before, so that a lookup finds a guess."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,30 +49,42 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def make_decoder(**options) -> RapidDecoder:
+    shape = {"vocab_size": VOCAB, "num_hidden_layers": 1, "initializer_range": 0.2}
+    target, drafter = tiny_model(seed=3, **shape), tiny_model(**shape)
+    return RapidDecoder(target, tiny_tokenizer(VOCAB), drafter, **options)
+
+
 @pytest.fixture(scope="module")
 def decoder() -> RapidDecoder:
-    shape = {"vocab_size": VOCAB, "num_hidden_layers": 1, "initializer_range": 0.2}
-    return RapidDecoder(tiny_model(seed=3, **shape), tiny_tokenizer(VOCAB), tiny_model(**shape))
+    return make_decoder()
 
 
 class Law:
     """Probabilities from the models' own forward passes and the formulas of the paper."""
 
-    def __init__(self, decoder: RapidDecoder, temperature: float, eta: float) -> None:
+    def __init__(
+        self, decoder: RapidDecoder, temperature: float, eta: float, prompts: Prompts = SHORT
+    ) -> None:
         self.decoder, self.temperature, self.eta = decoder, temperature, eta
+        self.prompts = prompts
 
     def _next(self, model: torch.nn.Module, ids: list[int]) -> Tensor:
         with torch.inference_mode():
             return model(torch.tensor([ids])).logits[0, -1].double() / self.temperature
 
+    def _scores(self, before: Sequence[int]) -> Tensor:
+        return self._next(self.decoder.target.model, [*self.prompts.target, *before])
+
     def p(self, *before: int) -> Tensor:
-        return self._next(self.decoder.target.model, [*TARGET_PROMPT, *before]).softmax(-1)
+        return self._scores(before).softmax(-1)
 
     def q(self, *before: int) -> Tensor:
-        return self._next(self.decoder.drafter.model, [*DRAFT_PROMPT, *before]).softmax(-1)
+        model = self.decoder.draft_forward.model
+        return self._next(model, [*self.prompts.draft, *before]).softmax(-1)
 
     def p_hat(self, *before: int) -> Tensor:
-        s = self._next(self.decoder.target.model, [*TARGET_PROMPT, *before])
+        s = self._scores(before)
         p, q = s.softmax(-1), self.q(*before)
         step = self.eta * (q - p)
         step[q < 0.1 * q.max()] = 0.0
@@ -74,9 +102,14 @@ class Law:
         return (1 - m.sum()) * residual / residual.sum()
 
 
-def pairs(first: Tensor, second) -> Tensor:
+def pairs(first: Tensor, second: Callable[[int], Tensor]) -> Tensor:
     """Joint probabilities ``[vocab, vocab]`` from P(a) and a function P(. | a)."""
     return torch.stack([first[a] * second(a) for a in range(VOCAB)])
+
+
+def triples(law: Callable[..., Tensor]) -> Tensor:
+    """Joint probabilities ``[vocab, vocab, vocab]`` from a function P(. | before)."""
+    return pairs(law(), lambda a: pairs(law(a), lambda b: law(a, b)))
 
 
 def expected(law: Law, mode: str, gamma: int) -> Tensor:
@@ -90,17 +123,40 @@ def expected(law: Law, mode: str, gamma: int) -> Tensor:
     return pairs(law.overlap(), law.p) + pairs(law.recovered(), law.paper)
 
 
-def counts(decoder: RapidDecoder, samples: int = SAMPLES, seed: int = 0, **config) -> Tensor:
-    table = torch.zeros(VOCAB, VOCAB)
+@dataclass
+class Run:
+    """How often each output was said, ``[vocab, vocab]`` or more, and what it took in all."""
+
+    table: Tensor
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
+    rounds: int = 0
+    plain_rounds: int = 0
+
+    def add(self, tokens: Sequence[int], stats: Stats, plain_rounds: int) -> None:
+        self.table[tuple(tokens)] += 1
+        self.drafted += stats.drafted_tokens
+        self.accepted += stats.accepted_tokens
+        self.passes += stats.draft_passes
+        self.rounds += stats.rounds
+        self.plain_rounds += plain_rounds
+
+
+def sample(
+    decoder: RapidDecoder, samples: int, prompts: Prompts = SHORT, length: int = 2, **config
+) -> Run:
+    run = Run(torch.zeros([VOCAB] * length))
     speculation = SpeculationConfig(eta=ETA, **config)
-    for i in range(samples):
-        sampling = SamplingParams(temperature=0.8, max_new_tokens=2, seed=seed + i, ignore_eos=True)
-        result = decoder.generate(
-            TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling, speculation=speculation
+    for seed in range(samples):
+        sampling = SamplingParams(
+            temperature=0.8, max_new_tokens=length, seed=seed, ignore_eos=True
         )
-        first, second = result.token_ids
-        table[first, second] += 1
-    return table
+        chunks = list(decoder.stream(*prompts, sampling=sampling, speculation=speculation))
+        drafted = [0, *(chunk.stats.drafted_tokens for chunk in chunks)]
+        plain = sum(before == after for before, after in pairwise(drafted))
+        run.add([t for chunk in chunks for t in chunk.token_ids], chunks[-1].stats, plain)
+    return run
 
 
 def p_value(table: Tensor, law: Tensor) -> float:
@@ -119,11 +175,56 @@ def p_value(table: Tensor, law: Tensor) -> float:
 @pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
 def test_outputs_follow_the_modes_law(decoder, mode, gamma):
     law = Law(decoder, 0.8, ETA)
-    table = counts(decoder, mode=mode, gamma=gamma)
+    table = sample(decoder, SAMPLES, mode=mode, gamma=gamma).table
     assert p_value(table, expected(law, mode, gamma)) > 1e-3
     if mode == "paper":  # and it is no other law: the paper's claim that it is p does not hold
         assert p_value(table, expected(law, "exact", gamma)) < 1e-9
         assert p_value(table, expected(law, "augmented", gamma)) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
+def test_guesses_change_no_law(decoder, mode):
+    law = expected(Law(decoder, 0.8, ETA, REPETITIVE), mode, 2)
+    run = sample(decoder, FEWER_SAMPLES, REPETITIVE, mode=mode, gamma=2)
+    assert p_value(run.table, law) > 1e-3
+    look_ahead = run.rounds if mode == "augmented" else 0
+    assert run.passes - look_ahead < 0.95 * run.drafted
+
+
+@pytest.mark.slow
+def test_an_int8_drafters_own_distribution_is_what_counts():
+    decoder = make_decoder(drafter_quantization="int8")
+    assert isinstance(decoder.draft_forward.model.lm_head, Int8Linear)
+    law = expected(Law(decoder, 0.8, ETA, REPETITIVE), "augmented", 2)
+    run = sample(decoder, FEWER_SAMPLES, REPETITIVE, mode="augmented", gamma=2)
+    assert p_value(run.table, law) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_draft_length_that_follows_the_outcome_changes_no_law(decoder, monkeypatch):
+    """Costs at which one token is drafted at first, and none after a rejection."""
+    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: PassCost(1.0, 0.0))
+    monkeypatch.setattr(
+        "rapid_llm.speculation.drafters.rag.pass_cost", lambda session: PassCost(0.65, 0.0)
+    )
+    run = sample(decoder, FEWER_SAMPLES, length=3, mode="exact", gamma="auto")
+    assert p_value(run.table, triples(Law(decoder, 0.8, ETA).p)) > 1e-3
+    assert 0 < run.accepted < run.drafted
+    assert run.plain_rounds > FEWER_SAMPLES / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafting", ["streaming", "triforce", "rest"])
+def test_drafting_without_a_context_is_exact(decoder, monkeypatch, drafting):
+    monkeypatch.setattr(compressed, "BUDGET", 6)  # of the prompt's 12 tokens
+    monkeypatch.setattr(compressed, "_CHUNK", 2)
+    run = sample(decoder, FEWER_SAMPLES, REPETITIVE, mode="exact", gamma=2, drafting=drafting)
+    law = Law(decoder, 0.8, ETA, REPETITIVE)
+    assert p_value(run.table, expected(law, "exact", 2)) > 1e-3
+    assert 0 < run.accepted < run.drafted
+    assert run.passes < run.drafted  # guesses
+    assert (run.passes == 0) == (drafting == "rest")
 
 
 def broken_residual(base: Tensor, overlap: Tensor) -> Tensor:
@@ -161,4 +262,17 @@ def full_overlap_residual(base: Tensor, overlap: Tensor) -> Tensor:
 def test_an_altered_rule_is_noticed(decoder, monkeypatch, mode, name, altered):
     law = expected(Law(decoder, 0.8, ETA), mode, 2)
     monkeypatch.setattr(acceptance, name, altered)
-    assert p_value(counts(decoder, 3000, mode=mode, gamma=2), law) < 1e-4
+    assert p_value(sample(decoder, 3000, mode=mode, gamma=2).table, law) < 1e-4
+
+
+def test_an_altered_check_of_guesses_is_noticed(decoder, monkeypatch):
+    """Guesses that are always believed do not follow q."""
+
+    def believe(q, guess, generator, *, greedy):
+        n = len(guess)
+        return torch.tensor(n), acceptance.draw(q[n], generator)
+
+    law = expected(Law(decoder, 0.8, ETA, REPETITIVE), "augmented", 2)
+    monkeypatch.setattr(rag, "verify_guess", believe)
+    run = sample(decoder, 3000, REPETITIVE, mode="augmented", gamma=2)
+    assert p_value(run.table, law) < 1e-4
