@@ -370,6 +370,9 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each.")] = 3,
     dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Write that object to a file as well.", metavar="JSON")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the speeds as bars.", metavar="PNG")
     ] = None,
@@ -414,10 +417,13 @@ def bench(
             repeats=repeats,
             progress=lambda done, total: bars("runs measured", done, total),
         )
+    as_object = json.dumps(report.as_dict())
+    if save is not None:
+        save.write_text(as_object + "\n", encoding="utf-8")
     if plot is not None:
         reporting.plot(report, plot)
     if as_json:
-        print(json.dumps(report.as_dict()), flush=True)
+        print(as_object, flush=True)
         return
     _print(reporting.heading(report))
     for cell in report.cells:
