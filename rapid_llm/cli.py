@@ -363,7 +363,8 @@ def bench(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only methods whose name contains this; may be repeated.", show_default=False
+            help="Only the method of this name, or all whose names contain it; may be repeated.",
+            show_default=False,
         ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in a run.")] = 64,
@@ -401,8 +402,13 @@ def bench(
             for one in (task or QUESTIONS)
         ]
         every = our_methods(decoder) | peer_methods(decoder)
-        parts = method or [""]
-        methods = {name: run for name, run in every.items() if any(part in name for part in parts)}
+        chosen = {
+            name
+            for part in method or [""]
+            for name in ([part] if part in every else every)
+            if part in name
+        }
+        methods = {name: run for name, run in every.items() if name in chosen}
         if not methods:
             raise InvalidParameterError(
                 f"method={method!r} names no method; choose from {', '.join(every)}"

@@ -113,7 +113,7 @@ class SpeculationConfig:
             which has no distribution to transfer and is always ``exact``.
         lookup: let the drafter check, in one pass, tokens that followed the last ones in what was
             retrieved or said before. It changes no distribution, only the number of passes.
-        min_confidence: in [0, 1]; a round's draft ends after a token with a smaller q.
+        min_confidence: in [0, 1]; a draft ends after a pass that gave a token a smaller q.
 
     Raises:
         InvalidParameterError: a value is outside its range.

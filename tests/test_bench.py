@@ -179,12 +179,12 @@ def test_a_stretched_model_shares_its_weights_and_reads_more() -> None:
 def test_the_command_runs_what_it_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    chosen = ("--context", "400", "--task", "quoting", "--method", "lc", "--method", "rest")
+    chosen = ("--context", "400", "--task", "quoting", "--method", "rapid", "--method", "res")
     status = cli.main(["bench", *chosen, "--new-tokens", "4", "--repeats", "1", "--json"])
     captured = capsys.readouterr()
     assert status == 0
     report = json.loads(captured.out)
-    assert [row["method"] for row in report["cells"][0]["rows"]] == ["lc", "rest"]
+    assert [row["method"] for row in report["cells"][0]["rows"]] == ["rapid", "rest"]
     assert report["cells"][0]["task"] == "quoting"
 
 

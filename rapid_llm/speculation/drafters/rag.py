@@ -23,8 +23,8 @@ class RagDrafter:
 
     With ``lookup`` it cascades: what followed the last tokens in the prompt or the output is
     guessed, and one pass checks the guess, so that every token still follows q exactly. The host
-    must know what was accepted before it can guess again: one synchronisation a pass, of a pass
-    that yields several tokens. Without lookup and ``min_confidence`` there is none.
+    must know what was accepted before it can guess again, so it waits for each such pass. Without
+    lookup and ``min_confidence`` it never waits.
 
     Args:
         session: the drafting model with room for ``prompt`` and the output.
