@@ -59,7 +59,7 @@ def steady(schedule: AdaptiveSchedule, gamma: int, accepted: int, rounds: int = 
 
 
 def best(a: float, target: PassCost, drafter: PassCost) -> float:
-    """Tokens a second at the best γ, from DESIGN's formula in units of a plain step."""
+    """Tokens a second at the best γ, from the speed model's formula in units of a plain step."""
     c = drafter.first / target.first
     speeds = []
     for gamma in range(MAX_GAMMA + 1):
@@ -141,17 +141,17 @@ def plain_rounds(schedule: AdaptiveSchedule, probes: int, accepted: int = 0) -> 
         if gamma == 0:
             rounds += 1
         else:
-            assert gamma == 2
+            assert gamma == 1
             waits, rounds = [*waits, rounds], 0
         assert rounds < 1000
     return waits
 
 
 def test_where_drafting_never_pays_it_is_probed_ever_more_rarely():
-    assert plain_rounds(AdaptiveSchedule(TARGET, DEAR), 6) == [8, 16, 32, 64, 64, 64]
+    assert plain_rounds(AdaptiveSchedule(TARGET, DEAR), 6) == [16, 32, 64, 64, 64, 64]
     learned = AdaptiveSchedule(TARGET, CHEAP)
     assert steady(learned, 8, 0) == 0
-    assert plain_rounds(learned, 3) == [7, 16, 32]  # one plain round was asked for above
+    assert plain_rounds(learned, 3) == [15, 32, 64]  # one plain round was asked for above
 
 
 def test_probes_find_out_when_drafting_pays_again():
@@ -162,11 +162,11 @@ def test_probes_find_out_when_drafting_pays_again():
         gamma = schedule.next()
         schedule.record(gamma, gamma, gamma)
         drafted.append(gamma)
-    assert 0 in drafted[:10]
+    assert 0 in drafted[:20]
     assert min(drafted[-20:]) > 2
     # And the patience of old is back.
     assert steady(schedule, 8, 0) == 0
-    assert plain_rounds(schedule, 2) == [7, 16]
+    assert plain_rounds(schedule, 2) == [15, 32]
 
 
 @given(st.lists(st.tuples(st.integers(0, 16), st.integers(0, 16), st.integers(0, 17)), max_size=50))
@@ -294,8 +294,8 @@ def test_a_drafter_that_never_pays_leaves_plain_decoding_with_rare_probes(monkey
         PROMPT, sampling=SamplingParams(max_new_tokens=120, ignore_eos=True)
     )
     assert result.token_ids == plain.token_ids
-    # Probes of two tokens after 8, 16, 32 and 64 plain rounds.
-    assert 2 <= result.stats.drafted_tokens <= 8
+    # A token after 16 plain rounds, after 32 more and after 64 more.
+    assert 1 <= result.stats.drafted_tokens <= 3
     assert result.stats.rounds >= 110
 
 

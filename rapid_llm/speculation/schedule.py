@@ -20,9 +20,9 @@ if TYPE_CHECKING:  # the speed model of the command line uses this module, and n
 MAX_GAMMA = 16
 """Longest draft considered: longer ones gain nothing at acceptance rates below 0.95."""
 
-_MEMORY = 0.85  # weight of a round's outcome after the next one
-_PROBE = 2  # tokens drafted to see whether drafting pays again
-_FIRST_WAIT, _LONGEST_WAIT = 8, 64  # plain rounds before a probe: at most 2 to 3 % are lost
+_MEMORY = 0.9  # weight of a round's outcome after the next one
+_PROBE = 1  # tokens drafted to see whether drafting pays again
+_FIRST_WAIT, _LONGEST_WAIT = 16, 64  # plain rounds before a probe: at most 2 to 3 % are lost
 
 
 def expected_tokens(a: float, gamma: int) -> float:
@@ -64,8 +64,8 @@ class AdaptiveSchedule:
     def __init__(self, target: PassCost, drafter: PassCost) -> None:
         self._target, self._drafter = target, drafter
         # Beliefs before the first round, as if seen: accepted of tried, passes of drafted tokens.
-        self._accepted, self._tried = 3.2, 4.0
-        self._passes, self._drafted = 4.0, 4.0
+        self._accepted, self._tried = 2.4, 3.0
+        self._passes, self._drafted = 3.0, 3.0
         self._plain_rounds, self._wait = 0, _FIRST_WAIT
 
     def next(self) -> int:
