@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import threading
@@ -162,6 +163,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             f"device={str(device)!r} cannot be used on this machine; use 'cpu', or 'cuda' or "
             "'cuda:1' where there is such a GPU"
         ) from error
+
+
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose modules and config may be changed; its weights are the model's own tensors."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    # Outside inference mode, or new tensors of the copy could not be used anywhere else.
+    with torch.inference_mode(False):
+        return copy.deepcopy(model, shared)
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -14,6 +13,7 @@ from rapid_llm.context.builder import ContextBuilder
 from rapid_llm.context.prompts import build_messages
 from rapid_llm.encoding import encode_literal, encode_prompt
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.models import sharing_copy
 
 QUOTED = "PROPHECY"
 QUESTIONS = {
@@ -93,8 +93,7 @@ def stretched(model: Any, tokens: int) -> PreTrainedModel:
     original = int(model.config.max_position_embeddings)
     if tokens <= original:
         return model
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    longer = copy.deepcopy(model, shared)
+    longer: Any = sharing_copy(model)
     longer.config.rope_parameters = {
         **longer.config.rope_parameters,
         "rope_type": "yarn",

@@ -6,9 +6,8 @@ Weight-only and symmetric, one scale an output row: ``w ≈ scale * round(w / sc
 
 from __future__ import annotations
 
-import copy
 import threading
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.models import sharing_copy
 
 Quantization = Literal["auto", "int8"]
 
@@ -73,9 +73,8 @@ def int8_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _int8_copy(model: PreTrainedModel) -> PreTrainedModel:
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    with torch.inference_mode(False):
-        twin = copy.deepcopy(model, shared)
+    twin = sharing_copy(model)
+    with torch.inference_mode(False):  # or the int8 weights would be of use there only
         for parent in list(twin.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
