@@ -553,7 +553,6 @@ class _Generation:
         )
         if self.drafter is not None:
             self.drafter.prefill(progress and (lambda *tokens: progress("draft", *tokens)))
-        if self.drafter is not None:
             gamma = self.config.gamma
             self._schedule = (
                 AdaptiveSchedule(pass_cost(self.target), self.drafter.cost())
