@@ -28,8 +28,8 @@ class Stats:
         rejections: rounds in which a proposed token was rejected.
         draft_passes: forward passes of the drafter; fewer than ``drafted_tokens`` where it checked
             guesses.
-        prefill_seconds: wall time of reading the prompts and, the first time at a context length, of
-            measuring what passes cost there.
+        prefill_seconds: wall time of reading the prompts and, the first time at a context length,
+            of measuring what passes cost there.
         decode_seconds: wall time of the rounds that followed.
         draft_seconds: of these, spent drafting; on a GPU, where drafts are launched and not waited
             for, what the host spent.
