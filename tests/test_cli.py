@@ -33,9 +33,9 @@ class Outcome(NamedTuple):
     err: str
 
 
-def save(folder: Path, *, words: int = 64, broken: bool = False) -> str:
+def save(folder: Path, *, words: int = 64, broken: bool = False, window: int = 512) -> str:
     """A tiny model on disk, as a user would name it."""
-    model = tiny_model(vocab_size=words)
+    model = tiny_model(vocab_size=words, max_position_embeddings=window)
     if broken:
         model.get_input_embeddings().weight.data.fill_(float("nan"))
     tokenizer = tiny_tokenizer(words)
@@ -117,7 +117,7 @@ def test_json_is_one_object(ask: Any, model: str, document: str) -> None:
 
     assert (status, err) == (0, "")
     assert list(answer) == [
-        *("text", "token_ids", "finish_reason", "method", "stats", "chunks", "models")
+        *("text", "token_ids", "finish_reason", "method", "stats", "chunks", "models", "memory")
     ]
     assert len(answer["token_ids"]) == answer["stats"]["completion_tokens"] == 12
     assert answer["finish_reason"] == "length"
@@ -127,6 +127,7 @@ def test_json_is_one_object(ask: Any, model: str, document: str) -> None:
         "drafter": model,
         "embedder": "all-minilm-l6-v2",
     }
+    assert answer["memory"]["target_weights"] > answer["memory"]["drafter_weights"] == 0
     assert answer["chunks"]
     for chunk in answer["chunks"]:
         assert set(chunk) == {"document", "start", "end", "score"}
@@ -435,8 +436,12 @@ def test_the_packaged_models_answer_without_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals and pipes")
-def test_a_closed_pipe_and_a_real_interrupt_leave_no_traceback(model: str, document: str) -> None:
-    options = ("--question", "w5", "--target", model, "--method", "lc", "--max-new-tokens", "300")
+def test_a_closed_pipe_and_a_real_interrupt_leave_no_traceback(
+    tmp_path: Path, document: str
+) -> None:
+    # An answer so long that it cannot have ended before the signal arrives.
+    long = save(tmp_path / "long", window=100_000)
+    options = ("--question", "w5", "--target", long, "--method", "lc", "--max-new-tokens", "90000")
     closed = python("-m", "rapid_llm", "ask", document, *options)
     stopped = python("-m", "rapid_llm", "ask", document, *options)
     assert closed.stdout is not None
