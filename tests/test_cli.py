@@ -33,9 +33,11 @@ class Outcome(NamedTuple):
     err: str
 
 
-def save(folder: Path, *, words: int = 64, broken: bool = False, window: int = 512) -> str:
-    """A tiny model on disk, as a user would name it."""
-    model = tiny_model(vocab_size=words, max_position_embeddings=window)
+def save(folder: Path, *, words: int = 64, broken: bool = False, endless: bool = False) -> str:
+    """A tiny model on disk, as a user would name it; an endless one never ends its answer."""
+    model = tiny_model(vocab_size=words, max_position_embeddings=100_000 if endless else 512)
+    if endless:  # a logit of 0 is never the greatest
+        model.get_output_embeddings().weight.data[model.config.eos_token_id] = 0
     if broken:
         model.get_input_embeddings().weight.data.fill_(float("nan"))
     tokenizer = tiny_tokenizer(words)
@@ -440,7 +442,7 @@ def test_a_closed_pipe_and_a_real_interrupt_leave_no_traceback(
     tmp_path: Path, document: str
 ) -> None:
     # An answer so long that it cannot have ended before the signal arrives.
-    long = save(tmp_path / "long", window=100_000)
+    long = save(tmp_path / "long", endless=True)
     options = ("--question", "w5", "--target", long, "--method", "lc", "--max-new-tokens", "90000")
     closed = python("-m", "rapid_llm", "ask", document, *options)
     stopped = python("-m", "rapid_llm", "ask", document, *options)
