@@ -389,15 +389,16 @@ def bench(
         from rapid_llm.bench import report as reporting
         from rapid_llm.bench.measure import measure
         from rapid_llm.bench.methods import our_methods, peer_methods
-        from rapid_llm.bench.workload import QUESTIONS, make_workload, stretched
+        from rapid_llm.bench.workload import QUESTIONS, make_builder, make_workload, stretched
         from rapid_llm.decoder import RapidDecoder
         from rapid_llm.models import load_model
 
         loaded = load_model(PACKAGED_MODEL, dtype=dtype)
         model = stretched(loaded.model, max(contexts) + new_tokens)
         decoder = RapidDecoder(model, loaded.tokenizer, name=loaded.name)
+        builder = make_builder(loaded.tokenizer, PACKAGED_EMBEDDER, max(contexts))
         works = [
-            make_workload(one, tokens, _demo_text(), loaded.tokenizer, PACKAGED_EMBEDDER)
+            make_workload(one, tokens, _demo_text(), loaded.tokenizer, builder)
             for tokens in contexts
             for one in (task or QUESTIONS)
         ]

@@ -20,13 +20,12 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.quantization import (
-    Quantization,
     int8_nbytes,
     int8_pays,
     int8_twin,
@@ -56,6 +55,9 @@ from rapid_llm.stats import Method, Stats
 from rapid_llm.text import TextStream
 
 FinishReason = Literal["stop", "length"]
+DRAFTED: tuple[Method, ...] = ("rapid", "sd")
+"""Methods in which the target verifies drafts."""
+
 Progress = Callable[[Literal["draft", "target"], int, int], None]
 """Called during prefill with (whose prompt, tokens read, tokens to read)."""
 
@@ -367,8 +369,7 @@ class RapidDecoder:
             target_prompt, draft_prompt = draft_prompt, None
         elif draft_prompt is not None or not own_prompt:
             method = "rapid" if config.transfer_strength > 0 else "sd"
-        drafts = method in ("rapid", "sd")
-        if drafts and config.drafting in SELECTIONS:
+        if method in DRAFTED and config.drafting in SELECTIONS:
             require_compressible(forward, config.drafting)
         return _Request(
             prompt=self._encode(target_prompt, forward, sampling),
@@ -379,7 +380,6 @@ class RapidDecoder:
             sampling=sampling,
             config=config,
             method=method,
-            drafts=drafts,
         )
 
     @contextmanager
@@ -399,7 +399,7 @@ class RapidDecoder:
             yield _Generation(
                 target=target,
                 lease=kept,
-                drafter=self._drafter(request, target, sampler, lease) if request.drafts else None,
+                drafter=self._drafter(request, target, sampler, lease),
                 drafter_name=self.drafter.name,
                 sampler=sampler,
                 config=request.config,
@@ -412,8 +412,10 @@ class RapidDecoder:
         target: Session,
         sampler: Sampler,
         lease: Callable[[Forward, Sequence[int]], tuple[Session, Lease]],
-    ) -> Drafter:
+    ) -> Drafter | None:
         config, forward = request.config, request.forward
+        if request.method not in DRAFTED:
+            return None
         if config.drafting == "rest":
             return LookupDrafter(request.prompt, forward.vocab_size, forward.device)
         if config.drafting in SELECTIONS:
@@ -513,7 +515,6 @@ class _Request(NamedTuple):
     sampling: SamplingParams
     config: SpeculationConfig
     method: Method
-    drafts: bool
 
 
 class _Generation:

@@ -20,7 +20,7 @@ from rapid_llm.bench.measure import Cell, Row, measure
 from rapid_llm.bench.methods import Run, _Stamps, our_methods, peer_methods
 from rapid_llm.bench.report import cell_table, engine_lines, heading, plot
 from rapid_llm.bench.speed_model import named_device
-from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload, stretched
+from rapid_llm.bench.workload import QUESTIONS, Workload, make_builder, make_workload, stretched
 from rapid_llm.engine.forward import Forward
 
 TARGET = [3 + i * i % 61 for i in range(200)]
@@ -148,10 +148,8 @@ def test_bad_numbers_are_refused(decoder: RapidDecoder) -> None:
 
 @pytest.mark.parametrize("context", [500, 1700, 9000])
 def test_a_workload_has_the_length_asked_for(context: int, dictionary: str) -> None:
-    works = [
-        make_workload(task, context, dictionary, smollm2(), "all-minilm-l6-v2")
-        for task in QUESTIONS
-    ]
+    builder = make_builder(smollm2(), "all-minilm-l6-v2", context)
+    works = [make_workload(task, context, dictionary, smollm2(), builder) for task in QUESTIONS]
     for work in works:
         assert context - 24 <= len(work.target) <= context + 4
         assert len(work.draft) < 650

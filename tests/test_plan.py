@@ -28,7 +28,6 @@ from rapid_llm.bench.plan import (
 from rapid_llm.bench.speed_model import (
     DEVICES,
     ModelSize,
-    best_draft,
     named_device,
     prefill_seconds,
     step_seconds,
@@ -37,7 +36,7 @@ from rapid_llm.bench.this_device import measure_device
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.quantization import int8_nbytes, int8_twin
 from rapid_llm.errors import InvalidParameterError, ModelError
-from rapid_llm.speculation.schedule import MAX_GAMMA, expected_tokens
+from rapid_llm.speculation.schedule import MAX_GAMMA, best_draft, expected_tokens
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -77,16 +77,27 @@ class Cell:
             }
             if stats is not None and stats.rounds and "lc" in self.rows:
                 plain = self.rows["lc"].ms / 1000
-                entry["gamma"] = stats.drafted_tokens / stats.rounds
-                entry["c"] = draft_cost(stats, plain)
-                entry["v"] = (stats.decode_seconds - stats.draft_seconds) / stats.rounds / plain
+                entry |= Costs.of(stats, plain)._asdict()
             rows.append(entry)
         return asdict(self) | {"rows": rows}
 
 
-def draft_cost(stats: Stats, plain: float) -> float | None:
-    """c: seconds of a drafter's pass ÷ those of a plain step."""
-    return stats.draft_seconds / stats.draft_passes / plain if stats.draft_passes else None
+class Costs(NamedTuple):
+    """The mean γ, and in plain steps: c, a pass of the drafter, and v, a verification."""
+
+    gamma: float
+    c: float | None
+    v: float
+
+    @classmethod
+    def of(cls, stats: Stats, plain: float) -> Costs:
+        """``plain``: seconds of a plain step. c is None where no model drafted."""
+        passes = stats.draft_passes
+        return cls(
+            gamma=stats.drafted_tokens / stats.rounds,
+            c=stats.draft_seconds / passes / plain if passes else None,
+            v=(stats.decode_seconds - stats.draft_seconds) / stats.rounds / plain,
+        )
 
 
 @dataclass(frozen=True)

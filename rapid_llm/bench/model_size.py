@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rapid_llm.bench.speed_model import ModelSize
 from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.kv_cache import kv_shape
 from rapid_llm.errors import ModelError
 from rapid_llm.models import load_config
 
@@ -48,6 +49,7 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
     experts = _expert_weights(model)
     routed = sum(weight.numel() for weight in experts)
     weights = list(model.parameters())  # a tied one comes once
+    layers, kv_heads, head_dim = kv_shape(text)
     return ModelSize(
         name=name,
         lookup=lookup,
@@ -56,10 +58,10 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
         experts=routed,
         expert_share=text.num_experts_per_tok / experts[0].shape[0] if experts else 0,
         vectors=sum(w.numel() for w in weights if w.dim() == 1),
-        layers=text.num_hidden_layers,
+        layers=layers,
         heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         hidden_size=text.hidden_size,
         context_window=forward.context_window,
     )

@@ -16,13 +16,12 @@ from rapid_llm.bench.speed_model import (
     Device,
     ModelSize,
     Precision,
-    best_draft,
     prefill_seconds,
     step_seconds,
 )
 from rapid_llm.bench.this_device import measure_device
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.speculation.schedule import MAX_GAMMA, expected_tokens
+from rapid_llm.speculation.schedule import MAX_GAMMA, best_draft, expected_tokens
 
 SENSITIVITY = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Acceptance rates for which each drafter's speedup is shown."""

@@ -9,7 +9,7 @@ from statistics import median
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from rapid_llm.bench.measure import VERIFIED, Cell, Engine, Report, Row, draft_cost
+from rapid_llm.bench.measure import VERIFIED, Cell, Costs, Engine, Report, Row
 from rapid_llm.errors import MissingDependencyError
 
 GENERATE = "transformers generate"
@@ -53,12 +53,12 @@ def _speculation(row: Row, cell: Cell) -> Iterator[str]:
     if stats is None or stats.drafted_tokens == 0 or "lc" not in cell.rows:
         yield from "–––––"
         return
-    plain = cell.rows["lc"].ms / 1000
+    costs = Costs.of(stats, cell.rows["lc"].ms / 1000)
     yield f"{stats.acceptance_rate:.2f}"
     yield f"{stats.tokens_per_round:.1f}"
-    yield _number(draft_cost(stats, plain))
-    yield f"{(stats.decode_seconds - stats.draft_seconds) / stats.rounds / plain:.2f}"
-    yield f"{stats.drafted_tokens / stats.rounds:.1f}"
+    yield _number(costs.c)
+    yield f"{costs.v:.2f}"
+    yield f"{costs.gamma:.1f}"
 
 
 def engine_lines(report: Report) -> Iterator[str]:

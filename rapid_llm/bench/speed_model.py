@@ -8,12 +8,10 @@ drafts γ tokens and verifies γ+1 in one pass; its yield is that of Leviathan e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.speculation.schedule import expected_tokens
 
 Precision = Literal["bf16", "int8", "int4"]
 
@@ -193,26 +191,6 @@ def _flops(size: ModelSize, tokens: int, pairs: float) -> float:
     return 2 * size.active_parameters * tokens + 4 * pairs * size.layers * (
         size.heads * size.head_dim
     )
-
-
-def best_draft(
-    acceptance: float, plain: float, draft: float, verify: Iterable[float]
-) -> tuple[int, float]:
-    """The γ that decodes fastest, and its speedup over plain decoding, at least 1 (γ = 0).
-
-    Args:
-        acceptance: a, in [0, 1].
-        plain: seconds of a plain target step.
-        draft: seconds of a draft step; c = draft / plain.
-        verify: seconds of a verification pass for γ = 1, 2, …; v = verify / plain.
-    """
-    best = 0, 1.0
-    for gamma, seconds in enumerate(verify, start=1):
-        # E / (γ c + v)
-        speedup = expected_tokens(acceptance, gamma) * plain / (gamma * draft + seconds)
-        if speedup > best[1]:
-            best = gamma, speedup
-    return best
 
 
 def named_device(name: str) -> Device:

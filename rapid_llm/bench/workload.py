@@ -39,8 +39,27 @@ class Workload:
     draft: list[int]
 
 
+def make_builder(tokenizer: PreTrainedTokenizerBase, embedder: str, longest: int) -> ContextBuilder:
+    """Retrieves ``RETRIEVED_TOKENS`` from documents of at most ``longest`` tokens.
+
+    One for all workloads: it loads the embedder, and embeds each document, once.
+    """
+    return ContextBuilder(
+        tokenizer,
+        embedder,
+        chunk_tokens=CHUNK_TOKENS,
+        min_budget_tokens=RETRIEVED_TOKENS,
+        compression=max(24.0, longest / RETRIEVED_TOKENS),
+        threshold=-1,  # a free question is like no chunk, and yet something is to be drafted from
+    )
+
+
 def make_workload(
-    task: str, context: int, text: str, tokenizer: PreTrainedTokenizerBase, embedder: str
+    task: str,
+    context: int,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    builder: ContextBuilder,
 ) -> Workload:
     """Cut or repeat a text so that the prompt has ``context`` tokens; retrieve from it.
 
@@ -68,14 +87,6 @@ def make_workload(
     before = len(encode_literal(text[: text.index(QUOTED)], tokenizer))
     start = max(0, min(before - room // 2, len(ids) - room))
     document = tokenizer.decode(list(islice(cycle(ids), start, start + room)))
-    builder = ContextBuilder(
-        tokenizer,
-        embedder,
-        chunk_tokens=CHUNK_TOKENS,
-        min_budget_tokens=RETRIEVED_TOKENS,
-        compression=max(24.0, context / RETRIEVED_TOKENS),
-        threshold=-1,  # a free question is like no chunk, and yet something is to be drafted from
-    )
     retrieved = builder.build([document], question).text
     return Workload(
         task=task,

@@ -7,7 +7,6 @@ Weight-only and symmetric, one scale an output row: ``w ≈ scale * round(w / sc
 from __future__ import annotations
 
 import threading
-from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,8 +16,6 @@ from transformers import PreTrainedModel
 
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
-
-Quantization = Literal["auto", "int8"]
 
 FEW_ROWS = 8
 """Up to so many tokens the int8 product reads less than it computes more."""

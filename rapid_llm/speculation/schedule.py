@@ -11,6 +11,7 @@ the running generation, so that a generation can be repeated.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +29,26 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 64  # plain rounds before a probe: at most 2 to
 def expected_tokens(a: float, gamma: int) -> float:
     """E(a, γ), tokens a round yields at acceptance rate a; γ + 1 at a = 1."""
     return sum(a**i for i in range(gamma + 1))
+
+
+def best_draft(
+    acceptance: float, plain: float, draft: float, verify: Iterable[float]
+) -> tuple[int, float]:
+    """The γ that decodes fastest, and its speedup over plain decoding, at least 1 (γ = 0).
+
+    Args:
+        acceptance: a, in [0, 1].
+        plain: seconds of a plain target step.
+        draft: seconds of a draft step; c = draft / plain.
+        verify: seconds of a verification pass for γ = 1, 2, …; v = verify / plain.
+    """
+    best = 0, 1.0
+    for gamma, seconds in enumerate(verify, start=1):
+        # E / (γ c + v)
+        speedup = expected_tokens(acceptance, gamma) * plain / (gamma * draft + seconds)
+        if speedup > best[1]:
+            best = gamma, speedup
+    return best
 
 
 class Schedule(Protocol):
@@ -74,11 +95,8 @@ class AdaptiveSchedule:
         # A pass over guesses reads more rows, together one for each token.
         draft = passes * self._drafter.first + (1 - passes) * self._drafter.row
 
-        def speed(gamma: int) -> float:
-            cost = gamma * draft + self._target.seconds(gamma + 1)
-            return expected_tokens(a, gamma) / cost
-
-        gamma = max(range(MAX_GAMMA + 1), key=speed)
+        verify = [self._target.seconds(gamma + 1) for gamma in range(1, MAX_GAMMA + 1)]
+        gamma, _ = best_draft(a, self._target.first, draft, verify)
         if gamma > 0:
             self._plain_rounds, self._wait = 0, _FIRST_WAIT
             return gamma

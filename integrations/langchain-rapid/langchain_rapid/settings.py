@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.config import Mode, SamplingParams, SpeculationConfig, from_options
+from rapid_llm.config import Mode, Quantization, SamplingParams, SpeculationConfig, from_options
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.stats import NOTHING_RETRIEVED
 from typing_extensions import Self
@@ -82,7 +82,7 @@ class RapidModel(BaseModel):
     """Of the target, such as ``cuda:0``; None takes CUDA if there is one."""
     drafter_device: str | None = None
     """Of the drafter; None puts it beside the target."""
-    drafter_quantization: Literal["auto", "int8"] | None = "auto"
+    drafter_quantization: Quantization | None = "auto"
     """``int8`` drafts with int8 weights; ``auto`` does so where it pays; None never."""
     kv_cache_bytes: int | None = Field(default=None, ge=0)
     """Of prompts' KV kept between calls; None is a quarter of the device's memory, 0 is none."""

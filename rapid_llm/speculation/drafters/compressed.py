@@ -113,9 +113,6 @@ class CompressedDrafter(RagDrafter):
             return  # a prompt of one token, which the first round reads
         for layer, part in zip(whole.layers, kept.layers, strict=True):
             index = self._selection(layer)[None, :, :, None]
-            part.update(*(t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in _kv(layer)))
+            tensors = layer.keys, layer.values
+            part.update(*(t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in tensors))
         kept.skipped = whole.length - kept.length
-
-
-def _kv(layer: PreallocatedLayer) -> tuple[Tensor, Tensor]:
-    return layer.keys, layer.values

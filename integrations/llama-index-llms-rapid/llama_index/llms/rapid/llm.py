@@ -44,11 +44,10 @@ from llama_index.llms.rapid.templates import (
     not_swallowed,
     refillable,
 )
-from rapid_llm.config import Mode, SamplingParams, SpeculationConfig, from_options
+from rapid_llm.config import Mode, Quantization, SamplingParams, SpeculationConfig, from_options
 from rapid_llm.context.prompts import fit_prompt
 from rapid_llm.decoder import Chunk, RapidDecoder
 from rapid_llm.encoding import Prompt
-from rapid_llm.engine.quantization import Quantization
 from rapid_llm.errors import InvalidParameterError
 
 _OPTIONS = (
