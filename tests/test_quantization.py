@@ -18,6 +18,7 @@ from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.quantization import (
     FEW_ROWS,
     Int8Linear,
+    Int8Projections,
     int8_nbytes,
     int8_pays,
     int8_twin,
@@ -92,6 +93,36 @@ def test_a_row_of_zeros_gives_the_bias():
     out = Int8Linear(linear)(torch.randn(3, 32))
     assert torch.equal(out[:, 7], linear.bias[7].expand(3))
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_projections_together_are_those_apart(rows, bias):
+    torch.manual_seed(0)
+    layers = [Int8Linear(nn.Linear(32, out, bias=bias)) for out in (48, 16, 16)]
+    x = torch.randn(rows, 32)
+    with torch.inference_mode():
+        apart = [layer(x) for layer in layers]
+        for part, alone in zip(Int8Projections(*layers)(x), apart, strict=True):
+            assert torch.equal(part, alone)
+        for layer, alone in zip(layers, apart, strict=True):
+            assert torch.equal(layer(x), alone)
+
+
+def test_projections_together_are_one_product_and_store_nothing_twice():
+    model = tiny_model()
+    twin = int8_twin(model)
+    storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for b in twin.buffers()}
+    shared = {b.untyped_storage().data_ptr() for b in model.buffers()}
+    own = sum(storage.nbytes() for start, storage in storages.items() if start not in shared)
+    assert own == int8_nbytes(twin)
+
+    with torch.profiler.profile() as profiler:
+        logits_after(twin, torch.arange(3, 20))
+    products = [e.count for e in profiler.key_averages() if e.key == "aten::_weight_int8pack_mm"]
+    # The head of either pass, and of the one of few tokens, in each layer: query, key and value
+    # together, the output, three of the MLP.
+    assert products == [2 + 5 * len(twin.model.layers)]
 
 
 # --- a model ---------------------------------------------------------------------------------

@@ -73,9 +73,7 @@ def _attention(
     module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], kv: PreallocatedLayer
 ) -> Tensor:
     n, dim = x.shape[0], module.head_dim
-    query = _linear(x, module.q_proj).view(n, -1, dim)
-    key = _linear(x, module.k_proj).view(n, -1, dim)
-    value = _linear(x, module.v_proj).view(n, -1, dim)
+    query, key, value = (part.view(n, -1, dim) for part in _projections(module, x))
     if hasattr(module, "q_norm"):  # Qwen3
         query, key = _rms_norm(query, module.q_norm), _rms_norm(key, module.k_norm)
     heads = query.shape[1]
@@ -85,6 +83,14 @@ def _attention(
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
     mixed = attend(rotated[:heads], keys[0], values[0], module.scaling, window)
     return _linear(mixed.transpose(0, 1).reshape(n, -1), module.o_proj)
+
+
+def _projections(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, ``[n, heads * dim]`` each; an int8 twin's in one product."""
+    together: Any = getattr(module, "qkv_proj", None)
+    if together is not None:
+        return together.forward(x)
+    return _linear(x, module.q_proj), _linear(x, module.k_proj), _linear(x, module.v_proj)
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

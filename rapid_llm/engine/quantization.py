@@ -53,6 +53,34 @@ class Int8Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
+class Int8Projections(nn.Module):
+    """Query, key and value of one attention layer as one product, where tokens are few.
+
+    The layers' int8 weights become views of one tensor, so that nothing is stored twice.
+    """
+
+    def __init__(self, *layers: Int8Linear) -> None:
+        super().__init__()
+        self._layers = layers  # a tuple: these modules already have a parent
+        self._sizes = [layer.int8.shape[0] for layer in layers]
+        for name in ("int8", "scale"):
+            together = torch.cat([getattr(layer, name) for layer in layers])
+            self.register_buffer(f"_{name}", together, persistent=False)
+            for layer, part in zip(layers, together.split(self._sizes), strict=True):
+                setattr(layer, name, part)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[n, hidden]`` in, one ``[n, out]`` a layer."""
+        if x.shape[0] > FEW_ROWS:
+            return tuple(layer(x) for layer in self._layers)
+        product = torch.ops.aten._weight_int8pack_mm(x, self._int8, self._scale)
+        parts = product.split(self._sizes, dim=-1)
+        return tuple(
+            part if layer.bias is None else part + layer.bias
+            for part, layer in zip(parts, self._layers, strict=True)
+        )
+
+
 _twins: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()
 _making = threading.Lock()
 
@@ -76,6 +104,9 @@ def _int8_copy(model: PreTrainedModel) -> PreTrainedModel:
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
                     setattr(parent, name, Int8Linear(child))
+            projections = [getattr(parent, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+            if all(isinstance(layer, Int8Linear) for layer in projections):
+                parent.qkv_proj = Int8Projections(*projections)
     return twin
 
 
