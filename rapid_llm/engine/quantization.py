@@ -104,8 +104,9 @@ def _int8_copy(model: PreTrainedModel) -> PreTrainedModel:
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
                     setattr(parent, name, Int8Linear(child))
-            projections = [getattr(parent, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-            if all(isinstance(layer, Int8Linear) for layer in projections):
+            layers = [getattr(parent, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+            projections = [layer for layer in layers if isinstance(layer, Int8Linear)]
+            if len(projections) == len(layers):
                 parent.qkv_proj = Int8Projections(*projections)
     return twin
 
