@@ -113,7 +113,9 @@ class SpeculationConfig:
             ``speculation.drafters.compressed``), and ``rest``, lookup in the target's prompt,
             which has no distribution to transfer and is always ``exact``.
         lookup: let the drafter check, in one pass, tokens that followed the last ones in what was
-            retrieved or said before. It changes no distribution, only the number of passes.
+            retrieved or said before; in ``exact`` mode with ``gamma="auto"`` the target checks such
+            tokens itself, from its own prompt too, in rounds where that promises more. It changes
+            no distribution, only the number of passes.
         min_confidence: in [0, 1]; a draft ends after a pass that gave a token a smaller q.
 
     Raises:

@@ -47,7 +47,7 @@ from rapid_llm.speculation.drafters.compressed import (
     CompressedDrafter,
     require_compressible,
 )
-from rapid_llm.speculation.drafters.lookup import LookupDrafter
+from rapid_llm.speculation.drafters.lookup import CERTAIN, LookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
@@ -399,33 +399,39 @@ class RapidDecoder:
             yield _Generation(
                 target=target,
                 lease=kept,
-                drafter=self._drafter(request, target, sampler, lease),
+                drafters=self._drafters(request, target, sampler, lease),
                 drafter_name=self.drafter.name,
                 sampler=sampler,
                 config=request.config,
                 method=request.method,
             )
 
-    def _drafter(
+    def _drafters(
         self,
         request: _Request,
         target: Session,
         sampler: Sampler,
         lease: Callable[[Forward, Sequence[int]], tuple[Session, Lease]],
-    ) -> Drafter | None:
+    ) -> list[Drafter]:
+        """None, one, or two to choose from in each round."""
         config, forward = request.config, request.forward
         if request.method not in DRAFTED:
-            return None
+            return []
         if config.drafting == "rest":
-            return LookupDrafter(request.prompt, forward.vocab_size, forward.device)
+            return [LookupDrafter(request.prompt, forward.vocab_size, forward.device)]
         if config.drafting in SELECTIONS:
             own = self.draft_forward if self.drafter is self.target else forward
             selection = SELECTIONS[config.drafting]
-            return CompressedDrafter(target, own, request.prompt, selection, sampler, config)
+            return [CompressedDrafter(target, own, request.prompt, selection, sampler, config)]
         session, _ = lease(self.draft_forward, request.draft_prompt)
         if self.drafter.device != forward.device:
             sampler = Sampler(request.sampling, request.prompt, self.drafter.device, stream=1)
-        return RagDrafter(session, request.draft_prompt, sampler, forward.vocab_size, config)
+        rag = RagDrafter(session, request.draft_prompt, sampler, forward.vocab_size, config)
+        if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
+            return [rag]
+        # Where nothing is transferred, any guess will do that the target accepts.
+        lookup = LookupDrafter(request.prompt, forward.vocab_size, forward.device, CERTAIN)
+        return [lookup, rag]
 
     def _encode(self, prompt: Prompt, forward: Forward, sampling: SamplingParams) -> list[int]:
         ids = encode_prompt(prompt, self.tokenizer)
@@ -517,33 +523,41 @@ class _Request(NamedTuple):
     method: Method
 
 
+class _Source(NamedTuple):
+    """A drafter, and how many tokens are to be had of it."""
+
+    drafter: Drafter
+    schedule: Schedule
+
+
 class _Generation:
-    """One generation: the target's session, the drafter, and the output so far."""
+    """One generation: the target's session, its drafters, and the output so far."""
 
     def __init__(
         self,
         target: Session,
         lease: Lease,
-        drafter: Drafter | None,
+        drafters: Sequence[Drafter],
         drafter_name: str,
         sampler: Sampler,
         config: SpeculationConfig,
         method: Method,
     ) -> None:
         self.target = target
-        self.drafter = drafter
         self.sampler = sampler
         self.config = config
         self._lease = lease
         self._prompt = list(lease.tokens)
         self._output: list[int] = []
         self._drafter_name = drafter_name
-        self._schedule: Schedule | None = None
+        self._drafters = drafters
+        self._sources: list[_Source] = []
         self.stats = Stats(
-            method=method, prompt_tokens=len(self._prompt), cached_tokens=lease.reused
+            method=method,
+            prompt_tokens=len(self._prompt),
+            cached_tokens=lease.reused,
+            draft_prompt_tokens=sum(drafter.prompt_tokens for drafter in drafters),
         )
-        if drafter is not None:
-            self.stats.draft_prompt_tokens = drafter.prompt_tokens
 
     @torch.inference_mode()
     def prefill(self, progress: Progress | None) -> None:
@@ -552,14 +566,18 @@ class _Generation:
         self.target.prefill(
             self._prompt[:-1], progress and (lambda *tokens: progress("target", *tokens))
         )
-        if self.drafter is not None:
-            self.drafter.prefill(progress and (lambda *tokens: progress("draft", *tokens)))
-            gamma = self.config.gamma
-            self._schedule = (
-                AdaptiveSchedule(pass_cost(self.target), self.drafter.cost())
+        for drafter in self._drafters:
+            drafter.prefill(progress and (lambda *tokens: progress("draft", *tokens)))
+        gamma = self.config.gamma
+        self._sources = [
+            _Source(
+                drafter,
+                AdaptiveSchedule(pass_cost(self.target), drafter.cost())
                 if gamma == "auto"
-                else FixedSchedule(gamma)
+                else FixedSchedule(gamma),
             )
+            for drafter in self._drafters
+        ]
         if self.target.forward.device.type == "cuda":
             torch.cuda.synchronize()  # or the first round would be charged with the prefill
         self.stats.prefill_seconds = time.perf_counter() - started
@@ -568,7 +586,7 @@ class _Generation:
     def round(self) -> list[int]:
         """Draft, verify, accept: one pass of the target; between 1 and γ+1 tokens."""
         started = time.perf_counter()
-        draft = self._draft()
+        draft, schedule = self._draft()
         self.stats.draft_seconds += time.perf_counter() - started
 
         # Position i of the draft is judged by the logits that follow token i - 1.
@@ -595,8 +613,8 @@ class _Generation:
         self.stats.accepted_tokens += n
         self.stats.rejections += n < len(drafted)
         self.stats.draft_passes += draft.passes
-        if self._schedule is not None:
-            self._schedule.record(len(drafted), n, draft.passes)
+        if schedule is not None:
+            schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
         return [*drafted[:n], last]
 
@@ -613,22 +631,26 @@ class _Generation:
         sequence = self._output[-1:] or self._prompt[-1:]
         return torch.tensor(sequence, device=self.target.forward.device)
 
-    def _draft(self) -> Draft:
-        """A proposal, on the target's device; an empty one without a drafter or for γ = 0."""
+    def _draft(self) -> tuple[Draft, Schedule | None]:
+        """A proposal, on the target's device, of the drafter that promises most and has one.
+
+        It is empty, and of no schedule, without a drafter or where none is worth its time.
+        """
         device = self.target.forward.device
         # Even the last token is drafted, so that every one follows the mode's law.
         remaining = self.sampler.params.max_new_tokens - len(self._output)
-        gamma = 0 if self._schedule is None else min(self._schedule.next(), remaining)
         look_ahead = self.config.applied_mode == "augmented"
-        if self.drafter is None or gamma + look_ahead == 0:
-            vocab = self.target.forward.vocab_size
-            return Draft(
-                torch.empty(0, dtype=torch.long, device=device),
-                torch.empty(0, vocab, device=device),
-                passes=0,
-            )
-        draft = self.drafter.draft(self._output, gamma, look_ahead=look_ahead)
-        return Draft(draft.tokens.to(device), draft.probabilities.to(device), draft.passes)
+        for drafter, schedule in sorted(self._sources, key=lambda source: -source.schedule.speedup):
+            gamma = min(schedule.next(), remaining)
+            if gamma + look_ahead == 0:
+                continue
+            draft = drafter.draft(self._output, gamma, look_ahead=look_ahead)
+            if len(draft.probabilities) > 0:
+                q = draft.probabilities.to(device)
+                return Draft(draft.tokens.to(device), q, draft.passes), schedule
+        nothing = torch.empty(0, dtype=torch.long, device=device)
+        q = torch.empty(0, self.target.forward.vocab_size, device=device)
+        return Draft(nothing, q, passes=0), None
 
 
 def _name_of(model: PreTrainedModel) -> str:

@@ -215,6 +215,19 @@ def test_a_draft_length_that_follows_the_outcome_changes_no_law(decoder, monkeyp
 
 
 @pytest.mark.slow
+def test_a_choice_between_drafters_changes_no_law(decoder, monkeypatch):
+    """Costs at which guesses of the target's prompt come first, and the drafter's after them."""
+    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: PassCost(1.0, 0.1))
+    monkeypatch.setattr(
+        "rapid_llm.speculation.drafters.rag.pass_cost", lambda session: PassCost(0.2, 0.0)
+    )
+    run = sample(decoder, FEWER_SAMPLES, REPETITIVE, length=3, mode="exact", gamma="auto")
+    assert p_value(run.table, triples(Law(decoder, 0.8, ETA, REPETITIVE).p)) > 1e-3
+    assert 0 < run.passes < run.drafted
+    assert 0 < run.accepted < run.drafted
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("drafting", ["streaming", "triforce", "rest"])
 def test_drafting_without_a_context_is_exact(decoder, monkeypatch, drafting):
     monkeypatch.setattr(compressed, "BUDGET", 6)  # of the prompt's 12 tokens

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import counting_model, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -289,7 +289,7 @@ def decode(monkeypatch, target: PassCost, drafter: PassCost, draft_prompt=DRAFT_
 
 
 def test_a_drafter_that_never_pays_leaves_plain_decoding_with_rare_probes(monkeypatch):
-    result = decode(monkeypatch, TARGET, DEAR)
+    result = decode(monkeypatch, TARGET, DEAR, lookup=False)
     plain = RapidDecoder(tiny_model(), tiny_tokenizer()).generate(
         PROMPT, sampling=SamplingParams(max_new_tokens=120, ignore_eos=True)
     )
@@ -306,6 +306,52 @@ def test_a_drafter_that_is_always_right_drafts_longer_and_longer(monkeypatch):
     assert agreeing.stats.acceptance_rate == 1
     assert agreeing.stats.rounds < 15
     assert agreeing.stats.tokens_per_round > differing.stats.tokens_per_round
+
+
+def quoting(monkeypatch, drafter: PassCost, **config):
+    """The target's prompt tells what it will say, the drafter's does not."""
+    decoder = RapidDecoder(counting_model(), tiny_tokenizer(), tiny_model())
+    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: TARGET)
+    monkeypatch.setattr("rapid_llm.speculation.drafters.rag.pass_cost", lambda session: drafter)
+    result = decoder.generate(
+        [*range(3, 64), 3, 4, 5],
+        DRAFT_PROMPT,
+        sampling=SamplingParams(max_new_tokens=40, ignore_eos=True),
+        speculation=SpeculationConfig(**config),
+    )
+    assert result.token_ids == [*range(6, 46)]
+    return result.stats
+
+
+def test_an_exact_answer_is_also_looked_up_in_the_targets_prompt(monkeypatch):
+    stats = quoting(monkeypatch, CHEAP, mode="exact")
+    assert (stats.acceptance_ratio, stats.draft_passes) == (1, 0)
+    assert stats.rounds < 10
+
+
+@pytest.mark.parametrize("config", [{"lookup": False}, {"gamma": 4}, {"mode": "paper", "eta": 0.0}])
+def test_only_an_exact_answer_of_free_draft_length_is(monkeypatch, config):
+    stats = quoting(monkeypatch, CHEAP, **({"mode": "exact"} | config))
+    assert stats.draft_passes > 0
+    assert stats.acceptance_ratio < 0.5
+
+
+def test_what_fails_gives_way_to_what_succeeds(monkeypatch):
+    """The prompt misleads, the drafter is right: guesses of the prompt are soon left alone."""
+    prompt = [t for start in range(3, 33) for t in (2, start, start + 1, start + 2)]
+    decoder = RapidDecoder(counting_model(), tiny_tokenizer())
+    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: TARGET)
+    monkeypatch.setattr("rapid_llm.speculation.drafters.rag.pass_cost", lambda session: CHEAP)
+    result = decoder.generate(
+        [*prompt, 2, 3, 4],
+        [3, 4],
+        sampling=SamplingParams(max_new_tokens=50, ignore_eos=True),
+        speculation=SpeculationConfig(mode="exact"),
+    )
+    assert result.token_ids == [*range(5, 55)]
+    stats = result.stats
+    assert stats.draft_passes > 10  # the drafter took over
+    assert 0 < stats.rejections < 6
 
 
 def test_an_answer_repeats_itself(monkeypatch):

@@ -54,6 +54,10 @@ def best_draft(
 class Schedule(Protocol):
     """Decides the draft length of each round."""
 
+    @property
+    def speedup(self) -> float:
+        """Over plain decoding, as expected of the next round."""
+
     def next(self) -> int:
         """γ of the next round; 0 is a plain step."""
 
@@ -66,6 +70,7 @@ class FixedSchedule:
     """The same draft length in every round."""
 
     gamma: int
+    speedup: float = 1.0  # not known: there is no choice to be made
 
     def next(self) -> int:
         return self.gamma
@@ -89,14 +94,20 @@ class AdaptiveSchedule:
         self._passes, self._drafted = 3.0, 3.0
         self._plain_rounds, self._wait = 0, _FIRST_WAIT
 
-    def next(self) -> int:
+    @property
+    def speedup(self) -> float:
+        return self._best()[1]
+
+    def _best(self) -> tuple[int, float]:
         a = self._accepted / self._tried
         passes = self._passes / self._drafted  # below 1 where lookup saves some
         # A pass over guesses reads more rows, together one for each token.
         draft = passes * self._drafter.first + (1 - passes) * self._drafter.row
-
         verify = [self._target.seconds(gamma + 1) for gamma in range(1, MAX_GAMMA + 1)]
-        gamma, _ = best_draft(a, self._target.first, draft, verify)
+        return best_draft(a, self._target.first, draft, verify)
+
+    def next(self) -> int:
+        gamma, _ = self._best()
         if gamma > 0:
             self._plain_rounds, self._wait = 0, _FIRST_WAIT
             return gamma

@@ -18,6 +18,9 @@ from rapid_llm.speculation.drafters.base import Draft
 SIZES = (4, 3, 2)
 """Lengths of the n-grams that are looked up, the longest first."""
 
+CERTAIN = (4, 3)
+"""Those that are right often enough to compete with a model's drafts."""
+
 
 class NgramIndex:
     """Where every n-gram of a growing text was last continued.
@@ -43,9 +46,9 @@ class NgramIndex:
                     self._next[tuple(self._tokens[end - size :])] = end
             self._tokens.append(token)
 
-    def guess(self, tail: Sequence[int], limit: int) -> list[int]:
+    def guess(self, tail: Sequence[int], limit: int, sizes: Sequence[int] = SIZES) -> list[int]:
         """At most ``limit`` tokens that followed the longest n-gram that ``tail`` ends with."""
-        for size in SIZES:
+        for size in sizes:
             start = self._next.get(tuple(tail[-size:]))
             if start is not None:
                 return self._tokens[start : start + limit]
@@ -59,13 +62,21 @@ class LookupDrafter:
         prompt: the target's.
         vocab_size: width of the target's logits.
         device: where the draft is wanted.
+        sizes: of the n-grams, the longest first.
     """
 
-    def __init__(self, prompt: Sequence[int], vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        sizes: Sequence[int] = SIZES,
+    ) -> None:
         self._prompt = list(prompt)
-        self._index = NgramIndex(prompt)
+        self._index = NgramIndex(())  # filled when it is first needed
         self._vocab_size = vocab_size
         self._device = device
+        self._sizes = sizes
 
     @property
     def prompt_tokens(self) -> int:
@@ -82,6 +93,6 @@ class LookupDrafter:
         assert not look_ahead  # there is no distribution after the last token
         sequence = [*self._prompt, *output]
         self._index.extend(sequence[len(self._index) :])
-        guess = self._index.guess(sequence, gamma)
+        guess = self._index.guess(sequence, gamma, self._sizes)
         tokens = torch.tensor(guess, dtype=torch.long, device=self._device)
         return Draft(tokens, F.one_hot(tokens, self._vocab_size).float(), passes=0)
