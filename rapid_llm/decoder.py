@@ -142,6 +142,8 @@ class RapidDecoder:
         name, drafter_name: what errors and results call the models.
         attn_implementation: ``rapid`` (ours), or transformers' ``sdpa``, ``flash_attention_2``
             or ``eager``.
+        cuda_graphs: replay single-token passes of the Llama family from CUDA graphs, which saves
+            their launches. Off, as it was checked without capturing only: on no GPU yet.
         drafter_quantization: ``int8`` drafts with int8 weights (a copy of the drafter's, made at
             the first draft); ``auto`` does so for a target that drafts for itself where it pays,
             in bfloat16 on a CPU; None never.
@@ -166,15 +168,18 @@ class RapidDecoder:
         name: str | None = None,
         drafter_name: str | None = None,
         attn_implementation: str = RAPID_ATTENTION,
+        cuda_graphs: bool = False,
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.target = Forward(target, name or _name_of(target), attn_implementation)
+        self.target = Forward(target, name or _name_of(target), attn_implementation, cuda_graphs)
         self.drafter = self.target
         if drafter is not None and drafter is not target:
-            self.drafter = Forward(drafter, drafter_name or _name_of(drafter), attn_implementation)
+            self.drafter = Forward(
+                drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
+            )
             self._check_tokenizers(drafter_tokenizer)
         self._quantizes = self._resolve(drafter_quantization)
         if kv_cache_bytes is None:
@@ -194,6 +199,7 @@ class RapidDecoder:
         device: str | torch.device | None = None,
         drafter_device: str | torch.device | None = None,
         attn_implementation: str = RAPID_ATTENTION,
+        cuda_graphs: bool = False,
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
@@ -207,8 +213,8 @@ class RapidDecoder:
             dtype: of both models.
             device: of the target; None takes CUDA if there is one.
             drafter_device: of the drafter; None puts it beside the target.
-            attn_implementation, drafter_quantization, kv_cache_bytes, kv_cache_dir: as for the
-                constructor.
+            attn_implementation, cuda_graphs, drafter_quantization, kv_cache_bytes, kv_cache_dir:
+                as for the constructor.
             hub_options: ``revision``, ``token``, … for ``from_pretrained`` of the target.
         """
         place = resolve_device(device)
@@ -235,6 +241,7 @@ class RapidDecoder:
             name=loaded.name,
             drafter_name=draft_name,
             attn_implementation=attn_implementation,
+            cuda_graphs=cuda_graphs,
             drafter_quantization=drafter_quantization,
             kv_cache_bytes=kv_cache_bytes,
             kv_cache_dir=kv_cache_dir,
@@ -249,6 +256,7 @@ class RapidDecoder:
             int8_twin(self.drafter.model),
             f"{self.drafter.name} (int8)",
             self.drafter.attn_implementation,
+            self.drafter.cuda_graphs,
         )
 
     @property

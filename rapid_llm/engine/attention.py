@@ -29,7 +29,12 @@ _KEY_PARTS = 4  # a long sum over keys for few queries runs on one thread unless
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of the last ``n`` positions of a sequence of ``length`` tokens.
 
@@ -39,10 +44,13 @@ def attend(
         value: ``[kv_heads, length, value_dim]``.
         scaling: factor on the scores, usually ``dim ** -0.5``.
         window: a query at position i sees the keys in ``(i - window, i]``; None sees all up to i.
+        hidden: bool ``[n, length]``, in the place of these rules: True where a query must not look.
 
     Returns:
         ``[heads, n, value_dim]`` in the query's dtype.
     """
+    if hidden is not None:
+        return _attend_packed(query, key, value, scaling, ~hidden)
     if window is not None and window >= key.shape[1]:
         window = None
     return _kernel(query, key)(query, key, value, scaling, window)
@@ -122,8 +130,7 @@ def _attend_sdpa(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
 ) -> Tensor:
     """The same through PyTorch's fused kernels (FlashAttention and its kin on a GPU)."""
-    heads, n, dim = query.shape
-    kv_heads, length = key.shape[0], key.shape[1]
+    n, length = query.shape[1], key.shape[1]
     if n > _FEW_QUERIES and window is None:
         mask = causal_lower_right(n, length)
         return F.scaled_dot_product_attention(
@@ -135,10 +142,18 @@ def _attend_sdpa(
         return F.scaled_dot_product_attention(
             query[None], key[None], value[None], visible, scale=scaling, enable_gqa=True
         )[0]
+    return _attend_packed(query, key, value, scaling, None if hidden is None else ~hidden)
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor | None
+) -> Tensor:
+    heads, n, dim = query.shape
+    kv_heads = key.shape[0]
     group = heads // kv_heads
-    visible = None if hidden is None else ~hidden.repeat(group, 1)
+    mask = None if visible is None else visible.repeat(group, 1)
     packed = query.reshape(1, kv_heads, group * n, dim)
-    out = F.scaled_dot_product_attention(packed, key[None], value[None], visible, scale=scaling)
+    out = F.scaled_dot_product_attention(packed, key[None], value[None], mask, scale=scaling)
     return out.view(heads, n, -1)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from rapid_llm.engine import attention
+from rapid_llm.engine.graphs import GraphedStep, is_capturable
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import is_lean, lean_logits
 from rapid_llm.errors import MissingDependencyError, ModelError
@@ -57,6 +58,8 @@ class Forward:
         name: what errors and results call it.
         attn_implementation: ``rapid`` (ours), or one of transformers' own, which always runs
             the model's own forward pass.
+        cuda_graphs: replay single-token passes from a CUDA graph, where the forward pass is lean
+            and can be captured.
 
     Raises:
         ModelError: the architecture or the attention implementation is not supported.
@@ -64,7 +67,11 @@ class Forward:
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, attn_implementation: str = attention.NAME
+        self,
+        model: PreTrainedModel,
+        name: str,
+        attn_implementation: str = attention.NAME,
+        cuda_graphs: bool = False,
     ) -> None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type not in SUPPORTED:
@@ -90,6 +97,11 @@ class Forward:
         if getattr(self.config, "use_bidirectional_attention", None):
             raise ModelError(f"{name} attends in both directions; a causal model is needed")
         self.lean = attn_implementation == attention.NAME and is_lean(model)
+        self.cuda_graphs = cuda_graphs
+        self._captures = (
+            cuda_graphs and self.device.type == "cuda" and self.lean and is_capturable(model)
+        )
+        self._steps: WeakKeyDictionary[KVCache, GraphedStep] = WeakKeyDictionary()
         self._lock = _lock_of(model)
 
     @property
@@ -148,7 +160,16 @@ class Forward:
             raise
 
     def _lean_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+        if self._captures and len(ids) == 1 and cache.length > 0:
+            return self._graphed(cache)(ids, cache)
         return lean_logits(self.model, ids, positions, cache, keep)
+
+    def _graphed(self, cache: KVCache) -> GraphedStep:
+        """The captured step of a cache; captured anew when the cache has grown."""
+        step = self._steps.get(cache)
+        if step is None or not step.serves(cache):
+            step = self._steps[cache] = GraphedStep(self.model, cache)
+        return step
 
     def _own_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
         with self._attention():

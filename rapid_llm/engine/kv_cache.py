@@ -46,6 +46,9 @@ class PreallocatedLayer(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def hidden(self, window: int | None) -> Tensor | None:
+        """What a query must not look at; None, as it follows from the shapes."""
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 

@@ -7,7 +7,8 @@ below with plain linear layers; anything else (quantized, adapted, hooked) runs 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,29 @@ from transformers import (
 )
 
 from rapid_llm.engine.attention import attend
-from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
 from rapid_llm.engine.quantization import Int8Linear
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+
+class LayerKV(Protocol):
+    """Keys and values of one layer, as the forward pass uses them."""
+
+    last_query: Tensor | None
+
+    def update(self, key: Tensor, value: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Append ``[1, kv_heads, n, dim]``; everything that there is to attend to."""
+
+    def hidden(self, window: int | None, /) -> Tensor | None:
+        """For :func:`attend`: what it must not look at, where that is no matter of shapes."""
+
+
+class LeanCache(Protocol):
+    """One entry a layer."""
+
+    @property
+    def layers(self) -> Sequence[LayerKV]: ...
+
 
 _PLAIN = (nn.Linear, nn.Embedding, Int8Linear)
 
@@ -49,7 +69,7 @@ def _norm(module: nn.Module) -> bool:
 
 
 def lean_logits(
-    model: Any, ids: Tensor, positions: Tensor, cache: KVCache, keep_logits: int
+    model: Any, ids: Tensor, positions: Tensor, cache: LeanCache, keep_logits: int
 ) -> Tensor:
     """Append int64 ``[n]`` tokens at ``positions`` ``[n]`` to the cache.
 
@@ -69,9 +89,7 @@ def lean_logits(
     return _linear(_rms_norm(x[-keep_logits:], body.norm), model.lm_head)
 
 
-def _attention(
-    module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], kv: PreallocatedLayer
-) -> Tensor:
+def _attention(module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], kv: LayerKV) -> Tensor:
     n, dim = x.shape[0], module.head_dim
     query, key, value = (part.view(n, -1, dim) for part in _projections(module, x))
     if hasattr(module, "q_norm"):  # Qwen3
@@ -81,7 +99,8 @@ def _attention(
     keys, values = kv.update(rotated[None, heads:], value.transpose(0, 1)[None])
     kv.last_query = rotated[:heads, -1]
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    mixed = attend(rotated[:heads], keys[0], values[0], module.scaling, window)
+    hidden = kv.hidden(window)
+    mixed = attend(rotated[:heads], keys[0], values[0], module.scaling, window, hidden)
     return _linear(mixed.transpose(0, 1).reshape(n, -1), module.o_proj)
 
 
