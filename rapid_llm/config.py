@@ -104,6 +104,9 @@ class SpeculationConfig:
             decoder repeats itself; another process may measure, draft and round differently.
         eta: strength of the knowledge transfer (η), at least 0. The paper uses 5 to 20 for
             self-speculation, 40 to 50 when the drafter is larger. ``exact`` does not use it.
+        dynamic_eta: let η follow how sure the retrieval was and how far the answer is: token t of
+            it gets η · confidence · 2^(-t / 32), with the ``confidence`` given to the decoder (see
+            ``context.confidence``). The paper leaves such a rule to future work; this one is ours.
         alpha: tail protection in [0, 1]: tokens with q < alpha * max(q) get no transfer.
         mode: ``exact`` keeps the target's own distribution, ``augmented`` follows the enriched
             distribution, ``paper`` is the published rule, which follows neither.
@@ -124,6 +127,7 @@ class SpeculationConfig:
 
     gamma: int | Literal["auto"] = "auto"
     eta: float = 10.0
+    dynamic_eta: bool = False
     alpha: float = 0.1
     mode: Mode = "paper"
     drafting: Drafting = "rag"
@@ -146,7 +150,9 @@ class SpeculationConfig:
         _require(
             _is_real(self.alpha) and 0 <= self.alpha <= 1, "alpha", self.alpha, "within [0, 1]"
         )
-        _require(isinstance(self.lookup, bool), "lookup", self.lookup, "True or False")
+        for name in ("dynamic_eta", "lookup"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, value, "True or False")
         confidence = self.min_confidence
         _require(
             _is_real(confidence) and 0 <= confidence <= 1,

@@ -40,7 +40,7 @@ from rapid_llm.errors import (
     TokenizerMismatchError,
 )
 from rapid_llm.models import device_memory, load_model, resolve_device
-from rapid_llm.speculation.acceptance import verify_greedy, verify_sampled
+from rapid_llm.speculation.acceptance import dynamic_eta, verify_greedy, verify_sampled
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.drafters.compressed import (
     SELECTIONS,
@@ -282,6 +282,7 @@ class RapidDecoder:
         *,
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
+        confidence: float = 1.0,
         progress: Progress | None = None,
     ) -> GenerationResult:
         """Answer a prompt; arguments and errors are those of :meth:`stream`."""
@@ -290,6 +291,7 @@ class RapidDecoder:
             draft_prompt,
             sampling=sampling,
             speculation=speculation,
+            confidence=confidence,
             progress=progress,
         )
         return GenerationResult.from_chunks(list(chunks))
@@ -301,6 +303,7 @@ class RapidDecoder:
         *,
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
+        confidence: float = 1.0,
         progress: Progress | None = None,
     ) -> Iterator[Chunk]:
         """Answer a prompt, a chunk a round.
@@ -312,16 +315,18 @@ class RapidDecoder:
             draft_prompt: the retrieved context and the question. None decodes the target plainly.
             sampling: how tokens are drawn; greedy by default.
             speculation: how drafts are made and judged; not used without a draft prompt.
+            confidence: in [0, 1], how sure the retrieval was; used with ``dynamic_eta``.
             progress: told how far the prompts have been read.
 
         Raises:
-            InvalidParameterError: neither prompt was given, or one is malformed.
+            InvalidParameterError: neither prompt was given, or one is malformed, or the confidence
+                is outside its range.
             ContextWindowError: a prompt and ``max_new_tokens`` exceed its model's window.
             NumericalError: a model produced NaN (raised while streaming).
         """
         started = time.perf_counter()
         request = self._prepare(
-            target_prompt, draft_prompt, sampling or SamplingParams(), speculation
+            target_prompt, draft_prompt, sampling or SamplingParams(), speculation, confidence
         )
         return self._run(request, started, progress)
 
@@ -332,6 +337,7 @@ class RapidDecoder:
         *,
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
+        confidence: float = 1.0,
         progress: Progress | None = None,
     ) -> AsyncIterator[Chunk]:
         """:meth:`stream` for asyncio: the models run in a thread, the event loop stays free.
@@ -351,6 +357,7 @@ class RapidDecoder:
                 draft_prompt,
                 sampling=sampling,
                 speculation=speculation,
+                confidence=confidence,
                 progress=report,
             )
 
@@ -363,8 +370,13 @@ class RapidDecoder:
         draft_prompt: Prompt | None,
         sampling: SamplingParams,
         speculation: SpeculationConfig | None,
+        confidence: float,
     ) -> _Request:
         """Check everything that can be checked before a model runs."""
+        if not 0 <= confidence <= 1:
+            raise InvalidParameterError(
+                f"confidence={confidence!r} is not allowed: confidence must be within [0, 1]"
+            )
         config = speculation or SpeculationConfig()
         method: Method = "lc"
         forward, own_prompt = self.target, config.drafting == "rag"
@@ -387,6 +399,7 @@ class RapidDecoder:
             forward=forward,
             sampling=sampling,
             config=config,
+            confidence=confidence,
             method=method,
         )
 
@@ -411,6 +424,7 @@ class RapidDecoder:
                 drafter_name=self.drafter.name,
                 sampler=sampler,
                 config=request.config,
+                confidence=request.confidence,
                 method=request.method,
             )
 
@@ -528,6 +542,7 @@ class _Request(NamedTuple):
     forward: Forward
     sampling: SamplingParams
     config: SpeculationConfig
+    confidence: float
     method: Method
 
 
@@ -549,11 +564,13 @@ class _Generation:
         drafter_name: str,
         sampler: Sampler,
         config: SpeculationConfig,
+        confidence: float,
         method: Method,
     ) -> None:
         self.target = target
         self.sampler = sampler
         self.config = config
+        self._confidence = confidence
         self._lease = lease
         self._prompt = list(lease.tokens)
         self._output: list[int] = []
@@ -601,11 +618,15 @@ class _Generation:
         logits = self.target.extend(torch.cat([self._pending(), draft.tokens]))
         s = self.sampler.scores(logits, draft.tokens)
         q = draft.probabilities
+        strength = self.config.transfer_strength
+        eta: float | Tensor = strength
+        if self.config.dynamic_eta and strength > 0:
+            eta = dynamic_eta(strength, self._confidence, len(self._output), q)
         if self.sampler.params.greedy:
-            accepted, token = verify_greedy(s, q, draft.tokens, self.config)
+            accepted, token = verify_greedy(s, q, draft.tokens, self.config, eta)
         else:
             accepted, token = verify_sampled(
-                s, q, draft.tokens, self.config, self.sampler.generator
+                s, q, draft.tokens, self.config, self.sampler.generator, eta
             )
 
         broken = torch.stack([logits.isnan().any(), q.isnan().any()]).long()

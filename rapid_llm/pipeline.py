@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
+from rapid_llm.context.confidence import confidence
 from rapid_llm.context.prompts import build_messages, fit_document
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Prompt
@@ -109,13 +110,19 @@ class Inquiry:
         draft = build_messages(self.context.text, self.question)
         if method == "rag":
             return _Run(None, draft)
-        return _Run(self._target_prompt, draft, exact=method == "sd")
+        return _Run(
+            self._target_prompt,
+            draft,
+            exact=method == "sd",
+            confidence=confidence([chunk.score for chunk in self.context.chunks]),
+        )
 
     def _options(self, run: _Run) -> dict[str, Any]:
         speculation = self._speculation
         return {
             "sampling": self._sampling,
             "speculation": replace(speculation, mode="exact") if run.exact else speculation,
+            "confidence": run.confidence,
             "progress": self._progress,
         }
 
@@ -137,6 +144,7 @@ class _Run(NamedTuple):
     target: Prompt | None
     draft: Prompt | None
     exact: bool = False
+    confidence: float = 1.0
     draft_skipped: str | None = None
 
 

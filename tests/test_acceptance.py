@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.speculation.acceptance import (
+    ETA_HALF_LIFE,
     draw,
+    dynamic_eta,
     residual,
     transfer,
     verify_greedy,
@@ -70,6 +72,39 @@ def test_tail_protection_is_on_the_drafters_distribution(seed, alpha, eta):
     changed = transfer(s, q, eta, alpha) != s
     tail = q < alpha * q.amax(-1, keepdim=True)
     assert not changed[tail].any()
+
+
+def test_a_dynamic_eta_follows_confidence_and_position():
+    q = torch.zeros(3, 8)
+    start = dynamic_eta(10.0, 0.5, 0, q)
+    assert start.shape == (3, 1)
+    assert start[:, 0].tolist() == pytest.approx([5 * 2 ** (-t / ETA_HALF_LIFE) for t in range(3)])
+    later = dynamic_eta(10.0, 1.0, ETA_HALF_LIFE, q)
+    assert later[0].item() == pytest.approx(5)
+    assert dynamic_eta(10.0, 0.0, 0, q).tolist() == [[0.0]] * 3
+
+
+def test_every_position_has_its_own_eta():
+    s, q = distributions(3)
+    etas = torch.tensor([[0.0], [5.0], [20.0]])
+    rows = [transfer(s[i : i + 1], q[i : i + 1], etas[i].item(), 0.1) for i in range(3)]
+    torch.testing.assert_close(transfer(s, q, etas, 0.1), torch.cat(rows))
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_an_eta_for_each_position_replaces_the_configs(greedy):
+    """Of two sure drafts of what the target finds unlikely, the one with a strong η is kept."""
+    s = torch.tensor([[2.0, 0.0, 0.0]]).repeat(3, 1)
+    draft, q = torch.tensor([1, 1]), torch.eye(3)[[1, 1]]
+    config = SpeculationConfig(eta=0.0)
+
+    def judge(first: float, second: float) -> int:
+        eta = torch.tensor([[first], [second]])
+        if greedy:
+            return int(verify_greedy(s, q, draft, config, eta)[0])
+        return int(verify_sampled(s, q, draft, config, seeded(), eta)[0])
+
+    assert [judge(40, 40), judge(40, 0), judge(0, 40)] == [2, 1, 0]
 
 
 def test_residuals_of_the_three_modes():

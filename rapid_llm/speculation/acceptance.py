@@ -28,8 +28,30 @@ from torch import Tensor
 
 from rapid_llm.config import SpeculationConfig
 
+ETA_HALF_LIFE = 32
+"""Tokens of an answer after which a dynamic η has halved."""
 
-def transfer(s: Tensor, q: Tensor, eta: float, alpha: float) -> Tensor:
+
+def dynamic_eta(eta: float, confidence: float, first: int, q: Tensor) -> Tensor:
+    """η of each drafted position: ``eta * confidence * 2 ** (-t / ETA_HALF_LIFE)``.
+
+    What an answer is about is decided by its first tokens, and it is there that the retrieval may
+    know better; what follows, follows from them.
+
+    Args:
+        eta: η.
+        confidence: in [0, 1], how sure it is that what was retrieved answers the question.
+        first: t of the first position, the tokens of the answer before it.
+        q: ``[n, vocab]``.
+
+    Returns:
+        float32 ``[n, 1]`` on q's device.
+    """
+    t = torch.arange(first, first + q.shape[0], dtype=torch.float32, device=q.device)
+    return (eta * confidence * torch.exp2(-t / ETA_HALF_LIFE))[:, None]
+
+
+def transfer(s: Tensor, q: Tensor, eta: float | Tensor, alpha: float) -> Tensor:
     """The target's logits after one step of knowledge transfer from the drafter.
 
     ``s_hat = s + eta * (q - p)`` where ``q >= alpha * max(q)``, and s elsewhere: the paper's
@@ -39,13 +61,13 @@ def transfer(s: Tensor, q: Tensor, eta: float, alpha: float) -> Tensor:
     Args:
         s: float32 ``[n, vocab]``, processed logits of the target (-inf is allowed).
         q: float32 ``[n, vocab]``, probabilities of the drafter.
-        eta: η, at least 0; at 0 s is returned as it is.
+        eta: η, at least 0, or float32 ``[n, 1]``; where it is the number 0, s is returned as it is.
         alpha: tail protection in [0, 1].
 
     Returns:
         float32 ``[n, vocab]``.
     """
-    if eta == 0:
+    if isinstance(eta, float | int) and eta == 0:
         return s
     keep = q >= alpha * q.amax(dim=-1, keepdim=True)
     return s + eta * torch.where(keep, q - s.softmax(dim=-1), 0.0)
@@ -57,6 +79,7 @@ def verify_sampled(
     draft: Tensor,
     config: SpeculationConfig,
     generator: torch.Generator | None,
+    eta: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Judge a draft that was drawn from q; x is accepted with probability min(1, p_hat(x)/q(x)).
 
@@ -68,14 +91,16 @@ def verify_sampled(
         draft: int64 ``[γ]``, token i drawn from ``q[i]``.
         config: η, α and the mode.
         generator: on s's device; None for torch's default.
+        eta: η of each position where it is not the config's, ``[len(q), 1]``.
 
     Returns:
         int64 scalars on s's device: how many tokens were accepted, and the token after them.
     """
     gamma = draft.shape[0]
+    eta = config.transfer_strength if eta is None else eta
     p = s.softmax(dim=-1)
     s_hat = s.clone()
-    s_hat[: q.shape[0]] = transfer(s[: q.shape[0]], q, config.transfer_strength, config.alpha)
+    s_hat[: q.shape[0]] = transfer(s[: q.shape[0]], q, eta, config.alpha)
     p_hat = s_hat.softmax(dim=-1)
 
     index = draft[:, None]
@@ -93,7 +118,11 @@ def verify_sampled(
 
 
 def verify_greedy(
-    s: Tensor, q: Tensor, draft: Tensor, config: SpeculationConfig
+    s: Tensor,
+    q: Tensor,
+    draft: Tensor,
+    config: SpeculationConfig,
+    eta: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Judge a greedy draft: x is accepted iff it is the argmax of s_hat.
 
@@ -101,11 +130,10 @@ def verify_greedy(
     Shapes and results as in :func:`verify_sampled`; s and q are taken at temperature 1.
     """
     gamma = draft.shape[0]
+    eta = config.transfer_strength if eta is None else eta
     plain = s.argmax(dim=-1)
     enriched = plain.clone()
-    enriched[: q.shape[0]] = transfer(
-        s[: q.shape[0]], q, config.transfer_strength, config.alpha
-    ).argmax(dim=-1)
+    enriched[: q.shape[0]] = transfer(s[: q.shape[0]], q, eta, config.alpha).argmax(dim=-1)
     accepted = (draft == enriched[:gamma]).long().cumprod(dim=0).sum()
     says = enriched if config.applied_mode == "augmented" else plain
     return accepted, says.index_select(0, accepted[None])[0]
