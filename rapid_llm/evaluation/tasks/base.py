@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 CONTEXT = "{context}"
-"""Stands in an item's messages where the long context goes (for the drafter, what was retrieved)."""
+"""Stands in an item's messages for the long context (for the drafter: what was retrieved)."""
 
 ANSWER = "{answer}"
 """Stands in :attr:`Item.follow_up` where the first answer goes."""
