@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+from rapid_llm.errors import DataError
 
 CONTEXT = "{context}"
 """Stands in an item's messages for the long context (for the drafter: what was retrieved)."""
@@ -29,8 +31,9 @@ class Item:
         messages: chat messages with ``{context}`` once in one of them.
         references: acceptable answers, at least one.
         max_new_tokens: of an answer, as the benchmark has it.
-        follow_up: a second prompt (LongBench v2 with CoT): one user message with ``{context}``
-            and ``{answer}``; the answer to it is what is scored.
+        follow_up: a second prompt (LongBench v2 with CoT): one user message with ``{answer}``,
+            and ``{context}`` if it repeats the text; the answer to it is what is scored.
+        follow_up_tokens: ``max_new_tokens`` of that second answer.
         groups: what the summary splits by, such as length or difficulty.
         meta: whatever else the task's scorer needs.
     """
@@ -42,6 +45,7 @@ class Item:
     references: tuple[str, ...]
     max_new_tokens: int
     follow_up: str | None = None
+    follow_up_tokens: int = 128
     groups: Mapping[str, str] = field(default_factory=dict)
     meta: Mapping[str, str] = field(default_factory=dict)
 
@@ -62,3 +66,30 @@ class Task(Protocol):
     def score(self, item: Item, answer: str) -> dict[str, float]:
         """A number in [0, 1] for every metric."""
         ...
+
+
+@dataclass
+class Benchmark:
+    """A :class:`Task`: its items, and a function that scores an answer.
+
+    Raises:
+        DataError: two items have the same id.
+    """
+
+    name: str
+    metrics: Mapping[str, MetricKind]
+    items: Sequence[Item]
+    scorer: Callable[[Item, str], dict[str, float]]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for item in self.items:
+            if item.id in seen:
+                raise DataError(
+                    f"the data of {self.name} holds the id {item.id!r} twice: give each item an "
+                    "id of its own"
+                )
+            seen.add(item.id)
+
+    def score(self, item: Item, answer: str) -> dict[str, float]:
+        return self.scorer(item, answer)
