@@ -1,4 +1,4 @@
-"""The command line: ``rapid-llm ask``, ``demo``, ``bench`` and ``plan``.
+"""The command line: ``rapid-llm ask``, ``demo``, ``bench``, ``plan``, ``eval`` and ``report``.
 
 torch and the models are imported inside the commands: help and refusals need not wait for them.
 """
@@ -30,6 +30,7 @@ from rich.text import Text
 from rapid_llm.bench.speed_model import ACCEPTANCE, DEVICES, named_device
 from rapid_llm.config import Mode, SamplingParams, SpeculationConfig
 from rapid_llm.errors import DocumentError, InvalidParameterError, RapidError
+from rapid_llm.evaluation.report_command import report
 from rapid_llm.stats import Method, Stats
 
 if TYPE_CHECKING:
@@ -489,6 +490,11 @@ def plan(
     _print("Assumed:")
     for assumption in made.assumptions:
         _print(f"- {assumption}.")
+
+
+# --- eval and report, in modules of their own ------------------------------------------------
+
+app.command()(report)
 
 
 # --- what is shown ---------------------------------------------------------------------------
