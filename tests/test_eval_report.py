@@ -308,16 +308,20 @@ def test_a_report_names_what_is_missing_with_its_command(tmp_path: Path) -> None
         answers("lc", [0]),
         (record for record in answers("rag", [0]) if record.item != "3"),
         model="tiny",
+        drafter=None,
         context_tokens=6000,
+        gamma=4,
     )
     text = write_report(read_runs([folder]), tmp_path).read_text(encoding="utf-8")
     missing = text.partition("## What is missing")[2]
     assert "`rag` answered 3 of 4 items" in missing
     assert "`sd`, `rapid`, `streaming`, `triforce`, `rest`, `speculative-rag`" in missing
-    same = f"--model tiny --context-tokens 6000 --out '{folder}'`"
+    same = f"--model tiny --context-tokens 6000 --gamma 4 --limit 4 --out '{folder}'`"
     assert f"`rapid-llm eval needle --method rapid --irrelevant {same}" in missing
     assert f"--method rapid --eta 0 --eta 5 --eta 10 --eta 20 --eta 40 {same}" in missing
     assert f"--method rapid --dynamic-eta {same}" in missing
+    longer = "--context-tokens N --out ANOTHER --model tiny --gamma 4 --limit 4`"
+    assert f"Context length. `rapid-llm eval needle {longer}" in missing
     assert text.count("Not measured") == 4
 
 

@@ -22,6 +22,7 @@ from rapid_llm.evaluation.sections import (
     positions,
     quality_and_speed,
 )
+from rapid_llm.evaluation.tasks import CONTEXT_TOKENS
 
 REPORT = "report.md"
 
@@ -37,7 +38,13 @@ the number of items for which nothing was retrieved, so that `lc` answered.
 What is headed **Paper** was published by its authors for other models, data and hardware than ours;
 no figure of ours is among it."""
 
-_REPEATED = ("model", "drafter", "layers", "data", "limit", "context_tokens", "seed", "dtype")
+_REPEATED = (
+    "model", "drafter", "layers", "data", "context_tokens", "gamma", "mode", "retrieval_tokens",
+    "chunk_tokens", "retriever", "embedder", "seed", "dtype", "device", "judge_url", "judge_model",
+)  # fmt: skip
+"""The settings that are options of ``rapid-llm eval``: a run goes on with the same ones only."""
+
+_ANOTHER_LENGTH = "--context-tokens N --out ANOTHER"
 
 
 class _Chapter(NamedTuple):
@@ -111,7 +118,7 @@ def _chapters(named: dict[str, Run]) -> tuple[_Chapter, ...]:
             "length",
             "By what the target read, the median over items.",
             {"+".join(some): context_length([*some.values()]) for some in alike.values()},
-            "--context-tokens N --out ANOTHER",
+            _ANOTHER_LENGTH,
             f"**Paper**: {paper.CONTEXT_LENGTH}.",
         ),
         _Chapter(
@@ -157,7 +164,7 @@ def _overview(named: dict[str, Run]) -> str:
             lambda run: ", ".join(
                 f"`{name}={value}`"
                 for name, value in run[1].settings.items()
-                if isinstance(value, str | int | float)
+                if isinstance(value, str | int | float) and not name.endswith("_sha256")
             ),
         ),
     )
@@ -234,17 +241,20 @@ def _missing(named: dict[str, Run], chapters: Sequence[_Chapter]) -> Iterator[st
             yield f"- {name}: irrelevant retrieval. {command}"
     for chapter in chapters:
         for name, section in chapter.sections.items():
-            if section is None:
-                command = _command(named[name.partition("+")[0]], chapter.options)
-                yield f"- {name}: {chapter.title}. {command}"
+            run = named[name.partition("+")[0]]
+            made_to_length = run.task in CONTEXT_TOKENS
+            if section is None and (chapter.options != _ANOTHER_LENGTH or made_to_length):
+                yield f"- {name}: {chapter.title}. {_command(run, chapter.options)}"
 
 
 def _command(run: Run, *options: str) -> str:
-    known = {name: run.settings.get(name) for name in _REPEATED}
+    """With the run's own settings and folder, where the options do not give others."""
+    own = {name: run.settings.get(name) for name in _REPEATED}
+    own |= {"limit": len({record.item for record in run.records}), "out": run.folder}
+    given = " ".join(options).split()
     settings = [
-        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
-        for name, value in known.items()
-        if value is not None
+        f"{option} {shlex.quote(str(value))}"
+        for name, value in own.items()
+        if value is not None and (option := f"--{name.replace('_', '-')}") not in given
     ]
-    out = [] if "--out" in options[-1] else [f"--out {shlex.quote(str(run.folder))}"]
-    return f"`{' '.join(['rapid-llm eval', run.task, *options, *settings, *out])}`"
+    return f"`{' '.join(['rapid-llm eval', run.task, *options, *settings])}`"
