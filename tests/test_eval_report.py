@@ -272,13 +272,13 @@ def test_an_unknown_interval_is_drawn_as_a_point() -> None:
 
 
 def test_a_report_of_several_folders(tmp_path: Path) -> None:
-    sweep = {"eta": [5, 20], "irrelevant": True, "dynamic_eta": True}
-    drafts = ((4, 3), (3, 2))
+    dynamic = {"eta": 5.0, "dynamic_eta": True}
     written(
         tmp_path / "runs" / "needle-6k",
         answers("lc", [0]),
-        swept({}, **sweep),
-        answers("rest", [], accepted_at=drafts),
+        swept({}, eta=[5, 20], irrelevant=True),
+        answers("rapid η=5, dynamic η", [], base="rapid", options=dynamic),
+        answers("rest", [], accepted_at=((4, 3), (3, 2))),
         model="tiny",
     )
     written(tmp_path / "runs" / "needle 1k", answers("lc", [0], prompt_tokens=1000), model="tiny")
@@ -375,8 +375,8 @@ def test_damaged_files_are_named_with_line_and_field(tmp_path: Path) -> None:
     (folder / RESULTS).write_text("".join(lines), encoding="utf-8")
     with pytest.raises(DocumentError, match=r"results\.jsonl, line 3: field 'score"):
         read_runs([folder])
-    (folder / SETTINGS).write_text("{}", encoding="utf-8")
-    with pytest.raises(DocumentError, match=r"run\.json|line 3"):
+    (folder / SETTINGS).write_text("{", encoding="utf-8")
+    with pytest.raises(DocumentError, match=r"run\.json is not JSON"):
         read_runs([folder])
     (folder / SETTINGS).unlink()
     with pytest.raises(DocumentError, match=r"run\.json cannot be read"):

@@ -15,8 +15,8 @@ SOURCE = "Chen et al., ICML 2025, arXiv 2502.20330"
 
 HARDWARE = (
     "8B and 7B targets on one A800 80 GB, 70B and 72B ones on eight, a 70B or 72B drafter of a "
-    "small target on seven more; γ = 10, η searched among 5, 10, 20 (40, 50 with a larger drafter); "
-    "the authors' code runs in transformers' generate; speedup: decoding throughput ÷ lc's on "
+    "small target on seven more; γ = 10, η searched among 5, 10, 20 (40, 50 with a larger drafter);"
+    " the authors' code runs in transformers' generate; speedup: decoding throughput ÷ lc's on "
     "LongBench v2 (long, CoT), 120K tokens"
 )
 
