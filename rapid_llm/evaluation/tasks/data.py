@@ -136,7 +136,7 @@ def read_rows(path: Path) -> Iterator[Row]:
                     yield _row(f"{path}, item {rows}", entry)
             elif line.strip():
                 rows += 1
-                yield _row(f"{path}, line {number}", _parse(path, number, line))
+                yield _row(f"{path}, line {number}", _parse(path, number, line.rstrip()))
     if not rows:
         raise DataError(f"{path} is empty: give a file with items as --data PATH")
 

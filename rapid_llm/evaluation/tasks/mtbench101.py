@@ -63,7 +63,7 @@ def load(
         scores = {"rouge_l": rouge_l(answer, item.references)}
         if judge is None:
             return scores
-        reference = item.references[0] if item.meta["task"] in JUDGED_BY_REFERENCE else None
+        reference = item.references[0] if item.groups["task"] in JUDGED_BY_REFERENCE else None
         return {"rating": judge.rate(conversations[item.id], answer, reference) / 10} | scores
 
     metrics: dict[str, MetricKind] = {"rating": "mean"} if judge else {}
@@ -94,7 +94,6 @@ def _messages(turns: list[Row]) -> list[Message]:
 def _item(number: int, row: Row, last: Row, filled: Filled) -> Item:
     query = last.text("user")
     content = f"{OPENING}\n\n{CONTEXT}\n\n{CLOSING}\n\n{query}"
-    task = row.text("task")
     return Item(
         id=str(number + 1),
         context=BETWEEN.join(filled.texts),
@@ -102,6 +101,5 @@ def _item(number: int, row: Row, last: Row, filled: Filled) -> Item:
         messages=({"role": "user", "content": content},),
         references=(last.text("bot"),),
         max_new_tokens=1024,
-        groups={"task": task},
-        meta={"task": task},
+        groups={"task": row.text("task")},
     )

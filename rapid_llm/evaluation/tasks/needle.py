@@ -158,7 +158,7 @@ def draw_facts(rng: Random, text: str) -> list[Fact]:
 
 
 def _draw(rng: Random, kind: str, text: str, used: set[str]) -> str:
-    """A name none of whose words was used before."""
+    """A name that is not in the text, and none of whose words was used before."""
     while True:
         if kind == "number":
             parts = [str(rng.randrange(10_000, 100_000))]
