@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from rapid_llm.evaluation.tasks.base import MetricKind
+if TYPE_CHECKING:
+    from rapid_llm.evaluation.tasks.base import MetricKind
 
 CONFIDENCE = 0.95
 _SEED = 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ class Record:
     def as_line(self) -> str:
         """One line of JSON, its end included."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+def add_positions(counts: Iterable[Sequence[tuple[int, int]]]) -> tuple[tuple[int, int], ...]:
+    """The sum of several :attr:`Record.accepted_at`."""
+    return tuple(
+        (sum(judged for judged, _ in at), sum(accepted for _, accepted in at))
+        for at in zip_longest(*counts, fillvalue=(0, 0))
+    )
 
 
 def read_records(folder: str | Path) -> list[Record]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from math import isnan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rapid_llm.evaluation.intervals import Interval, difference, interval
-from rapid_llm.evaluation.records import Record
-from rapid_llm.evaluation.tasks.base import MetricKind
+from rapid_llm.evaluation.records import Record, add_positions
+
+if TYPE_CHECKING:
+    from rapid_llm.evaluation.tasks.base import MetricKind
 
 BASELINE = "lc"
 """The method that the others are compared with: the target alone over the whole context."""
@@ -128,10 +129,7 @@ def _row(
         acceptance_ratio=_ratio(accepted, drafted),
         acceptance_rate=_ratio(accepted, accepted + _total(records, "rejections")),
         tokens_per_round=_ratio(_total(records, "completion_tokens"), _total(records, "rounds")),
-        accepted_at=tuple(
-            (sum(judged for judged, _ in at), sum(kept for _, kept in at))
-            for at in zip_longest(*(record.accepted_at for record in records), fillvalue=(0, 0))
-        ),
+        accepted_at=add_positions(record.accepted_at for record in records),
         retrieved=_ratio(sum(seen), len(seen)),
         fell_back=sum(record.stats.get("draft_skipped") is not None for record in records),
     )
