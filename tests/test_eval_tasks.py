@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rapid_llm.errors import DataError, DocumentError, InvalidParameterError
 from rapid_llm.evaluation.scoring import normalise
 from rapid_llm.evaluation.tasks import CONTEXT_TOKENS, TASKS, data, load_task
 from rapid_llm.evaluation.tasks.base import ANSWER, CONTEXT, Item, Task
+from rapid_llm.evaluation.tasks.needle import draw_facts
 
 TOKENIZER = tiny_tokenizer()  # its tokens are words
 
@@ -216,6 +218,18 @@ def test_needles_are_the_same_in_every_run_for_every_limit_and_length() -> None:
     other = load("needle", limit=6, context_tokens=400, seed=1).items
     assert {i.query for i in other}.isdisjoint(i.query for i in items)
     assert len({i.query for i in items}) == 6
+
+
+def test_the_facts_of_an_item_share_no_name_and_none_stands_in_the_text() -> None:
+    for seed in range(50):
+        facts = draw_facts(Random(seed), "")
+        assert len(facts) == 4
+        names = [set(re.findall(r"\b(?!The|Every)[A-Z][a-z]+", f.sentence)) for f in facts]
+        answers = [set(fact.answer.split()) for fact in facts]
+        for words in (names, answers):
+            assert len(set.union(*words)) == sum(map(len, words))
+        text = f" once {normalise(facts[0].answer)} stood here "
+        assert all(fact.answer != facts[0].answer for fact in draw_facts(Random(seed), text))
 
 
 def test_needles_go_between_the_sentences_of_any_text_however_short(tmp_path: Path) -> None:
