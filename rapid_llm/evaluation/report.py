@@ -40,7 +40,8 @@ no figure of ours is among it."""
 
 _REPEATED = (
     "model", "drafter", "layers", "data", "context_tokens", "gamma", "mode", "retrieval_tokens",
-    "chunk_tokens", "retriever", "embedder", "seed", "dtype", "device", "judge_url", "judge_model",
+    "chunk_tokens", "retriever", "embedder", "seed", "dtype", "device", "drafter_device",
+    "judge_url", "judge_model",
 )  # fmt: skip
 """The settings that are options of ``rapid-llm eval``: a run goes on with the same ones only."""
 
