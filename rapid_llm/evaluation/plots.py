@@ -79,10 +79,10 @@ def bars(panels: Sequence[tuple[Panel, Sequence[Bar]]], title: str) -> Figure:
                 )
         _reference(axes, panel, vertical=True)
         axes.set_xlabel(panel.label, fontsize=9)
-        axes.margins(x=0.2)
+        axes.margins(x=0.25)
         axes.set_xlim(left=0)
         axes.set_yticks(range(len(names)), names, fontsize=9)
-        axes.tick_params(axis="y", labelleft=index == 0, length=0)
+        axes.tick_params(axis="y", labelleft=index == 0, length=0, pad=8)
         axes.grid(axis="both", color="#e6e6e6")
     assert first is not None
     first.set_ylim(len(names) - 0.4, -0.6)
@@ -158,9 +158,15 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _interval(axes: Axes, value: Interval, at: float, colour: str) -> None:
-    errors = _errors([value])
     axes.errorbar(
-        [value.value], [at], xerr=errors, fmt="o", color=colour, elinewidth=1.5, capsize=3
+        [value.value],
+        [at],
+        xerr=_errors([value]),
+        fmt="o",
+        color=colour,
+        elinewidth=1.5,
+        capsize=3,
+        clip_on=False,  # a dot at 0 is whole
     )
 
 
