@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.errors import (
     ContextWindowError,
+    DataError,
     DocumentError,
     InvalidParameterError,
+    JudgeError,
     MissingDependencyError,
     ModelError,
     NumericalError,
@@ -35,10 +37,12 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "ContextBuilder",
     "ContextWindowError",
+    "DataError",
     "DocumentError",
     "GenerationResult",
     "Inquiry",
     "InvalidParameterError",
+    "JudgeError",
     "MissingDependencyError",
     "ModelError",
     "NumericalError",

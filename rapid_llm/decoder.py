@@ -11,17 +11,19 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig
-from rapid_llm.encoding import Prompt, encode_prompt
+from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.forward import Forward
@@ -55,6 +57,7 @@ from rapid_llm.stats import Method, Stats
 from rapid_llm.text import TextStream
 
 FinishReason = Literal["stop", "length"]
+_NAN = "{name} produced NaN logits; check its weights, or load it in another dtype"
 DRAFTED: tuple[Method, ...] = ("rapid", "sd")
 """Methods in which the target verifies drafts."""
 
@@ -275,6 +278,14 @@ class RapidDecoder:
         """Free the KV that is kept for later prompts; files stay."""
         self._prefixes.clear()
 
+    def keep_only(self, prompt: Prompt) -> int:
+        """Free the kept KV, but for what the target has read of this prompt.
+
+        Generations on one prompt can so begin from the very same KV, whatever came between them.
+        Returns how many of the prompt's tokens are kept, all but the last two at most.
+        """
+        return self._prefixes.keep_only(self.target, encode_prompt(prompt, self.tokenizer))
+
     def generate(
         self,
         target_prompt: Prompt | None,
@@ -329,6 +340,33 @@ class RapidDecoder:
             target_prompt, draft_prompt, sampling or SamplingParams(), speculation, confidence
         )
         return self._run(request, started, progress)
+
+    def log_likelihood(self, prompt: Prompt, continuation: str, *, drafter: bool = False) -> float:
+        """The natural logarithm of the probability that the target continues a prompt so.
+
+        Args:
+            prompt: as for :meth:`stream`.
+            continuation: text of at least one token, taken as it is.
+            drafter: ask the drafter instead of the target.
+
+        Raises:
+            InvalidParameterError: the prompt is malformed, or the continuation has no tokens.
+            ContextWindowError: both together exceed the model's window.
+            NumericalError: the model produced NaN.
+        """
+        forward = self.drafter if drafter else self.target
+        tokens = encode_literal(continuation, self.tokenizer)
+        if not tokens:
+            raise InvalidParameterError(
+                f"continuation={continuation!r} has no tokens; give some text"
+            )
+        ids = self._encode(prompt, forward, SamplingParams(max_new_tokens=len(tokens)))
+        with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
+            total = _log_likelihood(Session(forward, lease.cache), ids, tokens)
+            lease.tokens += tokens
+        if isnan(total):
+            raise NumericalError(_NAN.format(name=forward.name))
+        return total
 
     async def astream(
         self,
@@ -634,9 +672,7 @@ class _Generation:
         n, last, target_nan, drafter_nan, *drafted = verdict.tolist()  # the one host sync
         if target_nan or drafter_nan:
             name = self.target.forward.name if target_nan else self._drafter_name
-            raise NumericalError(
-                f"{name} produced NaN logits; check its weights, or load it in another dtype"
-            )
+            raise NumericalError(_NAN.format(name=name))
         self.stats.rounds += 1
         self.stats.drafted_tokens += len(drafted)
         self.stats.accepted_tokens += n
@@ -680,6 +716,15 @@ class _Generation:
         nothing = torch.empty(0, dtype=torch.long, device=device)
         q = torch.empty(0, self.target.forward.vocab_size, device=device)
         return Draft(nothing, q, passes=0), None
+
+
+@torch.inference_mode()
+def _log_likelihood(session: Session, prompt: list[int], continuation: list[int]) -> float:
+    session.prefill(prompt[:-1])
+    device = session.forward.device
+    logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))
+    wanted = torch.tensor(continuation, device=device)
+    return -F.cross_entropy(logits, wanted, reduction="sum").item()
 
 
 def _name_of(model: PreTrainedModel) -> str:

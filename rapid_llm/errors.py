@@ -31,3 +31,11 @@ class NumericalError(RapidError, ArithmeticError):
 
 class MissingDependencyError(RapidError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class DataError(RapidError, ValueError):
+    """An evaluation's data is missing, unreadable, too little, or lacks a field."""
+
+
+class JudgeError(RapidError):
+    """The model that judges answers cannot be reached, or gave no rating."""

@@ -173,6 +173,32 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
         return copy.deepcopy(model, shared)
 
 
+def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """The model made of a model's first layers; every weight is shared, not copied.
+
+    Raises:
+        InvalidParameterError: there are not so many layers.
+        ModelError: the model does not keep its decoder layers in ``model.model.layers``.
+    """
+    every = getattr(getattr(model, "model", None), "layers", None)
+    if every is None:
+        raise ModelError(
+            f"{type(model).__name__} keeps its layers in another place than the Llama family, so "
+            "that it cannot be shortened; take a model of that family"
+        )
+    if not 1 <= layers <= len(every):
+        raise InvalidParameterError(
+            f"layers={layers} is not allowed: the model has {len(every)} layers, take from 1 to "
+            "all of them"
+        )
+    shorter: Any = sharing_copy(model)
+    shorter.model.layers = shorter.model.layers[:layers]
+    shorter.config.num_hidden_layers = layers
+    if getattr(shorter.config, "layer_types", None) is not None:
+        shorter.config.layer_types = shorter.config.layer_types[:layers]
+    return shorter
+
+
 def device_memory(device: torch.device) -> int | None:
     """Bytes of memory that a device has in all; None where the system does not tell."""
     if device.type == "cuda":

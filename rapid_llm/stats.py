@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Method = Literal["rapid", "sd", "lc", "rag"]
@@ -83,3 +84,19 @@ class Stats:
             "tokens_per_round": self.tokens_per_round,
             "tokens_per_second": self.tokens_per_second,
         }
+
+    @classmethod
+    def together(cls, parts: Sequence[Stats]) -> Stats:
+        """Of several generations, one after the other: counts and seconds add up.
+
+        What cannot be added is the first's; ``draft_skipped``, the first reason that there is.
+        """
+        totals = {
+            field.name: sum(getattr(part, field.name) for part in parts)
+            for field in fields(cls)
+            if isinstance(field.default, int | float)
+        }
+        reasons = (part.draft_skipped for part in parts)
+        return replace(
+            parts[0], **totals, draft_skipped=next((r for r in reasons if r is not None), None)
+        )

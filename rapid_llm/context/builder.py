@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from math import floor, isfinite
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, count_tokens, split_text
 from rapid_llm.context.embedding import (
@@ -18,6 +18,7 @@ from rapid_llm.context.embedding import (
     batched,
     load_embedder,
 )
+from rapid_llm.context.ranking import Retriever, bm25, fuse
 from rapid_llm.context.store import ChunkStore, StoredDocument
 from rapid_llm.context.validation import require_text
 from rapid_llm.errors import DocumentError, InvalidParameterError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
+
+DEFAULT_THRESHOLD = 0.3  # the paper's
 
 _SEPARATOR = "\n\n"
 
@@ -38,7 +41,9 @@ class Chunk:
         text: ``documents[document][start:end]``.
         start: first character.
         end: one past the last character.
-        score: cosine similarity to the question, in [-1, 1].
+        score: what it was ranked by, the more the better: ``dense``, cosine similarity to the
+            question, in [-1, 1]; ``bm25``, the BM25 score, at least 0; ``hybrid``, the sum of the
+            reciprocal ranks by both, in (0, 2/61].
         tokens: tokens of ``text`` in the target's tokenizer.
         document: index of the document it comes from.
     """
@@ -78,16 +83,20 @@ class _Split(NamedTuple):
 class ContextBuilder:
     """Retrieves the drafter's context from long documents.
 
-    Documents are cut into chunks, embedded, stored in Chroma and searched by cosine similarity.
-    One builder may be called from several threads, one at a time embedding.
+    Documents are cut into chunks, embedded, stored in Chroma and searched by cosine similarity, or
+    ranked by the words that they share with the question, or by both. One builder may
+    be called from several threads, one at a time embedding.
 
     Args:
         tokenizer: the target's transformers tokenizer; all token counts are in its tokens. Control
             tokens inside a document count as ordinary text.
-        embedder: what ``load_embedder`` takes; loaded at the first ``build``. A chunk longer than
-            the embedder's window is embedded by its beginning.
+        embedder: what ``load_embedder`` takes; loaded at the first ``build`` (not for ``bm25``). A
+            chunk longer than the embedder's window is embedded by its beginning.
+        retriever: ``dense`` ranks by cosine similarity; ``bm25`` by words (extra ``eval``);
+            ``hybrid`` by the fusion of both ranks.
         chunk_tokens: the most tokens a chunk may have, at least 32.
-        threshold: the least cosine similarity of a retrieved chunk, in [-1, 1].
+        threshold: the least cosine similarity of a retrieved chunk, in [-1, 1]; for ``dense`` only,
+            the other scores having no fixed scale.
         min_budget_tokens: the budget of short documents, at least 1.
         compression: λ, at least 1: the budget of long documents is their tokens ÷ λ.
         persist_directory: where Chroma keeps the vectors, so that a document is embedded once for
@@ -103,13 +112,18 @@ class ContextBuilder:
         tokenizer: PreTrainedTokenizerBase,
         embedder: str | Path | Embedder | Any = DEFAULT_EMBEDDER,
         *,
+        retriever: Retriever = "dense",
         chunk_tokens: int = 512,
-        threshold: float = 0.3,
+        threshold: float = DEFAULT_THRESHOLD,
         min_budget_tokens: int = 4096,
         compression: float = 24,
         persist_directory: str | Path | None = None,
         device: str | None = None,
     ) -> None:
+        if retriever not in get_args(Retriever):
+            raise InvalidParameterError(
+                f"retriever={retriever!r} is unknown; use one of {', '.join(get_args(Retriever))}"
+            )
         _require_whole("chunk_tokens", chunk_tokens, MIN_CHUNK_TOKENS)
         _require_whole("min_budget_tokens", min_budget_tokens, 1)
         if not (_is_real(threshold) and -1 <= threshold <= 1):
@@ -120,6 +134,7 @@ class ContextBuilder:
             raise InvalidParameterError(
                 f"compression={compression!r} is not allowed: give a number of at least 1"
             )
+        self._retriever = retriever
         self._tokenizer = tokenizer
         self._count = partial(count_tokens, tokenizer=tokenizer)
         self._chunk_tokens = chunk_tokens
@@ -137,8 +152,8 @@ class ContextBuilder:
     ) -> RetrievalContext:
         """Retrieve what of the documents belongs to the question.
 
-        Chunks of at least the threshold's similarity are taken, the best first, until the budget
-        is filled; one that no longer fits is passed over for smaller ones.
+        Chunks (``dense``: of at least the threshold's similarity) are taken, the best first, until
+        the budget is filled; one that no longer fits is passed over for smaller ones.
 
         Args:
             documents: one document or several.
@@ -149,7 +164,8 @@ class ContextBuilder:
         Raises:
             DocumentError: a document or the question is empty or not text.
             ModelError: the embedding model cannot be loaded.
-            MissingDependencyError: the embedding model needs a package that is not installed.
+            MissingDependencyError: the embedding model or the retriever needs a package that is
+                not installed.
         """
         texts = [documents] if isinstance(documents, str) else list(documents)
         _require_documents(texts)
@@ -157,14 +173,9 @@ class ContextBuilder:
         split = {text: self._split(text) for text in texts}
         total = sum(split[text].tokens for text in texts)
         budget = max(self._min_budget_tokens, int(total / self._compression))
-        hits = self._search(split, question, progress)
-        ranked = [
-            Chunk(text[span.start : span.end], span.start, span.end, score, span.tokens, number)
-            for number, text in enumerate(texts)
-            for span, score in hits[text]
-        ]
-        ranked.sort(key=lambda chunk: (-chunk.score, chunk.document, chunk.start))
-        similar = [chunk for chunk in ranked if chunk.score >= self._threshold]
+        ranked = self._rank(texts, split, question, progress)
+        least = self._threshold if self._retriever == "dense" else float("-inf")
+        similar = [chunk for chunk in ranked if chunk.score >= least]
         chunks = self._fill(similar, budget)
         text = _join(chunks)
         return RetrievalContext(
@@ -178,10 +189,33 @@ class ContextBuilder:
     def _split_document(self, text: str) -> _Split:
         return _Split(split_text(text, self._tokenizer, self._chunk_tokens), self._count(text))
 
+    def _rank(
+        self,
+        texts: Sequence[str],
+        split: Mapping[str, _Split],
+        question: str,
+        progress: Progress | None,
+    ) -> list[Chunk]:
+        """Every chunk of every text, the best first."""
+        places = [(n, text, span) for n, text in enumerate(texts) for span in split[text].spans]
+        pieces = [text[span.start : span.end] for _, text, span in places]
+        scorings: list[list[float]] = []
+        if self._retriever != "bm25":
+            cosines = self._search(split, question, progress)
+            scorings.append([cosines[text][span] for _, text, span in places])
+        if self._retriever != "dense":
+            scorings.append(bm25(pieces, question))
+        scores = scorings[0] if len(scorings) == 1 else fuse(*scorings)
+        ranked = [
+            Chunk(piece, span.start, span.end, score, span.tokens, number)
+            for (number, _, span), piece, score in zip(places, pieces, scores, strict=True)
+        ]
+        return sorted(ranked, key=lambda chunk: (-chunk.score, chunk.document, chunk.start))
+
     def _search(
         self, split: Mapping[str, _Split], question: str, progress: Progress | None
-    ) -> dict[str, list[tuple[Span, float]]]:
-        """Every chunk of every text with its similarity to the question."""
+    ) -> dict[str, dict[Span, float]]:
+        """The cosine similarity to the question, of every chunk of every text."""
         with self._lock:
             if self._embedder is None:
                 self._embedder = load_embedder(self._embedder_source, self._device)
@@ -191,7 +225,7 @@ class ContextBuilder:
             }
             _embed(stored.values(), self._embedder, progress)
             query = self._embedder.embed_query(question)
-            return {text: document.search(query) for text, document in stored.items()}
+            return {text: dict(document.search(query)) for text, document in stored.items()}
 
     def _fill(self, ranked: Sequence[Chunk], budget: int) -> list[Chunk]:
         """The best chunks that fit together, in document order."""

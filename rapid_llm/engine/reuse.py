@@ -102,6 +102,24 @@ class PrefixCache:
         with self._lock:
             self._entries = [entry for entry in self._entries if entry.busy]
 
+    def keep_only(self, forward: Forward, prompt: Sequence[int]) -> int:
+        """Free everything that no generation uses, but for what a lease of a prompt would reuse.
+
+        What a later lease finds then depends on this prompt alone, not on what was read after it.
+        Returns how many of the prompt's tokens are kept.
+        """
+        ids = np.asarray(prompt[:-2], dtype=np.int32)
+        with self._lock:
+            idle = [entry for entry in self._entries if not entry.busy and entry.forward is forward]
+            best = max(idle, key=lambda entry: entry.shared(ids), default=None)
+            self._entries = [entry for entry in self._entries if entry.busy or entry is best]
+            if best is None:
+                return 0
+            shared = best.shared(ids)
+            best.cache.rollback(shared)
+            best.tokens = best.tokens[:shared]
+            return shared
+
     @contextmanager
     def lease(self, forward: Forward, prompt: Sequence[int], capacity: int) -> Iterator[Lease]:
         """A cache that holds the longest prefix of a prompt that was read before.

