@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
-from rapid_llm.context.confidence import confidence
 from rapid_llm.context.prompts import build_messages, fit_document
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Prompt
@@ -114,7 +113,7 @@ class Inquiry:
             self._target_prompt,
             draft,
             exact=method == "sd",
-            confidence=confidence([chunk.score for chunk in self.context.chunks]),
+            confidence=self.context.confidence,
         )
 
     def _options(self, run: _Run) -> dict[str, Any]:

@@ -111,6 +111,14 @@ def test_a_sweep_is_the_product_of_what_means_something() -> None:
     ]
 
 
+def test_a_dynamic_eta_is_run_beside_the_constant_one() -> None:
+    assert names(["sd", "rapid"], eta=[5, 10], dynamic_eta=True) == [
+        *("sd", "rapid η=5", "rapid η=5, dynamic", "rapid η=10", "rapid η=10, dynamic")
+    ]
+    constant, dynamic = Sweep(dynamic_eta=True).methods(["rapid"])
+    assert (constant.options["dynamic_eta"], dynamic.options["dynamic_eta"]) == (False, True)
+
+
 def test_no_knowledge_transfer_is_sd() -> None:
     assert names(["sd", "rapid"], eta=[0, 5], mode=["paper", "exact"]) == ["sd", "rapid η=5"]
     (spec,) = Sweep(eta=[0]).methods(["rapid"])

@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, count_tokens, split_text
+from rapid_llm.context.confidence import confidence
 from rapid_llm.context.embedding import (
     DEFAULT_EMBEDDER,
     EMBEDDING_BATCH,
@@ -66,6 +67,8 @@ class RetrievalContext:
         tokens: tokens of ``text`` in the target's tokenizer, at most ``budget``.
         budget: max(``min_budget_tokens``, tokens of all documents ÷ ``compression``).
         empty_reason: why there are no chunks, or None when there are some.
+        confidence: in [0, 1], how sure the retrieval is (see ``context.confidence``); 1 where it
+            knows no similarities, that is but for ``dense``.
     """
 
     text: str
@@ -73,6 +76,7 @@ class RetrievalContext:
     tokens: int
     budget: int
     empty_reason: str | None
+    confidence: float
 
 
 class _Split(NamedTuple):
@@ -184,6 +188,9 @@ class ContextBuilder:
             tokens=self._count(text),
             budget=budget,
             empty_reason=None if chunks else self._empty_reason(ranked, similar, budget),
+            confidence=confidence([chunk.score for chunk in chunks])
+            if self._retriever == "dense"
+            else 1.0,
         )
 
     def _split_document(self, text: str) -> _Split:

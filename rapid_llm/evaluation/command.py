@@ -126,6 +126,14 @@ def evaluate(
             help="Run methods that retrieve once more, with chunks of another item's document.",
         ),
     ] = False,
+    dynamic_eta: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-eta",
+            help="Run rapid once more, with η following the retrieval's similarity and the "
+            "position in the answer.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of whatever is drawn at random.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Of both models.")] = "bfloat16",
     device: Annotated[
@@ -168,7 +176,7 @@ def evaluate(
         "embedder": embedder or [default_embedder()],
     }
     options: dict[str, Any] = {name: tuple(values) for name, values in lists.items() if values}
-    sweep = Sweep(irrelevant=irrelevant, **options)
+    sweep = Sweep(irrelevant=irrelevant, dynamic_eta=dynamic_eta, **options)
     methods = sweep.methods(method or ["lc", "rag", "sd", "rapid"])
     checksum = None if data is None else _checksum(data)
 

@@ -66,7 +66,7 @@ class MethodSpec:
             if self.base in ("sd", "rapid"):
                 options["eta"] = self.speculation.transfer_strength
                 options["mode"] = self.speculation.mode
-                options["dynamic_eta"] = getattr(self.speculation, "dynamic_eta", False)
+                options["dynamic_eta"] = self.speculation.dynamic_eta
         return options | (asdict(self.retrieval) if self.retrieval else {})
 
 
@@ -149,8 +149,7 @@ class Sweep:
                 continue
             yield config
             if self.dynamic_eta:
-                dynamic: dict[str, Any] = {"dynamic_eta": True}
-                yield replace(config, **dynamic)
+                yield replace(config, dynamic_eta=True)
 
     def _retrievals(self, embeds: bool = False) -> Iterator[RetrievalSpec]:
         """``embeds``: the method itself needs the embedder, whatever the retriever."""

@@ -108,7 +108,7 @@ class _Evaluation:
     def first_turn(self, item: Item) -> _Turn:
         def render(context: str) -> list[Message]:
             return [
-                message | {"content": message["content"].replace(CONTEXT, context)}
+                message | {"content": message["content"].replace(CONTEXT, context, 1)}
                 for message in item.messages
             ]
 
@@ -199,6 +199,7 @@ class _Evaluation:
             draft,
             sampling=turn.sampling,
             speculation=method.speculation,
+            confidence=1.0 if read is None else read.confidence,
         )
         chunks = list(stream)
         result = GenerationResult.from_chunks(chunks)
