@@ -85,7 +85,7 @@ def test_a_table_is_printed_and_answers_are_kept(run: Any, tmp_path: Path) -> No
     for part in ("3 items", "contains", "f1", "− lc", "tokens/s", "÷ lc", "by length"):
         assert part in out
     for method in ("lc", "rag", "sd", "rapid η=10"):
-        assert out.count(f"\n  {method} ") == 2  # in all, and by length
+        assert out.count(f"\n  {method} ") == 3  # scores, speed, and scores by length
     assert all(length in out for length in LENGTHS)
 
 

@@ -187,7 +187,7 @@ def evaluate(
         from rapid_llm.evaluation.retrieval import Retrieval
         from rapid_llm.evaluation.runner import evaluate as run
         from rapid_llm.evaluation.summary import summarize
-        from rapid_llm.evaluation.tables import group_tables, heading, summary_table
+        from rapid_llm.evaluation.tables import group_tables, heading, score_table, speed_table
         from rapid_llm.evaluation.tasks import load_task
 
         decoder = _decoder(model, drafter, layers, dtype, device, drafter_device)
@@ -241,7 +241,8 @@ def evaluate(
         print(json.dumps({"task": task, "folder": str(folder)} | summary.as_dict()), flush=True)
         return
     show(heading(task, decoder.target.name, summary))
-    show(summary_table(summary, loaded.metrics))
+    show(score_table(summary, loaded.metrics))
+    show(speed_table(summary))
     for table in group_tables(summary, loaded.metrics):
         show(table)
     show(f"Answers are in {folder}; for plots: rapid-llm report {folder}", stderr=True)

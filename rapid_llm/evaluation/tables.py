@@ -23,25 +23,16 @@ def heading(task: str, model: str, summary: Summary) -> str:
     )
 
 
-def summary_table(summary: Summary, metrics: Mapping[str, MetricKind]) -> Table:
-    """A row a method."""
-    table = Table("method", box=SIMPLE_HEAD)
+def score_table(summary: Summary, metrics: Mapping[str, MetricKind]) -> Table:
+    """A row a method: its scores, and the difference of the headline to the baseline's."""
     headline = next(iter(metrics))
-    measured = ("n", *metrics, f"{headline}\n− {BASELINE}", "tokens/s", f"÷ {BASELINE}")
-    for name in (*measured, "accepted", "a", "tokens\na round", "found"):
-        table.add_column(name, justify="right")
+    table = _table("method", "n", *metrics, f"{headline}\n− {BASELINE}")
     for row in summary.rows:
         table.add_row(
             row.method,
             str(row.items),
             *(_percent(row.scores[name]) for name in metrics),
             _NONE if row.difference is None else _percent(row.difference, "+"),
-            _number(row.tokens_per_second, 1),
-            _number(row.speedup, 2),
-            _number(row.acceptance_ratio, 2),
-            _number(row.acceptance_rate, 2),
-            _number(row.tokens_per_round, 1),
-            _number(row.retrieved, 2),
         )
     skipped = [f"{row.method} {row.fell_back}" for row in summary.rows if row.fell_back]
     if skipped:
@@ -49,14 +40,32 @@ def summary_table(summary: Summary, metrics: Mapping[str, MetricKind]) -> Table:
     return table
 
 
+def speed_table(summary: Summary) -> Table:
+    """A row a method: speed, acceptance, and how often an answer stood in what was retrieved."""
+    names = ("tokens/s", f"÷ {BASELINE}", "accepted", "a", "tokens\na round", "retrieved")
+    table = _table("method", *names)
+    for row in summary.rows:
+        table.add_row(
+            row.method,
+            _number(row.tokens_per_second, 1),
+            _number(row.speedup, 2),
+            _number(row.acceptance_ratio, 2),
+            _number(row.acceptance_rate, 2),
+            _number(row.tokens_per_round, 1),
+            _number(row.retrieved, 2),
+        )
+    return table
+
+
 def group_tables(summary: Summary, metrics: Mapping[str, MetricKind]) -> Iterator[Table]:
     """The headline by group: a row a method, a column a value."""
     headline = next(iter(metrics))
     for name, values in summary.groups.items():
-        table = Table(f"{headline} by {name}", box=SIMPLE_HEAD)
+        counts = {value: max(row.items for row in rows) for value, rows in values.items()}
+        headings = (f"{value}\n(n = {count})" for value, count in counts.items())
+        table = _table(f"{headline} by {name}", *headings)
         scores: dict[str, dict[str, Interval]] = {}
         for value, rows in values.items():
-            table.add_column(f"{value}\n(n = {max(row.items for row in rows)})", justify="right")
             for row in rows:
                 scores.setdefault(row.method, {})[value] = row.scores[headline]
         for method, by_value in scores.items():
@@ -65,9 +74,24 @@ def group_tables(summary: Summary, metrics: Mapping[str, MetricKind]) -> Iterato
         yield table
 
 
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def _percent(value: Interval, sign: str = "") -> str:
-    middle, low, high = (f"{100 * x:{sign}.1f}" for x in value)
-    return middle if isnan(value.low) else f"{middle} [{low}, {high}]"
+    middle = f"{100 * value.value:{sign}.1f}"
+    if isnan(value.low):
+        return middle
+    low, high = (_short(100 * bound) for bound in (value.low, value.high))
+    return f"{middle} ({low}, {high})"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 9.95 else f"{value:.1f}"
 
 
 def _number(value: float | None, digits: int) -> str:
