@@ -1,5 +1,6 @@
 # make demo   the main job on a real document: installs into .venv, needs no hub and no key
-# make test   the same set-up, then every test
+# make test   the same set-up, then the tests, but for those that take minutes each
+# make slow   those
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test slow lint clean
 
 install: $(VENV)/.installed
 
@@ -25,9 +26,12 @@ demo: install
 	$(BIN)/rapid-llm demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 	for wheel in $(WHEELS); do $(BIN)/python -m pytest -c $$wheel/pyproject.toml $$wheel || exit 1; done
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 cookbook
+
+slow: install
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .
