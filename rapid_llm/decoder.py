@@ -632,15 +632,13 @@ class _Generation:
         for drafter in self._drafters:
             drafter.prefill(progress and (lambda *tokens: progress("draft", *tokens)))
         gamma = self.config.gamma
-        self._sources = [
-            _Source(
-                drafter,
-                AdaptiveSchedule(pass_cost(self.target), drafter.cost())
-                if gamma == "auto"
-                else FixedSchedule(gamma),
-            )
-            for drafter in self._drafters
-        ]
+        schedules: list[Schedule] = []
+        if gamma != "auto":
+            schedules = [FixedSchedule(gamma) for _ in self._drafters]
+        elif self._drafters:
+            cost = pass_cost(self.target)  # once: in little room it is not kept
+            schedules = [AdaptiveSchedule(cost, drafter.cost()) for drafter in self._drafters]
+        self._sources = list(map(_Source, self._drafters, schedules))
         if self.target.forward.device.type == "cuda":
             torch.cuda.synchronize()  # or the first round would be charged with the prefill
         self.stats.prefill_seconds = time.perf_counter() - started

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rapid_llm.bench.measure import VERIFIED, Cell, Costs, Engine, Report, Row
-from rapid_llm.errors import MissingDependencyError
+from rapid_llm.figure import new_figure
 
 GENERATE = "transformers generate"
 
@@ -103,15 +103,9 @@ def plot(report: Report, path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "--plot needs matplotlib; run: pip install matplotlib"
-        ) from error
     cells = report.cells
     most = max(len(cell.rows) for cell in cells)
-    figure = Figure(figsize=(9, len(cells) * (0.9 + 0.22 * most)), layout="constrained")
+    figure = new_figure("--plot needs", 9, len(cells) * (0.9 + 0.22 * most))
     for index, cell in enumerate(cells):
         axes = figure.add_subplot(len(cells), 1, index + 1)
         names = list(cell.rows)[::-1]

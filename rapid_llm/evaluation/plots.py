@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rapid_llm.errors import MissingDependencyError
 from rapid_llm.evaluation.intervals import Interval
+from rapid_llm.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,13 +148,7 @@ def lines(
 
 
 def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "a report's plots need matplotlib; run: pip install matplotlib"
-        ) from error
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return new_figure("a report's plots need", width, height, dpi=150)
 
 
 def _interval(axes: Axes, value: Interval, at: float, colour: str) -> None:

@@ -14,6 +14,9 @@ CONTEXT = "{context}"
 ANSWER = "{answer}"
 """Stands in :attr:`Item.follow_up` where the first answer goes."""
 
+SHORT_ANSWER = "Answer the question with a few words from the text above."
+"""The instruction of tasks that have none of their own."""
+
 MetricKind = Literal["rate", "mean"]
 """``rate``: 0 or 1 an item (Wilson interval); ``mean``: a number (bootstrap interval)."""
 

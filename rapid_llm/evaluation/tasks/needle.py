@@ -20,12 +20,11 @@ from rapid_llm.context.prompts import build_messages
 from rapid_llm.encoding import encode_literal, literal_encoding
 from rapid_llm.errors import DataError, InvalidParameterError
 from rapid_llm.evaluation.scoring import contains, normalise
-from rapid_llm.evaluation.tasks.base import CONTEXT, Benchmark, Item
+from rapid_llm.evaluation.tasks.base import CONTEXT, SHORT_ANSWER, Benchmark, Item
 from rapid_llm.evaluation.tasks.passages import DEPTHS, depth_group
 
 DEFAULT_LIMIT = 100
 FACTS = 4
-INSTRUCTION = "Answer the question with a few words from the text above."
 
 # Where a sentence ends, but no abbreviation such as "n." or "adj." does.
 _SENTENCE_END = re.compile(r"(?<=\w{4}[.!?])\s+(?=[\"'(]?[A-Z])")
@@ -130,7 +129,7 @@ def load(
                 id=str(number + 1),
                 context=context,
                 query=asked.question,
-                messages=tuple(build_messages(CONTEXT, asked.question, instruction=INSTRUCTION)),
+                messages=tuple(build_messages(CONTEXT, asked.question, instruction=SHORT_ANSWER)),
                 references=(asked.answer,),
                 max_new_tokens=32,
                 groups={"depth": depth_group(context.index(asked.sentence) / len(context))},

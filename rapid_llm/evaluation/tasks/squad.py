@@ -13,12 +13,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.context.prompts import build_messages
 from rapid_llm.evaluation.scoring import contains, exact_match, token_f1
-from rapid_llm.evaluation.tasks.base import CONTEXT, Benchmark, Item, MetricKind
+from rapid_llm.evaluation.tasks.base import (
+    CONTEXT,
+    SHORT_ANSWER,
+    Benchmark,
+    Item,
+    MetricKind,
+)
 from rapid_llm.evaluation.tasks.data import Row, locate, read_object
 from rapid_llm.evaluation.tasks.passages import BETWEEN, Filled, Passages
 
 METRICS: dict[str, MetricKind] = {"contains": "rate", "exact_match": "rate", "f1": "mean"}
-INSTRUCTION = "Answer the question with a few words from the text above."
 
 
 def load(
@@ -63,7 +68,7 @@ def _item(row: Row, filled: Filled) -> Item:
         id=row.text("id"),
         context=BETWEEN.join(filled.texts),
         query=question,
-        messages=tuple(build_messages(CONTEXT, question, instruction=INSTRUCTION)),
+        messages=tuple(build_messages(CONTEXT, question, instruction=SHORT_ANSWER)),
         references=tuple(dict.fromkeys(answers)),
         max_new_tokens=32,
         groups={"depth": filled.depth},
