@@ -90,8 +90,9 @@ class AdaptiveSchedule:
     def __init__(self, target: PassCost, drafter: PassCost) -> None:
         self._target, self._drafter = target, drafter
         # Beliefs before the first round, as if seen: accepted of tried, passes of drafted tokens.
-        self._accepted, self._tried = 2.4, 3.0
-        self._passes, self._drafted = 3.0, 3.0
+        # Strong enough to outlast a beginning that goes amiss, as answers in other words do.
+        self._accepted, self._tried = 4.5, 6.0
+        self._passes, self._drafted = 6.0, 6.0
         self._plain_rounds, self._wait = 0, _FIRST_WAIT
 
     @property
