@@ -446,7 +446,15 @@ def test_a_closed_pipe_and_a_real_interrupt_leave_no_traceback(
     long = save(tmp_path / "long", endless=True)
     options = ("--question", "w5", "--target", long, "--method", "lc", "--max-new-tokens", "90000")
     closed = python("-m", "rapid_llm", "ask", document, *options)
-    stopped = python("-m", "rapid_llm", "ask", document, *options)
+    # A shell starts its background jobs with interrupts ignored, and children inherit that.
+    stopped = python(
+        "-m",
+        "rapid_llm",
+        "ask",
+        document,
+        *options,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert closed.stdout is not None
     assert stopped.stdout is not None
     closed.stdout.close()
