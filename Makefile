@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(WHEELS:%=%/pyproject.toml)
+$(VENV)/.installed: pyproject.toml constraints.txt rapid_llm/engine/native.cpp $(WHEELS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e ".[demo,bge,dev]" $(WHEELS:%=-e "./%[test]")

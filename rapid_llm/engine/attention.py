@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from rapid_llm.engine import native
 from rapid_llm.errors import ModelError
 
 NAME = "rapid"
@@ -53,12 +54,14 @@ def attend(
         return _attend_packed(query, key, value, scaling, ~hidden)
     if window is not None and window >= key.shape[1]:
         window = None
-    return _kernel(query, key)(query, key, value, scaling, window)
+    return _kernel(query, key, value)(query, key, value, scaling, window)
 
 
-def _kernel(query: Tensor, key: Tensor) -> Callable[..., Tensor]:
-    """What is fastest for this device and shape."""
+def _kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
+    """What is fastest for this device, dtype and shape."""
     n, length = query.shape[1], key.shape[1]
+    if n > _FEW_QUERIES and native.serves(query, key, value):
+        return native.attend
     if query.device.type != "cpu" or (n == 1 and length <= _SHORT):
         return _attend_sdpa
     if n <= _FEW_QUERIES and length <= _SHORT:

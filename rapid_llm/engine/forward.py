@@ -17,6 +17,7 @@ from rapid_llm.engine import attention
 from rapid_llm.engine.graphs import GraphedStep, is_capturable
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import is_lean, lean_logits
+from rapid_llm.engine.native_pass import native_pass
 from rapid_llm.errors import MissingDependencyError, ModelError
 
 SUPPORTED = frozenset(
@@ -102,6 +103,7 @@ class Forward:
             cuda_graphs and self.device.type == "cuda" and self.lean and is_capturable(model)
         )
         self._steps: WeakKeyDictionary[KVCache, GraphedStep] = WeakKeyDictionary()
+        self._native = native_pass(model) if self.lean else None
         self._lock = _lock_of(model)
 
     @property
@@ -162,6 +164,10 @@ class Forward:
     def _lean_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
         if self._captures and len(ids) == 1 and cache.length > 0:
             return self._graphed(cache)(ids, cache)
+        if self._native is not None and self._native.stale:
+            self._native = native_pass(self.model) if is_lean(self.model) else None
+        if self._native is not None and self._native.serves(ids, cache):
+            return self._native(ids, positions, cache, keep)
         return lean_logits(self.model, ids, positions, cache, keep)
 
     def _graphed(self, cache: KVCache) -> GraphedStep:

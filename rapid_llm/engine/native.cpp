@@ -1,0 +1,602 @@
+// Two CPU kernels in bfloat16: a whole forward pass of a few tokens of the Llama family, and causal
+// attention for many. The pass is one parallel region over the model's own weights (or the int8
+// ones of its twin) and its KV cache, so that it takes little longer than reading them once.
+//
+// Products take bfloat16 numbers and add in float32; the residual stream stays in float32.
+// Compiled once for AVX-512 with bfloat16 and once for AVX2 (pyproject.toml); called by native.py.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+// ---------------------------------------------------------------- vectors
+
+#ifdef __AVX512BF16__
+constexpr int LANES = 16, OUTPUTS = 4, TOKENS = 6, QUERIES = 12;  // what 32 registers hold
+#else
+constexpr int LANES = 8, OUTPUTS = 2, TOKENS = 4, QUERIES = 5;  // what 16 registers hold
+#endif
+constexpr int GROUP = 2 * LANES;       // keys that are scored together
+constexpr int KEYS = 8 * GROUP;        // keys between two updates of the running softmax
+constexpr int BLOCK = 64;              // tokens of a prefill that a thread takes at a time
+constexpr float HIDDEN = -3e38f;       // the score of a key that a query must not look at
+constexpr float NOTHING_YET = -1e30f;  // the maximum before the first key
+
+using Vec = float __attribute__((vector_size(4 * LANES)));
+using Bits = uint32_t __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
+using BFloat16 = uint16_t;  // its bits
+
+template <typename To, typename From>
+To bits(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+template <typename T>
+T load(const void* from) {
+    T to;
+    std::memcpy(&to, from, sizeof(T));
+    return to;
+}
+
+template <typename T>
+void store(void* to, T x) {
+    std::memcpy(to, &x, sizeof(T));
+}
+
+float value(BFloat16 x) { return bits<float>(uint32_t(x) << 16); }
+float value(int8_t x) { return x; }
+Vec values(const BFloat16* p) { return Vec(__builtin_convertvector(load<Shorts>(p), Bits) << 16); }
+
+// To nearest, ties to even. The NaN that a processor makes stays one.
+BFloat16 rounded(float x) {
+    const uint32_t wide = bits<uint32_t>(x);
+    return BFloat16((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+Shorts rounded(Vec x) {
+#ifdef __AVX512BF16__
+    return bits<Shorts>(_mm512_cvtneps_pbh(x));
+#else
+    const Bits wide = Bits(x);
+    return __builtin_convertvector((wide + 0x7fff + ((wide >> 16) & 1)) >> 16, Shorts);
+#endif
+}
+
+// LANES pairs of bfloat16 numbers, and acc + a.even * b.even + a.odd * b.odd.
+#ifdef __AVX512BF16__
+
+using Pairs = __m512bh;
+Pairs pairs(Bits x) { return bits<Pairs>(x); }
+Pairs pairs(const BFloat16* p) { return load<Pairs>(p); }
+Pairs pairs(const int8_t* p) {  // exact: an int8 has fewer digits than a bfloat16
+    const auto floats = [](const int8_t* at) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(at)));
+    };
+    return _mm512_cvtne2ps_pbh(floats(p + LANES), floats(p));
+}
+Vec dot(Vec acc, Pairs a, Pairs b) { return _mm512_dpbf16_ps(acc, a, b); }
+
+#else
+
+struct Pairs {
+    Vec even, odd;
+};
+Pairs pairs(Bits x) { return {Vec(x << 16), Vec(x & 0xffff0000u)}; }
+Pairs pairs(const BFloat16* p) { return pairs(load<Bits>(p)); }
+Pairs pairs(const int8_t* p) {
+    const Ints both = Ints(_mm256_cvtepi8_epi16(load<__m128i>(p)));
+    return {__builtin_convertvector(both << 16 >> 16, Vec),
+            __builtin_convertvector(both >> 16, Vec)};
+}
+Vec dot(Vec acc, Pairs a, Pairs b) { return acc + a.even * b.even + a.odd * b.odd; }
+
+#endif
+
+float sum(Vec x) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+// Relative error below 3e-7 between -87 and 88; outside, as at these ends. The polynomial is that
+// of the Cephes library's expf.
+Vec exponential(Vec x) {
+    x = x < -87.0f ? Vec{} - 87.0f : x;
+    x = x > 88.0f ? Vec{} + 88.0f : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec whole = x * 1.44269504f + magic - magic;
+    const Vec rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Vec p = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.0f;
+    return p * Vec((__builtin_convertvector(whole, Ints) + 127) << 23);
+}
+
+// What one thread does of `total`, in whole units.
+struct Share {
+    int64_t first, last;
+    Share(int64_t total, int64_t unit) {
+        const int64_t units = (total + unit - 1) / unit;
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        first = std::min(total, units * thread / threads * unit);
+        last = std::min(total, units * (thread + 1) / threads * unit);
+    }
+};
+
+// Float32 numbers that the calling thread may write to until its next call.
+float* arena(size_t count) {
+    thread_local std::vector<float> memory;
+    if (memory.size() < count) memory.resize(count);
+    return memory.data();
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- what native.py fills in
+
+extern "C" {
+
+struct Linear {             // y = scale * (weight x) + bias
+    const void* weight;     // [out, in]: int8 where there is a scale, else bfloat16
+    const BFloat16* scale;  // [out], or null
+    const BFloat16* bias;   // [out], or null
+    int64_t out, in;
+};
+
+struct Layer {
+    const BFloat16 *input_norm, *post_norm;
+    const BFloat16 *query_norm, *key_norm;  // null but for Qwen3
+    Linear query, key, value, output, gate, up, down;
+    BFloat16 *keys, *values;  // [kv_heads, capacity, dim]
+    int64_t window;           // so many keys a query sees, its own included
+};
+
+struct Model {
+    int64_t layers, hidden, heads, kv_heads, dim, intermediate, capacity;
+    float epsilon, scaling;
+    const BFloat16* embedding;  // [vocab, hidden]
+    const BFloat16* norm;
+    Linear head;
+    const Layer* layer;
+};
+
+}  // extern "C"
+
+namespace {
+
+// ---------------------------------------------------------------- linear layers
+
+// out[r][j] = w[j] . x[r] for J rows of a matrix and R tokens.
+template <int J, int R, typename W>
+void products(const W* w, int64_t in, const BFloat16* x, float (&out)[R][J]) {
+    Vec acc[J][R] = {};
+    const int64_t whole = in - in % (2 * LANES);
+    for (int64_t k = 0; k < whole; k += 2 * LANES) {
+        Pairs row[J];
+        for (int j = 0; j < J; ++j) {
+            row[j] = pairs(w + j * in + k);
+            __builtin_prefetch(w + (J + j) * in + k);
+        }
+        for (int r = 0; r < R; ++r) {
+            const Pairs token = pairs(x + r * in + k);
+            for (int j = 0; j < J; ++j) acc[j][r] = dot(acc[j][r], row[j], token);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < J; ++j) {
+            out[r][j] = sum(acc[j][r]);
+            for (int64_t k = whole; k < in; ++k)
+                out[r][j] += value(w[j * in + k]) * value(x[r * in + k]);
+        }
+}
+
+// Outputs j to j + J of all n tokens, R at a time while there are as many.
+template <int J, typename W, int R = TOKENS>
+void outputs(const Linear& m, int64_t j, const BFloat16* x, int64_t n, float* y, int64_t stride,
+             bool add) {
+    for (; n >= R; n -= R, x += R * m.in, y += R * stride) {
+        float product[R][J];
+        products<J, R>(static_cast<const W*>(m.weight) + j * m.in, m.in, x, product);
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < J; ++i) {
+                float result = product[r][i];
+                if (m.scale) result *= value(m.scale[j + i]);
+                if (m.bias) result += value(m.bias[j + i]);
+                float& to = y[r * stride + j + i];
+                to = add ? to + result : result;
+            }
+    }
+    if constexpr (R > 1)
+        if (n > 0) outputs<J, W, R - 1>(m, j, x, n, y, stride, add);
+}
+
+template <typename W>
+void linear(const Linear& m, const Share& mine, const BFloat16* x, int64_t n, float* y,
+            int64_t stride, bool add) {
+    int64_t j = mine.first;
+    for (; j + OUTPUTS <= mine.last; j += OUTPUTS) outputs<OUTPUTS, W>(m, j, x, n, y, stride, add);
+    for (; j < mine.last; ++j) outputs<1, W>(m, j, x, n, y, stride, add);
+}
+
+// This thread's outputs of y = m(x), or of y += m(x), for n tokens; a row of y is `stride` long.
+Share linear(const Linear& m, const BFloat16* x, int64_t n, float* y, int64_t stride,
+             bool add = false) {
+    const Share mine(m.out, OUTPUTS);
+    if (m.scale)
+        linear<int8_t>(m, mine, x, n, y, stride, add);
+    else
+        linear<BFloat16>(m, mine, x, n, y, stride, add);
+    return mine;
+}
+
+// ---------------------------------------------------------------- between the products
+
+void put(float* to, Vec x) { store(to, x); }
+void put(BFloat16* to, Vec x) { store(to, rounded(x)); }
+
+// x may be y. The size is a multiple of LANES.
+template <typename To>
+void rms_norm(const float* x, const BFloat16* weight, int64_t size, float epsilon, To* y) {
+    Vec square{};
+    for (int64_t i = 0; i < size; i += LANES) square += load<Vec>(x + i) * load<Vec>(x + i);
+    const float factor = 1.0f / std::sqrt(sum(square) / size + epsilon);
+    for (int64_t i = 0; i < size; i += LANES)
+        put(y + i, load<Vec>(x + i) * factor * values(weight + i));
+}
+
+// x cos + (-x2, x1) sin, with x = (x1, x2).
+void rotate(float* x, const float* cosine, const float* sine, int64_t dim) {
+    const int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + half] = b * cosine[i + half] + a * sine[i + half];
+    }
+}
+
+// silu(gate) * up
+Vec gated(const float* gate, const float* up) {
+    const Vec g = load<Vec>(gate);
+    return g / (1.0f + exponential(-g)) * load<Vec>(up);
+}
+
+// ---------------------------------------------------------------- attention
+
+template <int S, int... L>
+void exchange(Bits& a, Bits& b, std::integer_sequence<int, L...>) {
+    const Bits first = __builtin_shufflevector(a, b, (L & S ? LANES + L - S : L)...);
+    b = __builtin_shufflevector(a, b, (L & S ? LANES + L : L + S)...);
+    a = first;
+}
+
+template <int S = LANES / 2>
+void transpose(Bits (&matrix)[LANES]) {
+    for (int i = 0; i < LANES; ++i)
+        if (!(i & S))
+            exchange<S>(matrix[i], matrix[i + S], std::make_integer_sequence<int, LANES>{});
+    if constexpr (S > 1) transpose<S / 2>(matrix);
+}
+
+// A GROUP of keys as pairs of neighbouring dimensions, [dim / 2, GROUP]; the last key is repeated.
+void transpose_keys(const BFloat16* keys, int64_t count, int64_t dim, uint32_t* out) {
+    for (int half = 0; half < GROUP; half += LANES)
+        for (int64_t d = 0; d < dim; d += 2 * LANES) {
+            Bits matrix[LANES];
+            for (int i = 0; i < LANES; ++i)
+                matrix[i] = load<Bits>(keys + std::min<int64_t>(half + i, count - 1) * dim + d);
+            transpose(matrix);
+            for (int i = 0; i < LANES; ++i) store(out + (d / 2 + i) * GROUP + half, matrix[i]);
+        }
+}
+
+// Products of n queries, [n, dim / 2] pairs, with a GROUP of keys; a row of out is KEYS long.
+template <int R = QUERIES>
+void score(const uint32_t* queries, int64_t n, int64_t dim, const uint32_t* keys, float* out) {
+    const int64_t width = dim / 2;
+    for (; n >= R; n -= R, queries += R * width, out += R * KEYS) {
+        Vec acc[R][2] = {};
+        for (int64_t d = 0; d < width; ++d) {
+            const Pairs a = pairs(load<Bits>(keys + d * GROUP));
+            const Pairs b = pairs(load<Bits>(keys + d * GROUP + LANES));
+            for (int r = 0; r < R; ++r) {
+                const Pairs query = pairs(Bits{} + queries[r * width + d]);
+                acc[r][0] = dot(acc[r][0], query, a);
+                acc[r][1] = dot(acc[r][1], query, b);
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < 2; ++c) store(out + r * KEYS + c * LANES, acc[r][c]);
+    }
+    if constexpr (R > 1)
+        if (n > 0) score<R - 1>(queries, n, dim, keys, out);
+}
+
+// out += weights values. The weights are pairs of neighbouring keys, [n, KEYS / 2]; in each GROUP
+// of dimensions of out, the even ones come first.
+template <int R = QUERIES>
+void mix(const uint32_t* weights, int64_t n, const BFloat16* values, int64_t count, int64_t dim,
+         float* out) {
+    for (; n >= R; n -= R, weights += R * KEYS / 2, out += R * dim)
+        for (int64_t d = 0; d < dim; d += GROUP) {
+            Vec acc[R][2];
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < 2; ++c) acc[r][c] = load<Vec>(out + r * dim + d + c * LANES);
+            for (int64_t key = 0; key < count; key += 2) {
+                const BFloat16* at = values + key * dim + d;
+                const Bits a = load<Bits>(at), b = load<Bits>(key + 1 < count ? at + dim : at);
+                const Pairs even = pairs((a & 0xffffu) | (b << 16));
+                const Pairs odd = pairs((a >> 16) | (b & 0xffff0000u));
+                for (int r = 0; r < R; ++r) {
+                    const Pairs weight = pairs(Bits{} + weights[r * KEYS / 2 + key / 2]);
+                    acc[r][0] = dot(acc[r][0], weight, even);
+                    acc[r][1] = dot(acc[r][1], weight, odd);
+                }
+            }
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < 2; ++c) store(out + r * dim + d + c * LANES, acc[r][c]);
+        }
+    if constexpr (R > 1)
+        if (n > 0) mix<R - 1>(weights, n, values, count, dim, out);
+}
+
+int64_t mixed_at(int64_t d) { return d / GROUP * GROUP + d % 2 * LANES + d % GROUP / 2; }
+
+void prefetch(const BFloat16* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 32) __builtin_prefetch(from + i);
+}
+
+// A softmax that is not complete yet: the greatest score so far, and the sum of
+// exp(score - maximum).
+struct Running {
+    float maximum, total;
+};
+
+// Turns scores into their exponentials, pairs of bfloat16; scales what was mixed with those before.
+void exponentials(const float* scores, int64_t count, float scaling, Running& running,
+                  uint32_t* weights, float* mixed, int64_t dim) {
+    Vec most = load<Vec>(scores);
+    for (int64_t i = LANES; i < count; i += LANES) {
+        const Vec next = load<Vec>(scores + i);
+        most = next > most ? next : most;
+    }
+    float maximum = most[0];
+    for (int lane = 1; lane < LANES; ++lane) maximum = std::max(maximum, most[lane]);
+    maximum = std::max(maximum * scaling, running.maximum);
+    Vec total{};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vec weight = exponential(load<Vec>(scores + i) * scaling - maximum);
+        total += weight;
+        store(weights + i / 2, rounded(weight));
+    }
+    const float before = std::exp(running.maximum - maximum);
+    running = {maximum, running.total * before + sum(total)};
+    for (int64_t d = 0; d < dim; ++d) mixed[d] *= before;
+}
+
+// What a thread needs beside the queries and what it mixes for them.
+struct Scratch {
+    uint32_t *keys, *weights;
+    float* scores;
+    static size_t size(int64_t rows, int64_t dim) {
+        return GROUP * dim / 2 + rows * KEYS / 2 + rows * KEYS;
+    }
+    Scratch(float* memory, int64_t rows, int64_t dim)
+        : keys(reinterpret_cast<uint32_t*>(memory)),
+          weights(keys + GROUP * dim / 2),
+          scores(reinterpret_cast<float*>(weights + rows * KEYS / 2)) {}
+};
+
+// Which keys are there to be seen, and by whom: row r of the queries is token r % n, which stands
+// at length + r % n and sees so many keys up to its own.
+struct View {
+    int64_t n, length, window;
+    float scaling;
+};
+
+// Queries of one KV head over its keys [first, last).
+void attend(const View& view, const uint32_t* queries, int64_t rows, const BFloat16* keys,
+            const BFloat16* values, int64_t first, int64_t last, int64_t dim, const Scratch& own,
+            Running* running, float* mixed) {
+    std::fill(running, running + rows, Running{NOTHING_YET, 0.0f});
+    std::fill(mixed, mixed + rows * dim, 0.0f);
+    for (int64_t start = first; start < last; start += KEYS) {
+        const int64_t count = std::min<int64_t>(KEYS, last - start);
+        const int64_t padded = (count + GROUP - 1) / GROUP * GROUP;
+        for (int64_t key = 0; key < count; key += GROUP) {
+            prefetch(values + (start + key) * dim, GROUP * dim);
+            prefetch(keys + (start + key + 2 * GROUP) * dim, GROUP * dim);
+            transpose_keys(keys + (start + key) * dim, count - key, dim, own.keys);
+            score(queries, rows, dim, own.keys, own.scores + key);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            float* scores = own.scores + r * KEYS;
+            const int64_t end = view.length + r % view.n + 1 - start;
+            const int64_t begin = std::clamp<int64_t>(end - view.window, 0, count);
+            std::fill(scores, scores + begin, HIDDEN);
+            std::fill(scores + std::clamp<int64_t>(end, 0, count), scores + padded, HIDDEN);
+            exponentials(scores, padded, view.scaling, running[r], own.weights + r * KEYS / 2,
+                         mixed + r * dim, dim);
+        }
+        mix(own.weights, rows, values + start * dim, count, dim, mixed);
+    }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- what native.py calls
+
+// Whether this machine has what this file was compiled for.
+extern "C" int rapid_supported() {
+#ifdef __AVX512BF16__
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi2");
+#endif
+}
+
+// Appends n tokens to the `length` that the cache holds.
+//   cosine, sine: [n, dim]. logits: [keep, vocab], of the last tokens.
+//   last_queries: [layers, heads, dim], the rotated queries of the last token.
+extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n, int64_t length,
+                              const float* cosine, const float* sine, int64_t keep,
+                              int64_t threads, float* logits, float* last_queries) {
+    const Model& m = *model;
+    const int64_t dim = m.dim, group = m.heads / m.kv_heads, rows = m.heads * n;
+    const int64_t wide = m.heads * dim, narrow = m.kv_heads * dim, projected = wide + 2 * narrow;
+
+    // What all threads see, then what each has of its own.
+    const size_t shared = n * (m.hidden + projected + 3 * m.intermediate + wide) +
+                          threads * rows * (dim + 2);
+    const size_t own = std::max<size_t>(n * std::max(m.hidden, wide) + dim,
+                                        Scratch::size(group * n, dim));
+    float* x = arena(shared + threads * own);  // [n, hidden], the residual stream
+    float* qkv = x + n * m.hidden;             // [n, heads + 2 * kv_heads, dim]
+    float* gate = qkv + n * projected;
+    float* up = gate + n * m.intermediate;
+    auto* activated = reinterpret_cast<BFloat16*>(up + n * m.intermediate);
+    auto* queries = reinterpret_cast<BFloat16*>(up + 2 * n * m.intermediate);  // [heads, n, dim]
+    float* parts = up + 2 * n * m.intermediate + n * wide;  // [threads, heads, n, dim]
+    auto* running = reinterpret_cast<Running*>(parts + threads * rows * dim);
+
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+        float* mine = x + shared + thread * own;
+        auto* input = reinterpret_cast<BFloat16*>(mine);
+        // Every thread normalises for itself, which takes less time than waiting for another.
+        const auto normalise = [&](const BFloat16* weight, int64_t first) {
+            for (int64_t i = first; i < n; ++i)
+                rms_norm(x + i * m.hidden, weight, m.hidden, m.epsilon,
+                         input + (i - first) * m.hidden);
+        };
+        const Share embedded(n, 1);
+        for (int64_t i = embedded.first; i < embedded.last; ++i)
+            for (int64_t d = 0; d < m.hidden; ++d)
+                x[i * m.hidden + d] = value(m.embedding[ids[i] * m.hidden + d]);
+#pragma omp barrier
+        for (int64_t index = 0; index < m.layers; ++index) {
+            const Layer& layer = m.layer[index];
+            normalise(layer.input_norm, 0);
+            linear(layer.query, input, n, qkv, projected);
+            linear(layer.key, input, n, qkv + wide, projected);
+            linear(layer.value, input, n, qkv + wide + narrow, projected);
+#pragma omp barrier
+            const Share turned(n * (m.heads + m.kv_heads), 1);
+            for (int64_t item = turned.first; item < turned.last; ++item) {
+                const int64_t i = item / (m.heads + m.kv_heads);
+                const int64_t head = item % (m.heads + m.kv_heads);
+                const bool is_key = head >= m.heads;
+                float* from = qkv + i * projected + head * dim;
+                if (const BFloat16* norm = is_key ? layer.key_norm : layer.query_norm)
+                    rms_norm(from, norm, dim, m.epsilon, from);
+                rotate(from, cosine + i * dim, sine + i * dim, dim);
+                const int64_t place = ((head - m.heads) * m.capacity + length + i) * dim;
+                BFloat16* to = is_key ? layer.keys + place : queries + (head * n + i) * dim;
+                for (int64_t d = 0; d < dim; ++d) to[d] = rounded(from[d]);
+                if (is_key)
+                    for (int64_t d = 0; d < dim; ++d)
+                        layer.values[place + d] = rounded(from[narrow + d]);
+                else if (i == n - 1)
+                    std::copy(from, from + dim, last_queries + (index * m.heads + head) * dim);
+            }
+#pragma omp barrier
+            // Each thread takes a part of the keys, of every head.
+            const int64_t lowest = std::max<int64_t>(0, length + 1 - layer.window);
+            const Share seen(length + n - lowest, GROUP);
+            const Scratch scratch(mine, group * n, dim);
+            for (int64_t head = 0; head < m.kv_heads; ++head) {
+                const int64_t kv = head * m.capacity * dim, row = head * group * n;
+                attend({n, length, layer.window, m.scaling},
+                       reinterpret_cast<uint32_t*>(queries + row * dim), group * n,
+                       layer.keys + kv, layer.values + kv, lowest + seen.first, lowest + seen.last,
+                       dim, scratch, running + thread * rows + row,
+                       parts + (thread * rows + row) * dim);
+            }
+#pragma omp barrier
+            float* whole = mine + n * wide;
+            for (int64_t row = 0; row < rows; ++row) {
+                float maximum = NOTHING_YET, total = 0;
+                for (int64_t t = 0; t < team; ++t)
+                    maximum = std::max(maximum, running[t * rows + row].maximum);
+                std::fill(whole, whole + dim, 0.0f);
+                for (int64_t t = 0; t < team; ++t) {
+                    const Running& part = running[t * rows + row];
+                    const float weight = std::exp(part.maximum - maximum);
+                    const float* from = parts + (t * rows + row) * dim;
+                    total += part.total * weight;
+                    for (int64_t d = 0; d < dim; ++d) whole[d] += weight * from[d];
+                }
+                BFloat16* to = input + row % n * wide + row / n * dim;
+                for (int64_t d = 0; d < dim; ++d) to[d] = rounded(whole[mixed_at(d)] / total);
+            }
+            linear(layer.output, input, n, x, m.hidden, true);
+#pragma omp barrier
+            normalise(layer.post_norm, 0);
+            linear(layer.gate, input, n, gate, m.intermediate);
+            linear(layer.up, input, n, up, m.intermediate);
+#pragma omp barrier
+            const Share active(n * m.intermediate, LANES);
+            for (int64_t i = active.first; i < active.last; i += LANES)
+                put(activated + i, gated(gate + i, up + i));
+#pragma omp barrier
+            linear(layer.down, activated, n, x, m.hidden, true);
+#pragma omp barrier
+        }
+        normalise(m.norm, n - keep);
+        linear(m.head, input, keep, logits, m.head.out);
+    }
+}
+
+// Causal attention of n queries to the `length` keys before them and to their own.
+//   queries, out: [heads, n, dim]. keys, values: [kv_heads, length + n, dim], where one head
+//   begins `stride` numbers after another.
+extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
+                             const BFloat16* values, int64_t heads, int64_t kv_heads, int64_t n,
+                             int64_t length, int64_t dim, int64_t stride, int64_t window,
+                             float scaling, int64_t threads, BFloat16* out) {
+    const int64_t group = heads / kv_heads, blocks = (n + BLOCK - 1) / BLOCK;
+    const size_t most = group * BLOCK;
+    const size_t own = Scratch::size(most, dim) + most * (dim / 2 + dim + 2);
+    float* memory = arena(threads * own);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t item = 0; item < blocks * kv_heads; ++item) {
+        // The last block first: it sees most keys.
+        const int64_t head = item % kv_heads, first = (blocks - 1 - item / kv_heads) * BLOCK;
+        const int64_t count = std::min<int64_t>(BLOCK, n - first), rows = group * count;
+        float* mixed = memory + omp_get_thread_num() * own;
+        auto* running = reinterpret_cast<Running*>(mixed + rows * dim);
+        auto* packed = reinterpret_cast<uint32_t*>(running + rows);
+        const Scratch scratch(reinterpret_cast<float*>(packed + rows * dim / 2), rows, dim);
+        for (int64_t g = 0; g < group; ++g)
+            std::memcpy(packed + g * count * dim / 2,
+                        queries + ((head * group + g) * n + first) * dim,
+                        count * dim * sizeof(BFloat16));
+        attend({count, length + first, window, scaling}, packed, rows, keys + head * stride,
+               values + head * stride, std::max<int64_t>(0, length + first + 1 - window),
+               length + first + count, dim, scratch, running, mixed);
+        for (int64_t r = 0; r < rows; ++r) {
+            BFloat16* to = out + ((head * group + r / count) * n + first + r % count) * dim;
+            for (int64_t d = 0; d < dim; ++d)
+                to[d] = rounded(mixed[r * dim + mixed_at(d)] / running[r].total);
+        }
+    }
+}
