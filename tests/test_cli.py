@@ -422,7 +422,15 @@ def test_the_packaged_models_answer_without_noise(tmp_path: Path) -> None:
         "Anna waters the roses every evening.\n",
         encoding="utf-8",
     )
-    options = ("--question", "Who waters the roses?", "--max-new-tokens", "8", "--json")
+    options = (
+        "--question",
+        "Who waters the roses?",
+        "--max-new-tokens",
+        "8",
+        "--json",
+        "--gamma",
+        "4",
+    )
     process = python("-m", "rapid_llm", "ask", str(path), *options)
     out, err = process.communicate()
 

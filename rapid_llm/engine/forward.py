@@ -138,6 +138,11 @@ class Forward:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
 
+    def refresh(self) -> None:
+        """Follow what was done to the model since: compiled passes hold on to its weights."""
+        if self._native is not None and self._native.stale:
+            self._native = native_pass(self.model) if is_lean(self.model) else None
+
     def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
         """Append tokens to the cache.
 
@@ -164,8 +169,6 @@ class Forward:
     def _lean_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
         if self._captures and len(ids) == 1 and cache.length > 0:
             return self._graphed(cache)(ids, cache)
-        if self._native is not None and self._native.stale:
-            self._native = native_pass(self.model) if is_lean(self.model) else None
         if self._native is not None and self._native.serves(ids, cache):
             return self._native(ids, positions, cache, keep)
         return lean_logits(self.model, ids, positions, cache, keep)

@@ -104,13 +104,38 @@ Vec dot(Vec acc, Pairs a, Pairs b) { return acc + a.even * b.even + a.odd * b.od
 
 #endif
 
-float sum(Vec x) {
-    float lanes[LANES];
-    store(lanes, x);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+// Lanes with the bit S of one vector trade places with those without it of another: a keeps its
+// lanes without and gets b's, b keeps its lanes with and gets a's.
+template <int S, typename V, int... L>
+void exchange(V& a, V& b, std::integer_sequence<int, L...>) {
+    const V without = __builtin_shufflevector(a, b, (L & S ? LANES + L - S : L)...);
+    b = __builtin_shufflevector(a, b, (L & S ? LANES + L : L + S)...);
+    a = without;
 }
+template <int S, typename V>
+void exchange(V& a, V& b) {
+    exchange<S>(a, b, std::make_integer_sequence<int, LANES>{});
+}
+
+// One vector whose lane j * LANES / J is the sum of x[j]; J is a power of 2. Overwrites x.
+template <int J, int S = LANES / 2>
+Vec folded(Vec* x) {
+    if constexpr (S == 0) {
+        return *x;
+    } else if constexpr (J == 1) {
+        Vec same = *x;
+        exchange<S>(*x, same);
+        *x += same;
+        return folded<1, S / 2>(x);
+    } else {
+        for (int j = 0; j < J / 2; ++j) {
+            exchange<S>(x[j], x[j + J / 2]);
+            x[j] += x[j + J / 2];
+        }
+        return folded<J / 2, S / 2>(x);
+    }
+}
+float sum(Vec x) { return folded<1>(&x)[0]; }
 
 // Relative error below 3e-7 between -87 and 88; outside, as at these ends. The polynomial is that
 // of the Cephes library's expf.
@@ -139,6 +164,24 @@ struct Share {
         last = std::min(total, units * (thread + 1) / threads * unit);
     }
 };
+
+// Calls f(R, first) for n things in blocks of nearly the same size R, at most MOST; R is a constant
+// to the compiler.
+template <int R, typename F>
+void in_block(int64_t size, int64_t first, const F& f) {
+    if (size == R)
+        f(std::integral_constant<int, R>{}, first);
+    else if constexpr (R > 1)
+        in_block<R - 1>(size, first, f);
+}
+template <int MOST, typename F>
+void in_blocks(int64_t n, const F& f) {
+    const int64_t blocks = (n + MOST - 1) / MOST;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first = n * b / blocks;
+        in_block<MOST>(n * (b + 1) / blocks - first, first, f);
+    }
+}
 
 // Float32 numbers that the calling thread may write to until its next call.
 float* arena(size_t count) {
@@ -186,7 +229,7 @@ namespace {
 // out[r][j] = w[j] . x[r] for J rows of a matrix and R tokens.
 template <int J, int R, typename W>
 void products(const W* w, int64_t in, const BFloat16* x, float (&out)[R][J]) {
-    Vec acc[J][R] = {};
+    Vec acc[R][J] = {};
     const int64_t whole = in - in % (2 * LANES);
     for (int64_t k = 0; k < whole; k += 2 * LANES) {
         Pairs row[J];
@@ -196,35 +239,36 @@ void products(const W* w, int64_t in, const BFloat16* x, float (&out)[R][J]) {
         }
         for (int r = 0; r < R; ++r) {
             const Pairs token = pairs(x + r * in + k);
-            for (int j = 0; j < J; ++j) acc[j][r] = dot(acc[j][r], row[j], token);
+            for (int j = 0; j < J; ++j) acc[r][j] = dot(acc[r][j], row[j], token);
         }
     }
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
+        const Vec totals = folded<J>(acc[r]);
         for (int j = 0; j < J; ++j) {
-            out[r][j] = sum(acc[j][r]);
+            out[r][j] = totals[j * LANES / J];
             for (int64_t k = whole; k < in; ++k)
                 out[r][j] += value(w[j * in + k]) * value(x[r * in + k]);
         }
+    }
 }
 
-// Outputs j to j + J of all n tokens, R at a time while there are as many.
-template <int J, typename W, int R = TOKENS>
+// Outputs j to j + J of all n tokens.
+template <int J, typename W>
 void outputs(const Linear& m, int64_t j, const BFloat16* x, int64_t n, float* y, int64_t stride,
              bool add) {
-    for (; n >= R; n -= R, x += R * m.in, y += R * stride) {
+    in_blocks<TOKENS>(n, [&](auto block, int64_t first) {
+        constexpr int R = block;
         float product[R][J];
-        products<J, R>(static_cast<const W*>(m.weight) + j * m.in, m.in, x, product);
+        products<J, R>(static_cast<const W*>(m.weight) + j * m.in, m.in, x + first * m.in, product);
         for (int r = 0; r < R; ++r)
             for (int i = 0; i < J; ++i) {
                 float result = product[r][i];
                 if (m.scale) result *= value(m.scale[j + i]);
                 if (m.bias) result += value(m.bias[j + i]);
-                float& to = y[r * stride + j + i];
+                float& to = y[(first + r) * stride + j + i];
                 to = add ? to + result : result;
             }
-    }
-    if constexpr (R > 1)
-        if (n > 0) outputs<J, W, R - 1>(m, j, x, n, y, stride, add);
+    });
 }
 
 template <typename W>
@@ -279,18 +323,10 @@ Vec gated(const float* gate, const float* up) {
 
 // ---------------------------------------------------------------- attention
 
-template <int S, int... L>
-void exchange(Bits& a, Bits& b, std::integer_sequence<int, L...>) {
-    const Bits first = __builtin_shufflevector(a, b, (L & S ? LANES + L - S : L)...);
-    b = __builtin_shufflevector(a, b, (L & S ? LANES + L : L + S)...);
-    a = first;
-}
-
 template <int S = LANES / 2>
 void transpose(Bits (&matrix)[LANES]) {
     for (int i = 0; i < LANES; ++i)
-        if (!(i & S))
-            exchange<S>(matrix[i], matrix[i + S], std::make_integer_sequence<int, LANES>{});
+        if (!(i & S)) exchange<S>(matrix[i], matrix[i + S]);
     if constexpr (S > 1) transpose<S / 2>(matrix);
 }
 
@@ -307,60 +343,59 @@ void transpose_keys(const BFloat16* keys, int64_t count, int64_t dim, uint32_t* 
 }
 
 // Products of n queries, [n, dim / 2] pairs, with a GROUP of keys; a row of out is KEYS long.
-template <int R = QUERIES>
 void score(const uint32_t* queries, int64_t n, int64_t dim, const uint32_t* keys, float* out) {
-    const int64_t width = dim / 2;
-    for (; n >= R; n -= R, queries += R * width, out += R * KEYS) {
+    in_blocks<QUERIES>(n, [&](auto block, int64_t first) {
+        constexpr int R = block;
+        const uint32_t* query = queries + first * dim / 2;
         Vec acc[R][2] = {};
-        for (int64_t d = 0; d < width; ++d) {
+        for (int64_t d = 0; d < dim / 2; ++d) {
             const Pairs a = pairs(load<Bits>(keys + d * GROUP));
             const Pairs b = pairs(load<Bits>(keys + d * GROUP + LANES));
             for (int r = 0; r < R; ++r) {
-                const Pairs query = pairs(Bits{} + queries[r * width + d]);
-                acc[r][0] = dot(acc[r][0], query, a);
-                acc[r][1] = dot(acc[r][1], query, b);
+                const Pairs both = pairs(Bits{} + query[r * dim / 2 + d]);
+                acc[r][0] = dot(acc[r][0], both, a);
+                acc[r][1] = dot(acc[r][1], both, b);
             }
         }
         for (int r = 0; r < R; ++r)
-            for (int c = 0; c < 2; ++c) store(out + r * KEYS + c * LANES, acc[r][c]);
-    }
-    if constexpr (R > 1)
-        if (n > 0) score<R - 1>(queries, n, dim, keys, out);
+            for (int c = 0; c < 2; ++c) store(out + (first + r) * KEYS + c * LANES, acc[r][c]);
+    });
 }
 
 // out += weights values. The weights are pairs of neighbouring keys, [n, KEYS / 2]; in each GROUP
-// of dimensions of out, the even ones come first.
-template <int R = QUERIES>
+// of dimensions of out, the even ones come first. Meanwhile the keys after these are fetched.
 void mix(const uint32_t* weights, int64_t n, const BFloat16* values, int64_t count, int64_t dim,
-         float* out) {
-    for (; n >= R; n -= R, weights += R * KEYS / 2, out += R * dim)
+         const BFloat16* next_keys, float* out) {
+    in_blocks<QUERIES>(n, [&](auto block, int64_t first) {
+        constexpr int R = block;
+        const uint32_t* weight = weights + first * KEYS / 2;
         for (int64_t d = 0; d < dim; d += GROUP) {
+            float* to = out + first * dim + d;
             Vec acc[R][2];
             for (int r = 0; r < R; ++r)
-                for (int c = 0; c < 2; ++c) acc[r][c] = load<Vec>(out + r * dim + d + c * LANES);
+                for (int c = 0; c < 2; ++c) acc[r][c] = load<Vec>(to + r * dim + c * LANES);
             for (int64_t key = 0; key < count; key += 2) {
+                if (first == 0) {
+                    __builtin_prefetch(next_keys + key * dim + d);
+                    __builtin_prefetch(next_keys + (key + 1) * dim + d);
+                }
                 const BFloat16* at = values + key * dim + d;
                 const Bits a = load<Bits>(at), b = load<Bits>(key + 1 < count ? at + dim : at);
                 const Pairs even = pairs((a & 0xffffu) | (b << 16));
                 const Pairs odd = pairs((a >> 16) | (b & 0xffff0000u));
                 for (int r = 0; r < R; ++r) {
-                    const Pairs weight = pairs(Bits{} + weights[r * KEYS / 2 + key / 2]);
-                    acc[r][0] = dot(acc[r][0], weight, even);
-                    acc[r][1] = dot(acc[r][1], weight, odd);
+                    const Pairs both = pairs(Bits{} + weight[r * KEYS / 2 + key / 2]);
+                    acc[r][0] = dot(acc[r][0], both, even);
+                    acc[r][1] = dot(acc[r][1], both, odd);
                 }
             }
             for (int r = 0; r < R; ++r)
-                for (int c = 0; c < 2; ++c) store(out + r * dim + d + c * LANES, acc[r][c]);
+                for (int c = 0; c < 2; ++c) store(to + r * dim + c * LANES, acc[r][c]);
         }
-    if constexpr (R > 1)
-        if (n > 0) mix<R - 1>(weights, n, values, count, dim, out);
+    });
 }
 
 int64_t mixed_at(int64_t d) { return d / GROUP * GROUP + d % 2 * LANES + d % GROUP / 2; }
-
-void prefetch(const BFloat16* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 32) __builtin_prefetch(from + i);
-}
 
 // A softmax that is not complete yet: the greatest score so far, and the sum of
 // exp(score - maximum).
@@ -420,8 +455,8 @@ void attend(const View& view, const uint32_t* queries, int64_t rows, const BFloa
         const int64_t count = std::min<int64_t>(KEYS, last - start);
         const int64_t padded = (count + GROUP - 1) / GROUP * GROUP;
         for (int64_t key = 0; key < count; key += GROUP) {
-            prefetch(values + (start + key) * dim, GROUP * dim);
-            prefetch(keys + (start + key + 2 * GROUP) * dim, GROUP * dim);
+            for (int64_t i = 0; i < GROUP * dim; i += 32)  // what mix will read
+                __builtin_prefetch(values + (start + key) * dim + i);
             transpose_keys(keys + (start + key) * dim, count - key, dim, own.keys);
             score(queries, rows, dim, own.keys, own.scores + key);
         }
@@ -434,7 +469,8 @@ void attend(const View& view, const uint32_t* queries, int64_t rows, const BFloa
             exponentials(scores, padded, view.scaling, running[r], own.weights + r * KEYS / 2,
                          mixed + r * dim, dim);
         }
-        mix(own.weights, rows, values + start * dim, count, dim, mixed);
+        mix(own.weights, rows, values + start * dim, count, dim, keys + (start + KEYS) * dim,
+            mixed);
     }
 }
 

@@ -1,8 +1,9 @@
-"""The compiled CPU kernels of ``native.cpp``, where the installation has them and the CPU runs them."""
+"""The compiled CPU kernels of ``native.cpp``, where they were built and the CPU runs them."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -32,7 +33,12 @@ def load(name: str) -> ctypes.CDLL | None:
 
 
 def kernels() -> ctypes.CDLL | None:
-    """The best build for this CPU, or None: PyTorch's operators do the same, more slowly."""
+    """The best build for this CPU, or None: PyTorch's operators do the same, more slowly.
+
+    ``RAPID_LLM_NATIVE=0`` in the environment leaves the work to PyTorch, whose roundings differ.
+    """
+    if os.environ.get("RAPID_LLM_NATIVE") == "0":
+        return None
     return next((found for name in _PREFERRED if (found := load(name)) is not None), None)
 
 
@@ -53,13 +59,12 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and key.shape == value.shape
         and key.stride() == value.stride()
         and key.stride()[1:] == (key.shape[-1], 1)
-        and load(_PREFERRED[0]) is not None
+        and (library := kernels()) is not None
+        and library is load(_PREFERRED[0])
     )
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
     """As :func:`rapid_llm.engine.attention.attend`, for what :func:`serves`."""
     library = kernels()
     assert library is not None

@@ -10,8 +10,7 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from rapid_llm.engine import native
 from rapid_llm.engine.kv_cache import KVCache
@@ -74,9 +73,7 @@ def _layer(module: Any, int8: bool) -> _Layer:
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    window = getattr(
-        attention, "sliding_window", getattr(attention.config, "sliding_window", None)
-    )
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     return _Layer(
         *(None if norm is None else norm.weight.data_ptr() for norm in norms),
         *(_linear(linear, int8) for linear in linears),
@@ -108,27 +105,28 @@ class _Table:
 
 
 class NativePass:
-    """Passes of a lean model (see :func:`rapid_llm.engine.lean.is_lean`) that :func:`can_run`."""
+    """Passes of a lean model (:func:`rapid_llm.engine.lean.is_lean`); see :func:`native_pass`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, library: ctypes.CDLL) -> None:
         self._model = model
+        self._library = library
         self._registered = [
             (registry, name, thing)
             for module in model.modules()
             for registry in (module._modules, module._parameters, module._buffers)
             for name, thing in registry.items()
         ]
-        self._tensors = [thing for _, _, thing in self._registered if isinstance(thing, Tensor)]
-        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
+        tensors = [thing for _, _, thing in self._registered if isinstance(thing, Tensor)]
+        # Aliases, which keep the memory that the tables point to.
+        self._used = [(tensor, tensor.detach()) for tensor in tensors]
         self._few, self._many = _Table(model, int8=True), _Table(model, int8=False)
 
     @property
     def stale(self) -> bool:
-        """Whether a weight was moved or a module replaced since; what is there then is older."""
-        return (
-            any(registry.get(name) is not thing for registry, name, thing in self._registered)
-            or [tensor.data_ptr() for tensor in self._tensors] != self._pointers
-        )
+        """Whether a weight was moved or a module replaced since."""
+        return any(
+            registry.get(name) is not thing for registry, name, thing in self._registered
+        ) or any(tensor.data_ptr() != used.data_ptr() for tensor, used in self._used)
 
     def serves(self, ids: Tensor, cache: KVCache) -> bool:
         """Whether this pass can append the tokens: few, within bounds, to a cache in use."""
@@ -155,9 +153,7 @@ class NativePass:
         cosine, sine = self._model.model.rotary_emb(torch.empty(1), position_ids=positions[None])
         logits = torch.empty(keep, model.head.out)
         queries = torch.empty(model.layers, model.heads, model.dim)
-        library = native.kernels()
-        assert library is not None
-        library.rapid_forward(
+        self._library.rapid_forward(
             ctypes.byref(model),
             native.pointer(ids),
             ctypes.c_int64(n),
@@ -175,23 +171,16 @@ class NativePass:
         return logits
 
 
-def can_run(model: Any) -> bool:
-    """Whether the kernels take a lean model: in bfloat16, on a CPU that has them."""
-    config = model.config
-    return (
-        native.kernels() is not None
-        and all(
-            parameter.device.type == "cpu"
-            and parameter.dtype == torch.bfloat16
-            and parameter.is_contiguous()
-            for parameter in model.parameters()
-        )
-        and native.fits(model.model.layers[0].self_attn.head_dim)
-        and native.fits(config.hidden_size)
-        and native.fits(config.intermediate_size)
-    )
-
-
-def native_pass(model: PreTrainedModel) -> NativePass | None:
-    """The compiled pass of a lean model, if there is one."""
-    return NativePass(model) if can_run(model) else None
+def native_pass(model: Any) -> NativePass | None:
+    """The compiled pass of a lean model: in bfloat16, on a CPU that has the kernels."""
+    library, config = native.kernels(), model.config
+    if library is None or not all(
+        parameter.device.type == "cpu"
+        and parameter.dtype == torch.bfloat16
+        and parameter.is_contiguous()
+        for parameter in model.parameters()
+    ):
+        return None
+    dim = model.model.layers[0].self_attn.head_dim
+    sizes = (dim, config.hidden_size, config.intermediate_size)
+    return NativePass(model, library) if all(map(native.fits, sizes)) else None

@@ -28,6 +28,7 @@ class Session:
     def __init__(self, forward: Forward, cache: KVCache) -> None:
         self.forward = forward
         self.cache = cache
+        forward.refresh()
 
     @property
     def length(self) -> int:

@@ -1,0 +1,227 @@
+"""The compiled kernels against float32 and against PyTorch's own operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from rapid_llm.engine import forward as forward_module
+from rapid_llm.engine import native
+from rapid_llm.engine.attention import attend
+from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.native_pass import MAX_TOKENS
+from rapid_llm.engine.quantization import FEW_ROWS, int8_twin
+from rapid_llm.engine.session import Session
+
+BUILDS = ["_native_avx512bf16", "_native_avx2"]
+pytestmark = pytest.mark.skipif(
+    native.kernels() is None, reason="no kernels were built, or not for this CPU"
+)
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4,
+         "initializer_range": 0.1}  # fmt: skip
+CONFIGS = {
+    "llama": {},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, tied": {"tie_word_embeddings": True},
+    "llama, one KV head": {"num_key_value_heads": 1},
+    "llama, no groups": {"num_key_value_heads": 4},
+    "llama, wide heads": {"head_dim": 64},
+    "llama, yarn": {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+                            "original_max_position_embeddings": 32}
+    },
+    "mistral, window": {"sliding_window": 24},
+    "qwen2": {},
+    "qwen3": {},
+}  # fmt: skip
+
+
+@pytest.fixture(params=BUILDS)
+def build(request, monkeypatch):
+    library = native.load(request.param)
+    if library is None:
+        pytest.skip(f"{request.param} is not there, or not for this CPU")
+    monkeypatch.setattr(native, "kernels", lambda: library)
+    return library
+
+
+def bfloat16_model(name="llama", **changes):
+    """In bfloat16, with norms and biases that are not 1 and 0; and the same in float32."""
+    settings = SIZES | {"vocab_size": 65} | CONFIGS[name] | changes
+    model = tiny_model(name.split(",")[0], **settings)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.03
+    model = model.to(torch.bfloat16)
+    exact = tiny_model(name.split(",")[0], **settings)
+    exact.load_state_dict(model.state_dict())
+    return model, exact
+
+
+def run(forward, ids, sizes):
+    """Logits of passes of so many tokens, after a prefill of the rest."""
+    session = Session(forward, forward.new_cache(len(ids) + 8))
+    with torch.inference_mode():
+        session.prefill(ids[: len(ids) - sum(sizes)].tolist())
+        rows = [session.extend(part) for part in ids[len(ids) - sum(sizes) :].split(sizes)]
+    return torch.cat(rows), session
+
+
+def error(logits, expected):
+    return (logits.log_softmax(-1) - expected.log_softmax(-1)).pow(2).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pass_is_as_near_to_float32_as_pytorch_is(build, name):
+    model, exact = bfloat16_model(name)
+    ids = torch.randint(3, 60, (300,), generator=torch.Generator().manual_seed(1))
+    sizes = [1, 2, 5, 9, 17, MAX_TOKENS, 1]
+    with torch.inference_mode():
+        expected = exact(ids[None]).logits[0, -sum(sizes) :]
+    plain = Forward(model, "plain")
+    plain._native = None
+    forward = Forward(model, "native")
+    assert forward._native is not None
+    by_pytorch, by_kernels = run(plain, ids, sizes), run(forward, ids, sizes)
+    assert error(by_kernels[0], expected) < 1.1 * error(by_pytorch[0], expected)
+    assert error(by_pytorch[0], expected) < 0.1 * expected.std()
+    for ours, theirs in zip(by_kernels[1].cache.layers, by_pytorch[1].cache.layers, strict=True):
+        assert ours.length == theirs.length
+        end = ours.length
+        for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            torch.testing.assert_close(one[:, :, :end], other[:, :, :end], rtol=0.05, atol=0.1)
+        torch.testing.assert_close(ours.last_query, theirs.last_query, rtol=0.05, atol=0.1)
+
+
+def test_few_tokens_never_reach_pytorch_and_many_do(build, monkeypatch):
+    forward = Forward(bfloat16_model()[0], "model")
+    seen = []
+    lean = forward_module.lean_logits
+    monkeypatch.setattr(
+        forward_module,
+        "lean_logits",
+        lambda m, ids, *rest: seen.append(len(ids)) or lean(m, ids, *rest),
+    )
+    run(forward, torch.arange(60), [1, 2, 3, 4])
+    assert seen == [50]
+    run(forward, torch.arange(60), [MAX_TOKENS + 1, MAX_TOKENS - 10])
+    assert seen == [50, 5, MAX_TOKENS + 1]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_says_the_same(build, threads):
+    forward = Forward(bfloat16_model()[0], "model")
+    ids = torch.randint(3, 60, (150,), generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    expected, _ = run(forward, ids, [1, 6])
+    torch.set_num_threads(threads)
+    try:
+        logits, _ = run(forward, ids, [1, 6])
+    finally:
+        torch.set_num_threads(before)
+    assert error(logits, expected) < 0.02 * expected.std()
+
+
+def test_an_int8_twin_multiplies_with_int8_while_tokens_are_few(build):
+    model, _ = bfloat16_model("qwen2")
+    twin = int8_twin(model)
+    ids = torch.randint(3, 60, (80,), generator=torch.Generator().manual_seed(3))
+    plain = Forward(twin, "plain")
+    plain._native = None
+    forward, own = Forward(twin, "twin"), Forward(model, "model")
+    assert forward._native is not None
+    for sizes in ([1, FEW_ROWS], [FEW_ROWS + 1]):
+        logits, expected = run(forward, ids, sizes)[0], run(plain, ids, sizes)[0]
+        assert error(logits, expected) < 0.03 * expected.std()
+        unquantized = run(own, ids, sizes)[0]
+        assert (error(logits, unquantized) == 0) == (sizes == [FEW_ROWS + 1])
+
+
+def test_what_is_done_to_the_weights_is_followed(build):
+    model, _ = bfloat16_model()
+    forward = Forward(model, "model")
+    ids = torch.randint(3, 60, (40,), generator=torch.Generator().manual_seed(4))
+    first, _ = run(forward, ids, [2])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)  # in place
+    second, _ = run(forward, ids, [2])
+    torch.testing.assert_close(second, first * 0.5)
+    model.lm_head.weight.data = model.lm_head.weight.data * 2  # elsewhere in memory
+    third, _ = run(forward, ids, [2])
+    torch.testing.assert_close(third, first)
+    head = torch.nn.Linear(64, 65, bias=False, dtype=torch.bfloat16)
+    model.lm_head = head
+    fourth, _ = run(forward, ids, [2])
+    assert forward._native is not None
+    assert not torch.allclose(fourth, first, atol=0.1)
+    model.float()
+    fifth, _ = run(forward, ids, [2])
+    assert forward._native is None
+    torch.testing.assert_close(fifth, fourth, rtol=0.05, atol=0.1)
+
+
+def test_what_the_kernels_do_not_take_runs_without_them(build):
+    for changes in ({"head_dim": 16}, {"intermediate_size": 72}):
+        model, exact = bfloat16_model(**changes)
+        forward = Forward(model, "model")
+        assert forward._native is None
+        ids = torch.arange(3, 50)
+        with torch.inference_mode():
+            expected = exact(ids[None]).logits[0, -3:]
+        assert error(run(forward, ids, [3])[0], expected) < 0.2
+    assert Forward(bfloat16_model()[1], "float32")._native is None
+
+
+def test_an_error_is_that_of_pytorch_and_leaves_the_cache_as_it_was(build):
+    forward = Forward(bfloat16_model()[0], "model")
+    session = Session(forward, forward.new_cache(12))
+    with torch.inference_mode():
+        session.prefill(list(range(3, 13)))
+        for wrong in ([65], [-1], [3, 4, 5]):  # no such token, twice; no room
+            with pytest.raises((IndexError, RuntimeError)):
+                session.extend(torch.tensor(wrong))
+            assert session.length == 10
+        assert session.extend(torch.tensor([3, 4])).isfinite().all()
+
+
+def test_a_nan_is_not_hidden(build):
+    model, _ = bfloat16_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    assert run(Forward(model, "model"), torch.arange(3, 40), [2])[0].isnan().all()
+
+
+def test_the_environment_can_leave_the_work_to_pytorch(monkeypatch):
+    monkeypatch.setenv("RAPID_LLM_NATIVE", "0")
+    assert Forward(bfloat16_model()[0], "model")._native is None
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 300])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4)], ids=str)
+@pytest.mark.parametrize(("n", "length"), [(33, 33), (64, 64), (65, 500), (200, 261)])
+def test_attention_of_many_queries(build, n, length, heads, window):
+    torch.manual_seed(0)
+    heads, kv_heads = heads
+    query = torch.randn(heads, n, 64).bfloat16()
+    key, value = torch.randn(2, kv_heads, 600, 64).bfloat16()[:, :, :length]
+    expected = attend(query.double(), key.double(), value.double(), 0.125, window)
+    out = native.attend(query, key, value, 0.125, window)
+    assert out.dtype == torch.bfloat16
+    difference = (out.double() - expected).norm() / expected.norm()
+    assert difference < 0.006
+
+
+def test_attention_is_compiled_where_that_is_faster(monkeypatch):
+    if native.load(BUILDS[0]) is None:
+        pytest.skip("this CPU multiplies no bfloat16")
+    calls = []
+    monkeypatch.setattr(native, "attend", lambda *args: calls.append(args) or args[0])
+    query, key = torch.randn(4, 64, 64).bfloat16(), torch.randn(2, 80, 64).bfloat16()
+    attend(query, key, key, 0.125)
+    assert len(calls) == 1
+    attend(query.float(), key.float(), key.float(), 0.125)
+    attend(query[:, :5], key, key, 0.125)
+    attend(query[..., :48], key[..., :48], key[..., :48], 0.125)
+    assert len(calls) == 1
