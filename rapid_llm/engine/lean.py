@@ -98,10 +98,15 @@ def _attention(module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], kv: LayerK
     rotated = _rotate(torch.cat([query, key], dim=1), rotary).transpose(0, 1)
     keys, values = kv.update(rotated[None, heads:], value.transpose(0, 1)[None])
     kv.last_query = rotated[:heads, -1]
-    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    window = window_of(module)
     hidden = kv.hidden(window)
     mixed = attend(rotated[:heads], keys[0], values[0], module.scaling, window, hidden)
     return _linear(mixed.transpose(0, 1).reshape(n, -1), module.o_proj)
+
+
+def window_of(attention: Any) -> int | None:
+    """How many keys a query of this attention layer sees; None: all up to its own."""
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
 
 def _projections(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

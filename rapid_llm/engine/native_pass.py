@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rapid_llm.engine import native
 from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.lean import window_of
 from rapid_llm.engine.quantization import FEW_ROWS, Int8Linear
 
 MAX_TOKENS = 32
@@ -73,11 +74,10 @@ def _layer(module: Any, int8: bool) -> _Layer:
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     return _Layer(
         *(None if norm is None else norm.weight.data_ptr() for norm in norms),
         *(_linear(linear, int8) for linear in linears),
-        window=window or native.UNLIMITED,
+        window=window_of(attention) or native.UNLIMITED,
     )
 
 
