@@ -3,7 +3,8 @@
 // ones of its twin) and its KV cache, so that it takes little longer than reading them once.
 //
 // Products take bfloat16 numbers and add in float32; the residual stream stays in float32.
-// Compiled once for AVX-512 with bfloat16 and once for AVX2 (pyproject.toml); called by native.py.
+// Compiled once for AVX-512 with bfloat16 and once for AVX2 (pyproject.toml); called by native.py and
+// native_pass.py.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -192,7 +193,7 @@ float* arena(size_t count) {
 
 }  // namespace
 
-// ---------------------------------------------------------------- what native.py fills in
+// ---------------------------------------------------------------- what native_pass.py fills in
 
 extern "C" {
 
@@ -280,14 +281,13 @@ void linear(const Linear& m, const Share& mine, const BFloat16* x, int64_t n, fl
 }
 
 // This thread's outputs of y = m(x), or of y += m(x), for n tokens; a row of y is `stride` long.
-Share linear(const Linear& m, const BFloat16* x, int64_t n, float* y, int64_t stride,
-             bool add = false) {
+void linear(const Linear& m, const BFloat16* x, int64_t n, float* y, int64_t stride,
+            bool add = false) {
     const Share mine(m.out, OUTPUTS);
     if (m.scale)
         linear<int8_t>(m, mine, x, n, y, stride, add);
     else
         linear<BFloat16>(m, mine, x, n, y, stride, add);
-    return mine;
 }
 
 // ---------------------------------------------------------------- between the products
@@ -476,7 +476,7 @@ void attend(const View& view, const uint32_t* queries, int64_t rows, const BFloa
 
 }  // namespace
 
-// ---------------------------------------------------------------- what native.py calls
+// ---------------------------------------------------------------- what is called
 
 // Whether this machine has what this file was compiled for.
 extern "C" int rapid_supported() {
