@@ -11,6 +11,7 @@ from rapid_llm.engine import native
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.native_pass import MAX_TOKENS
+from rapid_llm.engine.products import fast_dtype
 from rapid_llm.engine.quantization import FEW_ROWS, int8_twin
 from rapid_llm.engine.session import Session
 
@@ -193,6 +194,33 @@ def test_a_nan_is_not_hidden(build):
     assert run(Forward(model, "model"), torch.arange(3, 40), [2])[0].isnan().all()
 
 
+@pytest.mark.parametrize("wrong", ["nan", "inf"])
+def test_int8_products_do_not_hide_a_nan(build, wrong):
+    model, _ = bfloat16_model()
+    twin = int8_twin(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 5] = float(wrong)
+    forward = Forward(twin, "twin")
+    assert forward._native is not None
+    logits, _ = run(forward, torch.tensor([7, 8, 3, 4]), [1, 1, 1])
+    assert logits[0].isfinite().all()
+    assert logits[1:].isnan().all()
+
+
+def test_whole_numbers_keep_what_bfloat16_does_beside_an_outlier(build):
+    model, _ = bfloat16_model(intermediate_size=1056, hidden_size=608)
+    with torch.no_grad():  # one activation is a thousand times as large as the others
+        model.model.layers[0].mlp.up_proj.weight[700] *= 1000
+        model.model.layers[0].mlp.down_proj.weight[:, 700] /= 1000
+    twin = int8_twin(model)
+    ids = torch.randint(3, 60, (60,), generator=torch.Generator().manual_seed(5))
+    plain = Forward(twin, "plain")
+    plain._native = None
+    expected = run(plain, ids, [1, 3, 8])[0]
+    logits = run(Forward(twin, "twin"), ids, [1, 3, 8])[0]
+    assert error(logits, expected) < 0.05 * expected.std()
+
+
 def test_the_environment_can_leave_the_work_to_pytorch(monkeypatch):
     monkeypatch.setenv("RAPID_LLM_NATIVE", "0")
     assert Forward(bfloat16_model()[0], "model")._native is None
@@ -214,8 +242,8 @@ def test_attention_of_many_queries(build, n, length, heads, window):
 
 
 def test_attention_is_compiled_where_that_is_faster(monkeypatch):
-    if native.load(BUILDS[0]) is None:
-        pytest.skip("this CPU multiplies no bfloat16")
+    if native.load(BUILDS[0]) is None and fast_dtype(torch.empty(1).bfloat16()) == torch.bfloat16:
+        pytest.skip("PyTorch multiplies bfloat16 as fast as the kernels that this CPU has")
     calls = []
     monkeypatch.setattr(native, "attend", lambda *args: calls.append(args) or args[0])
     query, key = torch.randn(4, 64, 64).bfloat16(), torch.randn(2, 80, 64).bfloat16()

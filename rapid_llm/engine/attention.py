@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from rapid_llm.engine import native
+from rapid_llm.engine.products import fast_dtype
 from rapid_llm.errors import ModelError
 
 NAME = "rapid"
@@ -96,6 +97,8 @@ def _attend_products(
     heads, n, dim = query.shape
     kv_heads, length = key.shape[0], key.shape[1]
     group = heads // kv_heads
+    dtype = query.dtype
+    query, key, value = (tensor.to(fast_dtype(tensor)) for tensor in (query, key, value))
     packed = query.view(kv_heads, group, n, dim)
     out = query.new_empty(kv_heads, group, n, value.shape[-1])
     for start in range(0, n, _QUERY_BLOCK):
@@ -115,7 +118,7 @@ def _attend_products(
                 columns.masked_fill_(hidden, float("-inf"))
             mixed = _mix(scores.softmax(dim=-1), value[head, first:last])
             out[head, :, start:stop] = mixed.view(group, stop - start, -1)
-    return out.view(heads, n, -1)
+    return out.view(heads, n, -1).to(dtype)
 
 
 def _mix(weights: Tensor, value: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from rapid_llm.engine.attention import attend
+from rapid_llm.engine.products import linear
 from rapid_llm.engine.quantization import Int8Linear
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -129,7 +130,9 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, module: Any) -> Tensor:
-    return module.forward(x)
+    if isinstance(module, Int8Linear):
+        return module.forward(x)
+    return linear(x, module.weight, module.bias)
 
 
 def _rms_norm(x: Tensor, module: Any) -> Tensor:

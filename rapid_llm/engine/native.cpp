@@ -2,7 +2,9 @@
 // attention for many. The pass is one parallel region over the model's own weights (or the int8
 // ones of its twin) and its KV cache, so that it takes little longer than reading them once.
 //
-// Products take bfloat16 numbers and add in float32; the residual stream stays in float32.
+// Products take bfloat16 weights, keys and values, and add in float32, in which the residual stream
+// stays. What is multiplied with them is bfloat16 too where the processor multiplies that, and float32
+// elsewhere; with int8 weights it is 16-bit whole numbers.
 // Compiled once for AVX-512 with bfloat16 and once for AVX2 (pyproject.toml); called by native.py and
 // native_pass.py.
 
@@ -23,11 +25,14 @@ namespace {
 #ifdef __AVX512BF16__
 constexpr int LANES = 16, OUTPUTS = 4, TOKENS = 6, QUERIES = 12;  // what 32 registers hold
 #else
-constexpr int LANES = 8, OUTPUTS = 2, TOKENS = 4, QUERIES = 5;  // what 16 registers hold
+constexpr int LANES = 8, OUTPUTS = 2, TOKENS = 5, QUERIES = 4;  // what 16 registers hold
 #endif
+constexpr int ALONE = 4;               // outputs at a time where there is one token
 constexpr int GROUP = 2 * LANES;       // keys that are scored together
 constexpr int KEYS = 8 * GROUP;        // keys between two updates of the running softmax
 constexpr int BLOCK = 64;              // tokens of a prefill that a thread takes at a time
+constexpr int SPAN = 512;              // whole numbers of a token that share a scale
+constexpr int PAIRS = LANES * (LANES == 16 ? 1 : 2);  // the size of Pairs, in float32 numbers
 constexpr float HIDDEN = -3e38f;       // the score of a key that a query must not look at
 constexpr float NOTHING_YET = -1e30f;  // the maximum before the first key
 
@@ -58,7 +63,6 @@ void store(void* to, T x) {
 }
 
 float value(BFloat16 x) { return bits<float>(uint32_t(x) << 16); }
-float value(int8_t x) { return x; }
 Vec values(const BFloat16* p) { return Vec(__builtin_convertvector(load<Shorts>(p), Bits) << 16); }
 
 // To nearest, ties to even. The NaN that a processor makes stays one.
@@ -66,42 +70,72 @@ BFloat16 rounded(float x) {
     const uint32_t wide = bits<uint32_t>(x);
     return BFloat16((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
-Shorts rounded(Vec x) {
-#ifdef __AVX512BF16__
-    return bits<Shorts>(_mm512_cvtneps_pbh(x));
-#else
-    const Bits wide = Bits(x);
-    return __builtin_convertvector((wide + 0x7fff + ((wide >> 16) & 1)) >> 16, Shorts);
-#endif
-}
 
-// LANES pairs of bfloat16 numbers, and acc + a.even * b.even + a.odd * b.odd.
+// A factor is what is multiplied with weights, keys and values. Of these, LANES pairs are taken at a
+// time: dot is acc + a.even * b.even + a.odd * b.odd.
 #ifdef __AVX512BF16__
 
+using Factor = BFloat16;
 using Pairs = __m512bh;
+Shorts rounded(Vec x) { return bits<Shorts>(_mm512_cvtneps_pbh(x)); }
+Factor factor(float x) { return rounded(x); }
+Factor factor(BFloat16 x) { return x; }
+Shorts factors(Vec x) { return rounded(x); }
 Pairs pairs(Bits x) { return bits<Pairs>(x); }
-Pairs pairs(const BFloat16* p) { return load<Pairs>(p); }
-Pairs pairs(const int8_t* p) {  // exact: an int8 has fewer digits than a bfloat16
-    const auto floats = [](const int8_t* at) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(at)));
-    };
-    return _mm512_cvtne2ps_pbh(floats(p + LANES), floats(p));
-}
+Pairs pairs(const Factor* p) { return load<Pairs>(p); }
+Pairs both(const Factor* two) { return pairs(Bits{} + load<uint32_t>(two)); }
+Pairs kept(const float* p) { return load<Pairs>(p); }
+void keep(float* to, Pairs x) { store(to, x); }
 Vec dot(Vec acc, Pairs a, Pairs b) { return _mm512_dpbf16_ps(acc, a, b); }
+// The even dimensions of two keys as pairs, and the odd ones.
+Pairs evens(Bits a, Bits b) { return pairs((a & 0xffffu) | (b << 16)); }
+Pairs odds(Bits a, Bits b) { return pairs((a >> 16) | (b & 0xffff0000u)); }
+void put_factors(Factor* to, Vec a, Vec b) {
+    store(to, rounded(a));
+    store(to + LANES, rounded(b));
+}
+
+using Wide = __m512i;  // 2 * LANES whole numbers of 16 bits
+Wide wide(const int8_t* p) { return _mm512_cvtepi8_epi16(load<__m256i>(p)); }
+Ints dot(Ints acc, Wide a, Wide b) { return Ints(_mm512_dpwssd_epi32(__m512i(acc), a, b)); }
+Wide wide(Ints a, Ints b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(__m512i(a))),
+                              _mm512_cvtepi32_epi16(__m512i(b)), 1);
+}
 
 #else
 
+using Factor = float;  // in each GROUP of a token's, the even ones come first
 struct Pairs {
     Vec even, odd;
 };
-Pairs pairs(Bits x) { return {Vec(x << 16), Vec(x & 0xffff0000u)}; }
-Pairs pairs(const BFloat16* p) { return pairs(load<Bits>(p)); }
-Pairs pairs(const int8_t* p) {
-    const Ints both = Ints(_mm256_cvtepi8_epi16(load<__m128i>(p)));
-    return {__builtin_convertvector(both << 16 >> 16, Vec),
-            __builtin_convertvector(both >> 16, Vec)};
+Factor factor(float x) { return x; }
+Factor factor(BFloat16 x) { return value(x); }
+Vec factors(Vec x) { return x; }
+Vec low(Bits x) { return Vec(x << 16); }
+Vec high(Bits x) { return Vec(x & 0xffff0000u); }
+Pairs pairs(Bits x) { return {low(x), high(x)}; }
+Pairs pairs(const Factor* p) { return {load<Vec>(p), load<Vec>(p + LANES)}; }
+Pairs both(const Factor* two) { return {two[0] - Vec{}, two[1] - Vec{}}; }
+Pairs kept(const float* p) { return {load<Vec>(p), load<Vec>(p + LANES)}; }
+void keep(float* to, Pairs x) {
+    store(to, x.even);
+    store(to + LANES, x.odd);
 }
 Vec dot(Vec acc, Pairs a, Pairs b) { return acc + a.even * b.even + a.odd * b.odd; }
+Pairs evens(Bits a, Bits b) { return {low(a), low(b)}; }
+Pairs odds(Bits a, Bits b) { return {high(a), high(b)}; }
+void put_factors(Factor* to, Vec a, Vec b) {
+    store(to, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+    store(to + LANES, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+}
+
+using Wide = __m256i;
+Wide wide(const int8_t* p) { return _mm256_cvtepi8_epi16(load<__m128i>(p)); }
+Ints dot(Ints acc, Wide a, Wide b) { return acc + Ints(_mm256_madd_epi16(a, b)); }
+Wide wide(Ints a, Ints b) {
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(__m256i(a), __m256i(b)), 0xd8);
+}
 
 #endif
 
@@ -227,82 +261,141 @@ namespace {
 
 // ---------------------------------------------------------------- linear layers
 
-// out[r][j] = w[j] . x[r] for J rows of a matrix and R tokens.
-template <int J, int R, typename W>
-void products(const W* w, int64_t in, const BFloat16* x, float (&out)[R][J]) {
-    Vec acc[R][J] = {};
-    const int64_t whole = in - in % (2 * LANES);
-    for (int64_t k = 0; k < whole; k += 2 * LANES) {
+// Rows of n tokens as a linear layer takes them: factors, or for int8 weights whole numbers of 16
+// bits with a scale for each SPAN of them, which keeps more digits than bfloat16 has.
+struct Input {
+    Factor* factors;  // [n, in]
+    int16_t* whole;   // [n, in], in the same memory
+    float* scale;     // [n, spans]
+    int64_t in, spans;
+
+    static int64_t size(int64_t n, int64_t in) { return n * (in + (in + SPAN - 1) / SPAN); }
+    Input(float* memory, int64_t n, int64_t in)
+        : factors(reinterpret_cast<Factor*>(memory)),
+          whole(reinterpret_cast<int16_t*>(memory)),
+          scale(memory + n * in),
+          in(in),
+          spans((in + SPAN - 1) / SPAN) {}
+
+    // Token r's numbers from `first` on, at most a SPAN: a multiple of GROUP.
+    void put(int64_t r, int64_t first, const float* x, int64_t count, bool as_whole) const {
+        if (!as_whole) {
+            for (int64_t i = 0; i < count; i += GROUP)
+                put_factors(factors + r * in + first + i, load<Vec>(x + i),
+                            load<Vec>(x + i + LANES));
+            return;
+        }
+        Vec most{}, wrong{};
+        for (int64_t i = 0; i < count; i += LANES) {
+            const Vec next = load<Vec>(x + i), size = next < 0.0f ? -next : next;
+            most = size > most ? size : most;
+            wrong += next * 0.0f;  // NaN where there is a NaN or an infinity, and so is the scale
+        }
+        float maximum = 1e-30f;
+        for (int lane = 0; lane < LANES; ++lane) maximum = std::max(maximum, most[lane]);
+        scale[r * spans + first / SPAN] = maximum / 32767 + sum(wrong);
+        const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+        const auto rounded = [&](const float* at) {
+            return __builtin_convertvector(load<Vec>(at) * (32767 / maximum) + magic - magic, Ints);
+        };
+        for (int64_t i = 0; i < count; i += GROUP)
+            store(whole + r * in + first + i, wide(rounded(x + i), rounded(x + i + LANES)));
+    }
+    void put(int64_t r, const float* x, bool as_whole) const {
+        for (int64_t first = 0; first < in; first += SPAN)
+            put(r, first, x + first, std::min<int64_t>(SPAN, in - first), as_whole);
+    }
+};
+
+// out[r][j] = w[j] . x[r] for J rows of a matrix and R tokens from the first on.
+template <int J, int R>
+void products(const BFloat16* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
+    const Factor* tokens = x.factors + first * x.in;
+    for (int64_t k = 0; k < x.in; k += GROUP) {
         Pairs row[J];
         for (int j = 0; j < J; ++j) {
-            row[j] = pairs(w + j * in + k);
-            __builtin_prefetch(w + (J + j) * in + k);
+            row[j] = pairs(load<Bits>(w + j * x.in + k));
+            __builtin_prefetch(w + (J + j) * x.in + k);
         }
         for (int r = 0; r < R; ++r) {
-            const Pairs token = pairs(x + r * in + k);
-            for (int j = 0; j < J; ++j) acc[r][j] = dot(acc[r][j], row[j], token);
+            const Pairs token = pairs(tokens + r * x.in + k);
+            for (int j = 0; j < J; ++j) out[r][j] = dot(out[r][j], row[j], token);
         }
     }
-    for (int r = 0; r < R; ++r) {
-        const Vec totals = folded<J>(acc[r]);
-        for (int j = 0; j < J; ++j) {
-            out[r][j] = totals[j * LANES / J];
-            for (int64_t k = whole; k < in; ++k)
-                out[r][j] += value(w[j * in + k]) * value(x[r * in + k]);
+}
+template <int J, int R>
+void products(const int8_t* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
+    const int16_t* tokens = x.whole + first * x.in;
+    for (int64_t span = 0; span < x.spans; ++span) {
+        Ints acc[R][J] = {};  // SPAN products of 15 and 7 bits: no overflow
+        const int64_t end = std::min<int64_t>(x.in, (span + 1) * SPAN);
+        for (int64_t k = span * SPAN; k < end; k += GROUP) {
+            Wide row[J];
+            for (int j = 0; j < J; ++j) {
+                row[j] = wide(w + j * x.in + k);
+                __builtin_prefetch(w + (J + j) * x.in + k);
+            }
+            for (int r = 0; r < R; ++r) {
+                const Wide token = load<Wide>(tokens + r * x.in + k);
+                for (int j = 0; j < J; ++j) acc[r][j] = dot(acc[r][j], row[j], token);
+            }
         }
+        for (int r = 0; r < R; ++r)
+            for (int j = 0; j < J; ++j)
+                out[r][j] += __builtin_convertvector(acc[r][j], Vec) *
+                             x.scale[(first + r) * x.spans + span];
     }
 }
 
 // Outputs j to j + J of all n tokens.
 template <int J, typename W>
-void outputs(const Linear& m, int64_t j, const BFloat16* x, int64_t n, float* y, int64_t stride,
+void outputs(const Linear& m, int64_t j, const Input& x, int64_t n, float* y, int64_t stride,
              bool add) {
     in_blocks<TOKENS>(n, [&](auto block, int64_t first) {
         constexpr int R = block;
-        float product[R][J];
-        products<J, R>(static_cast<const W*>(m.weight) + j * m.in, m.in, x + first * m.in, product);
-        for (int r = 0; r < R; ++r)
+        Vec product[R][J] = {};
+        products(static_cast<const W*>(m.weight) + j * m.in, x, first, product);
+        for (int r = 0; r < R; ++r) {
+            const Vec totals = folded<J>(product[r]);
             for (int i = 0; i < J; ++i) {
-                float result = product[r][i];
+                float result = totals[i * LANES / J];
                 if (m.scale) result *= value(m.scale[j + i]);
                 if (m.bias) result += value(m.bias[j + i]);
                 float& to = y[(first + r) * stride + j + i];
                 to = add ? to + result : result;
             }
+        }
     });
 }
 
-template <typename W>
-void linear(const Linear& m, const Share& mine, const BFloat16* x, int64_t n, float* y,
-            int64_t stride, bool add) {
+template <int J, typename W>
+void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride, bool add) {
+    const Share mine(m.out, J);
     int64_t j = mine.first;
-    for (; j + OUTPUTS <= mine.last; j += OUTPUTS) outputs<OUTPUTS, W>(m, j, x, n, y, stride, add);
+    for (; j + J <= mine.last; j += J) outputs<J, W>(m, j, x, n, y, stride, add);
     for (; j < mine.last; ++j) outputs<1, W>(m, j, x, n, y, stride, add);
 }
 
 // This thread's outputs of y = m(x), or of y += m(x), for n tokens; a row of y is `stride` long.
-void linear(const Linear& m, const BFloat16* x, int64_t n, float* y, int64_t stride,
+void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride,
             bool add = false) {
-    const Share mine(m.out, OUTPUTS);
     if (m.scale)
-        linear<int8_t>(m, mine, x, n, y, stride, add);
+        n == 1 ? linear<ALONE, int8_t>(m, x, n, y, stride, add)
+               : linear<OUTPUTS, int8_t>(m, x, n, y, stride, add);
     else
-        linear<BFloat16>(m, mine, x, n, y, stride, add);
+        n == 1 ? linear<ALONE, BFloat16>(m, x, n, y, stride, add)
+               : linear<OUTPUTS, BFloat16>(m, x, n, y, stride, add);
 }
 
 // ---------------------------------------------------------------- between the products
 
-void put(float* to, Vec x) { store(to, x); }
-void put(BFloat16* to, Vec x) { store(to, rounded(x)); }
-
 // x may be y. The size is a multiple of LANES.
-template <typename To>
-void rms_norm(const float* x, const BFloat16* weight, int64_t size, float epsilon, To* y) {
+void rms_norm(const float* x, const BFloat16* weight, int64_t size, float epsilon, float* y) {
     Vec square{};
     for (int64_t i = 0; i < size; i += LANES) square += load<Vec>(x + i) * load<Vec>(x + i);
     const float factor = 1.0f / std::sqrt(sum(square) / size + epsilon);
     for (int64_t i = 0; i < size; i += LANES)
-        put(y + i, load<Vec>(x + i) * factor * values(weight + i));
+        store(y + i, load<Vec>(x + i) * factor * values(weight + i));
 }
 
 // x cos + (-x2, x1) sin, with x = (x1, x2).
@@ -330,31 +423,31 @@ void transpose(Bits (&matrix)[LANES]) {
     if constexpr (S > 1) transpose<S / 2>(matrix);
 }
 
-// A GROUP of keys as pairs of neighbouring dimensions, [dim / 2, GROUP]; the last key is repeated.
-void transpose_keys(const BFloat16* keys, int64_t count, int64_t dim, uint32_t* out) {
+// A GROUP of keys as pairs of neighbouring dimensions, [dim / 2, 2] Pairs; the last key is repeated.
+void transpose_keys(const BFloat16* keys, int64_t count, int64_t dim, float* out) {
     for (int half = 0; half < GROUP; half += LANES)
         for (int64_t d = 0; d < dim; d += 2 * LANES) {
             Bits matrix[LANES];
             for (int i = 0; i < LANES; ++i)
                 matrix[i] = load<Bits>(keys + std::min<int64_t>(half + i, count - 1) * dim + d);
             transpose(matrix);
-            for (int i = 0; i < LANES; ++i) store(out + (d / 2 + i) * GROUP + half, matrix[i]);
+            for (int i = 0; i < LANES; ++i)
+                keep(out + (d + 2 * i + half / LANES) * PAIRS, pairs(matrix[i]));
         }
 }
 
-// Products of n queries, [n, dim / 2] pairs, with a GROUP of keys; a row of out is KEYS long.
-void score(const uint32_t* queries, int64_t n, int64_t dim, const uint32_t* keys, float* out) {
+// Products of n queries, [n, dim], with a GROUP of transposed keys; a row of out is KEYS long.
+void score(const Factor* queries, int64_t n, int64_t dim, const float* keys, float* out) {
     in_blocks<QUERIES>(n, [&](auto block, int64_t first) {
         constexpr int R = block;
-        const uint32_t* query = queries + first * dim / 2;
+        const Factor* query = queries + first * dim;
         Vec acc[R][2] = {};
-        for (int64_t d = 0; d < dim / 2; ++d) {
-            const Pairs a = pairs(load<Bits>(keys + d * GROUP));
-            const Pairs b = pairs(load<Bits>(keys + d * GROUP + LANES));
+        for (int64_t d = 0; d < dim; d += 2) {
+            const Pairs a = kept(keys + d * PAIRS), b = kept(keys + (d + 1) * PAIRS);
             for (int r = 0; r < R; ++r) {
-                const Pairs both = pairs(Bits{} + query[r * dim / 2 + d]);
-                acc[r][0] = dot(acc[r][0], both, a);
-                acc[r][1] = dot(acc[r][1], both, b);
+                const Pairs two = both(query + r * dim + d);
+                acc[r][0] = dot(acc[r][0], two, a);
+                acc[r][1] = dot(acc[r][1], two, b);
             }
         }
         for (int r = 0; r < R; ++r)
@@ -362,13 +455,13 @@ void score(const uint32_t* queries, int64_t n, int64_t dim, const uint32_t* keys
     });
 }
 
-// out += weights values. The weights are pairs of neighbouring keys, [n, KEYS / 2]; in each GROUP
-// of dimensions of out, the even ones come first. Meanwhile the keys after these are fetched.
-void mix(const uint32_t* weights, int64_t n, const BFloat16* values, int64_t count, int64_t dim,
+// out += weights values, with weights [n, KEYS]; in each GROUP of dimensions of out, the even ones
+// come first. Meanwhile the keys after these are fetched.
+void mix(const Factor* weights, int64_t n, const BFloat16* values, int64_t count, int64_t dim,
          const BFloat16* next_keys, float* out) {
     in_blocks<QUERIES>(n, [&](auto block, int64_t first) {
         constexpr int R = block;
-        const uint32_t* weight = weights + first * KEYS / 2;
+        const Factor* weight = weights + first * KEYS;
         for (int64_t d = 0; d < dim; d += GROUP) {
             float* to = out + first * dim + d;
             Vec acc[R][2];
@@ -381,12 +474,11 @@ void mix(const uint32_t* weights, int64_t n, const BFloat16* values, int64_t cou
                 }
                 const BFloat16* at = values + key * dim + d;
                 const Bits a = load<Bits>(at), b = load<Bits>(key + 1 < count ? at + dim : at);
-                const Pairs even = pairs((a & 0xffffu) | (b << 16));
-                const Pairs odd = pairs((a >> 16) | (b & 0xffff0000u));
+                const Pairs even = evens(a, b), odd = odds(a, b);
                 for (int r = 0; r < R; ++r) {
-                    const Pairs both = pairs(Bits{} + weight[r * KEYS / 2 + key / 2]);
-                    acc[r][0] = dot(acc[r][0], both, even);
-                    acc[r][1] = dot(acc[r][1], both, odd);
+                    const Pairs two = both(weight + r * KEYS + key);
+                    acc[r][0] = dot(acc[r][0], two, even);
+                    acc[r][1] = dot(acc[r][1], two, odd);
                 }
             }
             for (int r = 0; r < R; ++r)
@@ -403,9 +495,9 @@ struct Running {
     float maximum, total;
 };
 
-// Turns scores into their exponentials, pairs of bfloat16; scales what was mixed with those before.
+// Turns scores into their exponentials; scales what was mixed with those before.
 void exponentials(const float* scores, int64_t count, float scaling, Running& running,
-                  uint32_t* weights, float* mixed, int64_t dim) {
+                  Factor* weights, float* mixed, int64_t dim) {
     Vec most = load<Vec>(scores);
     for (int64_t i = LANES; i < count; i += LANES) {
         const Vec next = load<Vec>(scores + i);
@@ -418,7 +510,7 @@ void exponentials(const float* scores, int64_t count, float scaling, Running& ru
     for (int64_t i = 0; i < count; i += LANES) {
         const Vec weight = exponential(load<Vec>(scores + i) * scaling - maximum);
         total += weight;
-        store(weights + i / 2, rounded(weight));
+        store(weights + i, factors(weight));
     }
     const float before = std::exp(running.maximum - maximum);
     running = {maximum, running.total * before + sum(total)};
@@ -427,15 +519,13 @@ void exponentials(const float* scores, int64_t count, float scaling, Running& ru
 
 // What a thread needs beside the queries and what it mixes for them.
 struct Scratch {
-    uint32_t *keys, *weights;
-    float* scores;
-    static size_t size(int64_t rows, int64_t dim) {
-        return GROUP * dim / 2 + rows * KEYS / 2 + rows * KEYS;
-    }
+    float *keys, *scores;
+    Factor* weights;
+    static size_t size(int64_t rows, int64_t dim) { return dim * PAIRS + 2 * rows * KEYS; }
     Scratch(float* memory, int64_t rows, int64_t dim)
-        : keys(reinterpret_cast<uint32_t*>(memory)),
-          weights(keys + GROUP * dim / 2),
-          scores(reinterpret_cast<float*>(weights + rows * KEYS / 2)) {}
+        : keys(memory),
+          scores(keys + dim * PAIRS),
+          weights(reinterpret_cast<Factor*>(scores + rows * KEYS)) {}
 };
 
 // Which keys are there to be seen, and by whom: row r of the queries is token r % n, which stands
@@ -446,7 +536,7 @@ struct View {
 };
 
 // Queries of one KV head over its keys [first, last).
-void attend(const View& view, const uint32_t* queries, int64_t rows, const BFloat16* keys,
+void attend(const View& view, const Factor* queries, int64_t rows, const BFloat16* keys,
             const BFloat16* values, int64_t first, int64_t last, int64_t dim, const Scratch& own,
             Running* running, float* mixed) {
     std::fill(running, running + rows, Running{NOTHING_YET, 0.0f});
@@ -466,7 +556,7 @@ void attend(const View& view, const uint32_t* queries, int64_t rows, const BFloa
             const int64_t begin = std::clamp<int64_t>(end - view.window, 0, count);
             std::fill(scores, scores + begin, HIDDEN);
             std::fill(scores + std::clamp<int64_t>(end, 0, count), scores + padded, HIDDEN);
-            exponentials(scores, padded, view.scaling, running[r], own.weights + r * KEYS / 2,
+            exponentials(scores, padded, view.scaling, running[r], own.weights + r * KEYS,
                          mixed + r * dim, dim);
         }
         mix(own.weights, rows, values + start * dim, count, dim, keys + (start + KEYS) * dim,
@@ -482,7 +572,8 @@ void attend(const View& view, const uint32_t* queries, int64_t rows, const BFloa
 extern "C" int rapid_supported() {
 #ifdef __AVX512BF16__
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
 #else
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("bmi2");
@@ -499,30 +590,35 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
     const int64_t dim = m.dim, group = m.heads / m.kv_heads, rows = m.heads * n;
     const int64_t wide = m.heads * dim, narrow = m.kv_heads * dim, projected = wide + 2 * narrow;
 
+    const bool int8 = m.head.scale;  // all of a model's linear layers are, or none
+
     // What all threads see, then what each has of its own.
-    const size_t shared = n * (m.hidden + projected + 3 * m.intermediate + wide) +
-                          threads * rows * (dim + 2);
-    const size_t own = std::max<size_t>(n * std::max(m.hidden, wide) + dim,
+    const size_t shared = n * (m.hidden + projected + 2 * m.intermediate + wide) +
+                          Input::size(n, m.intermediate) + threads * rows * (dim + 2);
+    const size_t own = std::max<size_t>(Input::size(n, std::max(m.hidden, wide)) +
+                                            std::max<int64_t>(std::max(m.hidden, wide), SPAN),
                                         Scratch::size(group * n, dim));
     float* x = arena(shared + threads * own);  // [n, hidden], the residual stream
     float* qkv = x + n * m.hidden;             // [n, heads + 2 * kv_heads, dim]
     float* gate = qkv + n * projected;
     float* up = gate + n * m.intermediate;
-    auto* activated = reinterpret_cast<BFloat16*>(up + n * m.intermediate);
-    auto* queries = reinterpret_cast<BFloat16*>(up + 2 * n * m.intermediate);  // [heads, n, dim]
-    float* parts = up + 2 * n * m.intermediate + n * wide;  // [threads, heads, n, dim]
+    auto* queries = reinterpret_cast<Factor*>(up + n * m.intermediate);  // [heads, n, dim]
+    float* parts = up + n * m.intermediate + n * wide;                   // [threads, heads, n, dim]
     auto* running = reinterpret_cast<Running*>(parts + threads * rows * dim);
+    const Input activated(reinterpret_cast<float*>(running + threads * rows), n, m.intermediate);
 
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         float* mine = x + shared + thread * own;
-        auto* input = reinterpret_cast<BFloat16*>(mine);
+        const Input input(mine, n, m.hidden), attended(mine, n, wide);
+        float* one = mine + Input::size(n, std::max(m.hidden, wide));  // a row, or a SPAN
         // Every thread normalises for itself, which takes less time than waiting for another.
         const auto normalise = [&](const BFloat16* weight, int64_t first) {
-            for (int64_t i = first; i < n; ++i)
-                rms_norm(x + i * m.hidden, weight, m.hidden, m.epsilon,
-                         input + (i - first) * m.hidden);
+            for (int64_t i = first; i < n; ++i) {
+                rms_norm(x + i * m.hidden, weight, m.hidden, m.epsilon, one);
+                input.put(i - first, one, int8);
+            }
         };
         const Share embedded(n, 1);
         for (int64_t i = embedded.first; i < embedded.last; ++i)
@@ -546,12 +642,15 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
                     rms_norm(from, norm, dim, m.epsilon, from);
                 rotate(from, cosine + i * dim, sine + i * dim, dim);
                 const int64_t place = ((head - m.heads) * m.capacity + length + i) * dim;
-                BFloat16* to = is_key ? layer.keys + place : queries + (head * n + i) * dim;
-                for (int64_t d = 0; d < dim; ++d) to[d] = rounded(from[d]);
                 if (is_key)
-                    for (int64_t d = 0; d < dim; ++d)
+                    for (int64_t d = 0; d < dim; ++d) {
+                        layer.keys[place + d] = rounded(from[d]);
                         layer.values[place + d] = rounded(from[narrow + d]);
-                else if (i == n - 1)
+                    }
+                else
+                    for (int64_t d = 0; d < dim; ++d)
+                        queries[(head * n + i) * dim + d] = factor(from[d]);
+                if (!is_key && i == n - 1)
                     std::copy(from, from + dim, last_queries + (index * m.heads + head) * dim);
             }
 #pragma omp barrier
@@ -561,38 +660,46 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
             const Scratch scratch(mine, group * n, dim);
             for (int64_t head = 0; head < m.kv_heads; ++head) {
                 const int64_t kv = head * m.capacity * dim, row = head * group * n;
-                attend({n, length, layer.window, m.scaling},
-                       reinterpret_cast<uint32_t*>(queries + row * dim), group * n,
+                attend({n, length, layer.window, m.scaling}, queries + row * dim, group * n,
                        layer.keys + kv, layer.values + kv, lowest + seen.first, lowest + seen.last,
                        dim, scratch, running + thread * rows + row,
                        parts + (thread * rows + row) * dim);
             }
 #pragma omp barrier
-            float* whole = mine + n * wide;
-            for (int64_t row = 0; row < rows; ++row) {
-                float maximum = NOTHING_YET, total = 0;
-                for (int64_t t = 0; t < team; ++t)
-                    maximum = std::max(maximum, running[t * rows + row].maximum);
-                std::fill(whole, whole + dim, 0.0f);
-                for (int64_t t = 0; t < team; ++t) {
-                    const Running& part = running[t * rows + row];
-                    const float weight = std::exp(part.maximum - maximum);
-                    const float* from = parts + (t * rows + row) * dim;
-                    total += part.total * weight;
-                    for (int64_t d = 0; d < dim; ++d) whole[d] += weight * from[d];
+            for (int64_t i = 0; i < n; ++i) {
+                for (int64_t head = 0; head < m.heads; ++head) {
+                    const int64_t row = head * n + i;
+                    float maximum = NOTHING_YET, total = 0;
+                    for (int64_t t = 0; t < team; ++t)
+                        maximum = std::max(maximum, running[t * rows + row].maximum);
+                    float* to = one + head * dim;
+                    std::fill(to, to + dim, 0.0f);
+                    for (int64_t t = 0; t < team; ++t) {
+                        const Running& part = running[t * rows + row];
+                        const float weight = std::exp(part.maximum - maximum);
+                        const float* from = parts + (t * rows + row) * dim;
+                        total += part.total * weight;
+                        for (int64_t d = 0; d < dim; ++d) to[d] += weight * from[mixed_at(d)];
+                    }
+                    for (int64_t d = 0; d < dim; ++d) to[d] /= total;
                 }
-                BFloat16* to = input + row % n * wide + row / n * dim;
-                for (int64_t d = 0; d < dim; ++d) to[d] = rounded(whole[mixed_at(d)] / total);
+                attended.put(i, one, int8);
             }
-            linear(layer.output, input, n, x, m.hidden, true);
+            linear(layer.output, attended, n, x, m.hidden, true);
 #pragma omp barrier
             normalise(layer.post_norm, 0);
             linear(layer.gate, input, n, gate, m.intermediate);
             linear(layer.up, input, n, up, m.intermediate);
 #pragma omp barrier
-            const Share active(n * m.intermediate, LANES);
-            for (int64_t i = active.first; i < active.last; i += LANES)
-                put(activated + i, gated(gate + i, up + i));
+            const Share active(n * activated.spans, 1);
+            for (int64_t item = active.first; item < active.last; ++item) {
+                const int64_t i = item / activated.spans, first = item % activated.spans * SPAN;
+                const int64_t count = std::min<int64_t>(SPAN, m.intermediate - first);
+                const int64_t at = i * m.intermediate + first;
+                for (int64_t d = 0; d < count; d += LANES)
+                    store(one + d, gated(gate + at + d, up + at + d));
+                activated.put(i, first, one, count, int8);
+            }
 #pragma omp barrier
             linear(layer.down, activated, n, x, m.hidden, true);
 #pragma omp barrier
@@ -611,7 +718,7 @@ extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
                              float scaling, int64_t threads, BFloat16* out) {
     const int64_t group = heads / kv_heads, blocks = (n + BLOCK - 1) / BLOCK;
     const size_t most = group * BLOCK;
-    const size_t own = Scratch::size(most, dim) + most * (dim / 2 + dim + 2);
+    const size_t own = Scratch::size(most, dim) + most * (2 * dim + 2);
     float* memory = arena(threads * own);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t item = 0; item < blocks * kv_heads; ++item) {
@@ -620,13 +727,15 @@ extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
         const int64_t count = std::min<int64_t>(BLOCK, n - first), rows = group * count;
         float* mixed = memory + omp_get_thread_num() * own;
         auto* running = reinterpret_cast<Running*>(mixed + rows * dim);
-        auto* packed = reinterpret_cast<uint32_t*>(running + rows);
-        const Scratch scratch(reinterpret_cast<float*>(packed + rows * dim / 2), rows, dim);
-        for (int64_t g = 0; g < group; ++g)
-            std::memcpy(packed + g * count * dim / 2,
-                        queries + ((head * group + g) * n + first) * dim,
-                        count * dim * sizeof(BFloat16));
-        attend({count, length + first, window, scaling}, packed, rows, keys + head * stride,
+        auto* packed = reinterpret_cast<float*>(running + rows);
+        const Scratch scratch(packed + rows * dim, rows, dim);
+        auto* factors = reinterpret_cast<Factor*>(packed);
+        for (int64_t g = 0; g < group; ++g) {
+            const BFloat16* from = queries + ((head * group + g) * n + first) * dim;
+            for (int64_t i = 0; i < count * dim; ++i)
+                factors[g * count * dim + i] = factor(from[i]);
+        }
+        attend({count, length + first, window, scaling}, factors, rows, keys + head * stride,
                values + head * stride, std::max<int64_t>(0, length + first + 1 - window),
                length + first + count, dim, scratch, running, mixed);
         for (int64_t r = 0; r < rows; ++r) {

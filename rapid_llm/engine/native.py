@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rapid_llm.engine.products import fast_dtype
+
 _PREFERRED = ("_native_avx512bf16", "_native_avx2")
 UNLIMITED = 1 << 62
 """A sliding window that no sequence fills."""
@@ -50,7 +52,8 @@ def fits(size: int) -> bool:
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether :func:`attend` takes these and is the fastest there is.
 
-    Without bfloat16 instructions, PyTorch's matrix products keep up with it.
+    The build without bfloat16 instructions is so on a CPU without them: elsewhere PyTorch's matrix
+    products keep up with it.
     """
     return (
         query.dtype == torch.bfloat16
@@ -60,7 +63,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and key.stride() == value.stride()
         and key.stride()[1:] == (key.shape[-1], 1)
         and (library := kernels()) is not None
-        and library is load(_PREFERRED[0])
+        and (library is load(_PREFERRED[0]) or fast_dtype(query) != query.dtype)
     )
 
 

@@ -10,10 +10,10 @@ import threading
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rapid_llm.engine.products import linear
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
 
@@ -46,7 +46,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[0] > FEW_ROWS:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         out = torch.ops.aten._weight_int8pack_mm(rows, self.int8, self.scale)
         if self.bias is not None:
             out += self.bias
