@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -218,11 +219,18 @@ void in_blocks(int64_t n, const F& f) {
     }
 }
 
+// A cache line holds so many float32 numbers. What vectors are loaded from begins with one: a load
+// that touches two lines takes twice as long.
+constexpr size_t LINE = 16;
+size_t lines(size_t count) { return (count + LINE - 1) / LINE * LINE; }
+
 // Float32 numbers that the calling thread may write to until its next call.
 float* arena(size_t count) {
     thread_local std::vector<float> memory;
-    if (memory.size() < count) memory.resize(count);
-    return memory.data();
+    if (memory.size() < count + LINE) memory.resize(count + LINE);
+    void* from = memory.data();
+    size_t room = memory.size() * sizeof(float);
+    return static_cast<float*>(std::align(LINE * sizeof(float), count * sizeof(float), from, room));
 }
 
 }  // namespace
@@ -593,26 +601,27 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
     const bool int8 = m.head.scale;  // all of a model's linear layers are, or none
 
     // What all threads see, then what each has of its own.
-    const size_t shared = n * (m.hidden + projected + 2 * m.intermediate + wide) +
-                          Input::size(n, m.intermediate) + threads * rows * (dim + 2);
-    const size_t own = std::max<size_t>(Input::size(n, std::max(m.hidden, wide)) +
-                                            std::max<int64_t>(std::max(m.hidden, wide), SPAN),
-                                        Scratch::size(group * n, dim));
+    const int64_t row = std::max(m.hidden, wide);
+    const size_t shared = lines(n * (m.hidden + projected + 2 * m.intermediate + wide) +
+                                threads * rows * (dim + 2) + Input::size(n, m.intermediate));
+    const size_t own = lines(std::max<size_t>(std::max<int64_t>(row, SPAN) + Input::size(n, row),
+                                              Scratch::size(group * n, dim)));
     float* x = arena(shared + threads * own);  // [n, hidden], the residual stream
     float* qkv = x + n * m.hidden;             // [n, heads + 2 * kv_heads, dim]
     float* gate = qkv + n * projected;
     float* up = gate + n * m.intermediate;
     auto* queries = reinterpret_cast<Factor*>(up + n * m.intermediate);  // [heads, n, dim]
     float* parts = up + n * m.intermediate + n * wide;                   // [threads, heads, n, dim]
-    auto* running = reinterpret_cast<Running*>(parts + threads * rows * dim);
-    const Input activated(reinterpret_cast<float*>(running + threads * rows), n, m.intermediate);
+    const Input activated(parts + threads * rows * dim, n, m.intermediate);
+    auto* running = reinterpret_cast<Running*>(activated.scale + n * activated.spans);
 
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         float* mine = x + shared + thread * own;
-        const Input input(mine, n, m.hidden), attended(mine, n, wide);
-        float* one = mine + Input::size(n, std::max(m.hidden, wide));  // a row, or a SPAN
+        float* one = mine;  // a row, or a SPAN
+        float* inputs = mine + std::max<int64_t>(row, SPAN);
+        const Input input(inputs, n, m.hidden), attended(inputs, n, wide);
         // Every thread normalises for itself, which takes less time than waiting for another.
         const auto normalise = [&](const BFloat16* weight, int64_t first) {
             for (int64_t i = first; i < n; ++i) {
@@ -659,25 +668,25 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
             const Share seen(length + n - lowest, GROUP);
             const Scratch scratch(mine, group * n, dim);
             for (int64_t head = 0; head < m.kv_heads; ++head) {
-                const int64_t kv = head * m.capacity * dim, row = head * group * n;
-                attend({n, length, layer.window, m.scaling}, queries + row * dim, group * n,
+                const int64_t kv = head * m.capacity * dim, first = head * group * n;
+                attend({n, length, layer.window, m.scaling}, queries + first * dim, group * n,
                        layer.keys + kv, layer.values + kv, lowest + seen.first, lowest + seen.last,
-                       dim, scratch, running + thread * rows + row,
-                       parts + (thread * rows + row) * dim);
+                       dim, scratch, running + thread * rows + first,
+                       parts + (thread * rows + first) * dim);
             }
 #pragma omp barrier
             for (int64_t i = 0; i < n; ++i) {
                 for (int64_t head = 0; head < m.heads; ++head) {
-                    const int64_t row = head * n + i;
+                    const int64_t query = head * n + i;
                     float maximum = NOTHING_YET, total = 0;
                     for (int64_t t = 0; t < team; ++t)
-                        maximum = std::max(maximum, running[t * rows + row].maximum);
+                        maximum = std::max(maximum, running[t * rows + query].maximum);
                     float* to = one + head * dim;
                     std::fill(to, to + dim, 0.0f);
                     for (int64_t t = 0; t < team; ++t) {
-                        const Running& part = running[t * rows + row];
+                        const Running& part = running[t * rows + query];
                         const float weight = std::exp(part.maximum - maximum);
-                        const float* from = parts + (t * rows + row) * dim;
+                        const float* from = parts + (t * rows + query) * dim;
                         total += part.total * weight;
                         for (int64_t d = 0; d < dim; ++d) to[d] += weight * from[mixed_at(d)];
                     }
@@ -718,7 +727,7 @@ extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
                              float scaling, int64_t threads, BFloat16* out) {
     const int64_t group = heads / kv_heads, blocks = (n + BLOCK - 1) / BLOCK;
     const size_t most = group * BLOCK;
-    const size_t own = Scratch::size(most, dim) + most * (2 * dim + 2);
+    const size_t own = lines(Scratch::size(most, dim) + most * (2 * dim + 2));
     float* memory = arena(threads * own);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t item = 0; item < blocks * kv_heads; ++item) {
@@ -726,10 +735,10 @@ extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
         const int64_t head = item % kv_heads, first = (blocks - 1 - item / kv_heads) * BLOCK;
         const int64_t count = std::min<int64_t>(BLOCK, n - first), rows = group * count;
         float* mixed = memory + omp_get_thread_num() * own;
-        auto* running = reinterpret_cast<Running*>(mixed + rows * dim);
-        auto* packed = reinterpret_cast<float*>(running + rows);
-        const Scratch scratch(packed + rows * dim, rows, dim);
-        auto* factors = reinterpret_cast<Factor*>(packed);
+        auto* factors = reinterpret_cast<Factor*>(mixed + rows * dim);
+        float* rest = mixed + 2 * rows * dim;
+        const Scratch scratch(rest, rows, dim);
+        auto* running = reinterpret_cast<Running*>(rest + Scratch::size(rows, dim));
         for (int64_t g = 0; g < group; ++g) {
             const BFloat16* from = queries + ((head * group + g) * n + first) * dim;
             for (int64_t i = 0; i < count * dim; ++i)
