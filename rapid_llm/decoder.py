@@ -486,7 +486,9 @@ class RapidDecoder:
         session, _ = lease(self.draft_forward, request.draft_prompt)
         if self.drafter.device != forward.device:
             sampler = Sampler(request.sampling, request.prompt, self.drafter.device, stream=1)
-        rag = RagDrafter(session, request.draft_prompt, sampler, forward.vocab_size, config)
+        rag = RagDrafter(
+            session, request.draft_prompt, sampler, forward.vocab_size, config, request.prompt
+        )
         if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
             return [rag]
         # Where nothing is transferred, any guess will do that the target accepts.

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.engine.quantization import FEW_ROWS
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.acceptance import verify_guess
-from rapid_llm.speculation.drafters import compressed
+from rapid_llm.speculation.drafters import compressed, rag
 from rapid_llm.speculation.drafters.compressed import CompressedDrafter, streaming, triforce
 from rapid_llm.speculation.drafters.lookup import LookupDrafter, NgramIndex
 from rapid_llm.speculation.drafters.rag import RagDrafter
@@ -49,18 +50,32 @@ def test_the_longest_n_gram_counts():
     assert index.guess([], 1) == []
 
 
-def test_a_guess_goes_on_to_its_limit_or_the_end():
+def test_a_guess_goes_on_to_its_limit_and_beyond_the_end():
     index = NgramIndex([1, 2, 3, 4, 5, 6])
     assert index.guess([1, 2], 3) == [3, 4, 5]
-    assert index.guess([1, 2], 9) == [3, 4, 5, 6]
-    assert index.guess([4, 5], 9) == [6]
+    assert index.guess([1, 2], 6) == [3, 4, 5, 6, 3, 4]
+    assert index.guess([4, 5], 3) == [6, 6, 6]
+
+
+def test_a_text_that_repeats_itself_is_guessed_to_go_on():
+    index = NgramIndex([7, 1, 2, 3, 1, 2, 3, 1, 2])
+    assert index.guess([1, 2], 7) == [3, 1, 2, 3, 1, 2, 3]
+
+
+def test_a_text_may_outgrow_its_buffer():
+    index = NgramIndex([1, 2, 3])
+    for start in range(10, 5000, 10):
+        index.extend(range(start, start + 10))
+    assert len(index) == 3 + 4990
+    assert index.guess([1, 2], 3) == [3, 10, 11]
+    assert index.guess([4997, 4998], 1) == [4999]
 
 
 def test_the_end_does_not_match_itself():
     index = NgramIndex([1, 2, 3])
     assert index.guess([2, 3], 5) == []
     index.extend([4, 2, 3])
-    assert index.guess([2, 3], 5) == [4, 2, 3]
+    assert index.guess([2, 3], 3) == [4, 2, 3]
     assert len(index) == 6
 
 
@@ -69,7 +84,8 @@ def found_by_hand(text: Sequence[int], tail: Sequence[int], limit: int) -> list[
         if len(tail) >= size:
             for start in range(len(text) - size - 1, -1, -1):
                 if list(text[start : start + size]) == list(tail[-size:]):
-                    return list(text[start + size : start + size + limit])
+                    rest = list(text[start + size :])
+                    return (rest * limit)[:limit]
     return []
 
 
@@ -159,6 +175,7 @@ def rag_drafter(
     prompt: Sequence[int],
     sampling: SamplingParams = GREEDY,
     vocab_size: int = 64,
+    document: Sequence[int] = (),
     **config,
 ) -> RagDrafter:
     forward = Forward(model, "tiny")
@@ -167,7 +184,8 @@ def rag_drafter(
         prompt,
         Sampler(sampling, prompt, CPU),
         vocab_size,
-        SpeculationConfig(**config),
+        SpeculationConfig(**({"gamma": 16} | config)),
+        document,
     )
     with torch.inference_mode():
         drafter.prefill(None)
@@ -225,6 +243,41 @@ def test_guesses_come_from_the_output_too():
         draft = drafter.draft(output, 7, look_ahead=False)
     assert draft.tokens.tolist() == [*range(5, 12)]
     assert draft.passes == 1
+
+
+def test_guesses_come_from_the_document_too_but_later_text_comes_first():
+    document = [*range(20, 64), 3, 4, 30, 31]
+    drafter = rag_drafter(counting_model(), [5, 6, 3, 4], document=document)
+    with torch.inference_mode():
+        drafter.draft([*range(5, 21)], 1, look_ahead=False)
+        draft = drafter.draft([*range(5, 22)], 7, look_ahead=False)
+    assert draft.tokens.tolist() == [*range(22, 29)]
+    assert draft.passes == 1
+    drafter = rag_drafter(counting_model(), [3, 4, 5, 6, 7, 3, 4], document=document)
+    with torch.inference_mode():
+        draft = drafter.draft([], 4, look_ahead=False)  # not 30, 31
+    assert draft.tokens.tolist() == [5, 6, 7, 8]
+    assert draft.passes == 1
+    assert drafter.prompt_tokens == 7
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_guesses_are_as_long_as_they_pay(right, monkeypatch):
+    """A row costs half a pass; every guess is wrong, or every one right."""
+    monkeypatch.setattr(rag, "pass_cost", lambda session: PassCost(1.0, 0.5 - 0.45 * right))
+    said = [*range(3, 64)] if right else [token for t in range(3, 63) for token in (t, t + 1, 5)]
+    drafter = rag_drafter(counting_model(), [*said, 3, 4], gamma="auto")
+    rows = []
+    extend = drafter._session.extend
+    monkeypatch.setattr(
+        drafter._session,
+        "extend",
+        lambda tokens, keep: rows.append(keep) or extend(tokens, keep),
+    )
+    with torch.inference_mode():
+        for first in range(5, 50, 5):
+            drafter.draft([*range(5, first)], 5, look_ahead=False)
+    assert set(rows[-5:]) == ({5} if right else {1})
 
 
 def test_a_wrong_guess_leaves_no_trace():

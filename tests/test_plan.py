@@ -190,13 +190,18 @@ costs = st.floats(0.01, 2)
 lengths = st.integers(1, MAX_GAMMA)
 
 
+def yields(acceptance: float) -> list[float]:
+    return [expected_tokens(acceptance, gamma) for gamma in range(1, MAX_GAMMA + 1)]
+
+
 def speedup(acceptance: float, c: float, v: float = 1, longest: int = MAX_GAMMA) -> float:
-    return best_draft(acceptance, 1, c, [v] * longest)[1]
+    return best_draft(yields(acceptance), 1, c, [v] * longest)[1]
 
 
 @given(rates, costs)
 def test_nothing_is_drafted_where_nothing_is_gained(acceptance: float, excess: float) -> None:
-    assert best_draft(acceptance, 1, acceptance + excess, [1] * MAX_GAMMA) == (0, 1)
+    verify = [1] * MAX_GAMMA
+    assert best_draft(yields(acceptance), 1, acceptance + excess, verify) == (0, 1)
 
 
 @given(rates, rates, costs, costs)

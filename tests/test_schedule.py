@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from conftest import counting_model, tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import betaln
 
 import rapid_llm.engine.costs as costs
 from rapid_llm.config import SamplingParams, SpeculationConfig
@@ -20,6 +23,7 @@ from rapid_llm.speculation.schedule import (
     MAX_GAMMA,
     AdaptiveSchedule,
     FixedSchedule,
+    believed_tokens,
     expected_tokens,
 )
 
@@ -34,6 +38,18 @@ rates = st.floats(0, 1)
 def test_a_round_yields_the_formulas_tokens(a, gamma):
     assert expected_tokens(a, gamma) == pytest.approx((1 - a ** (gamma + 1)) / (1 - a))
     assert expected_tokens(1, gamma) == gamma + 1
+
+
+@given(a=st.floats(0.01, 0.99), trials=st.floats(0.5, 200))
+def test_what_is_believed_is_the_mean_over_a_beta_distribution(a, trials):
+    believed = list(islice(believed_tokens(a * trials, trials), MAX_GAMMA))
+    yes, no = a * trials, (1 - a) * trials
+    moments = np.exp(betaln(yes + np.arange(MAX_GAMMA + 1), no) - betaln(yes, no))
+    assert believed == pytest.approx(np.cumsum(moments)[1:], rel=1e-6)
+    for gamma, tokens in enumerate(believed, start=1):  # a convex function of a
+        assert tokens >= expected_tokens(a, gamma) * (1 - 1e-9)
+    certain = list(islice(believed_tokens(a * 1e9, 1e9), MAX_GAMMA))
+    assert certain == pytest.approx([expected_tokens(a, g) for g in range(1, MAX_GAMMA + 1)])
 
 
 @given(first=seconds, row=seconds, tokens=st.integers(1, 20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
@@ -9,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.products import fast_dtype
 from rapid_llm.errors import MissingDependencyError
 from rapid_llm.models import packaged_model
 from rapid_llm.stats import Stats
@@ -73,13 +76,19 @@ def peer_methods(decoder: RapidDecoder) -> dict[str, Method]:
     """transformers' own decoding, and llama.cpp where it is installed.
 
     Assisted generation takes the target itself as its assistant: no smaller model shares its
-    tokenizer, and so self-speculation meets self-speculation.
+    tokenizer, and so self-speculation meets self-speculation. On a CPU that does not multiply the
+    model's dtype, transformers is measured in float32 too, which serves it better there.
     """
+    model = decoder.target.model
     rows: dict[str, Method] = {
-        "transformers generate": _generate(decoder, {}),
-        "transformers prompt lookup": _generate(decoder, {"prompt_lookup_num_tokens": 10}),
-        "transformers assisted": _generate(decoder, {"assistant_model": decoder.target.model}),
+        "transformers generate": _generate(model, {}),
+        "transformers prompt lookup": _generate(model, {"prompt_lookup_num_tokens": 10}),
+        "transformers assisted": _generate(model, {"assistant_model": model}),
     }
+    better = fast_dtype(model.get_input_embeddings().weight)
+    if better != model.dtype:
+        wide = copy.deepcopy(model).to(better)
+        rows["transformers generate, float32"] = _generate(wide, {})
     if importlib.util.find_spec("llama_cpp") is not None:
         rows["llama.cpp, 4 bit"] = LlamaCpp()
     return rows
@@ -110,14 +119,15 @@ def _ours(
     return run
 
 
-def _generate(decoder: RapidDecoder, options: Mapping[str, Any]) -> Method:
+def _generate(model: PreTrainedModel, options: Mapping[str, Any]) -> Method:
     """``generate`` with the attention and the cache that it chooses itself."""
+    generate: Any = model.generate
 
     def run(work: Workload, new_tokens: int) -> Run:
-        ids = torch.tensor([work.target], device=decoder.target.device)
+        ids = torch.tensor([work.target], device=model.device)
         stamps = _Stamps()
         with torch.inference_mode():
-            decoder.target.model.generate(
+            generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,

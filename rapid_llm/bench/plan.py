@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import PurePath
 from typing import Any
 
@@ -172,7 +173,8 @@ class Plan:
         ]
 
         def best(acceptance: float) -> Draft:
-            return Draft(*best_draft(acceptance, step, draft, verify))
+            tokens = (expected_tokens(acceptance, gamma) for gamma in count(1))
+            return Draft(*best_draft(tokens, step, draft, verify))
 
         chosen = best(self.acceptance)
         weights = plain.weight_bytes + extra_weights

@@ -11,8 +11,9 @@ the running generation, so that a generation can be repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # the speed model of the command line uses this module, and needs no torch
@@ -31,21 +32,34 @@ def expected_tokens(a: float, gamma: int) -> float:
     return sum(a**i for i in range(gamma + 1))
 
 
+def believed_tokens(accepted: float, tried: float) -> Iterator[float]:
+    """E(a, γ) for γ = 1, 2, …, where a is not known but by what was accepted of what was tried.
+
+    The mean over the Beta distribution of a after so many trials, in which the mean of aⁱ is the
+    product of (accepted + k) / (tried + k) over k < i. It exceeds E at the mean of a: acceptance
+    comes in runs, and the less is known of a, the more a long draft may bring.
+    """
+    tokens = power = 1.0
+    for k in count():
+        power *= (accepted + k) / (tried + k)
+        tokens += power
+        yield tokens
+
+
 def best_draft(
-    acceptance: float, plain: float, draft: float, verify: Iterable[float]
+    tokens: Iterable[float], plain: float, draft: float, verify: Iterable[float]
 ) -> tuple[int, float]:
     """The γ that decodes fastest, and its speedup over plain decoding, at least 1 (γ = 0).
 
     Args:
-        acceptance: a, in [0, 1].
+        tokens: E, what a round is expected to yield, for γ = 1, 2, …; may go on for ever.
         plain: seconds of a plain target step.
         draft: seconds of a draft step; c = draft / plain.
         verify: seconds of a verification pass for γ = 1, 2, …; v = verify / plain.
     """
     best = 0, 1.0
-    for gamma, seconds in enumerate(verify, start=1):
-        # E / (γ c + v)
-        speedup = expected_tokens(acceptance, gamma) * plain / (gamma * draft + seconds)
+    for gamma, (seconds, expected) in enumerate(zip(verify, tokens, strict=False), start=1):
+        speedup = expected * plain / (gamma * draft + seconds)  # E / (γ c + v)
         if speedup > best[1]:
             best = gamma, speedup
     return best
@@ -91,7 +105,7 @@ class AdaptiveSchedule:
         self._target, self._drafter = target, drafter
         # Beliefs before the first round, as if seen: accepted of tried, passes of drafted tokens.
         # Strong enough to outlast a beginning that goes amiss, as answers in other words do.
-        self._accepted, self._tried = 4.5, 6.0
+        self._accepted, self._tried = 6.0, 7.5
         self._passes, self._drafted = 6.0, 6.0
         self._plain_rounds, self._wait = 0, _FIRST_WAIT
 
@@ -100,12 +114,12 @@ class AdaptiveSchedule:
         return self._best()[1]
 
     def _best(self) -> tuple[int, float]:
-        a = self._accepted / self._tried
         passes = self._passes / self._drafted  # below 1 where lookup saves some
         # A pass over guesses reads more rows, together one for each token.
         draft = passes * self._drafter.first + (1 - passes) * self._drafter.row
         verify = [self._target.seconds(gamma + 1) for gamma in range(1, MAX_GAMMA + 1)]
-        return best_draft(a, self._target.first, draft, verify)
+        tokens = believed_tokens(self._accepted, self._tried)
+        return best_draft(tokens, self._target.first, draft, verify)
 
     def next(self) -> int:
         gamma, _ = self._best()

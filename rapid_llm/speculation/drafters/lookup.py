@@ -7,7 +7,9 @@ its source repeats runs of tokens, and repeating costs nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,38 +23,58 @@ SIZES = (4, 3, 2)
 CERTAIN = (4, 3)
 """Those that are right often enough to compete with a model's drafts."""
 
+_ROOM = 1024  # tokens that can follow before a text moves to a larger buffer
+
 
 class NgramIndex:
-    """Where every n-gram of a growing text was last continued.
+    """Finds how a growing text went on where an n-gram stood in it.
+
+    It looks through the whole text each time, which takes some microseconds; a table of every
+    n-gram would take longer to make than an answer has lookups.
 
     Args:
         tokens: the text that continuations are taken from.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}
+        self._tokens = np.empty(len(tokens) + _ROOM, dtype=np.int32)
+        self._length = 0
         self.extend(tokens)
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return self._length
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens; n-grams are found from the moment that a token follows them."""
-        for token in tokens:
-            end = len(self._tokens)
-            for size in SIZES:
-                if end >= size:
-                    self._next[tuple(self._tokens[end - size :])] = end
-            self._tokens.append(token)
+        end = self._length + len(tokens)
+        if end > len(self._tokens):
+            self._tokens = np.resize(self._tokens, end + _ROOM)
+        self._tokens[self._length : end] = tokens
+        self._length = end
 
     def guess(self, tail: Sequence[int], limit: int, sizes: Sequence[int] = SIZES) -> list[int]:
-        """At most ``limit`` tokens that followed the longest n-gram that ``tail`` ends with."""
-        for size in sizes:
-            start = self._next.get(tuple(tail[-size:]))
-            if start is not None:
-                return self._tokens[start : start + limit]
-        return []
+        """At most ``limit`` tokens that followed the longest n-gram that ``tail`` ends with.
+
+        Of several places the latest counts. A text that ends sooner is taken to repeat itself.
+        """
+        text = self._tokens[: self._length]
+        starts = np.arange(0)  # where what follows an n-gram begins, for the n reached so far
+        found: dict[int, int] = {}
+        for size in range(1, min(max(sizes), len(tail)) + 1):
+            token = tail[-size]
+            if size == 1:
+                starts = np.flatnonzero(text[:-1] == token) + 1
+            else:
+                starts = starts[starts >= size]
+                starts = starts[text[starts - size] == token]
+            if len(starts) == 0:
+                break
+            found[size] = int(starts[-1])
+        start = next((found[size] for size in sizes if size in found), None)
+        if start is None:
+            return []
+        rest: list[int] = text[start : start + limit].tolist()
+        return list(islice(cycle(rest), limit))
 
 
 class LookupDrafter:
@@ -73,7 +95,7 @@ class LookupDrafter:
         sizes: Sequence[int] = SIZES,
     ) -> None:
         self._prompt = list(prompt)
-        self._index = NgramIndex(())  # filled when it is first needed
+        self._index = NgramIndex(prompt)
         self._vocab_size = vocab_size
         self._device = device
         self._sizes = sizes
@@ -91,8 +113,8 @@ class LookupDrafter:
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
         """See :class:`Drafter`; an empty draft where nothing was found."""
         assert not look_ahead  # there is no distribution after the last token
-        sequence = [*self._prompt, *output]
-        self._index.extend(sequence[len(self._index) :])
-        guess = self._index.guess(sequence, gamma, self._sizes)
+        self._index.extend(output[len(self._index) - len(self._prompt) :])
+        tail = [*self._prompt[-max(self._sizes) :], *output]
+        guess = self._index.guess(tail, gamma, self._sizes)
         tokens = torch.tensor(guess, dtype=torch.long, device=self._device)
         return Draft(tokens, F.one_hot(tokens, self._vocab_size).float(), passes=0)

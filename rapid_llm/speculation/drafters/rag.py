@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,19 @@ from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.drafters.lookup import SIZES, NgramIndex
 from rapid_llm.speculation.sampling import Sampler
+from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
+
+_FREE = PassCost(0.0, 0.0)
 
 
 class RagDrafter:
     """Drafts with a model over the retrieval context.
 
-    With ``lookup`` it cascades: what followed the last tokens in the prompt or the output is
-    guessed, and one pass checks the guess, so that every token still follows q exactly. The host
-    must know what was accepted before it can guess again, so it waits for each such pass. Without
-    lookup and ``min_confidence`` it never waits.
+    With ``lookup`` it cascades: what followed the last tokens in the prompts or the output is
+    guessed, and one pass checks the guess, so that every token still follows q exactly. With
+    ``gamma="auto"`` a guess is as long as the costs and what was accepted so far make fastest. The
+    host must know what was accepted before it can guess again, so it waits for each such pass.
+    Without lookup and ``min_confidence`` it never waits.
 
     Args:
         session: the drafting model with room for ``prompt`` and the output.
@@ -32,7 +37,9 @@ class RagDrafter:
         sampler: on the session's device.
         vocab_size: width of the target's logits. A drafter of the same tokenizer may pad its
             own to another width; tokens beyond the target's get no probability.
-        config: whether to guess (``lookup``), and when to end a draft (``min_confidence``).
+        document: more text to guess from, usually the target's prompt.
+        config: whether to guess (``lookup``) and how far (``gamma``), and when to end a draft
+            (``min_confidence``).
     """
 
     def __init__(
@@ -42,12 +49,15 @@ class RagDrafter:
         sampler: Sampler,
         vocab_size: int,
         config: SpeculationConfig,
+        document: Sequence[int] = (),
     ) -> None:
         self._session = session
         self._prompt = list(prompt)
         self._sampler = sampler
         self._vocab_size = vocab_size
-        self._index = NgramIndex(prompt) if config.lookup else None
+        self._index = NgramIndex([*document, *prompt]) if config.lookup else None
+        self._given = len(document) + len(prompt)
+        self._gamma = config.gamma
         self._min_confidence = config.min_confidence
 
     @property
@@ -59,7 +69,18 @@ class RagDrafter:
         self._session.prefill(self._prompt[:-1], progress)
 
     def cost(self) -> PassCost:
+        return self._cost
+
+    @cached_property
+    def _cost(self) -> PassCost:
         return pass_cost(self._session)
+
+    @cached_property
+    def _guesses(self) -> Schedule:
+        """How long guesses are: lookup drafts for this drafter as it does for the target."""
+        if self._gamma == "auto":
+            return AdaptiveSchedule(self._cost, _FREE)
+        return FixedSchedule(self._gamma)
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
         """See :class:`Drafter`; at most γ (or γ+1) forward passes."""
@@ -67,7 +88,7 @@ class RagDrafter:
         # What was drafted and not kept is forgotten; the last kept token is yet to be read.
         self._session.rollback(len(sequence) - 1)
         if self._index is not None:
-            self._index.extend(sequence[len(self._index) :])
+            self._index.extend(output[len(self._index) - self._given :])
         device = self._session.forward.device
         pending = torch.tensor(sequence[self._session.length :], device=device)
         tokens = pending.new_empty(0)
@@ -94,6 +115,8 @@ class RagDrafter:
             return tokens[:0]
         tail = [*sequence[-max(SIZES) :], *tokens.tolist()]
         guess = self._index.guess(tail, limit)
+        if guess:
+            guess = guess[: self._guesses.next()]
         return torch.tensor(guess, dtype=torch.long, device=tokens.device)
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
@@ -109,6 +132,7 @@ class RagDrafter:
             q, guess, self._sampler.generator, greedy=self._sampler.params.greedy
         )
         n = int(accepted)
+        self._guesses.record(len(guess), n, passes=0)
         self._session.rollback(self._session.length - len(guess) + n)
         return torch.cat([guess[:n], token[None]])
 
