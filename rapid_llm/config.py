@@ -115,9 +115,9 @@ class SpeculationConfig:
             target over the latest or the most attended part of its KV (see
             ``speculation.drafters.compressed``), and ``rest``, lookup in the target's prompt,
             which has no distribution to transfer and is always ``exact``.
-        lookup: let the drafter check, in one pass, tokens that followed the last ones in what was
-            retrieved or said before; in ``exact`` mode with ``gamma="auto"`` the target checks such
-            tokens itself, from its own prompt too, in rounds where that promises more. It changes
+        lookup: let the drafter check, in one pass, tokens that followed the last ones in either
+            prompt or in the answer; in ``exact`` mode with ``gamma="auto"`` the target checks such
+            tokens itself, in rounds where that promises more. It changes
             no distribution, only the number of passes.
         min_confidence: in [0, 1]; a draft ends after a pass that gave a token a smaller q.
 

@@ -47,11 +47,12 @@ def test_several_rows_are_multiplied_in_float32_where_16_bits_are_slow(
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_attention_by_products_stays_in_its_dtype(multiplies, window, monkeypatch):
+@pytest.mark.parametrize(("n", "length"), [(40, 1200), (5, 1200), (5, 300)])
+def test_attention_by_products_stays_in_its_dtype(multiplies, n, length, window, monkeypatch):
     monkeypatch.setenv("RAPID_LLM_NATIVE", "0")
     torch.manual_seed(0)
-    query = torch.randn(6, 40, 32).bfloat16()
-    key, value = torch.randn(2, 2, 1200, 32).bfloat16()
+    query = torch.randn(6, n, 32).bfloat16()
+    key, value = torch.randn(2, 2, length, 32).bfloat16()
     exact = attend(query.double(), key.double(), value.double(), 0.2, window)
     out = attend(query, key, value, 0.2, window)
     assert out.dtype == torch.bfloat16

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rapid_llm.bench.speed_model import Device, ModelSize
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.products import linear
 from rapid_llm.engine.session import PREFILL_CHUNK
 from rapid_llm.models import device_memory, resolve_device
 
@@ -61,7 +62,7 @@ def _matrix_rates(size: ModelSize, place: torch.device) -> tuple[float, float]:
     one, many = _ones(1, width, place=place), _ones(PREFILL_CHUNK, width, place=place)
     step = _seconds(lambda: [F.linear(one, matrix) for matrix in matrices], place)
     turns = cycle(matrices)
-    chunk = _seconds(lambda: [F.linear(many, next(turns)) for _ in range(4)], place)
+    chunk = _seconds(lambda: [linear(many, next(turns), None) for _ in range(4)], place)
     return matrices.nbytes / step, 4 * 2 * PREFILL_CHUNK * rows * width / chunk
 
 

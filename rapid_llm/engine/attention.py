@@ -8,6 +8,7 @@ every key. Batch size is 1, without padding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from rapid_llm.engine import native
 from rapid_llm.engine.products import fast_dtype
 from rapid_llm.errors import ModelError
+
+_Kernel = Callable[..., Tensor]
 
 NAME = "rapid"
 """Under this name transformers knows our attention (``attn_implementation="rapid"``)."""
@@ -58,7 +61,7 @@ def attend(
     return _kernel(query, key, value)(query, key, value, scaling, window)
 
 
-def _kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
+def _kernel(query: Tensor, key: Tensor, value: Tensor) -> _Kernel:
     """What is fastest for this device, dtype and shape."""
     n, length = query.shape[1], key.shape[1]
     if n > _FEW_QUERIES and native.serves(query, key, value):
@@ -70,6 +73,20 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
     return _attend_products
 
 
+def _in_fast_dtype(kernel: _Kernel) -> _Kernel:
+    """The same of tensors in the dtype that this machine multiplies fast."""
+
+    @wraps(kernel)
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        wide = (tensor.to(fast_dtype(tensor)) for tensor in (query, key, value))
+        return kernel(*wide, scaling, window).to(query.dtype)
+
+    return run
+
+
+@_in_fast_dtype
 def _attend_batched(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
 ) -> Tensor:
@@ -86,6 +103,7 @@ def _attend_batched(
     return torch.bmm(scores.softmax(dim=-1), value).view(heads, n, -1)
 
 
+@_in_fast_dtype
 def _attend_products(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
 ) -> Tensor:
@@ -97,8 +115,6 @@ def _attend_products(
     heads, n, dim = query.shape
     kv_heads, length = key.shape[0], key.shape[1]
     group = heads // kv_heads
-    dtype = query.dtype
-    query, key, value = (tensor.to(fast_dtype(tensor)) for tensor in (query, key, value))
     packed = query.view(kv_heads, group, n, dim)
     out = query.new_empty(kv_heads, group, n, value.shape[-1])
     for start in range(0, n, _QUERY_BLOCK):
@@ -118,7 +134,7 @@ def _attend_products(
                 columns.masked_fill_(hidden, float("-inf"))
             mixed = _mix(scores.softmax(dim=-1), value[head, first:last])
             out[head, :, start:stop] = mixed.view(group, stop - start, -1)
-    return out.view(heads, n, -1).to(dtype)
+    return out.view(heads, n, -1)
 
 
 def _mix(weights: Tensor, value: Tensor) -> Tensor:
