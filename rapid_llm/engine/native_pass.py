@@ -15,7 +15,7 @@ from torch import Tensor
 from rapid_llm.engine import native
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
-from rapid_llm.engine.quantization import FEW_ROWS, Int8Linear
+from rapid_llm.engine.quantization import Int8Linear
 
 MAX_TOKENS = 32
 """In a pass; for more, PyTorch's matrix products are faster."""
@@ -59,16 +59,16 @@ class _Model(ctypes.Structure):
     ]
 
 
-def _linear(module: Any, int8: bool) -> _Linear:
+def _linear(module: Any) -> _Linear:
     bias = None if module.bias is None else module.bias.data_ptr()
-    if int8 and isinstance(module, Int8Linear):
+    if isinstance(module, Int8Linear):
         weight, scale = module.int8, module.scale.data_ptr()
     else:
         weight, scale = module.weight, None
     return _Linear(weight.data_ptr(), scale, bias, *weight.shape)
 
 
-def _layer(module: Any, int8: bool) -> _Layer:
+def _layer(module: Any) -> _Layer:
     attention, mlp = module.self_attn, module.mlp
     norms = [module.input_layernorm, module.post_attention_layernorm]
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -76,7 +76,7 @@ def _layer(module: Any, int8: bool) -> _Layer:
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return _Layer(
         *(None if norm is None else norm.weight.data_ptr() for norm in norms),
-        *(_linear(linear, int8) for linear in linears),
+        *map(_linear, linears),
         window=window_of(attention) or native.UNLIMITED,
     )
 
@@ -84,10 +84,10 @@ def _layer(module: Any, int8: bool) -> _Layer:
 class _Table:
     """A model's weights as ``native.cpp`` reads them."""
 
-    def __init__(self, model: Any, int8: bool) -> None:
+    def __init__(self, model: Any) -> None:
         body, config = model.model, model.config
         attention = body.layers[0].self_attn
-        self.layers = (_Layer * len(body.layers))(*(_layer(each, int8) for each in body.layers))
+        self.layers = (_Layer * len(body.layers))(*map(_layer, body.layers))
         self.model = _Model(
             layers=len(body.layers),
             hidden=config.hidden_size,
@@ -99,7 +99,7 @@ class _Table:
             scaling=attention.scaling,
             embedding=body.embed_tokens.weight.data_ptr(),
             norm=body.norm.weight.data_ptr(),
-            head=_linear(model.lm_head, int8),
+            head=_linear(model.lm_head),
             layer=self.layers,
         )
 
@@ -119,7 +119,7 @@ class NativePass:
         tensors = [thing for _, _, thing in self._registered if isinstance(thing, Tensor)]
         # Aliases, which keep the memory that the tables point to.
         self._used = [(tensor, tensor.detach()) for tensor in tensors]
-        self._few, self._many = _Table(model, int8=True), _Table(model, int8=False)
+        self._table = _Table(model)
 
     @property
     def stale(self) -> bool:
@@ -143,10 +143,9 @@ class NativePass:
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
         """As :func:`rapid_llm.engine.lean.lean_logits`; float32 ``[keep, vocab]``."""
         n, length = ids.shape[0], cache.length
-        table = self._few if n <= FEW_ROWS else self._many
-        for entry, layer in zip(table.layers, cache.layers, strict=True):
+        for entry, layer in zip(self._table.layers, cache.layers, strict=True):
             entry.keys, entry.values = layer.keys.data_ptr(), layer.values.data_ptr()
-        model = table.model
+        model = self._table.model
         model.capacity = cache.layers[0].keys.shape[2]
         ids = ids.contiguous()
         # In float32, as the argument is; see lean.py on why this is the model's own module.

@@ -18,7 +18,8 @@ from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
 
 FEW_ROWS = 8
-"""Up to so many tokens the int8 product reads less than it computes more."""
+"""Up to so many tokens PyTorch's int8 product reads less than it computes more; the compiled
+kernels' does so for all that they take."""
 
 
 class Int8Linear(nn.Module):

@@ -20,6 +20,7 @@ from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
 
 _FREE = PassCost(0.0, 0.0)
+_CATCH_UP = 32  # tokens a pass, as many as the compiled one takes
 
 
 class RagDrafter:
@@ -91,6 +92,9 @@ class RagDrafter:
             self._index.extend(output[len(self._index) - self._given :])
         device = self._session.forward.device
         pending = torch.tensor(sequence[self._session.length :], device=device)
+        while len(pending) > _CATCH_UP:  # after rounds without a draft
+            self._session.extend(pending[:_CATCH_UP], 1)
+            pending = pending[_CATCH_UP:]
         tokens = pending.new_empty(0)
         rows: list[Tensor] = []
         passes, drafted, unsure = 0, 0, False
