@@ -24,9 +24,7 @@ MAX_GAMMA = 16
 
 _MEMORY = 0.9  # weight of a round's outcome after the next one
 _PROBE = 1  # tokens drafted to see whether drafting pays again
-# Plain rounds before a probe. What was said in them the drafter must read first, which costs more
-# than the probe itself: a short answer that drafts do not suit goes without.
-_FIRST_WAIT, _LONGEST_WAIT = 64, 256
+_FIRST_WAIT, _LONGEST_WAIT = 16, 64  # plain rounds before a probe, which must first read them
 
 
 def expected_tokens(a: float, gamma: int) -> float:
