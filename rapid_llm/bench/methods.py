@@ -7,6 +7,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,10 +86,8 @@ def peer_methods(decoder: RapidDecoder) -> dict[str, Method]:
         "transformers prompt lookup": _generate(model, {"prompt_lookup_num_tokens": 10}),
         "transformers assisted": _generate(model, {"assistant_model": model}),
     }
-    better = fast_dtype(model.get_input_embeddings().weight)
-    if better != model.dtype:
-        wide = copy.deepcopy(model).to(better)
-        rows["transformers generate, float32"] = _generate(wide, {})
+    if fast_dtype(model.get_input_embeddings().weight) != model.dtype:
+        rows["transformers generate, float32"] = _generate_in_float32(model)
     if importlib.util.find_spec("llama_cpp") is not None:
         rows["llama.cpp, 4 bit"] = LlamaCpp()
     return rows
@@ -140,6 +139,12 @@ def _generate(model: PreTrainedModel, options: Mapping[str, Any]) -> Method:
         return Run(first - start, (last - first) / max(1, stamps.tokens - stamps.first_tokens))
 
     return run
+
+
+def _generate_in_float32(model: PreTrainedModel) -> Method:
+    """``generate`` of a copy, which is made at the first run."""
+    wide = cache(lambda: copy.deepcopy(model).float())
+    return lambda work, new_tokens: _generate(wide(), {})(work, new_tokens)
 
 
 class _Stamps(BaseStreamer):

@@ -33,7 +33,6 @@ constexpr int GROUP = 2 * LANES;       // keys that are scored together
 constexpr int KEYS = 8 * GROUP;        // keys between two updates of the running softmax
 constexpr int BLOCK = 64;              // tokens of a prefill that a thread takes at a time
 constexpr int SPAN = 512;              // whole numbers of a token that share a scale
-constexpr int PAIRS = LANES * (LANES == 16 ? 1 : 2);  // the size of Pairs, in float32 numbers
 constexpr float HIDDEN = -3e38f;       // the score of a key that a query must not look at
 constexpr float NOTHING_YET = -1e30f;  // the maximum before the first key
 
@@ -139,6 +138,8 @@ Wide wide(Ints a, Ints b) {
 }
 
 #endif
+
+constexpr int PAIRS = sizeof(Pairs) / sizeof(float);
 
 // Lanes with the bit S of one vector trade places with those without it of another: a keeps its
 // lanes without and gets b's, b keeps its lanes with and gets a's.

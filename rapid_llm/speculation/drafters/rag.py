@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import PassCost, pass_cost
+from rapid_llm.engine.native_pass import MAX_TOKENS
 from rapid_llm.engine.quantization import FEW_ROWS
 from rapid_llm.engine.session import PrefillProgress, Session
 from rapid_llm.speculation.acceptance import verify_guess
@@ -20,7 +21,6 @@ from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
 
 _FREE = PassCost(0.0, 0.0)
-_CATCH_UP = 32  # tokens a pass, as many as the compiled one takes
 
 
 class RagDrafter:
@@ -92,9 +92,9 @@ class RagDrafter:
             self._index.extend(output[len(self._index) - self._given :])
         device = self._session.forward.device
         pending = torch.tensor(sequence[self._session.length :], device=device)
-        while len(pending) > _CATCH_UP:  # after rounds without a draft
-            self._session.extend(pending[:_CATCH_UP], 1)
-            pending = pending[_CATCH_UP:]
+        while len(pending) > MAX_TOKENS:  # many rounds went without a draft
+            self._session.extend(pending[:MAX_TOKENS], 1)
+            pending = pending[MAX_TOKENS:]
         tokens = pending.new_empty(0)
         rows: list[Tensor] = []
         passes, drafted, unsure = 0, 0, False
