@@ -25,10 +25,14 @@ namespace {
 
 #ifdef __AVX512BF16__
 constexpr int LANES = 16, OUTPUTS = 4, TOKENS = 6, QUERIES = 12;  // what 32 registers hold
+constexpr int FEW_OUTPUTS = 4;
 #else
 constexpr int LANES = 8, OUTPUTS = 2, TOKENS = 5, QUERIES = 4;  // what 16 registers hold
+constexpr int FEW_OUTPUTS = 1;  // one row after another is read faster, where that is what counts
 #endif
-constexpr int ALONE = 4;               // outputs at a time where there is one token
+constexpr int FEW = 4;                 // tokens that are multiplied faster than the weights are read
+constexpr int FOLDED = 4;              // their outputs whose lanes are added up together
+constexpr int AHEAD = 1024;            // bytes of a row that are fetched before their turn
 constexpr int GROUP = 2 * LANES;       // keys that are scored together
 constexpr int KEYS = 8 * GROUP;        // keys between two updates of the running softmax
 constexpr int BLOCK = 64;              // tokens of a prefill that a thread takes at a time
@@ -316,54 +320,65 @@ struct Input {
     }
 };
 
-// out[r][j] = w[j] . x[r] for J rows of a matrix and R tokens from the first on.
-template <int J, int R>
-void products(const BFloat16* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
-    const Factor* tokens = x.factors + first * x.in;
-    for (int64_t k = 0; k < x.in; k += GROUP) {
-        Pairs row[J];
-        for (int j = 0; j < J; ++j) {
-            row[j] = pairs(load<Bits>(w + j * x.in + k));
-            __builtin_prefetch(w + (J + j) * x.in + k);
-        }
-        for (int r = 0; r < R; ++r) {
-            const Pairs token = pairs(tokens + r * x.in + k);
-            for (int j = 0; j < J; ++j) out[r][j] = dot(out[r][j], row[j], token);
-        }
-    }
-}
-template <int J, int R>
-void products(const int8_t* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
-    const int16_t* tokens = x.whole + first * x.in;
-    for (int64_t span = 0; span < x.spans; ++span) {
-        Ints acc[R][J] = {};  // SPAN products of 15 and 7 bits: no overflow
-        const int64_t end = std::min<int64_t>(x.in, (span + 1) * SPAN);
-        for (int64_t k = span * SPAN; k < end; k += GROUP) {
-            Wide row[J];
-            for (int j = 0; j < J; ++j) {
-                row[j] = wide(w + j * x.in + k);
-                __builtin_prefetch(w + (J + j) * x.in + k);
-            }
-            for (int r = 0; r < R; ++r) {
-                const Wide token = load<Wide>(tokens + r * x.in + k);
-                for (int j = 0; j < J; ++j) acc[r][j] = dot(acc[r][j], row[j], token);
-            }
-        }
-        for (int r = 0; r < R; ++r)
-            for (int j = 0; j < J; ++j)
-                out[r][j] += __builtin_convertvector(acc[r][j], Vec) *
-                             x.scale[(first + r) * x.spans + span];
-    }
+// Fetches what follows w, of rows of which A are read at a time: a processor foresees that one row
+// goes on, but not that many do.
+template <int A, typename W>
+void fetch(const W* w, int64_t in) {
+    __builtin_prefetch(w + (A == 1 ? int64_t(AHEAD / sizeof(W)) : A * in));
 }
 
-// Outputs j to j + J of all n tokens.
-template <int J, typename W>
+// out[r][j] = w[j] . x[r] for J rows of a matrix, A at a time, and R tokens from the first on.
+template <int A, int J, int R>
+void products(const BFloat16* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
+    const Factor* tokens = x.factors + first * x.in;
+#pragma GCC unroll 4
+    for (int i = 0; i < J; i += A)
+        for (int64_t k = 0; k < x.in; k += GROUP) {
+            Pairs row[A];
+            for (int j = 0; j < A; ++j) {
+                row[j] = pairs(load<Bits>(w + (i + j) * x.in + k));
+                fetch<A>(w + (i + j) * x.in + k, x.in);
+            }
+            for (int r = 0; r < R; ++r) {
+                const Pairs token = pairs(tokens + r * x.in + k);
+                for (int j = 0; j < A; ++j) out[r][i + j] = dot(out[r][i + j], row[j], token);
+            }
+        }
+}
+template <int A, int J, int R>
+void products(const int8_t* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
+    const int16_t* tokens = x.whole + first * x.in;
+#pragma GCC unroll 4
+    for (int i = 0; i < J; i += A)
+        for (int64_t span = 0; span < x.spans; ++span) {
+            Ints acc[R][A] = {};  // SPAN products of 15 and 7 bits: no overflow
+            const int64_t end = std::min<int64_t>(x.in, (span + 1) * SPAN);
+            for (int64_t k = span * SPAN; k < end; k += GROUP) {
+                Wide row[A];
+                for (int j = 0; j < A; ++j) {
+                    row[j] = wide(w + (i + j) * x.in + k);
+                    fetch<A>(w + (i + j) * x.in + k, x.in);
+                }
+                for (int r = 0; r < R; ++r) {
+                    const Wide token = load<Wide>(tokens + r * x.in + k);
+                    for (int j = 0; j < A; ++j) acc[r][j] = dot(acc[r][j], row[j], token);
+                }
+            }
+            for (int r = 0; r < R; ++r)
+                for (int j = 0; j < A; ++j)
+                    out[r][i + j] += __builtin_convertvector(acc[r][j], Vec) *
+                                     x.scale[(first + r) * x.spans + span];
+        }
+}
+
+// Outputs j to j + J of n tokens, at most MOST at a time.
+template <int A, int J, int MOST, typename W>
 void outputs(const Linear& m, int64_t j, const Input& x, int64_t n, float* y, int64_t stride,
              bool add) {
-    in_blocks<TOKENS>(n, [&](auto block, int64_t first) {
+    in_blocks<MOST>(n, [&](auto block, int64_t first) {
         constexpr int R = block;
         Vec product[R][J] = {};
-        products(static_cast<const W*>(m.weight) + j * m.in, x, first, product);
+        products<A>(static_cast<const W*>(m.weight) + j * m.in, x, first, product);
         for (int r = 0; r < R; ++r) {
             const Vec totals = folded<J>(product[r]);
             for (int i = 0; i < J; ++i) {
@@ -377,23 +392,24 @@ void outputs(const Linear& m, int64_t j, const Input& x, int64_t n, float* y, in
     });
 }
 
-template <int J, typename W>
+template <int A, int J, int MOST, typename W>
 void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride, bool add) {
     const Share mine(m.out, J);
     int64_t j = mine.first;
-    for (; j + J <= mine.last; j += J) outputs<J, W>(m, j, x, n, y, stride, add);
-    for (; j < mine.last; ++j) outputs<1, W>(m, j, x, n, y, stride, add);
+    for (; j + J <= mine.last; j += J) outputs<A, J, MOST, W>(m, j, x, n, y, stride, add);
+    for (; j < mine.last; ++j) outputs<1, 1, MOST, W>(m, j, x, n, y, stride, add);
+}
+template <typename W>
+void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride, bool add) {
+    n <= FEW ? linear<FEW_OUTPUTS, FOLDED, FEW, W>(m, x, n, y, stride, add)
+             : linear<OUTPUTS, OUTPUTS, TOKENS, W>(m, x, n, y, stride, add);
 }
 
 // This thread's outputs of y = m(x), or of y += m(x), for n tokens; a row of y is `stride` long.
 void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride,
             bool add = false) {
-    if (m.scale)
-        n == 1 ? linear<ALONE, int8_t>(m, x, n, y, stride, add)
-               : linear<OUTPUTS, int8_t>(m, x, n, y, stride, add);
-    else
-        n == 1 ? linear<ALONE, BFloat16>(m, x, n, y, stride, add)
-               : linear<OUTPUTS, BFloat16>(m, x, n, y, stride, add);
+    m.scale ? linear<int8_t>(m, x, n, y, stride, add)
+            : linear<BFloat16>(m, x, n, y, stride, add);
 }
 
 // ---------------------------------------------------------------- between the products
