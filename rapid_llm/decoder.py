@@ -586,11 +586,17 @@ class _Request(NamedTuple):
     method: Method
 
 
-class _Source(NamedTuple):
-    """A drafter, and how many tokens are to be had of it."""
+@dataclass
+class _Source:
+    """A drafter, how many tokens are to be had of it, and where its last draft ended."""
 
     drafter: Drafter
     schedule: Schedule
+    drafted: int = 0
+
+    def missed(self, said: int) -> int:
+        """Tokens of the answer after that draft, all of which the drafter must read first."""
+        return max(0, said - self.drafted)
 
 
 class _Generation:
@@ -639,7 +645,9 @@ class _Generation:
             schedules = [FixedSchedule(gamma) for _ in self._drafters]
         elif self._drafters:
             cost = pass_cost(self.target)  # once: in little room it is not kept
-            schedules = [AdaptiveSchedule(cost, drafter.cost()) for drafter in self._drafters]
+            schedules = [
+                AdaptiveSchedule(cost, drafter.cost(), drafter.belief) for drafter in self._drafters
+            ]
         self._sources = list(map(_Source, self._drafters, schedules))
         if self.target.forward.device.type == "cuda":
             torch.cuda.synchronize()  # or the first round would be charged with the prefill
@@ -667,7 +675,7 @@ class _Generation:
                 s, q, draft.tokens, self.config, self.sampler.generator, eta
             )
 
-        broken = torch.stack([logits.isnan().any(), q.isnan().any()]).long()
+        broken = torch.stack([logits.sum().isnan(), q.sum().isnan()]).long()
         verdict = torch.cat([accepted[None], token[None], broken, draft.tokens])
         n, last, target_nan, drafter_nan, *drafted = verdict.tolist()  # the one host sync
         if target_nan or drafter_nan:
@@ -705,14 +713,16 @@ class _Generation:
         # Even the last token is drafted, so that every one follows the mode's law.
         remaining = self.sampler.params.max_new_tokens - len(self._output)
         look_ahead = self.config.applied_mode == "augmented"
-        for drafter, schedule in sorted(self._sources, key=lambda source: -source.schedule.speedup):
-            gamma = min(schedule.next(), remaining)
+        said = len(self._output)
+        for source in sorted(self._sources, key=lambda source: -source.schedule.speedup(source.missed(said))):
+            gamma = min(source.schedule.next(source.missed(said)), remaining)
             if gamma + look_ahead == 0:
                 continue
-            draft = drafter.draft(self._output, gamma, look_ahead=look_ahead)
+            draft = source.drafter.draft(self._output, gamma, look_ahead=look_ahead)
             if len(draft.probabilities) > 0:
+                source.drafted = said + len(draft.tokens)
                 q = draft.probabilities.to(device)
-                return Draft(draft.tokens.to(device), q, draft.passes), schedule
+                return Draft(draft.tokens.to(device), q, draft.passes), source.schedule
         nothing = torch.empty(0, dtype=torch.long, device=device)
         q = torch.empty(0, self.target.forward.vocab_size, device=device)
         return Draft(nothing, q, passes=0), None

@@ -564,9 +564,10 @@ def test_nan_names_the_model(broken):
         models["target"], tiny_tokenizer(), models["drafter"], name="the-target",
         drafter_name="the-drafter",
     )  # fmt: skip
+    drafts = SpeculationConfig(gamma=4)  # whether or not they pay
     for sampling in (GREEDY, SAMPLED):
         with pytest.raises(NumericalError, match=f"the-{broken} produced NaN.*dtype"):
-            decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling)
+            decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling, speculation=drafts)
 
 
 # --- bad input -------------------------------------------------------------------------------

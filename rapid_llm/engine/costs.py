@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rapid_llm.engine.session import Session
 
 _ROWS = 5
-_REPEATS = 5
+_REPEATS = 10
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def transfer(s: Tensor, q: Tensor, eta: float | Tensor, alpha: float) -> Tensor:
     if isinstance(eta, float | int) and eta == 0:
         return s
     keep = q >= alpha * q.amax(dim=-1, keepdim=True)
-    return s + eta * torch.where(keep, q - s.softmax(dim=-1), 0.0)
+    return s + eta * (q - s.softmax(dim=-1)) * keep
 
 
 def verify_sampled(

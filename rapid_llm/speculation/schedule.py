@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the speed model of the command line uses this module, and needs no torch
     from rapid_llm.engine.costs import PassCost
@@ -23,8 +23,10 @@ MAX_GAMMA = 16
 """Longest draft considered: longer ones gain nothing at acceptance rates below 0.95."""
 
 _MEMORY = 0.9  # weight of a round's outcome after the next one
+_WORTH = 1.05  # the least speedup to draft for: costs are not known better
+_RUN = 4  # rounds of drafts that share what the drafter must read before the first of them
 _PROBE = 1  # tokens drafted to see whether drafting pays again
-_FIRST_WAIT, _LONGEST_WAIT = 16, 64  # plain rounds before a probe, which must first read them
+_PROBING = 1 / 32  # of the time of plain rounds that probes may take
 
 
 def expected_tokens(a: float, gamma: int) -> float:
@@ -65,14 +67,31 @@ def best_draft(
     return best
 
 
-class Schedule(Protocol):
-    """Decides the draft length of each round."""
+class Belief(NamedTuple):
+    """What is thought of a drafter before its first round, as if seen.
 
-    @property
-    def speedup(self) -> float:
+    Strong enough to outlast a beginning that goes amiss, as answers in other words do.
+    """
+
+    accepted: float
+    tried: float
+
+
+MODEL = Belief(6.0, 7.5)
+GUESS = Belief(3.0, 5.0)
+"""Of what followed the same n-gram elsewhere."""
+
+
+class Schedule(Protocol):
+    """Decides the draft length of each round.
+
+    ``missed`` is how many tokens were said since the drafter drafted last: it must read them first.
+    """
+
+    def speedup(self, missed: int) -> float:
         """Over plain decoding, as expected of the next round."""
 
-    def next(self) -> int:
+    def next(self, missed: int) -> int:
         """γ of the next round; 0 is a plain step."""
 
     def record(self, drafted: int, accepted: int, passes: int) -> None:
@@ -84,9 +103,11 @@ class FixedSchedule:
     """The same draft length in every round."""
 
     gamma: int
-    speedup: float = 1.0  # not known: there is no choice to be made
 
-    def next(self) -> int:
+    def speedup(self, missed: int) -> float:
+        return 1.0  # not known: there is no choice to be made
+
+    def next(self, missed: int) -> int:
         return self.gamma
 
     def record(self, drafted: int, accepted: int, passes: int) -> None:
@@ -96,41 +117,39 @@ class FixedSchedule:
 class AdaptiveSchedule:
     """The draft length that maximises expected tokens a second.
 
+    Where drafting does not pay, a token is drafted now and then, to see whether it does again: as
+    often as this takes little of the time that plain decoding takes.
+
     Args:
         target: cost of the target's passes at this context length.
         drafter: cost of the drafter's.
+        belief: in the drafter, before the first round.
     """
 
-    def __init__(self, target: PassCost, drafter: PassCost) -> None:
+    def __init__(self, target: PassCost, drafter: PassCost, belief: Belief = MODEL) -> None:
         self._target, self._drafter = target, drafter
-        # Beliefs before the first round, as if seen: accepted of tried, passes of drafted tokens.
-        # Strong enough to outlast a beginning that goes amiss, as answers in other words do.
-        self._accepted, self._tried = 6.0, 7.5
-        self._passes, self._drafted = 6.0, 6.0
-        self._plain_rounds, self._wait = 0, _FIRST_WAIT
+        self._accepted, self._tried = belief
+        self._passes, self._drafted = belief.accepted, belief.accepted
 
-    @property
-    def speedup(self) -> float:
-        return self._best()[1]
+    def speedup(self, missed: int) -> float:
+        return self._best(missed)[1]
 
-    def _best(self) -> tuple[int, float]:
+    def _best(self, missed: int) -> tuple[int, float]:
         passes = self._passes / self._drafted  # below 1 where lookup saves some
         # A pass over guesses reads more rows, together one for each token.
         draft = passes * self._drafter.first + (1 - passes) * self._drafter.row
-        verify = [self._target.seconds(gamma + 1) for gamma in range(1, MAX_GAMMA + 1)]
+        missing = missed * self._drafter.row / _RUN
+        verify = (missing + self._target.seconds(gamma + 1) for gamma in range(1, MAX_GAMMA + 1))
         tokens = believed_tokens(self._accepted, self._tried)
-        return best_draft(tokens, self._target.first, draft, verify)
+        gamma, speedup = best_draft(tokens, self._target.first, draft, verify)
+        return (gamma, speedup) if speedup > _WORTH else (0, 1.0)
 
-    def next(self) -> int:
-        gamma, _ = self._best()
-        if gamma > 0:
-            self._plain_rounds, self._wait = 0, _FIRST_WAIT
-            return gamma
-        self._plain_rounds += 1
-        if self._plain_rounds <= self._wait:
-            return 0
-        self._plain_rounds, self._wait = 0, min(2 * self._wait, _LONGEST_WAIT)
-        return _PROBE
+    def next(self, missed: int) -> int:
+        gamma, _ = self._best(missed)
+        if gamma == 0:
+            probe = self._drafter.seconds(_PROBE + missed) + _PROBE * self._target.row
+            return _PROBE if probe <= _PROBING * missed * self._target.first else 0
+        return gamma
 
     def record(self, drafted: int, accepted: int, passes: int) -> None:
         if drafted == 0:

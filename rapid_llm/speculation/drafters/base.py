@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.session import PrefillProgress
+from rapid_llm.speculation.schedule import Belief
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Drafter(Protocol):
 
     def prefill(self, progress: PrefillProgress | None) -> None:
         """Read the prompt, once, before the first draft."""
+
+    @property
+    def belief(self) -> Belief:
+        """How many of its tokens will be accepted, as far as one knows beforehand."""
 
     def cost(self) -> PassCost:
         """Seconds of a pass, to be asked for after the prefill."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.session import PrefillProgress
 from rapid_llm.speculation.drafters.base import Draft
+from rapid_llm.speculation.schedule import GUESS
 
 SIZES = (4, 3, 2)
 """Lengths of the n-grams that are looked up, the longest first."""
@@ -86,6 +87,8 @@ class LookupDrafter:
         device: where the draft is wanted.
         sizes: of the n-grams, the longest first.
     """
+
+    belief = GUESS
 
     def __init__(
         self,

@@ -18,7 +18,13 @@ from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.drafters.lookup import SIZES, NgramIndex
 from rapid_llm.speculation.sampling import Sampler
-from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
+from rapid_llm.speculation.schedule import (
+    GUESS,
+    MODEL,
+    AdaptiveSchedule,
+    FixedSchedule,
+    Schedule,
+)
 
 _FREE = PassCost(0.0, 0.0)
 
@@ -43,6 +49,8 @@ class RagDrafter:
             (``min_confidence``).
     """
 
+    belief = MODEL
+
     def __init__(
         self,
         session: Session,
@@ -58,6 +66,7 @@ class RagDrafter:
         self._vocab_size = vocab_size
         self._index = NgramIndex([*document, *prompt]) if config.lookup else None
         self._given = len(document) + len(prompt)
+        self._guessed = len(prompt)  # where the last guess was made
         self._gamma = config.gamma
         self._min_confidence = config.min_confidence
 
@@ -80,7 +89,7 @@ class RagDrafter:
     def _guesses(self) -> Schedule:
         """How long guesses are: lookup drafts for this drafter as it does for the target."""
         if self._gamma == "auto":
-            return AdaptiveSchedule(self._cost, _FREE)
+            return AdaptiveSchedule(self._cost, _FREE, GUESS)
         return FixedSchedule(self._gamma)
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
@@ -120,7 +129,10 @@ class RagDrafter:
         tail = [*sequence[-max(SIZES) :], *tokens.tolist()]
         guess = self._index.guess(tail, limit)
         if guess:
-            guess = guess[: self._guesses.next()]
+            place = len(sequence) + len(tokens)
+            guess = guess[: self._guesses.next(max(0, place - self._guessed))]
+        if guess:
+            self._guessed = place
         return torch.tensor(guess, dtype=torch.long, device=tokens.device)
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
