@@ -714,7 +714,11 @@ class _Generation:
         remaining = self.sampler.params.max_new_tokens - len(self._output)
         look_ahead = self.config.applied_mode == "augmented"
         said = len(self._output)
-        for source in sorted(self._sources, key=lambda source: -source.schedule.speedup(source.missed(said))):
+
+        def promise(source: _Source) -> float:
+            return source.schedule.speedup(source.missed(said))
+
+        for source in sorted(self._sources, key=promise, reverse=True):
             gamma = min(source.schedule.next(source.missed(said)), remaining)
             if gamma + look_ahead == 0:
                 continue
