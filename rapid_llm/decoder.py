@@ -148,8 +148,9 @@ class RapidDecoder:
         cuda_graphs: replay single-token passes of the Llama family from CUDA graphs, which saves
             their launches. Off, as it was checked without capturing only: on no GPU yet.
         drafter_quantization: ``int8`` drafts with int8 weights (a copy of the drafter's, made at
-            the first draft); ``auto`` does so for a target that drafts for itself where it pays,
-            in bfloat16 on a CPU; None never.
+            the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep these);
+            ``auto`` does so for a target that drafts for itself where it pays, in bfloat16 on a
+            CPU; None never.
         kv_cache_bytes: of prompts' KV kept between calls, least recently used first out; None is a
             quarter of the device's memory, 0 keeps nothing.
         kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with
@@ -256,7 +257,7 @@ class RapidDecoder:
         if not self._quantizes:
             return self.drafter
         return Forward(
-            int8_twin(self.drafter.model),
+            int8_twin(self.drafter.model, four_bits=self.drafter.compiled),
             f"{self.drafter.name} (int8)",
             self.drafter.attn_implementation,
             self.drafter.cuda_graphs,

@@ -140,6 +140,45 @@ def test_an_int8_twin_multiplies_with_int8(build, monkeypatch):
         assert error(logits, run(own, ids, sizes)[0]) > 0
 
 
+def four_bits(model):
+    """The model with weights that a Q4_1 file could have, but for the head."""
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                groups = module.weight.data.float().unflatten(1, (-1, 32))
+                low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+                step = (high - low) / 15
+                module.weight.data = (
+                    (low + step * ((groups - low) / step).round()).flatten(1).bfloat16()
+                )
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen2"])
+def test_a_twin_of_a_4_bit_checkpoint_multiplies_with_4_bits(build, monkeypatch, name):
+    monkeypatch.setattr(quantization, "FEW_ROWS", MAX_TOKENS)
+    # More than one span of whole numbers, and a part of one.
+    model = four_bits(bfloat16_model(name, intermediate_size=1120)[0])
+    twin = int8_twin(model, four_bits=True)
+    layers = [m for m in twin.modules() if isinstance(m, quantization.Int4Linear)]
+    assert len(layers) == 7 * len(twin.model.layers)
+    ids = torch.randint(3, 60, (80,), generator=torch.Generator().manual_seed(3))
+    plain = Forward(twin, "plain")
+    plain._native = None
+    forward, own = Forward(twin, "twin"), Forward(model, "model")
+    assert forward.compiled
+    for sizes in ([1, 2, 8], [3, 4], [5, 6], [MAX_TOKENS]):
+        logits, expected = run(forward, ids, sizes)[0], run(plain, ids, sizes)[0]
+        assert error(logits, expected) < 0.03 * expected.std()
+        # The head has 8 bits: more is lost there than by the kernels.
+        assert error(logits, run(own, ids, sizes)[0]) < 0.05 * expected.std()
+        for layer in layers:
+            layer.packed.view(torch.uint8)[..., 64:] ^= 255  # it is these that are read
+        assert error(run(forward, ids, sizes)[0], expected) > 0.3 * expected.std()
+        for layer in layers:
+            layer.packed.view(torch.uint8)[..., 64:] ^= 255
+
+
 def test_what_is_done_to_the_weights_is_followed(build):
     model, _ = bfloat16_model()
     forward = Forward(model, "model")
@@ -194,10 +233,11 @@ def test_a_nan_is_not_hidden(build):
     assert run(Forward(model, "model"), torch.arange(3, 40), [2])[0].isnan().all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("wrong", ["nan", "inf"])
-def test_int8_products_do_not_hide_a_nan(build, wrong):
-    model, _ = bfloat16_model()
-    twin = int8_twin(model)
+def test_products_of_few_bits_do_not_hide_a_nan(build, wrong, bits):
+    model = four_bits(bfloat16_model()[0])
+    twin = int8_twin(model, four_bits=bits == 4)
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 5] = float(wrong)
     forward = Forward(twin, "twin")

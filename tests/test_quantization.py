@@ -17,12 +17,15 @@ from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.quantization import (
     FEW_ROWS,
+    Int4Linear,
     Int8Linear,
     Int8Projections,
     int8_nbytes,
     int8_pays,
     int8_twin,
+    packed_if_exact,
     require_int8,
+    unpacked,
 )
 from rapid_llm.errors import InvalidParameterError
 
@@ -40,6 +43,68 @@ def make_linear(bias: bool = False, dtype: torch.dtype = torch.float32) -> nn.Li
 
 def int8_layers(model: nn.Module) -> dict[str, Int8Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Int8Linear)}
+
+
+# --- one layer of 4 bits ---------------------------------------------------------------------
+
+
+def four_bit_weights(out: int, into: int) -> torch.Tensor:
+    """What a Q4_1 file gives: smallest + step * (0 to 15) for 32 in a row, rounded to bfloat16."""
+    torch.manual_seed(0)
+    groups = out, into // 32, 1
+    smallest, step = -torch.rand(groups), 0.01 + 0.1 * torch.rand(groups)
+    whole = torch.randint(0, 16, (out, into // 32, 32))
+    whole[..., 3], whole[..., 30] = 0, 15
+    return (smallest + step * whole).flatten(1).bfloat16()
+
+
+def test_weights_of_4_bits_are_packed_and_come_back():
+    weight = four_bit_weights(48, 96)
+    packed = packed_if_exact(weight)
+    assert packed is not None
+    assert (packed.dtype, packed.shape) == (torch.uint8, (3, 3, 320))
+    torch.testing.assert_close(unpacked(packed), weight.float(), rtol=0.01, atol=0.003)
+    # Row 17 is the second of its 16; weights 32 to 63 are the second group.
+    smallest, step = packed[1, 1, :64].view(torch.bfloat16).float().view(2, 16)[:, 1]
+    group = weight[17, 32:64].float()
+    assert smallest == group.min()
+    assert step == pytest.approx((group.max().item() - smallest.item()) / 15, rel=0.01)
+    pairs = packed[1, 1, 64:].view(8, 16, 2)[:, 1]
+    whole = torch.cat([(pairs & 15).flatten(), (pairs >> 4).flatten()])
+    assert whole.tolist() == ((group - smallest) / step).round().tolist()
+
+
+def test_other_weights_are_not_packed():
+    assert packed_if_exact(torch.randn(48, 96).bfloat16()) is None
+    weight = four_bit_weights(48, 96)
+    assert packed_if_exact(weight) is not None
+    assert packed_if_exact(weight[:40]) is None  # rows come by 16
+    assert packed_if_exact(weight[:, :80]) is None  # and weights by 32
+    eight_bits = (weight.float() / weight.float().abs().max() * 127).round() / 127
+    assert packed_if_exact((eight_bits + torch.randint(0, 8, (48, 96)) / 127).bfloat16()) is None
+
+
+def test_constant_weights_are_packed():
+    weight = torch.full((16, 32), 0.75).bfloat16()
+    packed = packed_if_exact(weight)
+    assert packed is not None
+    assert torch.equal(unpacked(packed), weight.float())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_are_multiplied_with_4_bits_and_many_with_the_full_weights(bias):
+    linear = nn.Linear(64, 48, bias=bias)
+    linear.weight.data = four_bit_weights(48, 64).float()
+    packed = packed_if_exact(linear.weight)
+    assert packed is not None
+    layer = Int4Linear(linear, packed)
+    assert (layer.weight is linear.weight, layer.bias is linear.bias) == (True, True)
+    for shape in ((FEW_ROWS,), (2, 4)):
+        x = torch.randn(*shape, 64)
+        assert torch.equal(layer(x), F.linear(x, unpacked(packed), linear.bias))
+        assert not torch.equal(layer(x), linear(x))
+    x = torch.randn(FEW_ROWS + 1, 64)
+    assert torch.equal(layer(x), linear(x))
 
 
 # --- one layer -------------------------------------------------------------------------------
@@ -126,6 +191,25 @@ def test_projections_together_are_one_product_and_store_nothing_twice():
 
 
 # --- a model ---------------------------------------------------------------------------------
+
+
+def test_a_twin_has_4_bits_where_the_kernels_ask_and_the_weights_have_no_more():
+    model = tiny_model(intermediate_size=96).bfloat16()
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj.weight.data = four_bit_weights(*mlp.up_proj.weight.shape)
+    eight, mixed = int8_twin(model), int8_twin(model, four_bits=True)
+    assert int8_twin(model) is eight
+    assert int8_twin(model, four_bits=True) is mixed
+    layers = int8_layers(eight)
+    packed = {n: m for n, m in mixed.named_modules() if isinstance(m, Int4Linear)}
+    assert list(packed) == ["model.layers.1.mlp.up_proj"]
+    assert set(int8_layers(mixed)) == set(layers) - set(packed)
+    weights = mlp.up_proj.weight.numel()
+    saved = weights + 2 * mlp.up_proj.out_features - weights * 320 // 512
+    assert int8_nbytes(eight) - int8_nbytes(mixed) == saved
+    ids = torch.arange(3, 30)
+    logits, other = logits_after(mixed, ids), logits_after(eight, ids)
+    torch.testing.assert_close(logits, other, rtol=0.05, atol=0.05)
 
 
 @torch.inference_mode()
@@ -217,7 +301,7 @@ def test_auto_is_for_a_bfloat16_target_that_drafts_for_itself():
 
 def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
-    monkeypatch.setattr(decoder_module, "int8_twin", lambda model: 1 / 0)
+    monkeypatch.setattr(decoder_module, "int8_twin", lambda model, four_bits: 1 / 0)
     reference = transformers_greedy(tiny_model(eos_token_id=None), PROMPT, 40)
     # Where the drafter answers alone, it does so with its full weights.
     for prompts in ((PROMPT, None), (None, PROMPT)):

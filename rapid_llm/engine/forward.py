@@ -134,6 +134,11 @@ class Forward:
             return "sliding_attention" in types
         return getattr(self.config, "sliding_window", None) is not None
 
+    @property
+    def compiled(self) -> bool:
+        """Whether few tokens are read by the compiled kernels."""
+        return self._native is not None
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)

@@ -1,10 +1,10 @@
 // Two CPU kernels in bfloat16: a whole forward pass of a few tokens of the Llama family, and causal
-// attention for many. The pass is one parallel region over the model's own weights (or the int8
-// ones of its twin) and its KV cache, so that it takes little longer than reading them once.
+// attention for many. The pass is one parallel region over the model's own weights (or those of 8
+// and 4 bits of its twin) and its KV cache, so that it takes little longer than reading them once.
 //
 // Products take bfloat16 weights, keys and values, and add in float32, in which the residual stream
 // stays. What is multiplied with them is bfloat16 too where the processor multiplies that, and float32
-// elsewhere; with int8 weights it is 16-bit whole numbers.
+// elsewhere; with a twin's weights it is 16-bit whole numbers.
 // Compiled once for AVX-512 with bfloat16 and once for AVX2 (pyproject.toml); called by native.py and
 // native_pass.py.
 
@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -37,6 +38,8 @@ constexpr int GROUP = 2 * LANES;       // keys that are scored together
 constexpr int KEYS = 8 * GROUP;        // keys between two updates of the running softmax
 constexpr int BLOCK = 64;              // tokens of a prefill that a thread takes at a time
 constexpr int SPAN = 512;              // whole numbers of a token that share a scale
+constexpr int QUANTUM = 32;            // weights of 4 bits that share a scale
+constexpr int ROWS = 16;               // of such weights that lie together
 constexpr float HIDDEN = -3e38f;       // the score of a key that a query must not look at
 constexpr float NOTHING_YET = -1e30f;  // the maximum before the first key
 
@@ -75,6 +78,13 @@ BFloat16 rounded(float x) {
     return BFloat16((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
+// QUANTUM weights of each of ROWS outputs: smallest + step * whole. `whole` has weights 2p and 2p + 1 in
+// the low bits, and those half a QUANTUM on in the high ones.
+struct Nibbles {
+    BFloat16 smallest[ROWS], step[ROWS];
+    uint8_t whole[QUANTUM / 4][ROWS][2];
+};
+
 // A factor is what is multiplied with weights, keys and values. Of these, LANES pairs are taken at a
 // time: dot is acc + a.even * b.even + a.odd * b.odd.
 #ifdef __AVX512BF16__
@@ -101,6 +111,10 @@ void put_factors(Factor* to, Vec a, Vec b) {
 
 using Wide = __m512i;  // 2 * LANES whole numbers of 16 bits
 Wide wide(const int8_t* p) { return _mm512_cvtepi8_epi16(load<__m256i>(p)); }
+Wide wide(const uint8_t* p) { return _mm512_cvtepu8_epi16(load<__m256i>(p)); }
+Wide low(Wide x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
+Wide high(Wide x) { return _mm512_srli_epi16(x, 4); }
+Wide both(const int16_t* two) { return bits<Wide>(Bits{} + load<uint32_t>(two)); }
 Ints dot(Ints acc, Wide a, Wide b) { return Ints(_mm512_dpwssd_epi32(__m512i(acc), a, b)); }
 Wide wide(Ints a, Ints b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(__m512i(a))),
@@ -136,6 +150,10 @@ void put_factors(Factor* to, Vec a, Vec b) {
 
 using Wide = __m256i;
 Wide wide(const int8_t* p) { return _mm256_cvtepi8_epi16(load<__m128i>(p)); }
+Wide wide(const uint8_t* p) { return _mm256_cvtepu8_epi16(load<__m128i>(p)); }
+Wide low(Wide x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
+Wide high(Wide x) { return _mm256_srli_epi16(x, 4); }
+Wide both(const int16_t* two) { return bits<Wide>(Bits{} + load<uint32_t>(two)); }
 Ints dot(Ints acc, Wide a, Wide b) { return acc + Ints(_mm256_madd_epi16(a, b)); }
 Wide wide(Ints a, Ints b) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(__m256i(a), __m256i(b)), 0xd8);
@@ -245,10 +263,10 @@ float* arena(size_t count) {
 extern "C" {
 
 struct Linear {             // y = scale * (weight x) + bias
-    const void* weight;     // [out, in]: int8 where there is a scale, else bfloat16
-    const BFloat16* scale;  // [out], or null
+    const void* weight;     // [out, in]: bfloat16 or int8; [out / ROWS, in / QUANTUM] Nibbles
+    const BFloat16* scale;  // [out], or null where the weights are not int8
     const BFloat16* bias;   // [out], or null
-    int64_t out, in;
+    int64_t out, in, bits;  // of a weight
 };
 
 struct Layer {
@@ -274,11 +292,12 @@ namespace {
 
 // ---------------------------------------------------------------- linear layers
 
-// Rows of n tokens as a linear layer takes them: factors, or for int8 weights whole numbers of 16
-// bits with a scale for each SPAN of them, which keeps more digits than bfloat16 has.
+// Rows of n tokens as a linear layer takes them: factors, or for weights of few bits whole numbers of
+// 16 bits with a scale for each SPAN of them, which keeps more digits than bfloat16 has.
 struct Input {
     Factor* factors;  // [n, in]
     int16_t* whole;   // [n, in], in the same memory
+    float* sums;      // [n, in / QUANTUM], of whole numbers, too
     float* scale;     // [n, spans]
     int64_t in, spans;
 
@@ -286,6 +305,7 @@ struct Input {
     Input(float* memory, int64_t n, int64_t in)
         : factors(reinterpret_cast<Factor*>(memory)),
           whole(reinterpret_cast<int16_t*>(memory)),
+          sums(memory + n * in / 2),
           scale(memory + n * in),
           in(in),
           spans((in + SPAN - 1) / SPAN) {}
@@ -313,6 +333,10 @@ struct Input {
         };
         for (int64_t i = 0; i < count; i += GROUP)
             store(whole + r * in + first + i, wide(rounded(x + i), rounded(x + i + LANES)));
+        for (int64_t i = first; i < first + count; i += QUANTUM) {
+            const int16_t* some = whole + r * in + i;
+            sums[(r * in + i) / QUANTUM] = std::accumulate(some, some + QUANTUM, 0);
+        }
     }
     void put(int64_t r, const float* x, bool as_whole) const {
         for (int64_t first = 0; first < in; first += SPAN)
@@ -405,11 +429,75 @@ void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride
              : linear<OUTPUTS, OUTPUTS, TOKENS, W>(m, x, n, y, stride, add);
 }
 
+// ROWS outputs of n tokens from 4-bit weights; a lane is an output.
+void outputs(const Nibbles* w, const BFloat16* bias, const Input& x, int64_t n, float* y,
+             int64_t stride, bool add) {
+    in_blocks<TOKENS>(n, [&](auto block, int64_t first) {
+        constexpr int R = block, J = R < 3 ? ROWS / LANES : 1;  // vectors of outputs at a time
+        for (int at = 0; at < ROWS; at += J * LANES) {
+            Vec result[R][J] = {};
+            for (int64_t span = 0; span < x.spans; ++span) {
+                Vec sum[R][J] = {};
+                const int64_t end = std::min<int64_t>(x.in, (span + 1) * SPAN);
+                for (int64_t k = span * SPAN; k < end; k += QUANTUM) {
+                    const Nibbles& some = w[k / QUANTUM];
+                    Ints product[R][J] = {};
+                    for (int p = 0; p < QUANTUM / 4; ++p) {
+                        Wide a[J], b[J];
+                        for (int j = 0; j < J; ++j) {
+                            const uint8_t* from = &some.whole[p][at + j * LANES][0];
+                            a[j] = low(wide(from));
+                            b[j] = high(wide(from));
+                            __builtin_prefetch(from + AHEAD);
+                        }
+                        for (int r = 0; r < R; ++r) {
+                            const int16_t* numbers = x.whole + (first + r) * x.in + k + 2 * p;
+                            const Wide left = both(numbers), right = both(numbers + QUANTUM / 2);
+                            for (int j = 0; j < J; ++j) {
+                                product[r][j] = dot(product[r][j], a[j], left);
+                                product[r][j] = dot(product[r][j], b[j], right);
+                            }
+                        }
+                    }
+                    for (int j = 0; j < J; ++j) {
+                        const Vec smallest = values(some.smallest + at + j * LANES);
+                        const Vec step = values(some.step + at + j * LANES);
+                        for (int r = 0; r < R; ++r)
+                            sum[r][j] += step * __builtin_convertvector(product[r][j], Vec) +
+                                         smallest * x.sums[((first + r) * x.in + k) / QUANTUM];
+                    }
+                }
+                for (int r = 0; r < R; ++r)
+                    for (int j = 0; j < J; ++j)
+                        result[r][j] += sum[r][j] * x.scale[(first + r) * x.spans + span];
+            }
+            for (int r = 0; r < R; ++r)
+                for (int j = 0; j < J; ++j) {
+                    const int here = at + j * LANES;
+                    float* to = y + (first + r) * stride + here;
+                    if (bias) result[r][j] += values(bias + here);
+                    if (add) result[r][j] += load<Vec>(to);
+                    store(to, result[r][j]);
+                }
+        }
+    });
+}
+void four_bits(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride, bool add) {
+    const Share mine(m.out, ROWS);
+    for (int64_t j = mine.first; j < mine.last; j += ROWS)
+        outputs(static_cast<const Nibbles*>(m.weight) + j / ROWS * (m.in / QUANTUM),
+                m.bias ? m.bias + j : nullptr, x, n, y + j, stride, add);
+}
+
 // This thread's outputs of y = m(x), or of y += m(x), for n tokens; a row of y is `stride` long.
 void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride,
             bool add = false) {
-    m.scale ? linear<int8_t>(m, x, n, y, stride, add)
-            : linear<BFloat16>(m, x, n, y, stride, add);
+    if (m.bits == 4)
+        four_bits(m, x, n, y, stride, add);
+    else if (m.bits == 8)
+        linear<int8_t>(m, x, n, y, stride, add);
+    else
+        linear<BFloat16>(m, x, n, y, stride, add);
 }
 
 // ---------------------------------------------------------------- between the products
@@ -615,7 +703,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
     const int64_t dim = m.dim, group = m.heads / m.kv_heads, rows = m.heads * n;
     const int64_t wide = m.heads * dim, narrow = m.kv_heads * dim, projected = wide + 2 * narrow;
 
-    const bool int8 = m.head.scale;  // all of a model's linear layers are, or none
+    const bool whole = m.head.bits < 16;  // all of a model's linear layers take such numbers, or none
 
     // What all threads see, then what each has of its own.
     const int64_t row = std::max(m.hidden, wide);
@@ -643,7 +731,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
         const auto normalise = [&](const BFloat16* weight, int64_t first) {
             for (int64_t i = first; i < n; ++i) {
                 rms_norm(x + i * m.hidden, weight, m.hidden, m.epsilon, one);
-                input.put(i - first, one, int8);
+                input.put(i - first, one, whole);
             }
         };
         const Share embedded(n, 1);
@@ -709,7 +797,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
                     }
                     for (int64_t d = 0; d < dim; ++d) to[d] /= total;
                 }
-                attended.put(i, one, int8);
+                attended.put(i, one, whole);
             }
             linear(layer.output, attended, n, x, m.hidden, true);
 #pragma omp barrier
@@ -724,7 +812,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
                 const int64_t at = i * m.intermediate + first;
                 for (int64_t d = 0; d < count; d += LANES)
                     store(one + d, gated(gate + at + d, up + at + d));
-                activated.put(i, first, one, count, int8);
+                activated.put(i, first, one, count, whole);
             }
 #pragma omp barrier
             linear(layer.down, activated, n, x, m.hidden, true);

@@ -15,7 +15,7 @@ from torch import Tensor
 from rapid_llm.engine import native
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
-from rapid_llm.engine.quantization import Int8Linear
+from rapid_llm.engine.quantization import Int4Linear, Int8Linear
 
 MAX_TOKENS = 32
 """In a pass; for more, PyTorch's matrix products are faster."""
@@ -28,6 +28,7 @@ class _Linear(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_int64),
         ("in", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
     ]
 
 
@@ -61,11 +62,12 @@ class _Model(ctypes.Structure):
 
 def _linear(module: Any) -> _Linear:
     bias = None if module.bias is None else module.bias.data_ptr()
+    weight, scale, bits = module.weight, None, 16
     if isinstance(module, Int8Linear):
-        weight, scale = module.int8, module.scale.data_ptr()
-    else:
-        weight, scale = module.weight, None
-    return _Linear(weight.data_ptr(), scale, bias, *weight.shape)
+        weight, scale, bits = module.int8, module.scale.data_ptr(), 8
+    elif isinstance(module, Int4Linear):
+        weight, bits = module.packed, 4
+    return _Linear(weight.data_ptr(), scale, bias, *module.weight.shape, bits)
 
 
 def _layer(module: Any) -> _Layer:

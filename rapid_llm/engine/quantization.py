@@ -2,6 +2,9 @@
 
 Weight-only and symmetric, one scale an output row: ``w ≈ scale * round(w / scale)`` with
 ``scale = max|w| / 127``. Activations stay in the model's dtype. The products are torch's own.
+
+A checkpoint that was quantized to 4 bits (GGUF's Q4_1) has no more in its weights. Such layers can
+be 4 bits in the drafter too, as they were: nothing is lost, and less is read.
 """
 
 from __future__ import annotations
@@ -54,6 +57,74 @@ class Int8Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
+GROUP = 32
+"""Weights of a row that share the two numbers of a 4-bit layer."""
+
+ROWS = 16
+"""Outputs whose weights lie together in one."""
+
+_ON_GRID = 0.1
+"""Weights hold no more than 4 bits if they are nearer than this, in the root mean square, to 16
+equidistant values a group, whose distance is 1: any weights have 0.29, and those that had 4 bits
+before they were rounded to bfloat16 have 0.02."""
+
+
+class Int4Linear(nn.Module):
+    """A linear layer that multiplies few tokens with 4-bit weights, many with its own.
+
+    The compiled kernels do so; here the weights are made whole again, which saves nothing.
+
+    Attributes:
+        weight, bias: the layer's it was made from, shared.
+        packed: uint8 ``[out / 16, in / 32, 320]``. Of 32 weights in each of 16 rows it has the
+            smallest, ``[16]``, and the step, ``[16]`` (bfloat16), then
+            ``round((w - smallest) / step)``, 4 bits each: ``[8, 16, 2]`` of the first 16 weights in
+            pairs, in the low bits, and of the others in the high ones.
+    """
+
+    packed: Tensor
+
+    def __init__(self, linear: nn.Linear, packed: Tensor) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.register_buffer("packed", packed, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.numel() // x.shape[-1] <= FEW_ROWS
+        weight = unpacked(self.packed).to(x.dtype) if few else self.weight
+        return linear(x, weight, self.bias)
+
+
+def packed_if_exact(weight: Tensor) -> Tensor | None:
+    """The weights ``[out, in]`` in 4 bits (see :class:`Int4Linear`), if they hold no more."""
+    if weight.shape[0] % ROWS or weight.shape[1] % GROUP:
+        return None
+    # [out / 16, in / 32, 16, 32]
+    groups = weight.detach().float().unflatten(1, (-1, GROUP)).unflatten(0, (-1, ROWS))
+    groups = groups.transpose(1, 2)
+    low, high = groups.aminmax(dim=-1)
+    smallest = low.bfloat16()
+    step = ((high - smallest.float()) / 15).clamp(min=1e-30).bfloat16()
+    exact = (groups - smallest.float()[..., None]) / step.float()[..., None]
+    whole = exact.round().clamp_(0, 15)
+    if (exact - whole).square_().mean().sqrt() > _ON_GRID:
+        return None
+    first, second = whole.to(torch.uint8).split(GROUP // 2, dim=-1)
+    pairs = (first | second << 4).unflatten(-1, (-1, 2)).transpose(2, 3)
+    header = torch.cat([smallest, step], dim=-1).view(torch.uint8)
+    return torch.cat([header, pairs.flatten(2)], dim=-1)
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """Float32 ``[out, in]`` of :func:`packed_if_exact`."""
+    header = packed[..., : 4 * ROWS].contiguous().view(torch.bfloat16).float()
+    smallest, step = header[..., None].split(ROWS, dim=2)
+    two = packed[..., 4 * ROWS :].unflatten(-1, (-1, ROWS, 2)).transpose(2, 3).flatten(3)
+    whole = torch.cat([two & 15, two >> 4], dim=-1)
+    return (smallest + step * whole).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
 class Int8Projections(nn.Module):
     """Query, key and value of one attention layer as one product, where tokens are few.
 
@@ -82,29 +153,35 @@ class Int8Projections(nn.Module):
         )
 
 
-_twins: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()
+_twins: WeakKeyDictionary[PreTrainedModel, dict[bool, PreTrainedModel]] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def int8_twin(model: PreTrainedModel) -> PreTrainedModel:
+def int8_twin(model: PreTrainedModel, four_bits: bool = False) -> PreTrainedModel:
     """The same model with int8 linear layers; every weight of its own is shared, not copied.
 
     One twin a model, freed with it.
+
+    Args:
+        model: to be quantized.
+        four_bits: make it 4 bits in layers whose weights hold no more: for the compiled kernels.
     """
     with _making:
-        twin = _twins.get(model)
-        if twin is None:
-            twin = _twins[model] = _int8_copy(model)
-        return twin
+        twins = _twins.setdefault(model, {})
+        if four_bits not in twins:
+            twins[four_bits] = _quantized_copy(model, four_bits)
+        return twins[four_bits]
 
 
-def _int8_copy(model: PreTrainedModel) -> PreTrainedModel:
+def _quantized_copy(model: PreTrainedModel, four_bits: bool) -> PreTrainedModel:
     twin = sharing_copy(model)
-    with torch.inference_mode(False):  # or the int8 weights would be of use there only
+    with torch.inference_mode(False):  # or the quantized weights would be of use there only
         for parent in list(twin.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
-                    setattr(parent, name, Int8Linear(child))
+                    packed = packed_if_exact(child.weight) if four_bits else None
+                    layer = Int8Linear(child) if packed is None else Int4Linear(child, packed)
+                    setattr(parent, name, layer)
             layers = [getattr(parent, name, None) for name in ("q_proj", "k_proj", "v_proj")]
             projections = [layer for layer in layers if isinstance(layer, Int8Linear)]
             if len(projections) == len(layers):
@@ -114,8 +191,8 @@ def _int8_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def int8_nbytes(model: PreTrainedModel) -> int:
     """Bytes that a twin takes beside the model's own weights."""
-    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
-    return sum(layer.int8.nbytes + layer.scale.nbytes for layer in layers)
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear | Int4Linear)]
+    return sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
 
 
 def require_int8(model: PreTrainedModel) -> None:
