@@ -24,12 +24,10 @@ from rapid_llm.bench.this_device import measure_device
 from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.quantization import Int4Linear
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.stats import Stats
-
-PREDICTED = {"rapid without int8, lookup": "self, bf16", "rapid without lookup": "self, int8"}
-"""Methods that the speed model has a row for: it knows nothing of lookup."""
 
 VERIFIED = 5
 """Tokens of the verification pass that is compared with a plain step."""
@@ -234,10 +232,17 @@ def _engine(
             times.append(stats.time_to_first_token or 0.0)
     step, verification = _passes(decoder, here[0].target)
     size = size_of(decoder.target.config, decoder.target.name)
+    layers = decoder.draft_forward.model.modules()
+    bits = "int4" if any(isinstance(layer, Int4Linear) for layer in layers) else "int8"
+    # Methods that the speed model has a row for: it knows nothing of lookup.
+    modelled = {
+        "rapid without int8, lookup": "self, bf16",
+        "rapid without lookup": f"self, {bits}",
+    }
     predicted = {
         f"{cell.task}: {method}": _predict(cell, cell.rows[method], drafter, size, device)
         for cell in cells
-        for method, drafter in PREDICTED.items()
+        for method, drafter in modelled.items()
         if cell.context == context and method in cell.rows
     }
     return Engine(

@@ -131,12 +131,10 @@ def verify_greedy(
     """
     gamma = draft.shape[0]
     eta = config.transfer_strength if eta is None else eta
-    plain = s.argmax(dim=-1)
-    enriched = plain.clone()
-    enriched[: q.shape[0]] = transfer(s[: q.shape[0]], q, eta, config.alpha).argmax(dim=-1)
-    accepted = (draft == enriched[:gamma]).long().cumprod(dim=0).sum()
-    says = enriched if config.applied_mode == "augmented" else plain
-    return accepted, says.index_select(0, accepted[None])[0]
+    s_hat = transfer(s[: q.shape[0]], q, eta, config.alpha)
+    accepted = (draft == s_hat[:gamma].argmax(dim=-1)).long().cumprod(dim=0).sum()
+    says = torch.cat([s_hat, s[q.shape[0] :]]) if config.applied_mode == "augmented" else s
+    return accepted, says.index_select(0, accepted[None])[0].argmax()
 
 
 def verify_guess(
