@@ -100,6 +100,8 @@ def packed_if_exact(weight: Tensor) -> Tensor | None:
     """The weights ``[out, in]`` in 4 bits (see :class:`Int4Linear`), if they hold no more."""
     if weight.shape[0] % ROWS or weight.shape[1] % GROUP:
         return None
+    if weight.shape[0] > ROWS and packed_if_exact(weight[:ROWS]) is None:
+        return None  # most checkpoints have no 4-bit weights: this tells sooner
     # [out / 16, in / 32, 16, 32]
     groups = weight.detach().float().unflatten(1, (-1, GROUP)).unflatten(0, (-1, ROWS))
     groups = groups.transpose(1, 2)
