@@ -31,7 +31,7 @@ test: install
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 cookbook
 
 slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto
 
 lint: install
 	$(BIN)/ruff check .
