@@ -32,7 +32,7 @@ from rapid_llm.speculation.schedule import (
 )
 
 TARGET = PassCost(1.0, 0.05)
-CHEAP, FAIR, DEAR = PassCost(0.1, 0.005), PassCost(0.4, 0.005), PassCost(2.0, 0.1)
+CHEAP, FAIR, DEAR = PassCost(0.1, 0.005), PassCost(0.3, 0.005), PassCost(2.0, 0.1)
 
 seconds = st.floats(1e-3, 10)
 rates = st.floats(0, 1)
@@ -196,8 +196,8 @@ def test_where_a_drafter_would_have_to_read_too_much_it_is_not_probed():
 def test_what_a_drafter_missed_is_shared_by_its_next_rounds():
     schedule = AdaptiveSchedule(TARGET, CHEAP)
     gammas = [schedule.next(missed) for missed in range(0, 3000, 100)]
-    assert gammas[0] > 0
-    assert gammas == sorted(gammas)[::-1] or gammas[-1] == 1  # at last a probe only
+    assert gammas[0] > 1
+    assert gammas[-1] == 1  # at last a probe only
     speedups = [schedule.speedup(missed) for missed in range(0, 3000, 100)]
     assert speedups == sorted(speedups, reverse=True)
     assert speedups[0] > 1.05
@@ -423,7 +423,7 @@ def test_what_fails_gives_way_to_what_succeeds(monkeypatch):
     assert result.token_ids == [*range(5, 55)]
     stats = result.stats
     assert stats.draft_passes > 10  # the drafter took over
-    assert 0 < stats.rejections < 8
+    assert 0 < stats.rejections < 6
 
 
 def test_an_answer_repeats_itself(monkeypatch):

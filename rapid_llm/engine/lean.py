@@ -23,7 +23,7 @@ from transformers import (
 
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.products import linear
-from rapid_llm.engine.quantization import Int4Linear, Int8Linear
+from rapid_llm.engine.quantization import FewBitLinear, Int4Linear, Int8Linear
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -130,7 +130,7 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, module: Any) -> Tensor:
-    if isinstance(module, Int8Linear | Int4Linear):
+    if isinstance(module, FewBitLinear):
         return module.forward(x)
     return linear(x, module.weight, module.bias)
 

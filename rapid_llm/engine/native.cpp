@@ -114,7 +114,6 @@ Wide wide(const int8_t* p) { return _mm512_cvtepi8_epi16(load<__m256i>(p)); }
 Wide wide(const uint8_t* p) { return _mm512_cvtepu8_epi16(load<__m256i>(p)); }
 Wide low(Wide x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
 Wide high(Wide x) { return _mm512_srli_epi16(x, 4); }
-Wide both(const int16_t* two) { return bits<Wide>(Bits{} + load<uint32_t>(two)); }
 Ints dot(Ints acc, Wide a, Wide b) { return Ints(_mm512_dpwssd_epi32(__m512i(acc), a, b)); }
 Wide wide(Ints a, Ints b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(__m512i(a))),
@@ -153,13 +152,14 @@ Wide wide(const int8_t* p) { return _mm256_cvtepi8_epi16(load<__m128i>(p)); }
 Wide wide(const uint8_t* p) { return _mm256_cvtepu8_epi16(load<__m128i>(p)); }
 Wide low(Wide x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
 Wide high(Wide x) { return _mm256_srli_epi16(x, 4); }
-Wide both(const int16_t* two) { return bits<Wide>(Bits{} + load<uint32_t>(two)); }
 Ints dot(Ints acc, Wide a, Wide b) { return acc + Ints(_mm256_madd_epi16(a, b)); }
 Wide wide(Ints a, Ints b) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(__m256i(a), __m256i(b)), 0xd8);
 }
 
 #endif
+
+Wide both(const int16_t* two) { return bits<Wide>(Bits{} + load<uint32_t>(two)); }
 
 constexpr int PAIRS = sizeof(Pairs) / sizeof(float);
 

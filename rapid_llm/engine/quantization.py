@@ -25,11 +25,23 @@ FEW_ROWS = 8
 kernels' does so for all that they take."""
 
 
-class Int8Linear(nn.Module):
-    """A linear layer that multiplies few tokens with int8 weights, many with its own.
+class FewBitLinear(nn.Module):
+    """A linear layer that multiplies few tokens with weights of few bits, many with its own.
 
     Attributes:
         weight, bias: the layer's it was made from, shared; a prefill is faster with these.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+
+class Int8Linear(FewBitLinear):
+    """A linear layer that multiplies few tokens with int8 weights, many with its own.
+
+    Attributes:
         int8: int8 ``[out, in]``.
         scale: ``[out]`` in the weight's dtype.
     """
@@ -38,9 +50,7 @@ class Int8Linear(nn.Module):
     scale: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
+        super().__init__(linear)
         full = linear.weight.detach().float()
         scale = full.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         rounded = (full / scale[:, None]).round_().clamp_(-127, 127)
@@ -69,13 +79,12 @@ equidistant values a group, whose distance is 1: any weights have 0.29, and thos
 before they were rounded to bfloat16 have 0.02."""
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(FewBitLinear):
     """A linear layer that multiplies few tokens with 4-bit weights, many with its own.
 
     The compiled kernels do so; here the weights are made whole again, which saves nothing.
 
     Attributes:
-        weight, bias: the layer's it was made from, shared.
         packed: uint8 ``[out / 16, in / 32, 320]``. Of 32 weights in each of 16 rows it has the
             smallest, ``[16]``, and the step, ``[16]`` (bfloat16), then
             ``round((w - smallest) / step)``, 4 bits each: ``[8, 16, 2]`` of the first 16 weights in
@@ -85,9 +94,7 @@ class Int4Linear(nn.Module):
     packed: Tensor
 
     def __init__(self, linear: nn.Linear, packed: Tensor) -> None:
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
+        super().__init__(linear)
         self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +169,7 @@ _making = threading.Lock()
 def int8_twin(model: PreTrainedModel, four_bits: bool = False) -> PreTrainedModel:
     """The same model with int8 linear layers; every weight of its own is shared, not copied.
 
-    One twin a model, freed with it.
+    Made once for a model and a choice of ``four_bits``, freed with the model.
 
     Args:
         model: to be quantized.
@@ -193,7 +200,7 @@ def _quantized_copy(model: PreTrainedModel, four_bits: bool) -> PreTrainedModel:
 
 def int8_nbytes(model: PreTrainedModel) -> int:
     """Bytes that a twin takes beside the model's own weights."""
-    layers = [module for module in model.modules() if isinstance(module, Int8Linear | Int4Linear)]
+    layers = [module for module in model.modules() if isinstance(module, FewBitLinear)]
     return sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
 
 
