@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The packaged models need no hub; this makes sure that none is asked.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Tests run side by side, with one thread each: threads of several processes on the same cores wait for
+# one another, and take many times as long.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: install demo test slow lint clean
 
@@ -26,12 +29,12 @@ demo: install
 	$(BIN)/rapid-llm demo
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
-	for wheel in $(WHEELS); do $(BIN)/python -m pytest -c $$wheel/pyproject.toml $$wheel || exit 1; done
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 cookbook
+	$(PYTEST) -m "not slow"
+	for wheel in $(WHEELS); do $(PYTEST) -c $$wheel/pyproject.toml $$wheel || exit 1; done
+	$(PYTEST) --nbmake --nbmake-timeout=900 cookbook
 
 slow: install
-	$(BIN)/python -m pytest -m slow -n auto
+	$(PYTEST) -m slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -39,6 +39,15 @@ CONFIGS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Whatever the test run is given: the kernels divide their work among threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=BUILDS)
 def build(request, monkeypatch):
     library = native.load(request.param)
