@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the speed model of the command line uses this module, and n
 MAX_GAMMA = 16
 """Longest draft considered: longer ones gain nothing at acceptance rates below 0.95."""
 
-_MEMORY = 0.9  # weight of a round's outcome after the next one
+_MEMORY = 0.95  # weight of a round's outcome after the next one: acceptance comes in streaks
 _WORTH = 1.05  # the least speedup to draft for: costs are not known better
 _RUN = 4  # rounds of drafts that share what the drafter must read before the first of them
 _PROBE = 1  # tokens drafted to see whether drafting pays again
@@ -77,7 +77,7 @@ class Belief(NamedTuple):
     tried: float
 
 
-MODEL = Belief(6.0, 7.5)
+MODEL = Belief(10.0, 12.5)
 GUESS = Belief(3.0, 5.0)
 """Of what followed the same n-gram elsewhere."""
 
