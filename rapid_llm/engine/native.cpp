@@ -549,13 +549,32 @@ void transpose_keys(const BFloat16* keys, int64_t count, int64_t dim, float* out
         }
 }
 
+// Fetches numbers that will be read soon, a cache line a step: as many of all as `piece` is of `work`,
+// of which so much is done. A processor waits where more are fetched at once than it can keep apart.
+class Ahead {
+    const BFloat16 *next, *end;
+
+   public:
+    Ahead(const BFloat16* from, int64_t count, int64_t done, int64_t piece, int64_t work)
+        : next(from + count * done / work), end(from + count * (done + piece) / work) {}
+    void step() {
+        if (next >= end) return;
+        __builtin_prefetch(next);
+        next += LINE * sizeof(float) / sizeof(BFloat16);
+    }
+};
+
 // Products of n queries, [n, dim], with a GROUP of transposed keys; a row of out is KEYS long.
-void score(const Factor* queries, int64_t n, int64_t dim, const float* keys, float* out) {
+// Meanwhile the values of these keys are fetched.
+void score(const Factor* queries, int64_t n, int64_t dim, const float* keys,
+           const BFloat16* values, float* out) {
     in_blocks<QUERIES>(n, [&](auto block, int64_t first) {
         constexpr int R = block;
         const Factor* query = queries + first * dim;
+        Ahead ahead(values, GROUP * dim, first, R, n);
         Vec acc[R][2] = {};
         for (int64_t d = 0; d < dim; d += 2) {
+            ahead.step();
             const Pairs a = kept(keys + d * PAIRS), b = kept(keys + (d + 1) * PAIRS);
             for (int r = 0; r < R; ++r) {
                 const Pairs two = both(query + r * dim + d);
@@ -577,14 +596,12 @@ void mix(const Factor* weights, int64_t n, const BFloat16* values, int64_t count
         const Factor* weight = weights + first * KEYS;
         for (int64_t d = 0; d < dim; d += GROUP) {
             float* to = out + first * dim + d;
+            Ahead ahead(next_keys, KEYS * dim, first * dim + d * R, GROUP * R, n * dim);
             Vec acc[R][2];
             for (int r = 0; r < R; ++r)
                 for (int c = 0; c < 2; ++c) acc[r][c] = load<Vec>(to + r * dim + c * LANES);
             for (int64_t key = 0; key < count; key += 2) {
-                if (first == 0) {
-                    __builtin_prefetch(next_keys + key * dim + d);
-                    __builtin_prefetch(next_keys + (key + 1) * dim + d);
-                }
+                ahead.step();
                 const BFloat16* at = values + key * dim + d;
                 const Bits a = load<Bits>(at), b = load<Bits>(key + 1 < count ? at + dim : at);
                 const Pairs even = evens(a, b), odd = odds(a, b);
@@ -658,10 +675,8 @@ void attend(const View& view, const Factor* queries, int64_t rows, const BFloat1
         const int64_t count = std::min<int64_t>(KEYS, last - start);
         const int64_t padded = (count + GROUP - 1) / GROUP * GROUP;
         for (int64_t key = 0; key < count; key += GROUP) {
-            for (int64_t i = 0; i < GROUP * dim; i += 32)  // what mix will read
-                __builtin_prefetch(values + (start + key) * dim + i);
             transpose_keys(keys + (start + key) * dim, count - key, dim, own.keys);
-            score(queries, rows, dim, own.keys, own.scores + key);
+            score(queries, rows, dim, own.keys, values + (start + key) * dim, own.scores + key);
         }
         for (int64_t r = 0; r < rows; ++r) {
             float* scores = own.scores + r * KEYS;
