@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": MOE,
     "smollm3": {"no_rope_layers": [1, 0]},
 }
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch and the kernels divide their work among so many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import threads, tiny_model, tiny_tokenizer
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -43,10 +43,8 @@ REPETITIVE = Prompts([3, 5, 4, 0, 2, 1, 3, 5, 4, 1, 3, 5], [4, 3, 5, 4, 3])
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Models this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 def make_decoder(**options) -> RapidDecoder:

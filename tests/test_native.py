@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import threads, tiny_model
 
 from rapid_llm.engine import forward as forward_module
 from rapid_llm.engine import native, quantization
@@ -42,10 +42,8 @@ CONFIGS = {
 @pytest.fixture(autouse=True)
 def two_threads():
     """Whatever the test run is given: the kernels divide their work among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+    with threads(2):
+        yield
 
 
 @pytest.fixture(params=BUILDS)

@@ -551,11 +551,11 @@ void transpose_keys(const BFloat16* keys, int64_t count, int64_t dim, float* out
 
 // Fetches numbers that will be read soon, a cache line a step: as many of all as `piece` is of `work`,
 // of which so much is done. A processor waits where more are fetched at once than it can keep apart.
-class Ahead {
+class Prefetch {
     const BFloat16 *next, *end;
 
    public:
-    Ahead(const BFloat16* from, int64_t count, int64_t done, int64_t piece, int64_t work)
+    Prefetch(const BFloat16* from, int64_t count, int64_t done, int64_t piece, int64_t work)
         : next(from + count * done / work), end(from + count * (done + piece) / work) {}
     void step() {
         if (next >= end) return;
@@ -571,10 +571,10 @@ void score(const Factor* queries, int64_t n, int64_t dim, const float* keys,
     in_blocks<QUERIES>(n, [&](auto block, int64_t first) {
         constexpr int R = block;
         const Factor* query = queries + first * dim;
-        Ahead ahead(values, GROUP * dim, first, R, n);
+        Prefetch prefetch(values, GROUP * dim, first, R, n);
         Vec acc[R][2] = {};
         for (int64_t d = 0; d < dim; d += 2) {
-            ahead.step();
+            prefetch.step();
             const Pairs a = kept(keys + d * PAIRS), b = kept(keys + (d + 1) * PAIRS);
             for (int r = 0; r < R; ++r) {
                 const Pairs two = both(query + r * dim + d);
@@ -596,12 +596,12 @@ void mix(const Factor* weights, int64_t n, const BFloat16* values, int64_t count
         const Factor* weight = weights + first * KEYS;
         for (int64_t d = 0; d < dim; d += GROUP) {
             float* to = out + first * dim + d;
-            Ahead ahead(next_keys, KEYS * dim, first * dim + d * R, GROUP * R, n * dim);
+            Prefetch prefetch(next_keys, KEYS * dim, first * dim + d * R, GROUP * R, n * dim);
             Vec acc[R][2];
             for (int r = 0; r < R; ++r)
                 for (int c = 0; c < 2; ++c) acc[r][c] = load<Vec>(to + r * dim + c * LANES);
             for (int64_t key = 0; key < count; key += 2) {
-                ahead.step();
+                prefetch.step();
                 const BFloat16* at = values + key * dim + d;
                 const Bits a = load<Bits>(at), b = load<Bits>(key + 1 < count ? at + dim : at);
                 const Pairs even = evens(a, b), odd = odds(a, b);
