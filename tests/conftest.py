@@ -75,8 +75,10 @@ def threads(count: int) -> Iterator[None]:
     """PyTorch and the kernels divide their work among so many."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:

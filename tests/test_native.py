@@ -118,17 +118,13 @@ def test_few_tokens_never_reach_pytorch_and_many_do(build, monkeypatch):
     assert seen == [50, 5, MAX_TOKENS + 1]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads_says_the_same(build, threads):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_threads_says_the_same(build, count):
     forward = Forward(bfloat16_model()[0], "model")
     ids = torch.randint(3, 60, (150,), generator=torch.Generator().manual_seed(2))
-    before = torch.get_num_threads()
     expected, _ = run(forward, ids, [1, 6])
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         logits, _ = run(forward, ids, [1, 6])
-    finally:
-        torch.set_num_threads(before)
     assert error(logits, expected) < 0.02 * expected.std()
 
 
