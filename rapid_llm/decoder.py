@@ -257,7 +257,7 @@ class RapidDecoder:
         if not self._quantizes:
             return self.drafter
         return Forward(
-            int8_twin(self.drafter.model, four_bits=self.drafter.compiled),
+            int8_twin(self.drafter.model, blocks=self.drafter.compiled),
             f"{self.drafter.name} (int8)",
             self.drafter.attn_implementation,
             self.drafter.cuda_graphs,

@@ -12,7 +12,7 @@ from rapid_llm.engine.attention import attend
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.native_pass import MAX_TOKENS
 from rapid_llm.engine.products import fast_dtype
-from rapid_llm.engine.quantization import int8_twin
+from rapid_llm.engine.quantization import BlockLinear, int8_twin
 from rapid_llm.engine.session import Session
 
 BUILDS = ["_native_avx512bf16", "_native_avx2"]
@@ -128,21 +128,6 @@ def test_any_number_of_threads_says_the_same(build, count):
     assert error(logits, expected) < 0.02 * expected.std()
 
 
-def test_an_int8_twin_multiplies_with_int8(build, monkeypatch):
-    monkeypatch.setattr(quantization, "FEW_ROWS", MAX_TOKENS)  # for PyTorch to do the same
-    model, _ = bfloat16_model("qwen2")
-    twin = int8_twin(model)
-    ids = torch.randint(3, 60, (80,), generator=torch.Generator().manual_seed(3))
-    plain = Forward(twin, "plain")
-    plain._native = None
-    forward, own = Forward(twin, "twin"), Forward(model, "model")
-    assert forward._native is not None
-    for sizes in ([1, 8], [9], [MAX_TOKENS]):
-        logits, expected = run(forward, ids, sizes)[0], run(plain, ids, sizes)[0]
-        assert error(logits, expected) < 0.03 * expected.std()
-        assert error(logits, run(own, ids, sizes)[0]) > 0
-
-
 def four_bits(model):
     """The model with weights that a Q4_1 file could have, but for the head."""
     for layer in model.model.layers:
@@ -157,14 +142,14 @@ def four_bits(model):
     return model
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen2"])
-def test_a_twin_of_a_4_bit_checkpoint_multiplies_with_4_bits(build, monkeypatch, name):
-    monkeypatch.setattr(quantization, "FEW_ROWS", MAX_TOKENS)
-    # More than one span of whole numbers, and a part of one.
-    model = four_bits(bfloat16_model(name, intermediate_size=1120)[0])
-    twin = int8_twin(model, four_bits=True)
-    layers = [m for m in twin.modules() if isinstance(m, quantization.Int4Linear)]
-    assert len(layers) == 7 * len(twin.model.layers)
+def test_a_twin_multiplies_with_its_blocks(build, monkeypatch, name, bits):
+    monkeypatch.setattr(quantization, "FEW_ROWS", MAX_TOKENS)  # for PyTorch to do the same
+    model = bfloat16_model(name, intermediate_size=224)[0]
+    twin = int8_twin(four_bits(model) if bits == 4 else model, blocks=True)
+    layers = [m for m in twin.modules() if isinstance(m, BlockLinear)]
+    assert [layer.bits for layer in layers] == [bits] * 7 * len(twin.model.layers) + [8]
     ids = torch.randint(3, 60, (80,), generator=torch.Generator().manual_seed(3))
     plain = Forward(twin, "plain")
     plain._native = None
@@ -173,13 +158,12 @@ def test_a_twin_of_a_4_bit_checkpoint_multiplies_with_4_bits(build, monkeypatch,
     for sizes in ([1, 2, 8], [3, 4], [5, 6], [MAX_TOKENS]):
         logits, expected = run(forward, ids, sizes)[0], run(plain, ids, sizes)[0]
         assert error(logits, expected) < 0.03 * expected.std()
-        # The head has 8 bits: more is lost there than by the kernels.
         assert error(logits, run(own, ids, sizes)[0]) < 0.05 * expected.std()
         for layer in layers:
-            layer.packed.view(torch.uint8)[..., 64:] ^= 255  # it is these that are read
+            layer.blocks[..., 64:] ^= 255  # it is these that are read
         assert error(run(forward, ids, sizes)[0], expected) > 0.3 * expected.std()
         for layer in layers:
-            layer.packed.view(torch.uint8)[..., 64:] ^= 255
+            layer.blocks[..., 64:] ^= 255
 
 
 def test_what_is_done_to_the_weights_is_followed(build):
@@ -215,6 +199,7 @@ def test_what_the_kernels_do_not_take_runs_without_them(build):
             expected = exact(ids[None]).logits[0, -3:]
         assert error(run(forward, ids, [3])[0], expected) < 0.2
     assert Forward(bfloat16_model()[1], "float32")._native is None
+    assert Forward(int8_twin(bfloat16_model()[0]), "PyTorch's int8")._native is None
 
 
 def test_an_error_is_that_of_pytorch_and_leaves_the_cache_as_it_was(build):
@@ -239,8 +224,8 @@ def test_a_nan_is_not_hidden(build):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("wrong", ["nan", "inf"])
 def test_products_of_few_bits_do_not_hide_a_nan(build, wrong, bits):
-    model = four_bits(bfloat16_model()[0])
-    twin = int8_twin(model, four_bits=bits == 4)
+    model = bfloat16_model()[0]
+    twin = int8_twin(model if bits == 8 else four_bits(model), blocks=True)
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 5] = float(wrong)
     forward = Forward(twin, "twin")
@@ -255,7 +240,7 @@ def test_whole_numbers_keep_what_bfloat16_does_beside_an_outlier(build):
     with torch.no_grad():  # one activation is a thousand times as large as the others
         model.model.layers[0].mlp.up_proj.weight[700] *= 1000
         model.model.layers[0].mlp.down_proj.weight[:, 700] /= 1000
-    twin = int8_twin(model)
+    twin = int8_twin(model, blocks=True)
     ids = torch.randint(3, 60, (60,), generator=torch.Generator().manual_seed(5))
     plain = Forward(twin, "plain")
     plain._native = None

@@ -24,7 +24,7 @@ from rapid_llm.bench.this_device import measure_device
 from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.quantization import Int4Linear
+from rapid_llm.engine.quantization import BlockLinear
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.stats import Stats
@@ -232,8 +232,8 @@ def _engine(
             times.append(stats.time_to_first_token or 0.0)
     step, verification = _passes(decoder, here[0].target)
     size = size_of(decoder.target.config, decoder.target.name)
-    layers = decoder.draft_forward.model.modules()
-    bits = "int4" if any(isinstance(layer, Int4Linear) for layer in layers) else "int8"
+    layers = [m for m in decoder.draft_forward.model.modules() if isinstance(m, BlockLinear)]
+    bits = "int4" if any(layer.bits == 4 for layer in layers) else "int8"
     # Methods that the speed model has a row for: it knows nothing of lookup.
     modelled = {
         "rapid without int8, lookup": "self, bf16",

@@ -23,7 +23,7 @@ from transformers import (
 
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.products import linear
-from rapid_llm.engine.quantization import FewBitLinear, Int4Linear, Int8Linear
+from rapid_llm.engine.quantization import BlockLinear, FewBitLinear, Int8Linear
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -47,7 +47,7 @@ class LeanCache(Protocol):
     def layers(self) -> Sequence[LayerKV]: ...
 
 
-_PLAIN = (nn.Linear, nn.Embedding, Int8Linear, Int4Linear)
+_PLAIN = (nn.Linear, nn.Embedding, Int8Linear, BlockLinear)
 
 
 def is_lean(model: PreTrainedModel) -> bool:

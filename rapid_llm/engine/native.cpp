@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <numeric>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -33,21 +33,23 @@ constexpr int FEW_OUTPUTS = 1;  // one row after another is read faster, where t
 #endif
 constexpr int FEW = 4;                 // tokens that are multiplied faster than the weights are read
 constexpr int FOLDED = 4;              // their outputs whose lanes are added up together
-constexpr int AHEAD = 1024;            // bytes of a row that are fetched before their turn
+constexpr int AHEAD = 3072;            // bytes of a row that are fetched before their turn
 constexpr int GROUP = 2 * LANES;       // keys that are scored together
 constexpr int KEYS = 8 * GROUP;        // keys between two updates of the running softmax
 constexpr int BLOCK = 64;              // tokens of a prefill that a thread takes at a time
-constexpr int SPAN = 512;              // whole numbers of a token that share a scale
-constexpr int QUANTUM = 32;            // weights of 4 bits that share a scale
-constexpr int ROWS = 16;               // of such weights that lie together
+constexpr int QUANTUM = 32;            // whole numbers that share a scale
+constexpr int ROWS = 16;               // outputs whose weights of few bits lie together
 constexpr float HIDDEN = -3e38f;       // the score of a key that a query must not look at
 constexpr float NOTHING_YET = -1e30f;  // the maximum before the first key
 
 using Vec = float __attribute__((vector_size(4 * LANES)));
 using Bits = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
-using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
+using Words = uint16_t __attribute__((vector_size(4 * LANES)));
 using BFloat16 = uint16_t;  // its bits
+struct Float16 {
+    uint16_t bits;
+};
 
 template <typename To, typename From>
 To bits(const From& from) {
@@ -70,7 +72,6 @@ void store(void* to, T x) {
 }
 
 float value(BFloat16 x) { return bits<float>(uint32_t(x) << 16); }
-Vec values(const BFloat16* p) { return Vec(__builtin_convertvector(load<Shorts>(p), Bits) << 16); }
 
 // To nearest, ties to even. The NaN that a processor makes stays one.
 BFloat16 rounded(float x) {
@@ -78,19 +79,16 @@ BFloat16 rounded(float x) {
     return BFloat16((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-// QUANTUM weights of each of ROWS outputs: smallest + step * whole. `whole` has weights 2p and 2p + 1 in
-// the low bits, and those half a QUANTUM on in the high ones.
-struct Nibbles {
-    BFloat16 smallest[ROWS], step[ROWS];
-    uint8_t whole[QUANTUM / 4][ROWS][2];
-};
-
 // A factor is what is multiplied with weights, keys and values. Of these, LANES pairs are taken at a
 // time: dot is acc + a.even * b.even + a.odd * b.odd.
 #ifdef __AVX512BF16__
 
+Vec values(const BFloat16* p) { return Vec(Bits(_mm512_cvtepu16_epi32(load<__m256i>(p))) << 16); }
+Vec values(const Float16* p) { return _mm512_cvtph_ps(load<__m256i>(p)); }
+
 using Factor = BFloat16;
 using Pairs = __m512bh;
+using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
 Shorts rounded(Vec x) { return bits<Shorts>(_mm512_cvtneps_pbh(x)); }
 Factor factor(float x) { return rounded(x); }
 Factor factor(BFloat16 x) { return x; }
@@ -111,9 +109,6 @@ void put_factors(Factor* to, Vec a, Vec b) {
 
 using Wide = __m512i;  // 2 * LANES whole numbers of 16 bits
 Wide wide(const int8_t* p) { return _mm512_cvtepi8_epi16(load<__m256i>(p)); }
-Wide wide(const uint8_t* p) { return _mm512_cvtepu8_epi16(load<__m256i>(p)); }
-Wide low(Wide x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
-Wide high(Wide x) { return _mm512_srli_epi16(x, 4); }
 Ints dot(Ints acc, Wide a, Wide b) { return Ints(_mm512_dpwssd_epi32(__m512i(acc), a, b)); }
 Wide wide(Ints a, Ints b) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(__m512i(a))),
@@ -121,6 +116,9 @@ Wide wide(Ints a, Ints b) {
 }
 
 #else
+
+Vec values(const BFloat16* p) { return Vec(Bits(_mm256_cvtepu16_epi32(load<__m128i>(p))) << 16); }
+Vec values(const Float16* p) { return _mm256_cvtph_ps(load<__m128i>(p)); }
 
 using Factor = float;  // in each GROUP of a token's, the even ones come first
 struct Pairs {
@@ -149,10 +147,11 @@ void put_factors(Factor* to, Vec a, Vec b) {
 
 using Wide = __m256i;
 Wide wide(const int8_t* p) { return _mm256_cvtepi8_epi16(load<__m128i>(p)); }
-Wide wide(const uint8_t* p) { return _mm256_cvtepu8_epi16(load<__m128i>(p)); }
-Wide low(Wide x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
-Wide high(Wide x) { return _mm256_srli_epi16(x, 4); }
-Ints dot(Ints acc, Wide a, Wide b) { return acc + Ints(_mm256_madd_epi16(a, b)); }
+Ints dot(Ints acc, Wide a, Wide b) {
+    acc += Ints(_mm256_madd_epi16(a, b));
+    asm("" : "+x"(acc));  // GCC would add up products first, and run out of registers for them
+    return acc;
+}
 Wide wide(Ints a, Ints b) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(__m256i(a), __m256i(b)), 0xd8);
 }
@@ -160,6 +159,25 @@ Wide wide(Ints a, Ints b) {
 #endif
 
 Wide both(const int16_t* two) { return bits<Wide>(Bits{} + load<uint32_t>(two)); }
+
+// QUANTUM weights of each of ROWS outputs: step * whole. A pair is of two weights that follow one
+// another, for LANES outputs.
+struct Int8Block {
+    Float16 step[ROWS];
+    int8_t whole[QUANTUM / 2][ROWS][2];
+
+    Wide pair(int p, int output) const { return wide(whole[p][output]); }
+};
+
+// smallest + step * whole, where a word has the bits of every second one of 8 weights.
+struct Int4Block {
+    Float16 step[ROWS], smallest[ROWS];
+    uint16_t whole[QUANTUM / 8][ROWS][2];
+
+    Wide pair(int p, int output) const {
+        return Wide(load<Words>(whole[p / 4][output]) >> p % 4 * 4 & 15);
+    }
+};
 
 constexpr int PAIRS = sizeof(Pairs) / sizeof(float);
 
@@ -262,9 +280,8 @@ float* arena(size_t count) {
 
 extern "C" {
 
-struct Linear {             // y = scale * (weight x) + bias
-    const void* weight;     // [out, in]: bfloat16 or int8; [out / ROWS, in / QUANTUM] Nibbles
-    const BFloat16* scale;  // [out], or null where the weights are not int8
+struct Linear {             // y = weight x + bias
+    const void* weight;     // [out, in] bfloat16, or [out / ROWS, in / QUANTUM] Int8Block or Int4Block
     const BFloat16* bias;   // [out], or null
     int64_t out, in, bits;  // of a weight
 };
@@ -293,62 +310,62 @@ namespace {
 // ---------------------------------------------------------------- linear layers
 
 // Rows of n tokens as a linear layer takes them: factors, or for weights of few bits whole numbers of
-// 16 bits with a scale for each SPAN of them, which keeps more digits than bfloat16 has.
+// 16 bits, which keeps more digits than bfloat16 has.
 struct Input {
-    Factor* factors;  // [n, in]
-    int16_t* whole;   // [n, in], in the same memory
-    float* sums;      // [n, in / QUANTUM], of whole numbers, too
-    float* scale;     // [n, spans]
-    int64_t in, spans;
+    Factor* factors;      // [n, in]
+    int16_t* whole;       // [in / QUANTUM, n, QUANTUM], in the same memory
+    float *step, *total;  // [in / QUANTUM, n]: their scale, and the sum of what they stand for
+    int64_t n, in;
 
-    static int64_t size(int64_t n, int64_t in) { return n * (in + (in + SPAN - 1) / SPAN); }
+    static int64_t size(int64_t n, int64_t in) { return n * in; }
     Input(float* memory, int64_t n, int64_t in)
         : factors(reinterpret_cast<Factor*>(memory)),
           whole(reinterpret_cast<int16_t*>(memory)),
-          sums(memory + n * in / 2),
-          scale(memory + n * in),
-          in(in),
-          spans((in + SPAN - 1) / SPAN) {}
+          step(memory + n * in / 2),
+          total(step + n * in / QUANTUM),
+          n(n),
+          in(in) {}
 
-    // Token r's numbers from `first` on, at most a SPAN: a multiple of GROUP.
+    // Token r's numbers from `first` on: a multiple of QUANTUM.
     void put(int64_t r, int64_t first, const float* x, int64_t count, bool as_whole) const {
-        if (!as_whole) {
-            for (int64_t i = 0; i < count; i += GROUP)
-                put_factors(factors + r * in + first + i, load<Vec>(x + i),
-                            load<Vec>(x + i + LANES));
-            return;
-        }
-        Vec most{}, wrong{};
-        for (int64_t i = 0; i < count; i += LANES) {
+        for (int64_t i = 0; i < count; i += QUANTUM)
+            if (as_whole)
+                put_whole((first + i) / QUANTUM * n + r, x + i);
+            else
+                for (int64_t g = i; g < i + QUANTUM; g += GROUP)
+                    put_factors(factors + r * in + first + g, load<Vec>(x + g),
+                                load<Vec>(x + g + LANES));
+    }
+
+   private:
+    void put_whole(int64_t quantum, const float* x) const {
+        Vec most = Vec{} + 1e-30f, wrong{};
+        for (int i = 0; i < QUANTUM; i += LANES) {
             const Vec next = load<Vec>(x + i), size = next < 0.0f ? -next : next;
             most = size > most ? size : most;
             wrong += next * 0.0f;  // NaN where there is a NaN or an infinity, and so is the scale
         }
-        float maximum = 1e-30f;
-        for (int lane = 0; lane < LANES; ++lane) maximum = std::max(maximum, most[lane]);
-        scale[r * spans + first / SPAN] = maximum / 32767 + sum(wrong);
+        float maximum = most[0];
+        for (int lane = 1; lane < LANES; ++lane) maximum = std::max(maximum, most[lane]);
         const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-        const auto rounded = [&](const float* at) {
-            return __builtin_convertvector(load<Vec>(at) * (32767 / maximum) + magic - magic, Ints);
-        };
-        for (int64_t i = 0; i < count; i += GROUP)
-            store(whole + r * in + first + i, wide(rounded(x + i), rounded(x + i + LANES)));
-        for (int64_t i = first; i < first + count; i += QUANTUM) {
-            const int16_t* some = whole + r * in + i;
-            sums[(r * in + i) / QUANTUM] = std::accumulate(some, some + QUANTUM, 0);
+        Vec sums{};
+        for (int i = 0; i < QUANTUM; i += GROUP) {
+            const Vec a = load<Vec>(x + i) * (32767 / maximum) + magic - magic;
+            const Vec b = load<Vec>(x + i + LANES) * (32767 / maximum) + magic - magic;
+            sums += a + b;
+            store(whole + quantum * QUANTUM + i,
+                  wide(__builtin_convertvector(a, Ints), __builtin_convertvector(b, Ints)));
         }
-    }
-    void put(int64_t r, const float* x, bool as_whole) const {
-        for (int64_t first = 0; first < in; first += SPAN)
-            put(r, first, x + first, std::min<int64_t>(SPAN, in - first), as_whole);
+        step[quantum] = maximum / 32767 + sum(wrong);
+        total[quantum] = step[quantum] * sum(sums);
     }
 };
 
 // Fetches what follows w, of rows of which A are read at a time: a processor foresees that one row
 // goes on, but not that many do.
-template <int A, typename W>
-void fetch(const W* w, int64_t in) {
-    __builtin_prefetch(w + (A == 1 ? int64_t(AHEAD / sizeof(W)) : A * in));
+template <int A>
+void fetch(const BFloat16* w, int64_t in) {
+    __builtin_prefetch(w + (A == 1 ? int64_t(AHEAD / sizeof(BFloat16)) : A * in));
 }
 
 // out[r][j] = w[j] . x[r] for J rows of a matrix, A at a time, and R tokens from the first on.
@@ -369,45 +386,19 @@ void products(const BFloat16* w, const Input& x, int64_t first, Vec (&out)[R][J]
             }
         }
 }
-template <int A, int J, int R>
-void products(const int8_t* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
-    const int16_t* tokens = x.whole + first * x.in;
-#pragma GCC unroll 4
-    for (int i = 0; i < J; i += A)
-        for (int64_t span = 0; span < x.spans; ++span) {
-            Ints acc[R][A] = {};  // SPAN products of 15 and 7 bits: no overflow
-            const int64_t end = std::min<int64_t>(x.in, (span + 1) * SPAN);
-            for (int64_t k = span * SPAN; k < end; k += GROUP) {
-                Wide row[A];
-                for (int j = 0; j < A; ++j) {
-                    row[j] = wide(w + (i + j) * x.in + k);
-                    fetch<A>(w + (i + j) * x.in + k, x.in);
-                }
-                for (int r = 0; r < R; ++r) {
-                    const Wide token = load<Wide>(tokens + r * x.in + k);
-                    for (int j = 0; j < A; ++j) acc[r][j] = dot(acc[r][j], row[j], token);
-                }
-            }
-            for (int r = 0; r < R; ++r)
-                for (int j = 0; j < A; ++j)
-                    out[r][i + j] += __builtin_convertvector(acc[r][j], Vec) *
-                                     x.scale[(first + r) * x.spans + span];
-        }
-}
 
 // Outputs j to j + J of n tokens, at most MOST at a time.
-template <int A, int J, int MOST, typename W>
+template <int A, int J, int MOST>
 void outputs(const Linear& m, int64_t j, const Input& x, int64_t n, float* y, int64_t stride,
              bool add) {
     in_blocks<MOST>(n, [&](auto block, int64_t first) {
         constexpr int R = block;
         Vec product[R][J] = {};
-        products<A>(static_cast<const W*>(m.weight) + j * m.in, x, first, product);
+        products<A>(static_cast<const BFloat16*>(m.weight) + j * m.in, x, first, product);
         for (int r = 0; r < R; ++r) {
             const Vec totals = folded<J>(product[r]);
             for (int i = 0; i < J; ++i) {
                 float result = totals[i * LANES / J];
-                if (m.scale) result *= value(m.scale[j + i]);
                 if (m.bias) result += value(m.bias[j + i]);
                 float& to = y[(first + r) * stride + j + i];
                 to = add ? to + result : result;
@@ -416,88 +407,74 @@ void outputs(const Linear& m, int64_t j, const Input& x, int64_t n, float* y, in
     });
 }
 
-template <int A, int J, int MOST, typename W>
+template <int A, int J, int MOST>
 void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride, bool add) {
     const Share mine(m.out, J);
     int64_t j = mine.first;
-    for (; j + J <= mine.last; j += J) outputs<A, J, MOST, W>(m, j, x, n, y, stride, add);
-    for (; j < mine.last; ++j) outputs<1, 1, MOST, W>(m, j, x, n, y, stride, add);
-}
-template <typename W>
-void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride, bool add) {
-    n <= FEW ? linear<FEW_OUTPUTS, FOLDED, FEW, W>(m, x, n, y, stride, add)
-             : linear<OUTPUTS, OUTPUTS, TOKENS, W>(m, x, n, y, stride, add);
+    for (; j + J <= mine.last; j += J) outputs<A, J, MOST>(m, j, x, n, y, stride, add);
+    for (; j < mine.last; ++j) outputs<1, 1, MOST>(m, j, x, n, y, stride, add);
 }
 
-// ROWS outputs of n tokens from 4-bit weights; a lane is an output.
-void outputs(const Nibbles* w, const BFloat16* bias, const Input& x, int64_t n, float* y,
-             int64_t stride, bool add) {
-    in_blocks<TOKENS>(n, [&](auto block, int64_t first) {
-        constexpr int R = block, J = R < 3 ? ROWS / LANES : 1;  // vectors of outputs at a time
-        for (int at = 0; at < ROWS; at += J * LANES) {
-            Vec result[R][J] = {};
-            for (int64_t span = 0; span < x.spans; ++span) {
-                Vec sum[R][J] = {};
-                const int64_t end = std::min<int64_t>(x.in, (span + 1) * SPAN);
-                for (int64_t k = span * SPAN; k < end; k += QUANTUM) {
-                    const Nibbles& some = w[k / QUANTUM];
-                    Ints product[R][J] = {};
-                    for (int p = 0; p < QUANTUM / 4; ++p) {
-                        Wide a[J], b[J];
-                        for (int j = 0; j < J; ++j) {
-                            const uint8_t* from = &some.whole[p][at + j * LANES][0];
-                            a[j] = low(wide(from));
-                            b[j] = high(wide(from));
-                            __builtin_prefetch(from + AHEAD);
-                        }
-                        for (int r = 0; r < R; ++r) {
-                            const int16_t* numbers = x.whole + (first + r) * x.in + k + 2 * p;
-                            const Wide left = both(numbers), right = both(numbers + QUANTUM / 2);
-                            for (int j = 0; j < J; ++j) {
-                                product[r][j] = dot(product[r][j], a[j], left);
-                                product[r][j] = dot(product[r][j], b[j], right);
-                            }
-                        }
-                    }
-                    for (int j = 0; j < J; ++j) {
-                        const Vec smallest = values(some.smallest + at + j * LANES);
-                        const Vec step = values(some.step + at + j * LANES);
-                        for (int r = 0; r < R; ++r)
-                            sum[r][j] += step * __builtin_convertvector(product[r][j], Vec) +
-                                         smallest * x.sums[((first + r) * x.in + k) / QUANTUM];
-                    }
-                }
-                for (int r = 0; r < R; ++r)
-                    for (int j = 0; j < J; ++j)
-                        result[r][j] += sum[r][j] * x.scale[(first + r) * x.spans + span];
+// out[r] = ROWS outputs of R tokens from the first on, from weights of few bits; a lane is an output.
+template <int R, int J, typename Block>
+void products(const Block* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
+    for (int64_t quantum = 0; quantum < x.in / QUANTUM; ++quantum, ++w) {
+        const int64_t at = quantum * x.n + first;
+        const int16_t* tokens = x.whole + at * QUANTUM;
+        Ints acc[R][J] = {};  // products of 15 and 7 bits: no overflow
+#pragma GCC unroll 16
+        for (int p = 0; p < QUANTUM / 2; ++p) {
+            Wide weights[J];
+            for (int j = 0; j < J; ++j) weights[j] = w->pair(p, j * LANES);
+            for (int r = 0; r < R; ++r) {
+                const Wide token = both(tokens + r * QUANTUM + 2 * p);
+                for (int j = 0; j < J; ++j) acc[r][j] = dot(acc[r][j], weights[j], token);
             }
-            for (int r = 0; r < R; ++r)
-                for (int j = 0; j < J; ++j) {
-                    const int here = at + j * LANES;
-                    float* to = y + (first + r) * stride + here;
-                    if (bias) result[r][j] += values(bias + here);
-                    if (add) result[r][j] += load<Vec>(to);
-                    store(to, result[r][j]);
-                }
         }
-    });
+        for (size_t line = 0; line < sizeof(Block); line += LINE * sizeof(float))
+            __builtin_prefetch(reinterpret_cast<const char*>(w) + line + AHEAD);
+        for (int j = 0; j < J; ++j) {
+            const Vec step = values(w->step + j * LANES);
+            for (int r = 0; r < R; ++r)
+                out[r][j] += __builtin_convertvector(acc[r][j], Vec) * (step * x.step[at + r]);
+            if constexpr (std::is_same_v<Block, Int4Block>)
+                for (int r = 0; r < R; ++r)
+                    out[r][j] += values(w->smallest + j * LANES) * x.total[at + r];
+        }
+    }
 }
-void four_bits(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride, bool add) {
+
+template <typename Block>
+void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride, bool add) {
     const Share mine(m.out, ROWS);
-    for (int64_t j = mine.first; j < mine.last; j += ROWS)
-        outputs(static_cast<const Nibbles*>(m.weight) + j / ROWS * (m.in / QUANTUM),
-                m.bias ? m.bias + j : nullptr, x, n, y + j, stride, add);
+    for (int64_t j = mine.first; j < mine.last; j += ROWS) {
+        const Block* w = static_cast<const Block*>(m.weight) + j / ROWS * (m.in / QUANTUM);
+        in_blocks<TOKENS>(n, [&](auto block, int64_t first) {
+            constexpr int R = block, J = ROWS / LANES;
+            Vec product[R][J] = {};
+            products(w, x, first, product);
+            for (int r = 0; r < R; ++r)
+                for (int64_t i = 0; i < std::min<int64_t>(ROWS, m.out - j); ++i) {
+                    float result = product[r][i / LANES][i % LANES];
+                    if (m.bias) result += value(m.bias[j + i]);
+                    float& to = y[(first + r) * stride + j + i];
+                    to = add ? to + result : result;
+                }
+        });
+    }
 }
 
 // This thread's outputs of y = m(x), or of y += m(x), for n tokens; a row of y is `stride` long.
 void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride,
             bool add = false) {
     if (m.bits == 4)
-        four_bits(m, x, n, y, stride, add);
+        linear<Int4Block>(m, x, n, y, stride, add);
     else if (m.bits == 8)
-        linear<int8_t>(m, x, n, y, stride, add);
+        linear<Int8Block>(m, x, n, y, stride, add);
+    else if (n <= FEW)
+        linear<FEW_OUTPUTS, FOLDED, FEW>(m, x, n, y, stride, add);
     else
-        linear<BFloat16>(m, x, n, y, stride, add);
+        linear<OUTPUTS, OUTPUTS, TOKENS>(m, x, n, y, stride, add);
 }
 
 // ---------------------------------------------------------------- between the products
@@ -724,8 +701,8 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
     const int64_t row = std::max(m.hidden, wide);
     const size_t shared = lines(n * (m.hidden + projected + 2 * m.intermediate + wide) +
                                 threads * rows * (dim + 2) + Input::size(n, m.intermediate));
-    const size_t own = lines(std::max<size_t>(std::max<int64_t>(row, SPAN) + Input::size(n, row),
-                                              Scratch::size(group * n, dim)));
+    const size_t own = lines(
+        std::max<size_t>(row + Input::size(n, row), Scratch::size(group * n, dim)));
     float* x = arena(shared + threads * own);  // [n, hidden], the residual stream
     float* qkv = x + n * m.hidden;             // [n, heads + 2 * kv_heads, dim]
     float* gate = qkv + n * projected;
@@ -733,20 +710,20 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
     auto* queries = reinterpret_cast<Factor*>(up + n * m.intermediate);  // [heads, n, dim]
     float* parts = up + n * m.intermediate + n * wide;                   // [threads, heads, n, dim]
     const Input activated(parts + threads * rows * dim, n, m.intermediate);
-    auto* running = reinterpret_cast<Running*>(activated.scale + n * activated.spans);
+    auto* running = reinterpret_cast<Running*>(parts + threads * rows * dim +
+                                               Input::size(n, m.intermediate));
 
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         float* mine = x + shared + thread * own;
-        float* one = mine;  // a row, or a SPAN
-        float* inputs = mine + std::max<int64_t>(row, SPAN);
-        const Input input(inputs, n, m.hidden), attended(inputs, n, wide);
+        float* one = mine;  // a row, or a part of one
+        const Input input(mine + row, n, m.hidden), attended(mine + row, n, wide);
         // Every thread normalises for itself, which takes less time than waiting for another.
         const auto normalise = [&](const BFloat16* weight, int64_t first) {
             for (int64_t i = first; i < n; ++i) {
                 rms_norm(x + i * m.hidden, weight, m.hidden, m.epsilon, one);
-                input.put(i - first, one, whole);
+                input.put(i - first, 0, one, m.hidden, whole);
             }
         };
         const Share embedded(n, 1);
@@ -812,7 +789,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
                     }
                     for (int64_t d = 0; d < dim; ++d) to[d] /= total;
                 }
-                attended.put(i, one, whole);
+                attended.put(i, 0, one, wide, whole);
             }
             linear(layer.output, attended, n, x, m.hidden, true);
 #pragma omp barrier
@@ -820,14 +797,11 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
             linear(layer.gate, input, n, gate, m.intermediate);
             linear(layer.up, input, n, up, m.intermediate);
 #pragma omp barrier
-            const Share active(n * activated.spans, 1);
-            for (int64_t item = active.first; item < active.last; ++item) {
-                const int64_t i = item / activated.spans, first = item % activated.spans * SPAN;
-                const int64_t count = std::min<int64_t>(SPAN, m.intermediate - first);
-                const int64_t at = i * m.intermediate + first;
-                for (int64_t d = 0; d < count; d += LANES)
+            const Share active(n * m.intermediate, QUANTUM);
+            for (int64_t at = active.first; at < active.last; at += QUANTUM) {
+                for (int64_t d = 0; d < QUANTUM; d += LANES)
                     store(one + d, gated(gate + at + d, up + at + d));
-                activated.put(i, first, one, count, whole);
+                activated.put(at / m.intermediate, at % m.intermediate, one, QUANTUM, whole);
             }
 #pragma omp barrier
             linear(layer.down, activated, n, x, m.hidden, true);

@@ -15,7 +15,7 @@ from torch import Tensor
 from rapid_llm.engine import native
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
-from rapid_llm.engine.quantization import Int4Linear, Int8Linear
+from rapid_llm.engine.quantization import BlockLinear, Int8Linear
 
 MAX_TOKENS = 32
 """In a pass; for more, PyTorch's matrix products are faster."""
@@ -24,7 +24,6 @@ MAX_TOKENS = 32
 class _Linear(ctypes.Structure):
     _fields_ = [
         ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_int64),
         ("in", ctypes.c_int64),
@@ -62,12 +61,10 @@ class _Model(ctypes.Structure):
 
 def _linear(module: Any) -> _Linear:
     bias = None if module.bias is None else module.bias.data_ptr()
-    weight, scale, bits = module.weight, None, 16
-    if isinstance(module, Int8Linear):
-        weight, scale, bits = module.int8, module.scale.data_ptr(), 8
-    elif isinstance(module, Int4Linear):
-        weight, bits = module.packed, 4
-    return _Linear(weight.data_ptr(), scale, bias, *module.weight.shape, bits)
+    weight, bits = module.weight, 16
+    if isinstance(module, BlockLinear):
+        weight, bits = module.blocks, module.bits
+    return _Linear(weight.data_ptr(), bias, *module.weight.shape, bits)
 
 
 def _layer(module: Any) -> _Layer:
@@ -182,6 +179,8 @@ def native_pass(model: Any) -> NativePass | None:
         for parameter in model.parameters()
     ):
         return None
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        return None  # whose scales are a row's
     dim = model.model.layers[0].self_attn.head_dim
     sizes = (dim, config.hidden_size, config.intermediate_size)
     return NativePass(model, library) if all(map(native.fits, sizes)) else None

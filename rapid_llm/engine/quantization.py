@@ -1,10 +1,10 @@
-"""Int8 weights for a drafter: half the bytes that a draft step reads.
+"""Weights of few bits for a drafter: less than half the bytes that a draft step reads.
 
-Weight-only and symmetric, one scale an output row: ``w ≈ scale * round(w / scale)`` with
-``scale = max|w| / 127``. Activations stay in the model's dtype. The products are torch's own.
-
-A checkpoint that was quantized to 4 bits (GGUF's Q4_1) has no more in its weights. Such layers can
-be 4 bits in the drafter too, as they were: nothing is lost, and less is read.
+The products are torch's own, with one scale an output row, ``w ≈ scale * round(w / scale)`` and
+``scale = max|w| / 127``, or the compiled kernels', with one for 32 weights. What a checkpoint was
+quantized to is then found again in its weights: GGUF's Q8_0, and Q4_1, whose layers can be 4 bits
+in the drafter too. They are then as near to the file as bfloat16 is; a row's one scale is 1 % off.
+Activations stay in the model's dtype, or become 16-bit whole numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ from rapid_llm.models import sharing_copy
 
 FEW_ROWS = 8
 """Up to so many tokens PyTorch's int8 product reads less than it computes more; the compiled
-kernels' does so for all that they take."""
+kernels' do so for all that they take."""
 
 
 class FewBitLinear(nn.Module):
@@ -68,70 +69,114 @@ class Int8Linear(FewBitLinear):
 
 
 GROUP = 32
-"""Weights of a row that share the two numbers of a 4-bit layer."""
+"""Weights of a row that share a scale in a block."""
 
 ROWS = 16
-"""Outputs whose weights lie together in one."""
+"""Outputs of a block."""
 
 _ON_GRID = 0.1
 """Weights hold no more than 4 bits if they are nearer than this, in the root mean square, to 16
 equidistant values a group, whose distance is 1: any weights have 0.29, and those that had 4 bits
 before they were rounded to bfloat16 have 0.02."""
 
+_TINY = 2.0**-24  # the smallest float16
 
-class Int4Linear(FewBitLinear):
-    """A linear layer that multiplies few tokens with 4-bit weights, many with its own.
+
+class BlockLinear(FewBitLinear):
+    """A linear layer that multiplies few tokens with blocks of few bits, many with its own weights.
 
     The compiled kernels do so; here the weights are made whole again, which saves nothing.
 
     Attributes:
-        packed: uint8 ``[out / 16, in / 32, 320]``. Of 32 weights in each of 16 rows it has the
-            smallest, ``[16]``, and the step, ``[16]`` (bfloat16), then
-            ``round((w - smallest) / step)``, 4 bits each: ``[8, 16, 2]`` of the first 16 weights in
-            pairs, in the low bits, and of the others in the high ones.
+        blocks: uint8 ``[out / 16, in / 32, bytes]``, see :func:`eight_bits` and
+            :func:`four_bits_if_exact`; the last rows are zeros where 16 do not divide ``out``.
+        bits: of a weight.
     """
 
-    packed: Tensor
+    blocks: Tensor
 
-    def __init__(self, linear: nn.Linear, packed: Tensor) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        self.register_buffer("packed", packed, persistent=False)
+        blocks = four_bits_if_exact(linear.weight)
+        self.bits = 8 if blocks is None else 4
+        blocks = eight_bits(linear.weight) if blocks is None else blocks
+        self.register_buffer("blocks", blocks, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         few = x.numel() // x.shape[-1] <= FEW_ROWS
-        weight = unpacked(self.packed).to(x.dtype) if few else self.weight
-        return linear(x, weight, self.bias)
+        weight = unpacked(self.blocks, self.bits)[: self.weight.shape[0]] if few else self.weight
+        return linear(x, weight.to(x.dtype), self.bias)
 
 
-def packed_if_exact(weight: Tensor) -> Tensor | None:
-    """The weights ``[out, in]`` in 4 bits (see :class:`Int4Linear`), if they hold no more."""
-    if weight.shape[0] % ROWS or weight.shape[1] % GROUP:
-        return None
-    if weight.shape[0] > ROWS and packed_if_exact(weight[:ROWS]) is None:
+def eight_bits(weight: Tensor) -> Tensor:
+    """The weights ``[out, in]`` in blocks of 16 rows and 32 columns.
+
+    Returns:
+        uint8 ``[out / 16, in / 32, 544]``: a step of each row, ``[16]`` (float16), and
+        ``round(w / step)``, ``[16, 16, 2]`` (int8) of 16 pairs of columns in 16 rows.
+    """
+    groups = _groups(weight)
+    whole = (groups / (groups.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=_TINY)).round()
+    step = _slope(whole, groups)
+    pairs = whole.to(torch.int8).unflatten(-1, (-1, 2)).transpose(2, 3)
+    return torch.cat([_as_bytes(step), _as_bytes(pairs)], dim=-1)
+
+
+def four_bits_if_exact(weight: Tensor) -> Tensor | None:
+    """The weights ``[out, in]`` in blocks of 16 rows and 32 columns, if they hold no more.
+
+    Returns:
+        uint8 ``[out / 16, in / 32, 320]``: a step of each row, ``[16]``, and its smallest weight,
+        ``[16]`` (float16), then ``round((w - smallest) / step)``, 4 bits each: ``[4, 16, 2]``
+        (uint16), where the first of a pair has columns 0, 2, 4 and 6 of 8, lowest bits first, and
+        the second the others.
+    """
+    if weight.shape[0] > ROWS and four_bits_if_exact(weight[:ROWS]) is None:
         return None  # most checkpoints have no 4-bit weights: this tells sooner
-    # [out / 16, in / 32, 16, 32]
-    groups = weight.detach().float().unflatten(1, (-1, GROUP)).unflatten(0, (-1, ROWS))
-    groups = groups.transpose(1, 2)
-    low, high = groups.aminmax(dim=-1)
-    smallest = low.bfloat16()
-    step = ((high - smallest.float()) / 15).clamp(min=1e-30).bfloat16()
-    exact = (groups - smallest.float()[..., None]) / step.float()[..., None]
-    whole = exact.round().clamp_(0, 15)
-    if (exact - whole).square_().mean().sqrt() > _ON_GRID:
+    groups = _groups(weight)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    exact = (groups - low) / ((high - low) / 15).clamp(min=1e-30)
+    whole = exact.round()
+    if not (exact - whole).square_().mean().sqrt() < _ON_GRID:  # NaN neither
         return None
-    first, second = whole.to(torch.uint8).split(GROUP // 2, dim=-1)
-    pairs = (first | second << 4).unflatten(-1, (-1, 2)).transpose(2, 3)
-    header = torch.cat([smallest, step], dim=-1).view(torch.uint8)
-    return torch.cat([header, pairs.flatten(2)], dim=-1)
+    mean, middle = groups.mean(dim=-1, keepdim=True), whole.mean(dim=-1, keepdim=True)
+    step = _slope(whole - middle, groups - mean)
+    smallest = (mean - step * middle).half()
+    nibbles = whole.to(torch.int32).unflatten(-1, (4, 4, 2)).movedim(2, 3)
+    words = sum(nibbles[..., i, :] << 4 * i for i in range(4))
+    return torch.cat([_as_bytes(step), _as_bytes(smallest), _as_bytes(words.short())], dim=-1)
 
 
-def unpacked(packed: Tensor) -> Tensor:
-    """Float32 ``[out, in]`` of :func:`packed_if_exact`."""
-    header = packed[..., : 4 * ROWS].contiguous().view(torch.bfloat16).float()
-    smallest, step = header[..., None].split(ROWS, dim=2)
-    two = packed[..., 4 * ROWS :].unflatten(-1, (-1, ROWS, 2)).transpose(2, 3).flatten(3)
-    whole = torch.cat([two & 15, two >> 4], dim=-1)
-    return (smallest + step * whole).transpose(1, 2).flatten(2).flatten(0, 1)
+def unpacked(blocks: Tensor, bits: int) -> Tensor:
+    """Float32 ``[out, in]`` of :func:`eight_bits` or :func:`four_bits_if_exact`."""
+    header = blocks[..., : 2 * ROWS * (8 // bits)].contiguous().view(torch.float16).float()
+    step, *smallest = header[..., None].split(ROWS, dim=2)
+    rest = blocks[..., 2 * ROWS * (8 // bits) :].contiguous()
+    if bits == 8:
+        pairs = rest.view(torch.int8).unflatten(-1, (-1, ROWS, 2))
+        weights = step * pairs.transpose(2, 3).flatten(3)
+    else:
+        words = rest.view(torch.int16).to(torch.int32).unflatten(-1, (-1, ROWS, 2))
+        nibbles = torch.stack([words >> 4 * i & 15 for i in range(4)], dim=-2)
+        weights = smallest[0] + step * nibbles.transpose(2, 3).flatten(3)
+    return weights.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _groups(weight: Tensor) -> Tensor:
+    """Float32 ``[out / 16, in / 32, 16, 32]``, with rows of zeros at the end."""
+    padded = F.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % ROWS))
+    return padded.unflatten(1, (-1, GROUP)).unflatten(0, (-1, ROWS)).transpose(1, 2)
+
+
+def _slope(x: Tensor, y: Tensor) -> Tensor:
+    """Float16 s of the least squares of y - s x, along the last dimension."""
+    over = (x * y).sum(dim=-1, keepdim=True)
+    return (over / x.square().sum(dim=-1, keepdim=True).clamp(min=1e-30)).half()
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """``[a, b, ...]`` as uint8 ``[a, b, n]``."""
+    return x.flatten(2).contiguous().view(torch.uint8)
 
 
 class Int8Projections(nn.Module):
@@ -166,31 +211,30 @@ _twins: WeakKeyDictionary[PreTrainedModel, dict[bool, PreTrainedModel]] = WeakKe
 _making = threading.Lock()
 
 
-def int8_twin(model: PreTrainedModel, four_bits: bool = False) -> PreTrainedModel:
+def int8_twin(model: PreTrainedModel, blocks: bool = False) -> PreTrainedModel:
     """The same model with int8 linear layers; every weight of its own is shared, not copied.
 
-    Made once for a model and a choice of ``four_bits``, freed with the model.
+    Made once for a model and a choice of ``blocks``, freed with the model.
 
     Args:
         model: to be quantized.
-        four_bits: make it 4 bits in layers whose weights hold no more: for the compiled kernels.
+        blocks: in blocks for the compiled kernels, which take a model of which every dimension
+            but the vocabulary's is a multiple of 32; of 4 bits where the weights hold no more.
     """
     with _making:
         twins = _twins.setdefault(model, {})
-        if four_bits not in twins:
-            twins[four_bits] = _quantized_copy(model, four_bits)
-        return twins[four_bits]
+        if blocks not in twins:
+            twins[blocks] = _quantized_copy(model, BlockLinear if blocks else Int8Linear)
+        return twins[blocks]
 
 
-def _quantized_copy(model: PreTrainedModel, four_bits: bool) -> PreTrainedModel:
+def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrainedModel:
     twin = sharing_copy(model)
     with torch.inference_mode(False):  # or the quantized weights would be of use there only
         for parent in list(twin.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
-                    packed = packed_if_exact(child.weight) if four_bits else None
-                    layer = Int8Linear(child) if packed is None else Int4Linear(child, packed)
-                    setattr(parent, name, layer)
+                    setattr(parent, name, kind(child))
             layers = [getattr(parent, name, None) for name in ("q_proj", "k_proj", "v_proj")]
             projections = [layer for layer in layers if isinstance(layer, Int8Linear)]
             if len(projections) == len(layers):
