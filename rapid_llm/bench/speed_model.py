@@ -114,7 +114,8 @@ class Device:
     Attributes:
         bandwidth: bytes/s of weights read by a matrix-vector product.
         kv_bandwidth: bytes/s of keys and values read by attention.
-        flops: a second, in bf16 matrix products.
+        flops: a second, in bf16 matrix products of a prefill.
+        pass_flops: a second, in passes of few tokens.
         memory: bytes; None where it cannot be told.
         layer_overhead: seconds a layer takes when there is next to nothing to compute.
         overlaps: whether reading, computing and overhead go on at the same time, as on a GPU.
@@ -125,6 +126,7 @@ class Device:
     bandwidth: float
     kv_bandwidth: float
     flops: float
+    pass_flops: float
     memory: int | None
     layer_overhead: float
     overlaps: bool
@@ -138,6 +140,7 @@ def _gpu(name: str, bandwidth: float, flops: float, memory: int) -> Device:
         bandwidth=achieved,
         kv_bandwidth=achieved,
         flops=flops * COMPUTE_FRACTION,
+        pass_flops=flops * COMPUTE_FRACTION,
         memory=memory,
         layer_overhead=LAYER_LAUNCH,
         overlaps=True,
@@ -171,7 +174,7 @@ def step_seconds(
     """
     reading = size.bytes_read(tokens, precision) / device.bandwidth
     reading += size.kv_bytes_per_token * length / device.kv_bandwidth
-    computing = _flops(size, tokens, tokens * length) / device.flops
+    computing = flops(size, tokens, tokens * length) / device.pass_flops
     overhead = size.layers * device.layer_overhead
     parts = reading, computing, overhead
     return max(parts) if device.overlaps else sum(parts)
@@ -182,12 +185,13 @@ def prefill_seconds(size: ModelSize, device: Device, length: int) -> float:
 
     Query i sees i keys, length²/2 pairs in all. Logits are computed for the last token only.
     """
-    flops = _flops(size, length, length**2 / 2) - 2 * size.head * (length - 1)
-    return flops / device.flops
+    operations = flops(size, length, length**2 / 2) - 2 * size.head * (length - 1)
+    return operations / device.flops
 
 
-def _flops(size: ModelSize, tokens: int, pairs: float) -> float:
-    """Two a weight and token; four a layer, query head, pair of query and key, and dimension."""
+def flops(size: ModelSize, tokens: int, pairs: float) -> float:
+    """Operations of a pass: two a weight and token; four a layer, query head, pair of query and
+    key, and dimension."""
     return 2 * size.active_parameters * tokens + 4 * pairs * size.layers * (
         size.heads * size.head_dim
     )
