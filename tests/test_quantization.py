@@ -51,6 +51,7 @@ def int8_layers(model: nn.Module) -> dict[str, Int8Linear]:
 
 def four_bit_weights(out: int, into: int) -> torch.Tensor:
     """As GGUF's Q4_1: 16 values a group of 32, from a float16 smallest and step."""
+    torch.manual_seed(0)
     groups = (out, into // 32, 1)
     smallest, step = (-torch.rand(groups)).half(), (0.01 + 0.1 * torch.rand(groups)).half()
     whole = torch.randint(0, 16, (out, into // 32, 32))
@@ -60,6 +61,7 @@ def four_bit_weights(out: int, into: int) -> torch.Tensor:
 
 def eight_bit_weights(out: int, into: int) -> torch.Tensor:
     """As GGUF's Q8_0: whole numbers of 8 bits, with a float16 step for 32."""
+    torch.manual_seed(0)
     whole = torch.randint(-126, 127, (out, into // 32, 32))
     whole[..., 9] = -127
     step = (0.001 + 0.01 * torch.rand(out, into // 32, 1)).half()
