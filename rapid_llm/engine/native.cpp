@@ -387,6 +387,12 @@ void products(const BFloat16* w, const Input& x, int64_t first, Vec (&out)[R][J]
         }
 }
 
+// Output j of a token, whose outputs are `row`, from its product.
+void put(const Linear& m, int64_t j, float product, float* row, bool add) {
+    if (m.bias) product += value(m.bias[j]);
+    row[j] = add ? row[j] + product : product;
+}
+
 // Outputs j to j + J of n tokens, at most MOST at a time.
 template <int A, int J, int MOST>
 void outputs(const Linear& m, int64_t j, const Input& x, int64_t n, float* y, int64_t stride,
@@ -397,12 +403,8 @@ void outputs(const Linear& m, int64_t j, const Input& x, int64_t n, float* y, in
         products<A>(static_cast<const BFloat16*>(m.weight) + j * m.in, x, first, product);
         for (int r = 0; r < R; ++r) {
             const Vec totals = folded<J>(product[r]);
-            for (int i = 0; i < J; ++i) {
-                float result = totals[i * LANES / J];
-                if (m.bias) result += value(m.bias[j + i]);
-                float& to = y[(first + r) * stride + j + i];
-                to = add ? to + result : result;
-            }
+            for (int i = 0; i < J; ++i)
+                put(m, j + i, totals[i * LANES / J], y + (first + r) * stride, add);
         }
     });
 }
@@ -454,12 +456,8 @@ void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride
             Vec product[R][J] = {};
             products(w, x, first, product);
             for (int r = 0; r < R; ++r)
-                for (int64_t i = 0; i < std::min<int64_t>(ROWS, m.out - j); ++i) {
-                    float result = product[r][i / LANES][i % LANES];
-                    if (m.bias) result += value(m.bias[j + i]);
-                    float& to = y[(first + r) * stride + j + i];
-                    to = add ? to + result : result;
-                }
+                for (int64_t i = 0; i < std::min<int64_t>(ROWS, m.out - j); ++i)
+                    put(m, j + i, product[r][i / LANES][i % LANES], y + (first + r) * stride, add);
         });
     }
 }
