@@ -392,15 +392,15 @@ def bench(
             for tokens in contexts
             for one in (task or QUESTIONS)
         ]
-        every = our_methods(decoder) | peer_methods(decoder)
+        ours, peers = our_methods(decoder), peer_methods(decoder)
+        every = ours | peers
         chosen = {
             name
             for part in method or [""]
             for name in ([part] if part in every else every)
             if part in name
         }
-        methods = {name: run for name, run in every.items() if name in chosen}
-        if not methods:
+        if not chosen:
             raise InvalidParameterError(
                 f"method={method!r} names no method; choose from {', '.join(every)}"
             )
@@ -408,8 +408,9 @@ def bench(
     with bars:
         report = measure(
             decoder,
-            methods,
+            {name: run for name, run in ours.items() if name in chosen},
             works,
+            peers={name: run for name, run in peers.items() if name in chosen},
             new_tokens=new_tokens,
             repeats=repeats,
             progress=lambda done, total: bars("runs measured", done, total),

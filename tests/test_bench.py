@@ -88,15 +88,16 @@ def test_a_peers_tokens_are_timed_from_the_first(monkeypatch: pytest.MonkeyPatch
 def test_runs_are_interleaved_and_the_first_turn_is_not_counted(
     decoder: RapidDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order: list[str] = []
+    order: list[tuple[str, list[int]]] = []
 
     def method(name: str, work: Workload, new: int) -> Run:
-        order.append(name)
+        order.append((name, work.target))
         return Run(float(len(order)), float(len(order)))
 
-    methods = {name: partial(method, name) for name in "ab"}
-    report = measure(decoder, methods, [WORK], new_tokens=4, repeats=2)
-    assert order == ["a", "b"] * 3
+    ours, peer = ({name: partial(method, name)} for name in "ab")
+    report = measure(decoder, ours, [WORK], peers=peer, new_tokens=4, repeats=2)
+    # A peer warms up on the short prompt.
+    assert order == [("a", TARGET), ("b", WORK.draft)] + [("a", TARGET), ("b", TARGET)] * 2
     rows = report.cells[0].rows
     assert rows["a"].ms_per_token == [3000, 5000]
     assert rows["b"].prefill == [4, 6]
@@ -115,9 +116,9 @@ def test_ratios_are_of_medians() -> None:
 
 @pytest.mark.usefixtures("_known_device")
 def test_the_report_says_it_all(decoder: RapidDecoder, tmp_path: Path) -> None:
-    methods = our_methods(decoder) | peer_methods(decoder)
+    ours, peers = our_methods(decoder), peer_methods(decoder)
     free = Workload("free", 200, TARGET, TARGET[20:80])
-    report = measure(decoder, methods, [WORK, free], new_tokens=6, repeats=1)
+    report = measure(decoder, ours, [WORK, free], peers=peers, new_tokens=6, repeats=1)
 
     engine = report.engines[0]
     # A tiny model's weights once, and the keys and values of the prompt.
@@ -133,7 +134,7 @@ def test_the_report_says_it_all(decoder: RapidDecoder, tmp_path: Path) -> None:
     out = Console(file=StringIO(), width=120)
     out.print(heading(report), cell_table(report.cells[1]), *engine_lines(report))
     text = out.file.getvalue()  # type: ignore[attr-defined]
-    for part in (*methods, "verification of 5", "first prefill", "next question", "predicted"):
+    for part in (*ours, *peers, "verification of 5", "first prefill", "next question", "predicted"):
         assert part in text
     plot(report, tmp_path / "speeds.png")
     assert (tmp_path / "speeds.png").read_bytes().startswith(b"\x89PNG")

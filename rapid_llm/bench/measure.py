@@ -1,7 +1,9 @@
 """Side-by-side measurements: every method in turn, in one process, on the same prompts.
 
 A round of the turn is one run of every method, so that a change in the machine's load meets all
-of them. The first round warms up and is not counted; results are medians, with their range.
+of them. The first round warms up and is not counted; results are medians, with their range. In it
+peers read the drafter's prompt: unlike us they measure nothing in a run that the next one uses, and
+on a CPU a long prompt takes them minutes.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -147,6 +149,7 @@ def measure(
     methods: Mapping[str, Method],
     works: Sequence[Workload],
     *,
+    peers: Mapping[str, Method] | None = None,
     new_tokens: int,
     repeats: int,
     progress: Progress = lambda done, total: None,
@@ -157,6 +160,7 @@ def measure(
         decoder: runs the engine's measurements; ``methods`` are usually built around it.
         methods: what to compare, by name.
         works: contexts and tasks.
+        peers: others to compare, whose runs do not depend on those before.
         new_tokens: tokens decoded in a run, at least 2.
         repeats: counted runs of each, at least 1.
         progress: called with (runs done, runs to do).
@@ -172,15 +176,19 @@ def measure(
             )
     load = _load_average()
     bandwidth = read_bandwidth(decoder.target.device)
-    total, done = len(works) * len(methods) * (repeats + 1), 0
+    peers = peers or {}
+    every = {**methods, **peers}
+    total, done = len(works) * len(every) * (repeats + 1), 0
     cells = []
     for work in works:
-        runs: dict[str, list[Run]] = {name: [] for name in methods}
-        for _ in range(repeats + 1):
+        runs: dict[str, list[Run]] = {name: [] for name in every}
+        short = replace(work, target=work.draft)
+        for turn in range(repeats + 1):
             decoder.clear_cache()  # so that each turn reads the prompt once more
-            for name, method in methods.items():
+            for name, method in every.items():
                 progress(done, total)
-                runs[name].append(method(work, new_tokens))
+                warming = turn == 0 and name in peers
+                runs[name].append(method(short if warming else work, new_tokens))
                 done += 1
         rows = {name: _row(name, some[1:]) for name, some in runs.items()}
         cells.append(Cell(work.task, work.context, len(work.target), len(work.draft), rows))
