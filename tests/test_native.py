@@ -128,6 +128,19 @@ def test_any_number_of_threads_says_the_same(build, count):
     assert error(logits, expected) < 0.02 * expected.std()
 
 
+def test_whichever_thread_takes_a_part_of_the_keys_the_logits_are_the_same(build):
+    model, exact = bfloat16_model(max_position_embeddings=4096)
+    ids = torch.randint(3, 60, (2500,), generator=torch.Generator().manual_seed(3))
+    forward = Forward(model, "model")
+    logits, session = run(forward, ids, [5])
+    with torch.inference_mode():
+        for _ in range(10):
+            session.rollback(len(ids) - 5)
+            assert torch.equal(session.extend(ids[-5:]), logits)
+        expected = exact(ids[None]).logits[0, -5:]
+    assert error(logits, expected) < 0.05 * expected.std()
+
+
 def four_bits(model):
     """The model with weights that a Q4_1 file could have, but for the head."""
     for layer in model.model.layers:

@@ -36,6 +36,7 @@ constexpr int FOLDED = 4;              // their outputs whose lanes are added up
 constexpr int AHEAD = 3072;            // bytes of a row that are fetched before their turn
 constexpr int GROUP = 2 * LANES;       // keys that are scored together
 constexpr int KEYS = 8 * GROUP;        // keys between two updates of the running softmax
+constexpr int PARTS = 16;              // of the keys, for each thread, of which it takes what is left
 constexpr int BLOCK = 64;              // tokens of a prefill that a thread takes at a time
 constexpr int QUANTUM = 32;            // whole numbers that share a scale
 constexpr int ROWS = 16;               // outputs whose weights of few bits lie together
@@ -633,21 +634,28 @@ struct Scratch {
           weights(reinterpret_cast<Factor*>(scores + rows * KEYS)) {}
 };
 
-// Which keys are there to be seen, and by whom: row r of the queries is token r % n, which stands
-// at length + r % n and sees so many keys up to its own.
+// Which keys are there to be seen, and by whom: row r of the queries is token r % n, which follows
+// `length` + r % n of the keys and sees so many up to its own.
 struct View {
     int64_t n, length, window;
     float scaling;
 };
 
-// Queries of one KV head over its keys [first, last).
+// Keys divided into parts of `size`, a multiple of KEYS; `most` of them at most.
+struct Parts {
+    int64_t size, count;
+    Parts(int64_t keys, int64_t most)
+        : size(((keys + most - 1) / most + KEYS - 1) / KEYS * KEYS), count((keys + size - 1) / size) {}
+};
+
+// Queries of one KV head over `all` keys. At the end those at `next` are fetched.
 void attend(const View& view, const Factor* queries, int64_t rows, const BFloat16* keys,
-            const BFloat16* values, int64_t first, int64_t last, int64_t dim, const Scratch& own,
-            Running* running, float* mixed) {
+            const BFloat16* values, int64_t all, const BFloat16* next, int64_t dim,
+            const Scratch& own, Running* running, float* mixed) {
     std::fill(running, running + rows, Running{NOTHING_YET, 0.0f});
     std::fill(mixed, mixed + rows * dim, 0.0f);
-    for (int64_t start = first; start < last; start += KEYS) {
-        const int64_t count = std::min<int64_t>(KEYS, last - start);
+    for (int64_t start = 0; start < all; start += KEYS) {
+        const int64_t count = std::min<int64_t>(KEYS, all - start);
         const int64_t padded = (count + GROUP - 1) / GROUP * GROUP;
         for (int64_t key = 0; key < count; key += GROUP) {
             transpose_keys(keys + (start + key) * dim, count - key, dim, own.keys);
@@ -662,8 +670,8 @@ void attend(const View& view, const Factor* queries, int64_t rows, const BFloat1
             exponentials(scores, padded, view.scaling, running[r], own.weights + r * KEYS,
                          mixed + r * dim, dim);
         }
-        mix(own.weights, rows, values + start * dim, count, dim, keys + (start + KEYS) * dim,
-            mixed);
+        mix(own.weights, rows, values + start * dim, count, dim,
+            start + KEYS < all ? keys + (start + KEYS) * dim : next, mixed);
     }
 }
 
@@ -696,27 +704,30 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
     const bool whole = m.head.bits < 16;  // all of a model's linear layers take such numbers, or none
 
     // What all threads see, then what each has of its own.
-    const int64_t row = std::max(m.hidden, wide);
+    const int64_t row = std::max(m.hidden, 2 * dim);
+    const int64_t most = std::max<int64_t>(1, PARTS * threads / m.kv_heads);
     const size_t shared = lines(n * (m.hidden + projected + 2 * m.intermediate + wide) +
-                                threads * rows * (dim + 2) + Input::size(n, m.intermediate));
+                                most * rows * (dim + 2) + Input::size(n, wide) +
+                                Input::size(n, m.intermediate));
     const size_t own = lines(
-        std::max<size_t>(row + Input::size(n, row), Scratch::size(group * n, dim)));
+        std::max<size_t>(row + Input::size(n, m.hidden), Scratch::size(group * n, dim)));
     float* x = arena(shared + threads * own);  // [n, hidden], the residual stream
     float* qkv = x + n * m.hidden;             // [n, heads + 2 * kv_heads, dim]
     float* gate = qkv + n * projected;
     float* up = gate + n * m.intermediate;
     auto* queries = reinterpret_cast<Factor*>(up + n * m.intermediate);  // [heads, n, dim]
-    float* parts = up + n * m.intermediate + n * wide;                   // [threads, heads, n, dim]
-    const Input activated(parts + threads * rows * dim, n, m.intermediate);
-    auto* running = reinterpret_cast<Running*>(parts + threads * rows * dim +
-                                               Input::size(n, m.intermediate));
+    const Input attended(up + n * (m.intermediate + wide), n, wide);
+    const Input activated(up + n * (m.intermediate + wide) + Input::size(n, wide), n,
+                          m.intermediate);
+    // Of each part of the keys: [most, heads, n, dim], and [most, heads, n].
+    float* parts = up + 2 * n * (m.intermediate + wide);
+    auto* running = reinterpret_cast<Running*>(parts + most * rows * dim);
 
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-        float* mine = x + shared + thread * own;
+        float* mine = x + shared + omp_get_thread_num() * own;
         float* one = mine;  // a row, or a part of one
-        const Input input(mine + row, n, m.hidden), attended(mine + row, n, wide);
+        const Input input(mine + row, n, m.hidden);
         // Every thread normalises for itself, which takes less time than waiting for another.
         const auto normalise = [&](const BFloat16* weight, int64_t first) {
             for (int64_t i = first; i < n; ++i) {
@@ -758,36 +769,40 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
                     std::copy(from, from + dim, last_queries + (index * m.heads + head) * dim);
             }
 #pragma omp barrier
-            // Each thread takes a part of the keys, of every head.
+            // Parts of the keys go to whichever thread is free: cores are not equally fast.
             const int64_t lowest = std::max<int64_t>(0, length + 1 - layer.window);
-            const Share seen(length + n - lowest, GROUP);
+            const Parts split(length + n - lowest, most);
             const Scratch scratch(mine, group * n, dim);
-            for (int64_t head = 0; head < m.kv_heads; ++head) {
-                const int64_t kv = head * m.capacity * dim, first = head * group * n;
-                attend({n, length, layer.window, m.scaling}, queries + first * dim, group * n,
-                       layer.keys + kv, layer.values + kv, lowest + seen.first, lowest + seen.last,
-                       dim, scratch, running + thread * rows + first,
-                       parts + (thread * rows + first) * dim);
+            const auto place = [&](int64_t item) {
+                const int64_t first = lowest + item % split.count * split.size;
+                return (item / split.count * m.capacity + first) * dim;
+            };
+#pragma omp for schedule(dynamic)
+            for (int64_t item = 0; item < m.kv_heads * split.count; ++item) {
+                const int64_t head = item / split.count, part = item % split.count;
+                const int64_t first = lowest + part * split.size;
+                const int64_t query = head * group * n, at = part * rows + query;
+                attend({n, length - first, layer.window, m.scaling}, queries + query * dim,
+                       group * n, layer.keys + place(item), layer.values + place(item),
+                       std::min(split.size, length + n - first), layer.keys + place(item + threads),
+                       dim, scratch, running + at, parts + at * dim);
             }
-#pragma omp barrier
-            for (int64_t i = 0; i < n; ++i) {
-                for (int64_t head = 0; head < m.heads; ++head) {
-                    const int64_t query = head * n + i;
-                    float maximum = NOTHING_YET, total = 0;
-                    for (int64_t t = 0; t < team; ++t)
-                        maximum = std::max(maximum, running[t * rows + query].maximum);
-                    float* to = one + head * dim;
-                    std::fill(to, to + dim, 0.0f);
-                    for (int64_t t = 0; t < team; ++t) {
-                        const Running& part = running[t * rows + query];
-                        const float weight = std::exp(part.maximum - maximum);
-                        const float* from = parts + (t * rows + query) * dim;
-                        total += part.total * weight;
-                        for (int64_t d = 0; d < dim; ++d) to[d] += weight * from[mixed_at(d)];
-                    }
-                    for (int64_t d = 0; d < dim; ++d) to[d] /= total;
+#pragma omp for schedule(static)
+            for (int64_t query = 0; query < rows; ++query) {
+                float maximum = NOTHING_YET, total = 0;
+                for (int64_t p = 0; p < split.count; ++p)
+                    maximum = std::max(maximum, running[p * rows + query].maximum);
+                std::fill(one, one + dim, 0.0f);
+                for (int64_t p = 0; p < split.count; ++p) {
+                    const Running& part = running[p * rows + query];
+                    const float weight = std::exp(part.maximum - maximum);
+                    const float* from = parts + (p * rows + query) * dim;
+                    total += part.total * weight;
+                    for (int64_t d = 0; d < dim; ++d) one[d] += weight * from[d];
                 }
-                attended.put(i, 0, one, wide, whole);
+                float* to = one + dim;
+                for (int64_t d = 0; d < dim; ++d) to[d] = one[mixed_at(d)] / total;
+                attended.put(query % n, query / n * dim, to, dim, whole);
             }
             linear(layer.output, attended, n, x, m.hidden, true);
 #pragma omp barrier
@@ -836,9 +851,10 @@ extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
             for (int64_t i = 0; i < count * dim; ++i)
                 factors[g * count * dim + i] = factor(from[i]);
         }
-        attend({count, length + first, window, scaling}, factors, rows, keys + head * stride,
-               values + head * stride, std::max<int64_t>(0, length + first + 1 - window),
-               length + first + count, dim, scratch, running, mixed);
+        const int64_t lowest = std::max<int64_t>(0, length + first + 1 - window);
+        const int64_t at = head * stride + lowest * dim;
+        attend({count, length + first - lowest, window, scaling}, factors, rows, keys + at,
+               values + at, length + first + count - lowest, keys + at, dim, scratch, running, mixed);
         for (int64_t r = 0; r < rows; ++r) {
             BFloat16* to = out + ((head * group + r / count) * n + first + r % count) * dim;
             for (int64_t d = 0; d < dim; ++d)
