@@ -32,8 +32,8 @@ LAYER_LAUNCH = 100e-6
 MEMORY_FRACTION = 0.9
 """Of a device's memory, what weights and KV may fill; the rest is for activations (assumed)."""
 
-_ITEMSIZE = 2  # bytes of a bf16 number: KV, scales, and whatever is not quantized
-_GROUP = 128  # int4 weights that share a scale, as in GPTQ and AWQ
+_ITEMSIZE = 2  # bytes of a 16-bit number: KV, scales, and whatever is not quantized
+_BLOCK = 32  # weights that share a scale, in GGUF files as in our own drafter
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ModelSize:
 
     def quantized_bytes(self, precision: Precision) -> int:
         """What an int8 or int4 copy of the matrices takes beside the model's own weights."""
-        return round((self.matrices + self.experts) * self._bytes_each(precision))
+        return round(self._matrix_bytes(self.experts, precision))
 
     def bytes_read(self, tokens: int, precision: Precision) -> float:
         """Weight bytes that a pass over ``tokens`` reads: W, for one token.
@@ -95,16 +95,18 @@ class ModelSize:
         share 1 − (1 − share)ⁿ of the experts.
         """
         experts = self.experts * (1 - (1 - self.expert_share) ** tokens)
-        matrices = (self.matrices + experts) * self._bytes_each(precision)
-        return matrices + self.vectors * _ITEMSIZE
+        return self._matrix_bytes(experts, precision) + self.vectors * _ITEMSIZE
 
-    def _bytes_each(self, precision: Precision) -> float:
-        """Bytes a weight: int8 has one scale a row, int4 one a group."""
+    def _matrix_bytes(self, experts: float, precision: Precision) -> float:
+        """Bytes of the matrices and so many of the experts' weights.
+
+        A block has a scale in int8, and its smallest weight too in int4, where the head stays int8.
+        """
         if precision == "bf16":
-            return _ITEMSIZE
-        if precision == "int8":
-            return 1 + _ITEMSIZE / self.hidden_size
-        return 0.5 + _ITEMSIZE / _GROUP
+            return (self.matrices + experts) * _ITEMSIZE
+        int8 = 1 + _ITEMSIZE / _BLOCK
+        layers = int8 if precision == "int8" else 0.5 + 2 * _ITEMSIZE / _BLOCK
+        return self.head * int8 + (self.matrices - self.head + experts) * layers
 
 
 @dataclass(frozen=True)
