@@ -716,11 +716,11 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
     float* gate = qkv + n * projected;
     float* up = gate + n * m.intermediate;
     auto* queries = reinterpret_cast<Factor*>(up + n * m.intermediate);  // [heads, n, dim]
-    const Input attended(up + n * (m.intermediate + wide), n, wide);
-    const Input activated(up + n * (m.intermediate + wide) + Input::size(n, wide), n,
-                          m.intermediate);
+    float* inputs = up + n * (m.intermediate + wide);
+    const Input attended(inputs, n, wide);
+    const Input activated(inputs + Input::size(n, wide), n, m.intermediate);
     // Of each part of the keys: [most, heads, n, dim], and [most, heads, n].
-    float* parts = up + 2 * n * (m.intermediate + wide);
+    float* parts = inputs + Input::size(n, wide) + Input::size(n, m.intermediate);
     auto* running = reinterpret_cast<Running*>(parts + most * rows * dim);
 
 #pragma omp parallel num_threads(threads)
