@@ -379,7 +379,7 @@ def test_an_interrupt_ends_with_130(ask: Any, monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RapidDecoder, "stream", interrupted)
-    monkeypatch.setattr("rapid_llm.pipeline._explained", lambda chunks, reason: chunks)
+    monkeypatch.setattr("rapid_llm.pipeline._explained", lambda chunks, *_: chunks)
     status, out, err = ask()
     assert status == 130
     assert out.startswith("half an ans")

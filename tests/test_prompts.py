@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,13 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from rapid_llm.context.prompts import (
-    INSTRUCTION,
-    build_messages,
-    fit_document,
-    fit_prompt,
-    truncate_middle,
-)
+from rapid_llm.context.cutting import OMISSION, CuttableDocument, share_out
+from rapid_llm.context.prompts import INSTRUCTION, build_messages, fit_documents
 from rapid_llm.encoding import encode_literal, encode_prompt
 from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
 
@@ -80,71 +76,53 @@ def test_questions_on_one_document_share_its_tokens() -> None:
 def test_empty_texts_are_refused(document: str, question: str, name: str) -> None:
     with pytest.raises(DocumentError, match=f"the {name} is empty"):
         build_messages(document, question)
-    with pytest.raises(DocumentError, match=f"the {name} is empty"):
-        fit_document(document, question, smollm2(), 100, 10)
 
 
-# --- truncation --------------------------------------------------------------------------------
+# --- fitting a window --------------------------------------------------------------------------
+
+
+def asked(texts: Sequence[str]) -> list[dict[str, str]]:
+    return build_messages("\n\n".join(texts), "Why?")
+
+
+def bare(text: str, tokenizer: Any, limit: int, mark: str = "") -> str:
+    """The text in a window that leaves ``limit`` tokens for it and nothing else."""
+    fitted = fit_documents(
+        [text], lambda texts: texts[0], tokenizer, limit + 1, 1, "middle", mark=mark
+    )
+    assert isinstance(fitted.prompt, str)
+    return fitted.prompt
 
 
 def test_the_middle_is_left_out() -> None:
     tokenizer = smollm2()
     text = "".join(f"Line {i} of the log.\n" for i in range(200))
     ids = encode_literal(text, tokenizer)
-    short = truncate_middle(text, tokenizer, 101)
-    head = tokenizer.decode(ids[:51])
-    assert short == head + tokenizer.decode(ids[-50:])
-    assert text.startswith(head)
-
-
-@every_kind
-def test_a_text_that_fits_is_left_as_it_is(kind: str) -> None:
-    tokenizer = KINDS[kind]()
-    length = len(encode_literal(PARAGRAPH, tokenizer))
-    assert truncate_middle(PARAGRAPH, tokenizer, length) == PARAGRAPH
-    assert truncate_middle(PARAGRAPH, tokenizer, length - 1) != PARAGRAPH
-    assert truncate_middle("", tokenizer, 0) == ""
+    head, tail = tokenizer.decode(ids[:51]), tokenizer.decode(ids[-50:])
+    assert bare(text, tokenizer, 101) == head + tail
+    marked = bare(text, tokenizer, 101 + len(encode_literal(OMISSION, tokenizer)), OMISSION)
+    assert marked == head + OMISSION + tail
 
 
 @every_kind
 @settings(max_examples=150, deadline=None)
 @given(
-    text=st.text(st.sampled_from("ab é\n1<|>" + LAMP), max_size=80)
-    | st.lists(st.sampled_from(["lamp ", "<|im_end|>", "</s>", LAMP * 2]), max_size=20).map(
-        "".join
-    ),
-    limit=st.integers(0, 60),
+    text=st.text(st.sampled_from("ab é\n1<|>" + LAMP), min_size=1, max_size=80)
+    | st.lists(
+        st.sampled_from(["lamp ", "<|im_end|>", "</s>", LAMP * 2]), min_size=1, max_size=20
+    ).map("".join),
+    limit=st.integers(1, 60),
 )
 def test_two_ends_of_whole_characters_within_the_limit(kind: str, text: str, limit: int) -> None:
     tokenizer = KINDS[kind]()
-    short = truncate_middle(text, tokenizer, limit)
-    assert len(encode_literal(short, tokenizer)) <= limit
+    part = share_out([CuttableDocument(text, (), tokenizer, mark="")], limit)[0]
+    short = part.text
     assert any(
         text.startswith(short[:i]) and text.endswith(short[i:]) for i in range(len(short) + 1)
     )
-
-
-def test_truncation_keeps_nearly_all_it_may() -> None:
-    tokenizer = smollm2()
-    text = (PARAGRAPH + LAMP) * 20
-    for limit in range(1, 400, 7):
-        kept = len(encode_literal(truncate_middle(text, tokenizer, limit), tokenizer))
-        assert limit - 8 <= kept <= limit
-
-
-def test_control_tokens_are_counted_as_text() -> None:
-    tokenizer = smollm2()
-    text = "a<|im_end|>b" * 20
-    assert len(encode_literal(text, tokenizer)) > 100
-    assert len(truncate_middle(text, tokenizer, 100)) < len(text)
-
-
-def test_a_negative_limit_is_refused() -> None:
-    with pytest.raises(InvalidParameterError, match="max_tokens=-1"):
-        truncate_middle("a lamp", smollm2(), -1)
-
-
-# --- fitting a window --------------------------------------------------------------------------
+    kept = len(encode_literal(text, tokenizer)) - part.omitted_tokens
+    assert kept <= limit
+    assert (kept < limit) <= (part.omitted_tokens == 0)
 
 
 @every_kind
@@ -153,7 +131,8 @@ def test_a_document_that_fits_is_not_touched(kind: str) -> None:
     messages = build_messages(PARAGRAPH, "Why?")
     window = len(encode_prompt(messages, tokenizer)) + 10
     for truncate in ("middle", None):
-        assert fit_document(PARAGRAPH, "Why?", tokenizer, window, 10, truncate) == messages
+        fitted = fit_documents([PARAGRAPH], asked, tokenizer, window, 10, truncate)
+        assert fitted == (messages, 0)
 
 
 @every_kind
@@ -163,48 +142,48 @@ def test_a_long_document_is_shortened_just_enough(kind: str, text: str) -> None:
     document = text * (4000 // len(text))
     frame = len(encode_prompt(build_messages(".", "Why?"), tokenizer))
     for window in range(frame + 40, frame + 60):
-        messages = fit_document(document, "Why?", tokenizer, window, 16, "middle")
+        messages, omitted = fit_documents([document], asked, tokenizer, window, 16, "middle")
         used = len(encode_prompt(messages, tokenizer)) + 16
         assert window - 16 <= used <= window
         assert messages[0]["content"].endswith(f"{INSTRUCTION}\n\nQuestion: Why?")
+        assert omitted > 0
 
 
-def test_any_prompt_around_a_document_can_be_fitted() -> None:
+def test_any_prompt_around_documents_can_be_fitted() -> None:
     """A pipeline brings its own wording, as text or messages."""
     tokenizer = smollm2()
 
-    def render(document: str) -> str:
-        return f"Read this:\n{document}\nNow sum it up."
+    def render(texts: Sequence[str]) -> str:
+        return f"Read this:\n{texts[0]}\nNow sum it up."
 
-    assert fit_prompt(PARAGRAPH, render, tokenizer, 200, 16) == render(PARAGRAPH)
-    prompt = fit_prompt(PARAGRAPH * 9, render, tokenizer, 200, 16, "middle")
+    assert fit_documents([PARAGRAPH], render, tokenizer, 200, 16).prompt == render([PARAGRAPH])
+    prompt, _ = fit_documents([PARAGRAPH * 9], render, tokenizer, 200, 16, "middle")
     assert isinstance(prompt, str)
     assert prompt.startswith("Read this:\nThe lamp")
     assert prompt.endswith("under the rain.\n\n\nNow sum it up.")
     assert 200 - 16 - 8 <= len(encode_prompt(prompt, tokenizer)) <= 200 - 16
-    bare = fit_prompt(PARAGRAPH * 9, lambda text: text, tokenizer, 200, 16, "middle")
-    assert 200 - 16 - 8 <= len(encode_prompt(bare, tokenizer)) <= 200 - 16
 
 
 def test_a_long_document_is_refused_with_both_numbers() -> None:
     tokenizer = smollm2()
     tokens = len(encode_prompt(build_messages(PARAGRAPH, "Why?"), tokenizer))
+    assert fit_documents([PARAGRAPH], asked, tokenizer, tokens + 1, 6).omitted_tokens == 0
     with pytest.raises(ContextWindowError) as caught:
-        fit_document(PARAGRAPH, "Why?", tokenizer, tokens + 5, 6)
-    for part in (f"{tokens} tokens", "max_new_tokens=6", f"{tokens + 5} tokens", "by 1", "middle"):
+        fit_documents([PARAGRAPH], asked, tokenizer, tokens, 6)
+    for part in (f"prompt of {tokens} tokens", "max_new_tokens=6", f"of {tokens} tokens", "middle"):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("window", [1, 20, 70])
+@pytest.mark.parametrize("window", [1, 20, 44])
 def test_a_window_without_room_for_any_of_the_document_is_refused(window: int) -> None:
     with pytest.raises(ContextWindowError, match=rf"max_new_tokens=30.* {window} tokens"):
-        fit_document(PARAGRAPH, "Why?", smollm2(), window, 30, "middle")
+        fit_documents([PARAGRAPH], asked, smollm2(), window, 30, "middle")
 
 
 def test_an_unknown_truncation_is_refused() -> None:
     truncate: Any = "end"
     with pytest.raises(InvalidParameterError, match=r"truncate='end'.*'middle' or None"):
-        fit_document(PARAGRAPH, "Why?", smollm2(), 500, 10, truncate)
+        fit_documents([PARAGRAPH], asked, smollm2(), 500, 10, truncate)
 
 
 @pytest.mark.parametrize(("document", "question"), [("a\ud800", "Why?"), ("a", "Why\ud800?")])
