@@ -157,5 +157,5 @@ def require_method(method: str) -> None:
 
 def _explained(chunks: Iterator[Chunk], draft_skipped: str | None) -> Iterator[Chunk]:
     for chunk in chunks:
-        chunk.stats.draft_skipped = draft_skipped
+        chunk.stats.draft_skipped = draft_skipped or chunk.stats.draft_skipped
         yield chunk
