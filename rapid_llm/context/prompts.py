@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rapid_llm.context.cutting import OMISSION, CuttableDocument, share_out
 from rapid_llm.context.retrieved import Passage
 from rapid_llm.context.validation import require_text
-from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
+from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
 
 Truncate = Literal["middle"]
@@ -99,11 +99,11 @@ def fit_documents(
             f"{max_new_tokens}) in the context window of {window} tokens: shorten the document or "
             "truncate its middle (truncate='middle')"
         )
-    frame = tokens - sum(len(encode_literal(text, tokenizer)) for text in documents)
     cuttable = [
         CuttableDocument(text, found, tokenizer, mark)
         for text, found in zip(documents, passages or [()] * len(documents), strict=True)
     ]
+    frame = tokens - sum(document.own_tokens for document in cuttable)
     least = sum(document.least for document in cuttable)
     limit = window - 1 if any(passages) else room  # passages come before room for a long answer
     keep = max(room - frame, least)
