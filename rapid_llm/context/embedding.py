@@ -207,11 +207,14 @@ def unit(vectors: Any, count: int, model: Any) -> Vectors:
     Raises:
         ModelError: ``model`` gave others than so many, or one that is zero or not finite.
     """
-    array = np.asarray(vectors, dtype=np.float32)
+    try:
+        array = np.asarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError):  # vectors of several lengths, or no numbers
+        array = np.empty(0, dtype=np.float32)
     if array.ndim != 2 or len(array) != count:
         raise ModelError(
-            f"embedding model {type(model).__name__} gave an array of shape {list(array.shape)}, "
-            f"not {[count, 'd']}: it has to give one vector for each text"
+            f"embedding model {type(model).__name__} did not give {count} vectors of one length: "
+            "it has to give one for each text"
         )
     norms = np.linalg.norm(array, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or not norms.all():
