@@ -304,7 +304,8 @@ def ask(
         stats = result.stats
     else:
         stats = job.stream(method).stats
-        show(job.summary(method, stats), stderr=True)
+        if not _unread(stats):
+            show(job.summary(method, stats), stderr=True)
     if _unread(stats):
         show(
             f"Nothing was retrieved ({stats.draft_skipped}), so nothing was read: lower "
@@ -582,7 +583,9 @@ class _Job:
             parts[1] += f" ({stats.draft_skipped})"
         if method != "lc":
             context = self.inquiry.context
-            parts.append(f"{context.tokens:,} tokens in {len(context.chunks)} chunks retrieved")
+            count = len(context.chunks)
+            chunks = "1 chunk" if count == 1 else f"{count:,} chunks"
+            parts.append(f"{context.tokens:,} tokens in {chunks} retrieved")
         if stats.omitted_tokens:
             parts.append(f"{stats.omitted_tokens:,} tokens of the documents left out")
         parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
