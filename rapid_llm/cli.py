@@ -218,8 +218,8 @@ def ask(
         typer.Option(
             min=-1,
             max=1,
-            help="The least similarity of a retrieved chunk; by default 0.3 for BGE-M3, and the "
-            "most similar one in any case.",
+            help="The least similarity of a retrieved chunk. By default the embedding model's (0.3 "
+            "for BGE-M3 and the packaged one), and the most similar chunk in any case.",
         ),
     ] = None,
     context_tokens: Annotated[
