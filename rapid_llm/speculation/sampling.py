@@ -166,12 +166,17 @@ def _processors(
     if config.min_new_tokens is not None:
         config.min_length = config.min_new_tokens + prompt_tokens
     builder: Any = model
+    # Only where they are needed: transformers waits for the device to look at them.
+    encoded = any((config.encoder_repetition_penalty, config.encoder_no_repeat_ngram_size))
     try:
-        builder._prepare_special_tokens(config, device=prompt.device, batch_size=1)
+        eos = config.eos_token_id
+        if eos is not None:
+            eos = torch.tensor([eos] if isinstance(eos, int) else eos, device=prompt.device)
+        config._eos_token_tensor = eos
         processors: LogitsProcessorList = builder._get_logits_processor(
             config,
             input_ids_seq_length=prompt_tokens,
-            encoder_input_ids=prompt[None],
+            encoder_input_ids=prompt[None] if encoded else None,
             device=prompt.device,
         )
     except (TypeError, ValueError) as error:
