@@ -38,6 +38,7 @@ class Stats:
             for, what the host spent.
         time_to_first_token: seconds from the call to the first round's tokens; None before it.
         draft_skipped: why a prepared draft was not used; None when it was, or none was asked for.
+        omitted_tokens: tokens of the documents that ``truncate`` left out.
     """
 
     method: Method = "lc"
@@ -56,6 +57,7 @@ class Stats:
     draft_seconds: float = 0.0
     time_to_first_token: float | None = None
     draft_skipped: str | None = None
+    omitted_tokens: int = 0
 
     @property
     def acceptance_ratio(self) -> float:
