@@ -106,7 +106,7 @@ class Inquiry:
         frame = build_messages(".", self.question)
         window = min(decoder.target.context_window, decoder.drafter.context_window)
         answer = min(self._sampling.max_new_tokens, window // 2)
-        tokens = len(encode_prompt(frame, decoder.tokenizer, decoder.chat_template_kwargs))
+        tokens = len(encode_prompt(frame, decoder.tokenizer, self._variables))
         return max(MIN_CHUNK_TOKENS, window - answer - tokens)
 
     def stream(self, method: Method = "rapid") -> Iterator[Chunk]:
