@@ -25,7 +25,7 @@ from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
-from rapid_llm.engine.costs import pass_cost
+from rapid_llm.engine.costs import ROOM, pass_cost
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.quantization import (
     int8_nbytes,
@@ -53,7 +53,7 @@ from rapid_llm.speculation.drafters.lookup import CERTAIN, LookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
-from rapid_llm.stats import Method, Stats
+from rapid_llm.stats import NO_DRAFT_PROMPT, NOTHING_PAID, Method, Stats
 from rapid_llm.text import TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -282,8 +282,9 @@ class RapidDecoder:
     def keep_only(self, prompt: Prompt) -> int:
         """Free the kept KV, but for what the target has read of this prompt.
 
-        Generations on one prompt can so begin from the very same KV, whatever came between them.
-        Returns how many of the prompt's tokens are kept, all but the last two at most.
+        Generations on one prompt then take equally long to begin, whatever came between them.
+        Returns how many of the prompt's tokens are kept: whole chunks of a prefill, which a short
+        prompt has none of.
         """
         return self._prefixes.keep_only(self.target, encode_prompt(prompt, self.tokenizer))
 
@@ -364,7 +365,6 @@ class RapidDecoder:
         ids = self._encode(prompt, forward, SamplingParams(max_new_tokens=len(tokens)))
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
             total = _log_likelihood(Session(forward, lease.cache), ids, tokens)
-            lease.tokens += tokens
         if isnan(total):
             raise NumericalError(_NAN.format(name=forward.name))
         return total
@@ -440,12 +440,13 @@ class RapidDecoder:
             config=config,
             confidence=confidence,
             method=method,
+            draft_skipped=NO_DRAFT_PROMPT if method == "lc" else None,
         )
 
     @contextmanager
     def _open(self, request: _Request) -> Iterator[_Generation]:
         """Sessions for a request, which begin with what was read before and are kept after it."""
-        new = request.sampling.max_new_tokens
+        new = max(request.sampling.max_new_tokens, ROOM)
         with ExitStack() as leases:
 
             def lease(forward: Forward, prompt: Sequence[int]) -> tuple[Session, Lease]:
@@ -458,13 +459,15 @@ class RapidDecoder:
             sampler = Sampler(request.sampling, request.prompt, request.forward.device)
             yield _Generation(
                 target=target,
-                lease=kept,
+                prompt=request.prompt,
+                cached=kept.reused,
                 drafters=self._drafters(request, target, sampler, lease),
                 drafter_name=self.drafter.name,
                 sampler=sampler,
                 config=request.config,
                 confidence=request.confidence,
                 method=request.method,
+                draft_skipped=request.draft_skipped,
             )
 
     def _drafters(
@@ -576,7 +579,10 @@ class RapidDecoder:
 
 
 class _Request(NamedTuple):
-    """A checked call. ``draft_prompt`` is empty where nothing drafts, or without a prompt."""
+    """A checked call. ``draft_prompt`` is empty where nothing drafts, or without a prompt.
+
+    ``method`` is what is asked for; where nothing can be drafted, ``draft_skipped`` says why.
+    """
 
     prompt: list[int]
     draft_prompt: list[int]
@@ -585,6 +591,7 @@ class _Request(NamedTuple):
     config: SpeculationConfig
     confidence: float
     method: Method
+    draft_skipped: str | None
 
 
 @dataclass
@@ -606,29 +613,32 @@ class _Generation:
     def __init__(
         self,
         target: Session,
-        lease: Lease,
+        prompt: Sequence[int],
+        cached: int,
         drafters: Sequence[Drafter],
         drafter_name: str,
         sampler: Sampler,
         config: SpeculationConfig,
         confidence: float,
         method: Method,
+        draft_skipped: str | None,
     ) -> None:
         self.target = target
         self.sampler = sampler
         self.config = config
         self._confidence = confidence
-        self._lease = lease
-        self._prompt = list(lease.tokens)
+        self._method = method
+        self._prompt = list(prompt)
         self._output: list[int] = []
         self._drafter_name = drafter_name
         self._drafters = drafters
         self._sources: list[_Source] = []
         self.stats = Stats(
-            method=method,
+            method="lc" if method in DRAFTED else method,
             prompt_tokens=len(self._prompt),
-            cached_tokens=lease.reused,
+            cached_tokens=cached,
             draft_prompt_tokens=sum(drafter.prompt_tokens for drafter in drafters),
+            draft_skipped=NOTHING_PAID if method in DRAFTED else draft_skipped,
         )
 
     @torch.inference_mode()
@@ -645,9 +655,10 @@ class _Generation:
         if gamma != "auto":
             schedules = [FixedSchedule(gamma) for _ in self._drafters]
         elif self._drafters:
-            cost = pass_cost(self.target)  # once: in little room it is not kept
+            cost, always = pass_cost(self.target), self.config.transfer_strength > 0
             schedules = [
-                AdaptiveSchedule(cost, drafter.cost(), drafter.belief) for drafter in self._drafters
+                AdaptiveSchedule(cost, drafter.cost(), drafter.belief, always=always)
+                for drafter in self._drafters
             ]
         self._sources = list(map(_Source, self._drafters, schedules))
         if self.target.forward.device.type == "cuda":
@@ -687,6 +698,8 @@ class _Generation:
         self.stats.accepted_tokens += n
         self.stats.rejections += n < len(drafted)
         self.stats.draft_passes += draft.passes
+        if drafted:
+            self.stats.method, self.stats.draft_skipped = self._method, None
         if schedule is not None:
             schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
@@ -698,7 +711,6 @@ class _Generation:
         self.stats.completion_tokens = len(self._output)
         self.sampler.commit(tokens)
         self.target.rollback(len(self._prompt) + len(self._output) - 1)
-        self._lease.tokens += tokens  # the next turn of a conversation begins with them
 
     def _pending(self) -> Tensor:
         """The tokens that the target has not read: the last one, on the target's device."""

@@ -157,5 +157,6 @@ def require_method(method: str) -> None:
 
 def _explained(chunks: Iterator[Chunk], draft_skipped: str | None) -> Iterator[Chunk]:
     for chunk in chunks:
-        chunk.stats.draft_skipped = draft_skipped
+        if draft_skipped is not None:
+            chunk.stats.draft_skipped = draft_skipped
         yield chunk

@@ -301,11 +301,18 @@ def ask(decoder, question, speculation=None, document=DOCUMENT, **options):
     )
 
 
+@pytest.fixture
+def short_chunks(monkeypatch) -> None:
+    """KV is reused in whole chunks of a prefill."""
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+
+
 def forgetful() -> RapidDecoder:
     """The same weights, and every prompt is read from its beginning."""
     return RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_bytes=0)
 
 
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=3, lookup=False)])
 def test_the_next_question_on_a_document_reads_only_itself(decoder, monkeypatch, speculation):
     assert ask(decoder, QUESTIONS[0], speculation).stats.cached_tokens == 0
@@ -319,9 +326,10 @@ def test_the_next_question_on_a_document_reads_only_itself(decoder, monkeypatch,
     assert (stats.prompt_tokens, stats.cached_tokens) == (103, 100)
     assert stats.as_dict()["cached_tokens"] == 100
     assert result.token_ids == ask(forgetful(), QUESTIONS[1], speculation).token_ids
-    assert ask(decoder, QUESTIONS[1], speculation).stats.cached_tokens == 101  # not the last two
+    assert ask(decoder, QUESTIONS[1], speculation).stats.cached_tokens == 100
 
 
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=4)], ids=["plain", "rapid"])
 def test_answers_do_not_depend_on_what_was_asked_before(decoder, sampling, speculation):
@@ -336,24 +344,26 @@ def test_answers_do_not_depend_on_what_was_asked_before(decoder, sampling, specu
         )
 
 
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=3)])
-def test_the_next_turn_of_a_conversation_reuses_the_answer(decoder, speculation):
+def test_the_next_turn_of_a_conversation_reuses_the_prompt_before_it(decoder, speculation):
     first = ask(decoder, QUESTIONS[0], speculation)
     before = [*DOCUMENT, *QUESTIONS[0], *first.token_ids]
     second = ask(decoder, QUESTIONS[1], speculation, document=before)
-    # The answer's last token was said, but never read.
-    assert second.stats.cached_tokens == len(before) - 1
+    # The end of the prompt and the answer are read again, as in a fresh prefill.
+    assert second.stats.cached_tokens == len(DOCUMENT)
     again = ask(forgetful(), QUESTIONS[1], speculation, document=before)
     assert second.token_ids == again.token_ids
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_a_closed_stream_leaves_what_it_has_read(decoder):
     stream = decoder.stream([*DOCUMENT, *QUESTIONS[0]], sampling=GREEDY)
     said = [token for _ in range(3) for token in next(stream).token_ids]
     stream.close()
     longer = [*DOCUMENT, *QUESTIONS[0], *said]
     result = ask(decoder, QUESTIONS[1], document=longer)
-    assert result.stats.cached_tokens == len(longer) - 1
+    assert result.stats.cached_tokens == len(DOCUMENT)
     assert result.token_ids == ask(forgetful(), QUESTIONS[1], document=longer).token_ids
 
 
@@ -373,8 +383,8 @@ class FailingForward:
         monkeypatch.setattr(Forward, "__call__", fail_once)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_an_error_leaves_what_was_read_before_it(decoder, monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
     with monkeypatch.context() as context:
         FailingForward(context, at=4, error=KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -384,8 +394,8 @@ def test_an_error_leaves_what_was_read_before_it(decoder, monkeypatch):
     assert result.token_ids == ask(forgetful(), QUESTIONS[0]).token_ids
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_memory_that_runs_out_in_prefill_is_taken_from_what_is_idle(decoder, monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
     expected = ask(forgetful(), QUESTIONS[0])
     other = DOCUMENT[::-1]
     ask(decoder, QUESTIONS[0], document=other)
@@ -426,6 +436,7 @@ class SeenCaches:
         return len(self._seen)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_nothing_is_kept_without_a_budget_or_after_clearing(decoder, monkeypatch):
     caches = SeenCaches(monkeypatch)
     without = forgetful()
@@ -439,6 +450,7 @@ def test_nothing_is_kept_without_a_budget_or_after_clearing(decoder, monkeypatch
     assert ask(decoder, QUESTIONS[0], EXACT).stats.cached_tokens == 0
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_the_budget_bounds_what_is_kept(monkeypatch):
     per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32
     prompt_and_answer = (103 + 40) * per_token
@@ -451,6 +463,7 @@ def test_the_budget_bounds_what_is_kept(monkeypatch):
         RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_bytes=-1)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_threads_share_a_document(decoder):
     expected = [ask(forgetful(), question, EXACT).token_ids for question in QUESTIONS]
     answers: dict[int, list[int]] = {}
@@ -473,6 +486,7 @@ def test_threads_share_a_document(decoder):
     assert max(cached) >= len(DOCUMENT)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_a_folder_keeps_prompts_for_the_next_process(tmp_path, monkeypatch):
     monkeypatch.setattr(reuse, "WORTH_SAVING", 20)
     monkeypatch.setattr(reuse, "WORTH_LOADING", 10)

@@ -104,7 +104,7 @@ class Forward:
         )
         self._steps: WeakKeyDictionary[KVCache, GraphedStep] = WeakKeyDictionary()
         self._native = native_pass(model) if self.lean else None
-        self._lock = _lock_of(model)
+        self.lock = _lock_of(model)  # held by a pass: whoever holds it has the model alone
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +165,7 @@ class Forward:
         positions = torch.arange(first, first + ids.shape[0], device=self.device)
         run = self._lean_pass if self.lean else self._own_pass
         try:
-            with self._lock:
+            with self.lock:
                 return run(ids, positions, cache, keep_logits).float()
         except BaseException:
             cache.rollback(start)

@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache, kv_shape
+from rapid_llm.engine.rounding import rounding
 
-FORMAT = "rapid-llm-kv/1"
+FORMAT = "rapid-llm-kv/2"
 
 COVERED = 0.9
 """Share of a prompt that a file must hold for another one not to be written."""
@@ -142,9 +143,13 @@ class KVFiles:
         )
 
     def _fingerprint(self, forward: Forward) -> str | None:
+        """Of a model and how its passes round: another thread count's KV is not this one's."""
         if forward not in self._fingerprints:
             self._fingerprints[forward] = fingerprint(forward.model)
-        return self._fingerprints[forward]
+        model = self._fingerprints[forward]
+        if model is None:
+            return None
+        return hashlib.sha256(f"{model} {rounding(forward)}".encode()).hexdigest()
 
 
 def fingerprint(model: PreTrainedModel) -> str | None:

@@ -130,7 +130,7 @@ class NativePass:
     def serves(self, ids: Tensor, cache: KVCache) -> bool:
         """Whether this pass can append the tokens: few, within bounds, to a cache in use."""
         n = ids.shape[0]
-        if n > MAX_TOKENS or not cache.layers[0].is_initialized:
+        if n > MAX_TOKENS or cache.length == 0:  # an empty cache may have no memory yet
             return False
         lowest, highest = ids.aminmax()
         return (

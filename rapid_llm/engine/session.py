@@ -11,10 +11,19 @@ from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache
 
 PREFILL_CHUNK = 512
-"""Tokens a prefill pass: bounds its activations, and how long a progress bar stands still."""
+"""Tokens a prefill pass: bounds its activations, and how long a progress bar stands still. KV is
+reused in whole chunks, so a prompt that was read before costs less than another one."""
 
 PrefillProgress = Callable[[int, int], None]
 """Called with (tokens read, tokens to read)."""
+
+
+def whole_chunks(tokens: int) -> int:
+    """Of the first so many tokens of a prompt, those that whole chunks of its prefill read.
+
+    Their keys and values are the same, bit for bit, for every prompt that begins with them.
+    """
+    return tokens // PREFILL_CHUNK * PREFILL_CHUNK
 
 
 class Session:
@@ -36,8 +45,13 @@ class Session:
         return self.cache.skipped + self.cache.length
 
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
-        """Read, in chunks, those tokens of a prompt that the cache does not hold yet."""
+        """Read, in chunks, those tokens of a prompt that the cache does not hold yet.
+
+        The cache holds whole chunks or all of them, so that the passes are those of a prefill from
+        the beginning: sums of another size would round otherwise.
+        """
         for start in range(self.length, len(tokens), PREFILL_CHUNK):
+            assert start == whole_chunks(start)
             if progress is not None:
                 progress(start, len(tokens))
             chunk = torch.tensor(tokens[start : start + PREFILL_CHUNK])
