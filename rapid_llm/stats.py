@@ -29,6 +29,8 @@ class Stats:
         prompt_tokens: tokens of the target's prompt.
         cached_tokens: of these, those whose KV was kept from an earlier call and not read again.
         draft_prompt_tokens: tokens of the drafter's prompt; 0 without a draft.
+        max_new_tokens: tokens the answer could have at most: what was asked for, or what the
+            context window had left.
         completion_tokens: tokens generated, an end-of-sequence token included.
         rounds: verification passes of the target.
         drafted_tokens: tokens the drafter proposed.
@@ -43,12 +45,14 @@ class Stats:
             for, what the host spent.
         time_to_first_token: seconds from the call to the first round's tokens; None before it.
         draft_skipped: where the method is ``lc``, why nothing was drafted; else None.
+        omitted_tokens: tokens of the documents that ``truncate`` left out.
     """
 
     method: Method = "lc"
     prompt_tokens: int = 0
     cached_tokens: int = 0
     draft_prompt_tokens: int = 0
+    max_new_tokens: int = 0
     completion_tokens: int = 0
     rounds: int = 0
     drafted_tokens: int = 0
@@ -60,6 +64,7 @@ class Stats:
     draft_seconds: float = 0.0
     time_to_first_token: float | None = None
     draft_skipped: str | None = None
+    omitted_tokens: int = 0
 
     @property
     def acceptance_ratio(self) -> float:

@@ -144,17 +144,34 @@ def test_lc_needs_no_builder(decoder: RapidDecoder) -> None:
 
 
 @pytest.mark.parametrize("method", ["rapid", "sd", "rag"])
-def test_without_chunks_the_target_decodes_plainly(inquire: Any, method: Any) -> None:
+def test_without_chunks_nothing_is_read(
+    inquire: Any, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RapidDecoder, "stream", None)
     inquiry = inquire(threshold=1.0)
+    (chunk,) = inquiry.stream(method)
+    assert (chunk.text, chunk.token_ids, chunk.finish_reason) == ("", (), "stop")
+    result = inquiry.answer(method)
+    assert (result.text, result.token_ids, result.finish_reason) == ("", [], "stop")
+    assert "similarity 1" in result.stats.draft_skipped
+    assert result.stats.prompt_tokens == result.stats.draft_prompt_tokens == 0
+
+
+@pytest.mark.parametrize("method", ["rapid", "sd", "rag"])
+def test_without_chunks_everything_is_read_where_that_was_asked_for(
+    inquire: Any, method: Any
+) -> None:
+    inquiry = inquire(threshold=1.0, on_empty="read_all")
     result = inquiry.answer(method)
 
     assert result.token_ids == inquiry.answer("lc").token_ids
     assert result.stats.method == "lc"
     assert result.stats.draft_skipped == inquiry.context.empty_reason
-    assert "similarity 1" in result.stats.draft_skipped
     assert [c.stats.draft_skipped for c in inquiry.stream(method)] == [
         inquiry.context.empty_reason
     ] * 16
+    with pytest.raises(InvalidParameterError, match=r"on_empty='all'.*'empty'.*'read_all'"):
+        inquire(on_empty="all")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rapid_llm.config import SamplingParams
 from rapid_llm.context import RetrievalContext
-from rapid_llm.context.prompts import fit_prompt
+from rapid_llm.context.prompts import fit_documents
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.engine.forward import Forward
@@ -185,7 +185,16 @@ class _Evaluation:
         max_new_tokens: int,
     ) -> Prompt:
         tokenizer, window = self._decoder.tokenizer, forward.context_window
-        return fit_prompt(context, render, tokenizer, window, max_new_tokens, truncate="middle")
+        fitted = fit_documents(
+            [context],
+            lambda texts: render(texts[0]),
+            tokenizer,
+            window,
+            max_new_tokens,
+            "middle",
+            mark="",  # as the long-context benchmarks shorten documents
+        )
+        return fitted.prompt
 
     def _answer(self, method: MethodSpec, turn: _Turn, read: RetrievalContext | None) -> _Answer:
         draft = None
