@@ -120,9 +120,7 @@ class Forward:
         self._lean = self.attn_implementation == attention.NAME and is_lean(self.state)
         # What a scaled rotary embedding does to itself in a pass is for :meth:`absorb`.
         self._leaves_itself = self._lean and is_capturable(self.model)
-        self._captures = (
-            self.cuda_graphs and self._leaves_itself and self.device.type == "cuda"
-        )
+        self._captures = self.cuda_graphs and self._leaves_itself and self.device.type == "cuda"
         if self._lean:
             self._native = native_pass(self.model)
         self._chosen = self.state.number
@@ -355,7 +353,7 @@ class Forward:
 
     @contextmanager
     def _turned_for(self, last: Tensor) -> Iterator[None]:
-        """The model's rotary embedding as for a sequence that goes on to a position, ``[0 or 1]``."""
+        """The model's rotary embedding as for a sequence up to a position, ``[1]`` or none."""
         with ExitStack() as hooks:
             for module in self.model.modules() if len(last) else ():
                 if hasattr(module, "rope_type"):

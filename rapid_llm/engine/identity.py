@@ -8,6 +8,7 @@ takes a tenth of a millisecond at 32 layers.
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -48,13 +49,15 @@ _SAYS_NOTHING = frozenset(
 _IGNORED = _STANDARD | _SAYS_NOTHING
 
 _INSTALLED = tuple(
-    f"{Path(folder)}/"
+    f"{Path(folder)}{os.sep}"
     for folder in (
         *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
-        *(Path(package.__path__[0]) for package in (torch, transformers)),
-        Path(__file__).parents[1],
+        torch.__path__[0],
+        transformers.__path__[0],
+        str(Path(__file__).parents[1]),
     )
 )
+"""Folders of code that somebody has published, and that does not change under us."""
 
 
 class ModelState:

@@ -25,12 +25,13 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, Reader, kv_shape
 
-FORMAT = "rapid-llm-kv/2"
+FORMAT = "rapid-llm-kv/1"
 
 COVERED = 0.9
 """Share of a prompt that a file must hold for another one not to be written."""
@@ -71,7 +72,7 @@ class KVFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._contents: WeakKeyDictionary[Forward, dict[int, str]] = WeakKeyDictionary()
+        self._contents: WeakKeyDictionary[Forward, dict[int, str | None]] = WeakKeyDictionary()
         # The version of each file that was looked at (mtime, size), and what it claims to hold;
         # None if it is of no use.
         self._seen: dict[Path, tuple[tuple[int, int], _Header | None]] = {}
@@ -157,29 +158,31 @@ class KVFiles:
 
     def _model(self, forward: Forward, reader: Reader) -> str | None:
         """What files of a model are called; None if it has none."""
-        if not forward.state.portable:
-            return None
         known = self._contents.setdefault(forward, {})
         if reader.number not in known:
-            known[reader.number] = fingerprint(forward.state)
-        return hashlib.sha256(f"{known[reader.number]} {reader.scale}".encode()).hexdigest()
+            known[reader.number] = fingerprint(forward.model, forward.state)
+        name = known[reader.number]
+        return name if name is None or reader.scale == 0 else f"{name} beyond {reader.scale}"
 
     def _is_unchanged(self, forward: Forward, reader: Reader) -> bool:
         """Whether the model is what it was when it got its name: edits may have gone unseen."""
-        now = fingerprint(forward.state)
+        now = fingerprint(forward.model, forward.state)
         if self._contents[forward][reader.number] == now:
             return True
         forward.state.renew()
         return False
 
 
-def fingerprint(state: ModelState) -> str:
+def fingerprint(model: PreTrainedModel, state: ModelState | None = None) -> str | None:
     """Identifies what a model computes: its modules, every byte of its tensors, and its settings.
 
     Settings are what its modules and configs hold of plain data, such as the active adapter. Of
-    scaled rotary embeddings the frequencies of the moment are left out.
+    scaled rotary embeddings the frequencies of the moment are left out. None if all that does not
+    tell (:attr:`ModelState.portable`).
     """
-    model = state.model
+    state = ModelState(model) if state is None else state
+    if not state.portable:
+        return None
     whole = xxhash.xxh3_128()
     whole.update(repr(state.settings).encode())
     for name, module in model.named_modules():

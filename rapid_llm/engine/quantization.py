@@ -36,10 +36,12 @@ class FewBitLinear(nn.Module):
         weight, bias: the layer's it was made from, shared; a prefill is faster with these.
         stands_for: the type of that layer.
         made_anew: the tensors that it did not have.
+        divides: how many inputs the product takes at a time: it reads beyond any other number.
     """
 
     stands_for = nn.Linear
     made_anew: tuple[str, ...] = ()
+    divides = 1
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class Int8Linear(FewBitLinear):
     """
 
     made_anew = ("int8", "scale")
+    divides = 16
     int8: Tensor
     scale: Tensor
 
@@ -106,6 +109,7 @@ class BlockLinear(FewBitLinear):
     """
 
     made_anew = ("blocks",)
+    divides = GROUP
     blocks: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -240,7 +244,7 @@ def int8_twin(
     """The same model with int8 linear layers; every weight of its own is shared, not copied.
 
     Made once for a model as it is and a choice of ``blocks``, freed with the model. Layers stay
-    as they are where rows are no multiple of 32 weights long, or where they are no plain linear
+    as they are where a row's length does not suit the product, or where they are no plain linear
     layers: so an adapter is in the twin, and its base is quantized.
 
     Args:
@@ -274,7 +278,7 @@ def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrai
     with torch.inference_mode(False):  # or the quantized weights would be of use there only
         for parent in list(twin.modules()):
             for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear and child.weight.shape[1] % GROUP == 0:
+                if type(child) is nn.Linear and child.weight.shape[1] % kind.divides == 0:
                     setattr(parent, name, kind(child))
             layers = [getattr(parent, name, None) for name in ("q_proj", "k_proj", "v_proj")]
             projections = [layer for layer in layers if isinstance(layer, Int8Linear)]
