@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -195,6 +194,7 @@ class RapidDecoder:
             )
             self._unshared = self._check_tokenizers(drafter_tokenizer)
         self._quantizes = self._resolve(drafter_quantization)
+        self._twin: Forward | None = None
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
         self._prefixes = PrefixCache(
@@ -269,24 +269,33 @@ class RapidDecoder:
             chat_template_kwargs=chat_template_kwargs,
         )
 
-    @cached_property
+    @property
     def draft_forward(self) -> Forward:
-        """What drafts: the drafter, or its int8 twin (quantized when first asked for)."""
-        if not self._quantizes:
+        """What drafts: the drafter, or its int8 twin, quantized when first asked for.
+
+        The twin is of the drafter as it is now: it is made anew when weights or adapters changed,
+        and there is none of a model with hooks or replaced methods.
+        """
+        if not self._quantizes or not self.drafter.copyable:
             return self.drafter
-        return Forward(
-            int8_twin(self.drafter.model, blocks=self.drafter.compiled),
-            f"{self.drafter.name} (int8)",
-            self.drafter.attn_implementation,
-            self.drafter.cuda_graphs,
-        )
+        model = int8_twin(self.drafter.model, self.drafter.compiled, self.drafter.state)
+        if self._twin is None or self._twin.model is not model:
+            if self._twin is not None:
+                self._prefixes.forget(self._twin)
+            self._twin = Forward(
+                model,
+                f"{self.drafter.name} (int8)",
+                self.drafter.attn_implementation,
+                self.drafter.cuda_graphs,
+            )
+        return self._twin
 
     @property
     def memory(self) -> Memory:
         """What the models and the kept KV take right now; a running generation's KV not counted."""
         own = 0 if self.drafter is self.target else _weight_bytes(self.drafter.model)
         # Not self.draft_forward: asking must not quantize.
-        twin = self.__dict__.get("draft_forward")
+        twin = self._twin
         return Memory(
             target_weights=_weight_bytes(self.target.model),
             drafter_weights=own + (0 if twin is None else int8_nbytes(twin.model)),
@@ -403,7 +412,7 @@ class RapidDecoder:
                 f"{forward.name}, the continuation has {len(tokens)}; shorten one of them"
             )
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
-            total = _log_likelihood(Session(forward, lease.cache), ids, tokens)
+            total = _log_likelihood(Session(forward, lease.cache, ids), ids, tokens)
         if isnan(total):
             raise NumericalError(_NAN.format(name=forward.name))
         return total
@@ -513,7 +522,7 @@ class RapidDecoder:
                 length, new = len(prompt), request.sampling.max_new_tokens
                 capacity = max(min(length + new, forward.context_window), length + ROOM)
                 borrowed = leases.enter_context(self._prefixes.lease(forward, prompt, capacity))
-                return Session(forward, borrowed.cache), borrowed
+                return Session(forward, borrowed.cache, prompt), borrowed
 
             target, kept = lease(request.forward, request.prompt)
             forward = request.forward

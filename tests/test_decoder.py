@@ -217,10 +217,10 @@ class CountedForward:
         self.caches = {}
         original = Forward.__call__
 
-        def spy(forward, tokens, cache, keep_logits):
+        def spy(forward, tokens, cache, *args):
             self.passes.append(len(tokens))
             self.caches[id(cache)] = cache
-            return original(forward, tokens, cache, keep_logits)
+            return original(forward, tokens, cache, *args)
 
         monkeypatch.setattr(Forward, "__call__", spy)
 
@@ -376,11 +376,11 @@ class FailingForward:
         self.tokens = 0
         original, calls = Forward.__call__, iter(range(10_000))
 
-        def fail_once(forward, tokens, cache, keep_logits):
+        def fail_once(forward, tokens, cache, *args):
             if next(calls) == at:
                 raise error
             self.tokens += len(tokens)
-            return original(forward, tokens, cache, keep_logits)
+            return original(forward, tokens, cache, *args)
 
         monkeypatch.setattr(Forward, "__call__", fail_once)
 
@@ -427,9 +427,9 @@ class SeenCaches:
         self._seen: weakref.WeakSet = weakref.WeakSet()
         original = Forward.__call__
 
-        def spy(forward, tokens, cache, keep_logits):
+        def spy(forward, tokens, cache, *args):
             self._seen.add(cache)
-            return original(forward, tokens, cache, keep_logits)
+            return original(forward, tokens, cache, *args)
 
         monkeypatch.setattr(Forward, "__call__", spy)
 
@@ -666,10 +666,10 @@ def test_a_drafter_drafts_as_far_as_its_window_goes(mode, sampling, drafted):
     run = decoder.drafter.__class__.__call__
 
     class Watched(type(decoder.drafter)):
-        def __call__(self, tokens, cache, keep_logits):
+        def __call__(self, tokens, cache, *args):
             if self is decoder.drafter:
                 positions.append(cache.length + len(tokens))
-            return run(self, tokens, cache, keep_logits)
+            return run(self, tokens, cache, *args)
 
     decoder.drafter.__class__ = Watched
     config = SpeculationConfig(mode=mode, gamma=4, lookup=False)

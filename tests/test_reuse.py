@@ -105,9 +105,9 @@ def test_the_next_question_reads_only_itself(architecture, monkeypatch):
     passes = []
     original = Forward.__call__
 
-    def spy(forward, tokens, cache, keep_logits):
+    def spy(forward, tokens, cache, *args):
         passes.append(len(tokens))
-        return original(forward, tokens, cache, keep_logits)
+        return original(forward, tokens, cache, *args)
 
     monkeypatch.setattr(Forward, "__call__", spy)
     with cache.lease(forward, [*DOCUMENT, 8, 9], 70) as lease:
@@ -570,7 +570,7 @@ def test_files_of_other_models_dtypes_and_formats_are_passed_over(forward, saved
         with later(saved).lease(other, [*LONG, 6, 7], 1502) as lease:
             assert lease.reused == 0
     # Even under our file's name.
-    theirs = KVFiles(saved.parent)._fingerprint(others[0])
+    theirs = fingerprint(others[0].model)
     assert theirs is not None
     renamed = saved.rename(saved.with_name(theirs[:16] + "-0.safetensors"))
     with later(saved).lease(others[0], [*LONG, 6, 7], 1502) as lease:
@@ -601,7 +601,9 @@ def test_weights_that_are_elsewhere_have_no_files(saved):
     with torch.device("meta"):
         forward = make_forward()
     assert fingerprint(forward.model) is None
-    assert KVFiles(saved.parent).find(forward, torch.tensor(LONG).int().numpy()) == (None, 0)
+    assert KVFiles(saved.parent).find(
+        forward, torch.tensor(LONG).int().numpy(), forward.reader(1502)
+    ) == (None, 0)
 
 
 @pytest.mark.parametrize("what", ["os.replace", "rapid_llm.engine.kv_files.save_file"])
@@ -635,7 +637,10 @@ def test_warnings_as_errors_still_give_the_cache_back(forward, tmp_path):
 def test_a_file_deleted_meanwhile_is_read_anew(forward, saved):
     cache = later(saved)
     assert cache._files is not None
-    assert cache._files.find(forward, torch.tensor(LONG).int().numpy()) == (saved, len(LONG))
+    assert cache._files.find(forward, torch.tensor(LONG).int().numpy(), forward.reader(1502)) == (
+        saved,
+        len(LONG),
+    )
     saved.unlink()
     assert ask(cache, forward, LONG) == 0
 

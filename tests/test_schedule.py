@@ -297,9 +297,9 @@ def measured(monkeypatch) -> list[int]:
     rows: list[int] = []
     original = Forward.__call__
 
-    def spy(forward, tokens, cache, keep_logits):
+    def spy(forward, tokens, cache, *args):
         rows.append(len(tokens))
-        return original(forward, tokens, cache, keep_logits)
+        return original(forward, tokens, cache, *args)
 
     monkeypatch.setattr(Forward, "__call__", spy)
     return rows

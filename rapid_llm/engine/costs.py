@@ -81,17 +81,23 @@ def measure(session: Session) -> PassCost:
 
     The least of a few measurements counts, since whatever disturbs one only adds to it.
     """
-    length, device = session.length, session.forward.device
+    forward, cache, device = session.forward, session.cache, session.forward.device
+    held, length = cache.length, session.length + 1
     times: dict[int, list[float]] = {1: [], ROOM: []}
-    with session.forward.lock:  # or the passes of other threads would be measured too
-        for n in (1, ROOM) * _REPEATS:
-            tokens = torch.zeros(n, dtype=torch.long, device=device)
-            started = time.perf_counter()
-            session.extend(tokens)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[n].append(time.perf_counter() - started)
-            session.rollback(length)
+    back = min(ROOM, session.length)
+    cache.skipped -= back  # to positions of this sequence: further ones may be turned otherwise
+    try:
+        with forward.lock:  # or the passes of other threads would be measured too
+            for n in (1, ROOM) * _REPEATS:
+                tokens = torch.zeros(n, dtype=torch.long, device=device)
+                started = time.perf_counter()
+                forward(tokens, cache, n, length)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times[n].append(time.perf_counter() - started)
+                cache.rollback(held)
+    finally:
+        cache.skipped += back
     one, several = min(times[1]), min(times[ROOM])
     return PassCost(one, max(0.0, several - one) / (ROOM - 1))
 

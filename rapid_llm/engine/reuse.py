@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.kv_cache import KVCache, kv_nbytes
+from rapid_llm.engine.kv_cache import KVCache, Reader, kv_nbytes
 from rapid_llm.engine.kv_files import KVFiles, TokenIds, common_prefix
 from rapid_llm.engine.rounding import rounding
 from rapid_llm.engine.session import whole_chunks
@@ -47,22 +47,40 @@ class Lease:
     reused: int
 
 
-class _Reader(NamedTuple):
-    """Who read a cache: a model, with passes that round in one way."""
+class _Reading(NamedTuple):
+    """What is to read a prompt: a model as it is now, with passes that round as they do now.
+
+    ``reader`` is None where what it reads must not be kept.
+    """
 
     forward: Forward
+    reader: Reader | None
     rounding: str
+
+    @classmethod
+    def now(cls, forward: Forward, length: int) -> _Reading:
+        """Of a sequence of so many tokens."""
+        return cls(forward, forward.kept_reader(length), rounding(forward))
 
 
 @dataclass(eq=False)
 class _Entry:
     """A cache, and of which tokens it holds the KV, or will: those that a prefill reads."""
 
-    reader: _Reader
+    forward: Forward
+    rounding: str
     cache: KVCache
     tokens: TokenIds
     busy: bool = True
     nbytes: int = 0  # once it is idle
+
+    def read_as(self, reading: _Reading) -> bool:
+        """Whether its KV is, bit for bit, what would be read now."""
+        return (
+            self.forward is reading.forward
+            and self.rounding == reading.rounding
+            and self.cache.reader == reading.reader is not None
+        )
 
     def held(self) -> int:
         """How many of the tokens were read in whole chunks."""
@@ -119,15 +137,20 @@ class PrefixCache:
         with self._lock:
             self._entries = [entry for entry in self._entries if entry.busy]
 
+    def forget(self, forward: Forward) -> None:
+        """Free what a model has read that is not used any more."""
+        with self._lock:
+            self._entries = [e for e in self._entries if e.busy or e.forward is not forward]
+
     def keep_only(self, forward: Forward, prompt: Sequence[int]) -> int:
         """Free everything that no generation uses, but for what a lease of a prompt would reuse.
 
         What a later lease finds then depends on this prompt alone, not on what was read after it.
         Returns how many of the prompt's tokens are kept.
         """
-        reader, ids = _Reader(forward, rounding(forward)), _token_ids(prompt[:-2])
+        reading, ids = _Reading.now(forward, len(prompt)), _token_ids(prompt[:-2])
         with self._lock:
-            idle = [entry for entry in self._entries if not entry.busy and entry.reader == reader]
+            idle = [entry for entry in self._entries if not entry.busy and entry.read_as(reading)]
             best = max(idle, key=lambda entry: entry.shared(ids), default=None)
             self._entries = [entry for entry in self._entries if entry.busy or entry is best]
             if best is None:
@@ -150,8 +173,7 @@ class PrefixCache:
         Raises:
             torch.OutOfMemoryError: no room for a copy, even with all idle KV freed.
         """
-        reader = _Reader(forward, rounding(forward))
-        entry = self._acquire(reader, _token_ids(prompt), capacity)
+        entry = self._acquire(forward, _token_ids(prompt), capacity)
         reused = entry.cache.length
         try:
             yield Lease(entry.cache, reused)
@@ -161,48 +183,50 @@ class PrefixCache:
             finally:
                 self._release(entry)
 
-    def _acquire(self, reader: _Reader, prompt: TokenIds, capacity: int) -> _Entry:
+    def _acquire(self, forward: Forward, prompt: TokenIds, capacity: int) -> _Entry:
         try:
-            return self._find(reader, prompt, capacity)
+            return self._find(forward, prompt, capacity)
         except torch.OutOfMemoryError:
             self.clear()
-            return self._find(reader, prompt, capacity)
+            return self._find(forward, prompt, capacity)
 
-    def _find(self, reader: _Reader, prompt: TokenIds, capacity: int) -> _Entry:
-        cache = self._from_file(reader, prompt[:-2], capacity)
+    def _find(self, forward: Forward, prompt: TokenIds, capacity: int) -> _Entry:
+        cache = self._from_file(_Reading.now(forward, len(prompt)), prompt[:-2], capacity)
+        reading = _Reading.now(forward, len(prompt))  # a file tells whether the model has changed
         with self._lock:
             if cache is None:
-                cache = self._from_memory(reader, prompt[:-2], capacity)
-            entry = _Entry(reader, cache, prompt[:-1])
+                cache = self._from_memory(reading, prompt[:-2], capacity)
+            entry = _Entry(forward, reading.rounding, cache, prompt[:-1])
             if self._budget > 0:
                 self._entries.append(entry)
             return entry
 
-    def _from_file(self, reader: _Reader, prompt: TokenIds, capacity: int) -> KVCache | None:
+    def _from_file(self, reading: _Reading, prompt: TokenIds, capacity: int) -> KVCache | None:
         """The prefix in a file, if it is much longer than the one in memory.
 
         Outside the lock, since it takes long: nobody else sees this cache yet.
         """
-        if self._files is None:
+        forward, reader, _ = reading
+        if self._files is None or reader is None:
             return None
         with self._lock:
-            _, held = self._longest(reader, prompt)
+            _, held = self._longest(reading, prompt)
         if len(prompt) < held + WORTH_LOADING:
             return None
-        path, stored = self._files.find(reader.forward, prompt)
+        path, stored = self._files.find(forward, prompt, reader)
         stored = whole_chunks(stored)
         if path is None or stored < held + WORTH_LOADING:
             return None
-        self._make_room(_planned(reader.forward, capacity))
-        return self._files.load(path, reader.forward, stored, capacity)
+        self._make_room(_planned(forward, capacity))
+        return self._files.load(path, forward, reader, stored, capacity)
 
-    def _from_memory(self, reader: _Reader, prompt: TokenIds, capacity: int) -> KVCache:
+    def _from_memory(self, reading: _Reading, prompt: TokenIds, capacity: int) -> KVCache:
         """The prefix in memory: taken over where nobody loses by it, else copied."""
-        entry, shared = self._longest(reader, prompt)
-        planned = _planned(reader.forward, capacity)
+        entry, shared = self._longest(reading, prompt)
+        planned = _planned(reading.forward, capacity)
         if entry is None:
             self._make_room(planned)
-            return reader.forward.new_cache(capacity)
+            return reading.forward.new_cache(capacity)
         if entry.busy or not entry.same_document(shared):
             self._make_room(planned)
             # Under the lock: the owner could otherwise give it back, and a third take it over.
@@ -214,11 +238,11 @@ class PrefixCache:
             entry.cache.grow(capacity)
         return entry.cache
 
-    def _longest(self, reader: _Reader, prompt: TokenIds) -> tuple[_Entry | None, int]:
+    def _longest(self, reading: _Reading, prompt: TokenIds) -> tuple[_Entry | None, int]:
         """The entry that shares most tokens with a prompt, the latest of equals; how many."""
         best, most = None, 0
         for entry in reversed(self._entries):
-            if entry.reader == reader:
+            if entry.read_as(reading):
                 shared = entry.shared(prompt)
                 if shared > most:
                     best, most = entry, shared
@@ -227,25 +251,27 @@ class PrefixCache:
     def _save(self, entry: _Entry, reused: int) -> None:
         """Write the prompt's KV to a file, unless it was mostly reused or not read to its end."""
         # The entry is still busy here, so that nobody rolls it back.
-        whole = whole_chunks(len(entry.tokens))
+        whole, length = whole_chunks(len(entry.tokens)), entry.cache.length
         if (
             self._files is not None
             and whole - reused >= WORTH_SAVING
-            and entry.cache.length >= whole
+            and length >= whole
+            and entry.read_as(_Reading.now(entry.forward, length))
         ):
-            self._files.save(entry.reader.forward, entry.tokens[:whole], entry.cache)
+            self._files.save(entry.forward, entry.tokens[:whole], entry.cache)
 
     def _release(self, entry: _Entry) -> None:
         """Keep what was read of a prompt, in place of earlier states of the same document."""
         with self._lock:
             self._forget(entry)
             held, nbytes = entry.held(), entry.cache.nbytes
-            if held == 0 or nbytes > self._budget:
+            if held == 0 or nbytes > self._budget or not entry.forward.state.traceable:
                 return
             entry.tokens, entry.nbytes, entry.busy = entry.tokens[:held], nbytes, False
+            as_this = _Reading(entry.forward, entry.cache.reader, entry.rounding)
             for other in list(self._entries):
                 if (
-                    other.reader == entry.reader
+                    other.read_as(as_this)
                     and not other.busy
                     and other.same_document(other.shared(entry.tokens))
                 ):
