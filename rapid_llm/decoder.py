@@ -236,6 +236,7 @@ class RapidDecoder:
                 to reach a hub (``token``, ``cache_dir``, ``revision``, ``trust_remote_code``, …)
                 count for a drafter loaded by name as well.
         """
+        variables = checked_variables(chat_template_kwargs)
         place = resolve_device(device)
         draft_place = place if drafter_device is None else resolve_device(drafter_device)
         if draft_place != place and not isinstance(drafter, str | Path):
@@ -266,7 +267,7 @@ class RapidDecoder:
             drafter_quantization=drafter_quantization,
             kv_cache_bytes=kv_cache_bytes,
             kv_cache_dir=kv_cache_dir,
-            chat_template_kwargs=chat_template_kwargs,
+            chat_template_kwargs=variables,
         )
 
     @property
