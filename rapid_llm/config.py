@@ -144,9 +144,10 @@ class SpeculationConfig:
 
     Attributes:
         gamma: tokens drafted a round (γ), at least 1 (the paper uses 10); or ``auto``: each round
-            takes what the measured costs and the acceptance so far make fastest, 0 included. The
-            costs are measured once for each model and context length and then kept, so that a
-            decoder repeats itself; another process may measure, draft and round differently.
+            takes what the costs and the acceptance so far make fastest; 0 included, unless drafts
+            transfer knowledge (η > 0). The costs are measured once for each machine, architecture
+            and context length and kept on disk (see ``engine.costs``), so that calls can be
+            repeated.
         eta: strength of the knowledge transfer (η), from 0 to 1e30. The paper uses 5 to 20 for
             self-speculation, 40 to 50 when the drafter is larger. ``exact`` does not use it.
         dynamic_eta: let η follow how sure the retrieval was and how far the answer is: token t of

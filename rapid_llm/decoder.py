@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +26,7 @@ from rapid_llm.chat import checked_variables, end_of_turn
 from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig, real
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
-from rapid_llm.engine.costs import pass_cost
+from rapid_llm.engine.costs import ROOM, pass_cost
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.quantization import (
     int8_nbytes,
@@ -55,7 +54,7 @@ from rapid_llm.speculation.drafters.lookup import CERTAIN, LookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler, generation_config, least_new_tokens
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
-from rapid_llm.stats import Method, Stats
+from rapid_llm.stats import NO_DRAFT_PROMPT, NOTHING_PAID, Method, Stats
 from rapid_llm.text import TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -195,6 +194,7 @@ class RapidDecoder:
             )
             self._unshared = self._check_tokenizers(drafter_tokenizer)
         self._quantizes = self._resolve(drafter_quantization)
+        self._twin: Forward | None = None
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
         self._prefixes = PrefixCache(
@@ -275,24 +275,33 @@ class RapidDecoder:
             chat_template_kwargs=variables,
         )
 
-    @cached_property
+    @property
     def draft_forward(self) -> Forward:
-        """What drafts: the drafter, or its int8 twin (quantized when first asked for)."""
-        if not self._quantizes:
+        """What drafts: the drafter, or its int8 twin, quantized when first asked for.
+
+        The twin is of the drafter as it is now: it is made anew when weights or adapters changed,
+        and there is none of a model with hooks or replaced methods.
+        """
+        if not self._quantizes or not self.drafter.copyable:
             return self.drafter
-        return Forward(
-            int8_twin(self.drafter.model, blocks=self.drafter.compiled),
-            f"{self.drafter.name} (int8)",
-            self.drafter.attn_implementation,
-            self.drafter.cuda_graphs,
-        )
+        model = int8_twin(self.drafter.model, self.drafter.compiled, self.drafter.state)
+        if self._twin is None or self._twin.model is not model:
+            if self._twin is not None:
+                self._prefixes.forget(self._twin)
+            self._twin = Forward(
+                model,
+                f"{self.drafter.name} (int8)",
+                self.drafter.attn_implementation,
+                self.drafter.cuda_graphs,
+            )
+        return self._twin
 
     @property
     def memory(self) -> Memory:
         """What the models and the kept KV take right now; a running generation's KV not counted."""
         own = 0 if self.drafter is self.target else _weight_bytes(self.drafter.model)
         # Not self.draft_forward: asking must not quantize.
-        twin = self.__dict__.get("draft_forward")
+        twin = self._twin
         return Memory(
             target_weights=_weight_bytes(self.target.model),
             drafter_weights=own + (0 if twin is None else int8_nbytes(twin.model)),
@@ -306,8 +315,9 @@ class RapidDecoder:
     def keep_only(self, prompt: Prompt) -> int:
         """Free the kept KV, but for what the target has read of this prompt.
 
-        Generations on one prompt can so begin from the very same KV, whatever came between them.
-        Returns how many of the prompt's tokens are kept, all but the last two at most.
+        Generations on one prompt then take equally long to begin, whatever came between them.
+        Returns how many of the prompt's tokens are kept: whole chunks of a prefill, which a short
+        prompt has none of.
         """
         ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
         return self._prefixes.keep_only(self.target, ids)
@@ -408,8 +418,7 @@ class RapidDecoder:
                 f"{forward.name}, the continuation has {len(tokens)}; shorten one of them"
             )
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
-            total = _log_likelihood(Session(forward, lease.cache), ids, tokens)
-            lease.tokens += tokens
+            total = _log_likelihood(Session(forward, lease.cache, ids), ids, tokens)
         if isnan(total):
             raise NumericalError(_NAN.format(name=forward.name))
         return total
@@ -483,7 +492,7 @@ class RapidDecoder:
         self._require_readable(prompt, forward)
         new = min(sampling.max_new_tokens, self._room(prompt, forward))
         draft: list[int] = []
-        draft_skipped: str | None = None
+        draft_skipped = NO_DRAFT_PROMPT if method == "lc" else None
         if draft_prompt is not None and own_prompt:
             draft = encode_prompt(draft_prompt, self.tokenizer, chat_template_kwargs)
             draft_skipped = self._unreadable(draft, self.drafter)
@@ -513,29 +522,28 @@ class RapidDecoder:
     @contextmanager
     def _open(self, request: _Request) -> Iterator[_Generation]:
         """Sessions for a request, which begin with what was read before and are kept after it."""
-        new = request.sampling.max_new_tokens
         with ExitStack() as leases:
 
             def lease(forward: Forward, prompt: Sequence[int]) -> tuple[Session, Lease]:
-                borrowed = leases.enter_context(
-                    self._prefixes.lease(
-                        forward, prompt, min(len(prompt) + new, forward.context_window)
-                    )
-                )
-                return Session(forward, borrowed.cache), borrowed
+                length, new = len(prompt), request.sampling.max_new_tokens
+                capacity = max(min(length + new, forward.context_window), length + ROOM)
+                borrowed = leases.enter_context(self._prefixes.lease(forward, prompt, capacity))
+                return Session(forward, borrowed.cache, prompt), borrowed
 
             target, kept = lease(request.forward, request.prompt)
             forward = request.forward
             sampler = Sampler(request.sampling, request.prompt, forward.device, forward.model)
             yield _Generation(
                 target=target,
-                lease=kept,
+                prompt=request.prompt,
+                cached=kept.reused,
                 drafters=self._drafters(request, target, sampler, lease),
                 drafter_name=self.drafter.name,
                 sampler=sampler,
                 config=request.config,
                 confidence=request.confidence,
                 method=request.method,
+                draft_skipped=request.draft_skipped,
             )
 
     def _drafters(
@@ -614,7 +622,6 @@ class RapidDecoder:
         with self._open(request) as generation:
             stats = generation.stats
             stats.max_new_tokens = sampling.max_new_tokens
-            stats.draft_skipped = request.draft_skipped
             try:
                 generation.prefill(progress)
             except torch.OutOfMemoryError:
@@ -688,7 +695,10 @@ class RapidDecoder:
 
 
 class _Request(NamedTuple):
-    """A checked call. ``draft_prompt`` is empty where nothing drafts, or without a prompt."""
+    """A checked call. ``draft_prompt`` is empty where nothing drafts, or without a prompt.
+
+    ``method`` is what is asked for; where nothing can be drafted, ``draft_skipped`` says why.
+    """
 
     prompt: list[int]
     draft_prompt: list[int]
@@ -721,29 +731,32 @@ class _Generation:
     def __init__(
         self,
         target: Session,
-        lease: Lease,
+        prompt: Sequence[int],
+        cached: int,
         drafters: Sequence[Drafter],
         drafter_name: str,
         sampler: Sampler,
         config: SpeculationConfig,
         confidence: float,
         method: Method,
+        draft_skipped: str | None,
     ) -> None:
         self.target = target
         self.sampler = sampler
         self.config = config
         self._confidence = confidence
-        self._lease = lease
-        self._prompt = list(lease.tokens)
+        self._method = method
+        self._prompt = list(prompt)
         self._output: list[int] = []
         self._drafter_name = drafter_name
         self._drafters = drafters
         self._sources: list[_Source] = []
         self.stats = Stats(
-            method=method,
+            method="lc" if method in DRAFTED else method,
             prompt_tokens=len(self._prompt),
-            cached_tokens=lease.reused,
+            cached_tokens=cached,
             draft_prompt_tokens=sum(drafter.prompt_tokens for drafter in drafters),
+            draft_skipped=NOTHING_PAID if method in DRAFTED else draft_skipped,
         )
 
     @torch.inference_mode()
@@ -760,9 +773,10 @@ class _Generation:
         if gamma != "auto":
             schedules = [FixedSchedule(gamma) for _ in self._drafters]
         elif self._drafters:
-            cost = pass_cost(self.target)  # once: in little room it is not kept
+            cost, always = pass_cost(self.target), self.config.transfer_strength > 0
             schedules = [
-                AdaptiveSchedule(cost, drafter.cost(), drafter.belief) for drafter in self._drafters
+                AdaptiveSchedule(cost, drafter.cost(), drafter.belief, always=always)
+                for drafter in self._drafters
             ]
         self._sources = list(map(_Source, self._drafters, schedules))
         if self.target.forward.device.type == "cuda":
@@ -802,6 +816,8 @@ class _Generation:
         self.stats.accepted_tokens += n
         self.stats.rejections += n < len(drafted)
         self.stats.draft_passes += draft.passes
+        if drafted:
+            self.stats.method, self.stats.draft_skipped = self._method, None
         if schedule is not None:
             schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
@@ -813,7 +829,6 @@ class _Generation:
         self.stats.completion_tokens = len(self._output)
         self.sampler.commit(tokens)
         self.target.rollback(len(self._prompt) + len(self._output) - 1)
-        self._lease.tokens += tokens  # the next turn of a conversation begins with them
 
     def _pending(self) -> Tensor:
         """The tokens that the target has not read: the last one, on the target's device."""

@@ -11,14 +11,21 @@ Method = Literal["rapid", "sd", "lc", "rag"]
 NOTHING_RETRIEVED = "the retriever returned nothing"
 """``Stats.draft_skipped`` where a pipeline's own retriever left the drafter without a context."""
 
+NO_DRAFT_PROMPT = "no draft prompt was given"
+"""The same where the target was asked alone."""
+
+NOTHING_PAID = "no draft was found that promised to save time"
+"""The same where ``gamma="auto"`` or a lookup drafted in no round."""
+
 
 @dataclass
 class Stats:
     """Counts and seconds of one generation.
 
     Attributes:
-        method: ``rapid`` (η > 0), ``sd`` (η = 0), ``lc`` (no draft: the target alone over its
-            whole prompt), or ``rag`` (the drafter alone over the retrieval context).
+        method: what happened: ``rapid`` (drafts, η > 0), ``sd`` (drafts, η = 0), ``lc`` (nothing
+            was drafted so far: the target alone over its whole prompt), or ``rag`` (the drafter
+            alone over the retrieval context).
         prompt_tokens: tokens of the target's prompt.
         cached_tokens: of these, those whose KV was kept from an earlier call and not read again.
         draft_prompt_tokens: tokens of the drafter's prompt; 0 without a draft.
@@ -37,7 +44,7 @@ class Stats:
         draft_seconds: of these, spent drafting; on a GPU, where drafts are launched and not waited
             for, what the host spent.
         time_to_first_token: seconds from the call to the first round's tokens; None before it.
-        draft_skipped: why a prepared draft was not used; None when it was, or none was asked for.
+        draft_skipped: where the method is ``lc``, why nothing was drafted; else None.
         omitted_tokens: tokens of the documents that ``truncate`` left out.
     """
 
@@ -94,7 +101,8 @@ class Stats:
     def together(cls, parts: Sequence[Stats]) -> Stats:
         """Of several generations, one after the other: counts and seconds add up.
 
-        What cannot be added is the first's; ``draft_skipped``, the first reason that there is.
+        The method is the first one that drafted, ``draft_skipped`` the first reason that there is;
+        what else cannot be added is the first's.
         """
         totals = {
             field.name: sum(getattr(part, field.name) for part in parts)
@@ -103,5 +111,8 @@ class Stats:
         }
         reasons = (part.draft_skipped for part in parts)
         return replace(
-            parts[0], **totals, draft_skipped=next((r for r in reasons if r is not None), None)
+            parts[0],
+            **totals,
+            method=next((p.method for p in parts if p.drafted_tokens), parts[0].method),
+            draft_skipped=next((r for r in reasons if r is not None), None),
         )

@@ -218,10 +218,10 @@ class CountedForward:
         self.caches = {}
         original = Forward.__call__
 
-        def spy(forward, tokens, cache, keep_logits):
+        def spy(forward, tokens, cache, *args):
             self.passes.append(len(tokens))
             self.caches[id(cache)] = cache
-            return original(forward, tokens, cache, keep_logits)
+            return original(forward, tokens, cache, *args)
 
         monkeypatch.setattr(Forward, "__call__", spy)
 
@@ -304,11 +304,18 @@ def ask(decoder, question, speculation=None, document=DOCUMENT, **options):
     )
 
 
+@pytest.fixture
+def short_chunks(monkeypatch) -> None:
+    """KV is reused in whole chunks of a prefill."""
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+
+
 def forgetful() -> RapidDecoder:
     """The same weights, and every prompt is read from its beginning."""
     return RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_bytes=0)
 
 
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=3, lookup=False)])
 def test_the_next_question_on_a_document_reads_only_itself(decoder, monkeypatch, speculation):
     assert ask(decoder, QUESTIONS[0], speculation).stats.cached_tokens == 0
@@ -322,9 +329,10 @@ def test_the_next_question_on_a_document_reads_only_itself(decoder, monkeypatch,
     assert (stats.prompt_tokens, stats.cached_tokens) == (103, 100)
     assert stats.as_dict()["cached_tokens"] == 100
     assert result.token_ids == ask(forgetful(), QUESTIONS[1], speculation).token_ids
-    assert ask(decoder, QUESTIONS[1], speculation).stats.cached_tokens == 101  # not the last two
+    assert ask(decoder, QUESTIONS[1], speculation).stats.cached_tokens == 100
 
 
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=4)], ids=["plain", "rapid"])
 def test_answers_do_not_depend_on_what_was_asked_before(decoder, sampling, speculation):
@@ -339,24 +347,26 @@ def test_answers_do_not_depend_on_what_was_asked_before(decoder, sampling, specu
         )
 
 
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=3)])
-def test_the_next_turn_of_a_conversation_reuses_the_answer(decoder, speculation):
+def test_the_next_turn_of_a_conversation_reuses_the_prompt_before_it(decoder, speculation):
     first = ask(decoder, QUESTIONS[0], speculation)
     before = [*DOCUMENT, *QUESTIONS[0], *first.token_ids]
     second = ask(decoder, QUESTIONS[1], speculation, document=before)
-    # The answer's last token was said, but never read.
-    assert second.stats.cached_tokens == len(before) - 1
+    # The end of the prompt and the answer are read again, as in a fresh prefill.
+    assert second.stats.cached_tokens == len(DOCUMENT)
     again = ask(forgetful(), QUESTIONS[1], speculation, document=before)
     assert second.token_ids == again.token_ids
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_a_closed_stream_leaves_what_it_has_read(decoder):
     stream = decoder.stream([*DOCUMENT, *QUESTIONS[0]], sampling=GREEDY)
     said = [token for _ in range(3) for token in next(stream).token_ids]
     stream.close()
     longer = [*DOCUMENT, *QUESTIONS[0], *said]
     result = ask(decoder, QUESTIONS[1], document=longer)
-    assert result.stats.cached_tokens == len(longer) - 1
+    assert result.stats.cached_tokens == len(DOCUMENT)
     assert result.token_ids == ask(forgetful(), QUESTIONS[1], document=longer).token_ids
 
 
@@ -367,17 +377,17 @@ class FailingForward:
         self.tokens = 0
         original, calls = Forward.__call__, iter(range(10_000))
 
-        def fail_once(forward, tokens, cache, keep_logits):
+        def fail_once(forward, tokens, cache, *args):
             if next(calls) == at:
                 raise error
             self.tokens += len(tokens)
-            return original(forward, tokens, cache, keep_logits)
+            return original(forward, tokens, cache, *args)
 
         monkeypatch.setattr(Forward, "__call__", fail_once)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_an_error_leaves_what_was_read_before_it(decoder, monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
     with monkeypatch.context() as context:
         FailingForward(context, at=4, error=KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -387,8 +397,8 @@ def test_an_error_leaves_what_was_read_before_it(decoder, monkeypatch):
     assert result.token_ids == ask(forgetful(), QUESTIONS[0]).token_ids
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_memory_that_runs_out_in_prefill_is_taken_from_what_is_idle(decoder, monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
     expected = ask(forgetful(), QUESTIONS[0])
     other = DOCUMENT[::-1]
     ask(decoder, QUESTIONS[0], document=other)
@@ -418,9 +428,9 @@ class SeenCaches:
         self._seen: weakref.WeakSet = weakref.WeakSet()
         original = Forward.__call__
 
-        def spy(forward, tokens, cache, keep_logits):
+        def spy(forward, tokens, cache, *args):
             self._seen.add(cache)
-            return original(forward, tokens, cache, keep_logits)
+            return original(forward, tokens, cache, *args)
 
         monkeypatch.setattr(Forward, "__call__", spy)
 
@@ -429,6 +439,7 @@ class SeenCaches:
         return len(self._seen)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_nothing_is_kept_without_a_budget_or_after_clearing(decoder, monkeypatch):
     caches = SeenCaches(monkeypatch)
     without = forgetful()
@@ -442,6 +453,7 @@ def test_nothing_is_kept_without_a_budget_or_after_clearing(decoder, monkeypatch
     assert ask(decoder, QUESTIONS[0], EXACT).stats.cached_tokens == 0
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_the_budget_bounds_what_is_kept(monkeypatch):
     per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32
     prompt_and_answer = (103 + 40) * per_token
@@ -454,6 +466,7 @@ def test_the_budget_bounds_what_is_kept(monkeypatch):
         RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_bytes=-1)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_threads_share_a_document(decoder):
     expected = [ask(forgetful(), question, EXACT).token_ids for question in QUESTIONS]
     answers: dict[int, list[int]] = {}
@@ -476,6 +489,7 @@ def test_threads_share_a_document(decoder):
     assert max(cached) >= len(DOCUMENT)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_a_folder_keeps_prompts_for_the_next_process(tmp_path, monkeypatch):
     monkeypatch.setattr(reuse, "WORTH_SAVING", 20)
     monkeypatch.setattr(reuse, "WORTH_LOADING", 10)
@@ -653,10 +667,10 @@ def test_a_drafter_drafts_as_far_as_its_window_goes(mode, sampling, drafted):
     run = decoder.drafter.__class__.__call__
 
     class Watched(type(decoder.drafter)):
-        def __call__(self, tokens, cache, keep_logits):
+        def __call__(self, tokens, cache, *args):
             if self is decoder.drafter:
                 positions.append(cache.length + len(tokens))
-            return run(self, tokens, cache, keep_logits)
+            return run(self, tokens, cache, *args)
 
     decoder.drafter.__class__ = Watched
     config = SpeculationConfig(mode=mode, gamma=4, lookup=False)
@@ -846,7 +860,8 @@ def test_what_is_not_on_this_machine_is_named(tmp_path, monkeypatch):
         RapidDecoder.from_pretrained(tmp_path, device="cpu")
 
 
-def test_memory_is_told():
+def test_memory_is_told(monkeypatch):
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 3)  # of short prompts none were kept
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
     weights = sum(p.nbytes for p in decoder.target.model.parameters())
     assert decoder.memory == Memory(weights, 0, 0)  # asking quantizes nothing

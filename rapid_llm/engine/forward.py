@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from rapid_llm.engine import attention
 from rapid_llm.engine.graphs import GraphedStep, is_capturable
-from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.identity import ModelState
+from rapid_llm.engine.kv_cache import KVCache, Reader
 from rapid_llm.engine.lean import is_lean, lean_logits
-from rapid_llm.engine.native_pass import native_pass
-from rapid_llm.errors import MissingDependencyError, ModelError
+from rapid_llm.engine.native_pass import NativePass, native_pass
+from rapid_llm.errors import MissingDependencyError, ModelError, OutdatedKVError
 
 SUPPORTED = frozenset(
     {
@@ -54,6 +57,9 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
 class Forward:
     """Runs a model over our cache: a lean forward pass where there is one, or its own.
 
+    The model is what it is at each call: see :class:`rapid_llm.engine.identity.ModelState`, which
+    says what is followed, and what its user must say by :meth:`RapidDecoder.clear_cache`.
+
     Args:
         model: a decoder-only transformers model.
         name: what errors and results call it.
@@ -63,7 +69,8 @@ class Forward:
             and can be captured.
 
     Raises:
-        ModelError: the architecture or the attention implementation is not supported.
+        ModelError: the architecture, an adapter or the attention implementation is not supported.
+            Calls raise it too, as adapters may be added later.
         MissingDependencyError: the attention implementation is not installed.
     """
 
@@ -91,20 +98,81 @@ class Forward:
                 f"{name}: attn_implementation='flash_attention_2' needs the package flash-attn and "
                 "a CUDA device; install it, or use 'rapid' or 'sdpa'"
             )
-        self.model = model.eval()
+        self.model = model
         self.name = name
         self.attn_implementation = attn_implementation
         self.config = model.config.get_text_config()
         if getattr(self.config, "use_bidirectional_attention", None):
             raise ModelError(f"{name} attends in both directions; a causal model is needed")
-        self.lean = attn_implementation == attention.NAME and is_lean(model)
         self.cuda_graphs = cuda_graphs
-        self._captures = (
-            cuda_graphs and self.device.type == "cuda" and self.lean and is_capturable(model)
-        )
-        self._steps: WeakKeyDictionary[KVCache, GraphedStep] = WeakKeyDictionary()
-        self._native = native_pass(model) if self.lean else None
         self._lock = _lock_of(model)
+        with self._lock:
+            self.state = ModelState(model)
+            self._choose()
+
+    def _choose(self) -> None:
+        """Passes for the model as it is now."""
+        self._chosen: int | None = None
+        self._steps: WeakKeyDictionary[KVCache, GraphedStep] = WeakKeyDictionary()
+        self._native: NativePass | None = None
+        self._require_layers_in_order()
+        self._require_tokens_alike()
+        self._lean = self.attn_implementation == attention.NAME and is_lean(self.state)
+        # What a scaled rotary embedding does to itself in a pass is for :meth:`absorb`.
+        self._leaves_itself = self._lean and is_capturable(self.model)
+        self._captures = self.cuda_graphs and self._leaves_itself and self.device.type == "cuda"
+        if self._lean:
+            self._native = native_pass(self.model)
+        self._chosen = self.state.number
+
+    def _follow(self) -> None:
+        """What was done to the model since the last call; under its lock."""
+        if self.state.look() != self._chosen:
+            self._choose()
+
+    def _require_layers_in_order(self) -> None:
+        """Refuses layers that were taken out or put in without telling them and the config."""
+        layers: Any = self.model.get_decoder().layers
+        places = [getattr(layer.self_attn, "layer_idx", i) for i, layer in enumerate(layers)]
+        if places != list(range(self.config.num_hidden_layers)):
+            raise ModelError(
+                f"{self.name}: its layers keep their KV at {places}, but its config promises "
+                f"{self.config.num_hidden_layers} layers, from 0 on; set config.num_hidden_layers, "
+                "and layer_idx of each layer's self_attn"
+            )
+
+    def _require_tokens_alike(self) -> None:
+        """Refuses what makes of a token something else where a sequence is read in parts."""
+        adapters = getattr(self.model, "peft_config", None) or {}
+        active: Any = getattr(self.model, "active_adapters", ())
+        if not adapters or getattr(self.model, "_adapters_disabled", False):
+            return
+        for name in active() if callable(active) else active:
+            config = adapters[name]
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            if (
+                config.is_prompt_learning
+                or config.is_adaption_prompt
+                or kind == "XLORA"
+                or getattr(config, "alora_invocation_tokens", None)
+            ):
+                raise ModelError(
+                    f"{self.name}: the adapter {name!r} ({kind}) is not supported, because it adds "
+                    "to a whole sequence what reading it in parts does not; use an adapter of the "
+                    "weights, such as LoRA, or disable it"
+                )
+
+    @property
+    def lean(self) -> bool:
+        """Whether our own passes compute what the model does, as it is now."""
+        with self._lock:
+            self._follow()
+            return self._lean
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by a pass: whoever holds it has the model alone."""
+        return self._lock
 
     @property
     def device(self) -> torch.device:
@@ -135,46 +203,123 @@ class Forward:
         return getattr(self.config, "sliding_window", None) is not None
 
     @property
+    def copyable(self) -> bool:
+        """Whether a copy of the model would compute what it does, as it is now."""
+        with self._lock:
+            self._follow()
+            return self.state.copyable
+
+    @property
     def compiled(self) -> bool:
-        """Whether few tokens are read by the compiled kernels."""
-        return self._native is not None
+        """Whether few tokens are read by the compiled kernels, as the model is now."""
+        with self._lock:
+            self._follow()
+            return self._native is not None
+
+    @property
+    def switches(self) -> list[int]:
+        """Lengths beyond which the rotary embedding turns every position of a sequence otherwise.
+
+        Longrope has one: KV of a sequence up to it is of no use beyond.
+        """
+        return [
+            int(rope["original_max_position_embeddings"])
+            for rope in self._ropes()
+            if rope.get("rope_type") == "longrope"
+        ]
+
+    def _ropes(self) -> list[dict[str, Any]]:
+        """The rotary embeddings' parameters: one set, or one for each type of layer."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        nested = [each for each in rope.values() if isinstance(each, dict) and "rope_type" in each]
+        return nested or [rope]
+
+    def reader(self, length: int) -> Reader:
+        """What reads a sequence of so many tokens now: KV that another one read is of no use.
+
+        Raises:
+            ModelError: the rotary embedding changes with every token at such lengths, or an adapter
+                is not supported.
+        """
+        with self._lock:
+            self._follow()
+            return Reader(self.state.number, self._scale(length))
+
+    def _scale(self, length: int) -> int:
+        window = int(self.config.max_position_embeddings)
+        if length > window and any(rope.get("rope_type") == "dynamic" for rope in self._ropes()):
+            raise ModelError(
+                f"{self.name} scales its rotary embedding dynamically: beyond {window} tokens "
+                f"(here {length}) each new one changes all before it; stay below, or load the "
+                "model with rope_type 'yarn'"
+            )
+        return sum(length > switch for switch in self.switches)
+
+    def kept_reader(self, length: int) -> Reader | None:
+        """As :meth:`reader`, for KV that is kept between calls.
+
+        Looks at the weights more closely. None where KV must not be kept: what the model computes
+        depends on code that somebody has put in, and on what that code may read.
+        """
+        with self._lock:
+            self.state.take_samples()
+            reader = self.reader(length)
+            return reader if self.state.traceable else None
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
 
-    def refresh(self) -> None:
-        """Follow what was done to the model since: compiled passes hold on to its weights."""
-        if self._native is not None and self._native.stale:
-            self._native = native_pass(self.model) if is_lean(self.model) else None
-
-    def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, cache: KVCache, keep_logits: int, length: int | None = None
+    ) -> Tensor:
         """Append tokens to the cache.
 
         Args:
             tokens: int64 ``[n]`` on any device; they follow what the cache holds.
             cache: has room for n more tokens; left as it was if the pass fails.
-            keep_logits: for how many of the last positions logits are computed, at least 1.
+            keep_logits: for how many of the last positions logits are computed, 1 to n.
+            length: tokens of the whole sequence, where these are only a part of it; some kinds
+                of rotary embedding depend on that.
 
         Returns:
             float32 ``[keep_logits, vocab_size]``.
+
+        Raises:
+            OutdatedKVError: what the cache holds is not what the model would compute now.
+            ModelError: an adapter was added that is not supported.
         """
         start = cache.length
         ids = tokens.to(self.device, non_blocking=True)
         first = start + cache.skipped
-        positions = torch.arange(first, first + ids.shape[0], device=self.device)
-        run = self._lean_pass if self.lean else self._own_pass
-        try:
-            with self._lock:
+        end = first + ids.shape[0]
+        length = max(length or end, end)
+        with self._lock:
+            reader = self.reader(length)
+            if start == 0:
+                cache.reader = reader
+            elif cache.reader not in (None, reader):
+                raise OutdatedKVError(
+                    f"{self.name} has changed since it read the first {first} tokens; read them "
+                    "again with the weights and the adapter that it has now"
+                )
+            positions = torch.arange(first, end, device=self.device)
+            if reader.scale != self._scale(end):  # the embedding goes by the last position
+                positions = torch.cat([positions, positions.new_tensor([length - 1])])
+            run = self._lean_pass if self._lean else self._own_pass
+            try:
                 return run(ids, positions, cache, keep_logits).float()
-        except BaseException:
-            cache.rollback(start)
-            raise
+            except BaseException:
+                cache.rollback(start)
+                raise
+            finally:
+                if not self._leaves_itself:
+                    self.state.absorb()
 
     def _lean_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        if self._captures and len(ids) == 1 and cache.length > 0:
+        if self._captures and len(positions) == 1 and cache.length > 0:
             return self._graphed(cache)(ids, cache)
-        if self._native is not None and self._native.serves(ids, cache):
+        if self._native is not None and self._native.serves(ids, cache, keep):
             return self._native(ids, positions, cache, keep)
         return lean_logits(self.model, ids, positions, cache, keep)
 
@@ -186,13 +331,14 @@ class Forward:
         return step
 
     def _own_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        with self._attention():
+        with self._attention(), self._turned_for(positions[len(ids) :]):
             output = self.model(
                 input_ids=ids[None],
-                position_ids=positions[None],
+                position_ids=positions[None, : len(ids)],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                return_dict=True,
             )
         logits: Tensor = output.logits[0]
         return logits
@@ -200,10 +346,46 @@ class Forward:
     @contextmanager
     def _attention(self) -> Iterator[None]:
         """Our attention for one pass only: the caller's own use of the model must not change."""
-        config: Any = self.config
-        before = config._attn_implementation
-        config._attn_implementation = self.attn_implementation
+        configs: list[Any] = [c for c in self.state.configs if type(c) is type(self.config)]
+        before = [config._attn_implementation for config in configs]
+        for config in configs:  # a module that was copied has its own
+            config._attn_implementation = self.attn_implementation
         try:
             yield
         finally:
-            config._attn_implementation = before
+            for config, name in zip(configs, before, strict=True):
+                config._attn_implementation = name
+
+    @contextmanager
+    def _turned_for(self, last: Tensor) -> Iterator[None]:
+        """The model's rotary embedding as for a sequence up to a position, ``[1]`` or none."""
+        with ExitStack() as hooks:
+            for module in self.model.modules() if len(last) else ():
+                if hasattr(module, "rope_type"):
+                    longer = partial(_with_position, last)
+                    hooks.enter_context(
+                        _removed(module.register_forward_pre_hook(longer, with_kwargs=True))
+                    )
+                    hooks.enter_context(_removed(module.register_forward_hook(_without_last)))
+            yield
+
+
+def _with_position(
+    last: Tensor, module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a rotary embedding, (x, position_ids, …), with one more position."""
+    given = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | options
+    given["position_ids"] = torch.cat([given["position_ids"], last[None]], dim=1)
+    return (), given
+
+
+def _without_last(module: torch.nn.Module, args: Any, output: tuple[Tensor, ...]) -> Any:
+    return tuple(part[:, :-1] for part in output)
+
+
+@contextmanager
+def _removed(hook: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        hook.remove()

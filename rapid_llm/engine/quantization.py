@@ -10,6 +10,8 @@ Activations stay in the model's dtype, or become 16-bit whole numbers.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.products import linear
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
@@ -31,7 +34,14 @@ class FewBitLinear(nn.Module):
 
     Attributes:
         weight, bias: the layer's it was made from, shared; a prefill is faster with these.
+        stands_for: the type of that layer.
+        made_anew: the tensors that it did not have.
+        divides: how many inputs the product takes at a time: it reads beyond any other number.
     """
+
+    stands_for = nn.Linear
+    made_anew: tuple[str, ...] = ()
+    divides = 1
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -47,6 +57,8 @@ class Int8Linear(FewBitLinear):
         scale: ``[out]`` in the weight's dtype.
     """
 
+    made_anew = ("int8", "scale")
+    divides = 16
     int8: Tensor
     scale: Tensor
 
@@ -74,6 +86,9 @@ GROUP = 32
 ROWS = 16
 """Outputs of a block."""
 
+BLOCK_BYTES = {8: 2 * ROWS + ROWS * GROUP, 4: 4 * ROWS + ROWS * GROUP // 2}
+"""Of a block of so many bits a weight."""
+
 _ON_GRID = 0.1
 """Weights hold no more than 4 bits if they are nearer than this, in the root mean square, to 16
 equidistant values a group, whose distance is 1: any weights have 0.29, and those that had 4 bits
@@ -93,6 +108,8 @@ class BlockLinear(FewBitLinear):
         bits: of a weight.
     """
 
+    made_anew = ("blocks",)
+    divides = GROUP
     blocks: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -185,6 +202,8 @@ class Int8Projections(nn.Module):
     The layers' int8 weights become views of one tensor, so that nothing is stored twice.
     """
 
+    stands_for = None
+
     def __init__(self, *layers: Int8Linear) -> None:
         super().__init__()
         self._layers = layers  # a tuple: these modules already have a parent
@@ -207,25 +226,51 @@ class Int8Projections(nn.Module):
         )
 
 
-_twins: WeakKeyDictionary[PreTrainedModel, dict[bool, PreTrainedModel]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Twin:
+    """A quantized copy, and what it was made of."""
+
+    model: PreTrainedModel
+    made_of: tuple[Any, ...]
+
+
+_twins: WeakKeyDictionary[PreTrainedModel, dict[bool, _Twin]] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def int8_twin(model: PreTrainedModel, blocks: bool = False) -> PreTrainedModel:
+def int8_twin(
+    model: PreTrainedModel, blocks: bool = False, state: ModelState | None = None
+) -> PreTrainedModel:
     """The same model with int8 linear layers; every weight of its own is shared, not copied.
 
-    Made once for a model and a choice of ``blocks``, freed with the model.
+    Made once for a model as it is and a choice of ``blocks``, freed with the model. Layers stay
+    as they are where a row's length does not suit the product, or where they are no plain linear
+    layers: so an adapter is in the twin, and its base is quantized.
 
     Args:
         model: to be quantized.
         blocks: in blocks for the compiled kernels, which take a model of which every dimension
             but the vocabulary's is a multiple of 32; of 4 bits where the weights hold no more.
+        state: the model's, if there is one, to tell whether it has changed.
+
+    Raises:
+        InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
     """
+    state = ModelState(model) if state is None else state
     with _making:
+        state.take_samples()
+        if not state.copyable:
+            raise InvalidParameterError(
+                f"{type(model).__name__} has hooks, replaced methods, layers or tensors of its own "
+                "kind, of which there is no int8 copy; remove them, or leave "
+                "drafter_quantization out"
+            )
+        made_of = state.contents
         twins = _twins.setdefault(model, {})
-        if blocks not in twins:
-            twins[blocks] = _quantized_copy(model, BlockLinear if blocks else Int8Linear)
-        return twins[blocks]
+        if blocks not in twins or twins[blocks].made_of != made_of:
+            twin = _quantized_copy(model, BlockLinear if blocks else Int8Linear)
+            twins[blocks] = _Twin(twin, made_of)
+        return twins[blocks].model
 
 
 def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrainedModel:
@@ -233,7 +278,7 @@ def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrai
     with torch.inference_mode(False):  # or the quantized weights would be of use there only
         for parent in list(twin.modules()):
             for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
+                if type(child) is nn.Linear and child.weight.shape[1] % kind.divides == 0:
                     setattr(parent, name, kind(child))
             layers = [getattr(parent, name, None) for name in ("q_proj", "k_proj", "v_proj")]
             projections = [layer for layer in layers if isinstance(layer, Int8Linear)]

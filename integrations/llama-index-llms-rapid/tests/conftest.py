@@ -74,6 +74,14 @@ def tiny_decoder(chat: bool = True, window: int = 16384, seed: int = 5) -> Rapid
     return RapidDecoder(LlamaForCausalLM(config).eval(), tiny_tokenizer(chat), name="tiny")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What passes cost is kept out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAPID_LLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: socket.socket, address: Any) -> None:
@@ -144,10 +152,10 @@ def slow_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
     original = Forward.__call__
 
-    def slow(self: Forward, tokens: Any, cache: Any, keep_logits: int) -> Any:
+    def slow(self: Forward, tokens: Any, cache: Any, *args: Any) -> Any:
         passes.append(len(tokens))
         time.sleep(0.02)
-        return original(self, tokens, cache, keep_logits)
+        return original(self, tokens, cache, *args)
 
     monkeypatch.setattr(Forward, "__call__", slow)
     return passes
