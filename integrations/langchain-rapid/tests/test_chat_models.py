@@ -380,8 +380,6 @@ def test_token_counts_are_the_models(llm, prompts):
     assert llm.decoder.tokenizer.decode(llm.get_token_ids("ab")) == "ab"
     message = llm.invoke(CHAT)
     assert llm.get_num_tokens_from_messages(CHAT) == message.usage_metadata["input_tokens"]
-    with pytest.raises(InvalidParameterError, match="tools"):
-        llm.get_num_tokens_from_messages(CHAT, tools=[{"name": "f"}])
 
 
 # --- caching -----------------------------------------------------------------------------------
