@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -74,7 +75,15 @@ class FullDocuments:
         self._ids: dict[tuple[str, str], str | None] = {}
         if isinstance(documents, str):
             self._texts = self._listed({"": Whole(documents)} if documents else {})
-        elif isinstance(documents, Mapping) or callable(documents):
+        elif isinstance(documents, Mapping):
+            self._texts = documents
+            names = Counter(map(str, documents))
+            if twice := next((name for name, count in names.items() if count > 1), None):
+                raise DocumentError(
+                    f"two documents have the id {twice!r}: ids are compared as text, so give each "
+                    "its own"
+                )
+        elif callable(documents):
             self._texts = documents
         elif isinstance(documents, Sequence) and all(isinstance(d, Document) for d in documents):
             loaded = cast("Sequence[Document]", documents)

@@ -46,10 +46,7 @@ def for_loading(options: Mapping[str, Any], *, other_model: bool) -> dict[str, A
 
     Another model than the field's, which a call may name, has no revision of that name.
     """
-    plain = {
-        name: value.get_secret_value() if isinstance(value, SecretStr) else value
-        for name, value in options.items()
-    }
+    plain = {name: _revealed(value) for name, value in options.items()}
     if other_model:
         plain.pop("revision", None)
     return plain
@@ -57,4 +54,14 @@ def for_loading(options: Mapping[str, Any], *, other_model: bool) -> dict[str, A
 
 def identifying(options: Mapping[str, Any]) -> dict[str, Any]:
     """What tells one model from another, for traces and cache keys; no secret is among it."""
-    return {name: value for name, value in options.items() if name not in _FETCHING}
+    return {
+        name: identifying(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name not in _FETCHING
+    }
+
+
+def _revealed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _revealed(inner) for name, inner in value.items()}
+    return value.get_secret_value() if isinstance(value, SecretStr) else value

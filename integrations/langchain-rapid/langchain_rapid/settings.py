@@ -184,7 +184,7 @@ class RapidModel(BaseModel):
                 f"{given}= was given without {missing}=: the retriever finds the drafter's "
                 "context, the documents are the target's; pass both or neither"
             )
-        hub.require_own(self.hub_options, (*_PLACEMENT, *_KEPT))
+        hub.require_own(self.hub_options, (*_PLACEMENT, *_KEPT, "chat_template_kwargs"))
         if self.documents is not None:
             self._sources = FullDocuments(self.documents, self.document_id_key)
         self._call(None, {})  # refuses values outside their range
