@@ -248,9 +248,10 @@ class ChatRapid(RapidModel, BaseChatModel):
     ) -> int:
         """Tokens of a prompt as the model reads it, the chat template's included.
 
-        What cannot be sent in this form (messages of tools, images, an order that no template
-        takes) is counted as LangChain counts it, by the text alone; tools are not counted. So any
-        part of a history can be measured, as ``trim_messages`` and memories do.
+        A history that ends with an answer is counted with the opening of the next question, as it
+        would be read then. What cannot be sent in this form (messages of tools, images, an order
+        that no template takes) is counted as LangChain counts it, by the text alone; tools are not
+        counted. So any part of a history can be measured, as ``trim_messages`` and memories do.
         """
         if tools:
             warnings.warn("ChatRapid does not call tools, so they are not counted", stacklevel=2)
@@ -260,7 +261,10 @@ class ChatRapid(RapidModel, BaseChatModel):
             decoder = self._decoder_for(self.model)
             variables = decoder.chat_template_kwargs | self.chat_template_kwargs
             with contextlib.suppress(InvalidParameterError):
-                return len(Encoder(decoder.tokenizer, variables).chat(to_chat(messages)))
+                chat = to_chat(messages)
+                if chat[-1]["role"] == "assistant":
+                    chat.append({"role": "user", "content": ""})
+                return len(Encoder(decoder.tokenizer, variables).chat(chat))
         return super().get_num_tokens_from_messages(messages)
 
 

@@ -86,7 +86,8 @@ class RapidModel(BaseModel):
     Nothing is loaded, and torch is not imported, before the first token is asked for.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    # Errors do not show what was given, as a token may be among it.
+    model_config = ConfigDict(arbitrary_types_allowed=True, hide_input_in_errors=True)
 
     model: str = "smollm2-135m"
     """Target: a hub id, a folder, a GGUF file, or the packaged model. A call may name another."""
@@ -356,9 +357,13 @@ class RapidModel(BaseModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = (*_PLACEMENT, *_SAMPLING, *_SPECULATION, *_LIMITS, "chat_template_kwargs")
-        hub_options = hub.identifying(self.hub_options)
-        return {name: getattr(self, name) for name in names} | {"hub_options": hub_options}
+        names = (*_PLACEMENT, *_SAMPLING, *_SPECULATION, *_LIMITS)
+        # Under a name of its own, as a call's chat_template_kwargs come beside it in a cache key.
+        template = self.decoder.chat_template_kwargs if self.decoder is not None else {}
+        return {name: getattr(self, name) for name in names} | {
+            "hub_options": hub.identifying(self.hub_options),
+            "chat_template_defaults": template | self.chat_template_kwargs,
+        }
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a text under the model's tokenizer, without BOS or EOS."""
