@@ -11,7 +11,8 @@ import pytest
 from conftest import smollm2, tiny_model, tiny_tokenizer
 
 from rapid_llm import ContextBuilder, Inquiry, RapidDecoder, SamplingParams
-from rapid_llm.context.embedding import Vectors, load_embedder
+from rapid_llm.context import embedding
+from rapid_llm.context.embedding import PACKAGED_EMBEDDER, Vectors
 from rapid_llm.context.retrieved import Documents, Passage, ground
 from rapid_llm.errors import DocumentError, InvalidParameterError, ModelError
 
@@ -139,6 +140,8 @@ def test_a_threshold_that_was_asked_for_is_a_limit() -> None:
 
 
 def test_the_papers_threshold_belongs_to_its_embedder() -> None:
+    load_embedder: Any = embedding.load_embedder
+
     class M3Embedder:
         passage_max_length = 64
 
@@ -151,6 +154,9 @@ def test_the_papers_threshold_belongs_to_its_embedder() -> None:
     assert load_embedder(M3Embedder()).threshold == load_embedder(Other()).threshold == 0.3
     M3Embedder.__name__ = "BaseEmbedder"
     assert load_embedder(M3Embedder()).threshold is None
+    packaged = load_embedder(PACKAGED_EMBEDDER, "cpu")
+    assert packaged.threshold == 0.3
+    assert load_embedder(packaged._model).threshold is None
 
 
 @pytest.mark.parametrize("retriever", ["bm25", "hybrid", "dense"])

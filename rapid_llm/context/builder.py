@@ -100,8 +100,8 @@ class ContextBuilder:
         chunk_tokens: the most tokens a chunk may have, at least 32; never more than
             ``min_budget_tokens``.
         threshold: the least cosine similarity of a retrieved chunk, in [-1, 1]; for ``dense`` only,
-            the other scores having no fixed scale. None takes the embedder's own, 0.3 of BGE-M3's
-            and none of others', and keeps the best chunk in any case.
+            the other scores having no fixed scale. None takes the embedder's own, which is 0.3 for
+            BGE-M3 and the packaged model and none for others, and keeps the best chunk in any case.
         min_budget_tokens: the budget of short documents, at least 32.
         compression: λ, at least 1: the budget of long documents is their tokens ÷ λ.
         persist_directory: where Chroma keeps the vectors, so that a document is embedded once for

@@ -128,17 +128,3 @@ def fit_documents(
         f"{max_new_tokens} leaves no room for it in the context window of {window} tokens: "
         "shorten the question or lower max_new_tokens"
     )
-
-
-def fit_prompt(
-    document: str,
-    render: Callable[[str], Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    max_new_tokens: int,
-    truncate: Truncate | None = None,
-) -> Prompt:
-    """:func:`fit_documents` with one document and no passages."""
-    return fit_documents(
-        [document], lambda parts: render(parts[0]), tokenizer, window, max_new_tokens, truncate
-    ).prompt
