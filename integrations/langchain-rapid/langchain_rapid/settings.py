@@ -122,8 +122,8 @@ class RapidModel(BaseModel):
     """Nucleus mass in (0, 1]; 1 keeps every token."""
     top_k: int = 0
     """Number of most likely tokens kept; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Above 0; 1 is none."""
+    repetition_penalty: float | None = None
+    """Above 0; 1 is none; None is what the model's ``generation_config`` says."""
     stop: list[str] | None = None
     """Strings that end the answer and are cut from it. Those of a call replace these."""
     seed: int | None = None

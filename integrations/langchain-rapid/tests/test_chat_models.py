@@ -260,6 +260,14 @@ def test_seed(llm):
     assert len({answer(hot.invoke("Hi")) for _ in range(4)}) > 1  # None draws afresh
 
 
+def test_what_the_models_own_configuration_says_counts(decoder):
+    whole = answer(ChatRapid(decoder=decoder, max_tokens=20).invoke("Hello"))
+    decoder.target.model.generation_config.repetition_penalty = 5.0
+    llm = ChatRapid(decoder=decoder, max_tokens=20)
+    assert answer(llm.invoke("Hello")) != whole
+    assert answer(llm.invoke("Hello", repetition_penalty=1.0)) == whole
+
+
 def test_stop_strings_cut_exactly(decoder, llm):
     whole = answer(llm.invoke("Hello"))
     stop = whole[7:10]
