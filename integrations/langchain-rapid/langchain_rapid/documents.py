@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from math import isnan
 from typing import Any, Literal, TypeAlias, cast
 
 from langchain_core.documents import Document
@@ -77,7 +78,7 @@ class FullDocuments:
             self._texts = self._listed({"": Whole(documents)} if documents else {})
         elif isinstance(documents, Mapping):
             self._texts = documents
-            names = Counter(map(str, documents))
+            names = Counter(map(id_text, documents))
             if twice := next((name for name, count in names.items() if count > 1), None):
                 raise DocumentError(
                     f"two documents have the id {twice!r}: ids are compared as text, so give each "
@@ -102,13 +103,13 @@ class FullDocuments:
         Raises:
             DocumentError: it is no text.
         """
-        name = self._ids.get((key, str(value)), str(value))
+        name = self._ids.get((key, id_text(value)), id_text(value))
         if name is None:
-            return None
+            return None  # several documents share it
         if isinstance(self._texts, Mapping):
             text = self._texts.get(name)
             if text is None:
-                text = self._texts.get(next((k for k in self._texts if str(k) == name), name))
+                text = self._texts.get(next((k for k in self._texts if id_text(k) == name), name))
         else:
             text = _ask(self._texts, name)
             if text is None and not isinstance(value, str):
@@ -134,7 +135,8 @@ class FullDocuments:
                 "nothing was retrieved, and on_empty='read_all' cannot list documents that are "
                 "given as a function: give a mapping or a list"
             )
-        return {str(key): _whole(str(key), text) for key, text in self._texts.items()}
+        named = ((id_text(key), text) for key, text in self._texts.items())
+        return {name: _whole(name, text) for name, text in named}
 
     def key_in(self, chunk: Document) -> str | None:
         """The key of a chunk's metadata, other than those tried, that names a document."""
@@ -147,7 +149,7 @@ class FullDocuments:
         """For errors: how the ids look."""
         if not isinstance(self._texts, Mapping):
             return "the function that looks documents up"
-        first = ", ".join(repr(str(name)) for name in islice(self._texts, 3))
+        first = ", ".join(repr(id_text(name)) for name in islice(self._texts, 3))
         more = len(self._texts) - 3
         return f"the documents given ({first}{f' and {more} more' if more > 0 else ''})"
 
@@ -161,7 +163,7 @@ class FullDocuments:
         parts: dict[str, list[Document]] = {}
         for number, document in enumerate(documents):
             named = ids_of(document, self.id_keys)
-            name = str(named[0][1]) if named else document.id or ""
+            name = id_text(named[0][1]) if named else document.id or ""
             if not name and len(documents) > 1:
                 raise DocumentError(
                     f"document {number} of {len(documents)} has no id, so its chunks cannot be "
@@ -171,8 +173,8 @@ class FullDocuments:
             parts.setdefault(name, []).append(document)
             for key, value in named:
                 # An id of a lower rank that several documents share names none of them.
-                if self._ids.setdefault((key, str(value)), name) != name:
-                    self._ids[key, str(value)] = None
+                if self._ids.setdefault((key, id_text(value)), name) != name:
+                    self._ids[key, id_text(value)] = None
         if not join_files:
             for name, same in parts.items():
                 _require_one_file(name, same, self.id_keys)
@@ -185,7 +187,17 @@ def ids_of(document: Document, keys: Sequence[str] = ID_KEYS) -> list[tuple[str,
     ``Document.id`` is not it: a vector store gives every chunk an id of its own.
     """
     metadata = document.metadata
-    return [(key, metadata[key]) for key in keys if metadata.get(key) is not None]
+    return [(key, metadata[key]) for key in keys if id_text(metadata.get(key))]
+
+
+def id_text(value: Any) -> str:
+    """An id as text, by which ids are compared; "" for none.
+
+    A whole number is the same as a float, as which some stores return it, and NaN is none.
+    """
+    if isinstance(value, float) and (isnan(value) or value.is_integer()):
+        return "" if isnan(value) else str(int(value))
+    return "" if value is None else str(value)
 
 
 def _ask(texts: Callable[[Any], Text | None], name: Any) -> Text | None:

@@ -10,7 +10,7 @@ from langchain_core.documents import Document
 from rapid_llm.context.retrieved import Passage, ground
 from rapid_llm.errors import DocumentError
 
-from langchain_rapid.documents import FullDocuments, OnEmpty, Whole, ids_of
+from langchain_rapid.documents import FullDocuments, OnEmpty, Whole, id_text, ids_of
 from langchain_rapid.labels import label
 
 
@@ -144,12 +144,12 @@ class _LookUp:
         """Its document's name here, the document, and what the document's id is said to be."""
         ids = ids_of(chunk, self._documents.id_keys)
         for key, value in ids:
-            question = key, str(value)
+            question = key, id_text(value)
             if question not in self._asked:
                 self._asked[question] = self._documents.find(key, value)
             if found := self._asked[question]:
                 return *found, found[0]
-        said = str(ids[0][1]) if ids else None
+        said = id_text(ids[0][1]) if ids else None
         if found := self._documents.find_without([key for key, _ in ids]):
             return *found, said
         if ids:

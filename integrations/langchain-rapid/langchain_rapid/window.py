@@ -39,6 +39,9 @@ def places_of(
 ) -> list[Place]:
     """Where documents stand in a prompt.
 
+    Of a prompt whose template changed them (an escape, a cut) the longest message counts as one
+    document.
+
     Args:
         sources: the documents.
         blocks: how each was formatted.
@@ -65,7 +68,18 @@ def places_of(
                     )
                 start += len(block) + len(separator)
             at = content.find(text, at + len(text))
-    return found
+    return found or ([_around(sources, contents)] if text else [])
+
+
+def _around(sources: Sequence[Source], contents: Sequence[str]) -> Place:
+    """The longest of several texts, with the passages that it holds."""
+    longest, _ = _longest(contents)
+    content = contents[longest["message"]]
+    texts = [cited.chunk.page_content for source in sources for cited in source.cited]
+    longest["passages"] += [
+        (at, at + len(text)) for text in texts if (at := content.find(text)) >= 0
+    ]
+    return longest
 
 
 def _passages(source: Source) -> list[tuple[int, int] | str]:
@@ -143,7 +157,7 @@ class Window(NamedTuple):
             return Fitted(self.encode(prompt), 0)
         if isinstance(prompt, str):
             return self._cut(prompt, places or [_all_of(0, prompt)])
-        longest, is_most = _longest(prompt)
+        longest, is_most = _longest(contents_of(prompt))
         if places or is_most:
             try:
                 return self._cut(prompt, places or [longest])
@@ -215,9 +229,8 @@ def _all_of(message: int, content: str) -> Place:
     return Place(message=message, start=0, end=len(content), passages=[])
 
 
-def _longest(messages: Sequence[Message]) -> tuple[Place, bool]:
-    """The longest message, and whether it is more than half of all."""
-    contents = contents_of(messages)
+def _longest(contents: Sequence[str]) -> tuple[Place, bool]:
+    """The longest of the messages' texts, and whether it is more than half of all."""
     longest = max(range(len(contents)), key=lambda i: len(contents[i]))
     is_most = 2 * len(contents[longest]) > sum(map(len, contents))
     return _all_of(longest, contents[longest]), is_most

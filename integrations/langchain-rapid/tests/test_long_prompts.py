@@ -101,6 +101,30 @@ def test_a_passage_that_was_reworded_is_kept_at_the_end(decoder, prompts):
     assert prompts[0].index("Orsina keeps it.") > prompts[0].index("A-END")
 
 
+def test_documents_that_stand_in_a_prompt_twice_are_cut_twice(decoder, prompts):
+    llm = ChatRapid(decoder=decoder, max_tokens=20, truncate="middle")
+    prompt = ChatPromptTemplate.from_messages(
+        [("system", "{context}"), ("human", "{context}\n{input}")]
+    )
+    create_rapid_documents_chain(llm, prompt, documents=TEXTS).invoke(INPUT)
+    assert all(prompts[0].count(piece) == 2 for piece in KEPT)
+    assert_cut_around_what_was_retrieved(decoder, prompts[0])
+
+
+def test_a_template_that_escapes_what_is_put_into_it(decoder, prompts):
+    text = TEXTS["a"].replace("a" * 2000, '<b>"' + "a" * 1990)
+    llm = ChatRapid(decoder=decoder, max_tokens=20, truncate="middle")
+    prompt = ChatPromptTemplate.from_template(
+        "{{context}}\nQuestion: {{input}}", template_format="mustache"
+    )
+    create_rapid_documents_chain(llm, prompt, documents={"a": text}).invoke(
+        {"context": CHUNKS[:1], "input": "Who?"}
+    )
+    assert "&lt;b&gt;" in prompts[0]
+    assert FACT in prompts[0]
+    assert prompts[0].endswith("Question: Who?\n[assistant]")
+
+
 def test_nothing_is_left_out_of_what_fits(decoder):
     llm = ChatRapid(decoder=decoder, max_tokens=20, truncate="middle")
     rapid = llm.invoke("Hello").response_metadata["rapid"]

@@ -44,6 +44,19 @@ def test_a_number_or_a_path_is_an_id(name):
         assert read([chunk("Te", source=str(name))], documents) == ["Text."]
 
 
+def test_a_store_that_returns_numbers_as_floats():
+    assert read([chunk("Te", document_id=7.0)], {7: "Text.", 8: "Other."}) == ["Text."]
+    assert read([chunk("Te", document_id=7.0)], {"7": "Text."}.get) == ["Text."]
+
+
+@pytest.mark.parametrize("blank", [None, "", float("nan")])
+def test_a_blank_id_is_none(blank):
+    shadowed = chunk("Third.", document_id=blank, source="b")
+    assert read([shadowed], TEXTS) == [TEXTS["b"]]
+    chunks = [chunk("From the web.", source=blank), chunk("Third.", source="b")]
+    assert read(chunks, TEXTS) == ["From the web.", TEXTS["b"]]
+
+
 def test_a_function_may_want_the_id_as_it_is():
     assert read([chunk("Te", document_id=7)], {7: "Text."}.get) == ["Text."]
     assert read([chunk("Te", document_id=7)], {"7": "Text."}.get) == ["Text."]
