@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from math import isnan
+from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, cast
 
 from langchain_core.documents import Document
@@ -195,8 +196,9 @@ def id_text(value: Any) -> str:
 
     A whole number is the same as a float, as which some stores return it, and NaN is none.
     """
-    if isinstance(value, float) and (isnan(value) or value.is_integer()):
-        return "" if isnan(value) else str(int(value))
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        number = float(value)
+        return "" if isnan(number) else str(int(number) if number.is_integer() else value)
     return "" if value is None else str(value)
 
 

@@ -99,7 +99,8 @@ def find_sources(
 
 
 def _checked(chunks: object) -> list[Document]:
-    listed: list[Any] = list(chunks) if isinstance(chunks, Iterable) else [chunks]
+    several = isinstance(chunks, Iterable) and not isinstance(chunks, Document)
+    listed: list[Any] = list(chunks) if several else [chunks]
     for chunk in listed:
         if not isinstance(chunk, Document):
             raise DocumentError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import numpy as np
 import pytest
 from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate
@@ -45,7 +46,8 @@ def test_a_number_or_a_path_is_an_id(name):
 
 
 def test_a_store_that_returns_numbers_as_floats():
-    assert read([chunk("Te", document_id=7.0)], {7: "Text.", 8: "Other."}) == ["Text."]
+    for number in (7.0, np.float32(7), np.int64(7)):
+        assert read([chunk("Te", document_id=number)], {7: "Text.", 8: "Other."}) == ["Text."]
     assert read([chunk("Te", document_id=7.0)], {"7": "Text."}.get) == ["Text."]
 
 
