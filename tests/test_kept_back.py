@@ -279,6 +279,35 @@ def test_an_unknown_on_empty_is_refused(decoder: RapidDecoder) -> None:
             refused()
 
 
+@pytest.mark.parametrize("method", ["rapid", "sd", "rag"])
+@pytest.mark.parametrize("max_new_tokens", [4, 300, 10_000])
+def test_no_more_is_retrieved_than_the_models_have_room_for(
+    decoder: RapidDecoder, method: Any, max_new_tokens: int
+) -> None:
+    """With a builder's defaults, made for windows of 8,000 tokens and more."""
+
+    class Alike(Cosines):
+        def embed_documents(self, texts: Sequence[str]) -> Vectors:
+            return np.ones((len(texts), 2), dtype=np.float32)
+
+    small = tiny_model(seed=1, max_position_embeddings=256)
+    documents = [" ".join(f"w{3 + i % 40}" for i in range(300 + 1500 * n)) for n in range(3)]
+    for drafter in (None, small):
+        inquiry = Inquiry(
+            RapidDecoder(decoder.target.model, decoder.tokenizer, drafter),
+            ContextBuilder(decoder.tokenizer, Alike("alike")),
+            documents,
+            "w5",
+            sampling=SamplingParams(max_new_tokens=max_new_tokens),
+            truncate="middle",
+        )
+        stats = inquiry.answer(method).stats
+        assert stats.method == method
+        assert stats.draft_skipped is None
+        window = 512 if drafter is None else 256
+        assert 32 <= inquiry.context.tokens <= window - min(max_new_tokens, window // 2)
+
+
 def test_truncation_keeps_what_was_retrieved(decoder: RapidDecoder) -> None:
     class Marked(Cosines):
         """Similar is a chunk with the word w60."""
