@@ -99,8 +99,9 @@ def find_sources(
 
 
 def _checked(chunks: object) -> list[Document]:
-    several = isinstance(chunks, Iterable) and not isinstance(chunks, Document)
-    listed: list[Any] = list(chunks) if several else [chunks]
+    if isinstance(chunks, Document) or not isinstance(chunks, Iterable):
+        chunks = [chunks]
+    listed: list[Any] = list(chunks)
     for chunk in listed:
         if not isinstance(chunk, Document):
             raise DocumentError(
