@@ -47,8 +47,9 @@ class ChatRapid(RapidModel, BaseChatModel):
     - ``retriever=`` and ``documents=``: the last human message is the question;
     - ``draft_messages=`` of a call, or bound by ``bind``.
 
-    Without one the target decodes plainly. Every field of :class:`RapidModel` from ``max_tokens``
-    to ``truncate``, and ``model``, may be overridden by a call's argument of that name.
+    Without one the target decodes plainly. Every field of :class:`RapidModel` from
+    ``chat_template_kwargs`` to ``truncate``, and ``model``, may be overridden by a call's argument
+    of that name.
 
     Example:
         .. code-block:: python

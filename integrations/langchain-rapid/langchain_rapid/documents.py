@@ -18,7 +18,7 @@ Documents: TypeAlias = str | Mapping[Any, Text] | Sequence[Document] | Callable[
 """One text; texts by document id; what a loader returned; or a function from id to text."""
 
 OnEmpty = Literal["empty", "read_all"]
-"""What the target reads where nothing was retrieved: an empty context, or every document."""
+"""The core's, without its imports: where nothing was retrieved, read nothing or every document."""
 
 ID_KEYS = ("document_id", "doc_id", "source")
 """Where the metadata of chunks and documents are looked up, in turn, for a document's id."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, cast
 
 from langchain_core.documents import Document
@@ -12,6 +13,9 @@ from rapid_llm.errors import DocumentError
 
 from langchain_rapid.documents import FullDocuments, OnEmpty, Whole, id_text, ids_of
 from langchain_rapid.labels import label
+
+_ASTRAY = "\0"
+"""Begins the names here of chunks without an id; no document's has it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def find_sources(
         whole = wholes[name] if wholes[name].text == text else Whole(text)
         behind = [passage.document for passage in cast("tuple[_Chunk, ...]", own)]
         starts |= {id(chunk): _start(chunk, whole) for chunk in behind}
-        metadata = {key: label(key, name, whole, behind) for key in labels}
+        source = "" if name.startswith(_ASTRAY) else name
+        metadata = {key: label(key, source, whole, behind) for key in labels}
         cited = [Cited(chunk, starts[id(chunk)]) for chunk in behind]
         full.append(Source(Document(text, metadata=metadata), cited))
 
@@ -162,7 +167,7 @@ class _LookUp:
                 f"another key with document_id_key={_hint(chunk, self._documents)}"
             )
         self.without_id += 1
-        return f"\0{chunk.page_content}", Whole.joined([chunk]), None  # a name no document has
+        return f"{_ASTRAY}{chunk.page_content}", Whole.joined([chunk]), None
 
 
 def _hint(chunk: Document, documents: FullDocuments) -> str:
@@ -176,8 +181,9 @@ def _hint(chunk: Document, documents: FullDocuments) -> str:
 def _start(chunk: Document, whole: Whole) -> int | None:
     """The chunk's first character in the whole text; None if it is not in it as it stands."""
     text = chunk.page_content
-    said = chunk.metadata.get("start_index")
-    if isinstance(said, int):  # counted from the beginning of the part that was split
+    given = chunk.metadata.get("start_index")
+    said = int(float(given)) if isinstance(given, Real) else None
+    if said is not None:  # counted from the beginning of the part that was split
         same = (p.start for p in whole.parts if p.metadata.items() <= chunk.metadata.items())
         for start in (said + part for part in (*same, 0)):
             if whole.text.startswith(text, start):

@@ -169,9 +169,13 @@ def test_blank_pages_are_passed_over():
 def test_where_a_chunk_of_a_page_begins_in_the_whole_document():
     pages = [chunk("Same words. More.", source="r.pdf", page=n) for n in range(3)]
     found = find_sources(
-        [chunk("More.", source="r.pdf", page=2, start_index=12)], FullDocuments(pages)
+        [
+            chunk("More.", source="r.pdf", page=2, start_index=12),
+            chunk("words.", source="r.pdf", page=1, start_index=5.0),
+        ],
+        FullDocuments(pages),
     )
-    assert found.retrieved == [{"document_id": "r.pdf", "start_index": 2 * 19 + 12}]
+    assert [described["start_index"] for described in found.retrieved] == [2 * 19 + 12, 19 + 5]
 
 
 def test_an_id_given_to_two_files_is_told():
@@ -210,6 +214,15 @@ def test_both_models_read_it(decoder, prompts):
     assert prompts == [
         f"<s>[user]{TEXTS['b']}\n\nFrom the web.\n?\n[assistant]",
         "<s>[user]Third.\n\nFrom the web.\n?\n[assistant]",
+    ]
+
+
+def test_no_label_is_made_up_for_it():
+    chunks = [chunk("From the web.", title="W"), chunk("Third.", source="b")]
+    found = find_sources(chunks, FullDocuments(TEXTS), labels=["source", "title"])
+    assert [source.document.metadata for source in found.full] == [
+        {"source": "", "title": "W"},
+        {"source": "b", "title": ""},
     ]
 
 
