@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, get_args
 
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel, BaseLLM, LanguageModelLike
@@ -15,8 +15,10 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.base import RunnableBindingBase
 from rapid_llm.errors import InvalidParameterError
 
-from langchain_rapid.documents import SEPARATOR, Documents, FullDocuments
+from langchain_rapid.documents import SEPARATOR, Documents, FullDocuments, OnEmpty
+from langchain_rapid.messages import text_of
 from langchain_rapid.settings import RapidModel
+from langchain_rapid.window import places_of
 
 _PAGE_CONTENT = PromptTemplate.from_template("{page_content}")
 
@@ -31,27 +33,29 @@ def create_rapid_documents_chain(
     document_separator: str = SEPARATOR,
     document_variable_name: str = "context",
     document_id_key: str | None = None,
+    on_empty: OnEmpty = "empty",
 ) -> Runnable[dict[str, Any], Any]:
     """``create_stuff_documents_chain`` with one more argument: the full documents.
 
     The prompt is formatted twice: for the drafter with the retrieved chunks, without repetitions;
     for the target with the full documents that they were cut from, in the order of their first
-    chunk. If nothing was retrieved, the target reads all documents and decodes plainly, which
+    chunk. If nothing was retrieved, the context is empty and the target decodes plainly, which
     ``response_metadata["rapid"]["draft_skipped"]`` says.
 
     Args:
         llm: a ``ChatRapid`` or ``RapidLLM``, or one with bound arguments.
         prompt: with ``document_variable_name`` among its input variables.
         documents: the full texts: one string, a mapping from document id to text, a list of
-            Document (as a loader returned them), or a function from document id to text.
+            Document (as a loader returned them), or a function from document id to text. A text
+            may be a Document too.
         output_parser: ``StrOutputParser`` if None.
-        document_prompt: formats a chunk and a full document alike; a full document has the
-            metadata of its first chunk, and its own if a list of Document was given. Only the
-            text if None.
+        document_prompt: formats a chunk and a full document alike; what it may say of a full
+            document is in :func:`langchain_rapid.labels.label`. Only the text if None.
         document_separator: between two formatted chunks or documents.
         document_variable_name: the prompt's variable for them, and their key in the input.
-        document_id_key: the key of a chunk's metadata that holds the document's id; None tries
-            ``document_id``, ``doc_id`` and ``source``.
+        document_id_key: the key of a chunk's metadata that holds the document's id; None takes
+            the first of ``document_id``, ``doc_id`` and ``source`` that names a document.
+        on_empty: ``read_all`` has the target read every document where nothing was retrieved.
 
     Returns:
         A Runnable from a dictionary with the retrieved documents under
@@ -59,7 +63,8 @@ def create_rapid_documents_chain(
         gives it, to the output parser's result.
 
     Raises:
-        InvalidParameterError: the prompt has no such variable, or the LLM is another.
+        InvalidParameterError: the prompt has no such variable, the LLM is another, or there is no
+            such ``on_empty``.
         DocumentError: ``documents`` cannot be used; when called: a chunk's document is unknown.
     """
     if document_variable_name not in prompt.input_variables:
@@ -67,6 +72,10 @@ def create_rapid_documents_chain(
             f"the prompt has no input variable {document_variable_name!r} for the documents, only "
             f"{', '.join(prompt.input_variables) or 'none'}: add it, or pass "
             "document_variable_name="
+        )
+    if on_empty not in get_args(OnEmpty):
+        raise InvalidParameterError(
+            f"on_empty={on_empty!r} is not allowed: pass 'empty' or 'read_all'"
         )
     innermost = llm
     while isinstance(innermost, RunnableBindingBase):
@@ -82,6 +91,7 @@ def create_rapid_documents_chain(
         document_prompt or _PAGE_CONTENT,
         document_separator,
         document_variable_name,
+        on_empty,
         as_text=isinstance(innermost, BaseLLM),
     )
     chain: Runnable[dict[str, Any], Any] = answer | (output_parser or StrOutputParser())
@@ -105,6 +115,7 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
         document_prompt: BasePromptTemplate[str],
         separator: str,
         variable: str,
+        on_empty: OnEmpty,
         *,
         as_text: bool,
     ) -> None:
@@ -114,6 +125,7 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
         self.document_prompt = document_prompt
         self.separator = separator
         self.variable = variable
+        self.on_empty = on_empty
         self.as_text = as_text
 
     def invoke(
@@ -145,18 +157,31 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
         """The LLM with the draft bound to it, and the target's prompt."""
         from langchain_rapid.grounding import find_sources
 
-        found = find_sources(inputs[self.variable], self.documents)
-        bound: dict[str, Any] = {"retrieved": found.retrieved}
+        found = find_sources(
+            inputs[self.variable],
+            self.documents,
+            on_empty=self.on_empty,
+            labels=set(self.document_prompt.input_variables) - {"page_content"},
+        )
+        blocks = self._formatted([source.document for source in found.full])
+        target = self._filled(inputs, blocks)
+        bound: dict[str, Any] = {
+            "retrieved": found.retrieved,
+            "documents_at": places_of(found.full, blocks, self.separator, self._contents(target)),
+        }
         if found.chunks:
-            draft = self._format(inputs, found.chunks)
+            draft = self._filled(inputs, self._formatted(found.chunks))
             if self.as_text:
                 bound["draft_prompt"] = draft.to_string()
             else:
                 bound["draft_messages"] = draft.to_messages()
-        return self.llm.bind(**bound), self._format(inputs, found.documents)
+        return self.llm.bind(**bound), target
 
-    def _format(self, inputs: dict[str, Any], documents: list[Document]) -> PromptValue:
-        text = self.separator.join(
-            format_document(document, self.document_prompt) for document in documents
-        )
-        return self.prompt.format_prompt(**{**inputs, self.variable: text})
+    def _formatted(self, documents: list[Document]) -> list[str]:
+        return [format_document(document, self.document_prompt) for document in documents]
+
+    def _filled(self, inputs: dict[str, Any], blocks: list[str]) -> PromptValue:
+        return self.prompt.format_prompt(**{**inputs, self.variable: self.separator.join(blocks)})
+
+    def _contents(self, prompt: PromptValue) -> list[str]:
+        return [prompt.to_string()] if self.as_text else list(map(text_of, prompt.to_messages()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +25,14 @@ from langchain_core.messages import AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableConfig
 from pydantic import ConfigDict, model_validator
+from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
+from langchain_rapid.answers import response_metadata, usage
+from langchain_rapid.encoding import Encoder
 from langchain_rapid.messages import last_question, text_of, to_chat
-from langchain_rapid.settings import (
-    VERSION,
-    Call,
-    RapidModel,
-    beside,
-    child_of,
-    response_metadata,
-    usage,
-)
+from langchain_rapid.runs import beside, child_of
+from langchain_rapid.settings import VERSION, Call, RapidModel
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import Chunk
@@ -49,8 +47,9 @@ class ChatRapid(RapidModel, BaseChatModel):
     - ``retriever=`` and ``documents=``: the last human message is the question;
     - ``draft_messages=`` of a call, or bound by ``bind``.
 
-    Without one the target decodes plainly. Every field of :class:`RapidModel` from ``max_tokens``
-    to ``truncate``, and ``model``, may be overridden by a call's argument of that name.
+    Without one the target decodes plainly. Every field of :class:`RapidModel` from
+    ``chat_template_kwargs`` to ``truncate``, and ``model``, may be overridden by a call's argument
+    of that name.
 
     Example:
         .. code-block:: python
@@ -227,18 +226,21 @@ class ChatRapid(RapidModel, BaseChatModel):
     def _with_contexts(
         self, messages: list[BaseMessage], chunks: list[Document]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
-        """The target's messages, and what tells a call of the drafter's."""
+        """The target's messages, and what tells a call of the drafter's and the documents'."""
         index = last_question(messages)
-        target, draft, retrieved = self._contexts(chunks, text_of(messages[index]))
+        contexts = self._contexts(chunks, text_of(messages[index]))
 
         def around(content: str) -> list[BaseMessage]:
             question = messages[index].model_copy(update={"content": content})
             return [*messages[:index], question, *messages[index + 1 :]]
 
-        found: dict[str, Any] = {"retrieved": retrieved}
-        if draft is not None:
-            found["draft_messages"] = around(draft)
-        return around(target), found
+        found: dict[str, Any] = {
+            "retrieved": contexts.retrieved,
+            "documents_at": [{**place, "message": index} for place in contexts.places],
+        }
+        if contexts.draft is not None:
+            found["draft_messages"] = around(contexts.draft)
+        return around(contexts.target), found
 
     # --- token counts --------------------------------------------------------------------------
 
@@ -247,15 +249,24 @@ class ChatRapid(RapidModel, BaseChatModel):
     ) -> int:
         """Tokens of a prompt as the model reads it, the chat template's included.
 
-        Raises:
-            InvalidParameterError: a message cannot be sent, or there are tools.
+        A history that ends with an answer is counted with the opening of the next question, as it
+        would be read then. What cannot be sent in this form (messages of tools, images, an order
+        that no template takes) is counted as LangChain counts it, by the text alone; tools are not
+        counted. So any part of a history can be measured, as ``trim_messages`` and memories do.
         """
-        from rapid_llm.encoding import encode_prompt
-        from rapid_llm.errors import InvalidParameterError
-
         if tools:
-            raise InvalidParameterError("tools were given: ChatRapid does not call tools")
-        return len(encode_prompt(to_chat(messages), self._decoder_for(self.model).tokenizer))
+            warnings.warn("ChatRapid does not call tools, so they are not counted", stacklevel=2)
+        if not messages:
+            return 0
+        if self.custom_get_token_ids is None:
+            decoder = self._decoder_for(self.model)
+            variables = decoder.chat_template_kwargs | self.chat_template_kwargs
+            with contextlib.suppress(InvalidParameterError):
+                chat = to_chat(messages)
+                if chat[-1]["role"] == "assistant":
+                    chat.append({"role": "user", "content": ""})
+                return len(Encoder(decoder.tokenizer, variables).chat(chat))
+        return super().get_num_tokens_from_messages(messages)
 
 
 def _generation_chunk(chunk: Chunk, call: Call) -> ChatGenerationChunk:

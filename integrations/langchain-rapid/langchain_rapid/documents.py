@@ -2,87 +2,245 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from math import isnan
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias, cast
 
 from langchain_core.documents import Document
 from rapid_llm.errors import DocumentError
 
-Documents: TypeAlias = str | Mapping[str, str] | Sequence[Document] | Callable[[str], str | None]
+Text: TypeAlias = str | Document
+Documents: TypeAlias = str | Mapping[Any, Text] | Sequence[Document] | Callable[[Any], Text | None]
 """One text; texts by document id; what a loader returned; or a function from id to text."""
 
+OnEmpty = Literal["empty", "read_all"]
+"""The core's, without its imports: where nothing was retrieved, read nothing or every document."""
+
 ID_KEYS = ("document_id", "doc_id", "source")
-"""Where a chunk's metadata is looked up, in turn, for the id of the document it was cut from."""
+"""Where the metadata of chunks and documents are looked up, in turn, for a document's id."""
 
 SEPARATOR = "\n\n"
 
+_PAGE_KEYS = ("page", "page_number")
+"""Under which loaders number the parts of a file."""
 
-def document_id(document: Document, key: str | None = None) -> str | None:
-    """The id of the document that a chunk was cut from; None if its metadata does not say.
 
-    ``Document.id`` is not it: a vector store gives every chunk an id of its own.
+@dataclass(frozen=True)
+class Part:
+    """Of a part of a document: what its loader said, and its first character in the whole text."""
 
-    Args:
-        document: a chunk, or a document itself.
-        key: the metadata's key; None tries ``ID_KEYS`` in turn.
-    """
-    for name in ID_KEYS if key is None else (key,):
-        if (value := document.metadata.get(name)) is not None:
-            return str(value)
-    return None
+    metadata: Mapping[str, Any]
+    start: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One full document; without parts if nothing but its text is known."""
+
+    text: str
+    parts: tuple[Part, ...] = ()
+
+    @classmethod
+    def joined(cls, documents: Sequence[Document]) -> Whole:
+        """Of its parts, in their order."""
+        texts = [document.page_content for document in documents]
+        starts = accumulate((len(text) + len(SEPARATOR) for text in texts), initial=0)
+        parts = (Part(d.metadata, start) for d, start in zip(documents, starts, strict=False))
+        return cls(SEPARATOR.join(texts), tuple(parts))
 
 
 class FullDocuments:
-    """Full texts by document id.
+    """Full texts by document id. Ids are compared as text: a number or a path may be one.
 
     Args:
-        documents: see :data:`Documents`. Of a list, those with the same id are one document, its
-            parts in their order (a PDF loader returns a page each); ``Document.id`` serves if
-            the metadata holds none, and a single document needs no id.
-        id_key: see :func:`document_id`.
+        documents: see :data:`Documents`. Of a list, those with the same id are parts of one
+            document, in the order of their page numbers if all have one, or else of the list (a
+            PDF loader returns a page each). ``Document.id`` serves if the metadata holds none.
+        id_key: the metadata's key for the id; None tries ``ID_KEYS`` in turn.
 
     Attributes:
-        texts: as ``rapid_llm.context.retrieved.ground`` takes them.
+        id_keys: where an id is looked for.
 
     Raises:
-        DocumentError: there are none, several have no id, or they are of another type.
+        DocumentError: there are none, several have no id, two of different files have the same,
+            or they are of another type.
     """
 
     def __init__(self, documents: Documents, id_key: str | None = None) -> None:
-        self.id_key = id_key
-        self.texts: str | Mapping[str, str] | Callable[[str], str | None]
-        self._metadata: dict[str | None, dict[str, Any]] = {}
-        if isinstance(documents, str | Mapping) or callable(documents):
-            self.texts = documents
+        self.id_keys = ID_KEYS if id_key is None else (id_key,)
+        self._texts: Mapping[Any, Text | Whole] | Callable[[Any], Text | None]
+        self._only: tuple[str, Whole] | None = None
+        self._ids: dict[tuple[str, str], str | None] = {}
+        if isinstance(documents, str):
+            self._texts = self._listed({"": Whole(documents)} if documents else {})
+        elif isinstance(documents, Mapping):
+            self._texts = documents
+            names = Counter(map(id_text, documents))
+            if twice := next((name for name, count in names.items() if count > 1), None):
+                raise DocumentError(
+                    f"two documents have the id {twice!r}: ids are compared as text, so give each "
+                    "its own"
+                )
+        elif callable(documents):
+            self._texts = documents
         elif isinstance(documents, Sequence) and all(isinstance(d, Document) for d in documents):
-            self.texts = self._from_list(cast("Sequence[Document]", documents))
+            loaded = cast("Sequence[Document]", documents)
+            self._texts = self._listed(self._joined(loaded, join_files=id_key is not None))
         else:
             raise DocumentError(
                 f"documents of type {type(documents).__name__} are not allowed: pass one text, a "
                 "mapping from id to text, a list of Document, or a function from id to text"
             )
-        if not self.texts:
+        if not self._texts:
             raise DocumentError("documents is empty: pass at least one document")
 
-    def _from_list(self, documents: Sequence[Document]) -> str | dict[str, str]:
-        if len(documents) == 1:
-            # Every chunk is from it, whatever its metadata says.
-            self._metadata[None] = documents[0].metadata
-            return documents[0].page_content
-        parts: dict[str, list[str]] = {}
+    def find(self, key: str, value: Any) -> tuple[str, Whole] | None:
+        """The document, and its id, that a chunk's metadata names with this key and value.
+
+        Raises:
+            DocumentError: it is no text.
+        """
+        name = self._ids.get((key, id_text(value)), id_text(value))
+        if name is None:
+            return None  # several documents share it
+        if isinstance(self._texts, Mapping):
+            text = self._texts.get(name)
+            if text is None:
+                text = self._texts.get(next((k for k in self._texts if id_text(k) == name), name))
+        else:
+            text = _ask(self._texts, name)
+            if text is None and not isinstance(value, str):
+                text = _ask(self._texts, value)
+        return None if text is None else (name, _whole(name, text))
+
+    def find_without(self, keys: Collection[str]) -> tuple[str, Whole] | None:
+        """The single document, and its id, for a chunk that has other ids, under ``keys``, or none.
+
+        None if there are several documents, or the document has an id under one of these keys too,
+        so that the chunk must be another's.
+        """
+        return None if any(key in keys for key, _ in self._ids) else self._only
+
+    def all(self) -> dict[str, Whole]:
+        """Every document by its id.
+
+        Raises:
+            DocumentError: they cannot be listed, two have the same id, or one is no text.
+        """
+        if not isinstance(self._texts, Mapping):
+            raise DocumentError(
+                "nothing was retrieved, and on_empty='read_all' cannot list documents that are "
+                "given as a function: give a mapping or a list"
+            )
+        named = ((id_text(key), text) for key, text in self._texts.items())
+        return {name: _whole(name, text) for name, text in named}
+
+    def key_in(self, chunk: Document) -> str | None:
+        """The key of a chunk's metadata, other than those tried, that names a document."""
+        if not isinstance(self._texts, Mapping):
+            return None  # a function is asked for ids only
+        named = chunk.metadata.items()
+        return next((k for k, v in named if k not in self.id_keys and self.find(k, v)), None)
+
+    def __str__(self) -> str:
+        """For errors: how the ids look."""
+        if not isinstance(self._texts, Mapping):
+            return "the function that looks documents up"
+        first = ", ".join(repr(id_text(name)) for name in islice(self._texts, 3))
+        more = len(self._texts) - 3
+        return f"the documents given ({first}{f' and {more} more' if more > 0 else ''})"
+
+    def _listed(self, wholes: dict[str, Whole]) -> dict[str, Whole]:
+        if len(wholes) == 1:
+            (self._only,) = wholes.items()
+        return wholes
+
+    def _joined(self, documents: Sequence[Document], *, join_files: bool) -> dict[str, Whole]:
+        documents = [d for d in documents if d.page_content.strip()] or list(documents)
+        parts: dict[str, list[Document]] = {}
         for number, document in enumerate(documents):
-            name = document_id(document, self.id_key) or document.id
-            if name is None:
-                keys = "/".join(ID_KEYS) if self.id_key is None else self.id_key
+            named = ids_of(document, self.id_keys)
+            name = id_text(named[0][1]) if named else document.id or ""
+            if not name and len(documents) > 1:
                 raise DocumentError(
                     f"document {number} of {len(documents)} has no id, so its chunks cannot be "
-                    f"told from others: put one into its metadata ({keys}), or pass "
-                    "document_id_key="
+                    f"told from others: put one into its metadata ({'/'.join(self.id_keys)}), or "
+                    "pass document_id_key="
                 )
-            parts.setdefault(name, []).append(document.page_content)
-            self._metadata.setdefault(name, document.metadata)
-        return {name: SEPARATOR.join(texts) for name, texts in parts.items()}
+            parts.setdefault(name, []).append(document)
+            for key, value in named:
+                # An id of a lower rank that several documents share names none of them.
+                if self._ids.setdefault((key, id_text(value)), name) != name:
+                    self._ids[key, id_text(value)] = None
+        if not join_files:
+            for name, same in parts.items():
+                _require_one_file(name, same, self.id_keys)
+        return {name: Whole.joined(_in_order(same)) for name, same in parts.items()}
 
-    def metadata(self, name: str | None) -> dict[str, Any]:
-        """What a loader said of a document; of one with several parts, of the first."""
-        return self._metadata.get(name, {})
+
+def ids_of(document: Document, keys: Sequence[str] = ID_KEYS) -> list[tuple[str, Any]]:
+    """What the metadata of a chunk or a document say of the document's id: keys and values.
+
+    ``Document.id`` is not it: a vector store gives every chunk an id of its own.
+    """
+    metadata = document.metadata
+    return [(key, metadata[key]) for key in keys if id_text(metadata.get(key))]
+
+
+def id_text(value: Any) -> str:
+    """An id as text, by which ids are compared; "" for none.
+
+    A whole number is the same as a float, as which some stores return it, and NaN is none.
+    """
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        number = float(value)
+        return "" if isnan(number) else str(int(number) if number.is_integer() else value)
+    return "" if value is None else str(value)
+
+
+def _ask(texts: Callable[[Any], Text | None], name: Any) -> Text | None:
+    try:
+        return texts(name)
+    except KeyError:  # as a dictionary's own look-up says that there is no such document
+        return None
+
+
+def _whole(name: str, text: object) -> Whole:
+    if isinstance(text, Whole):
+        return text
+    if isinstance(text, Document):
+        return Whole.joined([text])
+    if isinstance(text, str):
+        return Whole(text)
+    raise DocumentError(
+        f"document {name!r} is {type(text).__name__}, not text: give a str or a Document"
+    )
+
+
+def _in_order(documents: list[Document]) -> list[Document]:
+    for key in _PAGE_KEYS:
+        pages = [str(document.metadata.get(key)) for document in documents]
+        if all(page.isdecimal() for page in pages):
+            numbered = sorted(zip(map(int, pages), documents, strict=True), key=lambda p: p[0])
+            return [document for _, document in numbered]
+    return documents
+
+
+def _require_one_file(name: str, documents: list[Document], keys: Sequence[str]) -> None:
+    """Entries with one id are parts of one file, or else one id was given twice."""
+    sources = {str(d.metadata["source"]) for d in documents if "source" in d.metadata}
+    if len(sources) > 1:
+        (key, _), *_ = ids_of(documents[0], keys)
+        raise DocumentError(
+            f"documents of different files have the {key} {name!r} ({', '.join(sorted(sources))}): "
+            f"give each its own, or pass document_id_key={key!r} if they are to be read as one"
+        )
+    if not ids_of(documents[0], keys) and len({d.page_content for d in documents}) > 1:
+        raise DocumentError(
+            f"{len(documents)} documents have the id {name!r}: give each its own, or put what "
+            f"they are parts of into their metadata ({'/'.join(keys)})"
+        )

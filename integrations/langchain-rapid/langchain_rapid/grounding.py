@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, cast
 
 from langchain_core.documents import Document
 from rapid_llm.context.retrieved import Passage, ground
 from rapid_llm.errors import DocumentError
 
-from langchain_rapid.documents import FullDocuments, document_id
+from langchain_rapid.documents import FullDocuments, OnEmpty, Whole, id_text, ids_of
+from langchain_rapid.labels import label
+
+_ASTRAY = "\0"
+"""Begins the names here of chunks without an id; no document's has it."""
+
+
+@dataclass(frozen=True)
+class Cited:
+    """A retrieved chunk, and where it begins in its document (None: it is not found there)."""
+
+    chunk: Document
+    start: int | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A document that the target reads; its metadata are the labels asked for."""
+
+    document: Document
+    cited: list[Cited]
 
 
 @dataclass(frozen=True)
@@ -20,61 +41,157 @@ class Sources:
     Attributes:
         chunks: the retrieved ones without repetitions, in the retriever's order: the drafter's
             context. Empty if nothing was retrieved.
-        documents: the full documents that they were cut from, in the order of their first chunk:
-            the target's context. All documents if nothing was retrieved. Their metadata is
-            that of their first chunk, under what a list of documents says itself.
+        full: the full documents that they were cut from, in the order of their first chunk: the
+            target's context.
         retrieved: of each chunk its ``id``, its ``document_id`` and its ``start_index`` (in
             characters of the full text), as far as they are known.
     """
 
     chunks: list[Document]
-    documents: list[Document]
+    full: list[Source]
     retrieved: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Chunk(Passage):
-    document: Document | None = None
+    document: Document = field(kw_only=True)
+    said_id: str | None = field(kw_only=True)
 
 
-def find_sources(chunks: Iterable[Document], documents: FullDocuments) -> Sources:
+def find_sources(
+    chunks: Iterable[Document],
+    documents: FullDocuments,
+    *,
+    on_empty: OnEmpty = "empty",
+    labels: Collection[str] = (),
+) -> Sources:
     """Find the full documents behind retrieved chunks.
 
+    A chunk's document is named by the first of its ids (``documents.id_keys``) that names one at
+    all. A chunk without an id, beside others that have one, is read as it is by both models.
+
+    Args:
+        chunks: what was retrieved, best first.
+        documents: where the full texts are.
+        on_empty: ``read_all`` reads every document where nothing was retrieved.
+        labels: what to say of a full document, see :func:`langchain_rapid.labels.label`.
+
     Raises:
-        DocumentError: a chunk is no ``Document``, its document is not said or not known, a
-            document is empty, or nothing was retrieved and the documents cannot be listed.
+        DocumentError: a chunk is no ``Document`` or of an unknown document, none says its
+            document, all documents are blank, or all are to be read and cannot be listed.
     """
-    passages = [_passage(chunk, documents.id_key) for chunk in chunks]
-    found = ground(passages, documents.texts)
-    full = {
-        name: Document(text, metadata=documents.metadata(name))
-        for name, text in zip(found.document_ids, found.texts, strict=True)
-    }
+    given = [chunk for chunk in _checked(chunks) if chunk.page_content.strip()]
+    passages, wholes = _resolved(given, documents)
+    if not given and on_empty == "read_all":
+        wholes = documents.all()
+    found = ground(passages, {name: w.text for name, w in wholes.items()}, on_empty=on_empty)
 
-    unique: list[Document] = []
-    retrieved: list[dict[str, Any]] = []
-    for passage in cast("tuple[_Chunk, ...]", found.passages):
-        chunk = passage.document
-        assert chunk is not None
-        unique.append(chunk)
-        source = full[None if isinstance(documents.texts, str) else passage.document_id]
-        source.metadata = chunk.metadata | source.metadata
-        retrieved.append(_describe(passage, chunk, source.page_content))
-    return Sources(unique, list(full.values()), retrieved)
+    full: list[Source] = []
+    starts: dict[int, int | None] = {}
+    for name, text, own in zip(found.document_ids, found.texts, found.cited, strict=True):
+        assert name is not None
+        whole = wholes[name] if wholes[name].text == text else Whole(text)
+        behind = [passage.document for passage in cast("tuple[_Chunk, ...]", own)]
+        starts |= {id(chunk): _start(chunk, whole) for chunk in behind}
+        source = "" if name.startswith(_ASTRAY) else name
+        metadata = {key: label(key, source, whole, behind) for key in labels}
+        cited = [Cited(chunk, starts[id(chunk)]) for chunk in behind]
+        full.append(Source(Document(text, metadata=metadata), cited))
+
+    kept = cast("tuple[_Chunk, ...]", found.passages)
+    retrieved = [_described(passage, starts[id(passage.document)]) for passage in kept]
+    return Sources([passage.document for passage in kept], full, retrieved)
 
 
-def _passage(chunk: Document, id_key: str | None) -> _Chunk:
-    if not isinstance(chunk, Document):
+def _checked(chunks: object) -> list[Document]:
+    if isinstance(chunks, Document) or not isinstance(chunks, Iterable):
+        chunks = [chunks]
+    listed: list[Any] = list(chunks)
+    for chunk in listed:
+        if not isinstance(chunk, Document):
+            raise DocumentError(
+                f"a retrieved chunk of type {type(chunk).__name__} is not allowed: the retriever "
+                "must return a list of Document"
+            )
+    return listed
+
+
+# --- which document a chunk is from ------------------------------------------------------------
+
+
+def _resolved(
+    chunks: Sequence[Document], documents: FullDocuments
+) -> tuple[list[_Chunk], dict[str, Whole]]:
+    """The chunks with the names of their documents, and these."""
+    look_up = _LookUp(documents)
+    passages: list[_Chunk] = []
+    wholes: dict[str, Whole] = {}
+    for chunk in chunks:
+        name, whole, said = look_up(chunk)
+        wholes[name] = whole
+        passages.append(_Chunk(chunk.page_content, name, chunk.id, document=chunk, said_id=said))
+    if passages and look_up.without_id == len(passages):
         raise DocumentError(
-            f"a retrieved chunk of type {type(chunk).__name__} is not allowed: the retriever must "
-            "return a list of Document"
+            "no retrieved chunk says which document it is from: keep the document's id in the "
+            f"metadata when the chunks are made ({'/'.join(documents.id_keys)}), name its key "
+            f"with document_id_key=, or pass a single document{_hint(chunks[0], documents)}"
         )
-    return _Chunk(chunk.page_content, document_id(chunk, id_key), chunk.id, chunk)
+    return passages, wholes
 
 
-def _describe(passage: Passage, chunk: Document, text: str) -> dict[str, Any]:
-    start = chunk.metadata.get("start_index")
-    if start is None and (found := text.find(passage.text)) >= 0:
-        start = found
-    known = {"id": passage.id, "document_id": passage.document_id, "start_index": start}
+class _LookUp:
+    """From a chunk to its document, each document being asked for once."""
+
+    def __init__(self, documents: FullDocuments) -> None:
+        self.without_id = 0
+        self._documents = documents
+        self._asked: dict[tuple[str, str], tuple[str, Whole] | None] = {}
+
+    def __call__(self, chunk: Document) -> tuple[str, Whole, str | None]:
+        """Its document's name here, the document, and what the document's id is said to be."""
+        ids = ids_of(chunk, self._documents.id_keys)
+        for key, value in ids:
+            question = key, id_text(value)
+            if question not in self._asked:
+                self._asked[question] = self._documents.find(key, value)
+            if found := self._asked[question]:
+                return *found, found[0]
+        said = id_text(ids[0][1]) if ids else None
+        if found := self._documents.find_without([key for key, _ in ids]):
+            return *found, said
+        if ids:
+            named = ", ".join(f"{key}={value!r}" for key, value in ids)
+            raise DocumentError(
+                f"the document that a retrieved chunk is from ({named}) is not among "
+                f"{self._documents}: add it, rebuild the index from these documents, or name "
+                f"another key with document_id_key={_hint(chunk, self._documents)}"
+            )
+        self.without_id += 1
+        return f"{_ASTRAY}{chunk.page_content}", Whole.joined([chunk]), None
+
+
+def _hint(chunk: Document, documents: FullDocuments) -> str:
+    key = documents.key_in(chunk)
+    return "" if key is None else f" (its {key!r} is the id of one)"
+
+
+# --- where in it -------------------------------------------------------------------------------
+
+
+def _start(chunk: Document, whole: Whole) -> int | None:
+    """The chunk's first character in the whole text; None if it is not in it as it stands."""
+    text = chunk.page_content
+    given = chunk.metadata.get("start_index")
+    said = int(float(given)) if isinstance(given, Real) else None
+    if said is not None:  # counted from the beginning of the part that was split
+        same = (p.start for p in whole.parts if p.metadata.items() <= chunk.metadata.items())
+        for start in (said + part for part in (*same, 0)):
+            if whole.text.startswith(text, start):
+                return start
+    found = whole.text.find(text)
+    return found if found >= 0 else None if len(whole.parts) > 1 else said
+
+
+def _described(passage: _Chunk, start: int | None) -> dict[str, Any]:
+    known = {"id": passage.id, "document_id": passage.said_id, "start_index": start}
     return {name: value for name, value in known.items() if value is not None}

@@ -20,7 +20,9 @@ from pydantic import ConfigDict, PrivateAttr, model_validator
 from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
-from langchain_rapid.settings import VERSION, Call, RapidModel, child_of, response_metadata, usage
+from langchain_rapid.answers import response_metadata, usage
+from langchain_rapid.runs import child_of
+from langchain_rapid.settings import VERSION, Call, RapidModel
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import Chunk
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 class RapidLLM(RapidModel, BaseLLM):
     """Completes text as it stands: no chat template is applied (use ``ChatRapid`` for that).
+
+    All of it is text: a control token in it, which an inserted document may hold, is read as the
+    characters it is written with, unless ``formatted=True`` says that the prompt is a finished one.
 
     The prompt is the target's. The drafter's comes from :func:`create_rapid_documents_chain`, from
     ``retriever=`` and ``documents=`` (the prompt is the question), or from ``draft_prompt=`` of a
@@ -40,6 +45,10 @@ class RapidLLM(RapidModel, BaseLLM):
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    formatted: bool = False
+    """Prompts are finished: they hold the model's control tokens on purpose, and no others, as
+    those of an inserted document would steer the model too. A call may say it as well."""
 
     _of_call: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -67,7 +76,7 @@ class RapidLLM(RapidModel, BaseLLM):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return super()._identifying_params | self._of_call
+        return super()._identifying_params | {"formatted": self.formatted} | self._of_call
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._tracing_params("llm", stop, kwargs)
@@ -191,21 +200,33 @@ class RapidLLM(RapidModel, BaseLLM):
 
     def _retrieves(self, kwargs: dict[str, Any]) -> bool:
         given = kwargs.get("draft_prompt") is not None or kwargs.get("retrieved") is not None
-        return self.retriever is not None and not given
+        if self.retriever is None or given:
+            return False
+        if self._is_formatted(kwargs):
+            raise InvalidParameterError(
+                "formatted=True was given with retriever=, which puts documents around the prompt, "
+                "so that it cannot be a finished one: leave out one of them"
+            )
+        return True
+
+    def _is_formatted(self, kwargs: dict[str, Any]) -> bool:
+        given = kwargs.get("formatted")
+        return self.formatted if given is None else bool(given)
 
     def _with_contexts(self, question: str, chunks: list[Document]) -> tuple[str, dict[str, Any]]:
-        target, draft, retrieved = self._contexts(chunks, question)
-        found: dict[str, Any] = {"retrieved": retrieved}
-        if draft is not None:
-            found["draft_prompt"] = f"{draft}\n\nAnswer:"
-        return f"{target}\n\nAnswer:", found
+        contexts = self._contexts(chunks, question)
+        found: dict[str, Any] = {"retrieved": contexts.retrieved, "documents_at": contexts.places}
+        if contexts.draft is not None:
+            found["draft_prompt"] = f"{contexts.draft}\n\nAnswer:"
+        return f"{contexts.target}\n\nAnswer:", found
 
     def _draft_and_call(
         self, stop: list[str] | None, kwargs: dict[str, Any]
     ) -> tuple[str | None, Call]:
         options = dict(kwargs)
         draft: str | None = options.pop("draft_prompt", None)
-        return draft, self._call(stop, options)
+        options.pop("formatted", None)
+        return draft, self._call(stop, options)._replace(formatted=self._is_formatted(kwargs))
 
 
 def _generation_chunk(chunk: Chunk, call: Call) -> GenerationChunk:

@@ -13,18 +13,21 @@ from langchain_core.messages import (
 )
 from rapid_llm.errors import InvalidParameterError
 
+_REASONING = ("reasoning", "thinking", "redacted_thinking", "reasoning_content")
+"""Types of parts in which models' answers hold how they were found."""
+
 
 def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
-    """Roles and texts for the model's chat template.
+    """Roles and texts for the model's chat template, and an answer's reasoning where it has some.
 
     Raises:
         InvalidParameterError: a message holds something else than text, or is a tool's.
     """
-    return [{"role": _role(message), "content": text_of(message)} for message in messages]
+    return [_chat_message(message) for message in messages]
 
 
 def text_of(message: BaseMessage) -> str:
-    """A message's text; its parts, if it has several, on lines of their own.
+    """A message's text, its reasoning left out; its parts, if several, on lines of their own.
 
     Raises:
         InvalidParameterError: a part is no text.
@@ -35,14 +38,32 @@ def text_of(message: BaseMessage) -> str:
     for part in message.content:
         if isinstance(part, str):
             texts.append(part)
-        elif part.get("type") == "text" and isinstance(part.get("text"), str):
+        elif part.get("type") in ("text", "text-plain") and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        else:
+        elif part.get("type") not in _REASONING:
             raise InvalidParameterError(
                 f"a {message.type} message has a part of type {part.get('type')!r}: this is a text "
                 'model, send text or parts of the form {"type": "text", "text": ...}'
             )
     return "\n".join(texts)
+
+
+def _chat_message(message: BaseMessage) -> dict[str, str]:
+    chat = {"role": _role(message), "content": text_of(message)}
+    if reasoning := _reasoning_of(message):
+        chat["reasoning_content"] = reasoning
+    return chat
+
+
+def _reasoning_of(message: BaseMessage) -> str:
+    parts = [part for part in message.content if isinstance(part, dict)]
+    thoughts = [
+        part.get("reasoning", part.get("thinking"))
+        for part in parts
+        if part.get("type") in _REASONING
+    ]
+    beside = message.additional_kwargs.get("reasoning_content")
+    return "\n".join(text for text in (beside, *thoughts) if text and isinstance(text, str))
 
 
 def last_question(messages: Sequence[BaseMessage]) -> int:

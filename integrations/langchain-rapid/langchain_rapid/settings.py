@@ -6,13 +6,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from langchain_core.callbacks import AsyncCallbackManager, CallbackManager
-from langchain_core.callbacks.manager import BaseRunManager
 from langchain_core.documents import Document
 from langchain_core.language_models import LangSmithParams
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import (
     BaseModel,
@@ -26,16 +23,16 @@ from pydantic import (
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import Mode, Quantization, SamplingParams, SpeculationConfig, from_options
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.stats import NOTHING_RETRIEVED
 from typing_extensions import Self
 
-from langchain_rapid.documents import SEPARATOR, FullDocuments
+from langchain_rapid import hub
+from langchain_rapid.documents import SEPARATOR, FullDocuments, OnEmpty
+from langchain_rapid.encoding import Written
 from langchain_rapid.errors import GenerationTimeoutError, RetrievalError
+from langchain_rapid.window import Place, encoded, places_of
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import Chunk, RapidDecoder
-    from rapid_llm.encoding import Prompt
-    from rapid_llm.stats import Stats
 else:  # importing them would import torch
     RapidDecoder = Any
 
@@ -47,6 +44,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
 _SPECULATION = ("gamma", "eta", "alpha", "mode")
 _PLACEMENT = ("model", "drafter", "dtype", "device", "drafter_device", "drafter_quantization")
+_KEPT = ("kv_cache_bytes", "kv_cache_dir")
 _LIMITS = ("timeout", "truncate")
 
 # LangChain's standard parameters of hosted models: here is no key to give and nothing to retry.
@@ -54,14 +52,32 @@ _HOSTED = ("api_key", "max_retries")
 
 
 class Call(NamedTuple):
-    """One generation's settings: the fields, overridden by what the call was given."""
+    """One generation's settings: the fields, overridden by what the call was given.
+
+    Attributes:
+        retrieved: of each retrieved chunk what is known of it; None if nothing was asked for.
+        places: where documents stand in the target's prompt.
+        formatted: a text prompt's control tokens steer the model.
+    """
 
     model: str
     sampling: SamplingParams
     speculation: SpeculationConfig
     timeout: float | None
     truncate: Literal["middle"] | None
+    chat_template_kwargs: dict[str, Any]
     retrieved: list[dict[str, Any]] | None
+    places: list[Place]
+    formatted: bool = False
+
+
+class Contexts(NamedTuple):
+    """What both models are to read; no draft if nothing was retrieved."""
+
+    target: str
+    draft: str | None
+    retrieved: list[dict[str, Any]]
+    places: list[Place]
 
 
 class RapidModel(BaseModel):
@@ -70,7 +86,8 @@ class RapidModel(BaseModel):
     Nothing is loaded, and torch is not imported, before the first token is asked for.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    # Errors do not show what was given, as a token may be among it.
+    model_config = ConfigDict(arbitrary_types_allowed=True, hide_input_in_errors=True)
 
     model: str = "smollm2-135m"
     """Target: a hub id, a folder, a GGUF file, or the packaged model. A call may name another."""
@@ -88,19 +105,25 @@ class RapidModel(BaseModel):
     """Of prompts' KV kept between calls; None is a quarter of the device's memory, 0 is none."""
     kv_cache_dir: str | None = None
     """A folder that keeps the KV of long prompts across processes; None keeps it in memory only."""
+    hub_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+    """For ``from_pretrained`` of the models: ``revision``, ``token``, ``cache_dir`` (which may
+    stand by themselves as well), ``trust_remote_code``, …"""
     decoder: RapidDecoder | None = Field(default=None, exclude=True, repr=False)
     """A loaded decoder, in place of the fields above."""
 
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the model's chat template, such as ``{"enable_thinking": False}``. A call's go
+    before these, name by name."""
     max_tokens: int = 256
-    """Tokens to generate at most."""
+    """Tokens to generate at most; fewer where the context window leaves no more."""
     temperature: float = 0.0
     """0 decodes greedily."""
     top_p: float = 1.0
     """Nucleus mass in (0, 1]; 1 keeps every token."""
     top_k: int = 0
     """Number of most likely tokens kept; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Above 0; 1 is none."""
+    repetition_penalty: float | None = None
+    """Above 0; 1 is none; None is what the model's ``generation_config`` says."""
     stop: list[str] | None = None
     """Strings that end the answer and are cut from it. Those of a call replace these."""
     seed: int | None = None
@@ -118,8 +141,9 @@ class RapidModel(BaseModel):
     """Whose distribution the answer follows: ``exact``, ``augmented`` or ``paper``."""
 
     truncate: Literal["middle"] | None = None
-    """``middle`` leaves out the middle of the longest message if a prompt exceeds the context
-    window; None refuses such a prompt."""
+    """What happens to a prompt that exceeds the context window. ``middle`` cuts the documents
+    around what was retrieved from them, or the middle of a message that is most of the prompt;
+    where that is not enough, a chat loses its oldest turns. None refuses such a prompt."""
     retriever: Runnable[str, list[Document]] | None = Field(default=None, exclude=True, repr=False)
     """With ``documents``: finds the drafter's context for the last human message."""
     documents: Annotated[Any, SkipValidation] = Field(default=None, exclude=True, repr=False)
@@ -128,6 +152,9 @@ class RapidModel(BaseModel):
     document_id_key: str | None = None
     """Key of the chunks' metadata that holds the document's id; None tries ``document_id``,
     ``doc_id`` and ``source``."""
+    on_empty: OnEmpty = "empty"
+    """Where the retriever finds nothing: ``empty`` leaves the context empty, ``read_all`` has the
+    target read every document."""
 
     _loaded: dict[str, RapidDecoder] = PrivateAttr(default_factory=dict)
     _sources: FullDocuments | None = PrivateAttr(default=None)
@@ -138,10 +165,10 @@ class RapidModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_parameters_of_hosted_models(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {name: value for name, value in values.items() if name not in _HOSTED}
-        return values
+    def _take_parameters_of_hosted_models(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return hub.gathered({k: value for k, value in values.items() if k not in _HOSTED})
 
     @field_validator("model", "drafter", "kv_cache_dir", mode="before")
     @classmethod
@@ -158,6 +185,7 @@ class RapidModel(BaseModel):
                 f"{given}= was given without {missing}=: the retriever finds the drafter's "
                 "context, the documents are the target's; pass both or neither"
             )
+        hub.require_own(self.hub_options, (*_PLACEMENT, *_KEPT, "chat_template_kwargs"))
         if self.documents is not None:
             self._sources = FullDocuments(self.documents, self.document_id_key)
         self._call(None, {})  # refuses values outside their range
@@ -190,7 +218,7 @@ class RapidModel(BaseModel):
             InvalidParameterError: an unknown option, or a value outside its range.
         """
         settings = {name: getattr(self, name) for name in (*_SAMPLING, *_SPECULATION, *_LIMITS)}
-        settings |= {"model": self.model, "retrieved": None}
+        settings |= {"model": self.model, "retrieved": None, "documents_at": []}
         # None leaves a setting as it is, but for the seed, where it is a value of its own.
         settings |= {k: v for k, v in options.items() if v is not None or k == "seed"}
         if stop is not None:
@@ -198,10 +226,29 @@ class RapidModel(BaseModel):
         settings.pop("stream", None)  # LangChain's own; how we are called says it already
         model, retrieved = settings.pop("model"), settings.pop("retrieved")
         timeout, truncate = settings.pop("timeout"), settings.pop("truncate")
+        variables, places = settings.pop("chat_template_kwargs", {}), settings.pop("documents_at")
         if timeout is not None and not timeout > 0:
             raise InvalidParameterError(f"timeout={timeout!r} is not allowed: pass seconds above 0")
+        if truncate not in ("middle", None):
+            raise InvalidParameterError(
+                f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
+            )
+        if not isinstance(variables, Mapping):
+            raise InvalidParameterError(
+                f"chat_template_kwargs={variables!r} is not allowed: pass a mapping from the "
+                "template's variables to values"
+            )
         sampling, speculation = from_options(settings)
-        return Call(str(model), sampling, speculation, timeout, truncate, retrieved)
+        return Call(
+            model=str(model),
+            sampling=sampling,
+            speculation=speculation,
+            timeout=timeout,
+            truncate=truncate,
+            chat_template_kwargs={**self.chat_template_kwargs, **variables},
+            retrieved=retrieved,
+            places=places,
+        )
 
     def _decoder_for(self, model: str) -> RapidDecoder:
         """The decoder, loaded when first needed; objects with the same models share weights."""
@@ -220,14 +267,15 @@ class RapidModel(BaseModel):
                 drafter_quantization=self.drafter_quantization,
                 kv_cache_bytes=self.kv_cache_bytes,
                 kv_cache_dir=self.kv_cache_dir,
+                **hub.for_loading(self.hub_options, other_model=model != self.model),
             )
             self._loaded[model] = decoder
         return decoder
 
     def _run(
         self,
-        target: Prompt,
-        draft: Prompt | None,
+        target: Written,
+        draft: Written | None,
         call: Call,
         check: Callable[[], None] = lambda: None,
     ) -> Iterator[Chunk]:
@@ -245,40 +293,26 @@ class RapidModel(BaseModel):
                     "or shorten the prompt"
                 )
 
-        if call.truncate is not None:
-            target = self._fitted(target, decoder, decoder.target.context_window, call)
-            if draft is not None:
-                draft = self._fitted(draft, decoder, decoder.drafter.context_window, call)
+        prompts = encoded(target, draft, decoder, call)
         for chunk in decoder.stream(
-            target,
-            draft,
+            prompts.target,
+            prompts.draft,
             sampling=call.sampling,
             speculation=call.speculation,
             progress=proceed,
         ):
             tokens += len(chunk.token_ids)
+            chunk.stats.omitted_tokens = prompts.omitted_tokens
             if chunk.finish_reason is None:
                 proceed()
             yield chunk
 
-    async def _arun(self, target: Prompt, draft: Prompt | None, call: Call) -> AsyncIterator[Chunk]:
+    async def _arun(
+        self, target: Written, draft: Written | None, call: Call
+    ) -> AsyncIterator[Chunk]:
         """The same in worker threads, loading included; cancelled within one round."""
         async for chunk in iterate_in_thread(lambda check: self._run(target, draft, call, check)):
             yield chunk
-
-    def _fitted(self, prompt: Prompt, decoder: RapidDecoder, window: int, call: Call) -> Prompt:
-        """The prompt, without the middle of its longest part if it exceeds the window."""
-        from rapid_llm.context.prompts import fit_prompt
-
-        document, render = _longest_part(prompt)
-        return fit_prompt(
-            document,
-            render,
-            decoder.tokenizer,
-            window,
-            call.sampling.max_new_tokens,
-            call.truncate,
-        )
 
     # --- retrieval -----------------------------------------------------------------------------
 
@@ -296,30 +330,40 @@ class RapidModel(BaseModel):
         except Exception as error:
             raise _retrieval_error(error) from error
 
-    def _contexts(
-        self, chunks: list[Document], question: str
-    ) -> tuple[str, str | None, list[dict[str, Any]]]:
-        """The target's message, the drafter's (None if nothing was retrieved), and the chunks."""
-        from rapid_llm.context.prompts import build_messages
+    def _contexts(self, chunks: list[Document], question: str) -> Contexts:
+        """What both models are to read of the retrieved chunks and the documents behind them."""
+        from rapid_llm.context.prompts import INSTRUCTION, build_messages
 
         from langchain_rapid.grounding import find_sources
 
         assert self._sources is not None
 
-        def message(parts: list[Document]) -> str:
-            text = SEPARATOR.join(part.page_content for part in parts)
-            return build_messages(text, question)[0]["content"]
+        def message(texts: list[str]) -> str:
+            if not texts:
+                return f"{INSTRUCTION}\n\nQuestion: {question}"
+            return build_messages(SEPARATOR.join(texts), question)[0]["content"]
 
-        found = find_sources(chunks, self._sources)
-        draft = message(found.chunks) if found.chunks else None
-        return message(found.documents), draft, found.retrieved
+        found = find_sources(chunks, self._sources, on_empty=self.on_empty)
+        full = [source.document.page_content for source in found.full]
+        target = message(full)
+        return Contexts(
+            target,
+            message([chunk.page_content for chunk in found.chunks]) if found.chunks else None,
+            found.retrieved,
+            places_of(found.full, full, SEPARATOR, [target]),
+        )
 
     # --- what LangChain asks for ---------------------------------------------------------------
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
         names = (*_PLACEMENT, *_SAMPLING, *_SPECULATION, *_LIMITS)
-        return {name: getattr(self, name) for name in names}
+        # Under a name of its own, as a call's chat_template_kwargs come beside it in a cache key.
+        template = self.decoder.chat_template_kwargs if self.decoder is not None else {}
+        return {name: getattr(self, name) for name in names} | {
+            "hub_options": hub.identifying(self.hub_options),
+            "chat_template_defaults": template | self.chat_template_kwargs,
+        }
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a text under the model's tokenizer, without BOS or EOS."""
@@ -346,75 +390,8 @@ class RapidModel(BaseModel):
         return params
 
 
-Manager = TypeVar("Manager", CallbackManager, AsyncCallbackManager)
-
-
-def child_of(run: BaseRunManager | None, manager: type[Manager]) -> RunnableConfig:
-    """The config of a run inside an LLM's; LangChain's managers of LLM runs do not make one."""
-    if run is None:
-        return RunnableConfig()
-    child = manager(handlers=[], parent_run_id=run.run_id)
-    child.set_handlers(run.inheritable_handlers)
-    child.add_tags(run.inheritable_tags)
-    child.add_metadata(run.inheritable_metadata)
-    return RunnableConfig(callbacks=child)
-
-
-def beside(config: Mapping[str, Any] | None) -> RunnableConfig:
-    """The config of a run beside an LLM's: without the name and id of that one."""
-    inherited = ("callbacks", "tags", "metadata", "configurable")
-    given = {name: value for name, value in (config or {}).items() if name in inherited}
-    return cast(RunnableConfig, given)
-
-
-def usage(stats: Stats) -> UsageMetadata:
-    """The target's tokens. The drafter's prompt is in ``response_metadata["rapid"]``."""
-    return UsageMetadata(
-        input_tokens=stats.prompt_tokens,
-        output_tokens=stats.completion_tokens,
-        total_tokens=stats.prompt_tokens + stats.completion_tokens,
-        input_token_details=InputTokenDetails(cache_read=stats.cached_tokens),
-    )
-
-
-def response_metadata(chunk: Chunk, call: Call) -> dict[str, Any]:
-    """What a finished answer says of itself; ``chunk`` is its last."""
-    stats = chunk.stats
-    return {
-        "model_name": call.model,
-        "finish_reason": chunk.finish_reason,
-        "rapid": {
-            "method": stats.method,
-            "drafted": stats.drafted_tokens,
-            "accepted": stats.accepted_tokens,
-            "acceptance_ratio": stats.acceptance_ratio,
-            "rounds": stats.rounds,
-            "tokens_per_round": stats.tokens_per_round,
-            "draft_prompt_tokens": stats.draft_prompt_tokens,
-            "cached_tokens": stats.cached_tokens,
-            "prefill_seconds": stats.prefill_seconds,
-            "decode_seconds": stats.decode_seconds,
-            "draft_skipped": NOTHING_RETRIEVED if call.retrieved == [] else stats.draft_skipped,
-            "chunks": call.retrieved or [],
-        },
-    }
-
-
 def _retrieval_error(error: Exception) -> RetrievalError:
     return RetrievalError(
         f"the retriever failed with {type(error).__name__}: {error}; repair it, or ask without "
         "retriever="
     )
-
-
-def _longest_part(prompt: Prompt) -> tuple[str, Callable[[str], Prompt]]:
-    """The text that may be shortened, and how the prompt is put together again."""
-    if isinstance(prompt, str):
-        return prompt, lambda part: part
-    messages = cast("list[dict[str, str]]", prompt)
-    longest = max(range(len(messages)), key=lambda i: len(messages[i]["content"]))
-
-    def render(part: str) -> Prompt:
-        return [m | {"content": part} if i == longest else m for i, m in enumerate(messages)]
-
-    return messages[longest]["content"], render

@@ -55,8 +55,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     original = decoder_module.encode_prompt
 
-    def recorded(prompt: Any, tokenizer: Any) -> list[int]:
-        ids = original(prompt, tokenizer)
+    def recorded(prompt: Any, tokenizer: Any, *variables: Any) -> list[int]:
+        ids = original(prompt, tokenizer, *variables)
         read.append(tokenizer.decode(ids))
         return ids
 

@@ -219,15 +219,6 @@ def test_the_chunks_are_in_the_metadata(llm):
     assert message.response_metadata["rapid"]["method"] == "rapid"
 
 
-def test_nothing_retrieved_is_plain_decoding_over_all_documents(llm, prompts):
-    chain = create_rapid_documents_chain(llm, PROMPT, documents=TEXTS, output_parser=AS_IT_IS)
-    message = chain.invoke({"context": [], "input": "Who bakes?"})
-    rapid = message.response_metadata["rapid"]
-    assert (rapid["method"], rapid["drafted"], rapid["chunks"]) == ("lc", 0, [])
-    assert rapid["draft_skipped"] == "the retriever returned nothing"
-    assert prompts == [rendered("\n\n".join(TEXTS.values()))]
-
-
 def test_repeated_chunks_are_drafted_from_once(llm, prompts):
     chain = create_rapid_documents_chain(llm, PROMPT, documents=TEXTS)
     chain.invoke({"context": [CHUNKS[0], *CHUNKS, CHUNKS[1]], "input": "Who bakes?"})
@@ -385,13 +376,6 @@ async def test_a_failing_retriever_is_the_cause_under_asyncio(decoder):
     with pytest.raises(RetrievalError, match="gone") as raised:
         await llm.ainvoke("Who bakes?")
     assert isinstance(raised.value.__cause__, OSError)
-
-
-def test_a_retriever_that_finds_nothing(decoder, prompts):
-    llm = ChatRapid(decoder=decoder, retriever=Fixed(chunks=[]), documents=TEXTS, max_tokens=2)
-    rapid = llm.invoke("Who bakes?").response_metadata["rapid"]
-    assert (rapid["method"], rapid["draft_skipped"]) == ("lc", "the retriever returned nothing")
-    assert len(prompts) == 1
 
 
 def test_without_a_question_there_is_nothing_to_retrieve(grounded):

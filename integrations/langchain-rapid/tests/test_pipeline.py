@@ -75,7 +75,7 @@ def test_a_threshold_that_nothing_reaches(store, llm, prompts):
         create_rapid_documents_chain(llm, PROMPT, documents=TEXTS),
     )
     assert chain.invoke({"input": QUESTION})["context"] == []
-    assert prompts == [rendered("\n\n".join(TEXTS.values()))]
+    assert prompts == [rendered("")]
 
 
 def test_a_store_opened_again(embeddings, llm, prompts, tmp_path: Path):

@@ -1,0 +1,67 @@
+"""Options for reaching a hub: which revision of a model, with whose token, kept where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import SecretStr
+from rapid_llm.errors import InvalidParameterError
+
+SHORT = ("token", "revision", "cache_dir")
+"""May be given by themselves, as most hosted models' classes have them."""
+
+# How a model is fetched, not which one. Some of these are secrets.
+_FETCHING = (
+    "token",
+    "use_auth_token",
+    "proxies",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+)
+
+
+def gathered(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments, with those of :data:`SHORT` moved into ``hub_options``."""
+    short = {name: values[name] for name in SHORT if values.get(name) is not None}
+    rest = {name: value for name, value in values.items() if name not in SHORT}
+    given = rest.get("hub_options") or {}
+    if not short or not isinstance(given, Mapping):
+        return rest
+    return rest | {"hub_options": {**given, **short}}
+
+
+def require_own(options: Mapping[str, Any], fields: tuple[str, ...]) -> None:
+    """Raises InvalidParameterError for an option that a field of its own stands for."""
+    if taken := options.keys() & set(fields):
+        name = min(taken)
+        raise InvalidParameterError(
+            f"hub_options holds {name!r}: give it as {name}= instead, a field of its own"
+        )
+
+
+def for_loading(options: Mapping[str, Any], *, other_model: bool) -> dict[str, Any]:
+    """The options as ``from_pretrained`` takes them.
+
+    Another model than the field's, which a call may name, has no revision of that name.
+    """
+    plain = {name: _revealed(value) for name, value in options.items()}
+    if other_model:
+        plain.pop("revision", None)
+    return plain
+
+
+def identifying(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one model from another, for traces and cache keys; no secret is among it."""
+    return {
+        name: identifying(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name not in _FETCHING
+    }
+
+
+def _revealed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _revealed(inner) for name, inner in value.items()}
+    return value.get_secret_value() if isinstance(value, SecretStr) else value

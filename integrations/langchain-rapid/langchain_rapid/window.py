@@ -1,0 +1,245 @@
+"""Prompts longer than a context window, and where in them documents may be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+from rapid_llm.errors import ContextWindowError
+
+from langchain_rapid.encoding import Encoder, Written
+
+if TYPE_CHECKING:
+    from rapid_llm.context.prompts import Fitted
+    from rapid_llm.decoder import RapidDecoder
+    from rapid_llm.encoding import Message, Prompt
+
+    from langchain_rapid.grounding import Source
+    from langchain_rapid.settings import Call
+
+
+class Place(TypedDict):
+    """Where a document stands in a prompt. Plain values, as it passes through LangChain's runs.
+
+    Attributes:
+        message: index of the message; 0 in a text.
+        start, end: the document's characters in it.
+        passages: what was retrieved from it: characters of the document, or a text that is not
+            found there.
+    """
+
+    message: int
+    start: int
+    end: int
+    passages: list[tuple[int, int] | str]
+
+
+def places_of(
+    sources: Sequence[Source], blocks: Sequence[str], separator: str, contents: Sequence[str]
+) -> list[Place]:
+    """Where documents stand in a prompt.
+
+    Of a prompt whose template changed them (an escape, a cut) the longest message counts as one
+    document.
+
+    Args:
+        sources: the documents.
+        blocks: how each was formatted.
+        separator: between two of them.
+        contents: the messages' texts, or the text, that they were put into.
+    """
+    text = separator.join(blocks)
+    found: list[Place] = []
+    for message, content in enumerate(contents if text else ()):
+        at = content.find(text)
+        while at >= 0:
+            start = at
+            for source, block in zip(sources, blocks, strict=True):
+                document = source.document.page_content
+                if (inside := block.find(document)) >= 0:
+                    first = start + inside
+                    found.append(
+                        Place(
+                            message=message,
+                            start=first,
+                            end=first + len(document),
+                            passages=_passages(source),
+                        )
+                    )
+                start += len(block) + len(separator)
+            at = content.find(text, at + len(text))
+    return found or ([_around(sources, contents)] if text else [])
+
+
+def _around(sources: Sequence[Source], contents: Sequence[str]) -> Place:
+    """The longest of several texts, with the passages that it holds."""
+    longest, _ = _longest(contents)
+    content = contents[longest["message"]]
+    texts = [cited.chunk.page_content for source in sources for cited in source.cited]
+    longest["passages"] += [
+        (at, at + len(text)) for text in texts if (at := content.find(text)) >= 0
+    ]
+    return longest
+
+
+def _passages(source: Source) -> list[tuple[int, int] | str]:
+    document = source.document.page_content
+    found: list[tuple[int, int] | str] = []
+    for cited in source.cited:
+        text, start = cited.chunk.page_content, cited.start
+        if start is not None and document.startswith(text, start):
+            found.append((start, start + len(text)))
+        else:
+            found.append(text)
+    return found
+
+
+class Encoded(NamedTuple):
+    """Both prompts as the decoder reads them, and how many tokens of documents were left out."""
+
+    target: Prompt
+    draft: Prompt | None
+    omitted_tokens: int = 0
+
+
+def encoded(target: Written, draft: Written | None, decoder: RapidDecoder, call: Call) -> Encoded:
+    """Encode the prompts, and shorten them to their models' windows if the call says so.
+
+    Raises:
+        ContextWindowError: ``truncate`` is given, and the target's prompt cannot be made to fit.
+        InvalidParameterError: a prompt does not fit the chat template.
+    """
+    variables = decoder.chat_template_kwargs | call.chat_template_kwargs
+    encode = Encoder(decoder.tokenizer, variables, call.formatted)
+    if call.truncate is None:
+        return Encoded(encode(target), None if draft is None else encode(draft))
+    most = call.sampling.max_new_tokens
+    whole = Window(decoder.target.context_window, most, encode).fit(target, call.places)
+    if draft is None:
+        return Encoded(whole.prompt, None, whole.omitted_tokens)
+    try:
+        short = Window(decoder.drafter.context_window, most, encode).fit(draft).prompt
+    except ContextWindowError:
+        short = encode(draft)  # the decoder leaves it out, and says so
+    return Encoded(whole.prompt, short, whole.omitted_tokens)
+
+
+class Window(NamedTuple):
+    """The room for a prompt and its answer.
+
+    Attributes:
+        tokens: what the model can hold.
+        answer: tokens kept free for the answer, half of the window at most.
+        encode: makes of a prompt what the model reads.
+    """
+
+    tokens: int
+    answer: int
+    encode: Encoder
+
+    def fit(self, prompt: Written, places: Sequence[Place] = ()) -> Fitted:
+        """A prompt without what there is no room for.
+
+        Documents are cut around what was retrieved from them. Where none is known, the longest
+        message is cut if it is most of the prompt. Otherwise, or if that is not enough, a chat
+        loses its oldest turns.
+
+        Args:
+            prompt: a text or chat messages.
+            places: where documents stand in it.
+
+        Raises:
+            ContextWindowError: the last turn is too long, however short its documents.
+        """
+        from rapid_llm.context.prompts import Fitted
+
+        if not prompt:
+            return Fitted(self.encode(prompt), 0)
+        if isinstance(prompt, str):
+            return self._cut(prompt, places or [_all_of(0, prompt)])
+        longest, is_most = _longest(contents_of(prompt))
+        if places or is_most:
+            try:
+                return self._cut(prompt, places or [longest])
+            except ContextWindowError:
+                shorter = self._without_oldest(prompt)
+                if len(shorter) == len(prompt):
+                    raise
+        else:
+            shorter = self._without_oldest(prompt)
+            if len(shorter) == len(prompt):
+                return self._cut(prompt, [longest])
+        return self.fit(shorter, _moved(places, prompt, shorter))
+
+    def _without_oldest(self, messages: Sequence[Message]) -> Sequence[Message]:
+        from rapid_llm.encoding import drop_oldest_turns
+
+        encode = self.encode
+        return drop_oldest_turns(
+            messages, encode.tokenizer, self.tokens, self.answer, encode.variables
+        )
+
+    def _cut(self, prompt: Written, places: Sequence[Place]) -> Fitted:
+        from rapid_llm.context.prompts import fit_documents
+        from rapid_llm.context.retrieved import Passage
+
+        contents = contents_of(prompt)
+        documents = [contents[p["message"]][p["start"] : p["end"]] for p in places]
+        passages = [
+            [
+                Passage(known)
+                if isinstance(known, str)
+                else Passage(document[known[0] : known[1]], start=known[0])
+                for known in place["passages"]
+            ]
+            for document, place in zip(documents, places, strict=True)
+        ]
+
+        def render(parts: Sequence[str]) -> Prompt:
+            return self.encode(_with_parts(prompt, places, parts))
+
+        return fit_documents(
+            documents,
+            render,
+            self.encode.tokenizer,
+            self.tokens,
+            self.answer,
+            "middle",
+            passages=passages,
+        )
+
+
+def contents_of(prompt: Written) -> list[str]:
+    """The texts of a prompt: one, or one a message."""
+    return [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+
+
+def _with_parts(prompt: Written, places: Sequence[Place], parts: Sequence[str]) -> Written:
+    """The prompt with what is left of its documents."""
+    contents = contents_of(prompt)
+    for place, part in reversed(list(zip(places, parts, strict=True))):  # the last first
+        whole = contents[place["message"]]
+        contents[place["message"]] = whole[: place["start"]] + part + whole[place["end"] :]
+    if isinstance(prompt, str):
+        return contents[0]
+    return [{**m, "content": content} for m, content in zip(prompt, contents, strict=True)]
+
+
+def _all_of(message: int, content: str) -> Place:
+    return Place(message=message, start=0, end=len(content), passages=[])
+
+
+def _longest(contents: Sequence[str]) -> tuple[Place, bool]:
+    """The longest of the messages' texts, and whether it is more than half of all."""
+    longest = max(range(len(contents)), key=lambda i: len(contents[i]))
+    is_most = 2 * len(contents[longest]) > sum(map(len, contents))
+    return _all_of(longest, contents[longest]), is_most
+
+
+def _moved(
+    places: Sequence[Place], messages: Sequence[Message], shorter: Sequence[Message]
+) -> list[Place]:
+    """The places in a chat that has lost some of its messages."""
+    index = {id(message): i for i, message in enumerate(shorter)}
+    moved = [(index.get(id(messages[place["message"]])), place) for place in places]
+    return [Place(**{**place, "message": i}) for i, place in moved if i is not None]
