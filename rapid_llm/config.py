@@ -35,7 +35,8 @@ class SamplingParams:
         temperature: 0 decodes greedily; above 0 divides the logits.
         top_p: nucleus mass in (0, 1]; 1 keeps everything.
         top_k: number of most likely tokens kept; 0 keeps everything.
-        repetition_penalty: above 0; 1 is none (Keskar et al. 2019, as in transformers).
+        repetition_penalty: above 0; 1 is none (Keskar et al. 2019, as in transformers); None is
+            what the model's ``generation_config`` says.
         max_new_tokens: tokens to generate at most.
         stop: strings that end the answer; they are cut from the text.
         seed: seeds the draws, so that one call is reproducible on one device; None draws afresh.
@@ -48,7 +49,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     max_new_tokens: int = 128
     stop: Sequence[str] = ()
     seed: int | None = 0
@@ -67,7 +68,8 @@ class SamplingParams:
             "a whole number of at least 0 (0 keeps every token)",
         )
         _require(
-            _is_real(self.repetition_penalty) and self.repetition_penalty > 0,
+            self.repetition_penalty is None
+            or (_is_real(self.repetition_penalty) and self.repetition_penalty > 0),
             "repetition_penalty",
             self.repetition_penalty,
             "a number above 0 (1 is none)",

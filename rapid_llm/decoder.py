@@ -7,7 +7,7 @@ the target verifies them in one pass, against its own distribution enriched by t
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +41,7 @@ from rapid_llm.errors import (
     NumericalError,
     TokenizerMismatchError,
 )
-from rapid_llm.models import device_memory, load_model, resolve_device
+from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
 from rapid_llm.speculation.acceptance import dynamic_eta, verify_greedy, verify_sampled
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.drafters.compressed import (
@@ -155,6 +155,8 @@ class RapidDecoder:
             quarter of the device's memory, 0 keeps nothing.
         kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with
             a checksum; for this model, dtype and these tokens only). It has no limit of size.
+        chat_template_kwargs: variables of the model's chat template (``enable_thinking``, …), for
+            every prompt of chat messages.
 
     Raises:
         ModelError: an architecture is not supported.
@@ -176,8 +178,10 @@ class RapidDecoder:
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.target = Forward(target, name or _name_of(target), attn_implementation, cuda_graphs)
         self.drafter = self.target
         if drafter is not None and drafter is not target:
@@ -207,6 +211,8 @@ class RapidDecoder:
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        drafter_options: Mapping[str, Any] | None = None,
         **hub_options: Any,
     ) -> RapidDecoder:
         """Load the models by name (see :func:`rapid_llm.models.load_model`).
@@ -217,9 +223,13 @@ class RapidDecoder:
             dtype: of both models.
             device: of the target; None takes CUDA if there is one.
             drafter_device: of the drafter; None puts it beside the target.
-            attn_implementation, cuda_graphs, drafter_quantization, kv_cache_bytes, kv_cache_dir:
-                as for the constructor.
-            hub_options: ``revision``, ``token``, … for ``from_pretrained`` of the target.
+            attn_implementation, cuda_graphs, drafter_quantization, kv_cache_bytes, kv_cache_dir,
+                chat_template_kwargs: as for the constructor.
+            drafter_options: what ``from_pretrained`` of the drafter gets instead of ``hub_options``
+                of the same names (its own ``revision``, for one), or beside them.
+            hub_options: for ``from_pretrained`` of the target and its tokenizer. Those that say how
+                to reach a hub (``token``, ``cache_dir``, ``revision``, ``trust_remote_code``, …)
+                count for a drafter loaded by name as well.
         """
         place = resolve_device(device)
         draft_place = place if drafter_device is None else resolve_device(drafter_device)
@@ -232,7 +242,9 @@ class RapidDecoder:
         draft_model, draft_tokenizer, draft_name = None, None, None
         if isinstance(drafter, str | Path):
             if str(drafter) != str(target) or draft_place != place:
-                other = load_model(drafter, dtype=dtype, device=draft_place)
+                shared = {k: v for k, v in hub_options.items() if k in HUB_ACCESS}
+                options = shared | dict(drafter_options or {})
+                other = load_model(drafter, dtype=dtype, device=draft_place, **options)
                 draft_model, draft_tokenizer = other.model, other.tokenizer
                 draft_name = other.name
         else:
@@ -249,6 +261,7 @@ class RapidDecoder:
             drafter_quantization=drafter_quantization,
             kv_cache_bytes=kv_cache_bytes,
             kv_cache_dir=kv_cache_dir,
+            chat_template_kwargs=chat_template_kwargs,
         )
 
     @cached_property
@@ -285,7 +298,8 @@ class RapidDecoder:
         Generations on one prompt can so begin from the very same KV, whatever came between them.
         Returns how many of the prompt's tokens are kept, all but the last two at most.
         """
-        return self._prefixes.keep_only(self.target, encode_prompt(prompt, self.tokenizer))
+        ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
+        return self._prefixes.keep_only(self.target, ids)
 
     def generate(
         self,
@@ -296,6 +310,7 @@ class RapidDecoder:
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
         progress: Progress | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> GenerationResult:
         """Answer a prompt; arguments and errors are those of :meth:`stream`."""
         chunks = self.stream(
@@ -305,6 +320,7 @@ class RapidDecoder:
             speculation=speculation,
             confidence=confidence,
             progress=progress,
+            chat_template_kwargs=chat_template_kwargs,
         )
         return GenerationResult.from_chunks(list(chunks))
 
@@ -317,6 +333,7 @@ class RapidDecoder:
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
         progress: Progress | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Chunk]:
         """Answer a prompt, a chunk a round.
 
@@ -329,16 +346,26 @@ class RapidDecoder:
             speculation: how drafts are made and judged; not used without a draft prompt.
             confidence: in [0, 1], how sure the retrieval was; used with ``dynamic_eta``.
             progress: told how far the prompts have been read.
+            chat_template_kwargs: variables of the chat template for this call, which go before
+                the decoder's own of the same names.
 
         Raises:
             InvalidParameterError: neither prompt was given, or one is malformed, or the confidence
                 is outside its range.
-            ContextWindowError: a prompt and ``max_new_tokens`` exceed its model's window.
+            ContextWindowError: the prompt to be answered leaves no room for a token in its model's
+                window. Where it leaves some, ``max_new_tokens`` is cut to it, and
+                ``stats.max_new_tokens`` says so; a draft prompt too long for the drafter is left
+                out, and ``stats.draft_skipped`` says that.
             NumericalError: a model produced NaN (raised while streaming).
         """
         started = time.perf_counter()
         request = self._prepare(
-            target_prompt, draft_prompt, sampling or SamplingParams(), speculation, confidence
+            target_prompt,
+            draft_prompt,
+            sampling or SamplingParams(),
+            speculation,
+            confidence,
+            self.chat_template_kwargs | dict(chat_template_kwargs or {}),
         )
         return self._run(request, started, progress)
 
@@ -361,7 +388,12 @@ class RapidDecoder:
             raise InvalidParameterError(
                 f"continuation={continuation!r} has no tokens; give some text"
             )
-        ids = self._encode(prompt, forward, SamplingParams(max_new_tokens=len(tokens)))
+        ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
+        if len(tokens) > (room := self._room(ids, forward)):
+            raise ContextWindowError(
+                f"the prompt of {len(ids)} tokens leaves room for {room} in the context window of "
+                f"{forward.name}, the continuation has {len(tokens)}; shorten one of them"
+            )
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
             total = _log_likelihood(Session(forward, lease.cache), ids, tokens)
             lease.tokens += tokens
@@ -378,6 +410,7 @@ class RapidDecoder:
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
         progress: Progress | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[Chunk]:
         """:meth:`stream` for asyncio: the models run in a thread, the event loop stays free.
 
@@ -398,6 +431,7 @@ class RapidDecoder:
                 speculation=speculation,
                 confidence=confidence,
                 progress=report,
+                chat_template_kwargs=chat_template_kwargs,
             )
 
         async for chunk in iterate_in_thread(start):
@@ -410,6 +444,7 @@ class RapidDecoder:
         sampling: SamplingParams,
         speculation: SpeculationConfig | None,
         confidence: float,
+        chat_template_kwargs: Mapping[str, Any],
     ) -> _Request:
         """Check everything that can be checked before a model runs."""
         if not 0 <= confidence <= 1:
@@ -430,13 +465,25 @@ class RapidDecoder:
             method = "rapid" if config.transfer_strength > 0 else "sd"
         if method in DRAFTED and config.drafting in SELECTIONS:
             require_compressible(forward, config.drafting)
+        prompt = encode_prompt(target_prompt, self.tokenizer, chat_template_kwargs)
+        new = min(sampling.max_new_tokens, self._room(prompt, forward))
+        draft: list[int] = []
+        draft_skipped: str | None = None
+        if draft_prompt is not None and own_prompt:
+            draft = encode_prompt(draft_prompt, self.tokenizer, chat_template_kwargs)
+            window = self.drafter.context_window
+            if len(draft) >= window:
+                draft_skipped = (
+                    f"the draft prompt has {len(draft)} tokens, the context window of "
+                    f"{self.drafter.name} {window}"
+                )
+                draft, method = [], "lc"
         return _Request(
-            prompt=self._encode(target_prompt, forward, sampling),
-            draft_prompt=self._encode(draft_prompt, self.drafter, sampling)
-            if draft_prompt is not None and own_prompt
-            else [],
+            prompt=prompt,
+            draft_prompt=draft,
+            draft_skipped=draft_skipped,
             forward=forward,
-            sampling=sampling,
+            sampling=replace(sampling, max_new_tokens=new),
             config=config,
             confidence=confidence,
             method=method,
@@ -496,16 +543,16 @@ class RapidDecoder:
         lookup = LookupDrafter(request.prompt, forward.vocab_size, forward.device, CERTAIN)
         return [lookup, rag]
 
-    def _encode(self, prompt: Prompt, forward: Forward, sampling: SamplingParams) -> list[int]:
-        ids = encode_prompt(prompt, self.tokenizer)
-        window, new = forward.context_window, sampling.max_new_tokens
-        if len(ids) + new > window:
+    def _room(self, prompt: Sequence[int], forward: Forward) -> int:
+        """Tokens that a model's window leaves for the answer, at least 1."""
+        window = forward.context_window
+        if len(prompt) >= window:
             raise ContextWindowError(
-                f"the prompt has {len(ids)} tokens and max_new_tokens={new}, together more than "
-                f"the context window of {forward.name}, {window} tokens; shorten the prompt by "
-                f"{len(ids) + new - window} tokens, lower max_new_tokens, or truncate the document"
+                f"the prompt has {len(prompt)} tokens, the context window of {forward.name} "
+                f"{window}, and the answer needs at least one; shorten the prompt by "
+                f"{len(prompt) + 1 - window} tokens, or truncate the document"
             )
-        return ids
+        return window - len(prompt)
 
     def _run(self, request: _Request, started: float, progress: Progress | None) -> Iterator[Chunk]:
         """Rounds until the answer ends. Only the steps run in inference mode, never the caller."""
@@ -513,6 +560,8 @@ class RapidDecoder:
         text = TextStream(self.tokenizer, sampling.stop)
         with self._open(request) as generation:
             stats = generation.stats
+            stats.max_new_tokens = sampling.max_new_tokens
+            stats.draft_skipped = request.draft_skipped
             try:
                 generation.prefill(progress)
             except torch.OutOfMemoryError:
@@ -580,6 +629,7 @@ class _Request(NamedTuple):
 
     prompt: list[int]
     draft_prompt: list[int]
+    draft_skipped: str | None
     forward: Forward
     sampling: SamplingParams
     config: SpeculationConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from secrets import token_hex
 from typing import Any, TypeAlias
@@ -20,7 +21,11 @@ Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int] | torch.Tensor
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of a prompt.
 
     Args:
@@ -30,6 +35,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
             a message's content are ordinary text. Token ids (a sequence, or an integer tensor
             [n] or [1, n]) are checked and returned.
         tokenizer: the model's tokenizer.
+        chat_template_kwargs: variables of the chat template (``enable_thinking``, …).
 
     Raises:
         InvalidParameterError: the prompt is empty or of another type, an id is outside the
@@ -47,8 +53,46 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
     if isinstance(prompt, str):
         return _encode_text(prompt, tokenizer)
     if isinstance(prompt[0], Mapping):
-        return _encode_messages(prompt, tokenizer)
+        return _encode_messages(prompt, tokenizer, chat_template_kwargs or {})
     return _checked_ids(prompt, tokenizer)
+
+
+def drop_oldest_turns(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    max_new_tokens: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Message]:
+    """Chat messages that fit into a context window: as many of the latest turns as there is room.
+
+    A turn begins with a message of the user. System messages and the last turn always stay, even
+    where they alone are too long.
+
+    Args:
+        messages: the chat, the latest message last.
+        tokenizer: the model's tokenizer.
+        window: tokens that the model can hold.
+        max_new_tokens: tokens kept free for the answer, a quarter of the window at most.
+        chat_template_kwargs: variables of the chat template.
+
+    Raises:
+        InvalidParameterError: as :func:`encode_prompt`.
+    """
+    system = [m.get("role") in ("system", "developer") for m in messages]
+    users = (i for i, m in enumerate(messages) if m.get("role") == "user")
+    # Where the history may begin: at its start, or at a turn that has something before it.
+    starts = [0, *(i for i in users if not all(system[:i]))]
+    room = window - min(max_new_tokens, window // 4)
+
+    def kept(start: int) -> list[Message]:
+        return [m for i, m in enumerate(messages) if i >= start or system[i]]
+
+    def fits(start: int) -> bool:
+        return len(encode_prompt(kept(start), tokenizer, chat_template_kwargs)) <= room
+
+    # The later it begins the shorter it is: the earliest start that fits is found by halves.
+    return kept(starts[bisect_left(starts[:-1], True, key=fits)])
 
 
 def encode_literal(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -102,7 +146,9 @@ def _checked_ids(ids: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list
 # --- chat messages -----------------------------------------------------------------------------
 
 
-def _encode_messages(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode_messages(
+    messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
+) -> list[int]:
     if not tokenizer.chat_template:
         raise InvalidParameterError(
             "the tokenizer has no chat template, so messages cannot be encoded: pass the prompt "
@@ -111,8 +157,9 @@ def _encode_messages(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase
     chat = [_checked_message(message) for message in messages]
     pattern = _control_pattern(_control_tokens(tokenizer))
     if any(pattern.search(message["content"]) for message in chat):
-        return _literal_twin(tokenizer).encode_chat(chat, tokenizer)
-    ids = tokenizer(_render(chat, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+        return _literal_twin(tokenizer).encode_chat(chat, tokenizer, variables)
+    text = _render(chat, tokenizer, variables)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise InvalidParameterError("the messages have no tokens: pass at least one with content")
     return ids
@@ -150,9 +197,13 @@ def _part_text(part: Any) -> str:
     return part["text"]
 
 
-def _render(chat: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+def _render(
+    chat: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
+) -> str:
     try:
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False, **variables
+        )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in chat)
         raise InvalidParameterError(
@@ -239,14 +290,17 @@ class _LiteralTwin:
         return self._backend.encode(text, add_special_tokens=False)
 
     def encode_chat(
-        self, chat: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+        self,
+        chat: list[dict[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        variables: Mapping[str, Any],
     ) -> list[int]:
         """The templated chat, with the template's control tokens and none from a content."""
         quoted = [
             {**m, "content": self._pattern.sub(lambda t: self._quotes[t[0]], m["content"])}
             for m in chat
         ]
-        text = self._pattern.sub(lambda t: self._names[t[0]], _render(quoted, tokenizer))
+        text = self._pattern.sub(lambda t: self._names[t[0]], _render(quoted, tokenizer, variables))
         text = re.sub(rf"{self._mark}q(\d+)x", lambda t: self.tokens[int(t[1])].content, text)
         return [self._control_ids.get(i, i) for i in self.encode(text).ids]
 

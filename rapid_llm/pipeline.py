@@ -186,7 +186,6 @@ def _explained(
     chunks: Iterator[Chunk], skipped: str | None, omitted_tokens: int
 ) -> Iterator[Chunk]:
     for chunk in chunks:
-        if skipped is not None:
-            chunk.stats.draft_skipped = skipped
+        chunk.stats.draft_skipped = skipped or chunk.stats.draft_skipped
         chunk.stats.omitted_tokens = omitted_tokens
         yield chunk

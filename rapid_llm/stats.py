@@ -22,6 +22,8 @@ class Stats:
         prompt_tokens: tokens of the target's prompt.
         cached_tokens: of these, those whose KV was kept from an earlier call and not read again.
         draft_prompt_tokens: tokens of the drafter's prompt; 0 without a draft.
+        max_new_tokens: tokens the answer could have at most: what was asked for, or what the
+            context window had left.
         completion_tokens: tokens generated, an end-of-sequence token included.
         rounds: verification passes of the target.
         drafted_tokens: tokens the drafter proposed.
@@ -43,6 +45,7 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     draft_prompt_tokens: int = 0
+    max_new_tokens: int = 0
     completion_tokens: int = 0
     rounds: int = 0
     drafted_tokens: int = 0

@@ -365,7 +365,7 @@ def test_the_rest_of_a_literal_chat_is_encoded_as_ever() -> None:
         chat = [*user("The lamp  was\n\nlit."), {"role": "assistant", "content": " At seven. "}]
         chat += user("Who wrote the hour?")
         twin = encoding._literal_twin(tokenizer)
-        assert twin.encode_chat(chat, tokenizer) == plain_template(chat, tokenizer), kind
+        assert twin.encode_chat(chat, tokenizer, {}) == plain_template(chat, tokenizer), kind
 
 
 def test_tokens_that_the_template_writes_are_control_tokens_even_if_not_marked_special() -> None:

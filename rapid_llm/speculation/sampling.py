@@ -46,7 +46,7 @@ class Sampler:
         else:
             # Streams lie far apart, so that seed + 1 of a user is no stream of ours.
             self.generator.manual_seed((params.seed + stream * 0x9E3779B97F4A7C15) % 2**63)
-        self._penalised = params.repetition_penalty != 1
+        self._penalised = params.repetition_penalty not in (None, 1)
         self._history = torch.tensor(prompt, device=device) if self._penalised else None
         self._processors = LogitsProcessorList()
         if self._penalised:
