@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 from llama_index.core.storage.docstore import BaseDocumentStore
@@ -71,13 +71,12 @@ class FullText:
 
     @cached_property
     def heads(self) -> frozenset[str]:
-        """The lines that metadata add to its parts, every white space a single blank."""
-        return frozenset(
-            " ".join(line.split())
+        """The lines that are shown beside its text, every white space a single blank."""
+        around = (
+            _content(part, MetadataMode.LLM).replace(_content(part, MetadataMode.NONE), "", 1)
             for part in self.parts
-            if isinstance(part, BaseNode)
-            for line in part.get_metadata_str(MetadataMode.LLM).splitlines()
         )
+        return frozenset(" ".join(line.split()) for text in around for line in text.splitlines())
 
     def holds(self, passage: str) -> bool:
         """Whether a passage without metadata was cut out of it; white space does not matter."""
@@ -114,7 +113,7 @@ class Library:
             )
         self._key = document_key
         self.only: FullText | None = None
-        """The one text that was given; whatever was retrieved is from it."""
+        """The one text that was given; every node that is from a document is from it."""
         self.function: Callable[[str], str | BaseNode | None] | None = None
         """What was given instead of documents, if it was a function."""
         self._entries: Callable[[], Iterable[tuple[str, str | BaseNode]]] | None = None
@@ -138,11 +137,11 @@ class Library:
             self._given = lambda name: _keyed(mapping, name)
             self._entries = lambda: ((str(name), part) for name, part in mapping.items())
         elif isinstance(source, Sequence) and all(isinstance(part, BaseNode) for part in source):
-            documents = source
+            documents = cast(Sequence[BaseNode], source)
             self._entries = lambda: ((part.node_id, part) for part in documents)
             self._given = lambda name: None  # the catalog has them all
             self._state = lambda: [part.get_content(MetadataMode.LLM) for part in documents]
-            self._catalog.texts  # checks the list
+            _Catalog(self._entries(), document_key)  # checks the list
         elif callable(source):
             self._given = self.function = source
         else:
@@ -170,7 +169,8 @@ class Library:
             DocumentError: the node says which document it is from, and there is no such document.
         """
         if self.only is not None:
-            return self.only
+            own = node.ref_doc_id is None and not isinstance(node, Document)
+            return None if own and not self._by_text(node) else self.only
         tried = {}
         for label, name in self._names(node):
             if name is not None:

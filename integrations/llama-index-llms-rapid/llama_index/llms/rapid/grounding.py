@@ -72,8 +72,7 @@ def ground_nodes(
         passage.text
         for passage in grounding.passages
         if passage.document_id not in own
-        and texts[passage.document_id or ""].strip()
-        and not sources[passage.document_id or ""].holds(passage.excerpt or passage.text)
+        and _says_more(passage, sources[passage.document_id or ""], library)
     ]
     named = (name for name in grounding.document_ids if name and name not in own)
     return Retrieved(grounding, SEPARATOR.join(beside), tuple(named))
@@ -98,11 +97,11 @@ def ground_text(context: str, library: Library, on_empty: OnEmpty = "empty") -> 
                 "documents(retrieved text) returned None, so there is nothing for the target to "
                 "read: return the text of the document that the retrieved text is from"
             )
-        passages, texts, whole = (Passage(context, ""),), {"": FullText("", (text,)).shown}, True
-    else:
-        documents = {document.name: document for document in library.all()}
-        passages, whole = locate(context, list(documents.values()))
-        texts = {name: documents[name].shown for name in {p.document_id for p in passages} if name}
+        grounding = ground([Passage(context, "")], {"": FullText("", (text,)).shown})
+        return Retrieved(grounding, "", ())
+    documents = {document.name: document for document in library.all()}
+    passages, whole = locate(context, list(documents.values()))
+    texts = {p.document_id: documents[p.document_id or ""].shown for p in passages}
     grounding = replace(ground(passages, texts), draft=context, empty_reason=None)
     named = tuple(name for name in grounding.document_ids if name)
     return Retrieved(grounding, "" if whole else context, named)
@@ -111,3 +110,12 @@ def ground_text(context: str, library: Library, on_empty: OnEmpty = "empty") -> 
 def _passage(node: BaseNode, shown: str, source: FullText) -> Passage:
     excerpt = node.get_content(metadata_mode=MetadataMode.NONE)
     return Passage(shown, source.name, node.node_id, excerpt=excerpt)
+
+
+def _says_more(passage: Passage, source: FullText, library: Library) -> bool:
+    """Whether a passage is more than what was cut out of its document."""
+    text = passage.excerpt or passage.text
+    if source.holds(text) or not source.body.strip():
+        return False
+    # One text that is given for all may be another form of what was indexed.
+    return source is not library.only or bool(locate(text, [source]).passages)

@@ -1,17 +1,20 @@
-"""LlamaIndex's messages as the chat template takes them, and prompts for models without one."""
+"""From LlamaIndex's messages and texts to the decoder's prompts."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ThinkingBlock
+from transformers import PreTrainedTokenizerBase
+
+from rapid_llm.encoding import Prompt, encode_literal
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
     MessageRole.CHATBOT: "assistant",
     MessageRole.MODEL: "assistant",
 }
-"""Roles of other providers, by the name that chat templates know."""
+"""Other providers' roles, by the names that chat templates know."""
 
 
 def as_dict(message: ChatMessage) -> dict[str, Any]:
@@ -28,3 +31,14 @@ def _part(block: Any) -> dict[str, Any]:
     if isinstance(block, ThinkingBlock):
         return {"type": "thinking", "thinking": block.content or ""}
     return {"type": block.block_type}
+
+
+def literal(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """A prompt for a model without a chat template; control tokens in it are ordinary text."""
+    ids = encode_literal(text, tokenizer)
+    if ids == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
+        return text
+    probe = tokenizer("a", return_special_tokens_mask=True)
+    own = [i for i, special in enumerate(probe["special_tokens_mask"]) if not special]
+    around = probe["input_ids"]
+    return [*around[: own[0]], *ids, *around[own[-1] + 1 :]]
