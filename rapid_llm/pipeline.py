@@ -11,6 +11,7 @@ from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
 from rapid_llm.context.prompts import Fitted, Truncate, build_messages, fit_documents
 from rapid_llm.context.retrieved import SEPARATOR, OnEmpty, Passage, require_on_empty
+from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Message, Prompt
 from rapid_llm.errors import InvalidParameterError
@@ -30,7 +31,7 @@ class Inquiry:
     Args:
         decoder: the models.
         builder: retrieves the drafter's context; None will do for ``lc``, which needs none.
-        documents: their texts; the target reads them in this order.
+        documents: their texts; the target reads them in this order, but for blank ones.
         question: what is asked about them.
         sampling: how tokens are drawn.
         speculation: how ``rapid`` and ``sd`` draft; ``sd`` uses mode ``exact``.
@@ -43,14 +44,15 @@ class Inquiry:
 
     Raises:
         InvalidParameterError: ``on_empty`` is unknown.
-        DocumentError: a document or the question is empty or not text.
+        DocumentError: a document or the question is not text, the question is empty, or all
+            documents are.
     """
 
     def __init__(
         self,
         decoder: RapidDecoder,
         builder: ContextBuilder | None,
-        documents: Sequence[str],
+        documents: str | Sequence[str],
         question: str,
         *,
         sampling: SamplingParams | None = None,
@@ -61,7 +63,8 @@ class Inquiry:
     ) -> None:
         require_on_empty(on_empty)
         self.decoder = decoder
-        self.documents = tuple(documents)
+        require_text("the question", question)
+        self.documents = require_documents(documents)
         self.question = question
         self._builder = builder
         self._sampling = sampling or SamplingParams()
@@ -76,8 +79,8 @@ class Inquiry:
 
         Raises:
             InvalidParameterError: there is no context builder.
-            DocumentError: a document or the question is empty or not text.
-            ModelError, MissingDependencyError: the embedder cannot be loaded.
+            ModelError, MissingDependencyError: the embedder cannot be loaded, or gives vectors
+                that are none.
         """
         if self._builder is None:
             raise InvalidParameterError(
@@ -106,7 +109,7 @@ class Inquiry:
         require_method(method)
         skipped = None if method == "lc" else self.context.empty_reason
         if skipped is not None and self._on_empty == "empty":
-            return iter([Chunk("", (), "stop", Stats(method=method, draft_skipped=skipped))])
+            return _explained(iter([Chunk("", (), "stop", Stats(method=method))]), skipped, 0)
         run = self._plan("lc" if skipped is not None else method)
         chunks = self.decoder.stream(run.target, run.draft, **self._options(run))
         return _explained(chunks, skipped, run.omitted_tokens)
@@ -151,7 +154,8 @@ class Inquiry:
         """The target's prompt."""
 
         def render(texts: Sequence[str]) -> list[Message]:
-            return [*build_messages(SEPARATOR.join(texts), self.question)]
+            read = [text for text in texts if text.strip()]
+            return [*build_messages(SEPARATOR.join(read), self.question)]
 
         return fit_documents(
             self.documents,
@@ -161,6 +165,7 @@ class Inquiry:
             self._sampling.max_new_tokens,
             self._truncate,
             passages=passages,
+            chat_template_kwargs=self.decoder.chat_template_kwargs,
         )
 
 

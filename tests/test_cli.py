@@ -154,15 +154,49 @@ def test_rag_runs_the_drafter_alone(ask: Any, model: str) -> None:
 
 
 def test_nothing_retrieved_is_said(ask: Any) -> None:
+    for options in (), ("--method", "sd"), ("--method", "rag"), ("--compare",):
+        status, out, err = ask(*options, threshold=1)
+        assert status == 0
+        assert out == "\n" or "--compare" in options
+        for part in ("no chunk reached similarity 1", "--on-empty read_all", "--threshold"):
+            assert part in err
+
+    status, out, err = ask("--json", threshold=1)
+    answer = json.loads(out)
+    assert status == 0
+    assert "--on-empty read_all" in err
+    assert (answer["text"], answer["token_ids"], answer["chunks"]) == ("", [], [])
+    assert (answer["method"], answer["finish_reason"]) == ("rapid", "stop")
+    assert answer["models"]["target"] is answer["models"]["drafter"] is None
+    assert "similarity 1" in answer["stats"]["draft_skipped"]
+
+
+def test_the_whole_documents_are_read_where_that_was_asked_for(ask: Any) -> None:
     plain = ask("--method", "lc").out
-    status, out, err = ask(threshold=1)
+    status, out, err = ask("--on-empty", "read_all", threshold=1)
     assert (status, out) == (0, plain)
     assert "| lc (no chunk reached similarity 1" in err
+    assert "--on-empty" not in err
 
-    answer = json.loads(ask("--json", threshold=1).out)
+    answer = json.loads(ask("--json", "--on-empty", "read_all", threshold=1).out)
     assert answer["method"] == "rapid"
     assert answer["stats"]["method"] == "lc"
     assert "similarity 1" in answer["stats"]["draft_skipped"]
+
+
+def test_a_blank_document_among_others_is_passed_over(
+    ask: Any, run: Any, model: str, tmp_path: Path
+) -> None:
+    blank = tmp_path / "blank.txt"
+    blank.write_text(" \n")
+    status, out, err = ask(blank)
+    assert (status, out) == (0, ask().out)
+    assert f"{blank} holds no text and is passed over" in err
+    second = tmp_path / "second.txt"
+    second.write_text("")
+    assert_refused(
+        run("ask", blank, second, "-q", "w5", "--target", model), str(blank), str(second), "no text"
+    )
 
 
 def test_compare_shows_every_method(ask: Any) -> None:
@@ -288,7 +322,7 @@ def assert_refused(outcome: Outcome, *mentions: str) -> None:
         (["--stop", ""], ["stop"]),
         (["--chunk-tokens", "31"], ["chunk-tokens", "31", "32"]),
         (["--threshold", "1.5"], ["threshold", "1.5", "1"]),
-        (["--context-tokens", "0"], ["context-tokens", "0", "1"]),
+        (["--context-tokens", "31"], ["context-tokens", "31", "32"]),
         (["--compression", "0.5"], ["compression", "0.5", "1"]),
         (["--colour", "red"], ["--colour"]),
         (["no-such-file.txt"], ["no-such-file.txt"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rapid_llm.context.cutting import OMISSION, CuttableDocument, share_out
 from rapid_llm.context.prompts import INSTRUCTION, build_messages, fit_documents
+from rapid_llm.context.retrieved import Passage
 from rapid_llm.encoding import encode_literal, encode_prompt
 from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
 
@@ -184,6 +186,161 @@ def test_an_unknown_truncation_is_refused() -> None:
     truncate: Any = "end"
     with pytest.raises(InvalidParameterError, match=r"truncate='end'.*'middle' or None"):
         fit_documents([PARAGRAPH], asked, smollm2(), 500, 10, truncate)
+
+
+# --- around what was retrieved -----------------------------------------------------------------
+
+LOG = "".join(f"Line {i} of the log says nothing new.\n" for i in range(2000))
+LEDGER = "".join(f"Row {i} of the ledger.\n" for i in range(400))
+
+
+def fit(
+    documents: Sequence[str],
+    passages: Sequence[Sequence[Passage]],
+    window: int = 500,
+    max_new_tokens: int = 16,
+) -> tuple[str, int]:
+    fitted = fit_documents(
+        documents, asked, smollm2(), window, max_new_tokens, "middle", passages=passages
+    )
+    assert len(encode_prompt(fitted.prompt, smollm2())) < window
+    (message,) = fitted.prompt
+    assert isinstance(message, dict)
+    return message["content"], fitted.omitted_tokens
+
+
+def test_every_document_is_cut_around_its_own_passages() -> None:
+    log, row = Passage("Line 1203 of the log says"), Passage("Row 217 of the ledger.")
+    content, omitted = fit([LOG, LEDGER], [[log], [row]])
+    whole = len(encode_literal(LOG, smollm2())) + len(encode_literal(LEDGER, smollm2()))
+    assert whole - 484 < omitted < whole
+    first, second = content.index("Line 1203 of the log says"), content.index("Row 217 of the led")
+    assert content.startswith("Line 0 of")
+    assert "\nLine 1202 of the log says nothing new.\nLine 1203 of" in content
+    assert content.index("of the log says nothing new.\n\n\nRow 0 of the ledger") > first
+    assert second < content.index("Row 399 of the ledger.\n")
+    assert content.count(OMISSION) == 4  # before and after each passage
+    assert re.findall(r"Row (\d+) of the ledger.\nRow", content)[0] == "0"
+
+
+def test_the_room_is_shared_but_for_documents_that_need_less() -> None:
+    short = "A note of a few words."
+    content, _ = fit([LOG, short, LEDGER], [[], [], []])
+    assert short in content
+    log, ledger = content.split(short)
+    counts = [len(encode_literal(part, smollm2())) for part in (log, ledger)]
+    assert abs(counts[0] - counts[1]) < 40  # the ledger's part has the question beside it
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Line 700 of the log says nothing new.\nLine 701 of the log",
+        "  Line 700 of the   log says\n\nnothing new. Line 701 of the log\n",
+        "Line700ofthelogsaysnothingnew.Line701ofthelog",
+    ],
+    ids=["as it stands", "other white space", "none"],
+)
+def test_a_passage_is_found_whatever_its_white_space(text: str) -> None:
+    content, _ = fit([LOG], [[Passage(text)]])
+    assert "\nLine 700 of the log says nothing new.\nLine 701 of the log" in content
+    assert content.count("Line 700 of") == 1
+
+
+def test_a_passage_that_is_not_in_its_document_is_put_at_its_end() -> None:
+    content, _ = fit([LOG, LEDGER], [[Passage("A summary by another model.")], []])
+    log, ledger = content.split("A summary by another model.")
+    assert log.endswith("Line 1999 of the log says nothing new.\n\n\n")
+    assert ledger.startswith("\n\nRow 0 of the ledger.")
+
+
+def test_what_a_pipeline_adds_to_a_passage_is_not_looked_for() -> None:
+    passage = Passage("file: log.txt\n\nLine 700 of the log", excerpt="Line 700 of the log")
+    content, _ = fit([LOG], [[passage]])
+    assert "\nLine 700 of the log says" in content
+    assert "log.txt" not in content
+
+
+def test_a_repeated_passage_is_kept_where_it_was_retrieved() -> None:
+    document = "Again.\n".join(f"Section {i}. " + "Much was said there. " * 60 for i in range(9))
+    start = document.index("Again.", document.index("Section 6."))
+    content, _ = fit([document], [[Passage("Again.", start=start)]], 200)
+    assert "Again.\nSection 7." in content
+    elsewhere, _ = fit([document], [[Passage("Again.", start=10**6)]], 200)
+    assert "Again.\nSection 1." in elsewhere
+
+
+def test_overlapping_passages_are_kept_once() -> None:
+    passages = [
+        Passage("Line 700 of the log says nothing new."),
+        Passage("the log says nothing new.\nLine 701 of the log"),
+        Passage("log says"),
+    ]
+    content, _ = fit([LOG], [passages])
+    assert content.count("Line 700 of the log says nothing new.\nLine 701 of the log") == 1
+
+
+def test_passages_come_before_room_for_a_long_answer() -> None:
+    passage = Passage(LOG[400:2400])
+    tokens = len(encode_literal(passage.text, smollm2()))
+    window = tokens + 90
+    content, omitted = fit([LOG], [[passage]], window, max_new_tokens=window)
+    assert passage.text in content
+    assert omitted > 0
+    with pytest.raises(ContextWindowError) as caught:
+        fit([LOG], [[passage]], tokens, 1)
+    for part in (f"context window of {tokens} tokens", "passages", "retrieve less"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("max_new_tokens", [250, 499, 500, 10**6])
+def test_an_answer_as_long_as_the_window_leaves_half_of_it_to_the_prompt(
+    max_new_tokens: int,
+) -> None:
+    content, _ = fit([LOG], [[]], 500, max_new_tokens)
+    assert 240 < len(encode_prompt(build_messages(content, "Why?"), smollm2())) - 20 < 300
+    whole = build_messages(PARAGRAPH, "Why?")
+    room = len(encode_prompt(whole, smollm2())) + 60
+    fitted = fit_documents([PARAGRAPH], asked, smollm2(), room, max_new_tokens)
+    assert fitted == (whole, 0)
+
+
+@every_kind
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_no_passage_is_lost(kind: str, data: st.DataObject) -> None:
+    """Whatever the documents, the window and the passages, in them or not."""
+    tokenizer = KINDS[kind]()
+    words = st.lists(
+        st.sampled_from(["lamp ", "a", " ", "\n", "é", LAMP, "<|im_end|>", "</s>", "pier. "]),
+        min_size=1,
+        max_size=120,
+    )
+    documents = data.draw(st.lists(words.map("".join).filter(str.strip), min_size=1, max_size=3))
+    passages = []
+    for document in documents:
+        spans = st.tuples(st.integers(0, len(document)), st.integers(1, 12))
+        cuts = data.draw(st.lists(spans, max_size=3))
+        texts = [document[start : start + length] for start, length in cuts]
+        texts += data.draw(st.lists(st.just("not in there"), max_size=1))
+        passages.append([Passage(text) for text in texts if text.strip()])
+    window = data.draw(st.integers(60, 400))
+
+    try:
+        prompt, omitted = fit_documents(
+            documents, asked, tokenizer, window, 8, "middle", passages=passages
+        )
+    except ContextWindowError:
+        return
+    (message,) = prompt
+    assert isinstance(message, dict)
+    assert len(encode_prompt(prompt, tokenizer)) < window
+    assert omitted >= 0
+    cut = prompt != asked(documents)
+    assert (omitted > 0) <= cut
+    if cut:
+        for passage in (passage for some in passages for passage in some):
+            assert passage.text.strip() in message["content"]
 
 
 @pytest.mark.parametrize(("document", "question"), [("a\ud800", "Why?"), ("a", "Why\ud800?")])

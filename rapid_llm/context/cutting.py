@@ -44,6 +44,7 @@ class CuttableDocument:
         mark: str = OMISSION,
     ) -> None:
         self._text, spans = _located(text, passages)
+        self._added_tokens = len(encode_literal(self._text[len(text) :], tokenizer))
         offsets = literal_encoding(self._text, tokenizer).offsets
         self._starts = [start for start, _ in offsets]
         self._ends = [end for _, end in offsets]
@@ -52,12 +53,17 @@ class CuttableDocument:
             for start, end in spans
         )
         self._mark = mark
-        self._mark_tokens = len(encode_literal(mark, tokenizer)) if mark else 0
+        self._mark_tokens = len(encode_literal(mark, tokenizer))
 
     @property
     def tokens(self) -> int:
         """Those of the whole document, with the passages at its end."""
         return len(self._starts)
+
+    @property
+    def own_tokens(self) -> int:
+        """Those of the document as it was given."""
+        return self.tokens - self._added_tokens
 
     @cached_property
     def least(self) -> int:

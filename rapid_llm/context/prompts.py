@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.context.cutting import OMISSION, CuttableDocument, share_out
 from rapid_llm.context.retrieved import Passage
 from rapid_llm.context.validation import require_text
-from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
+from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
 
 Truncate = Literal["middle"]
@@ -31,7 +31,8 @@ def build_messages(
     """
     require_text("the document", document)
     require_text("the question", question)
-    return _messages(document, question, instruction)
+    content = f"{document}\n\n{instruction}\n\nQuestion: {question}"
+    return [{"role": "user", "content": content}]
 
 
 class Fitted(NamedTuple):
@@ -56,6 +57,7 @@ def fit_documents(
     *,
     passages: Sequence[Sequence[Passage]] = (),
     mark: str = OMISSION,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Fitted:
     """A prompt with documents that fits into a context window.
 
@@ -75,6 +77,7 @@ def fit_documents(
         passages: for each document what was retrieved from it. What cannot be found in its
             document, white space aside, is put at the document's end.
         mark: stands where text was left out.
+        chat_template_kwargs: variables of the chat template, where ``render`` gives messages.
 
     Raises:
         ContextWindowError: the documents do not fit (``truncate=None``), or the passages and the
@@ -86,7 +89,7 @@ def fit_documents(
             f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
         )
     prompt = render(documents)
-    tokens = len(encode_prompt(prompt, tokenizer))
+    tokens = len(encode_prompt(prompt, tokenizer, chat_template_kwargs))
     room = window - min(max_new_tokens, window // 2) if truncate else window - 1
     if tokens <= room:
         return Fitted(prompt, 0)
@@ -96,18 +99,18 @@ def fit_documents(
             f"{max_new_tokens}) in the context window of {window} tokens: shorten the document or "
             "truncate its middle (truncate='middle')"
         )
-    frame = tokens - sum(len(encode_literal(text, tokenizer)) for text in documents)
     cuttable = [
         CuttableDocument(text, found, tokenizer, mark)
         for text, found in zip(documents, passages or [()] * len(documents), strict=True)
     ]
+    frame = tokens - sum(document.own_tokens for document in cuttable)
     least = sum(document.least for document in cuttable)
     limit = window - 1 if any(passages) else room  # passages come before room for a long answer
     keep = max(room - frame, least)
     while True:
         parts = share_out(cuttable, keep)
         prompt = render([part.text for part in parts])
-        tokens = len(encode_prompt(prompt, tokenizer))
+        tokens = len(encode_prompt(prompt, tokenizer, chat_template_kwargs))
         if tokens <= (limit if keep == least else room):
             return Fitted(prompt, sum(part.omitted_tokens for part in parts))
         if keep == least:
@@ -139,8 +142,3 @@ def fit_prompt(
     return fit_documents(
         [document], lambda parts: render(parts[0]), tokenizer, window, max_new_tokens, truncate
     ).prompt
-
-
-def _messages(document: str, question: str, instruction: str) -> list[dict[str, str]]:
-    content = f"{document}\n\n{instruction}\n\nQuestion: {question}"
-    return [{"role": "user", "content": content}]
