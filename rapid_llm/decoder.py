@@ -18,11 +18,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig
+from rapid_llm.chat import checked_variables, end_of_turn
+from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig, real
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import pass_cost
@@ -51,7 +52,7 @@ from rapid_llm.speculation.drafters.compressed import (
 )
 from rapid_llm.speculation.drafters.lookup import CERTAIN, LookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
-from rapid_llm.speculation.sampling import Sampler
+from rapid_llm.speculation.sampling import Sampler, generation_config, least_new_tokens
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
 from rapid_llm.stats import Method, Stats
 from rapid_llm.text import TextStream
@@ -72,8 +73,9 @@ class Chunk:
     Attributes:
         text: final text; empty while a character or a stop string may still be incomplete.
         token_ids: the round's tokens.
-        finish_reason: set on the last chunk: ``stop`` (an end-of-sequence token or a stop
-            string) or ``length`` (``max_new_tokens``).
+        finish_reason: set on the last chunk: ``stop`` (an end-of-sequence token of the model or the
+            tokenizer, the chat template's end of a turn, or a stop string) or ``length``
+            (``max_new_tokens``).
         stats: running totals, complete on the last chunk.
     """
 
@@ -181,7 +183,7 @@ class RapidDecoder:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.chat_template_kwargs = checked_variables(chat_template_kwargs)
         self.target = Forward(target, name or _name_of(target), attn_implementation, cuda_graphs)
         self.drafter = self.target
         if drafter is not None and drafter is not target:
@@ -195,7 +197,7 @@ class RapidDecoder:
         self._prefixes = PrefixCache(
             kv_cache_bytes, None if kv_cache_dir is None else Path(kv_cache_dir)
         )
-        self._eos = _eos_ids(target, tokenizer)
+        self._end_of_turn = end_of_turn(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -365,7 +367,7 @@ class RapidDecoder:
             sampling or SamplingParams(),
             speculation,
             confidence,
-            self.chat_template_kwargs | dict(chat_template_kwargs or {}),
+            self.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
         return self._run(request, started, progress)
 
@@ -447,7 +449,8 @@ class RapidDecoder:
         chat_template_kwargs: Mapping[str, Any],
     ) -> _Request:
         """Check everything that can be checked before a model runs."""
-        if not 0 <= confidence <= 1:
+        sure = real(confidence)
+        if sure is None or not 0 <= sure <= 1:
             raise InvalidParameterError(
                 f"confidence={confidence!r} is not allowed: confidence must be within [0, 1]"
             )
@@ -478,14 +481,19 @@ class RapidDecoder:
                     f"{self.drafter.name} {window}"
                 )
                 draft, method = [], "lc"
+        settings = generation_config(forward.model)
+        stop = settings.stop_strings or ()
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
         return _Request(
             prompt=prompt,
             draft_prompt=draft,
             draft_skipped=draft_skipped,
             forward=forward,
-            sampling=replace(sampling, max_new_tokens=new),
+            sampling=replace(sampling, max_new_tokens=new, stop=(*sampling.stop, *stop)),
+            ends=frozenset() if sampling.ignore_eos else self._ends(settings),
+            least_new_tokens=least_new_tokens(settings, len(prompt)),
             config=config,
-            confidence=confidence,
+            confidence=sure,
             method=method,
         )
 
@@ -502,7 +510,8 @@ class RapidDecoder:
                 return Session(forward, borrowed.cache), borrowed
 
             target, kept = lease(request.forward, request.prompt)
-            sampler = Sampler(request.sampling, request.prompt, request.forward.device)
+            forward = request.forward
+            sampler = Sampler(request.sampling, request.prompt, forward.device, forward.model)
             yield _Generation(
                 target=target,
                 lease=kept,
@@ -533,7 +542,8 @@ class RapidDecoder:
             return [CompressedDrafter(target, own, request.prompt, selection, sampler, config)]
         session, _ = lease(self.draft_forward, request.draft_prompt)
         if self.drafter.device != forward.device:
-            sampler = Sampler(request.sampling, request.prompt, self.drafter.device, stream=1)
+            device, model = self.drafter.device, forward.model
+            sampler = Sampler(request.sampling, request.prompt, device, model, stream=1)
         rag = RagDrafter(
             session, request.draft_prompt, sampler, forward.vocab_size, config, request.prompt
         )
@@ -542,6 +552,13 @@ class RapidDecoder:
         # Where nothing is transferred, any guess will do that the target accepts.
         lookup = LookupDrafter(request.prompt, forward.vocab_size, forward.device, CERTAIN)
         return [lookup, rag]
+
+    def _ends(self, settings: GenerationConfig) -> frozenset[int]:
+        """Every id that ends an answer: the model's, the tokenizer's, the chat template's."""
+        own = settings.eos_token_id
+        ids = [own] if own is None or isinstance(own, int) else list(own)
+        ids += [self.tokenizer.eos_token_id, self._end_of_turn]
+        return frozenset(i for i in ids if i is not None)
 
     def _room(self, prompt: Sequence[int], forward: Forward) -> int:
         """Tokens that a model's window leaves for the answer, at least 1."""
@@ -574,14 +591,15 @@ class RapidDecoder:
                 pieces: list[str] = []
                 for token in generation.round():
                     new.append(token)
-                    if token in self._eos and not sampling.ignore_eos:
+                    said = stats.completion_tokens + len(new)
+                    if token in request.ends and said > request.least_new_tokens:
                         finish = "stop"
                         break
                     pieces.append(text.push(token))
                     if text.stopped:
                         finish = "stop"
                         break
-                    if stats.completion_tokens + len(new) == sampling.max_new_tokens:
+                    if said == sampling.max_new_tokens:
                         finish = "length"
                         break
                 if finish is not None:
@@ -632,6 +650,8 @@ class _Request(NamedTuple):
     draft_skipped: str | None
     forward: Forward
     sampling: SamplingParams
+    ends: frozenset[int]
+    least_new_tokens: int
     config: SpeculationConfig
     confidence: float
     method: Method
@@ -798,14 +818,3 @@ def _name_of(model: PreTrainedModel) -> str:
 
 def _weight_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every id that ends a sequence: the generation config's, the tokenizer's if it has none."""
-    config = getattr(model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)

@@ -182,7 +182,7 @@ def rag_drafter(
     drafter = RagDrafter(
         Session(forward, forward.new_cache(len(prompt) + 100)),
         prompt,
-        Sampler(sampling, prompt, CPU),
+        Sampler(sampling, prompt, CPU, model),
         vocab_size,
         SpeculationConfig(**({"gamma": 16} | config)),
         document,
@@ -422,7 +422,7 @@ def compressed_drafter(
         forward,
         prompt,
         selection,
-        Sampler(GREEDY, prompt, CPU),
+        Sampler(GREEDY, prompt, CPU, forward.model),
         SpeculationConfig(**config),
     )
     with torch.inference_mode():

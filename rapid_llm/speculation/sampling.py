@@ -2,34 +2,95 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
+    PreTrainedModel,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from rapid_llm.config import SamplingParams
+from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.acceptance import draw
+
+_MAX_PENALTY = 1e20
+"""A greater repetition penalty orders tokens alike, but its products do not fit into float32."""
+
+_ROWWISE = (
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+"""Processors that look at a row of logits only; the others must know the tokens before it."""
+
+_OTHER_WARPERS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
+
+_UNSUPPORTED = (
+    "constraints",
+    "dola_layers",
+    "force_words_ids",
+    "guidance_scale",
+    "num_beams",
+    "penalty_alpha",
+    "token_healing",
+    "watermarking_config",
+)
+
+
+def generation_config(model: PreTrainedModel) -> GenerationConfig:
+    """A copy of what a model's own ``generate`` would follow.
+
+    Raises:
+        InvalidParameterError: it asks for another search than ours, or for another model's help.
+    """
+    config = copy.deepcopy(getattr(model, "generation_config", None) or GenerationConfig())
+    for name in _UNSUPPORTED:
+        value = getattr(config, name, None)
+        if value is not None and value != 1 and (value or name == "guidance_scale"):
+            raise InvalidParameterError(
+                f"the model's generation_config has {name}={value!r}, which cannot be followed "
+                f"here: set model.generation_config.{name} = None to do without it"
+            )
+    return config
+
+
+def least_new_tokens(config: GenerationConfig, prompt_tokens: int) -> int:
+    """Tokens of an answer that none may end before."""
+    least_length = (config.min_length or 0) - prompt_tokens
+    return max(least_length if config.min_new_tokens is None else config.min_new_tokens, 0)
 
 
 class Sampler:
-    """transformers' processors in their own order, and the random numbers of one device.
+    """transformers' own processors in their own order, and the random numbers of one device.
 
-    Greedy decoding applies the repetition penalty only. Target and drafter see the same
-    processors and the same history (the target's prompt and the output), so that p and q differ
-    by what the models think, not by what was penalised.
+    They are what the model's ``generate`` would build: its ``generation_config`` counts, but for
+    how it samples; greedy decoding has no temperature, top-k and top-p. Target and drafter see the
+    same processors and the same history (the target's prompt and the output), so that p and q
+    differ by what the models think, not by what was penalised.
 
     Args:
         params: what the caller asked for.
-        prompt: the target's prompt, which the repetition penalty counts as history.
+        prompt: the target's prompt, which penalties count as history.
         device: where logits are and draws are made.
+        model: the one that answers.
         stream: number of this sampler within one generation; each has its own random stream.
+
+    Raises:
+        InvalidParameterError: the model's ``generation_config`` cannot be followed.
     """
 
     def __init__(
@@ -37,6 +98,7 @@ class Sampler:
         params: SamplingParams,
         prompt: Sequence[int],
         device: torch.device,
+        model: PreTrainedModel,
         stream: int = 0,
     ) -> None:
         self.params = params
@@ -46,18 +108,10 @@ class Sampler:
         else:
             # Streams lie far apart, so that seed + 1 of a user is no stream of ours.
             self.generator.manual_seed((params.seed + stream * 0x9E3779B97F4A7C15) % 2**63)
-        self._penalised = params.repetition_penalty not in (None, 1)
-        self._history = torch.tensor(prompt, device=device) if self._penalised else None
-        self._processors = LogitsProcessorList()
-        if self._penalised:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-        if not params.greedy:
-            if params.temperature != 1:
-                self._processors.append(TemperatureLogitsWarper(float(params.temperature)))
-            if params.top_k:
-                self._processors.append(TopKLogitsWarper(params.top_k))
-            if params.top_p < 1:
-                self._processors.append(TopPLogitsWarper(float(params.top_p)))
+        history = torch.tensor(prompt, device=device)
+        self._processors = _processors(model, params, history)
+        rowwise = all(isinstance(processor, _ROWWISE) for processor in self._processors)
+        self._history = None if rowwise else history
 
     def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Process logits.
@@ -92,3 +146,41 @@ class Sampler:
         if self._history is not None:
             new = torch.tensor(tokens, device=self._history.device)
             self._history = torch.cat([self._history, new])
+
+
+def _processors(
+    model: PreTrainedModel, params: SamplingParams, prompt: Tensor
+) -> LogitsProcessorList:
+    """What transformers makes of the model's settings and the caller's, for an int64 ``[n]``."""
+    config, prompt_tokens = generation_config(model), len(prompt)
+    config.do_sample = not params.greedy
+    config.temperature, config.top_k, config.top_p = params.temperature, params.top_k, params.top_p
+    for name in _OTHER_WARPERS:
+        setattr(config, name, None)
+    config.max_length = prompt_tokens + params.max_new_tokens
+    if params.repetition_penalty is not None:
+        config.repetition_penalty = params.repetition_penalty
+    if config.repetition_penalty is not None:
+        penalty = float(config.repetition_penalty)
+        config.repetition_penalty = min(max(penalty, 1 / _MAX_PENALTY), _MAX_PENALTY)
+    if config.min_new_tokens is not None:
+        config.min_length = config.min_new_tokens + prompt_tokens
+    builder: Any = model
+    # Only where they are needed: transformers waits for the device to look at them.
+    encoded = any((config.encoder_repetition_penalty, config.encoder_no_repeat_ngram_size))
+    try:
+        eos = config.eos_token_id
+        if eos is not None:
+            eos = torch.tensor([eos] if isinstance(eos, int) else eos, device=prompt.device)
+        config._eos_token_tensor = eos
+        processors: LogitsProcessorList = builder._get_logits_processor(
+            config,
+            input_ids_seq_length=prompt_tokens,
+            encoder_input_ids=prompt[None] if encoded else None,
+            device=prompt.device,
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidParameterError(
+            f"the model's generation_config cannot be followed ({error}): correct it"
+        ) from error
+    return processors
