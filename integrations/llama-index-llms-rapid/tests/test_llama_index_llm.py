@@ -255,7 +255,7 @@ def test_messages_keep_their_roles_and_text_parts(llm, spy):
 def test_a_prompt_too_long_is_refused_with_the_numbers(make_decoder, row):
     llm = RapidLLM(decoder=make_decoder(window=64), max_tokens=30)
     length = len(f"?<|user>{PROMPT}\n<|assistant>") - 2
-    with pytest.raises(ContextWindowError, match=rf"{length} tokens .*=30.* window .*64 tokens"):
+    with pytest.raises(ContextWindowError, match=rf"{length} tokens.* window .* 64"):
         responses(llm, row, draft=None)
 
 
