@@ -49,7 +49,7 @@ from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns
 from rapid_llm.config import Mode, Quantization, SamplingParams, SpeculationConfig, from_options
 from rapid_llm.context.retrieved import OnEmpty
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.encoding import Prompt
+from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import HUB_ACCESS
 
@@ -284,14 +284,14 @@ class RapidLLM(LLM):
         """The model's own window and whether it has a chat template; loads the model.
 
         Engines, splitters and memories that are built afterwards count in the model's tokens,
-        unless ``Settings.tokenizer`` is set. Of the window they keep ``max_tokens`` free for the
-        answer, but never more than half.
+        unless ``Settings.tokenizer`` is set. ``num_output`` is what they keep free of the window:
+        ``max_tokens``, but never more than half of it, and what the chat template adds.
         """
         count_with(self.decoder.tokenizer)
         window = self.decoder.target.context_window
         return LLMMetadata(
             context_window=window,
-            num_output=min(self.max_tokens, window // 2),
+            num_output=min(self.max_tokens, window // 2) + self._template_tokens,
             is_chat_model=self._has_chat_template,
             model_name=str(self.model),
         )
@@ -406,6 +406,19 @@ class RapidLLM(LLM):
     @property
     def _has_chat_template(self) -> bool:
         return bool(self.decoder.tokenizer.chat_template)
+
+    @property
+    def _template_tokens(self) -> int:
+        """What the chat template adds to a user's message, alone or after the system's."""
+        if not self._has_chat_template:
+            return 0
+        tokenizer, variables = self.decoder.tokenizer, self._options({}).chat_template_kwargs
+        system, user = ({"role": role, "content": "a"} for role in ("system", "user"))
+        content = len(encode_literal("a", tokenizer))
+        return max(
+            len(encode_prompt(chat, tokenizer, variables)) - content * len(chat)
+            for chat in ([user], [system, user])
+        )
 
     def _options(self, given: Mapping[str, Any]) -> Options:
         call = dict(given)
