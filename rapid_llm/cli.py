@@ -218,8 +218,8 @@ def ask(
         typer.Option(
             min=-1,
             max=1,
-            help="The least similarity of a retrieved chunk; by default 0.3 for BGE-M3, and the "
-            "most similar one in any case.",
+            help="The least similarity of a retrieved chunk. By default the embedding model's (0.3 "
+            "for BGE-M3 and the packaged one), and the most similar chunk in any case.",
         ),
     ] = None,
     context_tokens: Annotated[
@@ -304,7 +304,8 @@ def ask(
         stats = result.stats
     else:
         stats = job.stream(method).stats
-        show(job.summary(method, stats), stderr=True)
+        if not _unread(stats):
+            show(job.summary(method, stats), stderr=True)
     if _unread(stats):
         show(
             f"Nothing was retrieved ({stats.draft_skipped}), so nothing was read: lower "
@@ -582,7 +583,9 @@ class _Job:
             parts[1] += f" ({stats.draft_skipped})"
         if method != "lc":
             context = self.inquiry.context
-            parts.append(f"{context.tokens:,} tokens in {len(context.chunks)} chunks retrieved")
+            count = len(context.chunks)
+            chunks = "1 chunk" if count == 1 else f"{count:,} chunks"
+            parts.append(f"{context.tokens:,} tokens in {chunks} retrieved")
         if stats.omitted_tokens:
             parts.append(f"{stats.omitted_tokens:,} tokens of the documents left out")
         parts.append(f"{stats.tokens_per_second:.1f} tokens/s")

@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
+from rapid_llm.context.chunking import MIN_CHUNK_TOKENS
 from rapid_llm.context.prompts import Fitted, Truncate, build_messages, fit_documents
 from rapid_llm.context.retrieved import SEPARATOR, OnEmpty, Passage, require_on_empty
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
-from rapid_llm.encoding import Message, Prompt
+from rapid_llm.encoding import Message, Prompt, encode_prompt
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.stats import Method, Stats
 
@@ -90,8 +91,19 @@ class Inquiry:
         return self._builder.build(
             self.documents,
             self.question,
+            room=self._room,
             progress=progress and (lambda done, total: progress("embed", done, total)),
         )
+
+    @property
+    def _room(self) -> int:
+        """Tokens that both models have for what is retrieved."""
+        decoder = self.decoder
+        frame = build_messages(".", self.question)
+        window = min(decoder.target.context_window, decoder.drafter.context_window)
+        answer = min(self._sampling.max_new_tokens, window // 2)
+        tokens = len(encode_prompt(frame, decoder.tokenizer, decoder.chat_template_kwargs))
+        return max(MIN_CHUNK_TOKENS, window - answer - tokens)
 
     def stream(self, method: Method = "rapid") -> Iterator[Chunk]:
         """Answer, a chunk a round.

@@ -397,7 +397,41 @@ def test_a_long_document_is_refused_or_truncated(ask: Any, document: str) -> Non
     assert_refused(ask(), "512", "12", "truncate")
     outcome = ask("--truncate", "middle", "--json")
     assert outcome.status == 0
-    assert json.loads(outcome.out)["stats"]["prompt_tokens"] <= 500
+    stats = json.loads(outcome.out)["stats"]
+    assert stats["prompt_tokens"] <= 500
+    assert 100 < stats["omitted_tokens"] < 600
+
+
+def test_several_documents_are_truncated_around_what_was_retrieved(
+    ask: Any, document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = tmp_path / "second.txt"
+    texts = [" ".join([TEXT] * 3), f"{TEXT} {TEXT} w1 w1 w1 {TEXT}"]
+    for path, text in zip((document, second), texts, strict=True):
+        Path(path).write_text(text, encoding="utf-8")
+    seen: list[str] = []
+    stream = RapidDecoder.stream
+
+    def spy(self: RapidDecoder, target: Any, *prompts: Any, **options: Any) -> Any:
+        seen.append(target[0]["content"] if target else "")
+        return stream(self, target, *prompts, **options)
+
+    monkeypatch.setattr(RapidDecoder, "stream", spy)
+    answer = json.loads(ask(second, "--truncate", "middle", "--json").out)
+    assert answer["chunks"]
+    for chunk in answer["chunks"]:
+        text = texts[chunk["document"] != document]
+        assert text[chunk["start"] : chunk["end"]] in seen[0]
+    omitted = answer["stats"]["omitted_tokens"]
+    assert 400 < omitted < 903
+
+    status, _, err = ask(second, "--truncate", "middle")
+    assert status == 0
+    assert f"| {omitted} tokens of the documents left out |" in err
+    assert f" tokens in {len(answer['chunks'])} chunk" in err
+    status, out, _ = ask(second, "--truncate", "middle", "--compare")
+    assert status == 0
+    assert f"{omitted} tokens of the documents were left out" in out
 
 
 def test_attention_choices_are_the_engine_s() -> None:

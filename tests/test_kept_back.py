@@ -11,7 +11,8 @@ import pytest
 from conftest import smollm2, tiny_model, tiny_tokenizer
 
 from rapid_llm import ContextBuilder, Inquiry, RapidDecoder, SamplingParams
-from rapid_llm.context.embedding import Vectors, load_embedder
+from rapid_llm.context import embedding
+from rapid_llm.context.embedding import PACKAGED_EMBEDDER, Vectors
 from rapid_llm.context.retrieved import Documents, Passage, ground
 from rapid_llm.errors import DocumentError, InvalidParameterError, ModelError
 
@@ -139,6 +140,8 @@ def test_a_threshold_that_was_asked_for_is_a_limit() -> None:
 
 
 def test_the_papers_threshold_belongs_to_its_embedder() -> None:
+    load_embedder: Any = embedding.load_embedder
+
     class M3Embedder:
         passage_max_length = 64
 
@@ -151,6 +154,9 @@ def test_the_papers_threshold_belongs_to_its_embedder() -> None:
     assert load_embedder(M3Embedder()).threshold == load_embedder(Other()).threshold == 0.3
     M3Embedder.__name__ = "BaseEmbedder"
     assert load_embedder(M3Embedder()).threshold is None
+    packaged = load_embedder(PACKAGED_EMBEDDER, "cpu")
+    assert packaged.threshold == 0.3
+    assert load_embedder(packaged._model).threshold is None
 
 
 @pytest.mark.parametrize("retriever", ["bm25", "hybrid", "dense"])
@@ -271,6 +277,35 @@ def test_an_unknown_on_empty_is_refused(decoder: RapidDecoder) -> None:
     ):
         with pytest.raises(InvalidParameterError, match=r"on_empty='everything'.*'read_all'"):
             refused()
+
+
+@pytest.mark.parametrize("method", ["rapid", "sd", "rag"])
+@pytest.mark.parametrize("max_new_tokens", [4, 300, 10_000])
+def test_no_more_is_retrieved_than_the_models_have_room_for(
+    decoder: RapidDecoder, method: Any, max_new_tokens: int
+) -> None:
+    """With a builder's defaults, made for windows of 8,000 tokens and more."""
+
+    class Alike(Cosines):
+        def embed_documents(self, texts: Sequence[str]) -> Vectors:
+            return np.ones((len(texts), 2), dtype=np.float32)
+
+    small = tiny_model(seed=1, max_position_embeddings=256)
+    documents = [" ".join(f"w{3 + i % 40}" for i in range(300 + 1500 * n)) for n in range(3)]
+    for drafter in (None, small):
+        inquiry = Inquiry(
+            RapidDecoder(decoder.target.model, decoder.tokenizer, drafter),
+            ContextBuilder(decoder.tokenizer, Alike("alike")),
+            documents,
+            "w5",
+            sampling=SamplingParams(max_new_tokens=max_new_tokens),
+            truncate="middle",
+        )
+        stats = inquiry.answer(method).stats
+        assert stats.method == method
+        assert stats.draft_skipped is None
+        window = 512 if drafter is None else 256
+        assert 32 <= inquiry.context.tokens <= window - min(max_new_tokens, window // 2)
 
 
 def test_truncation_keeps_what_was_retrieved(decoder: RapidDecoder) -> None:

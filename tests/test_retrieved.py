@@ -34,9 +34,11 @@ def test_repeated_and_empty_chunks_count_once_or_not(documents):
     assert found.document_ids == ("a", "b")
 
 
-def test_the_same_text_in_two_documents_stays_twice():
-    found = ground([Passage("x", "a"), Passage("x", "b")], TEXTS)
-    assert found.document_ids == ("a", "b")
+def test_the_same_text_or_id_in_two_documents_stays_twice():
+    for other in ("x", "y"):
+        found = ground([Passage("x", "a", "0"), Passage(other, "b", "0")], TEXTS)
+        assert found.document_ids == ("a", "b")
+        assert [passage.text for passage in found.passages] == ["x", other]
 
 
 def test_a_single_document_needs_no_ids():

@@ -64,7 +64,8 @@ class RetrievalContext:
         text: the chunks in document order, joined by blank lines; empty without chunks.
         chunks: the retrieved passages in document order.
         tokens: tokens of ``text`` in the target's tokenizer, at most ``budget``.
-        budget: max(``min_budget_tokens``, tokens of all documents ÷ ``compression``).
+        budget: max(``min_budget_tokens``, tokens of all documents ÷ ``compression``), or the room
+            that there is if that is less.
         empty_reason: why there are no chunks, or None when there are some.
         confidence: in [0, 1], how sure the retrieval is (see ``context.confidence``); 1 where it
             knows no similarities, that is but for ``dense``.
@@ -100,8 +101,8 @@ class ContextBuilder:
         chunk_tokens: the most tokens a chunk may have, at least 32; never more than
             ``min_budget_tokens``.
         threshold: the least cosine similarity of a retrieved chunk, in [-1, 1]; for ``dense`` only,
-            the other scores having no fixed scale. None takes the embedder's own, 0.3 of BGE-M3's
-            and none of others', and keeps the best chunk in any case.
+            the other scores having no fixed scale. None takes the embedder's own, which is 0.3 for
+            BGE-M3 and the packaged model and none for others, and keeps the best chunk in any case.
         min_budget_tokens: the budget of short documents, at least 32.
         compression: λ, at least 1: the budget of long documents is their tokens ÷ λ.
         persist_directory: where Chroma keeps the vectors, so that a document is embedded once for
@@ -153,7 +154,12 @@ class ContextBuilder:
         self._split = lru_cache(maxsize=64)(self._split_document)
 
     def build(
-        self, documents: str | Sequence[str], question: str, *, progress: Progress | None = None
+        self,
+        documents: str | Sequence[str],
+        question: str,
+        *,
+        room: int | None = None,
+        progress: Progress | None = None,
     ) -> RetrievalContext:
         """Retrieve what of the documents belongs to the question.
 
@@ -163,6 +169,8 @@ class ContextBuilder:
         Args:
             documents: one document or several; blank ones among them hold nothing.
             question: what the retrieved chunks should be similar to.
+            room: tokens that the model which reads them has for them; the budget is not larger,
+                and nor is a chunk. At least 32.
             progress: called as ``progress(done, total)``, chunks embedded so far, first with 0; not
                 called when the vectors of all chunks are stored already.
 
@@ -175,9 +183,11 @@ class ContextBuilder:
         """
         texts = require_documents(documents)
         require_text("the question", question)
-        split = {text: self._split(text) for text in texts if text.strip()}
+        most = self._chunk_tokens if room is None else min(self._chunk_tokens, room)
+        split = {text: self._split(text, most) for text in texts if text.strip()}
         total = sum(split[text].tokens for text in texts if text in split)
         budget = max(self._min_budget_tokens, int(total / self._compression))
+        budget = budget if room is None else min(budget, room)
         ranked = self._rank(texts, split, question, progress)
         chunks = self._fill(self._similar(ranked), budget)
         text = _join(chunks)
@@ -192,8 +202,8 @@ class ContextBuilder:
             else 1.0,
         )
 
-    def _split_document(self, text: str) -> _Split:
-        return _Split(split_text(text, self._tokenizer, self._chunk_tokens), self._count(text))
+    def _split_document(self, text: str, chunk_tokens: int) -> _Split:
+        return _Split(split_text(text, self._tokenizer, chunk_tokens), self._count(text))
 
     def _rank(
         self,

@@ -24,7 +24,10 @@ EMBEDDING_BATCH = 16
 _M3_MAX_LENGTH = 8192
 
 PAPER_THRESHOLD = 0.3
-"""Cosine similarity by BGE-M3 below which the paper retrieves nothing. Others' lie elsewhere."""
+"""Cosine similarity by BGE-M3 below which the paper retrieves nothing.
+
+It suits the packaged model as well; those of others lie elsewhere.
+"""
 
 Vectors = npt.NDArray[np.float32]
 
@@ -55,9 +58,10 @@ class SentenceTransformerEmbedder:
 
     _options: ClassVar = {"batch_size": EMBEDDING_BATCH, "show_progress_bar": False}
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, threshold: float | None = None) -> None:
         self._model = model
         self.name = _identity(self, model, model.max_seq_length)
+        self.threshold = threshold
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
         vectors = self._model.encode_document(list(texts), **self._options)
@@ -137,7 +141,8 @@ def _load(name: str, device: str | None) -> Embedder:
     try:
         if is_m3 or "bge" in base:
             return FlagEmbedder(_flag_model(name, is_m3, device))
-        return SentenceTransformerEmbedder(_sentence_transformer(name, device))
+        threshold = PAPER_THRESHOLD if name == PACKAGED_EMBEDDER else None
+        return SentenceTransformerEmbedder(_sentence_transformer(name, device), threshold)
     except RapidError:
         raise
     except Exception as error:  # the libraries raise many types: no file, no network, no config

@@ -123,22 +123,9 @@ def fit_documents(
             f"rest of the prompt {frame}: too much for the context window of {window} tokens; "
             "retrieve less or shorten the question"
         )
+    what = "it" if len(documents) == 1 else f"{len(documents)} of them"
     raise ContextWindowError(
-        f"the prompt has {frame} tokens without the document, which with max_new_tokens="
-        f"{max_new_tokens} leaves no room for it in the context window of {window} tokens: "
-        "shorten the question or lower max_new_tokens"
+        f"the prompt has {frame} tokens without the document{'s' * (len(documents) != 1)}, which "
+        f"with max_new_tokens={max_new_tokens} leaves no room for {what} in the context window of "
+        f"{window} tokens: shorten the question or lower max_new_tokens"
     )
-
-
-def fit_prompt(
-    document: str,
-    render: Callable[[str], Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    max_new_tokens: int,
-    truncate: Truncate | None = None,
-) -> Prompt:
-    """:func:`fit_documents` with one document and no passages."""
-    return fit_documents(
-        [document], lambda parts: render(parts[0]), tokenizer, window, max_new_tokens, truncate
-    ).prompt

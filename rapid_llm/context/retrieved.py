@@ -82,8 +82,8 @@ def ground(
     """Find the documents that passages come from.
 
     Args:
-        passages: what was retrieved, best first. Repeated ones (same id, or same text of the
-            same document) count once; empty ones not at all.
+        passages: what was retrieved, best first. Repeated ones (the same id or the same text, of
+            the same document) count once; empty ones not at all.
         documents: where the full texts are. A blank one is passed over; where passages were
             retrieved from it nevertheless, they stand in its place.
         on_empty: ``read_all`` reads every document where nothing was retrieved.
@@ -136,10 +136,10 @@ def _unique(passages: Iterable[Passage]) -> tuple[Passage, ...]:
     kept: dict[tuple[str | None, ...], Passage] = {}
     ids = set()
     for passage in passages:
-        key = (passage.document_id, passage.text)
-        if not passage.text.strip() or key in kept or (passage.id and passage.id in ids):
+        key, name = (passage.document_id, passage.text), (passage.document_id, passage.id)
+        if not passage.text.strip() or key in kept or (passage.id and name in ids):
             continue
-        ids.add(passage.id)
+        ids.add(name)
         kept[key] = passage
     return tuple(kept.values())
 
