@@ -215,7 +215,8 @@ def _apply(
             chat, add_generation_prompt=True, tokenize=False, **variables
         )
         return opened
-    begun = [*chat[:-1], {**last, "content": f"{last['content']}{_END} "}]
+    content: str = last["content"]
+    begun = [*chat[:-1], {**last, "content": f"{content}{_END} "}]
     text: str = tokenizer.apply_chat_template(begun, tokenize=False, **variables)
     text, end, rest = text.rpartition(_END)
     if not end:
@@ -223,7 +224,8 @@ def _apply(
             "the model's chat template leaves out the end of the last message, which is the "
             "assistant's, so that it cannot be continued: end the chat with another role"
         )
-    return text if rest.startswith(" ") else text.rstrip()
+    trims = not rest.startswith(" ")
+    return text.removesuffix(content[len(content.rstrip()) :]) if trims else text
 
 
 def _histories(chat: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

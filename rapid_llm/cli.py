@@ -33,6 +33,7 @@ from rapid_llm.console import (
     Dtype,
     default_embedder,
     parse_gamma,
+    parse_variables,
     show,
     status,
 )
@@ -181,6 +182,14 @@ def ask(
         list[str] | None,
         typer.Option(help="Text that ends the answer; may be repeated.", show_default=False),
     ] = None,
+    chat_template_kwarg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="For the chat template, in JSON (enable_thinking=false); may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     truncate: Annotated[
         Literal["middle"] | None,
         typer.Option(
@@ -245,6 +254,7 @@ def ask(
         seed=seed,
     )
     speculation = SpeculationConfig(gamma=gamma, eta=eta, alpha=alpha, mode=mode)
+    variables = parse_variables(chat_template_kwarg or ())
 
     texts = _read(documents)
     embedder = embed_model or default_embedder()
@@ -263,6 +273,7 @@ def ask(
             attn_implementation=attention,
             drafter_quantization=None if drafter_quantization == "none" else drafter_quantization,
             kv_cache_dir=kv_cache,
+            chat_template_kwargs=variables,
         )
         builder = None
         if compare or method != "lc":

@@ -188,7 +188,7 @@ class SpeculationConfig:
             self,
             "eta",
             real,
-            f"a number from 0 (lossless) to {MAX_ETA:.0e}",
+            f"a number of at least 0 (0 is lossless) and at most {MAX_ETA:.0e}",
             lambda eta: 0 <= eta <= MAX_ETA,
         )
         _settle(self, "alpha", real, "within [0, 1]", lambda alpha: 0 <= alpha <= 1)

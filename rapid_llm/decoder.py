@@ -7,6 +7,7 @@ the target verifies them in one pass, against its own distribution enriched by t
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -143,7 +144,8 @@ class RapidDecoder:
         drafter: a loaded model with the same tokenizer; None lets the target draft as well
             (self-speculation: shared weights, two caches).
         drafter_tokenizer: the drafter's, to be compared; without it the sizes of the
-            vocabularies must agree.
+            vocabularies must agree. The two may differ in added tokens: what only one of them has
+            is never drafted, and a draft prompt that holds it is left out.
         name, drafter_name: what errors and results call the models.
         attn_implementation: ``rapid`` (ours), or transformers' ``sdpa``, ``flash_attention_2``
             or ``eager``.
@@ -162,7 +164,7 @@ class RapidDecoder:
 
     Raises:
         ModelError: an architecture is not supported.
-        TokenizerMismatchError: the tokenizers differ.
+        TokenizerMismatchError: the tokenizers differ in more than added tokens.
         InvalidParameterError: an unknown quantization, or one that the device does not have.
     """
 
@@ -186,11 +188,12 @@ class RapidDecoder:
         self.chat_template_kwargs = checked_variables(chat_template_kwargs)
         self.target = Forward(target, name or _name_of(target), attn_implementation, cuda_graphs)
         self.drafter = self.target
+        self._unshared: frozenset[int] = frozenset()
         if drafter is not None and drafter is not target:
             self.drafter = Forward(
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
-            self._check_tokenizers(drafter_tokenizer)
+            self._unshared = self._check_tokenizers(drafter_tokenizer)
         self._quantizes = self._resolve(drafter_quantization)
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
@@ -233,6 +236,7 @@ class RapidDecoder:
                 to reach a hub (``token``, ``cache_dir``, ``revision``, ``trust_remote_code``, …)
                 count for a drafter loaded by name as well.
         """
+        variables = checked_variables(chat_template_kwargs)
         place = resolve_device(device)
         draft_place = place if drafter_device is None else resolve_device(drafter_device)
         if draft_place != place and not isinstance(drafter, str | Path):
@@ -263,7 +267,7 @@ class RapidDecoder:
             drafter_quantization=drafter_quantization,
             kv_cache_bytes=kv_cache_bytes,
             kv_cache_dir=kv_cache_dir,
-            chat_template_kwargs=chat_template_kwargs,
+            chat_template_kwargs=variables,
         )
 
     @cached_property
@@ -358,6 +362,7 @@ class RapidDecoder:
                 window. Where it leaves some, ``max_new_tokens`` is cut to it, and
                 ``stats.max_new_tokens`` says so; a draft prompt too long for the drafter is left
                 out, and ``stats.draft_skipped`` says that.
+            TokenizerMismatchError: the drafter is to answer a prompt with a token it does not have.
             NumericalError: a model produced NaN (raised while streaming).
         """
         started = time.perf_counter()
@@ -391,6 +396,7 @@ class RapidDecoder:
                 f"continuation={continuation!r} has no tokens; give some text"
             )
         ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
+        self._require_readable([*ids, *tokens], forward)
         if len(tokens) > (room := self._room(ids, forward)):
             raise ContextWindowError(
                 f"the prompt of {len(ids)} tokens leaves room for {room} in the context window of "
@@ -469,17 +475,19 @@ class RapidDecoder:
         if method in DRAFTED and config.drafting in SELECTIONS:
             require_compressible(forward, config.drafting)
         prompt = encode_prompt(target_prompt, self.tokenizer, chat_template_kwargs)
+        self._require_readable(prompt, forward)
         new = min(sampling.max_new_tokens, self._room(prompt, forward))
         draft: list[int] = []
         draft_skipped: str | None = None
         if draft_prompt is not None and own_prompt:
             draft = encode_prompt(draft_prompt, self.tokenizer, chat_template_kwargs)
-            window = self.drafter.context_window
-            if len(draft) >= window:
+            draft_skipped = self._unreadable(draft, self.drafter)
+            if draft_skipped is None and len(draft) >= (window := self.drafter.context_window):
                 draft_skipped = (
-                    f"the draft prompt has {len(draft)} tokens, the context window of "
-                    f"{self.drafter.name} {window}"
+                    f"has {len(draft)} tokens, the context window of {self.drafter.name} {window}"
                 )
+            if draft_skipped is not None:
+                draft_skipped = f"the draft prompt {draft_skipped}"
                 draft, method = [], "lc"
         settings = generation_config(forward.model)
         stop = settings.stop_strings or ()
@@ -505,7 +513,9 @@ class RapidDecoder:
 
             def lease(forward: Forward, prompt: Sequence[int]) -> tuple[Session, Lease]:
                 borrowed = leases.enter_context(
-                    self._prefixes.lease(forward, prompt, len(prompt) + new)
+                    self._prefixes.lease(
+                        forward, prompt, min(len(prompt) + new, forward.context_window)
+                    )
                 )
                 return Session(forward, borrowed.cache), borrowed
 
@@ -545,7 +555,13 @@ class RapidDecoder:
             device, model = self.drafter.device, forward.model
             sampler = Sampler(request.sampling, request.prompt, device, model, stream=1)
         rag = RagDrafter(
-            session, request.draft_prompt, sampler, forward.vocab_size, config, request.prompt
+            session,
+            request.draft_prompt,
+            sampler,
+            forward.vocab_size,
+            config,
+            request.prompt,
+            self._unshared,
         )
         if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
             return [rag]
@@ -559,6 +575,21 @@ class RapidDecoder:
         ids = [own] if own is None or isinstance(own, int) else list(own)
         ids += [self.tokenizer.eos_token_id, self._end_of_turn]
         return frozenset(i for i in ids if i is not None)
+
+    def _unreadable(self, prompt: Sequence[int], forward: Forward) -> str | None:
+        """Which token of a prompt a model does not have, for messages; None if it has all."""
+        if forward is self.target:
+            return None
+        embedded = forward.model.get_input_embeddings().weight.shape[0]
+        unknown = (i for i in prompt if i >= embedded or i in self._unshared)
+        if (found := next(unknown, None)) is None:
+            return None
+        token = self.tokenizer.convert_ids_to_tokens(found)
+        return f"holds {token!r}, which {forward.name} does not have"
+
+    def _require_readable(self, prompt: Sequence[int], forward: Forward) -> None:
+        if (reason := self._unreadable(prompt, forward)) is not None:
+            raise TokenizerMismatchError(f"the prompt {reason}; take it out of the prompt")
 
     def _room(self, prompt: Sequence[int], forward: Forward) -> int:
         """Tokens that a model's window leaves for the answer, at least 1."""
@@ -622,7 +653,10 @@ class RapidDecoder:
             require_int8(self.drafter.model)
         return quantization == "int8"
 
-    def _check_tokenizers(self, drafter_tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def _check_tokenizers(
+        self, drafter_tokenizer: PreTrainedTokenizerBase | None
+    ) -> frozenset[int]:
+        """Ids of added tokens that only one of the models has; any other difference is refused."""
         target, drafter = self.target, self.drafter
         if drafter_tokenizer is None:
             if drafter.vocab_size != target.vocab_size:
@@ -631,15 +665,21 @@ class RapidDecoder:
                     f"target {target.name} of {target.vocab_size}; take a drafter of the same "
                     "family, or pass drafter_tokenizer= if only the padding differs"
                 )
-            return
+            return frozenset()
         ours, theirs = self.tokenizer.get_vocab(), drafter_tokenizer.get_vocab()
-        if ours != theirs:
-            differing = next(t for t in (ours | theirs) if ours.get(t) != theirs.get(t))
-            raise TokenizerMismatchError(
-                f"the tokenizers of {target.name} ({len(ours)} tokens) and {drafter.name} "
-                f"({len(theirs)} tokens) differ, for example in {differing!r}; take a drafter "
-                "that shares the target's tokenizer"
-            )
+        if ours == theirs:
+            return frozenset()
+        either = dict(ours.items() ^ theirs.items())  # tokens that not both have, at one id
+        added = self.tokenizer.get_added_vocab() | drafter_tokenizer.get_added_vocab()
+        ids = Counter((ours | theirs).values())
+        for token, i in either.items():
+            if (token in ours and token in theirs) or token not in added or ids[i] > 1:
+                raise TokenizerMismatchError(
+                    f"the tokenizers of {target.name} ({len(ours)} tokens) and {drafter.name} "
+                    f"({len(theirs)} tokens) differ, for example in {token!r}, and not only in "
+                    "tokens that were added; take a drafter that shares the target's tokenizer"
+                )
+        return frozenset(either.values())
 
 
 class _Request(NamedTuple):

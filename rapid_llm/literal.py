@@ -66,8 +66,13 @@ class Controls:
         for content in tokenizer.all_special_tokens:
             tokens.setdefault(content, AddedToken(content, normalized=False, special=True))
         self.tokens = tuple(tokens.values())
-        ids = {tokenizer.convert_tokens_to_ids(content): content for content in tokens}
-        self.contents = {i: c for i, c in ids.items() if i != tokenizer.unk_token_id}
+        model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+        unknown = {tokenizer.unk_token, getattr(model, "unk_token", None)}
+        self.contents = {
+            tokenizer.convert_tokens_to_ids(content): content
+            for content in tokens
+            if content not in unknown
+        }
         self.mark = token_hex(16)
 
     def same_as(self, other: Controls) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
+from rapid_llm.chat import checked_variables
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS
@@ -42,6 +43,7 @@ class Inquiry:
         on_empty: what the methods that retrieve do where nothing was retrieved: ``empty`` reads
             nothing and answers nothing, ``read_all`` falls back to ``lc``.
         progress: told how far embedding and reading have come.
+        chat_template_kwargs: variables of the chat template, before the decoder's own.
 
     Raises:
         InvalidParameterError: ``on_empty`` is unknown.
@@ -61,6 +63,7 @@ class Inquiry:
         truncate: Truncate | None = None,
         on_empty: OnEmpty = "empty",
         progress: Progress | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         require_on_empty(on_empty)
         self.decoder = decoder
@@ -73,6 +76,7 @@ class Inquiry:
         self._truncate: Truncate | None = truncate
         self._on_empty = on_empty
         self._progress = progress
+        self._variables = decoder.chat_template_kwargs | checked_variables(chat_template_kwargs)
 
     @cached_property
     def context(self) -> RetrievalContext:
@@ -153,6 +157,7 @@ class Inquiry:
             "speculation": replace(speculation, mode="exact") if run.exact else speculation,
             "confidence": run.confidence,
             "progress": self._progress,
+            "chat_template_kwargs": self._variables,
         }
 
     def _passages(self) -> list[list[Passage]]:
@@ -177,7 +182,7 @@ class Inquiry:
             self._sampling.max_new_tokens,
             self._truncate,
             passages=passages,
-            chat_template_kwargs=self.decoder.chat_template_kwargs,
+            chat_template_kwargs=self._variables,
         )
 
 

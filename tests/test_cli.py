@@ -297,6 +297,31 @@ def assert_refused(outcome: Outcome, *mentions: str) -> None:
         assert mention in outcome.err
 
 
+def test_variables_of_the_chat_template_are_json_or_text(
+    ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    stream = RapidDecoder.stream
+
+    def spy(self: RapidDecoder, *prompts: Any, **options: Any) -> Any:
+        seen.append(options["chat_template_kwargs"])
+        return stream(self, *prompts, **options)
+
+    monkeypatch.setattr(RapidDecoder, "stream", spy)
+    given = ["enable_thinking=false", "effort=low", 'date={"year": 2026}', "a=b=c", "n=3", 's="3"']
+    assert ask(*(part for value in given for part in ("--chat-template-kwarg", value))).status == 0
+    assert seen == [
+        {
+            "enable_thinking": False,
+            "effort": "low",
+            "date": {"year": 2026},
+            "a": "b=c",
+            "n": 3,
+            "s": "3",
+        }
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "mentions"),
     [
@@ -324,6 +349,8 @@ def assert_refused(outcome: Outcome, *mentions: str) -> None:
         (["--threshold", "1.5"], ["threshold", "1.5", "1"]),
         (["--context-tokens", "31"], ["context-tokens", "31", "32"]),
         (["--compression", "0.5"], ["compression", "0.5", "1"]),
+        (["--chat-template-kwarg", "thinking"], ["'thinking'", "a name and a value"]),
+        (["--chat-template-kwarg", "=1"], ["'=1'", "a name and a value"]),
         (["--colour", "red"], ["--colour"]),
         (["no-such-file.txt"], ["no-such-file.txt"]),
     ],

@@ -210,3 +210,32 @@ def test_progress_covers_embedding_and_both_prompts(inquire: Any) -> None:
 def test_an_unknown_method_is_named(inquire: Any) -> None:
     with pytest.raises(InvalidParameterError, match=r"'magic'.*rapid, sd, lc, rag"):
         inquire().answer("magic")
+
+
+def retrieving(decoder: RapidDecoder, embedder: CountingEmbedder, **options: Any) -> Inquiry:
+    builder = ContextBuilder(
+        decoder.tokenizer, embedder, chunk_tokens=32, threshold=-1, min_budget_tokens=64
+    )
+    return Inquiry(decoder, builder, [FIRST, SECOND], QUESTION, **options)
+
+
+def test_template_variables_of_an_inquiry_reach_both_prompts(embedder: CountingEmbedder) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE + "{{ one }} {{ two }}"
+    decoder = RapidDecoder(
+        tiny_model(), tokenizer, chat_template_kwargs={"one": "w5 w6", "two": "w7"}
+    )
+    plain = retrieving(decoder, embedder).answer().stats
+    changed = retrieving(decoder, embedder, chat_template_kwargs={"two": "w7 w8 w9"})
+    stats = changed.answer().stats
+    assert stats.prompt_tokens == plain.prompt_tokens + 2
+    assert stats.draft_prompt_tokens == plain.draft_prompt_tokens + 2
+
+
+def test_a_draft_that_the_decoder_leaves_out_is_still_explained(
+    tokenizer: PreTrainedTokenizerFast, embedder: CountingEmbedder
+) -> None:
+    drafter = tiny_model(seed=1, max_position_embeddings=64)
+    stats = retrieving(RapidDecoder(tiny_model(), tokenizer, drafter), embedder).answer().stats
+    assert stats.method == "lc"
+    assert "the draft prompt has" in str(stats.draft_skipped)

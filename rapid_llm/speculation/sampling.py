@@ -39,16 +39,17 @@ _ROWWISE = (
 
 _OTHER_WARPERS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
 
-_UNSUPPORTED = (
-    "constraints",
-    "dola_layers",
-    "force_words_ids",
-    "guidance_scale",
-    "num_beams",
-    "penalty_alpha",
-    "token_healing",
-    "watermarking_config",
-)
+_UNSUPPORTED = {
+    "constraints": None,
+    "dola_layers": None,
+    "force_words_ids": None,
+    "guidance_scale": 1,
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "token_healing": False,
+    "watermarking_config": None,
+}
+"""Settings that ask for what is not done here, with the value that asks for nothing."""
 
 
 def generation_config(model: PreTrainedModel) -> GenerationConfig:
@@ -58,9 +59,9 @@ def generation_config(model: PreTrainedModel) -> GenerationConfig:
         InvalidParameterError: it asks for another search than ours, or for another model's help.
     """
     config = copy.deepcopy(getattr(model, "generation_config", None) or GenerationConfig())
-    for name in _UNSUPPORTED:
+    for name, nothing in _UNSUPPORTED.items():
         value = getattr(config, name, None)
-        if value is not None and value != 1 and (value or name == "guidance_scale"):
+        if value is not None and value != nothing:
             raise InvalidParameterError(
                 f"the model's generation_config has {name}={value!r}, which cannot be followed "
                 f"here: set model.generation_config.{name} = None to do without it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -47,6 +47,8 @@ class RagDrafter:
         document: more text to guess from, usually the target's prompt.
         config: whether to guess (``lookup``) and how far (``gamma``), and when to end a draft
             (``min_confidence``).
+        unknown: ids of tokens that only one of the two models has. They get no probability, and
+            once the output holds one nothing more is drafted; nor is anything beyond the window.
     """
 
     belief = MODEL
@@ -59,11 +61,17 @@ class RagDrafter:
         vocab_size: int,
         config: SpeculationConfig,
         document: Sequence[int] = (),
+        unknown: Collection[int] = (),
     ) -> None:
         self._session = session
         self._prompt = list(prompt)
         self._sampler = sampler
         self._vocab_size = vocab_size
+        self._embedded = session.forward.model.get_input_embeddings().weight.shape[0]
+        self._unknown = frozenset(unknown)
+        impossible = [i for i in sorted(unknown) if i < vocab_size]
+        self._impossible = torch.tensor(impossible, device=session.forward.device)
+        self._read_output = 0  # tokens of it that can be read
         self._index = NgramIndex([*document, *prompt]) if config.lookup else None
         self._given = len(document) + len(prompt)
         self._guessed = len(prompt)  # where the last guess was made
@@ -93,8 +101,14 @@ class RagDrafter:
         return FixedSchedule(self._gamma)
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
-        """See :class:`Drafter`; at most γ (or γ+1) forward passes."""
+        """See :class:`Drafter`; at most γ (or γ+1) forward passes, none where it cannot go on."""
         sequence = [*self._prompt, *output]
+        # The last drafted token is not read, unless what follows it is wanted.
+        room = self._session.forward.context_window - len(sequence) + (not look_ahead)
+        gamma = min(gamma, room)
+        if not self._can_read(output) or gamma + look_ahead <= 0:
+            nothing = torch.empty(0, dtype=torch.long, device=self._session.forward.device)
+            return Draft(nothing, torch.empty(0, self._vocab_size, device=nothing.device), passes=0)
         # What was drafted and not kept is forgotten; the last kept token is yet to be read.
         self._session.rollback(len(sequence) - 1)
         if self._index is not None:
@@ -121,6 +135,14 @@ class RagDrafter:
             rows.append(self._read(pending, tokens, 1))
             passes += 1
         return Draft(tokens, torch.cat(rows), passes)
+
+    def _can_read(self, output: Sequence[int]) -> bool:
+        """Whether the model has every token of the output."""
+        new = output[self._read_output :]
+        if all(i < self._embedded and i not in self._unknown for i in new):
+            self._read_output = len(output)
+            return True
+        return False
 
     def _guess(self, sequence: Sequence[int], tokens: Tensor, limit: int) -> Tensor:
         """What may come next, int64 ``[at most limit]``."""
@@ -158,4 +180,8 @@ class RagDrafter:
 
     def _fit(self, logits: Tensor) -> Tensor:
         surplus = self._vocab_size - logits.shape[-1]
-        return F.pad(logits, (0, surplus), value=float("-inf")) if surplus else logits
+        if surplus:
+            logits = F.pad(logits, (0, surplus), value=float("-inf"))
+        if len(self._impossible):
+            logits = logits.index_fill(-1, self._impossible, float("-inf"))
+        return logits
