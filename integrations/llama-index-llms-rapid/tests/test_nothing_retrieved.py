@@ -287,3 +287,20 @@ def test_one_text_is_read_only_where_it_holds_a_passage(decoder, spy):
     RetrieverQueryEngine.from_args(Fixed(CANTEEN), llm=llm).query("What?")
     assert SECRET in spy.target()
     assert spy.target().count(CANTEEN) == 1
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_document_that_quotes_another_is_not_opened_by_it(decoder, spy, plain):
+    """The retrieved chunk is of a document that was not given; one that was given quotes it."""
+    quoting = Document(text=f"{SECRET}\n\n{GLOBES}", id_="q", metadata={"tenant": "acme"})
+    node = TextNode(text=GLOBES, metadata={"tenant": "globex"})
+    if plain:
+        llm = RapidLLM(decoder=decoder, max_tokens=4, documents=[quoting])
+        engine = SummaryIndex([node]).as_query_engine(llm=llm)
+    else:
+        llm = RapidLLM(decoder=decoder, max_tokens=4)
+        synthesizer = RapidSynthesizer(llm, documents=[quoting])
+        engine = SummaryIndex([node]).as_query_engine(llm=llm, response_synthesizer=synthesizer)
+    engine.query("What?")
+    assert GLOBES in spy.target()
+    assert SECRET not in spy.target()

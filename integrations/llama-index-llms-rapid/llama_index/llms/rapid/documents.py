@@ -78,6 +78,26 @@ class FullText:
         )
         return frozenset(" ".join(line.split()) for text in around for line in text.splitlines())
 
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """The metadata keys of its parts."""
+        return frozenset(
+            key for part in self.parts if isinstance(part, BaseNode) for key in part.metadata
+        )
+
+    def denies(self, line: str) -> bool:
+        """Whether a line before a passage is metadata of another document than this one."""
+        key, colon, _ = line.partition(":")
+        return bool(colon) and key in self.keys and line not in self.heads
+
+    def differs(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether a node's metadata are those of no part, but for keys that only one has."""
+        return all(
+            isinstance(part, BaseNode)
+            and any(metadata.get(key, value) != value for key, value in part.metadata.items())
+            for part in self.parts
+        )
+
     def holds(self, passage: str) -> bool:
         """Whether a passage without metadata was cut out of it; white space does not matter."""
         return " ".join(passage.split()) in self.body
@@ -235,7 +255,11 @@ class Library:
         text = " ".join(node.get_content(MetadataMode.NONE).split())
         if not self.listed or not text:
             return None
-        holding = [document for document in self.all() if text in document.body]
+        holding = [
+            document
+            for document in self.all()
+            if text in document.body and not document.differs(node.metadata)
+        ]
         return holding[0] if len(holding) == 1 and telling(text, holding[0]) else None
 
     @cached_property

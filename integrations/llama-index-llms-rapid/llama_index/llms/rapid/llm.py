@@ -79,14 +79,20 @@ class RapidLLM(LLM):
 
     - ``complete(prompt, draft_prompt=…)`` and ``chat(messages, draft_messages=…)`` give it.
     - In a query or chat engine with ``documents=``, the prompt that the engine wrote, with the
-      retrieved text, is the drafter's; the same prompt with the documents in the place of the
-      retrieved text is the target's.
+      retrieved text, is the drafter's; the same prompt with the documents that hold the retrieved
+      passages in the place of this text is the target's. What they do not say stays in it.
     - :class:`RapidSynthesizer` does the same with the documents that the nodes are from.
     - Otherwise there is none, and the target decodes plainly.
 
     ``complete`` on a model with a chat template sends the prompt as one user message, unless
     ``formatted=True`` or ``completion_to_prompt`` is given. ``system_prompt`` is used where
     LlamaIndex uses it: in engines, not in ``complete`` and ``chat``.
+
+    A message or document cannot hold a control token: what looks like one is text. Finished
+    prompts, taken with their control tokens, are what comes with ``formatted=True``, and what one's
+    own ``completion_to_prompt`` and ``messages_to_prompt`` return.
+
+    A chat that outgrows the window loses its oldest turns (``dropped_messages``).
 
     Every response has in ``raw``: ``usage`` (tokens of the target), ``finish_reason``, and
     ``rapid`` (see :class:`rapid_llm.Stats`; in engines also ``chunk_ids`` and ``document_ids``).
@@ -161,8 +167,8 @@ class RapidLLM(LLM):
     )
     truncate: Literal["middle"] | None = Field(
         default=None,
-        description="In engines: middle leaves out the middle of documents that do not fit into "
-        "the context window; None refuses them.",
+        description="In engines: middle cuts documents that do not fit into the context window, "
+        "around what was retrieved from them; None refuses them.",
     )
     dtype: str = Field(default="auto", description="Of both models; auto is the checkpoint's.")
     device: str | None = Field(
@@ -186,7 +192,6 @@ class RapidLLM(LLM):
         description="A folder that keeps the KV of long prompts across processes; None keeps it in "
         "memory only.",
     )
-
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None,
         description="Variables of the model's chat template, such as enable_thinking; a call's own "
@@ -310,8 +315,10 @@ class RapidLLM(LLM):
 
         Args:
             prompt: sent as one user message if the model has a chat template.
-            formatted: send the prompt as it is: it already holds the model's control tokens.
-            kwargs: ``draft_prompt`` (treated as the prompt is), and any option of a generation.
+            formatted: send the prompt as it is: it already holds the model's control tokens, and
+                whatever in it looks like one is one.
+            kwargs: ``draft_prompt`` (treated as the prompt is), ``chat_template_kwargs``, and any
+                option of a generation.
         """
         with not_swallowed(prompt):
             return last_of(self._stream(self._completion_call(prompt, formatted, **kwargs)))
@@ -350,8 +357,9 @@ class RapidLLM(LLM):
 
         Args:
             messages: of text. A model without a template gets them through
-                ``messages_to_prompt``; one given to the constructor always goes first.
-            kwargs: ``draft_messages``, and any option of a generation.
+                ``messages_to_prompt``; one given to the constructor always goes first, and writes
+                a finished prompt. The last one may be the assistant's, to be continued.
+            kwargs: ``draft_messages``, ``chat_template_kwargs``, and any option of a generation.
         """
         with not_swallowed(messages):
             last = last_of(self._stream(self._chat_call(messages, **kwargs)))

@@ -27,7 +27,8 @@ def locate(text: str, documents: Sequence[FullText]) -> Located:
 
     A passage is a longest run of lines that stands in a document; white space does not matter. It
     is taken where just one document holds it, or just one with the metadata that precede it, and
-    if it is not merely a few words. So a passage from elsewhere opens no document.
+    if it is not merely a few words. So a passage from elsewhere opens no document, not even one
+    that quotes it, if their metadata differ.
 
     Args:
         text: retrieved passages, each with its metadata before it, and whatever else a pipeline
@@ -39,16 +40,20 @@ def locate(text: str, documents: Sequence[FullText]) -> Located:
     found: list[Passage] = []
     shared: list[list[FullText]] = []
     rest = False
-    metadata: set[str] = set()
+    before: list[str] = []  # what stands before the next passage: metadata, and other lines
     at = 0
     while at < len(lines):
         if lines[at].words in heads:
-            metadata.add(lines[at].words)
+            before.append(lines[at].words)
             at += 1
             continue
         end, run, holding = _longest(lines, at, documents)
         if end > at:
-            fitting = _one_of_each([d for d in holding if metadata <= d.heads])
+            metadata = heads.intersection(before)
+            fitting = _one_of_each(
+                [d for d in holding if metadata <= d.heads and not any(map(d.denies, before))]
+            )
+            before.clear()
             if len(fitting) == 1 and telling(run, fitting[0]):
                 excerpt = text[lines[at].start : lines[end - 1].end]
                 found.append(Passage(excerpt, fitting[0].name))
@@ -57,8 +62,8 @@ def locate(text: str, documents: Sequence[FullText]) -> Located:
             else:
                 rest = True
         else:
+            before.append(lines[at].words)
             rest, end = True, at + 1
-        metadata.clear()
         at = end
     read = {passage.document_id for passage in found}
     # A passage of several documents opens none of them, but is read if another opens one.
