@@ -38,8 +38,8 @@ class Inquiry:
         sampling: how tokens are drawn.
         speculation: how ``rapid`` and ``sd`` draft; ``sd`` uses mode ``exact``.
         truncate: ``middle`` cuts documents too long for the target's window, but not the passages
-            retrieved from them (``lc`` retrieves none); ``stats.omitted_tokens`` says how much was
-            left out. Retrieval still sees all of them.
+            retrieved from them (``lc`` retrieves none), so that each question reads a cut of its
+            own; ``stats.omitted_tokens`` says how much was left out. Retrieval sees all of them.
         on_empty: what the methods that retrieve do where nothing was retrieved: ``empty`` reads
             nothing and answers nothing, ``read_all`` falls back to ``lc``.
         progress: told how far embedding and reading have come.
@@ -106,7 +106,7 @@ class Inquiry:
         frame = build_messages(".", self.question)
         window = min(decoder.target.context_window, decoder.drafter.context_window)
         answer = min(self._sampling.max_new_tokens, window // 2)
-        tokens = len(encode_prompt(frame, decoder.tokenizer, decoder.chat_template_kwargs))
+        tokens = len(encode_prompt(frame, decoder.tokenizer, self._variables))
         return max(MIN_CHUNK_TOKENS, window - answer - tokens)
 
     def stream(self, method: Method = "rapid") -> Iterator[Chunk]:

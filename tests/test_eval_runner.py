@@ -176,6 +176,7 @@ def test_a_document_too_long_loses_its_middle(tmp_path: Path) -> None:
     task = Benchmark("made", {"first": "rate"}, [item("1", long)], score)
     (record,) = run(tmp_path, task, ("lc",))
     assert 495 <= record.stats["prompt_tokens"] <= 504
+    assert 390 <= record.stats["omitted_tokens"] < 500
 
 
 def test_nothing_retrieved_is_recorded(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_template_variables_of_an_inquiry_reach_both_prompts(embedder: CountingE
 def test_a_draft_that_the_decoder_leaves_out_is_still_explained(
     tokenizer: PreTrainedTokenizerFast, embedder: CountingEmbedder
 ) -> None:
-    drafter = tiny_model(seed=1, max_position_embeddings=64)
+    drafter = tiny_model(seed=1, max_position_embeddings=40)
     stats = retrieving(RapidDecoder(tiny_model(), tokenizer, drafter), embedder).answer().stats
     assert stats.method == "lc"
     assert "the draft prompt has" in str(stats.draft_skipped)

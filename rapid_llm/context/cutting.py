@@ -129,7 +129,7 @@ def _located(text: str, passages: Sequence[Passage]) -> tuple[str, list[tuple[in
         excerpt = (passage.text if passage.excerpt is None else passage.excerpt).strip()
         if not excerpt:
             continue
-        span = search(excerpt, passage.start or 0)
+        span = search(excerpt, max(0, passage.start or 0))
         if span is None:
             text += SEPARATOR + excerpt
             span = len(text) - len(excerpt), len(text)

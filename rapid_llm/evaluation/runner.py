@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from rapid_llm.config import SamplingParams
 from rapid_llm.context import RetrievalContext
-from rapid_llm.context.prompts import fit_documents
+from rapid_llm.context.prompts import Fitted, fit_documents
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
-from rapid_llm.encoding import Prompt, encode_prompt
+from rapid_llm.encoding import encode_prompt
 from rapid_llm.engine.forward import Forward
 from rapid_llm.evaluation import speculative_rag
 from rapid_llm.evaluation.journal import Journal
@@ -84,10 +84,14 @@ def _read_before(decoder: RapidDecoder, prompt: list[int]) -> bool:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A question: its messages around a context, and as the target reads it, in tokens."""
+    """A question: its messages around a context, and as the target reads it, in tokens.
+
+    ``omitted_tokens`` of the context do not fit into the target's window.
+    """
 
     render: Callable[[str], list[Message]]
     prompt: list[int]
+    omitted_tokens: int
     sampling: SamplingParams
 
 
@@ -172,10 +176,11 @@ class _Evaluation:
     def _turn(
         self, render: Callable[[str], list[Message]], context: str, max_new_tokens: int
     ) -> _Turn:
-        prompt = self._fit(render, context, self._decoder.target, max_new_tokens)
+        whole = self._fit(render, context, self._decoder.target, max_new_tokens)
         return _Turn(
             render,
-            encode_prompt(prompt, self._decoder.tokenizer),
+            encode_prompt(whole.prompt, self._decoder.tokenizer),
+            whole.omitted_tokens,
             SamplingParams(max_new_tokens=max_new_tokens, seed=self._seed),
         )
 
@@ -185,9 +190,9 @@ class _Evaluation:
         context: str,
         forward: Forward,
         max_new_tokens: int,
-    ) -> Prompt:
+    ) -> Fitted:
         tokenizer, window = self._decoder.tokenizer, forward.context_window
-        fitted = fit_documents(
+        return fit_documents(
             [context],
             lambda texts: render(texts[0]),
             tokenizer,
@@ -196,15 +201,15 @@ class _Evaluation:
             "middle",
             mark="",  # as the long-context benchmarks shorten documents
         )
-        return fitted.prompt
 
     def _answer(self, method: MethodSpec, turn: _Turn, read: RetrievalContext | None) -> _Answer:
         draft = None
         if read is not None:
             new = turn.sampling.max_new_tokens
-            draft = self._fit(turn.render, read.text, self._decoder.drafter, new)
+            draft = self._fit(turn.render, read.text, self._decoder.drafter, new).prompt
+        alone = method.base in DRAFTER_ALONE
         stream = self._decoder.stream(
-            None if method.base in DRAFTER_ALONE else turn.prompt,
+            None if alone else turn.prompt,
             draft,
             sampling=turn.sampling,
             speculation=method.speculation,
@@ -212,6 +217,7 @@ class _Evaluation:
         )
         chunks = list(stream)
         result = GenerationResult.from_chunks(chunks)
+        result.stats.omitted_tokens = 0 if alone else turn.omitted_tokens
         return _Answer(result.text, result.stats, accepted_at(chunks))
 
     def _speculative_rag(
