@@ -18,6 +18,7 @@ from llama_index.core.utils import get_tokenizer
 
 from llama_index.llms.rapid import RapidLLM, RapidSynthesizer
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import LoadedModel
 
 QA = PromptTemplate("Text: {context_str}\nQuestion: {query_str}\nAnswer:")
@@ -301,6 +302,18 @@ def test_hub_options_reach_both_models(monkeypatch, decoder, given):
     expected = {"token": "t", "revision": "main", "cache_dir": "/c"}
     assert calls == {"org/target": expected, "org/drafter": expected}
     assert "/c" not in str(llm.to_dict()) + repr(llm)
+
+
+def test_hub_options_of_a_loaded_decoder_are_refused(decoder):
+    with pytest.raises(InvalidParameterError, match="token cannot be used for a loaded decoder"):
+        RapidLLM(decoder=decoder, token="t")
+
+
+def test_variables_that_are_none_are_refused(decoder):
+    with pytest.raises(InvalidParameterError, match="chat_template_kwargs=False"):
+        RapidLLM(decoder=decoder).chat([user("q")], chat_template_kwargs=False)
+    with pytest.raises(InvalidParameterError, match="'tokenize'"):
+        RapidLLM(decoder=decoder, chat_template_kwargs={"tokenize": True})
 
 
 # --- text is text --------------------------------------------------------------------------------

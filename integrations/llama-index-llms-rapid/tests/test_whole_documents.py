@@ -229,6 +229,11 @@ def test_parts_of_one_file_may_share_an_id(llm, spy):
     assert asked(spy) == shown(*parts)
 
 
+def test_a_function_that_fails_is_heard(llm):
+    with pytest.raises(KeyError, match="lamp"):
+        ask(llm, nodes_of(LAMP), {}.__getitem__)
+
+
 @pytest.mark.parametrize("key", [7, Path("reports/a.md")])
 def test_numbers_and_paths_are_ids(llm, spy, key):
     document = Document(text="The first half. The second half.", id_=str(key))
@@ -257,7 +262,7 @@ def test_a_node_of_no_document_is_read_beside_the_documents_of_others(llm, spy):
     assert stray.node.text in spy.draft()
     assert response.metadata["rapid"]["document_ids"] == ["lamp", "ferry"]
     assert response.metadata["rapid"]["chunk_ids"][1] == stray.node.node_id
-    for documents in ([LAMP], "some text", {"a": "b"}.get):
+    for documents in ([LAMP], "some text", {"a": "b"}.get, {"a": "b"}.__getitem__):
         ask(llm, [stray], documents)
         assert asked(spy) == stray.node.text
 

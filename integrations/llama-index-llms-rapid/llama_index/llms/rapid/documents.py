@@ -1,18 +1,17 @@
-"""The full texts that a pipeline's nodes are from, and which node is from which."""
+"""The documents that were given, and which of them a node is from."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 from llama_index.core.schema import BaseNode, Document, MetadataMode
 from llama_index.core.storage.docstore import BaseDocumentStore
 
-from rapid_llm.context.retrieved import SEPARATOR
+from llama_index.llms.rapid.catalog import Catalog, DocumentKey, group_of, key_value
+from llama_index.llms.rapid.fulltext import FullText, telling
 from rapid_llm.errors import DocumentError, InvalidParameterError
 
 DocumentSource: TypeAlias = (
@@ -26,81 +25,10 @@ DocumentSource: TypeAlias = (
 """Where the full texts are: one text or document, several documents, a mapping from their ids, a
 docstore that holds them, or a function."""
 
-DocumentKey: TypeAlias = str | Callable[[BaseNode], object]
-"""Which Documents are one document: those of one value of a metadata key, or of a function."""
-
 _STABLE_KEYS = ("file_path", "url", "file_name")
 """Metadata that tell a document from others when ids have changed, the surest first."""
 
-_ID = "ref_doc_id"
-
-_PAGE_KEYS = ("page_label", "page_number", "page")
-
-
-@dataclass(frozen=True)
-class FullText:
-    """One document as the target reads it: one text, or the parts of one file in their order.
-
-    Attributes:
-        name: the Document's id, or what its parts have in common (the file's path).
-        parts: texts, or Documents, which are read as the pipeline shows its nodes to an LLM: with
-            their metadata, except for ``excluded_llm_metadata_keys``.
-    """
-
-    name: str
-    parts: tuple[str | BaseNode, ...]
-
-    @property
-    def shown(self) -> str:
-        """What the target reads: the parts but for blank ones, joined by blank lines."""
-        return SEPARATOR.join(
-            _content(part, MetadataMode.LLM)
-            for part in self.parts
-            if _content(part, MetadataMode.NONE).strip()
-        )
-
-    @cached_property
-    def body(self) -> str:
-        """The text without metadata, every white space a single blank: passages are found in it."""
-        return " ".join(" ".join(_content(p, MetadataMode.NONE).split()) for p in self.parts)
-
-    @cached_property
-    def bodies(self) -> frozenset[str]:
-        """As ``body``, of each part alone."""
-        return frozenset(" ".join(_content(p, MetadataMode.NONE).split()) for p in self.parts)
-
-    @cached_property
-    def heads(self) -> frozenset[str]:
-        """The lines that are shown beside its text, every white space a single blank."""
-        around = (
-            _content(part, MetadataMode.LLM).replace(_content(part, MetadataMode.NONE), "", 1)
-            for part in self.parts
-        )
-        return frozenset(" ".join(line.split()) for text in around for line in text.splitlines())
-
-    @cached_property
-    def keys(self) -> frozenset[str]:
-        """The metadata keys of its parts."""
-        return frozenset(
-            key for part in self.parts if isinstance(part, BaseNode) for key in part.metadata
-        )
-
-    def denies(self, line: str) -> bool:
-        """Whether a line before a passage is metadata of another document than this one."""
-        key, colon, _ = line.partition(":")
-        return bool(colon) and key in self.keys and line not in self.heads
-
-    def differs(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether a node's metadata are those of no part, but for keys that only one has."""
-        return all(
-            isinstance(part, BaseNode)
-            and any(metadata.get(key, value) != value for key, value in part.metadata.items())
-            for part in self.parts
-        )
-
-    def holds(self, passage: str) -> bool:
-        """Whether a passage without metadata was cut out of it; white space does not matter."""
-        return " ".join(passage.split()) in self.body
+_ID, _OWN = "ref_doc_id", "node_id"
 
 
 class Library:
@@ -136,34 +64,20 @@ class Library:
         """The one text that was given; every node that is from a document is from it."""
         self.function: Callable[[str], str | BaseNode | None] | None = None
         """What was given instead of documents, if it was a function."""
-        self._entries: Callable[[], Iterable[tuple[str, str | BaseNode]]] | None = None
-        self._given: Callable[[str], str | BaseNode | None]
-        # What is read of a list, to see whether it has changed; of others that is not known.
-        self._state: Callable[[], object] = object
+        self._source: _Source | None = None
         if isinstance(source, BaseNode):
             source = [source]
         if isinstance(source, str):
-            text = source
-            self.only = FullText("", (text,))
-            self._given = lambda name: text
+            self.only = FullText("", (source,))
         elif isinstance(source, BaseDocumentStore):
-            store = source
-            self._given = lambda name: _from_docstore(store, name)
-            self._entries = lambda: (
-                (name, node) for name, node in store.docs.items() if isinstance(node, Document)
-            )
+            self._source = _Docstore(source)
         elif isinstance(source, Mapping):
-            mapping = source
-            self._given = lambda name: _keyed(mapping, name)
-            self._entries = lambda: ((str(name), part) for name, part in mapping.items())
+            self._source = _Mapped(source)
         elif isinstance(source, Sequence) and all(isinstance(part, BaseNode) for part in source):
-            documents = cast(Sequence[BaseNode], source)
-            self._entries = lambda: ((part.node_id, part) for part in documents)
-            self._given = lambda name: None  # the catalog has them all
-            self._state = lambda: [part.get_content(MetadataMode.LLM) for part in documents]
-            _Catalog(self._entries(), document_key)  # checks the list
+            self._source = _Listed(cast(Sequence[BaseNode], source))
+            Catalog(self._source.entries(), document_key)  # checks the list
         elif callable(source):
-            self._given = self.function = source
+            self.function = source
         else:
             raise InvalidParameterError(
                 f"documents of type {type(source).__name__} are not allowed: give one text, a list "
@@ -174,13 +88,13 @@ class Library:
     @property
     def listed(self) -> bool:
         """Whether all documents can be listed; a function's cannot."""
-        return self._entries is not None or self.only is not None
+        return self.function is None
 
     def all(self) -> list[FullText]:
         """Every document, in the order that they were given; of a function, none."""
         if self.only is not None:
             return [self.only]
-        return self._catalog.texts if self._entries else []
+        return self._catalog.texts if self._source else []
 
     def source(self, node: BaseNode) -> FullText | None:
         """The document that a node is from; None if the node does not say and none holds it.
@@ -195,7 +109,7 @@ class Library:
         for label, name in self._names(node):
             if name is not None:
                 tried[label] = str(name)
-                if found := self._find(str(name)):
+                if found := self._find(str(name), surely=label != _OWN):
                     return found
         if found := self._by_metadata(node, tried) or self._by_text(node):
             return found
@@ -224,15 +138,24 @@ class Library:
         """What a node says of its document, and how it is called in an error."""
         if self._key is not None:
             label = self._key if isinstance(self._key, str) else "document_key"
-            yield label, _key_value(node, self._key)
-        yield ("node_id", node.node_id) if node.ref_doc_id is None else (_ID, node.ref_doc_id)
+            yield label, key_value(node, self._key)
+        yield (_OWN, node.node_id) if node.ref_doc_id is None else (_ID, node.ref_doc_id)
 
-    def _find(self, name: str) -> FullText | None:
-        if self._key is not None and self._entries and (found := self._catalog.keyed.get(name)):
+    def _find(self, name: str, surely: bool = False) -> FullText | None:
+        """The document of that id; where it is merely a guess, a function may fail at it."""
+        if self._key is not None and self._source and (found := self._catalog.keyed.get(name)):
             return found
-        part = self._given(name)
-        joined = part is None or _group(part, self._key) is not None
-        if self._entries and joined and (found := self._catalog.ids.get(name)):
+        part = None
+        if self._source:
+            part = self._source.get(name)
+        elif self.function:
+            try:
+                part = self.function(name)
+            except (LookupError, OSError):
+                if surely:
+                    raise
+        joined = part is None or group_of(part, self._key) is not None
+        if self._source and joined and (found := self._catalog.ids.get(name)):
             return found
         return None if part is None else FullText(name, (part,))
 
@@ -246,7 +169,7 @@ class Library:
             value = tried[key] = str(known[key])
             if found := self._find(value):
                 return found
-            if self._entries and (values := self._catalog.having(key)):
+            if self._source and (values := self._catalog.having(key)):
                 named = values.get(value, [])
                 return named[0] if len(named) == 1 else None
         return None
@@ -263,154 +186,68 @@ class Library:
         return holding[0] if len(holding) == 1 and telling(text, holding[0]) else None
 
     @cached_property
-    def _catalog(self) -> _Catalog:
-        assert self._entries is not None
-        return _Catalog(self._entries(), self._key)
+    def _catalog(self) -> Catalog:
+        assert self._source is not None
+        return Catalog(self._source.entries(), self._key)
+
+    def _state(self) -> object:
+        """What is read of a list, to see whether it has changed; of others that is not known."""
+        return self._source.state() if isinstance(self._source, _Listed) else object()
 
 
-def telling(passage: str, document: FullText) -> bool:
-    """Whether a passage that only this document holds says that it is from there.
+class _Source(Protocol):
+    """Documents that can be listed."""
 
-    A few words may stand in a document by chance; they do not open it to the target, unless they
-    are all that there is in it.
+    def get(self, name: str) -> str | BaseNode | None:
+        """One by its id, if that is quicker than listing them."""
 
-    Args:
-        passage: every white space in it a single blank.
-        document: holds the passage.
-    """
-    return len(passage.encode()) >= 24 or passage in document.bodies
+    def entries(self) -> Iterable[tuple[str, str | BaseNode]]:
+        """All of them, with their ids."""
 
 
-class _Catalog:
-    """Documents joined to full texts, and found by ids, keys and metadata.
+class _Listed(_Source):
+    def __init__(self, documents: Sequence[BaseNode]) -> None:
+        self._documents = documents
 
-    Attributes:
-        texts: the full texts, in the order of their first part.
-        ids: by the id of any part.
-        keyed: by the value of ``document_key``.
-    """
+    def get(self, name: str) -> None:
+        return None
 
-    def __init__(
-        self, entries: Iterable[tuple[str, str | BaseNode]], document_key: DocumentKey | None
-    ) -> None:
-        groups: dict[tuple[str, str], list[tuple[str, str | BaseNode]]] = {}
-        of: dict[str, tuple[str, str]] = {}
-        for name, part in entries:
-            group = _group(part, document_key) or ("id", name)
-            if name in of and (group != of[name] or group[0] == "id"):
-                raise InvalidParameterError(
-                    f"two Documents have the id {name!r}: give each its own (id_=...), or join "
-                    "them; only the parts of one file may share an id"
-                )
-            of[name] = group
-            groups.setdefault(group, []).append((name, part))
-        self.keyed: dict[str, FullText] = {}
-        self.ids: dict[str, FullText] = {}
-        named: dict[str, FullText] = {}
-        for (kind, value), members in groups.items():
-            if kind == "file_name":
-                _require_one_file(value, [part for _, part in members])
-            joined = kind == "key" or len(members) > 1
-            called = value if joined else members[0][0]
-            if called in named:
-                raise InvalidParameterError(
-                    f"{called!r} is the id of a Document and the {kind} of others: give each "
-                    "document an id of its own"
-                )
-            text = named[called] = FullText(called, _in_order([part for _, part in members]))
-            for name, part in members:
-                self.ids[name] = text
-                if isinstance(part, BaseNode):
-                    self.ids.setdefault(part.node_id, text)
-            if kind == "key":
-                self.keyed[value] = text
-        self.texts = list(named.values())
-        if isinstance(document_key, str):
-            self._require_key(document_key)
+    def entries(self) -> Iterable[tuple[str, BaseNode]]:
+        return ((document.node_id, document) for document in self._documents)
 
-    def having(self, key: str) -> dict[str, list[FullText]]:
-        """The full texts by the values that they have of a metadata key."""
-        values: dict[str, list[FullText]] = {}
-        for text in self.texts:
-            found = {
-                str(part.metadata[key])
-                for part in text.parts
-                if isinstance(part, BaseNode) and key in part.metadata
-            }
-            for value in found:
-                values.setdefault(value, []).append(text)
-        return values
+    def state(self) -> list[str]:
+        return [document.get_content(MetadataMode.LLM) for document in self._documents]
 
-    def _require_key(self, key: str) -> None:
-        parts = [p for text in self.texts for p in text.parts if isinstance(p, BaseNode)]
-        if parts and not self.keyed:
-            known = sorted({name for part in parts for name in part.metadata})
-            raise InvalidParameterError(
-                f"document_key={key!r} is in no document's metadata, which have "
-                + (", ".join(map(repr, known)) or "no keys")
+
+class _Mapped(_Source):
+    def __init__(self, documents: Mapping[Any, str | BaseNode]) -> None:
+        self._documents = documents
+
+    def get(self, name: str) -> str | BaseNode | None:
+        if (part := self._documents.get(name)) is not None:
+            return part
+        for key in self._documents:  # a number, a path or another object may be the key
+            if not isinstance(key, str) and str(key) == name:
+                return self._documents[key]
+        return None
+
+    def entries(self) -> Iterable[tuple[str, str | BaseNode]]:
+        return ((str(key), part) for key, part in self._documents.items())
+
+
+class _Docstore(_Source):
+    def __init__(self, store: BaseDocumentStore) -> None:
+        self._store = store
+
+    def get(self, name: str) -> BaseNode | None:
+        document = self._store.get_document(name, raise_error=False)
+        if document is None and self._store.get_ref_doc_info(name) is not None:
+            raise DocumentError(
+                f"the docstore holds chunks of document {name!r}, but not the document: add it "
+                "(docstore.add_documents(documents)), or pass the list of documents instead"
             )
+        return document
 
-
-def _group(part: str | BaseNode, document_key: DocumentKey | None) -> tuple[str, str] | None:
-    """What the parts of one document have in common; None if it is one by itself."""
-    if not isinstance(part, BaseNode):
-        return None
-    if document_key is not None:
-        value = _key_value(part, document_key)
-        return None if value is None else ("key", str(value))
-    if not isinstance(part, Document):
-        return None
-    if part.metadata.get("file_path") is not None:
-        return "file_path", str(part.metadata["file_path"])
-    if part.metadata.get("file_name") is not None and "page_label" in part.metadata:
-        return "file_name", str(part.metadata["file_name"])
-    return None
-
-
-def _key_value(node: BaseNode, document_key: DocumentKey) -> object:
-    return node.metadata.get(document_key) if isinstance(document_key, str) else document_key(node)
-
-
-def _require_one_file(name: str, parts: Sequence[str | BaseNode]) -> None:
-    """Two files of one name in two folders must not be taken for one."""
-    labels = Counter(p.metadata["page_label"] for p in parts if isinstance(p, BaseNode))
-    twice = [label for label, count in labels.items() if count > 1]
-    if twice:
-        raise InvalidParameterError(
-            f"page_label={twice[0]!r} of file_name={name!r} is there twice, so two files may have "
-            "that name: say with document_key=... which Documents are one, by a metadata key (such "
-            "as a file_path that you add), or by a function"
-        )
-
-
-def _in_order(parts: Sequence[str | BaseNode]) -> tuple[str | BaseNode, ...]:
-    for key in _PAGE_KEYS:
-        pages = [str(p.metadata.get(key)) if isinstance(p, BaseNode) else "" for p in parts]
-        if all(page.isdecimal() for page in pages) and len(set(map(int, pages))) == len(parts):
-            numbered = sorted(zip(map(int, pages), parts, strict=True), key=lambda pair: pair[0])
-            return tuple(part for _, part in numbered)
-    return tuple(parts)
-
-
-def _content(part: str | BaseNode, mode: MetadataMode) -> str:
-    return part if isinstance(part, str) else part.get_content(metadata_mode=mode)
-
-
-def _keyed(mapping: Mapping[Any, str | BaseNode], name: str) -> str | BaseNode | None:
-    """By the key as text: a number, a path or another object may be the key."""
-    if (part := mapping.get(name)) is not None:
-        return part
-    for key in mapping:
-        if not isinstance(key, str) and str(key) == name:
-            return mapping[key]
-    return None
-
-
-def _from_docstore(store: BaseDocumentStore, name: str) -> BaseNode | None:
-    document = store.get_document(name, raise_error=False)
-    if document is None and store.get_ref_doc_info(name) is not None:
-        raise DocumentError(
-            f"the docstore holds chunks of document {name!r}, but not the document: add it "
-            "(docstore.add_documents(documents)), or pass the list of documents instead"
-        )
-    return document
+    def entries(self) -> Iterable[tuple[str, BaseNode]]:
+        stored = self._store.docs.items()
+        return ((name, node) for name, node in stored if isinstance(node, Document))

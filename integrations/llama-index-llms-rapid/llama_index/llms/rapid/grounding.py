@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
-from llama_index.llms.rapid.documents import FullText, Library
+from llama_index.llms.rapid.documents import Library
+from llama_index.llms.rapid.fulltext import FullText
 from llama_index.llms.rapid.passages import locate
 from rapid_llm.context.retrieved import SEPARATOR, Grounding, OnEmpty, Passage, ground
 from rapid_llm.errors import DocumentError
@@ -63,8 +64,9 @@ def ground_nodes(
         sources = {document.name: document for document in library.all()}
         if not sources:
             raise DocumentError(
-                "nothing was retrieved, and a function cannot list the documents for "
-                "on_empty='read_all': give a list, a mapping or a docstore, or leave it at 'empty'"
+                "nothing was retrieved, and on_empty='read_all' finds no documents (a function "
+                "cannot list them, a docstore may hold chunks only): give a list or a mapping, or "
+                "leave it at 'empty'"
             )
     texts = {name: source.shown for name, source in sources.items()}
     grounding = ground(passages, texts, on_empty=on_empty)

@@ -34,8 +34,9 @@ from llama_index.core.storage.docstore import BaseDocumentStore
 from llama_index.core.types import TokenAsyncGen
 
 from llama_index.llms.rapid.calls import Call, Options, alast_of, last_of
+from llama_index.llms.rapid.catalog import DocumentKey
 from llama_index.llms.rapid.counting import count_with
-from llama_index.llms.rapid.documents import DocumentKey, Library
+from llama_index.llms.rapid.documents import Library
 from llama_index.llms.rapid.grounding import ground_text
 from llama_index.llms.rapid.messages import as_dict, literal
 from llama_index.llms.rapid.templates import (
@@ -228,6 +229,11 @@ class RapidLLM(LLM):
                     "drafter to RapidDecoder"
                 )
             model = decoder.target.name
+            if named := sorted(HUB_ACCESS & fields.keys()):
+                raise InvalidParameterError(
+                    f"{named[0]} cannot be used for a loaded decoder: give it to "
+                    "RapidDecoder.from_pretrained"
+                )
         hub = {name: fields.pop(name) for name in HUB_ACCESS & fields.keys()}
         if hub:
             fields["hub_options"] = {**(fields.get("hub_options") or {}), **hub}

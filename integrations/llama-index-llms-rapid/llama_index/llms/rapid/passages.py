@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llama_index.llms.rapid.documents import FullText, telling
+from llama_index.llms.rapid.fulltext import FullText, telling
 from rapid_llm.context.retrieved import Passage
 
 

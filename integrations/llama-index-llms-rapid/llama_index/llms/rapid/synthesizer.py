@@ -31,7 +31,8 @@ from llama_index.core.schema import (
 from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-from llama_index.llms.rapid.documents import DocumentKey, DocumentSource, Library
+from llama_index.llms.rapid.catalog import DocumentKey
+from llama_index.llms.rapid.documents import DocumentSource, Library
 from llama_index.llms.rapid.grounding import Retrieved, ground_nodes
 from llama_index.llms.rapid.llm import RapidLLM
 from llama_index.llms.rapid.templates import Context
