@@ -244,10 +244,15 @@ class RapidDecoder:
                 f"drafter_device={str(drafter_device)!r} needs a drafter to load there: name one "
                 "(the target's own name loads a second copy), or leave drafter_device out"
             )
+        if drafter_options and not isinstance(drafter, str | Path):
+            raise InvalidParameterError(
+                f"drafter_options={sorted(drafter_options)} need a drafter to load with them: name "
+                "one, or leave them out"
+            )
         loaded = load_model(target, dtype=dtype, device=place, **hub_options)
         draft_model, draft_tokenizer, draft_name = None, None, None
         if isinstance(drafter, str | Path):
-            if str(drafter) != str(target) or draft_place != place:
+            if str(drafter) != str(target) or draft_place != place or drafter_options:
                 shared = {k: v for k, v in hub_options.items() if k in HUB_ACCESS}
                 options = shared | dict(drafter_options or {})
                 other = load_model(drafter, dtype=dtype, device=draft_place, **options)
