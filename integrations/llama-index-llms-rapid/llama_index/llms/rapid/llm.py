@@ -47,6 +47,7 @@ from llama_index.llms.rapid.templates import (
     refillable,
 )
 from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns
+from rapid_llm.chat import checked_variables
 from rapid_llm.config import Mode, Quantization, SamplingParams, SpeculationConfig, from_options
 from rapid_llm.context.retrieved import OnEmpty
 from rapid_llm.decoder import RapidDecoder
@@ -436,9 +437,8 @@ class RapidLLM(LLM):
 
     def _options(self, given: Mapping[str, Any]) -> Options:
         call = dict(given)
-        variables = (self.chat_template_kwargs or {}) | (
-            call.pop("chat_template_kwargs", None) or {}
-        )
+        variables = checked_variables(self.chat_template_kwargs)
+        variables |= checked_variables(call.pop("chat_template_kwargs", None))
         own = {name: getattr(self, name) for name in _OPTIONS}
         chosen = own | {k: v for k, v in call.items() if v is not None or k == "seed"}
         return Options(*from_options(chosen), variables)
