@@ -262,7 +262,7 @@ class RapidLLM(LLM):
 
     @property
     def decoder(self) -> RapidDecoder:
-        """The models underneath; loads them if they are not yet.
+        """The models underneath; loads them if they are not yet (see :attr:`metadata`).
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -280,6 +280,7 @@ class RapidLLM(LLM):
                 kv_cache_dir=self.kv_cache_dir,
                 **self.hub_options,
             )
+            count_with(self._decoder.tokenizer)
         return self._decoder
 
     @property
@@ -295,8 +296,8 @@ class RapidLLM(LLM):
     def metadata(self) -> LLMMetadata:
         """The model's own window and whether it has a chat template; loads the model.
 
-        Engines, splitters and memories that are built afterwards count in the model's tokens,
-        unless ``Settings.tokenizer`` is set. ``num_output`` is what they keep free of the window:
+        Engines, splitters and memories that are built after this, or after the model was loaded,
+        count in the model's tokens, unless ``Settings.tokenizer`` is set. ``num_output`` is what they keep free of the window:
         ``max_tokens``, but never more than half of it, and what the chat template adds.
         """
         count_with(self.decoder.tokenizer)
