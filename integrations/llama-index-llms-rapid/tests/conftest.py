@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llama_index.core
 import pytest
 import torch
 from llama_index.core import Document, Settings
@@ -228,6 +229,7 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """LlamaIndex's globals as a fresh process has them."""
     for name in ("_llm", "_embed_model", "_callback_manager", "_prompt_helper"):
         monkeypatch.setattr(Settings, name, None)
+    monkeypatch.setattr(llama_index.core, "global_tokenizer", None)
 
 
 @pytest.fixture(scope="session")

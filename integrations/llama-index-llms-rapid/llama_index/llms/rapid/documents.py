@@ -1,145 +1,253 @@
-"""LlamaIndex's nodes and documents as the passages and full texts of ``rapid_llm``."""
+"""The documents that were given, and which of them a node is from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TypeAlias
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias, cast
 
-from llama_index.core.schema import BaseNode, Document, MetadataMode, NodeWithScore
+from llama_index.core.schema import BaseNode, Document, MetadataMode
 from llama_index.core.storage.docstore import BaseDocumentStore
 
-from rapid_llm.context.retrieved import Documents, Grounding, Passage, ground
+from llama_index.llms.rapid.catalog import Catalog, DocumentKey, group_of, key_value
+from llama_index.llms.rapid.fulltext import FullText, telling
 from rapid_llm.errors import DocumentError, InvalidParameterError
 
 DocumentSource: TypeAlias = (
     str
     | BaseNode
     | Sequence[BaseNode]
-    | Mapping[str, str | BaseNode]
+    | Mapping[Any, str | BaseNode]
     | BaseDocumentStore
     | Callable[[str], str | BaseNode | None]
 )
 """Where the full texts are: one text or document, several documents, a mapping from their ids, a
 docstore that holds them, or a function."""
 
+_STABLE_KEYS = ("file_path", "url", "file_name")
+"""Metadata that tell a document from others when ids have changed, the surest first."""
 
-def as_documents(source: DocumentSource) -> Documents:
-    """The source in the form of ``rapid_llm``: a text, a mapping or a function of the id.
-
-    Documents are read as the pipeline shows its nodes to an LLM: with their metadata, except for
-    ``excluded_llm_metadata_keys``.
-
-    Raises:
-        InvalidParameterError: the source is of another type.
-    """
-    if isinstance(source, str):
-        return source
-    if isinstance(source, BaseNode):
-        source = [source]
-    if isinstance(source, BaseDocumentStore):
-        store = source
-        return lambda name: _from_docstore(store, name)
-    if isinstance(source, Mapping):
-        return _Texts(source)
-    if isinstance(source, Sequence):
-        listed = {item.node_id: item for item in source if isinstance(item, BaseNode)}
-        if len(listed) == len(source):
-            return _Texts(listed)
-    if callable(source):
-        function = source
-        return lambda name: _text(function(name))
-    raise InvalidParameterError(
-        f"documents of type {type(source).__name__} are not allowed: give one text, a list of "
-        "Documents, a mapping from ids to texts or Documents, a docstore, or a function"
-    )
+_ID, _OWN = "ref_doc_id", "node_id"
 
 
-def ground_nodes(nodes: Sequence[NodeWithScore], documents: Documents) -> Grounding:
-    """The two contexts of a question: what the nodes show, and the documents that they are from.
+class Library:
+    """The documents that were given, in whatever form.
 
-    A node that is no chunk of anything is looked up by its own id; one that is a ``Document``
-    counts as the whole document if it is not found.
+    Documents with the same ``file_path`` are the pages or sections of one file, and so are those
+    with a ``page_label`` and the same ``file_name``; ``document_key`` says otherwise. Pages come in
+    the order of their numbers if each has one of its own, else parts come as they were given.
 
-    Raises:
-        DocumentError: see :func:`rapid_llm.context.retrieved.ground`.
-    """
-    whole: dict[str, str] = {}
-    passages = []
-    for scored in nodes:
-        node = scored.node
-        source = node.ref_doc_id
-        if source is None and not isinstance(documents, str):
-            text = _find(documents, node.node_id)
-            if text is None and isinstance(node, Document):
-                text = _text(node)
-            if text is not None:
-                source, whole[node.node_id] = node.node_id, text
-        text = node.get_content(metadata_mode=MetadataMode.LLM)
-        passages.append(Passage(text, source, node.node_id))
-    if not whole:
-        return ground(passages, documents)
-    return ground(passages, lambda name: whole.get(name) or _find(documents, name))
-
-
-def ground_text(context: str, source: DocumentSource) -> Grounding:
-    """The two contexts where only the retrieved text is known, not its nodes.
+    Ids are compared as text. A node's document is the first that is found by: ``document_key``;
+    the node's ``ref_doc_id``; its own id; its ``file_path``, ``url`` or ``file_name`` (the first
+    that the documents have too); its text, if only one document holds it.
 
     Args:
-        context: what was retrieved.
-        source: all that it gives is read; a function is called with ``context``.
+        source: the full texts.
+        document_key: metadata key, or function of a Document or node, whose value is common to the
+            parts of one document; None is the rule above.
 
     Raises:
-        DocumentError: there is no document, or it is empty.
+        InvalidParameterError: the source is of another type; two Documents that are not of one
+            file have the same id; ``document_key`` is in no Document's metadata; files cannot be
+            told apart.
     """
-    documents = as_documents(source)
-    if callable(documents):
-        text = documents(context)
-        if text is None:
-            raise DocumentError(
-                "documents(retrieved text) returned None, so there is nothing for the target to "
-                "read: return the text of the document that the retrieved text is from"
+
+    def __init__(self, source: DocumentSource, document_key: DocumentKey | None = None) -> None:
+        if not (document_key is None or isinstance(document_key, str) or callable(document_key)):
+            raise InvalidParameterError(
+                f"document_key={document_key!r} is not allowed: give the name of a metadata key, "
+                "or a function of a Document"
             )
-        documents = text
-    everything = ground((), documents)
-    if not context.strip():
-        return everything
-    return replace(everything, draft=context, empty_reason=None)
+        self._key = document_key
+        self.only: FullText | None = None
+        """The one text that was given; every node that is from a document is from it."""
+        self.function: Callable[[str], str | BaseNode | None] | None = None
+        """What was given instead of documents, if it was a function."""
+        self._source: _Source | None = None
+        if isinstance(source, BaseNode):
+            source = [source]
+        if isinstance(source, str):
+            self.only = FullText("", (source,))
+        elif isinstance(source, BaseDocumentStore):
+            self._source = _Docstore(source)
+        elif isinstance(source, Mapping):
+            self._source = _Mapped(source)
+        elif isinstance(source, Sequence) and all(isinstance(part, BaseNode) for part in source):
+            self._source = _Listed(cast(Sequence[BaseNode], source))
+            Catalog(self._source.entries(), document_key)  # checks the list
+        elif callable(source):
+            self.function = source
+        else:
+            raise InvalidParameterError(
+                f"documents of type {type(source).__name__} are not allowed: give one text, a list "
+                "of Documents, a mapping from ids to texts or Documents, a docstore, or a function"
+            )
+        self._made_from = self._state()
+
+    @property
+    def listed(self) -> bool:
+        """Whether all documents can be listed; a function's cannot."""
+        return self.function is None
+
+    def all(self) -> list[FullText]:
+        """Every document, in the order that they were given; of a function, none."""
+        if self.only is not None:
+            return [self.only]
+        return self._catalog.texts if self._source else []
+
+    def source(self, node: BaseNode) -> FullText | None:
+        """The document that a node is from; None if the node does not say and none holds it.
+
+        Raises:
+            DocumentError: the node says which document it is from, and there is no such document.
+        """
+        if self.only is not None:
+            own = node.ref_doc_id is None and not isinstance(node, Document)
+            return None if own and not self._by_text(node) else self.only
+        tried = {}
+        for label, name in self._names(node):
+            if name is not None:
+                tried[label] = str(name)
+                if found := self._find(str(name), surely=label != _OWN):
+                    return found
+        if found := self._by_metadata(node, tried) or self._by_text(node):
+            return found
+        if isinstance(node, Document):
+            return FullText(node.node_id, (node,))
+        if _ID not in tried:
+            return None
+        others = ", ".join(f"{key}={value!r}" for key, value in tried.items() if key != _ID)
+        raise DocumentError(
+            f"document {tried[_ID]!r}, which the retrieved node {node.node_id!r} is from, "
+            f"is not among the documents given{others and f' (nor is {others})'}: add it, or "
+            "rebuild the index from these documents; ids that change whenever files are read again "
+            "stay with SimpleDirectoryReader(filename_as_id=True), or name metadata that stay with "
+            "document_key=..."
+        )
+
+    def now(self) -> Library:
+        """The documents as they are now, for one question."""
+        if self._state() == self._made_from:
+            return self
+        fresh = copy.copy(self)
+        fresh.__dict__.pop("_catalog", None)
+        return fresh
+
+    def _names(self, node: BaseNode) -> Iterator[tuple[str, object]]:
+        """What a node says of its document, and how it is called in an error."""
+        if self._key is not None:
+            label = self._key if isinstance(self._key, str) else "document_key"
+            yield label, key_value(node, self._key)
+        yield (_OWN, node.node_id) if node.ref_doc_id is None else (_ID, node.ref_doc_id)
+
+    def _find(self, name: str, surely: bool = False) -> FullText | None:
+        """The document of that id; where it is merely a guess, a function may fail at it."""
+        if self._key is not None and self._source and (found := self._catalog.keyed.get(name)):
+            return found
+        part = None
+        if self._source:
+            part = self._source.get(name)
+        elif self.function:
+            try:
+                part = self.function(name)
+            except (LookupError, OSError):
+                if surely:
+                    raise
+        joined = part is None or group_of(part, self._key) is not None
+        if self._source and joined and (found := self._catalog.ids.get(name)):
+            return found
+        return None if part is None else FullText(name, (part,))
+
+    def _by_metadata(self, node: BaseNode, tried: dict[str, str]) -> FullText | None:
+        known = node.metadata
+        if node.source_node is not None:  # as it was when the document was split
+            known = node.source_node.metadata | known
+        for key in _STABLE_KEYS:
+            if known.get(key) is None:
+                continue
+            value = tried[key] = str(known[key])
+            if found := self._find(value):
+                return found
+            if self._source and (values := self._catalog.having(key)):
+                named = values.get(value, [])
+                return named[0] if len(named) == 1 else None
+        return None
+
+    def _by_text(self, node: BaseNode) -> FullText | None:
+        text = " ".join(node.get_content(MetadataMode.NONE).split())
+        if not self.listed or not text:
+            return None
+        holding = [
+            document
+            for document in self.all()
+            if text in document.body and not document.differs(node.metadata)
+        ]
+        return holding[0] if len(holding) == 1 and telling(text, holding[0]) else None
+
+    @cached_property
+    def _catalog(self) -> Catalog:
+        assert self._source is not None
+        return Catalog(self._source.entries(), self._key)
+
+    def _state(self) -> object:
+        """What is read of a list, to see whether it has changed; of others that is not known."""
+        return self._source.state() if isinstance(self._source, _Listed) else object()
 
 
-class _Texts(Mapping[str, str]):
-    """Texts of documents, read when they are asked for."""
+class _Source(Protocol):
+    """Documents that can be listed."""
 
-    def __init__(self, documents: Mapping[str, str | BaseNode]) -> None:
+    def get(self, name: str) -> str | BaseNode | None:
+        """One by its id, if that is quicker than listing them."""
+
+    def entries(self) -> Iterable[tuple[str, str | BaseNode]]:
+        """All of them, with their ids."""
+
+
+class _Listed(_Source):
+    def __init__(self, documents: Sequence[BaseNode]) -> None:
         self._documents = documents
 
-    def __getitem__(self, name: str) -> str:
-        return _text(self._documents[name]) or ""
+    def get(self, name: str) -> None:
+        return None
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._documents)
+    def entries(self) -> Iterable[tuple[str, BaseNode]]:
+        return ((document.node_id, document) for document in self._documents)
 
-    def __len__(self) -> int:
-        return len(self._documents)
-
-
-def _text(document: str | BaseNode | None) -> str | None:
-    if isinstance(document, BaseNode):
-        return document.get_content(metadata_mode=MetadataMode.LLM)
-    return document
+    def state(self) -> list[str]:
+        return [document.get_content(MetadataMode.LLM) for document in self._documents]
 
 
-def _find(documents: Documents, name: str) -> str | None:
-    if isinstance(documents, str):
-        return documents
-    return documents.get(name) if isinstance(documents, Mapping) else documents(name)
+class _Mapped(_Source):
+    def __init__(self, documents: Mapping[Any, str | BaseNode]) -> None:
+        self._documents = documents
+
+    def get(self, name: str) -> str | BaseNode | None:
+        if (part := self._documents.get(name)) is not None:
+            return part
+        for key in self._documents:  # a number, a path or another object may be the key
+            if not isinstance(key, str) and str(key) == name:
+                return self._documents[key]
+        return None
+
+    def entries(self) -> Iterable[tuple[str, str | BaseNode]]:
+        return ((str(key), part) for key, part in self._documents.items())
 
 
-def _from_docstore(store: BaseDocumentStore, name: str) -> str | None:
-    document = store.get_document(name, raise_error=False)
-    if document is None and store.get_ref_doc_info(name) is not None:
-        raise DocumentError(
-            f"the docstore holds chunks of document {name!r}, but not the document: add it "
-            "(docstore.add_documents(documents)), or pass the list of documents instead"
-        )
-    return _text(document)
+class _Docstore(_Source):
+    def __init__(self, store: BaseDocumentStore) -> None:
+        self._store = store
+
+    def get(self, name: str) -> BaseNode | None:
+        document = self._store.get_document(name, raise_error=False)
+        if document is None and self._store.get_ref_doc_info(name) is not None:
+            raise DocumentError(
+                f"the docstore holds chunks of document {name!r}, but not the document: add it "
+                "(docstore.add_documents(documents)), or pass the list of documents instead"
+            )
+        return document
+
+    def entries(self) -> Iterable[tuple[str, BaseNode]]:
+        stored = self._store.docs.items()
+        return ((name, node) for name, node in stored if isinstance(node, Document))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +25,6 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    TextBlock,
 )
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
@@ -36,7 +33,12 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.storage.docstore import BaseDocumentStore
 from llama_index.core.types import TokenAsyncGen
 
-from llama_index.llms.rapid.documents import as_documents, ground_text
+from llama_index.llms.rapid.calls import Call, Options, alast_of, last_of
+from llama_index.llms.rapid.catalog import DocumentKey
+from llama_index.llms.rapid.counting import count_with
+from llama_index.llms.rapid.documents import Library
+from llama_index.llms.rapid.grounding import ground_text
+from llama_index.llms.rapid.messages import as_dict, literal
 from llama_index.llms.rapid.templates import (
     Context,
     FilledMessages,
@@ -44,11 +46,14 @@ from llama_index.llms.rapid.templates import (
     not_swallowed,
     refillable,
 )
+from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns
+from rapid_llm.chat import checked_variables
 from rapid_llm.config import Mode, Quantization, SamplingParams, SpeculationConfig, from_options
-from rapid_llm.context.prompts import fit_prompt
-from rapid_llm.decoder import Chunk, RapidDecoder
-from rapid_llm.encoding import Prompt
+from rapid_llm.context.retrieved import OnEmpty
+from rapid_llm.decoder import RapidDecoder
+from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.models import HUB_ACCESS
 
 _OPTIONS = (
     "max_tokens",
@@ -76,14 +81,20 @@ class RapidLLM(LLM):
 
     - ``complete(prompt, draft_prompt=…)`` and ``chat(messages, draft_messages=…)`` give it.
     - In a query or chat engine with ``documents=``, the prompt that the engine wrote, with the
-      retrieved text, is the drafter's; the same prompt with the documents in the place of the
-      retrieved text is the target's.
+      retrieved text, is the drafter's; the same prompt with the documents that hold the retrieved
+      passages in the place of this text is the target's. What they do not say stays in it.
     - :class:`RapidSynthesizer` does the same with the documents that the nodes are from.
     - Otherwise there is none, and the target decodes plainly.
 
     ``complete`` on a model with a chat template sends the prompt as one user message, unless
     ``formatted=True`` or ``completion_to_prompt`` is given. ``system_prompt`` is used where
     LlamaIndex uses it: in engines, not in ``complete`` and ``chat``.
+
+    A message or document cannot hold a control token: what looks like one is text. Finished
+    prompts, taken with their control tokens, are what comes with ``formatted=True``, and what one's
+    own ``completion_to_prompt`` and ``messages_to_prompt`` return.
+
+    A chat that outgrows the window loses its oldest turns (``dropped_messages``).
 
     Every response has in ``raw``: ``usage`` (tokens of the target), ``finish_reason``, and
     ``rapid`` (see :class:`rapid_llm.Stats`; in engines also ``chunk_ids`` and ``document_ids``).
@@ -109,7 +120,19 @@ class RapidLLM(LLM):
         exclude=True,
         repr=False,
         description="What the target reads in query and chat engines: one text or Document, "
-        "several Documents (all are read), or a function of the retrieved text.",
+        "several Documents or a mapping (read are those that hold a retrieved passage), or a "
+        "function of the retrieved text.",
+    )
+    document_key: Any = Field(
+        default=None,
+        exclude=True,
+        description="Which Documents are parts of one document: those of one value of this "
+        "metadata key, or of a function of a Document; None: those of one file_path.",
+    )
+    on_empty: OnEmpty = Field(
+        default="empty",
+        description="Where nothing was retrieved: empty does what LlamaIndex does, read_all lets "
+        "the target read all documents.",
     )
     max_tokens: int = Field(default=256, description="Tokens to generate at most.")
     temperature: float = Field(
@@ -119,8 +142,9 @@ class RapidLLM(LLM):
     top_k: int = Field(
         default=SamplingParams.top_k, description="Most likely tokens kept; 0 keeps all."
     )
-    repetition_penalty: float = Field(
-        default=SamplingParams.repetition_penalty, description="1 is none."
+    repetition_penalty: float | None = Field(
+        default=SamplingParams.repetition_penalty,
+        description="1 is none; None is what the model's generation_config says.",
     )
     stop: str | list[str] | None = Field(
         default=None, description="Strings that end the answer; they are cut from the text."
@@ -145,8 +169,8 @@ class RapidLLM(LLM):
     )
     truncate: Literal["middle"] | None = Field(
         default=None,
-        description="In engines: middle leaves out the middle of documents that do not fit into "
-        "the context window; None refuses them.",
+        description="In engines: middle cuts documents that do not fit into the context window, "
+        "around what was retrieved from them; None refuses them.",
     )
     dtype: str = Field(default="auto", description="Of both models; auto is the checkpoint's.")
     device: str | None = Field(
@@ -170,8 +194,21 @@ class RapidLLM(LLM):
         description="A folder that keeps the KV of long prompts across processes; None keeps it in "
         "memory only.",
     )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None,
+        description="Variables of the model's chat template, such as enable_thinking; a call's own "
+        "are added to them.",
+    )
+    hub_options: dict[str, Any] = Field(
+        default_factory=dict,
+        exclude=True,  # there may be a token in it
+        repr=False,
+        description="Options of from_pretrained, such as token, revision and cache_dir, of the "
+        "target and of a drafter loaded by name.",
+    )
 
     _decoder: RapidDecoder | None = PrivateAttr(default=None)
+    _known: tuple[Any, DocumentKey | None, Library] | None = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -193,6 +230,14 @@ class RapidLLM(LLM):
                     "drafter to RapidDecoder"
                 )
             model = decoder.target.name
+            if named := sorted(HUB_ACCESS & fields.keys()):
+                raise InvalidParameterError(
+                    f"{named[0]} cannot be used for a loaded decoder: give it to "
+                    "RapidDecoder.from_pretrained"
+                )
+        hub = {name: fields.pop(name) for name in HUB_ACCESS & fields.keys()}
+        if hub:
+            fields["hub_options"] = {**(fields.get("hub_options") or {}), **hub}
         paths = {"model": model, "drafter": drafter, "kv_cache_dir": kv_cache_dir}
         fields |= {name: None if path is None else str(path) for name, path in paths.items()}
         super().__init__(**fields)
@@ -200,11 +245,12 @@ class RapidLLM(LLM):
         self._options({})
         if isinstance(self.documents, BaseDocumentStore):
             raise InvalidParameterError(
-                "a docstore cannot be RapidLLM(documents=...): without RapidSynthesizer the ids of "
-                "the retrieved nodes are not known; give it to RapidSynthesizer"
+                "a docstore cannot be RapidLLM(documents=...), which looks for the retrieved text "
+                "in every document, and a docstore may hold chunks only: pass the list of "
+                "documents, or give the docstore to RapidSynthesizer"
             )
         if self.documents is not None:
-            as_documents(self.documents)
+            Library(self.documents, self.document_key)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> RapidLLM:
         return self.model_copy()  # the weights are shared
@@ -216,7 +262,7 @@ class RapidLLM(LLM):
 
     @property
     def decoder(self) -> RapidDecoder:
-        """The models underneath; loads them if they are not yet.
+        """The models underneath; loads them if they are not yet (see :attr:`metadata`).
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -232,15 +278,33 @@ class RapidLLM(LLM):
                 drafter_quantization=self.drafter_quantization,
                 kv_cache_bytes=self.kv_cache_bytes,
                 kv_cache_dir=self.kv_cache_dir,
+                **self.hub_options,
             )
+            count_with(self._decoder.tokenizer)
         return self._decoder
 
     @property
+    def _library(self) -> Library:
+        """``documents``, which may have been set anew."""
+        known = self._known
+        if known is None or known[0] is not self.documents or known[1] != self.document_key:
+            library = Library(self.documents, self.document_key)
+            known = self._known = (self.documents, self.document_key, library)
+        return known[2]
+
+    @property
     def metadata(self) -> LLMMetadata:
-        """The model's own window and whether it has a chat template; loads the model."""
+        """The model's own window and whether it has a chat template; loads the model.
+
+        Engines, splitters and memories that are built after this, or after the model was loaded,
+        count in the model's tokens, unless ``Settings.tokenizer`` is set. ``num_output`` is what they keep free of the window:
+        ``max_tokens``, but never more than half of it, and what the chat template adds.
+        """
+        count_with(self.decoder.tokenizer)
+        window = self.decoder.target.context_window
         return LLMMetadata(
-            context_window=self.decoder.target.context_window,
-            num_output=self.max_tokens,
+            context_window=window,
+            num_output=min(self.max_tokens, window // 2) + self._template_tokens,
             is_chat_model=self._has_chat_template,
             model_name=str(self.model),
         )
@@ -259,12 +323,13 @@ class RapidLLM(LLM):
 
         Args:
             prompt: sent as one user message if the model has a chat template.
-            formatted: send the prompt as it is: it already holds the model's control tokens.
-            kwargs: ``draft_prompt`` (treated as the prompt is), and any option of a generation.
+            formatted: send the prompt as it is: it already holds the model's control tokens, and
+                whatever in it looks like one is one.
+            kwargs: ``draft_prompt`` (treated as the prompt is), ``chat_template_kwargs``, and any
+                option of a generation.
         """
         with not_swallowed(prompt):
-            *_, last = self._stream(self._completion_call(prompt, formatted, **kwargs))
-        return _whole(last)
+            return last_of(self._stream(self._completion_call(prompt, formatted, **kwargs)))
 
     @llm_completion_callback()
     def stream_complete(
@@ -281,7 +346,7 @@ class RapidLLM(LLM):
         """:meth:`complete` without blocking the event loop."""
         with not_swallowed(prompt):
             call = await asyncio.to_thread(self._completion_call, prompt, formatted, **kwargs)
-            return await _awhole(self._astream(call))
+            return await alast_of(self._astream(call))
 
     @llm_completion_callback()
     async def astream_complete(
@@ -300,11 +365,12 @@ class RapidLLM(LLM):
 
         Args:
             messages: of text. A model without a template gets them through
-                ``messages_to_prompt``; one given to the constructor always goes first.
-            kwargs: ``draft_messages``, and any option of a generation.
+                ``messages_to_prompt``; one given to the constructor always goes first, and writes
+                a finished prompt. The last one may be the assistant's, to be continued.
+            kwargs: ``draft_messages``, ``chat_template_kwargs``, and any option of a generation.
         """
         with not_swallowed(messages):
-            *_, last = self._stream(self._chat_call(messages, **kwargs))
+            last = last_of(self._stream(self._chat_call(messages, **kwargs)))
         return completion_response_to_chat_response(last)
 
     @llm_chat_callback()
@@ -319,7 +385,7 @@ class RapidLLM(LLM):
         """:meth:`chat` without blocking the event loop."""
         with not_swallowed(messages):
             call = await asyncio.to_thread(self._chat_call, messages, **kwargs)
-            return completion_response_to_chat_response(await _awhole(self._astream(call)))
+            return completion_response_to_chat_response(await alast_of(self._astream(call)))
 
     @llm_chat_callback()
     async def astream_chat(
@@ -357,21 +423,42 @@ class RapidLLM(LLM):
     def _has_chat_template(self) -> bool:
         return bool(self.decoder.tokenizer.chat_template)
 
-    def _options(self, given: Mapping[str, Any]) -> tuple[SamplingParams, SpeculationConfig]:
+    @property
+    def _template_tokens(self) -> int:
+        """What the chat template adds to a user's message, alone or after the system's."""
+        if not self._has_chat_template:
+            return 0
+        tokenizer, variables = self.decoder.tokenizer, self._options({}).chat_template_kwargs
+        system, user = ({"role": role, "content": "a"} for role in ("system", "user"))
+        content = len(encode_literal("a", tokenizer))
+        return max(
+            len(encode_prompt(chat, tokenizer, variables)) - content * len(chat)
+            for chat in ([user], [system, user])
+        )
+
+    def _options(self, given: Mapping[str, Any]) -> Options:
+        call = dict(given)
+        variables = checked_variables(self.chat_template_kwargs)
+        variables |= checked_variables(call.pop("chat_template_kwargs", None))
         own = {name: getattr(self, name) for name in _OPTIONS}
-        return from_options(own | {k: v for k, v in given.items() if v is not None or k == "seed"})
+        chosen = own | {k: v for k, v in call.items() if v is not None or k == "seed"}
+        return Options(*from_options(chosen), variables)
 
     def _completion_call(
         self, prompt: str, formatted: bool, *, draft_prompt: str | None = None, **options: Any
-    ) -> _Call:
-        sampling, speculation = self._options(options)
+    ) -> Call:
+        chosen = self._options(options)
         if isinstance(prompt, FilledPrompt) and prompt.context is not None:
-            return self._grounded_call(prompt.fill, prompt.context, sampling, speculation)
-        return _Call(
+            fill = prompt.fill
+            return self._grounded_call(
+                lambda text: self._from_engine(fill(text)), prompt.context, chosen
+            )
+        if isinstance(prompt, FilledPrompt):  # an engine says formatted=True of any prompt
+            return Call(self._from_engine(prompt), None, chosen)
+        return Call(
             target=self._from_text(prompt, formatted),
             draft=None if draft_prompt is None else self._from_text(draft_prompt, formatted),
-            sampling=sampling,
-            speculation=speculation,
+            options=chosen,
         )
 
     def _chat_call(
@@ -380,55 +467,30 @@ class RapidLLM(LLM):
         *,
         draft_messages: Sequence[ChatMessage] | None = None,
         **options: Any,
-    ) -> _Call:
-        sampling, speculation = self._options(options)
+    ) -> Call:
+        chosen = self._options(options)
         if isinstance(messages, FilledMessages) and messages.context is not None:
             fill = messages.fill
             return self._grounded_call(
-                lambda text: self._from_messages(fill(text)),
-                messages.context,
-                sampling,
-                speculation,
+                lambda text: self._from_messages(fill(text)), messages.context, chosen
             )
-        return _Call(
-            target=self._from_messages(messages),
-            draft=None if draft_messages is None else self._from_messages(draft_messages),
-            sampling=sampling,
-            speculation=speculation,
-        )
+        decoder = self.decoder
+        whole, draft = self._from_messages(messages), None
+        target = latest_turns(whole, decoder, decoder.target, chosen)
+        if draft_messages is not None:
+            draft = self._from_messages(draft_messages)
+            draft = latest_turns(draft, decoder, decoder.drafter, chosen)
+        return Call(target, draft, chosen, notes={"dropped_messages": dropped(whole, target)})
 
     def _grounded_call(
-        self,
-        render: Callable[[str], Prompt],
-        context: str,
-        sampling: SamplingParams,
-        speculation: SpeculationConfig,
-    ) -> _Call:
+        self, render: Callable[[str], Prompt], context: str, options: Options
+    ) -> Call:
         """The prompt with the documents for the target, with the retrieved text for the drafter."""
         if isinstance(context, Context):
-            grounding, report = context.grounding, context.report
+            retrieved, report = context.retrieved, context.report
         else:
-            grounding, report = ground_text(context, self.documents), {}
-        decoder = self.decoder
-
-        def fitted(text: str, window: int) -> Prompt:
-            return fit_prompt(
-                text, render, decoder.tokenizer, window, sampling.max_new_tokens, self.truncate
-            )
-
-        skipped = grounding.empty_reason
-        return _Call(
-            target=fitted(grounding.target, decoder.target.context_window),
-            draft=None if skipped else fitted(grounding.draft, decoder.drafter.context_window),
-            sampling=sampling,
-            speculation=speculation,
-            notes={
-                "chunk_ids": [passage.id for passage in grounding.passages],
-                "document_ids": [name for name in grounding.document_ids if name is not None],
-                "draft_skipped": skipped,
-            },
-            report=report,
-        )
+            retrieved, report = ground_text(context, self._library, self.on_empty), {}
+        return grounded_call(retrieved, render, self.decoder, options, self.truncate, report)
 
     def _from_text(self, prompt: str, formatted: bool) -> Prompt:
         if formatted:
@@ -436,91 +498,29 @@ class RapidLLM(LLM):
         own = self.completion_to_prompt
         if own is not None and own is not default_completion_to_prompt:
             return own(prompt)
-        return [{"role": "user", "content": prompt}] if self._has_chat_template else prompt
+        if self._has_chat_template:
+            return [{"role": "user", "content": prompt}]
+        return literal(prompt, self.decoder.tokenizer)
+
+    def _from_engine(self, prompt: str) -> Prompt:
+        """What an engine wrote; only one's own functions write control tokens into it."""
+        own = (self.completion_to_prompt, self.messages_to_prompt)
+        defaults = (None, default_completion_to_prompt, default_messages_to_prompt)
+        if all(function in defaults for function in own):
+            return literal(prompt, self.decoder.tokenizer)
+        return str(prompt)
 
     def _from_messages(self, messages: Sequence[ChatMessage]) -> Prompt:
         own = self.messages_to_prompt or default_messages_to_prompt
-        if own is default_messages_to_prompt and self._has_chat_template:
-            return [_as_dict(message) for message in messages]
-        return own(messages)
+        if own is not default_messages_to_prompt:
+            return own(messages)
+        if self._has_chat_template:
+            return [as_dict(message) for message in messages]
+        return literal(own(messages), self.decoder.tokenizer)
 
-    # --- from the decoder's chunks to responses ------------------------------------------------
-
-    def _stream(self, call: _Call) -> CompletionResponseGen:
+    def _stream(self, call: Call) -> CompletionResponseGen:
         # The decoder checks the prompts in this call, so errors do not wait for the first token.
-        chunks = self.decoder.stream(
-            call.target, call.draft, sampling=call.sampling, speculation=call.speculation
-        )
-        return _responses(call, chunks)
+        return call.responses(self.decoder.stream(call.target, call.draft, **call.arguments))
 
-    async def _astream(self, call: _Call) -> CompletionResponseAsyncGen:
-        chunks = self.decoder.astream(
-            call.target, call.draft, sampling=call.sampling, speculation=call.speculation
-        )
-        text = ""
-        async with aclosing(cast(AsyncGenerator[Chunk, None], chunks)):
-            async for chunk in chunks:
-                text += chunk.text
-                yield call.response(text, chunk)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What goes to the decoder, and what goes into the response beside its answer."""
-
-    target: Prompt
-    draft: Prompt | None
-    sampling: SamplingParams
-    speculation: SpeculationConfig
-    notes: dict[str, Any] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
-
-    def response(self, text: str, chunk: Chunk) -> CompletionResponse:
-        """The answer so far, after a chunk."""
-        stats = chunk.stats
-        self.report.update(stats.as_dict() | self.notes)
-        return CompletionResponse(
-            text=text,
-            delta=chunk.text,
-            raw={
-                "usage": {
-                    "prompt_tokens": stats.prompt_tokens,
-                    "completion_tokens": stats.completion_tokens,
-                    "total_tokens": stats.prompt_tokens + stats.completion_tokens,
-                    "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
-                },
-                "finish_reason": chunk.finish_reason,
-                "rapid": dict(self.report),
-            },
-        )
-
-
-def _responses(call: _Call, chunks: Iterator[Chunk]) -> CompletionResponseGen:
-    text = ""
-    with closing(cast(Any, chunks)):
-        for chunk in chunks:
-            text += chunk.text
-            yield call.response(text, chunk)
-
-
-def _whole(last: CompletionResponse) -> CompletionResponse:
-    return last.model_copy(update={"delta": None})
-
-
-async def _awhole(responses: CompletionResponseAsyncGen) -> CompletionResponse:
-    async with aclosing(responses):
-        *_, last = [response async for response in responses]
-    return _whole(last)
-
-
-def _as_dict(message: ChatMessage) -> dict[str, Any]:
-    """A message as the chat template takes it; parts that are no text are refused there."""
-    if all(isinstance(block, TextBlock) for block in message.blocks):
-        return {"role": message.role.value, "content": message.content or ""}
-    parts = [
-        {"type": "text", "text": block.text}
-        if isinstance(block, TextBlock)
-        else {"type": block.block_type}
-        for block in message.blocks
-    ]
-    return {"role": message.role.value, "content": parts}
+    def _astream(self, call: Call) -> CompletionResponseAsyncGen:
+        return call.aresponses(self.decoder.astream(call.target, call.draft, **call.arguments))

@@ -21,29 +21,43 @@ from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTextType
-from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.schema import (
+    NodeRelationship,
+    NodeWithScore,
+    QueryBundle,
+    RelatedNodeInfo,
+    TextNode,
+)
 from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-from llama_index.llms.rapid.documents import DocumentSource, as_documents, ground_nodes
+from llama_index.llms.rapid.catalog import DocumentKey
+from llama_index.llms.rapid.documents import DocumentSource, Library
+from llama_index.llms.rapid.grounding import Retrieved, ground_nodes
 from llama_index.llms.rapid.llm import RapidLLM
 from llama_index.llms.rapid.templates import Context
-from rapid_llm.context.retrieved import Passage, ground
+from rapid_llm.context.retrieved import OnEmpty, require_on_empty
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.stats import NOTHING_RETRIEVED
 
 dispatcher = get_dispatcher(__name__)
+
+NOTHING_READ = {"chunk_ids": [], "document_ids": [], "draft_skipped": NOTHING_RETRIEVED}
+"""``metadata["rapid"]`` of an empty response."""
 
 
 class RapidSynthesizer(BaseSynthesizer):
     """One call a question: the drafter reads the retrieved nodes, the target their documents.
 
     The nodes come after the postprocessors; repeated ones count once. The documents come in the
-    order of their first node, all in one prompt, which must fit into the target's context window
-    with ``max_tokens`` to spare: there is no chain of refining calls. The same template makes both
-    prompts.
+    order of their first node, all in one prompt, which must fit into the target's context window:
+    there is no chain of refining calls. The same template makes both prompts.
 
-    If nothing was retrieved the target reads all documents without a draft, where they can be
-    listed (a text, a list or a mapping).
+    Pages and sections of one file are one document; :class:`Library` says how a node's document is
+    found. A node of none is read as it is, in its place among them, and where a node says more than
+    its document (a citation's label, a summary), the target reads it after the documents.
+
+    If nothing was retrieved the answer is LlamaIndex's "Empty Response", and no model is asked.
 
     The response has the nodes in ``source_nodes`` and their metadata in ``metadata``, as every
     synthesizer's; ``metadata["rapid"]`` holds what the LLM reports in ``raw["rapid"]`` (of a
@@ -53,14 +67,19 @@ class RapidSynthesizer(BaseSynthesizer):
         llm: the models; None takes ``Settings.llm``.
         documents: the full texts: one text, a list of Documents, a mapping from document ids to
             texts or Documents, a docstore that holds the documents, or a function of the id. The
-            id is a node's ``ref_doc_id``.
+            id is a node's ``ref_doc_id``. Of one text is whatever was retrieved.
+        document_key: the metadata key, or a function of a Document or node, whose value is common
+            to the Documents that are one; None joins those of one file.
+        on_empty: ``read_all`` lets the target read all documents, without a draft, if nothing was
+            retrieved and they can be listed; None takes the LLM's.
         text_qa_template: with ``context_str`` and ``query_str``; LlamaIndex's own by default.
         streaming: answer with a streaming response. It must be set here: ``as_query_engine``
             does not pass it on to a given synthesizer.
         callback_manager: as for every synthesizer.
 
     Raises:
-        InvalidParameterError: ``llm`` is no RapidLLM, or ``documents`` is of another type.
+        InvalidParameterError: ``llm`` is no RapidLLM, ``documents`` is of another type or has one
+            id twice, ``document_key`` is in no metadata, or ``on_empty`` is unknown.
         DocumentError: when asked; a document cannot be found, or is empty.
         ContextWindowError: when asked; the documents do not fit and ``llm.truncate`` is None.
     """
@@ -72,6 +91,8 @@ class RapidSynthesizer(BaseSynthesizer):
         llm: LLM | None = None,
         *,
         documents: DocumentSource,
+        document_key: DocumentKey | None = None,
+        on_empty: OnEmpty | None = None,
         text_qa_template: BasePromptTemplate | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
@@ -85,13 +106,15 @@ class RapidSynthesizer(BaseSynthesizer):
         super().__init__(
             llm=llm,
             callback_manager=callback_manager,
-            # Not used: they count another model's tokens. Without them the base class would
-            # load the model to ask for its window.
+            # Not used. Without them the base class would load the model to ask for its window.
             prompt_helper=PromptHelper(),
             chat_prompt_helper=ChatPromptHelper(),
             streaming=streaming,
         )
-        self._documents = as_documents(documents)
+        self._documents = Library(documents, document_key)
+        if on_empty is not None:
+            require_on_empty(on_empty)
+        self._on_empty = on_empty
         self._text_qa_template = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
 
     def _get_prompts(self) -> PromptDictType:
@@ -110,7 +133,7 @@ class RapidSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """Answer from the nodes and their documents; see the class."""
         with self._events(query) as (query_str, finish):
-            context = Context(ground_nodes(nodes, self._documents))
+            context = Context(self._ground(nodes))
             text = self._answer(query_str, context, **response_kwargs)
             return finish(text, context, [*nodes, *(additional_source_nodes or ())])
 
@@ -124,36 +147,49 @@ class RapidSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """:meth:`synthesize` without blocking the event loop."""
         with self._events(query) as (query_str, finish):
-            grounding = await asyncio.to_thread(ground_nodes, nodes, self._documents)
-            context = Context(grounding)
+            context = Context(await asyncio.to_thread(self._ground, nodes))
             text = await self._aanswer(query_str, context, **response_kwargs)
             return finish(text, context, [*nodes, *(additional_source_nodes or ())])
 
     def get_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
-        """Answer from texts without ids, which takes a single document.
+        """Answer from texts without ids: the documents are those that hold one of them.
 
-        Raises:
-            DocumentError: ``documents`` is not one text.
+        One text that was given for all is read in any case.
         """
-        grounding = ground(map(Passage, text_chunks), self._documents)
-        return self._answer(query_str, Context(grounding), **response_kwargs)
+        context = Context(self._ground(self._as_nodes(text_chunks)))
+        return self._answer(query_str, context, **response_kwargs)
 
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """:meth:`get_response` without blocking the event loop."""
-        grounding = ground(map(Passage, text_chunks), self._documents)
-        return await self._aanswer(query_str, Context(grounding), **response_kwargs)
+        context = Context(await asyncio.to_thread(self._ground, self._as_nodes(text_chunks)))
+        return await self._aanswer(query_str, context, **response_kwargs)
+
+    def _as_nodes(self, texts: Sequence[str]) -> list[NodeWithScore]:
+        source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="")}
+        relationships = {} if self._documents.only is None else source
+        nodes = (TextNode(text=text, relationships=relationships) for text in texts)
+        return [NodeWithScore(node=node) for node in nodes]
+
+    def _ground(self, nodes: Sequence[NodeWithScore]) -> Retrieved:
+        return ground_nodes(nodes, self._documents, self._on_empty or self._llm.on_empty)
 
     def _answer(self, query_str: str, context: Context, **kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        if context.retrieved.empty:
+            context.report.update(NOTHING_READ)
+            return self._empty_response_generator() if self._streaming else self._empty_response
         template = self._text_qa_template.partial_format(query_str=query_str)
         if self._streaming:
             return self._llm.stream(template, context_str=context, **kwargs)
         return self._llm.predict(template, context_str=context, **kwargs)
 
     async def _aanswer(self, query_str: str, context: Context, **kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        if context.retrieved.empty:
+            context.report.update(NOTHING_READ)
+            return self._empty_response_agenerator() if self._streaming else self._empty_response
         template = self._text_qa_template.partial_format(query_str=query_str)
         if self._streaming:
             return await self._llm.astream(template, context_str=context, **kwargs)

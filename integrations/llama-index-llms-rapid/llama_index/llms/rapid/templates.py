@@ -16,7 +16,7 @@ from typing import Any
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
 
-from rapid_llm.context.retrieved import Grounding
+from llama_index.llms.rapid.grounding import Retrieved
 from rapid_llm.errors import RapidError
 
 
@@ -32,16 +32,16 @@ class Context(str):
     """The retrieved text, knowing where it is from.
 
     Attributes:
-        grounding: the passages and the documents.
+        retrieved: the passages and the documents.
         report: filled while the model answers, with ``raw["rapid"]`` of the response.
     """
 
-    grounding: Grounding
+    retrieved: Retrieved
     report: dict[str, Any]
 
-    def __new__(cls, grounding: Grounding) -> Context:
-        self = super().__new__(cls, grounding.draft)
-        self.grounding, self.report = grounding, {}
+    def __new__(cls, retrieved: Retrieved) -> Context:
+        self = super().__new__(cls, retrieved.grounding.draft)
+        self.retrieved, self.report = retrieved, {}
         return self
 
 

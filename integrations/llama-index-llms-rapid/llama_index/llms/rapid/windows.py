@@ -1,0 +1,104 @@
+"""Prompts made to fit the models' context windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from llama_index.llms.rapid.calls import Call, Options
+from llama_index.llms.rapid.grounding import Retrieved
+from rapid_llm.context.prompts import Fitted, Truncate, fit_documents
+from rapid_llm.context.retrieved import SEPARATOR
+from rapid_llm.decoder import RapidDecoder
+from rapid_llm.encoding import Message, Prompt, drop_oldest_turns
+from rapid_llm.engine.forward import Forward
+from rapid_llm.errors import ContextWindowError
+
+
+def latest_turns(prompt: Prompt, decoder: RapidDecoder, model: Forward, options: Options) -> Prompt:
+    """A chat without its oldest turns, as many as do not fit; any other prompt as it is."""
+    if not _is_chat(prompt):
+        return prompt
+    return drop_oldest_turns(
+        cast(Sequence[Message], prompt),
+        decoder.tokenizer,
+        model.context_window,
+        options.sampling.max_new_tokens,
+        options.chat_template_kwargs,
+    )
+
+
+def grounded_call(
+    retrieved: Retrieved,
+    render: Callable[[str], Prompt],
+    decoder: RapidDecoder,
+    options: Options,
+    truncate: Truncate | None,
+    report: dict[str, Any],
+) -> Call:
+    """The call that answers from documents, drafted from what was retrieved of them.
+
+    Where both do not fit, a chat loses its oldest turns before documents are refused; if they may
+    be cut (``truncate``), they are cut first.
+
+    Args:
+        retrieved: the two contexts.
+        render: makes a prompt around a context.
+        decoder: the models.
+        options: how to generate.
+        truncate: see :func:`rapid_llm.context.prompts.fit_documents`.
+        report: filled while the model answers.
+
+    Raises:
+        ContextWindowError: the target's prompt does not fit.
+    """
+    grounding = retrieved.grounding
+
+    def whole(documents: Sequence[str]) -> Prompt:
+        return render(SEPARATOR.join([*documents, *filter(None, [retrieved.beside])]))
+
+    def shorter(documents: Sequence[str]) -> Prompt:
+        return latest_turns(whole(documents), decoder, decoder.target, options)
+
+    def fitted(prompt: Callable[[Sequence[str]], Prompt]) -> Fitted:
+        return fit_documents(
+            grounding.texts,
+            prompt,
+            decoder.tokenizer,
+            decoder.target.context_window,
+            options.sampling.max_new_tokens,
+            truncate,
+            passages=grounding.cited,
+        )
+
+    try:
+        target = fitted(shorter if truncate is None else whole)
+    except ContextWindowError:
+        if truncate is None:
+            raise
+        target = fitted(shorter)
+    draft = None
+    if grounding.empty_reason is None:
+        draft = latest_turns(render(grounding.draft), decoder, decoder.drafter, options)
+    return Call(
+        target=target.prompt,
+        draft=draft,
+        options=options,
+        notes={
+            "chunk_ids": [p.id for p in grounding.passages if p.id is not None],
+            "document_ids": list(retrieved.documents),
+            "draft_skipped": grounding.empty_reason,
+            "omitted_tokens": target.omitted_tokens,
+            "dropped_messages": dropped(render(""), target.prompt),
+        },
+        report=report,
+    )
+
+
+def dropped(whole: Prompt, kept: Prompt) -> int:
+    """How many messages of a chat were left out."""
+    return len(whole) - len(kept) if _is_chat(whole) and _is_chat(kept) else 0
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
