@@ -722,6 +722,8 @@ class _Generation:
         device = self.target.forward.device
         # Even the last token is drafted, so that every one follows the mode's law.
         remaining = self.sampler.params.max_new_tokens - len(self._output)
+        # Not across a length at which all would be read again, and once more if it is rejected.
+        remaining = min(remaining, max(1, self.target.room - 1))
         look_ahead = self.config.applied_mode == "augmented"
         said = len(self._output)
 

@@ -45,7 +45,7 @@ def pass_cost(session: Session) -> PassCost:
     with _guard:
         known = _known.setdefault(forward.model, {})
     if key not in known:
-        rows = min(_ROWS, session.cache.capacity - session.cache.length)
+        rows = min(_ROWS, session.room)
         one, several = _seconds(session, rows)
         cost = PassCost(one, max(0.0, several - one) / max(1, rows - 1))
         if rows < _ROWS:  # too little room for a good measurement

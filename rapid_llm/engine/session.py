@@ -46,6 +46,12 @@ class Session:
         """Tokens of the sequence that were read."""
         return self.cache.skipped + self.cache.length
 
+    @property
+    def room(self) -> int:
+        """Tokens that can be read before the cache is full or the rotary embedding switches."""
+        ends = [at for at in self.forward.switches if at > self.length]
+        return min([self.cache.capacity - self.cache.length, *(at - self.length for at in ends)])
+
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
         """Read, in chunks, those tokens of a prompt that the cache does not hold yet.
 
