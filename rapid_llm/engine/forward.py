@@ -266,17 +266,13 @@ class Forward:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
 
-    def __call__(
-        self, tokens: Tensor, cache: KVCache, keep_logits: int, length: int | None = None
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
         """Append tokens to the cache.
 
         Args:
             tokens: int64 ``[n]`` on any device; they follow what the cache holds.
             cache: has room for n more tokens; left as it was if the pass fails.
             keep_logits: for how many of the last positions logits are computed, 1 to n.
-            length: tokens of the whole sequence, where these are only a part of it; some kinds
-                of rotary embedding depend on that.
 
         Returns:
             float32 ``[keep_logits, vocab_size]``.
@@ -289,7 +285,7 @@ class Forward:
         ids = tokens.to(self.device, non_blocking=True)
         first = start + cache.skipped
         end = first + ids.shape[0]
-        length = max(length or end, end)
+        length = max(cache.expected, end)
         with self._lock:
             reader = self.reader(length)
             if start == 0:

@@ -85,19 +85,20 @@ class Session:
         start = self.cache.length
         if self._knows:
             self._tokens[start : start + tokens.shape[0]] = tokens
+        self.cache.expected = length
         try:
-            return self.forward(tokens, self.cache, keep, length)
+            return self.forward(tokens, self.cache, keep)
         except OutdatedKVError:
             if not self._knows:
                 raise
-            self._read_again(length)
-            return self.forward(tokens, self.cache, keep, length)
+            self._read_again()
+            return self.forward(tokens, self.cache, keep)
 
-    def _read_again(self, length: int) -> None:
+    def _read_again(self) -> None:
         held = self._tokens[: self.cache.length]
         self.cache.rollback(0)
         for chunk in held.split(PREFILL_CHUNK):
-            self.forward(chunk, self.cache, 1, length)
+            self.forward(chunk, self.cache, 1)
 
     def rollback(self, length: int) -> None:
         """Keep the first ``length`` tokens at most."""
