@@ -55,6 +55,7 @@ _STEPS = 8  # of a draft
 _QUESTION = 64  # tokens
 _GENERATIONS = 4  # of transformers, the first not counted
 _GENERATED = 6  # tokens of each
+_NUMBERS = {"cuda": 2**30, "cpu": 2**26}  # float32, to measure the memory with
 _PIECE = 8192  # of KV written at once
 _SHARE = 0.6  # of a section's time after which no further repeat begins
 _SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=_ROOM, ignore_eos=True)
@@ -241,8 +242,7 @@ class ShapeBench:
     def _bandwidth(self) -> Iterator[Row]:
         """Of sums and copies that no cache holds."""
         watch = Stopwatch[str](self._device)
-        numbers = 2**30 if self._device.type == "cuda" else 2**26
-        block = torch.ones(numbers, device=self._device)
+        block = torch.ones(_NUMBERS[self._device.type], device=self._device)
         other = torch.empty_like(block)
         for turn in self._turns(10):
             if turn == 0:
@@ -375,16 +375,14 @@ class ShapeBench:
                 yield Row(f"{name.lower()}_{key}", f"{what} a {name} round", "", [count], note)
 
     def _generate(self, context: int) -> Iterator[Row]:
-        cache = DynamicCache(config=self._model.config)
-        seconds = self._generated(cache, context)
+        seconds = self._generated(partial(DynamicCache, config=self._model.config), context)
         yield from self._beside("generate", "transformers generate", seconds, context)
 
     def _generate_static(self, context: int) -> Iterator[Row]:
-        cache = StaticCache(
-            config=self._model.config, max_cache_len=context + _GENERATIONS * _GENERATED
-        )
+        room = context + _GENERATIONS * _GENERATED
+        static = partial(StaticCache, config=self._model.config, max_cache_len=room)
         started = time.perf_counter()
-        seconds = self._generated(cache, context)
+        seconds = self._generated(static, context)
         waited = time.perf_counter() - started - sum(seconds) * _GENERATED
         compiled = self._device.type == "cuda"
         note = f"after {waited:.0f} s to compile" if compiled else "not compiled on a CPU"
@@ -525,8 +523,14 @@ class ShapeBench:
         wait_for(self._device)
         return time.perf_counter() - started, said
 
-    def _generated(self, cache: Cache, context: int) -> list[float]:
-        """Seconds a token of transformers' ``generate`` behind made-up KV, the first run apart."""
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _generated(self, make_cache: Callable[[], Cache], context: int) -> list[float]:
+        """Seconds a token of transformers' ``generate`` behind made-up KV, the first run apart.
+
+        Without gradients, as it runs by itself: what it compiles may not like inference mode.
+        """
+        cache = make_cache()
         key, value = self._random_kv(context)
         for layer in range(self._model.config.num_hidden_layers):
             cache.update(key, value, layer)

@@ -40,6 +40,8 @@ def bench_shape(
         InvalidParameterError: see :class:`ShapeBench`.
         MissingDependencyError: ``plot`` without matplotlib.
     """
+    if plot is not None:
+        reporting.require_plots()  # before it takes minutes
     chosen = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     if save is not None:
         save.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,8 @@ from rich.text import Text
 from rapid_llm.bench.shape_bench import PASSES, SIMULATED, Row, Section, ShapeReport
 from rapid_llm.figure import new_figure
 
+_NEEDS = "--plot needs"
+
 
 def heading(report: ShapeReport) -> str:
     return (
@@ -58,6 +60,11 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if value else "0"
 
 
+def require_plots() -> None:
+    """Raises MissingDependencyError where matplotlib is not installed."""
+    new_figure(_NEEDS, 1, 1)
+
+
 def plot(report: ShapeReport, path: Path) -> None:
     """Milliseconds a token by method, and a pass by its tokens; a row of panels a context.
 
@@ -65,7 +72,7 @@ def plot(report: ShapeReport, path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
     """
     contexts = list(dict.fromkeys(s.context for s in report.sections if s.context is not None))
-    figure = new_figure("--plot needs", 9, 0.8 + 2.6 * len(contexts))
+    figure = new_figure(_NEEDS, 9, 0.8 + 2.6 * len(contexts))
     for index, context in enumerate(contexts):
         bars = _per_token(report, context)
         left = figure.add_subplot(len(contexts), 2, 2 * index + 1)
