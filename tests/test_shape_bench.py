@@ -18,7 +18,7 @@ from rapid_llm.bench import shape_bench, shape_command
 from rapid_llm.bench.shape_bench import Row, Section, ShapeBench, ShapeReport
 from rapid_llm.bench.shape_report import heading, plot
 from rapid_llm.bench.shapes import SHAPES, random_model
-from rapid_llm.bench.timing import OutOfTime, Stopwatch, time_limit
+from rapid_llm.bench.timing import Calls, OutOfTime, Stopwatch, time_limit
 
 CPU = torch.device("cpu")
 
@@ -158,15 +158,36 @@ def test_a_coin_accepts_as_often_as_it_should(a: float, gamma: int) -> None:
 
 def test_kv_is_made_up_once_and_then_taken_over() -> None:
     bench = make_bench()
-    passes: list[int] = []
+    kept: list[int] = []
     with torch.inference_mode():
         for _ in range(2):
             with bench._open(256, draft=False) as generation:
-                passes.append(generation.stats.cached_tokens)
+                kept.append(generation.stats.cached_tokens)
                 assert generation.target.length == 255
                 layer = generation.target.cache.layers[0]
                 assert layer.keys[0, :, :254].std() == pytest.approx(1, abs=0.1)
-    assert passes == [0, 254]
+    assert kept[0] == 0
+    assert kept[1] >= 254
+
+
+def test_calls_are_counted_of_plain_and_of_drafted_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench()
+    drafted: list[int] = []
+
+    def count(work: Any, device: torch.device) -> Calls:
+        stats = work.args[0].stats
+        before = stats.drafted_tokens
+        work()
+        drafted.append(stats.drafted_tokens - before)
+        return Calls(40.0, 2.0, 1.0)
+
+    monkeypatch.setattr(shape_bench, "host_calls", count)
+    with torch.inference_mode():
+        rows = {row.key: row.samples for row in bench._host_calls(256)}
+    assert drafted == [0, 3]
+    for name in ("plain", "rapid"):
+        counts = [rows[f"{name}_{key}"] for key in ("launches", "graphs", "waits")]
+        assert counts == [[40.0], [2.0], [1.0]]
 
 
 # --- what goes wrong ---------------------------------------------------------------------------

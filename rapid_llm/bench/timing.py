@@ -87,16 +87,23 @@ class Calls(NamedTuple):
 
 
 def host_calls(work: Callable[[], object], device: torch.device, times: int = 3) -> Calls:
-    """Count what some work on a GPU asks of it, by torch's profiler."""
+    """Count what some work on a GPU asks of it, by torch's profiler.
+
+    Raises:
+        RuntimeError: the profiler saw nothing.
+    """
     activity = torch.profiler.ProfilerActivity
     wait_for(device)
     with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
         for _ in range(times):
             work()
     counts = Counter({event.key: event.count for event in profile.key_averages()})
-    return Calls(
+    calls = Calls(
         *(sum(counts[name] for name in names) / times for names in (_LAUNCHES, _GRAPHS, _WAITS))
     )
+    if calls.launches + calls.graphs == 0:
+        raise RuntimeError("the profiler saw nothing launched: it may not be allowed to look here")
+    return calls
 
 
 class Stamps(BaseStreamer):
