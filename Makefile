@@ -19,8 +19,8 @@ OUT ?= gpu-results
 SHAPE ?= llama-3.1-8b
 CONTEXTS ?= 32768 131072
 SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 4")
-# Both end sooner by themselves; a kernel that hangs does not, and an interrupt still tells what was red.
-AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -s INT -k 20")
+# Both end sooner by themselves; a kernel that hangs does not.
+AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -k 10")
 
 .PHONY: install demo test slow gpu lint clean
 
@@ -49,8 +49,9 @@ gpu: export PYTHONPATH := $(CURDIR)
 gpu: export PYTHONUNBUFFERED := 1
 gpu:
 	mkdir -p $(OUT)
-	{ OMP_NUM_THREADS=1 $(if $(AT_MOST),$(AT_MOST) 200) $(PYTHON) -m pytest tests/gpu -q --durations=10 $(SIDE_BY_SIDE); \
-	  echo $$? > $(OUT)/tests.status; } 2>&1 | tee $(OUT)/tests.txt
+	OMP_NUM_THREADS=1 $(if $(AT_MOST),$(AT_MOST) 200) $(PYTHON) -m pytest tests/gpu -v --tb=short --durations=10 \
+	    -o faulthandler_timeout=60 $(SIDE_BY_SIDE) >$(OUT)/tests.txt 2>&1; echo $$? >$(OUT)/tests.status
+	@tail -60 $(OUT)/tests.txt
 	{ $(if $(AT_MOST),$(AT_MOST) 240) $(PYTHON) -m rapid_llm bench --shape $(SHAPE) $(CONTEXTS:%=--context %) \
 	    --seconds 190 --save $(OUT); \
 	  echo $$? > $(OUT)/bench.status; } 2>&1 | tee $(OUT)/bench.txt

@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 
 DEVICE = torch.device(os.environ.get("RAPID_TEST_DEVICE", "cuda"))
 
+CAPTURED = DEVICE.type == "cuda"
+"""For ``cuda_graphs`` where there is no other question."""
+
 on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -29,10 +32,16 @@ on_gpu = [
 
 cuda_only = pytest.mark.skipif(DEVICE.type != "cuda", reason="asks for what only CUDA has")
 
+GRAPHS = [
+    pytest.param(False, id="eager"),
+    pytest.param(True, id="captured", marks=cuda_only),
+]
+"""For ``cuda_graphs``."""
+
 PASSES = [
     *(pytest.param(name, False, id=f"{name}-eager") for name in ARCHITECTURES),
     *(
-        pytest.param(name, True, id=f"{name}-captured")
+        pytest.param(name, True, id=f"{name}-captured", marks=cuda_only)
         for name in ARCHITECTURES
         if name.split("-")[0] in {"llama", "mistral", "qwen2", "qwen3"}
     ),
@@ -70,7 +79,7 @@ def with_heads(heads: str, dtype: torch.dtype, **changes: Any) -> PreTrainedMode
         num_attention_heads=query,
         num_key_value_heads=kv,
         initializer_range=0.2,
-        max_position_embeddings=8192,
+        max_position_embeddings=16384,
         **changes,
     )
 

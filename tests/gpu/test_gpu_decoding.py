@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from gpu_models import DEVICE, PASSES, cuda_only, exact_products, model_on_device, on_gpu
+from gpu_models import DEVICE, GRAPHS, PASSES, cuda_only, exact_products, model_on_device, on_gpu
 from transformers import PreTrainedModel
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
@@ -21,7 +21,7 @@ pytestmark = on_gpu
 PROMPT = random.Random(1).choices(range(3, 64), k=60)
 RETRIEVED = PROMPT[20:40]
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1}
-GRAPHS = pytest.mark.parametrize("graphs", [False, True], ids=["eager", "captured"])
+both = pytest.mark.parametrize("graphs", GRAPHS)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_a_greedy_exact_answer_is_what_generate_says(architecture, graphs):
     assert answer(decoder, new=12, retrieved=None) == expected
 
 
-@GRAPHS
+@both
 @pytest.mark.parametrize("gamma", [1, 2, 5, 10, 16])
 def test_any_draft_length_answers_the_same(gamma, graphs):
     model = model_on_device(eos_token_id=None)
@@ -89,7 +89,7 @@ def test_any_draft_length_answers_the_same(gamma, graphs):
         assert answer(decoder, speculation=exact) == own_answer(model)
 
 
-@GRAPHS
+@both
 @pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
 def test_a_seed_repeats_its_answer(mode, graphs):
     model, other = (model_on_device("llama", torch.bfloat16, seed) for seed in (0, 1))
@@ -103,7 +103,7 @@ def test_a_seed_repeats_its_answer(mode, graphs):
     assert len(set(map(tuple, said[0]))) == 3
 
 
-@GRAPHS
+@both
 def test_the_next_question_is_answered_as_if_nothing_was_read_before(graphs):
     model, other = (model_on_device("llama", seed=seed) for seed in (0, 1))
     kept = make_decoder(model, other, cuda_graphs=graphs)
@@ -118,7 +118,7 @@ def test_the_next_question_is_answered_as_if_nothing_was_read_before(graphs):
     assert result.stats.cached_tokens >= len(prompt) - 2
 
 
-@GRAPHS
+@both
 def test_a_closed_stream_leaves_a_decoder_that_goes_on(graphs):
     model = model_on_device(eos_token_id=None)
     decoder = make_decoder(model, cuda_graphs=graphs)
@@ -171,7 +171,7 @@ def test_int8_weights_are_refused_with_what_to_do_instead():
 
 
 @cuda_only
-@GRAPHS
+@both
 @pytest.mark.parametrize("own", [True, False], ids=["self-speculation", "another drafter"])
 def test_an_int4_drafter_drafts(own, graphs):
     shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "eos_token_id": None}

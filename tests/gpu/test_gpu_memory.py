@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from gpu_models import DEVICE, cuda_only, model_on_device, on_gpu
+from gpu_models import DEVICE, GRAPHS, cuda_only, model_on_device, on_gpu
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
@@ -19,7 +19,7 @@ from rapid_llm.errors import RapidError
 pytestmark = [*on_gpu, cuda_only]
 
 MB = 2**20
-GRAPHS = pytest.mark.parametrize("graphs", [False, True], ids=["eager", "captured"])
+both = pytest.mark.parametrize("graphs", GRAPHS)
 
 
 def allocated() -> int:
@@ -68,7 +68,7 @@ def begin(decoder: RapidDecoder, prompt: list[int], room: int) -> list[int]:
     return said
 
 
-@GRAPHS
+@both
 def test_kept_kv_goes_where_a_new_document_needs_the_memory(graphs):
     decoder = wide_decoder(graphs)
     room = 30_000  # with the prompt 500 MiB
@@ -82,7 +82,7 @@ def test_kept_kv_goes_where_a_new_document_needs_the_memory(graphs):
     assert decoder.memory.kept_kv <= kept + MB
 
 
-@GRAPHS
+@both
 def test_what_cannot_fit_is_said_and_the_decoder_goes_on(graphs):
     decoder = wide_decoder(graphs)
     expected = begin(decoder, document(1), 100)

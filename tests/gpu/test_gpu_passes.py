@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gpu_models import (
+    CAPTURED,
     DEVICE,
+    GRAPHS,
     HEADS,
     PASSES,
     assert_as_good,
+    cuda_only,
     exact_products,
     model_on_device,
     on_gpu,
@@ -65,14 +68,14 @@ def test_every_architecture_reads_as_its_own_forward_does(architecture, dtype, g
     check(model_on_device(architecture, DTYPES[dtype]), IDS, PROMPT, graphs)
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", HEADS)
 def test_every_head_size_and_group(heads, dtype, graphs):
     check(with_heads(heads, DTYPES[dtype]), IDS, PROMPT, graphs)
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("window", [64, 100, 2000])
 def test_windows_that_slide_over_many_blocks_of_keys(window, graphs):
     ids = torch.randint(3, 64, (1400,), generator=torch.Generator().manual_seed(2))
@@ -86,12 +89,20 @@ def test_long_prompts_are_read_in_chunks(length, dtype):
     check(with_heads("128, group 8", DTYPES[dtype]), ids, length, False)
 
 
+@cuda_only
+@pytest.mark.parametrize("heads", ["64, group 1", "128, group 8", "256, group 2"])
+def test_prompts_of_several_chunks(heads):
+    """13,000 tokens: a chunk of any size up to 4,096 has whole chunks before it."""
+    ids = torch.randint(3, 64, (13_000 + 90,), generator=torch.Generator().manual_seed(4))
+    check(with_heads(heads, torch.bfloat16), ids, 13_000, False)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17])
 @torch.inference_mode()
 def test_a_pass_of_any_few_tokens_at_any_length(n):
     """Lengths around the borders of blocks, one cache for all: nothing of a longer past is seen."""
     model = with_heads("64, group 1", torch.float32)
-    forward = Forward(model, "m", cuda_graphs=True)
+    forward = Forward(model, "m", cuda_graphs=CAPTURED)
     ids = torch.randint(3, 64, (300,), generator=torch.Generator().manual_seed(n))
     session = Session(forward, forward.new_cache(300))
     session.prefill(ids[:280].tolist())
@@ -105,7 +116,7 @@ def test_a_pass_of_any_few_tokens_at_any_length(n):
 def test_logits_are_the_callers_to_keep():
     """A captured pass writes into the same memory again and again."""
     model = model_on_device()
-    forward = Forward(model, "m", cuda_graphs=True)
+    forward = Forward(model, "m", cuda_graphs=CAPTURED)
     session = Session(forward, forward.new_cache(60))
     session.prefill(IDS[:20].tolist())
     first = session.extend(IDS[20:21])
@@ -117,7 +128,7 @@ def test_logits_are_the_callers_to_keep():
 @torch.inference_mode()
 def test_two_caches_of_one_model_do_not_meet():
     model = model_on_device()
-    forward = Forward(model, "m", cuda_graphs=True)
+    forward = Forward(model, "m", cuda_graphs=CAPTURED)
     one, other = (Session(forward, forward.new_cache(size)) for size in (60, 90))
     one.prefill(IDS[:20].tolist())
     other.prefill(IDS[50:80].tolist())
@@ -132,7 +143,7 @@ def test_two_caches_of_one_model_do_not_meet():
 @torch.inference_mode()
 def test_a_cache_that_grows_goes_on():
     model = model_on_device()
-    forward = Forward(model, "m", cuda_graphs=True)
+    forward = Forward(model, "m", cuda_graphs=CAPTURED)
     session = Session(forward, forward.new_cache(24))
     session.prefill(IDS[:20].tolist())
     session.extend(IDS[20:21])
