@@ -176,7 +176,7 @@ def _attend_packed(
     mask = None if visible is None else visible.repeat(group, 1)
     packed = query.reshape(1, kv_heads, group * n, dim)
     out = F.scaled_dot_product_attention(packed, key[None], value[None], mask, scale=scaling)
-    return out.view(heads, n, -1)
+    return out.reshape(heads, n, -1)
 
 
 def _hidden(n: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
