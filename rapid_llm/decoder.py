@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,8 @@ from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import pass_cost
-from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.quantization import (
-    int8_nbytes,
-    int8_pays,
-    int8_twin,
-    require_int8,
-)
+from rapid_llm.engine.forward import FewBits, Forward
+from rapid_llm.engine.quantization import int8_nbytes
 from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
@@ -118,7 +113,7 @@ class Memory:
 
     Attributes:
         target_weights: of the target.
-        drafter_weights: beside those: another model's, an int8 twin's, or 0 where they are shared.
+        drafter_weights: beside those: another model's, a quantized twin's, or 0 where shared.
         kept_kv: keys and values of prompts, kept for later ones.
     """
 
@@ -145,12 +140,13 @@ class RapidDecoder:
         name, drafter_name: what errors and results call the models.
         attn_implementation: ``rapid`` (ours), or transformers' ``sdpa``, ``flash_attention_2``
             or ``eager``.
-        cuda_graphs: replay single-token passes of the Llama family from CUDA graphs, which saves
-            their launches. Off, as it was checked without capturing only: on no GPU yet.
-        drafter_quantization: ``int8`` drafts with int8 weights (a copy of the drafter's, made at
-            the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep these);
-            ``auto`` does so for a target that drafts for itself where it pays, in bfloat16 on a
-            CPU; None never.
+        cuda_graphs: replay passes of up to 17 tokens of the Llama family, and whole drafts, from
+            CUDA graphs, which saves their launches: None where it can be done (Ampere or newer,
+            with Triton), False nowhere; True raises where it cannot.
+        drafter_quantization: ``int8`` drafts with int8 weights on a CPU (a copy of the drafter's,
+            made at the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep
+            these), ``int4`` with 4-bit weights on a GPU (bfloat16, Ampere or newer); ``auto`` does
+            what pays for a target that drafts for itself, in bfloat16; None never.
         kv_cache_bytes: of prompts' KV kept between calls, least recently used first out; None is a
             quarter of the device's memory, 0 keeps nothing.
         kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with
@@ -172,7 +168,7 @@ class RapidDecoder:
         name: str | None = None,
         drafter_name: str | None = None,
         attn_implementation: str = RAPID_ATTENTION,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
@@ -185,7 +181,7 @@ class RapidDecoder:
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
             self._check_tokenizers(drafter_tokenizer)
-        self._quantizes = self._resolve(drafter_quantization)
+        self._few_bits = self._resolve(drafter_quantization)
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
         self._prefixes = PrefixCache(
@@ -203,7 +199,7 @@ class RapidDecoder:
         device: str | torch.device | None = None,
         drafter_device: str | torch.device | None = None,
         attn_implementation: str = RAPID_ATTENTION,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
@@ -253,15 +249,8 @@ class RapidDecoder:
 
     @cached_property
     def draft_forward(self) -> Forward:
-        """What drafts: the drafter, or its int8 twin (quantized when first asked for)."""
-        if not self._quantizes:
-            return self.drafter
-        return Forward(
-            int8_twin(self.drafter.model, blocks=self.drafter.compiled),
-            f"{self.drafter.name} (int8)",
-            self.drafter.attn_implementation,
-            self.drafter.cuda_graphs,
-        )
+        """What drafts: the drafter, or its twin of few bits (quantized when first asked for)."""
+        return self.drafter if self._few_bits is None else self.drafter.quantized(self._few_bits)
 
     @property
     def memory(self) -> Memory:
@@ -543,17 +532,20 @@ class RapidDecoder:
                     stats.time_to_first_token = time.perf_counter() - started
                 yield Chunk("".join(pieces), tuple(new), finish, replace(stats))
 
-    def _resolve(self, quantization: str | None) -> bool:
-        """Whether to draft with int8 weights."""
-        if quantization not in (None, "auto", "int8"):
+    def _resolve(self, quantization: str | None) -> FewBits | None:
+        """The kind of weights to draft with, None for the drafter's own."""
+        if quantization not in (None, *get_args(Quantization)):
             raise InvalidParameterError(
-                f"drafter_quantization={quantization!r} is unknown; use 'auto', 'int8' or None"
+                f"drafter_quantization={quantization!r} is unknown; "
+                "use 'auto', 'int8', 'int4' or None"
             )
         if quantization == "auto":
-            return self.drafter is self.target and int8_pays(self.drafter.model)
-        if quantization == "int8":
-            require_int8(self.drafter.model)
-        return quantization == "int8"
+            return self.drafter.cheapest if self.drafter is self.target else None
+        for kind in get_args(FewBits):
+            if quantization == kind:
+                self.drafter.require(kind)
+                return kind
+        return None
 
     def _check_tokenizers(self, drafter_tokenizer: PreTrainedTokenizerBase | None) -> None:
         target, drafter = self.target, self.drafter
@@ -658,11 +650,12 @@ class _Generation:
     def round(self) -> list[int]:
         """Draft, verify, accept: one pass of the target; between 1 and γ+1 tokens."""
         started = time.perf_counter()
+        pending = self._pending()  # first: it waits for the device, which has nothing to do yet
         draft, schedule = self._draft()
         self.stats.draft_seconds += time.perf_counter() - started
 
         # Position i of the draft is judged by the logits that follow token i - 1.
-        logits = self.target.extend(torch.cat([self._pending(), draft.tokens]))
+        logits = self.target.extend(torch.cat([pending, draft.tokens]))
         s = self.sampler.scores(logits, draft.tokens)
         q = draft.probabilities
         strength = self.config.transfer_strength

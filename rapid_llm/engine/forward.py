@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,11 +14,16 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from rapid_llm.engine import attention
-from rapid_llm.engine.graphs import GraphedStep, is_capturable
+from rapid_llm.engine.cuda import has_kernels, int4
 from rapid_llm.engine.kv_cache import KVCache
-from rapid_llm.engine.lean import is_lean, lean_logits
+from rapid_llm.engine.lean import has_fixed_rotary, is_lean, lean_logits
 from rapid_llm.engine.native_pass import native_pass
-from rapid_llm.errors import MissingDependencyError, ModelError
+from rapid_llm.engine.quantization import int8_pays, int8_twin, require_int8, twin_of
+from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
+
+if TYPE_CHECKING:  # they need Triton, which not every machine has
+    from rapid_llm.engine.cuda.captured import CapturedPasses
+    from rapid_llm.engine.cuda.draft_loop import DraftLoops
 
 SUPPORTED = frozenset(
     {
@@ -41,6 +46,9 @@ SUPPORTED = frozenset(
 
 ATTENTION = (attention.NAME, "sdpa", "flash_attention_2", "eager")
 
+FewBits = Literal["int8", "int4"]
+"""Kinds of weights that a draft step reads faster than a model's own."""
+
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
 
@@ -51,6 +59,20 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
+class Choice(Protocol):
+    """How a draft step goes from logits to a token, where no history counts. Hashable.
+
+    Attributes:
+        width: tokens that q is over.
+    """
+
+    @property
+    def width(self) -> int: ...
+
+    def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Float32 ``[1, vocab]`` to q, float32 ``[width]``, and an int64 scalar drawn from it."""
+
+
 class Forward:
     """Runs a model over our cache: a lean forward pass where there is one, or its own.
 
@@ -59,11 +81,12 @@ class Forward:
         name: what errors and results call it.
         attn_implementation: ``rapid`` (ours), or one of transformers' own, which always runs
             the model's own forward pass.
-        cuda_graphs: replay single-token passes from a CUDA graph, where the forward pass is lean
-            and can be captured.
+        cuda_graphs: whether passes of few tokens are replayed from CUDA graphs: None where they
+            can be (a lean pass, on Ampere or newer, with Triton), False nowhere. True insists.
 
     Raises:
         ModelError: the architecture or the attention implementation is not supported.
+        InvalidParameterError: ``cuda_graphs=True`` where passes cannot be captured.
         MissingDependencyError: the attention implementation is not installed.
     """
 
@@ -72,7 +95,7 @@ class Forward:
         model: PreTrainedModel,
         name: str,
         attn_implementation: str = attention.NAME,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
     ) -> None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type not in SUPPORTED:
@@ -100,9 +123,19 @@ class Forward:
         self.lean = attn_implementation == attention.NAME and is_lean(model)
         self.cuda_graphs = cuda_graphs
         self._captures = (
-            cuda_graphs and self.device.type == "cuda" and self.lean and is_capturable(model)
+            cuda_graphs is not False
+            and self.lean
+            and has_kernels(self.device)
+            and has_fixed_rotary(model)
         )
-        self._steps: WeakKeyDictionary[KVCache, GraphedStep] = WeakKeyDictionary()
+        if cuda_graphs and not self._captures:
+            raise InvalidParameterError(
+                f"cuda_graphs=True, but passes of {name} on {self.device} cannot be captured: that "
+                "takes a model of the Llama family with our attention, Triton, and an Ampere GPU "
+                "or a newer one; leave cuda_graphs out to capture where it can be done"
+            )
+        self._captured: CapturedPasses | None = None
+        self._loops: DraftLoops | None = None
         self._native = native_pass(model) if self.lean else None
         self._lock = _lock_of(model)
 
@@ -139,9 +172,61 @@ class Forward:
         """Whether few tokens are read by the compiled kernels."""
         return self._native is not None
 
+    def require(self, kind: FewBits) -> None:
+        """Raises InvalidParameterError where this model cannot have weights of so few bits."""
+        if kind == "int8":
+            require_int8(self.model)
+        elif not int4.runs_on(self.model):
+            raise InvalidParameterError(
+                f"drafter_quantization='int4' needs a drafter in bfloat16 on an Ampere GPU or a "
+                f"newer one, but {self.name} is in {self.model.dtype} on {self.device}; load it so "
+                "(dtype='bfloat16'), or leave drafter_quantization out"
+            )
+
+    @property
+    def cheapest(self) -> FewBits | None:
+        """The kind of weights with which a draft step takes least, None for its own."""
+        if int8_pays(self.model):
+            return "int8"
+        return "int4" if int4.runs_on(self.model) else None
+
+    def quantized(self, kind: FewBits) -> Forward:
+        """The same over weights of few bits, made when first asked for and freed with the model."""
+        if kind == "int8":
+            twin = int8_twin(self.model, blocks=self.compiled)
+        else:
+            lean = self.lean
+            twin = twin_of(self.model, f"int4 {lean}", lambda m: int4.int4_copy(m, lean=lean))
+        return Forward(twin, f"{self.name} ({kind})", self.attn_implementation, self.cuda_graphs)
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
+
+    @property
+    def loops(self) -> bool:
+        """Whether :meth:`draft` can draft without the host."""
+        return self._captures
+
+    def draft(
+        self,
+        pending: Tensor,
+        steps: int,
+        cache: KVCache,
+        choice: Choice,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Draft steps that feed one another on the device, where the model :attr:`loops`.
+
+        See :class:`rapid_llm.engine.cuda.draft_loop.DraftLoop`, for the errors :meth:`__call__`.
+        """
+        start = cache.length
+        try:
+            with self._lock:
+                return self._draft_loops().of(choice)(pending, steps, cache, generator)
+        except BaseException:
+            cache.rollback(start)
+            raise
 
     def refresh(self) -> None:
         """Follow what was done to the model since: compiled passes hold on to its weights."""
@@ -161,31 +246,42 @@ class Forward:
         """
         start = cache.length
         ids = tokens.to(self.device, non_blocking=True)
-        first = start + cache.skipped
-        positions = torch.arange(first, first + ids.shape[0], device=self.device)
         run = self._lean_pass if self.lean else self._own_pass
         try:
             with self._lock:
-                return run(ids, positions, cache, keep_logits).float()
+                return run(ids, cache, keep_logits).float()
         except BaseException:
             cache.rollback(start)
             raise
 
-    def _lean_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        if self._captures and len(ids) == 1 and cache.length > 0:
-            return self._graphed(cache)(ids, cache)
+    def _lean_pass(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
+        if self._captures and self._captured_passes().serves(ids, cache):
+            return self._captured_passes()(ids, cache, keep)
+        positions = self._positions(ids, cache)
         if self._native is not None and self._native.serves(ids, cache):
             return self._native(ids, positions, cache, keep)
         return lean_logits(self.model, ids, positions, cache, keep)
 
-    def _graphed(self, cache: KVCache) -> GraphedStep:
-        """The captured step of a cache; captured anew when the cache has grown."""
-        step = self._steps.get(cache)
-        if step is None or not step.serves(cache):
-            step = self._steps[cache] = GraphedStep(self.model, cache)
-        return step
+    def _captured_passes(self) -> CapturedPasses:
+        if self._captured is None:
+            from rapid_llm.engine.cuda.captured import CapturedPasses, GraphCapture
 
-    def _own_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+            self._captured = CapturedPasses(self.model, GraphCapture(self.device))
+        return self._captured
+
+    def _draft_loops(self) -> DraftLoops:
+        if self._loops is None:
+            from rapid_llm.engine.cuda.draft_loop import DraftLoops
+
+            self._loops = DraftLoops(self._captured_passes())
+        return self._loops
+
+    def _positions(self, ids: Tensor, cache: KVCache) -> Tensor:
+        first = cache.length + cache.skipped
+        return torch.arange(first, first + ids.shape[0], device=self.device)
+
+    def _own_pass(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
+        positions = self._positions(ids, cache)
         with self._attention():
             output = self.model(
                 input_ids=ids[None],

@@ -23,7 +23,7 @@ from transformers import (
 
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.products import linear
-from rapid_llm.engine.quantization import BlockLinear, FewBitLinear, Int8Linear
+from rapid_llm.engine.quantization import FewBitLinear
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -47,7 +47,7 @@ class LeanCache(Protocol):
     def layers(self) -> Sequence[LayerKV]: ...
 
 
-_PLAIN = (nn.Linear, nn.Embedding, Int8Linear, BlockLinear)
+_PLAIN = (nn.Linear, nn.Embedding)
 
 
 def is_lean(model: PreTrainedModel) -> bool:
@@ -60,9 +60,21 @@ def is_lean(model: PreTrainedModel) -> bool:
         not hasattr(module, "_hf_hook")
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and (type(module) in _PLAIN or not list(module.parameters(recurse=False)) or _norm(module))
+        and (_plain(module) or not list(module.parameters(recurse=False)) or _norm(module))
         for module in model.modules()
     )
+
+
+_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # the others ask the device for a length
+
+
+def has_fixed_rotary(model: Any) -> bool:
+    """Whether a lean model's rotary embedding never waits for the device."""
+    return getattr(model.model.rotary_emb, "rope_type", None) in _FIXED_ROTARY
+
+
+def _plain(module: nn.Module) -> bool:
+    return type(module) in _PLAIN or isinstance(module, FewBitLinear)
 
 
 def _norm(module: nn.Module) -> bool:
@@ -111,7 +123,7 @@ def window_of(attention: Any) -> int | None:
 
 
 def _projections(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, ``[n, heads * dim]`` each; an int8 twin's in one product."""
+    """Queries, keys and values, ``[n, heads * dim]`` each; a quantized twin's in one product."""
     together: Any = getattr(module, "qkv_proj", None)
     if together is not None:
         return together.forward(x)
@@ -125,8 +137,12 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
-    gated = F.silu(_linear(x, module.gate_proj)).mul_(_linear(x, module.up_proj))
-    return _linear(gated, module.down_proj)
+    together: Any = getattr(module, "gate_up_proj", None)
+    if together is not None:
+        gate, up = together.forward(x)
+    else:
+        gate, up = _linear(x, module.gate_proj), _linear(x, module.up_proj)
+    return _linear(F.silu(gate).mul_(up), module.down_proj)
 
 
 def _linear(x: Tensor, module: Any) -> Tensor:

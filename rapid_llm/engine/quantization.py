@@ -10,6 +10,7 @@ Activations stay in the model's dtype, or become 16-bit whole numbers.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +27,11 @@ FEW_ROWS = 8
 kernels' do so for all that they take."""
 
 
-class FewBitLinear(nn.Module):
+class FewBits(nn.Module):
+    """A module whose buffers are weights of few bits, beside those that it was made from."""
+
+
+class FewBitLinear(FewBits):
     """A linear layer that multiplies few tokens with weights of few bits, many with its own.
 
     Attributes:
@@ -207,25 +212,31 @@ class Int8Projections(nn.Module):
         )
 
 
-_twins: WeakKeyDictionary[PreTrainedModel, dict[bool, PreTrainedModel]] = WeakKeyDictionary()
+_twins: WeakKeyDictionary[PreTrainedModel, dict[str, PreTrainedModel]] = WeakKeyDictionary()
 _making = threading.Lock()
+
+
+def twin_of(
+    model: PreTrainedModel, kind: str, make: Callable[[PreTrainedModel], PreTrainedModel]
+) -> PreTrainedModel:
+    """A model's quantized copy of a kind: made once, freed with the model."""
+    with _making:
+        twins = _twins.setdefault(model, {})
+        if kind not in twins:
+            twins[kind] = make(model)
+        return twins[kind]
 
 
 def int8_twin(model: PreTrainedModel, blocks: bool = False) -> PreTrainedModel:
     """The same model with int8 linear layers; every weight of its own is shared, not copied.
-
-    Made once for a model and a choice of ``blocks``, freed with the model.
 
     Args:
         model: to be quantized.
         blocks: in blocks for the compiled kernels, which take a model of which every dimension
             but the vocabulary's is a multiple of 32; of 4 bits where the weights hold no more.
     """
-    with _making:
-        twins = _twins.setdefault(model, {})
-        if blocks not in twins:
-            twins[blocks] = _quantized_copy(model, BlockLinear if blocks else Int8Linear)
-        return twins[blocks]
+    kind = BlockLinear if blocks else Int8Linear
+    return twin_of(model, kind.__name__, lambda model: _quantized_copy(model, kind))
 
 
 def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrainedModel:
@@ -244,7 +255,7 @@ def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrai
 
 def int8_nbytes(model: PreTrainedModel) -> int:
     """Bytes that a twin takes beside the model's own weights."""
-    layers = [module for module in model.modules() if isinstance(module, FewBitLinear)]
+    layers = [module for module in model.modules() if isinstance(module, FewBits)]
     return sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
 
 
@@ -253,8 +264,8 @@ def require_int8(model: PreTrainedModel) -> None:
     if any(p.device.type != "cpu" for p in model.parameters()):
         raise InvalidParameterError(
             f"drafter_quantization='int8' serves on a CPU, but the drafter is on {model.device}; "
-            "load a drafter quantized for that device (bitsandbytes or torchao, through "
-            "transformers' quantization_config), pass it as drafter= and leave "
+            "take 'int4' for CUDA, or load a drafter quantized for that device (bitsandbytes or "
+            "torchao, through transformers' quantization_config), pass it as drafter= and leave "
             "drafter_quantization out"
         )
 

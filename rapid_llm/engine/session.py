@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.cuda import prefill
+from rapid_llm.engine.forward import Choice, Forward
 from rapid_llm.engine.kv_cache import KVCache
 
 PREFILL_CHUNK = 512
-"""Tokens a prefill pass: bounds its activations, and how long a progress bar stands still."""
+"""Tokens a prefill pass on a CPU: bounds its activations, and how long a progress bar stands still.
+On CUDA it is :data:`rapid_llm.engine.cuda.prefill.CHUNK`."""
 
 PrefillProgress = Callable[[int, int], None]
 """Called with (tokens read, tokens to read)."""
@@ -37,10 +39,11 @@ class Session:
 
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
         """Read, in chunks, those tokens of a prompt that the cache does not hold yet."""
-        for start in range(self.length, len(tokens), PREFILL_CHUNK):
+        size = prefill.CHUNK if self.forward.device.type == "cuda" else PREFILL_CHUNK
+        for start in range(self.length, len(tokens), size):
             if progress is not None:
                 progress(start, len(tokens))
-            chunk = torch.tensor(tokens[start : start + PREFILL_CHUNK])
+            chunk = torch.tensor(tokens[start : start + size])
             self.forward(chunk, self.cache, keep_logits=1)
         if progress is not None:
             progress(len(tokens), len(tokens))
@@ -51,6 +54,20 @@ class Session:
         ``keep``: only those of the last so many tokens.
         """
         return self.forward(tokens, self.cache, keep or tokens.shape[0])
+
+    def draft(
+        self, pending: Tensor, steps: int, choice: Choice, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor] | None:
+        """Read the pending tokens and draft after them without the host, where that can be done.
+
+        Returns:
+            int64 ``[at most steps]``, and the q that each was drawn from, ``[…, width]``; or None,
+            and nothing was read.
+        """
+        room = self.cache.capacity - self.cache.length
+        if not self.forward.loops or self.cache.length == 0 or room < len(pending) + steps - 1:
+            return None
+        return self.forward.draft(pending, steps, self.cache, choice, generator)
 
     def rollback(self, length: int) -> None:
         """Keep the first ``length`` tokens at most."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -51,13 +53,11 @@ class Sampler:
         self._processors = LogitsProcessorList()
         if self._penalised:
             self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-        if not params.greedy:
-            if params.temperature != 1:
-                self._processors.append(TemperatureLogitsWarper(float(params.temperature)))
-            if params.top_k:
-                self._processors.append(TopKLogitsWarper(params.top_k))
-            if params.top_p < 1:
-                self._processors.append(TopPLogitsWarper(float(params.top_p)))
+        self._processors.extend(_warpers(params))
+
+    def choice(self, width: int) -> Choice | None:
+        """How to draw where no history counts; None where it does, with a repetition penalty."""
+        return None if self._penalised else Choice.of(self.params, width)
 
     def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Process logits.
@@ -92,3 +92,47 @@ class Sampler:
         if self._history is not None:
             new = torch.tensor(tokens, device=self._history.device)
             self._history = torch.cat([self._history, new])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sampler without a history, for steps that run without the host.
+
+    Attributes:
+        temperature, top_k, top_p: as in SamplingParams.
+        width: tokens that q is over; logits of another width are padded with -inf.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    width: int
+
+    @classmethod
+    def of(cls, params: SamplingParams, width: int) -> Choice:
+        return cls(params.temperature, params.top_k, params.top_p, width)
+
+    def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Float32 ``[1, vocab]`` to q, ``[width]``, and a token drawn from it, an int64 scalar."""
+        params = SamplingParams(self.temperature, self.top_p, self.top_k)
+        q = _warpers(params)(None, padded(logits, self.width)).softmax(dim=-1)[0]
+        return q, q.argmax() if params.greedy else draw(q, generator)
+
+
+def padded(logits: Tensor, width: int) -> Tensor:
+    """``[n, vocab]`` as ``[n, width]``; tokens that the vocabulary lacks get no probability."""
+    surplus = width - logits.shape[-1]
+    return F.pad(logits, (0, surplus), value=float("-inf")) if surplus else logits
+
+
+def _warpers(params: SamplingParams) -> LogitsProcessorList:
+    """Everything but the penalty, in transformers' order; nothing when greedy."""
+    warpers = LogitsProcessorList()
+    if not params.greedy:
+        if params.temperature != 1:
+            warpers.append(TemperatureLogitsWarper(float(params.temperature)))
+        if params.top_k:
+            warpers.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1:
+            warpers.append(TopPLogitsWarper(float(params.top_p)))
+    return warpers

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rapid_llm.config import SpeculationConfig
@@ -17,7 +16,7 @@ from rapid_llm.engine.session import PrefillProgress, Session
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.drafters.lookup import SIZES, NgramIndex
-from rapid_llm.speculation.sampling import Sampler
+from rapid_llm.speculation.sampling import Sampler, padded
 from rapid_llm.speculation.schedule import (
     GUESS,
     MODEL,
@@ -36,7 +35,7 @@ class RagDrafter:
     guessed, and one pass checks the guess, so that every token still follows q exactly. With
     ``gamma="auto"`` a guess is as long as the costs and what was accepted so far make fastest. The
     host must know what was accepted before it can guess again, so it waits for each such pass.
-    Without lookup and ``min_confidence`` it never waits.
+    Where nothing is found to guess, a device that can drafts the rest without the host.
 
     Args:
         session: the drafting model with room for ``prompt`` and the output.
@@ -63,6 +62,7 @@ class RagDrafter:
         self._session = session
         self._prompt = list(prompt)
         self._sampler = sampler
+        self._choice = sampler.choice(vocab_size)
         self._vocab_size = vocab_size
         self._index = NgramIndex([*document, *prompt]) if config.lookup else None
         self._given = len(document) + len(prompt)
@@ -111,16 +111,28 @@ class RagDrafter:
             # A longer guess would take the pass from the int8 weights to the full ones.
             limit = min(gamma - drafted - 1, FEW_ROWS - len(pending))
             guess = self._guess(sequence, tokens, limit)
-            q = self._read(torch.cat([pending, guess]), torch.cat([tokens, guess]), len(guess) + 1)
-            new = self._check(q, guess)
+            looped = None if len(guess) else self._loop(pending, gamma - drafted)
+            if looped is not None:
+                new, q = looped
+            else:
+                read = torch.cat([pending, guess])
+                q = self._read(read, torch.cat([tokens, guess]), len(guess) + 1)
+                new = self._check(q, guess)
             rows.append(q[: len(new)])
             tokens, pending = torch.cat([tokens, new]), new[-1:]
-            passes, drafted = passes + 1, drafted + len(new)
+            passes += 1 if looped is None else len(new)
+            drafted += len(new)
             unsure = self._min_confidence > 0 and self._is_unsure(rows[-1], new)
         if look_ahead:
             rows.append(self._read(pending, tokens, 1))
             passes += 1
         return Draft(tokens, torch.cat(rows), passes)
+
+    def _loop(self, pending: Tensor, steps: int) -> tuple[Tensor, Tensor] | None:
+        """At most ``steps`` tokens, drafted without the host if nothing asks for it on the way."""
+        if self._choice is None or self._min_confidence > 0:
+            return None
+        return self._session.draft(pending, steps, self._choice, self._sampler.generator)
 
     def _guess(self, sequence: Sequence[int], tokens: Tensor, limit: int) -> Tensor:
         """What may come next, int64 ``[at most limit]``."""
@@ -137,7 +149,7 @@ class RagDrafter:
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
         """Distributions q after each of the last ``keep`` tokens, float32 ``[keep, vocab]``."""
-        logits = self._fit(self._session.extend(pending, keep))
+        logits = padded(self._session.extend(pending, keep), self._vocab_size)
         return self._sampler.scores(logits, drafted).softmax(dim=-1)
 
     def _check(self, q: Tensor, guess: Tensor) -> Tensor:
@@ -155,7 +167,3 @@ class RagDrafter:
     def _is_unsure(self, q: Tensor, tokens: Tensor) -> bool:
         chosen = q.gather(1, tokens[:, None])
         return bool((chosen < self._min_confidence).any())
-
-    def _fit(self, logits: Tensor) -> Tensor:
-        surplus = self._vocab_size - logits.shape[-1]
-        return F.pad(logits, (0, surplus), value=float("-inf")) if surplus else logits
