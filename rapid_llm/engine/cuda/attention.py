@@ -263,9 +263,11 @@ def attend(
         ``[heads, n, dim]`` in the query's dtype.
     """
     past = key.shape[1] - query.shape[1]
-    return _launch(
-        query.transpose(0, 1), key, value, None, 0, past, key.shape[0], scaling, window, lse, config
-    ).transpose(0, 1)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        rows = query.transpose(0, 1)
+        return _launch(
+            rows, key, value, None, 0, past, key.shape[0], scaling, window, lse, config
+        ).transpose(0, 1)
 
 
 def attend_cached(
