@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -182,6 +181,7 @@ class RapidDecoder:
             )
             self._check_tokenizers(drafter_tokenizer)
         self._few_bits = self._resolve(drafter_quantization)
+        self._twin: Forward | None = None
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
         self._prefixes = PrefixCache(
@@ -247,17 +247,33 @@ class RapidDecoder:
             kv_cache_dir=kv_cache_dir,
         )
 
-    @cached_property
+    @property
     def draft_forward(self) -> Forward:
-        """What drafts: the drafter, or its twin of few bits (quantized when first asked for)."""
-        return self.drafter if self._few_bits is None else self.drafter.quantized(self._few_bits)
+        """What drafts: the drafter, or its twin of few bits, quantized when first asked for.
+
+        The twin is of the drafter as it is now: it is made anew when weights or adapters changed,
+        and there is none of a model with hooks or replaced methods.
+        """
+        if self._few_bits is None or not self.drafter.copyable:
+            return self.drafter
+        model = self.drafter.twin(self._few_bits)
+        if self._twin is None or self._twin.model is not model:
+            if self._twin is not None:
+                self._prefixes.forget(self._twin)
+            self._twin = Forward(
+                model,
+                f"{self.drafter.name} ({self._few_bits})",
+                self.drafter.attn_implementation,
+                self.drafter.cuda_graphs,
+            )
+        return self._twin
 
     @property
     def memory(self) -> Memory:
         """What the models and the kept KV take right now; a running generation's KV not counted."""
         own = 0 if self.drafter is self.target else _weight_bytes(self.drafter.model)
         # Not self.draft_forward: asking must not quantize.
-        twin = self.__dict__.get("draft_forward")
+        twin = self._twin
         return Memory(
             target_weights=_weight_bytes(self.target.model),
             drafter_weights=own + (0 if twin is None else int8_nbytes(twin.model)),
@@ -352,7 +368,7 @@ class RapidDecoder:
             )
         ids = self._encode(prompt, forward, SamplingParams(max_new_tokens=len(tokens)))
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
-            total = _log_likelihood(Session(forward, lease.cache), ids, tokens)
+            total = _log_likelihood(Session(forward, lease.cache, ids), ids, tokens)
             lease.tokens += tokens
         if isnan(total):
             raise NumericalError(_NAN.format(name=forward.name))
@@ -441,7 +457,7 @@ class RapidDecoder:
                 borrowed = leases.enter_context(
                     self._prefixes.lease(forward, prompt, len(prompt) + new)
                 )
-                return Session(forward, borrowed.cache), borrowed
+                return Session(forward, borrowed.cache, prompt), borrowed
 
             target, kept = lease(request.forward, request.prompt)
             sampler = Sampler(request.sampling, request.prompt, request.forward.device)

@@ -21,6 +21,10 @@ class ModelError(RapidError):
     """A model cannot be found or loaded, or its architecture is not supported."""
 
 
+class OutdatedKVError(ModelError):
+    """KV was read by other weights, another adapter or another rotary embedding than it is now."""
+
+
 class TokenizerMismatchError(ModelError, ValueError):
     """Drafter and target do not share a tokenizer, so draft tokens would mean other text."""
 

@@ -569,7 +569,9 @@ def test_weights_that_are_elsewhere_have_no_files(saved):
     with torch.device("meta"):
         forward = make_forward()
     assert fingerprint(forward.model) is None
-    assert KVFiles(saved.parent).find(forward, torch.tensor(LONG).int().numpy()) == (None, 0)
+    assert KVFiles(saved.parent).find(
+        forward, torch.tensor(LONG).int().numpy(), forward.reader(1502)
+    ) == (None, 0)
 
 
 @pytest.mark.parametrize("what", ["os.replace", "rapid_llm.engine.kv_files.save_file"])
@@ -603,7 +605,10 @@ def test_warnings_as_errors_still_give_the_cache_back(forward, tmp_path):
 def test_a_file_deleted_meanwhile_is_read_anew(forward, saved):
     cache = later(saved)
     assert cache._files is not None
-    assert cache._files.find(forward, torch.tensor(LONG).int().numpy()) == (saved, len(LONG))
+    assert cache._files.find(forward, torch.tensor(LONG).int().numpy(), forward.reader(1502)) == (
+        saved,
+        len(LONG),
+    )
     saved.unlink()
     assert ask(cache, forward, LONG) == 0
 

@@ -78,7 +78,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> _K
 
 def _cuda_kernel(query: Tensor, value: Tensor, window: int | None) -> _Kernel:
     """Never a mask tensor, and never SDPA over a cache that grows token by token."""
-    if prefill.serves(query, window):
+    if prefill.serves(query, value.shape[1], window):
         return prefill.attend_chunk
     fused = query.shape[1] > _FEW_QUERIES and window is None and query.dtype != torch.float32
     if fused or query.shape[2] != value.shape[2] or not has_kernels(query.device):

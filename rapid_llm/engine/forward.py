@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from rapid_llm.engine import attention
 from rapid_llm.engine.cuda import has_kernels, int4
-from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.identity import ModelState
+from rapid_llm.engine.kv_cache import KVCache, Reader
 from rapid_llm.engine.lean import has_fixed_rotary, is_lean, lean_logits
-from rapid_llm.engine.native_pass import native_pass
+from rapid_llm.engine.native_pass import NativePass, native_pass
 from rapid_llm.engine.quantization import int8_pays, int8_twin, require_int8, twin_of
-from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
+from rapid_llm.errors import (
+    InvalidParameterError,
+    MissingDependencyError,
+    ModelError,
+    OutdatedKVError,
+)
 
 if TYPE_CHECKING:  # they need Triton, which not every machine has
     from rapid_llm.engine.cuda.captured import CapturedPasses
-    from rapid_llm.engine.cuda.draft_loop import DraftLoops
 
 SUPPORTED = frozenset(
     {
@@ -76,6 +83,9 @@ class Choice(Protocol):
 class Forward:
     """Runs a model over our cache: a lean forward pass where there is one, or its own.
 
+    The model is what it is at each call: see :class:`rapid_llm.engine.identity.ModelState`, which
+    says what is followed, and what its user must say by :meth:`RapidDecoder.clear_cache`.
+
     Args:
         model: a decoder-only transformers model.
         name: what errors and results call it.
@@ -85,7 +95,8 @@ class Forward:
             can be (a lean pass, on Ampere or newer, with Triton), False nowhere. True insists.
 
     Raises:
-        ModelError: the architecture or the attention implementation is not supported.
+        ModelError: the architecture, an adapter or the attention implementation is not supported.
+            Calls raise it too, as adapters may be added later.
         InvalidParameterError: ``cuda_graphs=True`` where passes cannot be captured.
         MissingDependencyError: the attention implementation is not installed.
     """
@@ -114,30 +125,86 @@ class Forward:
                 f"{name}: attn_implementation='flash_attention_2' needs the package flash-attn and "
                 "a CUDA device; install it, or use 'rapid' or 'sdpa'"
             )
-        self.model = model.eval()
+        self.model = model
         self.name = name
         self.attn_implementation = attn_implementation
         self.config = model.config.get_text_config()
         if getattr(self.config, "use_bidirectional_attention", None):
             raise ModelError(f"{name} attends in both directions; a causal model is needed")
-        self.lean = attn_implementation == attention.NAME and is_lean(model)
         self.cuda_graphs = cuda_graphs
-        self._captures = (
-            cuda_graphs is not False
-            and self.lean
-            and has_kernels(self.device)
-            and has_fixed_rotary(model)
-        )
-        if cuda_graphs and not self._captures:
+        self._lock = _lock_of(model)
+        with self._lock:
+            self.state = ModelState(model)
+            self._choose()
+        if cuda_graphs and self._captured is None:
             raise InvalidParameterError(
                 f"cuda_graphs=True, but passes of {name} on {self.device} cannot be captured: that "
                 "takes a model of the Llama family with our attention, Triton, and an Ampere GPU "
                 "or a newer one; leave cuda_graphs out to capture where it can be done"
             )
+
+    def _choose(self) -> None:
+        """Passes for the model as it is now."""
+        self._chosen: int | None = None
         self._captured: CapturedPasses | None = None
-        self._loops: DraftLoops | None = None
-        self._native = native_pass(model) if self.lean else None
-        self._lock = _lock_of(model)
+        self._native: NativePass | None = None
+        self._require_layers_in_order()
+        self._require_tokens_alike()
+        self._lean = self.attn_implementation == attention.NAME and is_lean(self.state)
+        # What a scaled rotary embedding does to itself in a pass is for :meth:`absorb`.
+        self._leaves_itself = self._lean and has_fixed_rotary(self.model)
+        if self._lean:
+            self._native = native_pass(self.model)
+        if self._leaves_itself and self.cuda_graphs is not False and has_kernels(self.device):
+            from rapid_llm.engine.cuda.captured import CapturedPasses
+
+            self._captured = CapturedPasses(self.model)
+            self.state.look()  # projections were fused: their weights have moved
+        self._chosen = self.state.number
+
+    def _follow(self) -> None:
+        """What was done to the model since the last call; under its lock."""
+        if self.state.look() != self._chosen:
+            self._choose()
+
+    def _require_layers_in_order(self) -> None:
+        """Refuses layers that were taken out or put in without telling them and the config."""
+        layers: Any = self.model.get_decoder().layers
+        places = [getattr(layer.self_attn, "layer_idx", i) for i, layer in enumerate(layers)]
+        if places != list(range(self.config.num_hidden_layers)):
+            raise ModelError(
+                f"{self.name}: its layers keep their KV at {places}, but its config promises "
+                f"{self.config.num_hidden_layers} layers, from 0 on; set config.num_hidden_layers, "
+                "and layer_idx of each layer's self_attn"
+            )
+
+    def _require_tokens_alike(self) -> None:
+        """Refuses what makes of a token something else where a sequence is read in parts."""
+        adapters = getattr(self.model, "peft_config", None) or {}
+        active: Any = getattr(self.model, "active_adapters", ())
+        if not adapters or getattr(self.model, "_adapters_disabled", False):
+            return
+        for name in active() if callable(active) else active:
+            config = adapters[name]
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            if (
+                config.is_prompt_learning
+                or config.is_adaption_prompt
+                or kind == "XLORA"
+                or getattr(config, "alora_invocation_tokens", None)
+            ):
+                raise ModelError(
+                    f"{self.name}: the adapter {name!r} ({kind}) is not supported, because it adds "
+                    "to a whole sequence what reading it in parts does not; use an adapter of the "
+                    "weights, such as LoRA, or disable it"
+                )
+
+    @property
+    def lean(self) -> bool:
+        """Whether our own passes compute what the model does, as it is now."""
+        with self._lock:
+            self._follow()
+            return self._lean
 
     @property
     def device(self) -> torch.device:
@@ -168,9 +235,68 @@ class Forward:
         return getattr(self.config, "sliding_window", None) is not None
 
     @property
+    def copyable(self) -> bool:
+        """Whether a copy of the model would compute what it does, as it is now."""
+        with self._lock:
+            self._follow()
+            return self.state.copyable
+
+    @property
     def compiled(self) -> bool:
-        """Whether few tokens are read by the compiled kernels."""
-        return self._native is not None
+        """Whether few tokens are read by the compiled kernels, as the model is now."""
+        with self._lock:
+            self._follow()
+            return self._native is not None
+
+    @property
+    def switches(self) -> list[int]:
+        """Lengths beyond which the rotary embedding turns every position of a sequence otherwise.
+
+        Longrope has one: KV of a sequence up to it is of no use beyond.
+        """
+        return [
+            int(rope["original_max_position_embeddings"])
+            for rope in self._ropes()
+            if rope.get("rope_type") == "longrope"
+        ]
+
+    def _ropes(self) -> list[dict[str, Any]]:
+        """The rotary embeddings' parameters: one set, or one for each type of layer."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        nested = [each for each in rope.values() if isinstance(each, dict) and "rope_type" in each]
+        return nested or [rope]
+
+    def reader(self, length: int) -> Reader:
+        """What reads a sequence of so many tokens now: KV that another one read is of no use.
+
+        Raises:
+            ModelError: the rotary embedding changes with every token at such lengths, or an adapter
+                is not supported.
+        """
+        with self._lock:
+            self._follow()
+            return Reader(self.state.number, self._scale(length))
+
+    def _scale(self, length: int) -> int:
+        window = int(self.config.max_position_embeddings)
+        if length > window and any(rope.get("rope_type") == "dynamic" for rope in self._ropes()):
+            raise ModelError(
+                f"{self.name} scales its rotary embedding dynamically: beyond {window} tokens "
+                f"(here {length}) each new one changes all before it; stay below, or load the "
+                "model with rope_type 'yarn'"
+            )
+        return sum(length > switch for switch in self.switches)
+
+    def kept_reader(self, length: int) -> Reader | None:
+        """As :meth:`reader`, for KV that is kept between calls.
+
+        Looks at the weights more closely. None where KV must not be kept: what the model computes
+        depends on code that somebody has put in, and on what that code may read.
+        """
+        with self._lock:
+            self.state.take_samples()
+            reader = self.reader(length)
+            return reader if self.state.traceable else None
 
     def require(self, kind: FewBits) -> None:
         """Raises InvalidParameterError where this model cannot have weights of so few bits."""
@@ -190,14 +316,16 @@ class Forward:
             return "int8"
         return "int4" if int4.runs_on(self.model) else None
 
-    def quantized(self, kind: FewBits) -> Forward:
-        """The same over weights of few bits, made when first asked for and freed with the model."""
+    def twin(self, kind: FewBits) -> PreTrainedModel:
+        """The model over weights of few bits, made for what it is now and freed with it."""
         if kind == "int8":
-            twin = int8_twin(self.model, blocks=self.compiled)
-        else:
-            lean = self.lean
-            twin = twin_of(self.model, f"int4 {lean}", lambda m: int4.int4_copy(m, lean=lean))
-        return Forward(twin, f"{self.name} ({kind})", self.attn_implementation, self.cuda_graphs)
+            return int8_twin(self.model, self.compiled, self.state)
+        lean = self.lean
+
+        def make(model: PreTrainedModel) -> PreTrainedModel:
+            return int4.int4_copy(model, lean=lean)
+
+        return twin_of(self.model, self.state, (kind, lean), make)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
@@ -205,8 +333,36 @@ class Forward:
 
     @property
     def loops(self) -> bool:
-        """Whether :meth:`draft` can draft without the host."""
-        return self._captures
+        """Whether :meth:`draft` can draft without the host, with the model as it is now."""
+        with self._lock:
+            self._follow()
+            return self._captured is not None
+
+    def __call__(
+        self, tokens: Tensor, cache: KVCache, keep_logits: int, length: int | None = None
+    ) -> Tensor:
+        """Append tokens to the cache.
+
+        Args:
+            tokens: int64 ``[n]`` on any device; they follow what the cache holds.
+            cache: has room for n more tokens; left as it was if the pass fails.
+            keep_logits: for how many of the last positions logits are computed, 1 to n.
+            length: tokens of the whole sequence, where these are only a part of it; some kinds
+                of rotary embedding depend on that.
+
+        Returns:
+            float32 ``[keep_logits, vocab_size]``.
+
+        Raises:
+            OutdatedKVError: what the cache holds is not what the model would compute now.
+            ModelError: an adapter was added that is not supported.
+        """
+        ids = tokens.to(self.device, non_blocking=True)
+        end = cache.length + cache.skipped + ids.shape[0]
+        length = max(length or end, end)
+        with self._reading(cache, length):
+            run = self._lean_pass if self._lean else self._own_pass
+            return run(ids, cache, keep_logits, length).float()
 
     def draft(
         self,
@@ -220,75 +376,63 @@ class Forward:
 
         See :class:`rapid_llm.engine.cuda.draft_loop.DraftLoop`, for the errors :meth:`__call__`.
         """
+        end = cache.length + cache.skipped + pending.shape[0] + steps - 1
+        with self._reading(cache, end):
+            assert self._captured is not None
+            return self._captured.loop(choice)(pending, steps, cache, generator)
+
+    @contextmanager
+    def _reading(self, cache: KVCache, length: int) -> Iterator[None]:
+        """A pass of the model as it is now, over a sequence of so many tokens."""
         start = cache.length
-        try:
-            with self._lock:
-                return self._draft_loops().of(choice)(pending, steps, cache, generator)
-        except BaseException:
-            cache.rollback(start)
-            raise
+        with self._lock:
+            reader = self.reader(length)
+            if start == 0:
+                cache.reader = reader
+            elif cache.reader not in (None, reader):
+                raise OutdatedKVError(
+                    f"{self.name} has changed since it read the first {start + cache.skipped} "
+                    "tokens; read them again with the weights and the adapter that it has now"
+                )
+            try:
+                yield
+            except BaseException:
+                cache.rollback(start)
+                raise
+            finally:
+                if not self._leaves_itself:
+                    self.state.absorb()
 
-    def refresh(self) -> None:
-        """Follow what was done to the model since: compiled passes hold on to its weights."""
-        if self._native is not None and self._native.stale:
-            self._native = native_pass(self.model) if is_lean(self.model) else None
-
-    def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
-        """Append tokens to the cache.
-
-        Args:
-            tokens: int64 ``[n]`` on any device; they follow what the cache holds.
-            cache: has room for n more tokens; left as it was if the pass fails.
-            keep_logits: for how many of the last positions logits are computed, at least 1.
-
-        Returns:
-            float32 ``[keep_logits, vocab_size]``.
-        """
-        start = cache.length
-        ids = tokens.to(self.device, non_blocking=True)
-        run = self._lean_pass if self.lean else self._own_pass
-        try:
-            with self._lock:
-                return run(ids, cache, keep_logits).float()
-        except BaseException:
-            cache.rollback(start)
-            raise
-
-    def _lean_pass(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
-        if self._captures and self._captured_passes().serves(ids, cache):
-            return self._captured_passes()(ids, cache, keep)
-        positions = self._positions(ids, cache)
-        if self._native is not None and self._native.serves(ids, cache):
+    def _lean_pass(self, ids: Tensor, cache: KVCache, keep: int, length: int) -> Tensor:
+        if self._captured is not None:
+            whole = length == cache.length + cache.skipped + len(ids)
+            if whole and self._captured.serves(ids, cache):
+                return self._captured(ids, cache, keep)
+            return self._captured.read(ids, cache, keep)
+        positions = self._positions(ids, cache, length)
+        if self._native is not None and self._native.serves(ids, cache, keep):
             return self._native(ids, positions, cache, keep)
         return lean_logits(self.model, ids, positions, cache, keep)
 
-    def _captured_passes(self) -> CapturedPasses:
-        if self._captured is None:
-            from rapid_llm.engine.cuda.captured import CapturedPasses, GraphCapture
-
-            self._captured = CapturedPasses(self.model, GraphCapture(self.device))
-        return self._captured
-
-    def _draft_loops(self) -> DraftLoops:
-        if self._loops is None:
-            from rapid_llm.engine.cuda.draft_loop import DraftLoops
-
-            self._loops = DraftLoops(self._captured_passes())
-        return self._loops
-
-    def _positions(self, ids: Tensor, cache: KVCache) -> Tensor:
+    def _positions(self, ids: Tensor, cache: KVCache, length: int) -> Tensor:
+        """Of the tokens; the sequence's last follows where a rotary embedding goes by that."""
         first = cache.length + cache.skipped
-        return torch.arange(first, first + ids.shape[0], device=self.device)
+        end = first + ids.shape[0]
+        positions = torch.arange(first, end, device=self.device)
+        if self._scale(length) == self._scale(end):
+            return positions
+        return torch.cat([positions, positions.new_tensor([length - 1])])
 
-    def _own_pass(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
-        positions = self._positions(ids, cache)
-        with self._attention():
+    def _own_pass(self, ids: Tensor, cache: KVCache, keep: int, length: int) -> Tensor:
+        positions = self._positions(ids, cache, length)
+        with self._attention(), self._turned_for(positions[len(ids) :]):
             output = self.model(
                 input_ids=ids[None],
-                position_ids=positions[None],
+                position_ids=positions[None, : len(ids)],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                return_dict=True,
             )
         logits: Tensor = output.logits[0]
         return logits
@@ -296,10 +440,46 @@ class Forward:
     @contextmanager
     def _attention(self) -> Iterator[None]:
         """Our attention for one pass only: the caller's own use of the model must not change."""
-        config: Any = self.config
-        before = config._attn_implementation
-        config._attn_implementation = self.attn_implementation
+        configs: list[Any] = [c for c in self.state.configs if type(c) is type(self.config)]
+        before = [config._attn_implementation for config in configs]
+        for config in configs:  # a module that was copied has its own
+            config._attn_implementation = self.attn_implementation
         try:
             yield
         finally:
-            config._attn_implementation = before
+            for config, name in zip(configs, before, strict=True):
+                config._attn_implementation = name
+
+    @contextmanager
+    def _turned_for(self, last: Tensor) -> Iterator[None]:
+        """The model's rotary embedding as for a sequence up to a position, ``[1]`` or none."""
+        with ExitStack() as hooks:
+            for module in self.model.modules() if len(last) else ():
+                if hasattr(module, "rope_type"):
+                    longer = partial(_with_position, last)
+                    hooks.enter_context(
+                        _removed(module.register_forward_pre_hook(longer, with_kwargs=True))
+                    )
+                    hooks.enter_context(_removed(module.register_forward_hook(_without_last)))
+            yield
+
+
+def _with_position(
+    last: Tensor, module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a rotary embedding, (x, position_ids, …), with one more position."""
+    given = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | options
+    given["position_ids"] = torch.cat([given["position_ids"], last[None]], dim=1)
+    return (), given
+
+
+def _without_last(module: torch.nn.Module, args: Any, output: tuple[Tensor, ...]) -> Any:
+    return tuple(part[:, :-1] for part in output)
+
+
+@contextmanager
+def _removed(hook: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class Reader(NamedTuple):
+    """What computes keys and values: a model as it was, and how it turned them.
+
+    Attributes:
+        number: :attr:`rapid_llm.engine.identity.ModelState.number`.
+        scale: how many of the lengths at which the rotary embedding changes the sequence exceeds.
+    """
+
+    number: int
+    scale: int
 
 
 class PreallocatedLayer(CacheLayerMixin):
@@ -65,6 +77,8 @@ class KVCache(Cache):
     Attributes:
         skipped: tokens of the sequence that it left out on purpose; those that follow keep
             their own positions.
+        reader: what computed what it holds (:meth:`rapid_llm.engine.forward.Forward.reader`);
+            None if nothing did yet, or if it is not known.
     """
 
     layers: list[PreallocatedLayer]
@@ -73,6 +87,7 @@ class KVCache(Cache):
         super().__init__(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
         self.capacity = capacity
         self.skipped = 0
+        self.reader: Reader | None = None
 
     @property
     def length(self) -> int:
@@ -101,6 +116,7 @@ class KVCache(Cache):
     def copy_prefix(self, length: int, capacity: int) -> KVCache:
         """A new cache for ``capacity`` tokens that begins with the first ``length`` of this one."""
         copied = KVCache(len(self.layers), capacity)
+        copied.reader = self.reader
         for old, new in zip(self.layers, copied.layers, strict=True):
             new.update(old.keys[:, :, :length], old.values[:, :, :length])
         return copied

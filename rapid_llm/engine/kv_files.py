@@ -8,7 +8,6 @@ gives a checksum of all tensors. Nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import uuid
 import warnings
@@ -21,20 +20,23 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.kv_cache import KVCache, kv_shape
+from rapid_llm.engine.identity import ModelState
+from rapid_llm.engine.kv_cache import KVCache, Reader, kv_shape
 
 FORMAT = "rapid-llm-kv/1"
 
 COVERED = 0.9
 """Share of a prompt that a file must hold for another one not to be written."""
 
-_SAMPLES = 256  # values of each parameter that go into a model's fingerprint
+_CHUNK = 1 << 26  # bytes of a tensor that are mixed at a time on a device
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 
@@ -59,7 +61,10 @@ class KVFiles:
     """The KV files in a folder, of any number of models. Safe to use from several threads.
 
     A damaged file is named in a warning and otherwise ignored, as is a failure to write one:
-    files only save time. A model with offloaded weights has none.
+    files only save time. They belong to the model whose every byte, adapter and setting was the
+    same. That is looked up in what was read of the weights once, and read again before a file is
+    written or believed. A model with offloaded weights, tensors of other kinds, hooks, or methods
+    and classes of the user's own has no files: they do not tell what they compute.
 
     Args:
         directory: made when the first file is written, readable by its owner only.
@@ -67,15 +72,15 @@ class KVFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._fingerprints: WeakKeyDictionary[Forward, str | None] = WeakKeyDictionary()
+        self._contents: WeakKeyDictionary[Forward, dict[int, str | None]] = WeakKeyDictionary()
         # The version of each file that was looked at (mtime, size), and what it claims to hold;
         # None if it is of no use.
         self._seen: dict[Path, tuple[tuple[int, int], _Header | None]] = {}
 
-    def find(self, forward: Forward, tokens: TokenIds) -> tuple[Path | None, int]:
+    def find(self, forward: Forward, tokens: TokenIds, reader: Reader) -> tuple[Path | None, int]:
         """The file of this model that shares most tokens with a prompt, and how many."""
         best, most = None, 0
-        model = self._fingerprint(forward)
+        model = self._model(forward, reader)
         if model is not None:
             for path in self._directory.glob(f"{model[:16]}-*.safetensors"):
                 header = self._header(path)
@@ -85,21 +90,31 @@ class KVFiles:
                         best, most = path, shared
         return best, most
 
-    def load(self, path: Path, forward: Forward, length: int, capacity: int) -> KVCache | None:
-        """The first ``length`` tokens of a file that :meth:`find` has found; None if damaged."""
+    def load(
+        self, path: Path, forward: Forward, reader: Reader, length: int, capacity: int
+    ) -> KVCache | None:
+        """The first ``length`` tokens of a file that :meth:`find` has found; None if damaged.
+
+        None as well if the model is not what it was when it was read for :meth:`find`.
+        """
         version, header = self._seen[path]
-        if header is None:
+        if header is None or not self._is_unchanged(forward, reader):
             return None
         try:
-            return _read(path, header, forward, length, capacity)
+            return _read(path, header, forward, reader, length, capacity)
         except (SafetensorError, OSError, ValueError) as error:
             self._reject(path, version, error)
             return None
 
     def save(self, forward: Forward, tokens: TokenIds, cache: KVCache) -> None:
         """Write the KV of ``tokens``, which ``cache`` begins with, unless a file has most of it."""
-        model = self._fingerprint(forward)
-        if model is None or self.find(forward, tokens)[1] >= COVERED * len(tokens):
+        assert cache.reader is not None
+        model = self._model(forward, cache.reader)
+        if (
+            model is None
+            or self.find(forward, tokens, cache.reader)[1] >= COVERED * len(tokens)
+            or not self._is_unchanged(forward, cache.reader)
+        ):
             return
         name = f"{model[:16]}-{hashlib.sha256(tokens.tobytes()).hexdigest()[:16]}.safetensors"
         path = self._directory / name
@@ -141,31 +156,75 @@ class KVFiles:
             stacklevel=2,
         )
 
-    def _fingerprint(self, forward: Forward) -> str | None:
-        if forward not in self._fingerprints:
-            self._fingerprints[forward] = fingerprint(forward.model)
-        return self._fingerprints[forward]
+    def _model(self, forward: Forward, reader: Reader) -> str | None:
+        """What files of a model are called; None if it has none."""
+        known = self._contents.setdefault(forward, {})
+        if reader.number not in known:
+            known[reader.number] = fingerprint(forward.model, forward.state)
+        name = known[reader.number]
+        return name if name is None or reader.scale == 0 else f"{name} beyond {reader.scale}"
+
+    def _is_unchanged(self, forward: Forward, reader: Reader) -> bool:
+        """Whether the model is what it was when it got its name: edits may have gone unseen."""
+        now = fingerprint(forward.model, forward.state)
+        if self._contents[forward][reader.number] == now:
+            return True
+        forward.state.renew()
+        return False
 
 
-def fingerprint(model: PreTrainedModel) -> str | None:
-    """Identifies what a model computes: a SHA-256 of its config, modules and sampled weights.
+def fingerprint(model: PreTrainedModel, state: ModelState | None = None) -> str | None:
+    """Identifies what a model computes: its modules, every byte of its tensors, and its settings.
 
-    None if some weights are elsewhere (on the meta device).
+    Settings are what its modules and configs hold of plain data, such as the active adapter. Of
+    scaled rotary embeddings the frequencies of the moment are left out. None if all that does not
+    tell (:attr:`ModelState.portable`).
     """
-    sha = hashlib.sha256()
-    config = model.config.to_dict()
-    for where_it_came_from in ("_name_or_path", "transformers_version"):
-        config.pop(where_it_came_from, None)
-    sha.update(json.dumps(config, sort_keys=True, default=str).encode())
-    sha.update(repr(model).encode())  # the same weights behind other layers, such as int8
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            return None
-        values = parameter.detach().reshape(-1)
-        step = max(1, len(values) // _SAMPLES) | 1  # odd, or it would stay in a few columns
-        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        sha.update(_bytes_of(values[::step]))
-    return sha.hexdigest()
+    state = ModelState(model) if state is None else state
+    if not state.portable:
+        return None
+    whole = xxhash.xxh3_128()
+    whole.update(repr(state.settings).encode())
+    for name, module in model.named_modules():
+        kind = type(module)
+        whole.update(f"{name} {kind.__module__}.{kind.__qualname__}".encode())
+        scaled = getattr(module, "rope_type", "default") != "default"
+        for each, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not (scaled and each.endswith("inv_freq")):
+                whole.update(f"{each} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                whole.update(_digest(tensor.detach()))
+    return whole.hexdigest()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """A hash of all of a tensor's bytes: by xxh3, or computed where the tensor is."""
+    if tensor.device.type == "cpu":
+        return xxhash.xxh3_128(_bytes_of(tensor)).digest()
+    return mixed(tensor).cpu().numpy().tobytes()
+
+
+def mixed(tensor: Tensor) -> Tensor:
+    """A hash of all of a tensor's bytes, int64 ``[2]``, computed on its device.
+
+    Words of the tensor and their places go through a mixing function of 64 bits (splitmix64's),
+    and are added up.
+    """
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    sums = torch.zeros(2, dtype=torch.long, device=tensor.device)
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        words = F.pad(part, (0, -len(part) % 8)).view(torch.long)
+        place = torch.arange(start // 8, start // 8 + len(words), device=tensor.device)
+        word = _mix(words ^ _mix(place))
+        sums += torch.stack([word.sum(), _mix(word + 1).sum()])
+    return sums
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finalizer: a bijection in which every bit depends on every other."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def _read_header(path: Path) -> _Header | None:
@@ -181,7 +240,9 @@ def _read_header(path: Path) -> _Header | None:
     return _Header(metadata.get("model", ""), metadata.get("sha256", ""), tokens.numpy().copy())
 
 
-def _read(path: Path, header: _Header, forward: Forward, length: int, capacity: int) -> KVCache:
+def _read(
+    path: Path, header: _Header, forward: Forward, reader: Reader, length: int, capacity: int
+) -> KVCache:
     """The cache, once every tensor has the right shape and all of them the right checksum."""
     layers, heads, dim = kv_shape(forward.config)
     shape, dtype = (1, heads, len(header.tokens), dim), forward.model.dtype
@@ -204,6 +265,7 @@ def _read(path: Path, header: _Header, forward: Forward, length: int, capacity: 
             layer.update(keys, values)
     if sha.hexdigest() != header.checksum:
         raise ValueError("its checksum does not match")
+    cache.reader = reader
     return cache
 
 

@@ -2,7 +2,7 @@
 
 transformers' forward spends more time between the matrix products of a small step than in them.
 This one does the same arithmetic with a third of the calls. It is used for exactly the classes
-below with plain linear layers; anything else (quantized, adapted, hooked) runs its own forward.
+below, as they are made; anything else (adapted, hooked, of other tensors) runs its own forward.
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from torch import Tensor
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from rapid_llm.engine.attention import attend
+from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.products import linear
 from rapid_llm.engine.quantization import FewBitLinear
 
@@ -47,21 +42,15 @@ class LeanCache(Protocol):
     def layers(self) -> Sequence[LayerKV]: ...
 
 
-_PLAIN = (nn.Linear, nn.Embedding)
-
-
-def is_lean(model: PreTrainedModel) -> bool:
-    """Whether :func:`lean_logits` computes what this model's own forward would."""
-    if type(model) not in FAMILY or model.config.hidden_act != "silu":
-        return False
-    if len({parameter.device for parameter in model.parameters()}) != 1:
-        return False
-    return all(
-        not hasattr(module, "_hf_hook")
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and (_plain(module) or not list(module.parameters(recurse=False)) or _norm(module))
-        for module in model.modules()
+def is_lean(state: ModelState) -> bool:
+    """Whether :func:`lean_logits` computes what this model's own forward would, as it is now."""
+    model = state.model
+    return (
+        type(model) in FAMILY
+        and model.config.hidden_act == "silu"
+        and len({(tensor.device, tensor.dtype) for tensor in model.parameters()}) == 1
+        and model.dtype.is_floating_point
+        and state.plain
     )
 
 
@@ -69,22 +58,17 @@ _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # the others ask the de
 
 
 def has_fixed_rotary(model: Any) -> bool:
-    """Whether a lean model's rotary embedding never waits for the device."""
+    """Whether a lean model's rotary embedding never waits for the device, nor changes itself."""
     return getattr(model.model.rotary_emb, "rope_type", None) in _FIXED_ROTARY
-
-
-def _plain(module: nn.Module) -> bool:
-    return type(module) in _PLAIN or isinstance(module, FewBitLinear)
-
-
-def _norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
 def lean_logits(
     model: Any, ids: Tensor, positions: Tensor, cache: LeanCache, keep_logits: int
 ) -> Tensor:
-    """Append int64 ``[n]`` tokens at ``positions`` ``[n]`` to the cache.
+    """Append int64 ``[n]`` tokens to the cache.
+
+    ``positions`` begin with theirs; one more may follow, the last of the sequence that is read,
+    on which some kinds of scaling depend.
 
     Returns:
         ``[keep_logits, vocab]`` in the model's dtype.
@@ -95,7 +79,8 @@ def lean_logits(
     cos, sin = body.rotary_emb(x, position_ids=positions[None])
     half = cos.shape[-1] // 2
     signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-    rotary = cos[0][:, None], signed[0][:, None]
+    n = ids.shape[0]
+    rotary = cos[0, :n, None], signed[0, :n, None]
     for layer, kv in zip(body.layers, cache.layers, strict=True):
         x = x + _attention(layer.self_attn, _rms_norm(x, layer.input_layernorm), rotary, kv)
         x = x + _mlp(layer.mlp, _rms_norm(x, layer.post_attention_layernorm))

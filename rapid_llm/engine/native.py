@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rapid_llm.engine.identity import is_plain_tensor
 from rapid_llm.engine.products import fast_dtype
 
 _PREFERRED = ("_native_avx512bf16", "_native_avx2")
@@ -56,9 +57,17 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     products keep up with it.
     """
     return (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
+        all(
+            tensor.dtype == torch.bfloat16
+            and tensor.device.type == "cpu"
+            and tensor.ndim == 3
+            and is_plain_tensor(tensor)
+            for tensor in (query, key, value)
+        )
         and fits(query.shape[-1])
+        and query.shape[-1] == key.shape[-1]
+        and query.shape[1] <= key.shape[1]
+        and query.shape[0] % key.shape[0] == 0
         and key.shape == value.shape
         and key.stride() == value.stride()
         and key.stride()[1:] == (key.shape[-1], 1)

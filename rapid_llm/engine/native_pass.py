@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine import native
+from rapid_llm.engine.identity import is_plain_tensor
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
-from rapid_llm.engine.quantization import BlockLinear, Int8Linear
+from rapid_llm.engine.quantization import (
+    BLOCK_BYTES,
+    GROUP,
+    ROWS,
+    BlockLinear,
+    FewBitLinear,
+)
+from rapid_llm.errors import ModelError
 
 MAX_TOKENS = 32
 """In a pass; for more, PyTorch's matrix products are faster."""
@@ -31,10 +39,13 @@ class _Linear(ctypes.Structure):
     ]
 
 
+_LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((f"{name}_norm", ctypes.c_void_p) for name in ("input", "post", "query", "key")),
-        *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, _Linear) for name in _LINEARS),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("window", ctypes.c_int64),
@@ -59,84 +70,132 @@ class _Model(ctypes.Structure):
     ]
 
 
-def _linear(module: Any) -> _Linear:
-    bias = None if module.bias is None else module.bias.data_ptr()
-    weight, bits = module.weight, 16
-    if isinstance(module, BlockLinear):
-        weight, bits = module.blocks, module.bits
-    return _Linear(weight.data_ptr(), bias, *module.weight.shape, bits)
+class _UnfitError(ValueError):
+    """Something is not what ``native.cpp`` would read it as."""
 
 
-def _layer(module: Any) -> _Layer:
-    attention, mlp = module.self_attn, module.mlp
-    norms = [module.input_layernorm, module.post_attention_layernorm]
-    norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return _Layer(
-        *(None if norm is None else norm.weight.data_ptr() for norm in norms),
-        *map(_linear, linears),
-        window=window_of(attention) or native.UNLIMITED,
+def _require(fits: bool) -> None:
+    if not fits:
+        raise _UnfitError
+
+
+def _numbers(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Where a tensor's numbers are, if it has these and they follow one another in memory."""
+    _require(
+        is_plain_tensor(tensor)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == dtype
+        and tensor.shape == shape
+        and tensor.is_contiguous()
     )
+    return tensor.data_ptr()
+
+
+def _linear(module: Any, out: int, into: int) -> _Linear:
+    _require(native.fits(into))
+    bias = None if module.bias is None else _numbers(module.bias, out)
+    if isinstance(module, BlockLinear):
+        shape = -(-out // ROWS), into // GROUP, BLOCK_BYTES[module.bits]
+        weight = _numbers(module.blocks, *shape, dtype=torch.uint8)
+        return _Linear(weight, bias, out, into, module.bits)
+    _require(not isinstance(module, FewBitLinear))  # others' scales are a row's
+    return _Linear(_numbers(module.weight, out, into), bias, out, into, 16)
 
 
 class _Table:
-    """A model's weights as ``native.cpp`` reads them."""
+    """A model's weights as ``native.cpp`` reads them.
+
+    Raises:
+        _UnfitError: they are not what it takes.
+    """
 
     def __init__(self, model: Any) -> None:
         body, config = model.model, model.config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         attention = body.layers[0].self_attn
-        self.layers = (_Layer * len(body.layers))(*map(_layer, body.layers))
+        dim, scaling, epsilon = attention.head_dim, attention.scaling, body.norm.variance_epsilon
+        _require(native.fits(dim) and heads % kv_heads == 0)
+
+        def norm(module: Any, size: int) -> int | None:
+            if module is None:
+                return None
+            _require(module.variance_epsilon == epsilon)
+            return _numbers(module.weight, size)
+
+        def layer(module: Any) -> _Layer:
+            attention, mlp = module.self_attn, module.mlp
+            _require((attention.head_dim, attention.scaling) == (dim, scaling))
+            return _Layer(
+                norm(module.input_layernorm, hidden),
+                norm(module.post_attention_layernorm, hidden),
+                norm(getattr(attention, "q_norm", None), dim),
+                norm(getattr(attention, "k_norm", None), dim),
+                _linear(attention.q_proj, heads * dim, hidden),
+                _linear(attention.k_proj, kv_heads * dim, hidden),
+                _linear(attention.v_proj, kv_heads * dim, hidden),
+                _linear(attention.o_proj, hidden, heads * dim),
+                _linear(mlp.gate_proj, inner, hidden),
+                _linear(mlp.up_proj, inner, hidden),
+                _linear(mlp.down_proj, hidden, inner),
+                window=window_of(attention) or native.UNLIMITED,
+            )
+
+        self.layers = (_Layer * len(body.layers))(*map(layer, body.layers))
+        self.vocab_size = body.embed_tokens.weight.shape[0]
         self.model = _Model(
             layers=len(body.layers),
-            hidden=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            dim=attention.head_dim,
-            intermediate=config.intermediate_size,
-            epsilon=body.norm.variance_epsilon,
-            scaling=attention.scaling,
-            embedding=body.embed_tokens.weight.data_ptr(),
-            norm=body.norm.weight.data_ptr(),
-            head=_linear(model.lm_head),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            dim=dim,
+            intermediate=inner,
+            epsilon=epsilon,
+            scaling=scaling,
+            embedding=_numbers(body.embed_tokens.weight, self.vocab_size, hidden),
+            norm=norm(body.norm, hidden),
+            head=_linear(model.lm_head, model.lm_head.weight.shape[0], hidden),
             layer=self.layers,
         )
+        linears = [getattr(each, name) for each in self.layers for name in _LINEARS]
+        few = [linear.bits < 16 for linear in (self.model.head, *linears)]
+        _require(all(few) or not any(few))
 
 
 class NativePass:
-    """Passes of a lean model (:func:`rapid_llm.engine.lean.is_lean`); see :func:`native_pass`."""
+    """Passes of a lean model (:func:`rapid_llm.engine.lean.is_lean`); see :func:`native_pass`.
+
+    Its tables hold addresses: it is to be made anew when the model has changed.
+    """
 
     def __init__(self, model: Any, library: ctypes.CDLL) -> None:
-        self._model = model
         self._library = library
-        self._registered = [
-            (registry, name, thing)
-            for module in model.modules()
-            for registry in (module._modules, module._parameters, module._buffers)
-            for name, thing in registry.items()
-        ]
-        tensors = [thing for _, _, thing in self._registered if isinstance(thing, Tensor)]
-        # Aliases, which keep the memory that the tables point to.
-        self._used = [(tensor, tensor.detach()) for tensor in tensors]
+        self._rotary = model.model.rotary_emb
         self._table = _Table(model)
+        # Aliases, which keep the memory that the tables point to.
+        self._used = [t.detach() for t in (*model.parameters(), *model.buffers())]
 
-    @property
-    def stale(self) -> bool:
-        """Whether a weight was moved or a module replaced since."""
-        return any(
-            registry.get(name) is not thing for registry, name, thing in self._registered
-        ) or any(tensor.data_ptr() != used.data_ptr() for tensor, used in self._used)
-
-    def serves(self, ids: Tensor, cache: KVCache) -> bool:
+    def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
         """Whether this pass can append the tokens: few, within bounds, to a cache in use."""
-        n = ids.shape[0]
-        if n > MAX_TOKENS or not cache.layers[0].is_initialized:
+        n, model = ids.shape[0], self._table.model
+        if not (keep <= n <= MAX_TOKENS and ids.dtype == torch.int64):
+            return False
+        shape = (1, model.kv_heads, cache.capacity, model.dim)
+        if len(cache.layers) != model.layers or not all(
+            layer.is_initialized
+            and layer.length == cache.length
+            and layer.keys.shape == layer.values.shape == shape
+            and layer.keys.dtype == layer.values.dtype == torch.bfloat16
+            and layer.keys.is_contiguous()
+            and layer.values.is_contiguous()
+            for layer in cache.layers
+        ):
             return False
         lowest, highest = ids.aminmax()
         return (
             cache.length + n <= cache.capacity
             and int(lowest) >= 0
-            and int(highest) < self._model.model.embed_tokens.weight.shape[0]
+            and int(highest) < self._table.vocab_size
         )
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
@@ -145,10 +204,16 @@ class NativePass:
         for entry, layer in zip(self._table.layers, cache.layers, strict=True):
             entry.keys, entry.values = layer.keys.data_ptr(), layer.values.data_ptr()
         model = self._table.model
-        model.capacity = cache.layers[0].keys.shape[2]
+        model.capacity = cache.capacity
         ids = ids.contiguous()
         # In float32, as the argument is; see lean.py on why this is the model's own module.
-        cosine, sine = self._model.model.rotary_emb(torch.empty(1), position_ids=positions[None])
+        rotary = self._rotary(torch.empty(1), position_ids=positions[None])
+        cosine, sine = (part[0, :n].contiguous() for part in rotary)
+        if cosine.shape != (n, model.dim) or cosine.dtype != torch.float32:
+            raise ModelError(
+                f"the rotary embedding gives {cosine.dtype} {list(cosine.shape)} for heads of size "
+                f"{model.dim}; set head_dim or partial_rotary_factor in the model's config"
+            )
         logits = torch.empty(keep, model.head.out)
         queries = torch.empty(model.layers, model.heads, model.dim)
         self._library.rapid_forward(
@@ -171,16 +236,10 @@ class NativePass:
 
 def native_pass(model: Any) -> NativePass | None:
     """The compiled pass of a lean model: in bfloat16, on a CPU that has the kernels."""
-    library, config = native.kernels(), model.config
-    if library is None or not all(
-        parameter.device.type == "cpu"
-        and parameter.dtype == torch.bfloat16
-        and parameter.is_contiguous()
-        for parameter in model.parameters()
-    ):
+    library = native.kernels()
+    if library is None:
         return None
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        return None  # whose scales are a row's
-    dim = model.model.layers[0].self_attn.head_dim
-    sizes = (dim, config.hidden_size, config.intermediate_size)
-    return NativePass(model, library) if all(map(native.fits, sizes)) else None
+    try:
+        return NativePass(model, library)
+    except _UnfitError:
+        return None

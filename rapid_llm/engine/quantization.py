@@ -10,7 +10,9 @@ Activations stay in the model's dtype, or become 16-bit whole numbers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.products import linear
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
@@ -36,7 +39,14 @@ class FewBitLinear(FewBits):
 
     Attributes:
         weight, bias: the layer's it was made from, shared; a prefill is faster with these.
+        stands_for: the type of that layer.
+        made_anew: the tensors that it did not have.
+        divides: how many inputs the product takes at a time: it reads beyond any other number.
     """
+
+    stands_for = nn.Linear
+    made_anew: tuple[str, ...] = ()
+    divides = 1
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -52,6 +62,8 @@ class Int8Linear(FewBitLinear):
         scale: ``[out]`` in the weight's dtype.
     """
 
+    made_anew = ("int8", "scale")
+    divides = 16
     int8: Tensor
     scale: Tensor
 
@@ -79,6 +91,9 @@ GROUP = 32
 ROWS = 16
 """Outputs of a block."""
 
+BLOCK_BYTES = {8: 2 * ROWS + ROWS * GROUP, 4: 4 * ROWS + ROWS * GROUP // 2}
+"""Of a block of so many bits a weight."""
+
 _ON_GRID = 0.1
 """Weights hold no more than 4 bits if they are nearer than this, in the root mean square, to 16
 equidistant values a group, whose distance is 1: any weights have 0.29, and those that had 4 bits
@@ -98,6 +113,8 @@ class BlockLinear(FewBitLinear):
         bits: of a weight.
     """
 
+    made_anew = ("blocks",)
+    divides = GROUP
     blocks: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -190,6 +207,8 @@ class Int8Projections(nn.Module):
     The layers' int8 weights become views of one tensor, so that nothing is stored twice.
     """
 
+    stands_for = None
+
     def __init__(self, *layers: Int8Linear) -> None:
         super().__init__()
         self._layers = layers  # a tuple: these modules already have a parent
@@ -212,31 +231,64 @@ class Int8Projections(nn.Module):
         )
 
 
-_twins: WeakKeyDictionary[PreTrainedModel, dict[str, PreTrainedModel]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Twin:
+    """A quantized copy, and what it was made of."""
+
+    model: PreTrainedModel
+    made_of: tuple[Any, ...]
+
+
+_twins: WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Twin]] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
 def twin_of(
-    model: PreTrainedModel, kind: str, make: Callable[[PreTrainedModel], PreTrainedModel]
+    model: PreTrainedModel,
+    state: ModelState,
+    kind: Hashable,
+    make: Callable[[PreTrainedModel], PreTrainedModel],
 ) -> PreTrainedModel:
-    """A model's quantized copy of a kind: made once, freed with the model."""
+    """A quantized copy of a model as it is: made once for each kind, freed with the model.
+
+    Raises:
+        InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
+    """
     with _making:
+        state.take_samples()
+        if not state.copyable:
+            raise InvalidParameterError(
+                f"{type(model).__name__} has hooks, replaced methods, layers or tensors of its own "
+                "kind, of which there is no quantized copy; remove them, or leave "
+                "drafter_quantization out"
+            )
+        made_of = state.contents
         twins = _twins.setdefault(model, {})
-        if kind not in twins:
-            twins[kind] = make(model)
-        return twins[kind]
+        if kind not in twins or twins[kind].made_of != made_of:
+            twins[kind] = _Twin(make(model), made_of)
+        return twins[kind].model
 
 
-def int8_twin(model: PreTrainedModel, blocks: bool = False) -> PreTrainedModel:
+def int8_twin(
+    model: PreTrainedModel, blocks: bool = False, state: ModelState | None = None
+) -> PreTrainedModel:
     """The same model with int8 linear layers; every weight of its own is shared, not copied.
+
+    Layers stay as they are where a row's length does not suit the product, or where they are no
+    plain linear layers: so an adapter is in the twin, and its base is quantized.
 
     Args:
         model: to be quantized.
         blocks: in blocks for the compiled kernels, which take a model of which every dimension
             but the vocabulary's is a multiple of 32; of 4 bits where the weights hold no more.
+        state: the model's, if there is one, to tell whether it has changed.
+
+    Raises:
+        InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
     """
     kind = BlockLinear if blocks else Int8Linear
-    return twin_of(model, kind.__name__, lambda model: _quantized_copy(model, kind))
+    state = ModelState(model) if state is None else state
+    return twin_of(model, state, kind, lambda model: _quantized_copy(model, kind))
 
 
 def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrainedModel:
@@ -244,7 +296,7 @@ def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrai
     with torch.inference_mode(False):  # or the quantized weights would be of use there only
         for parent in list(twin.modules()):
             for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
+                if type(child) is nn.Linear and child.weight.shape[1] % kind.divides == 0:
                     setattr(parent, name, kind(child))
             layers = [getattr(parent, name, None) for name in ("q_proj", "k_proj", "v_proj")]
             projections = [layer for layer in layers if isinstance(layer, Int8Linear)]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.kv_cache import KVCache, kv_nbytes
+from rapid_llm.engine.kv_cache import KVCache, Reader, kv_nbytes
 from rapid_llm.engine.kv_files import KVFiles, TokenIds, common_prefix
 from rapid_llm.errors import InvalidParameterError
 
@@ -51,6 +51,10 @@ class _Entry:
     cache: KVCache
     tokens: TokenIds
     busy: bool = True
+
+    def read_by(self, forward: Forward, reader: Reader | None) -> bool:
+        """Whether its KV is what a model computes now (see :meth:`Forward.kept_reader`)."""
+        return self.forward is forward and reader is not None and self.cache.reader == reader
 
     def shared(self, tokens: TokenIds) -> int:
         """How many of its first tokens are those of ``tokens``."""
@@ -102,6 +106,11 @@ class PrefixCache:
         with self._lock:
             self._entries = [entry for entry in self._entries if entry.busy]
 
+    def forget(self, forward: Forward) -> None:
+        """Free what a model has read that is not used any more."""
+        with self._lock:
+            self._entries = [e for e in self._entries if e.busy or e.forward is not forward]
+
     def keep_only(self, forward: Forward, prompt: Sequence[int]) -> int:
         """Free everything that no generation uses, but for what a lease of a prompt would reuse.
 
@@ -109,8 +118,13 @@ class PrefixCache:
         Returns how many of the prompt's tokens are kept.
         """
         ids = np.asarray(prompt[:-2], dtype=np.int32)
+        reader = forward.kept_reader(len(prompt))
         with self._lock:
-            idle = [entry for entry in self._entries if not entry.busy and entry.forward is forward]
+            idle = [
+                entry
+                for entry in self._entries
+                if not entry.busy and entry.read_by(forward, reader)
+            ]
             best = max(idle, key=lambda entry: entry.shared(ids), default=None)
             self._entries = [entry for entry in self._entries if entry.busy or entry is best]
             if best is None:
@@ -135,7 +149,7 @@ class PrefixCache:
             torch.OutOfMemoryError: no room for a copy, even with all idle KV freed.
         """
         ids = np.asarray(prompt[:-2], dtype=np.int32)
-        entry = self._acquire(forward, ids, capacity)
+        entry = self._acquire(forward, ids, len(prompt), capacity)
         lease = Lease(entry.cache, list(prompt), entry.cache.length)
         try:
             yield lease
@@ -145,42 +159,48 @@ class PrefixCache:
             finally:
                 self._release(entry, lease)
 
-    def _acquire(self, forward: Forward, prompt: TokenIds, capacity: int) -> _Entry:
+    def _acquire(self, forward: Forward, prompt: TokenIds, length: int, capacity: int) -> _Entry:
         try:
-            return self._find(forward, prompt, capacity)
+            return self._find(forward, prompt, length, capacity)
         except torch.OutOfMemoryError:
             self.clear()
-            return self._find(forward, prompt, capacity)
+            return self._find(forward, prompt, length, capacity)
 
-    def _find(self, forward: Forward, prompt: TokenIds, capacity: int) -> _Entry:
-        cache = self._from_file(forward, prompt, capacity)
+    def _find(self, forward: Forward, prompt: TokenIds, length: int, capacity: int) -> _Entry:
+        cache = self._from_file(forward, prompt, length, capacity)
+        reader = forward.kept_reader(length)
         with self._lock:
             if cache is None:
-                cache = self._from_memory(forward, prompt, capacity)
+                cache = self._from_memory(forward, prompt, reader, capacity)
             entry = _Entry(forward, cache, prompt)
             self._entries.append(entry)
             return entry
 
-    def _from_file(self, forward: Forward, prompt: TokenIds, capacity: int) -> KVCache | None:
+    def _from_file(
+        self, forward: Forward, prompt: TokenIds, length: int, capacity: int
+    ) -> KVCache | None:
         """The prefix in a file, if it is much longer than the one in memory.
 
         Outside the lock, since it takes long: nobody else sees this cache yet.
         """
         if self._files is None:
             return None
+        reader = forward.kept_reader(length)
         with self._lock:
-            _, held = self._longest(forward, prompt)
-        if len(prompt) < held + WORTH_LOADING:
+            _, held = self._longest(forward, prompt, reader)
+        if reader is None or len(prompt) < held + WORTH_LOADING:
             return None
-        path, stored = self._files.find(forward, prompt)
+        path, stored = self._files.find(forward, prompt, reader)
         if path is None or stored < held + WORTH_LOADING:
             return None
         self._make_room(_planned(forward, capacity))
-        return self._files.load(path, forward, stored, capacity)
+        return self._files.load(path, forward, reader, stored, capacity)
 
-    def _from_memory(self, forward: Forward, prompt: TokenIds, capacity: int) -> KVCache:
+    def _from_memory(
+        self, forward: Forward, prompt: TokenIds, reader: Reader | None, capacity: int
+    ) -> KVCache:
         """The prefix in memory: taken over where nobody loses by it, else copied."""
-        entry, shared = self._longest(forward, prompt)
+        entry, shared = self._longest(forward, prompt, reader)
         if entry is None:
             self._make_room(_planned(forward, capacity))
             return forward.new_cache(capacity)
@@ -195,11 +215,13 @@ class PrefixCache:
             entry.cache.grow(capacity)
         return entry.cache
 
-    def _longest(self, forward: Forward, prompt: TokenIds) -> tuple[_Entry | None, int]:
+    def _longest(
+        self, forward: Forward, prompt: TokenIds, reader: Reader | None
+    ) -> tuple[_Entry | None, int]:
         """The entry that shares most tokens with a prompt, the latest of equals; how many."""
         best, most = None, 0
         for entry in reversed(self._entries):
-            if entry.forward is forward:
+            if entry.read_by(forward, reader):
                 shared = entry.shared(prompt)
                 if shared > most:
                     best, most = entry, shared
@@ -213,6 +235,7 @@ class PrefixCache:
             self._files is not None
             and read - lease.reused >= WORTH_SAVING
             and lease.cache.length >= read
+            and entry.read_by(entry.forward, entry.forward.kept_reader(lease.cache.length))
         ):
             self._files.save(entry.forward, entry.tokens, lease.cache)
 
@@ -222,13 +245,13 @@ class PrefixCache:
             self._forget(entry)
             held = min(lease.cache.length, len(lease.tokens))
             nbytes = lease.cache.nbytes
-            if held == 0 or nbytes > self._budget:
+            if held == 0 or nbytes > self._budget or not entry.forward.state.traceable:
                 return
             entry.tokens = np.asarray(lease.tokens[:held], dtype=np.int32)
             entry.busy = False
             for other in list(self._entries):
                 if (
-                    other.forward is entry.forward
+                    other.read_by(entry.forward, entry.cache.reader)
                     and not other.busy
                     and other.same_document(other.shared(entry.tokens))
                 ):

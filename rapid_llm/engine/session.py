@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from rapid_llm.engine.cuda import prefill
 from rapid_llm.engine.forward import Choice, Forward
 from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.errors import OutdatedKVError
 
 PREFILL_CHUNK = 512
 """Tokens a prefill pass on a CPU: bounds its activations, and how long a progress bar stands still.
@@ -22,15 +24,22 @@ PrefillProgress = Callable[[int, int], None]
 class Session:
     """A forward function with the KV cache of one sequence.
 
+    Where what the cache holds is no longer what the model would compute, as another adapter was
+    chosen or the sequence has outgrown what a rotary embedding was made for, it is read again.
+
     Args:
         forward: the model.
         cache: made for it; may hold the beginning of the sequence.
+        tokens: begin with what the cache holds.
     """
 
-    def __init__(self, forward: Forward, cache: KVCache) -> None:
+    def __init__(self, forward: Forward, cache: KVCache, tokens: Sequence[int] = ()) -> None:
         self.forward = forward
         self.cache = cache
-        forward.refresh()
+        self._tokens = torch.empty(cache.capacity, dtype=torch.long, device=forward.device)
+        self._knows = cache.skipped == 0 and len(tokens) >= cache.length
+        if self._knows:
+            self._tokens[: cache.length] = torch.tensor(tokens[: cache.length], dtype=torch.long)
 
     @property
     def length(self) -> int:
@@ -38,13 +47,16 @@ class Session:
         return self.cache.skipped + self.cache.length
 
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
-        """Read, in chunks, those tokens of a prompt that the cache does not hold yet."""
+        """Read, in chunks, those tokens of a prompt that the cache does not hold yet.
+
+        Another token is to follow them.
+        """
         size = prefill.CHUNK if self.forward.device.type == "cuda" else PREFILL_CHUNK
         for start in range(self.length, len(tokens), size):
             if progress is not None:
                 progress(start, len(tokens))
             chunk = torch.tensor(tokens[start : start + size])
-            self.forward(chunk, self.cache, keep_logits=1)
+            self._read(chunk, 1, len(tokens) + 1)
         if progress is not None:
             progress(len(tokens), len(tokens))
 
@@ -53,7 +65,34 @@ class Session:
 
         ``keep``: only those of the last so many tokens.
         """
-        return self.forward(tokens, self.cache, keep or tokens.shape[0])
+        start, n = self.length, tokens.shape[0]
+        ends = [at - start for at in sorted(self.forward.switches) if start < at < start + n]
+        if not ends:
+            return self._read(tokens, keep or n, start + n)
+        rows = [
+            self._read(tokens[first:end], end - first, start + end)
+            for first, end in pairwise((0, *ends, n))
+        ]
+        return torch.cat(rows)[n - (keep or n) :]
+
+    def _read(self, tokens: Tensor, keep: int, length: int) -> Tensor:
+        """Append tokens of a sequence that is so long with what follows them."""
+        start = self.cache.length
+        if self._knows:
+            self._tokens[start : start + tokens.shape[0]] = tokens
+        try:
+            return self.forward(tokens, self.cache, keep, length)
+        except OutdatedKVError:
+            if not self._knows:
+                raise
+            self._read_again(length)
+            return self.forward(tokens, self.cache, keep, length)
+
+    def _read_again(self, length: int) -> None:
+        held = self._tokens[: self.cache.length]
+        self.cache.rollback(0)
+        for chunk in held.split(PREFILL_CHUNK):
+            self.forward(chunk, self.cache, 1, length)
 
     def draft(
         self, pending: Tensor, steps: int, choice: Choice, generator: torch.Generator
@@ -64,10 +103,17 @@ class Session:
             int64 ``[at most steps]``, and the q that each was drawn from, ``[…, width]``; or None,
             and nothing was read.
         """
-        room = self.cache.capacity - self.cache.length
-        if not self.forward.loops or self.cache.length == 0 or room < len(pending) + steps - 1:
+        start = self.cache.length
+        room = self.cache.capacity - start
+        if not self.forward.loops or start == 0 or room < len(pending) + steps - 1:
             return None
-        return self.forward.draft(pending, steps, self.cache, choice, generator)
+        try:
+            tokens, rows = self.forward.draft(pending, steps, self.cache, choice, generator)
+        except OutdatedKVError:
+            return None  # for a pass to read it again
+        if self._knows:
+            self._tokens[start : self.cache.length] = torch.cat([pending, tokens[:-1]])
+        return tokens, rows
 
     def rollback(self, length: int) -> None:
         """Keep the first ``length`` tokens at most."""

@@ -5,20 +5,19 @@ The host launches a graph for each step and waits for none.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rapid_llm.engine.cuda.captured import MAX_TOKENS, CapturedPasses, Replay
-from rapid_llm.engine.cuda.state import PAST
+from rapid_llm.engine.cuda.graphs import MAX_TOKENS, Replay
+from rapid_llm.engine.cuda.state import PAST, SLOT
 from rapid_llm.engine.kv_cache import KVCache
 
 if TYPE_CHECKING:
+    from rapid_llm.engine.cuda.captured import CapturedPasses
     from rapid_llm.engine.forward import Choice
 
-_KEPT = 4  # loops of a model, one for each way of sampling
 _PENDING = 2  # tokens that the first step may read: after a draft that was kept whole there are two
 
 
@@ -38,7 +37,6 @@ class DraftLoop:
         with torch.inference_mode(False):
             # One of its own, as a graph draws from the generator that it was recorded with.
             self._generator = torch.Generator(device)
-            self._slot = torch.zeros(1, dtype=torch.long, device=device)
             self._drafted = torch.zeros(MAX_TOKENS, dtype=torch.long, device=device)
             self._rows = torch.zeros(MAX_TOKENS, choice.width, device=device)
 
@@ -62,8 +60,7 @@ class DraftLoop:
             for part in pending[:-1].split(MAX_TOKENS):
                 self._passes(part, cache, 1)
             pending = pending[-1:]
-        self._passes.begin(pending, cache)
-        self._slot.zero_()
+        self._passes.begin(pending, cache, len(pending) + steps - 1)
         self._generator.set_state(generator.get_state())
         for step in range(steps):
             self._step(len(pending) if step == 0 else 1)()
@@ -79,29 +76,14 @@ class DraftLoop:
             def run() -> Tensor:
                 logits = passes.fused(passes.tokens[:n], passes.state)[-1:]
                 q, token = self._choice(logits.float(), self._generator)
-                self._rows.index_copy_(0, self._slot, q[None])
-                self._drafted.index_copy_(0, self._slot, token[None])
+                slot = passes.state[SLOT : SLOT + 1]
+                self._rows.index_copy_(0, slot, q[None])
+                self._drafted.index_copy_(0, slot, token[None])
                 passes.tokens[:1].copy_(token)
                 passes.state[PAST].add_(n)
-                self._slot.add_(1)
+                slot.add_(1)
                 return token
 
-            changed = [passes.tokens, passes.state, self._slot]
+            changed = [passes.tokens, passes.state]
             self._steps[n] = passes.capture(run, changed, self._generator)
         return self._steps[n]
-
-
-class DraftLoops:
-    """The draft loops of one model: made when they are first asked for, the latest few kept."""
-
-    def __init__(self, passes: CapturedPasses) -> None:
-        self._passes = passes
-        self._loops: OrderedDict[Choice, DraftLoop] = OrderedDict()
-
-    def of(self, choice: Choice) -> DraftLoop:
-        """The loop that samples so."""
-        loop = self._loops.pop(choice, None) or DraftLoop(self._passes, choice)
-        self._loops[choice] = loop
-        if len(self._loops) > _KEPT:
-            self._loops.popitem(last=False)
-        return loop

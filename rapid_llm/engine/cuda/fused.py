@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rapid_llm.engine.attention import attend
 from rapid_llm.engine.cuda.attention import attend_cached
 from rapid_llm.engine.cuda.elementwise import add_rms_norm, rotate_and_store, silu_times
 from rapid_llm.engine.cuda.state import PAST, SKIPPED
+from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
 from rapid_llm.engine.lean import window_of
 
 Product = Callable[[Tensor], Tensor]
@@ -34,6 +36,7 @@ class _Layer(NamedTuple):
     head_norms: tuple[Tensor, Tensor, float] | None
     heads: int
     kv_heads: int
+    dim: int
     scaling: float
     window: int | None
     output: Product
@@ -57,13 +60,22 @@ class FusedPass:
         self._head = _product(model.lm_head)
         self._layers = [_layer(layer) for layer in body.layers]
 
-    def __call__(self, tokens: Tensor, state: Tensor) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, state: Tensor, cache: KVCache | None = None, keep: int | None = None
+    ) -> Tensor:
         """Append int64 ``[n]`` tokens to the cache that ``state`` describes.
 
-        ``state`` stays as it was: the caller says when the cache is longer.
+        Cache and ``state`` stay as they were: the caller says when the cache is longer.
+
+        Args:
+            tokens: on the device.
+            state: int64, see :mod:`rapid_llm.engine.cuda.state`.
+            cache: the same, where its length may be taken from the host: then attention is what is
+                fastest for n tokens, not what can be captured.
+            keep: for how many of the last positions logits are computed; None for all.
 
         Returns:
-            ``[n, vocab]`` in the model's dtype.
+            ``[keep, vocab]`` in the model's dtype.
         """
         n = tokens.shape[0]
         x = F.embedding(tokens, self._embedding)
@@ -82,10 +94,32 @@ class FusedPass:
                 layer.heads,
                 layer.kv_heads,
             )
-            mixed = attend_cached(query, state, index, layer.kv_heads, layer.scaling, layer.window)
-            normed = add_rms_norm(x, layer.output(mixed.view(n, -1)), *layer.between)
+            if cache is None:
+                mixed = attend_cached(
+                    query, state, index, layer.kv_heads, layer.scaling, layer.window
+                )
+            else:
+                mixed = _attend(query, cache.layers[index], layer)
+            normed = add_rms_norm(x, layer.output(mixed.reshape(n, -1)), *layer.between)
             delta = layer.down(silu_times(layer.gate_up(normed)))
-        return self._head(add_rms_norm(x, delta, *self._norm))
+        last = slice(n - (keep or n), n)
+        assert delta is not None
+        return self._head(add_rms_norm(x[last], delta[last], *self._norm))
+
+    def allocate(self, cache: KVCache) -> None:
+        """Take the memory of a cache that is new."""
+        for kv, layer in zip(cache.layers, self._layers, strict=True):
+            if not kv.is_initialized:
+                sample = self._embedding.new_empty(1, layer.kv_heads, 0, layer.dim)
+                kv.lazy_initialization(sample, sample)
+
+
+def _attend(query: Tensor, kv: PreallocatedLayer, layer: _Layer) -> Tensor:
+    """``[n, heads, dim]`` over what a layer holds and the new keys and values behind it."""
+    end = kv.length + query.shape[0]
+    kv.last_query = query[-1].clone()
+    keys, values = kv.keys[0, :, :end], kv.values[0, :, :end]
+    return attend(query.transpose(0, 1), keys, values, layer.scaling, layer.window).transpose(0, 1)
 
 
 def _layer(module: Any) -> _Layer:
@@ -101,6 +135,7 @@ def _layer(module: Any) -> _Layer:
         head_norms=norms,
         heads=attention.q_proj.weight.shape[0] // dim,
         kv_heads=attention.k_proj.weight.shape[0] // dim,
+        dim=dim,
         scaling=attention.scaling,
         window=window_of(attention),
         output=_product(attention.o_proj),

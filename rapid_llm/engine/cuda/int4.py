@@ -24,17 +24,16 @@ FEW_ROWS = 8
 _INNER_TILES = 8  # of the operators' layout: 128 columns
 
 
-def quantize(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest of 16 equidistant values, from the least to the greatest of a group.
 
     Args:
-        weight: ``[out, in]``; ``in`` is a multiple of ``group``.
-        group: weights that share a step.
+        weight: ``[out, in]``; ``in`` is a multiple of :data:`GROUP`.
 
     Returns:
         The numbers n, uint8 ``[out, in]``; steps and middles, bfloat16 ``[in / group, out, 2]``.
     """
-    groups = weight.detach().float().unflatten(1, (-1, group))
+    groups = weight.detach().float().unflatten(1, (-1, GROUP))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     # Rounded first, so that n is the nearest to the weight with the step that is kept.
     step = ((high - low) / 15).clamp(min=1e-6).bfloat16().float()
@@ -59,6 +58,7 @@ class _Packed(nn.Module):
         scales: see :func:`quantize`.
     """
 
+    stands_for = None
     packed: Tensor
     scales: Tensor
 
@@ -97,6 +97,8 @@ class Int4Together(FewBits):
 
     The layers themselves stay what they were, for many tokens.
     """
+
+    stands_for = None
 
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()

@@ -21,7 +21,10 @@ SKIPPED = 1
 CAPACITY = 2
 """Tokens that its buffers have room for."""
 
-BUFFERS = 3
+SLOT = 3
+"""The number of a draft step."""
+
+BUFFERS = 4
 """From here on the addresses of each layer's keys and values, ``[kv_heads, capacity, dim]``."""
 
 
@@ -33,4 +36,4 @@ def size_of(layers: int) -> int:
 def describe(cache: KVCache) -> Tensor:
     """The state of an allocated cache: int64 ``[size_of(layers)]`` on the host."""
     buffers = [t.data_ptr() for layer in cache.layers for t in (layer.keys, layer.values)]
-    return torch.tensor([cache.length, cache.skipped, cache.capacity, *buffers])
+    return torch.tensor([cache.length, cache.skipped, cache.capacity, 0, *buffers])
