@@ -103,10 +103,10 @@ def cache_of(key: Tensor, value: Tensor, before: int) -> KVCache:
 @pytest.mark.parametrize("window", [None, 20])
 def test_length_and_buffers_are_read_from_the_device(n, length, window):
     query, key, value = drawn(4, 2, 16, n, length)
-    state = describe(cache_of(key, value, length - n))
-    out = attention.attend_cached(
-        query.transpose(0, 1), state, 1, 2, 16**-0.5, window, config=CONFIG
-    )
+    cache = cache_of(key, value, length - n)
+    rows = query.transpose(0, 1)
+    state = describe(cache)
+    out = attention.attend_cached(rows, state, 1, 2, 16**-0.5, window, config=CONFIG)
     expected, _ = reference(query, key, value, window)
     torch.testing.assert_close(out.transpose(0, 1), expected, **EXACT)
 
@@ -125,13 +125,13 @@ def test_parts_of_the_keys_merge_into_the_whole():
         parts.append((torch.cat(part, dim=1), torch.cat(lse, dim=1)))
     lse = torch.empty(4, 3)
     own = attention.attend(query, key[:, 37:], value[:, 37:], 16**-0.5, lse=lse, config=CONFIG)
-    mixed, total = prefill.merge(prefill.merge(*parts), (own, lse))
+    mixed, total = elementwise.merge(*elementwise.merge(*parts[0], *parts[1]), own, lse)
     expected, expected_lse = reference(query, key, value)
     torch.testing.assert_close(mixed, expected, **EXACT)
     torch.testing.assert_close(total, expected_lse, **EXACT)
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 2, 3, 6, 31])
+@pytest.mark.parametrize("chunks", [0, 1, 3, 6])
 def test_a_chunk_attends_to_all_that_was_read_before_it(monkeypatch, chunks):
     """With plain arithmetic in the place of cuDNN."""
     asked = set()

@@ -171,3 +171,57 @@ def rotate_and_store(
         num_warps=1,
     )
     return split[:, :heads]
+
+
+@triton.jit
+def _merge(
+    one, one_lse, other, other_lse, out, lse, n,
+    one_head, one_row, other_head, other_row, out_head, out_row,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head, place = row // n, row % n
+    columns = tl.arange(0, WIDTH)
+    there = columns < SIZE
+    here_lse, there_lse = tl.load(one_lse + row), tl.load(other_lse + row)
+    top = tl.maximum(here_lse, there_lse)
+    here, away = tl.exp(here_lse - top), tl.exp(there_lse - top)
+    a = tl.load(one + head * one_head + place * one_row + columns, mask=there, other=0.0)
+    b = tl.load(other + head * other_head + place * other_row + columns, mask=there, other=0.0)
+    mixed = (a.to(tl.float32) * here + b.to(tl.float32) * away) / (here + away)
+    tl.store(out + head * out_head + place * out_row + columns, mixed, mask=there)
+    tl.store(lse + row, top + tl.log(here + away))
+
+
+def merge(one: Tensor, one_lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from that over each.
+
+    Args:
+        one, other: ``[heads, n, dim]``, rows contiguous.
+        one_lse, other_lse: log-sum-exp of the scores, float32 ``[heads, n]``, contiguous.
+
+    Returns:
+        The same two over both, in float32.
+    """
+    heads, n, size = one.shape
+    out = torch.empty_like(one, dtype=torch.float32)  # laid out as it is
+    lse = torch.empty_like(one_lse)
+    _merge[(heads * n,)](
+        one,
+        one_lse,
+        other,
+        other_lse,
+        out,
+        lse,
+        n,
+        one.stride(0),
+        one.stride(1),
+        other.stride(0),
+        other.stride(1),
+        out.stride(0),
+        out.stride(1),
+        SIZE=size,
+        WIDTH=triton.next_power_of_2(size),
+        num_warps=1,
+    )
+    return out, lse

@@ -13,9 +13,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-CHUNK = 4096
-"""Tokens that a prefill reads in a pass: their attention fills the device, and the activations of
-an 8B model take less than a gigabyte."""
+from rapid_llm.engine.cuda import has_kernels
+
+CHUNK = 2048
+"""Tokens that a prefill reads in a pass: enough to fill the device. The activations of an 8B model
+take a gigabyte; the next question on a document reads half a chunk of it again."""
 
 _CUDNN = 91501  # from this version on PyTorch itself takes cuDNN's attention first
 _WIDEST = 128  # head sizes
@@ -30,6 +32,7 @@ def serves(query: Tensor, length: int, window: int | None) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[2] <= _WIDEST
         and query.shape[2] % 8 == 0
+        and has_kernels(query.device)
         and _is_hopper(query.device)
     )
 
@@ -48,12 +51,14 @@ def attend_chunk(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: None = None
 ) -> Tensor:
     """As :func:`rapid_llm.engine.attention.attend`, without a window."""
+    from rapid_llm.engine.cuda.elementwise import merge  # Triton, which not every machine has
+
     end = key.shape[1] - CHUNK
     mixed, lse = _cudnn(query, key[:, end:], value[:, end:], scaling, causal=True)
     for part in _parts(end):
         start = end - part
         other = _cudnn(query, key[:, start:end], value[:, start:end], scaling, causal=False)
-        mixed, lse = merge((mixed, lse), other)
+        mixed, lse = merge(mixed, lse, *other)
         end = start
     return mixed.to(query.dtype)
 
@@ -62,20 +67,6 @@ def _parts(past: int) -> list[int]:
     """Powers of two of chunks, the smallest first, that make up so many tokens."""
     chunks = past // CHUNK
     return [CHUNK << bit for bit in range(chunks.bit_length()) if chunks >> bit & 1]
-
-
-def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from that over each.
-
-    Args:
-        one, other: ``[..., dim]``, and the log-sum-exp of the scores, float32 ``[...]``.
-
-    Returns:
-        The same over both, in float32.
-    """
-    (here, here_lse), (there, there_lse) = one, other
-    share = (there_lse - here_lse).sigmoid()[..., None]
-    return torch.lerp(here.float(), there.float(), share), torch.logaddexp(here_lse, there_lse)
 
 
 def _cudnn(
