@@ -214,7 +214,8 @@ class Forward:
     @property
     def vocab_size(self) -> int:
         """Width of the logits; may be padded beyond the tokenizer's vocabulary."""
-        return int(self.config.vocab_size)
+        head = self.model.get_output_embeddings()
+        return int(getattr(head, "out_features", self.config.vocab_size))
 
     @property
     def context_window(self) -> int:
@@ -432,7 +433,6 @@ class Forward:
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=keep,
-                return_dict=True,
             )
         logits: Tensor = output.logits[0]
         return logits
