@@ -1,6 +1,7 @@
 # make demo   the main job on a real document: installs into .venv, needs no hub and no key
 # make test   the same set-up, then the tests, but for those that take minutes each
 # make slow   those
+# make gpu    on a machine with CUDA: its tests, and what an 8B model's shape costs; installs nothing
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,15 @@ export TOKENIZERS_PARALLELISM ?= false
 # one another, and take many times as long.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: install demo test slow lint clean
+# What is there runs: PYTHON with torch, transformers and pytest. The results go to the folder OUT.
+OUT ?= gpu-results
+SHAPE ?= llama-3.1-8b
+CONTEXTS ?= 32768 131072
+SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 4")
+# Both end sooner by themselves; a kernel that hangs does not.
+AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -k 10")
+
+.PHONY: install demo test slow gpu lint clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +44,19 @@ test: install
 
 slow: install
 	$(PYTEST) -m slow
+
+gpu: export PYTHONPATH := $(CURDIR)
+gpu: export PYTHONUNBUFFERED := 1
+gpu:
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(if $(AT_MOST),$(AT_MOST) 200) $(PYTHON) -m pytest tests/gpu -v --tb=short --durations=10 \
+	    -o faulthandler_timeout=60 $(SIDE_BY_SIDE) >$(OUT)/tests.txt 2>&1; echo $$? >$(OUT)/tests.status
+	@tail -60 $(OUT)/tests.txt
+	{ $(if $(AT_MOST),$(AT_MOST) 240) $(PYTHON) -m rapid_llm bench --shape $(SHAPE) $(CONTEXTS:%=--context %) \
+	    --seconds 190 --save $(OUT); \
+	  echo $$? > $(OUT)/bench.status; } 2>&1 | tee $(OUT)/bench.txt
+	@echo "exit status of the tests $$(cat $(OUT)/tests.status), of the bench $$(cat $(OUT)/bench.status)"
+	@! grep -qv '^0$$' $(OUT)/tests.status $(OUT)/bench.status
 
 lint: install
 	$(BIN)/ruff check .

@@ -357,12 +357,39 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in a run.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Counted runs of each.")] = 3,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens decoded in a run. [default: 64]")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Counted runs of each. [default: 3]")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights of this shape (llama-3.1-8b, qwen2.5-7b, …, tiny) in the place of "
+            "the packaged models, and no text: what the engine does on this device."
+        ),
+    ] = None,
+    acceptance: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="With --shape: how likely a drafted token is accepted, by the throw of a coin; "
+            "may be repeated. [default: 0.8, 0.9, 0.95]"
+        ),
+    ] = None,
+    seconds: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --shape: stop measuring after so long. [default: 180]"),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     save: Annotated[
-        Path | None, typer.Option(help="Write that object to a file as well.", metavar="JSON")
+        Path | None,
+        typer.Option(
+            help="Write that object to this file as well; with --shape to this folder, beside what "
+            "is printed.",
+            metavar="PATH",
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the speeds as bars.", metavar="PNG")
@@ -373,8 +400,26 @@ def bench(
     Contexts longer than the model's window are read with a YaRN-scaled rotary embedding, which is
     good for measuring speed and for nothing else.
     """
-    contexts = context or [1700, 7500]
     shown = sys.stderr.isatty() and not as_json
+    if shape is not None:
+        _refuse("--shape reads no text", task=task, method=method, new_tokens=new_tokens,
+                repeats=repeats)  # fmt: skip
+        from rapid_llm.bench.shape_command import bench_shape
+
+        failed = bench_shape(
+            shape,
+            context or [32_768],
+            acceptance or [0.8, 0.9, 0.95],
+            dtype=dtype,
+            seconds=seconds or 180,
+            as_json=as_json,
+            save=save,
+            plot=plot,
+            shown=shown,
+        )
+        raise typer.Exit(failed)
+    _refuse("without --shape nothing is simulated", acceptance=acceptance, seconds=seconds)
+    contexts, new_tokens, repeats = context or [1700, 7500], new_tokens or 64, repeats or 3
     with status(f"loading {PACKAGED_MODEL}", shown):
         from rapid_llm.bench import report as reporting
         from rapid_llm.bench.measure import measure
@@ -428,6 +473,15 @@ def bench(
         show(reporting.cell_table(cell))
     for line in reporting.engine_lines(report):
         show(line)
+
+
+def _refuse(why: str, **options: object) -> None:
+    """Raises InvalidParameterError for the first option that was given."""
+    for name, value in options.items():
+        if value is not None:
+            raise InvalidParameterError(
+                f"--{name.replace('_', '-')}={value} has no use here, as {why}; leave it out"
+            )
 
 
 # --- plan ------------------------------------------------------------------------------------

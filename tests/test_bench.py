@@ -17,9 +17,10 @@ from transformers import DynamicCache
 from rapid_llm import InvalidParameterError, RapidDecoder, cli
 from rapid_llm.bench import measure as measuring
 from rapid_llm.bench.measure import Cell, Row, measure
-from rapid_llm.bench.methods import Run, _Stamps, our_methods, peer_methods
+from rapid_llm.bench.methods import Run, our_methods, peer_methods
 from rapid_llm.bench.report import cell_table, engine_lines, heading, plot
 from rapid_llm.bench.speed_model import named_device
+from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import QUESTIONS, Workload, make_builder, make_workload, stretched
 from rapid_llm.engine.forward import Forward
 
@@ -76,12 +77,12 @@ def test_a_peer_reads_the_whole_prompt_and_every_token_once(decoder: RapidDecode
 
 def test_a_peers_tokens_are_timed_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 2.0, 5.0, 8.0])
-    monkeypatch.setattr("rapid_llm.bench.methods.time.perf_counter", lambda: next(clock))
-    stamps = _Stamps()
+    monkeypatch.setattr("rapid_llm.bench.timing.time.perf_counter", lambda: next(clock))
+    stamps = Stamps()
     for size in (200, 2, 3, 3):  # the prompt, then runs of tokens
         stamps.put(torch.zeros(size))
-    assert stamps.times == [1, 2, 5, 8]
-    assert stamps.tokens - stamps.first_tokens == 6
+    assert stamps.prefill == 1
+    assert stamps.per_token == 1  # six tokens after the first two
 
 
 @pytest.mark.usefixtures("_known_device")

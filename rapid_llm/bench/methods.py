@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
+from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
@@ -124,7 +124,7 @@ def _generate(model: PreTrainedModel, options: Mapping[str, Any]) -> Method:
 
     def run(work: Workload, new_tokens: int) -> Run:
         ids = torch.tensor([work.target], device=model.device)
-        stamps = _Stamps()
+        stamps = Stamps()
         with torch.inference_mode():
             generate(
                 ids,
@@ -135,8 +135,7 @@ def _generate(model: PreTrainedModel, options: Mapping[str, Any]) -> Method:
                 streamer=stamps,
                 **options,
             )
-        start, first, last = stamps.times[0], stamps.times[1], stamps.times[-1]
-        return Run(first - start, (last - first) / max(1, stamps.tokens - stamps.first_tokens))
+        return Run(stamps.prefill, stamps.per_token)
 
     return run
 
@@ -145,29 +144,6 @@ def _generate_in_float32(model: PreTrainedModel) -> Method:
     """``generate`` of a copy, which is made at the first run."""
     wide = cache(lambda: copy.deepcopy(model).float())
     return lambda work, new_tokens: _generate(wide(), {})(work, new_tokens)
-
-
-class _Stamps(BaseStreamer):
-    """When ``generate`` handed out the prompt (at once), then each token or run of tokens."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self._sizes: list[int] = []
-
-    @property
-    def tokens(self) -> int:
-        return sum(self._sizes[1:])
-
-    @property
-    def first_tokens(self) -> int:
-        return self._sizes[1]
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        self._sizes.append(value.numel())
-
-    def end(self) -> None:
-        pass
 
 
 class LlamaCpp:

@@ -1,0 +1,314 @@
+"""``rapid-llm bench --shape``: what it runs, counts and says. Never how long things take."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rapid_llm import InvalidParameterError, cli
+from rapid_llm.bench import shape_bench, shape_command
+from rapid_llm.bench.shape_bench import Row, Section, ShapeBench, ShapeReport
+from rapid_llm.bench.shape_report import heading, plot
+from rapid_llm.bench.shapes import SHAPES, random_model
+from rapid_llm.bench.timing import Calls, OutOfTime, Stopwatch, time_limit
+
+CPU = torch.device("cpu")
+
+
+def make_bench(contexts: tuple[int, ...] = (256,), seconds: float = 120.0) -> ShapeBench:
+    return ShapeBench("tiny", contexts, [0.8, 0.95], torch.float32, CPU, seconds)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as few:
+        few.setattr(shape_bench, "_REPEATS", 2)
+        few.setattr(shape_bench, "_TURNS", 2)
+        few.setattr(shape_bench, "_NUMBERS", {"cpu": 2**16})
+        yield
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "70b" not in name])
+def test_a_shape_counts_the_matrices_of_its_model(name: str) -> None:
+    model = random_model(SHAPES[name], 64, torch.bfloat16, torch.device("meta"))
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert SHAPES[name].parameters == matrices
+
+
+def test_weights_are_random_and_of_the_dtype_asked_for() -> None:
+    model = random_model(SHAPES["tiny"], 64, torch.bfloat16, CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(p.float().std() > 0 for p in model.parameters() if p.dim() > 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": "llama-9"}, r"shape='llama-9'.*choose from llama-3\.1-8b"),
+        ({"contexts": [255]}, "context=255 is not allowed: context must be at least 256"),
+        ({"acceptances": [0.5, 1.0]}, r"acceptance=1\.0 is not allowed.*between 0 and 1"),
+        ({"shape": "llama-3.1-70b", "contexts": [10**8]}, r"needs [\d,]+ GB, more than"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"shape": "tiny", "contexts": [256], "acceptances": [0.8]}
+    options |= {"dtype": torch.float32, "device": CPU, "seconds": 9.0}
+    with pytest.raises(InvalidParameterError, match=message):
+        ShapeBench(**options | changes)
+
+
+# --- what is measured --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report() -> ShapeReport:
+    bench = make_bench((256, 320))
+    assert [section for section in bench.run() if section.failed] == []
+    return bench.report
+
+
+def test_every_section_is_measured_at_every_context(report: ShapeReport) -> None:
+    names = Counter(section.name for section in report.sections)
+    once, each = ("memory", "draft steps"), (
+        "passes", "rounds", "transformers", "prefill", "static cache"
+    )  # fmt: skip
+    assert names == dict.fromkeys(once, 1) | dict.fromkeys(each, 2)
+    assert not report.failed
+
+
+def test_ratios_are_of_what_they_say(report: ShapeReport) -> None:
+    def value(key: str) -> float:
+        row = report.row(key, 320)
+        assert row is not None
+        assert row.median is not None
+        return row.median
+
+    def samples(key: str) -> list[float]:
+        row = report.row(key, 320)
+        assert row is not None
+        return row.samples
+
+    pairs = zip(samples("pass_5"), samples("pass_1"), strict=True)
+    assert samples("pass_5_to_1") == pytest.approx([five / one for five, one in pairs])
+    assert samples("share") == pytest.approx([100 * value("limit") / s for s in samples("pass_1")])
+    assert samples("plain_to_generate") == pytest.approx(
+        [value("generate") / ms for ms in samples("plain")]
+    )
+    assert value("prefill_ratio") == pytest.approx(value("prefill") / value("prefill_transformers"))
+    shares = [100 * s / value("first_question") for s in samples("second_question_rapid")]
+    assert samples("second_question_rapid_share") == pytest.approx(shares)
+    for a in ("0.8", "0.95"):
+        tokens, ms = samples(f"rapid_{a}_tokens"), samples(f"rapid_{a}_round")
+        expected = [p * t / r for p, t, r in zip(samples("plain"), tokens, ms, strict=True)]
+        assert samples(f"rapid_{a}_speedup") == pytest.approx(expected)
+
+
+def test_the_limit_counts_weights_and_kv(report: ShapeReport) -> None:
+    read = report.row("bandwidth_read")
+    limit = report.row("limit", 256)
+    assert read is not None
+    assert limit is not None
+    model = random_model(SHAPES["tiny"], 64, torch.float32, CPU)
+    weights = sum(p.nbytes for p in model.parameters())
+    kv = 256 * 2 * 2 * 2 * 32 * 4  # tokens, layers, keys and values, KV heads, head size, float32
+    assert limit.samples[0] / 1000 * max(read.samples) * 1e9 == pytest.approx(weights + kv)
+
+
+def test_whatever_rests_on_the_coin_says_so(report: ShapeReport) -> None:
+    rows = [row for section in report.sections for row in section.rows]
+    simulated = {row.key for row in rows if row.simulated}
+    assert simulated == {row.key for row in rows if row.key.startswith("rapid_")}
+    assert simulated
+    assert "simulated by a coin" in heading(report)
+    assert report.as_dict()["acceptance"] == "acceptance simulated by a coin"
+    assert report.as_dict()["weights"] == "random"
+
+
+@pytest.mark.parametrize(("a", "gamma"), [(0.8, 3), (0.9, 6)])
+def test_a_coin_accepts_as_often_as_it_should(a: float, gamma: int) -> None:
+    """The mean of a block is E(a, γ) tokens a round, and its rounds differ."""
+    bench = make_bench()
+    rounds = 60
+    said: list[int] = []
+    with torch.inference_mode(), bench._open(256, draft=True, gamma=gamma) as generation:
+        keep = generation.keep
+        generation.keep = lambda tokens: (said.append(len(tokens)), keep(tokens))
+        _, tokens = bench._block(generation, rounds, a)
+        assert generation.stats.drafted_tokens == rounds * gamma
+        assert generation.target.length == 255 + tokens
+    assert tokens == sum(said)
+    expected = sum(a**i for i in range(gamma + 1))
+    assert tokens / rounds == pytest.approx(expected, rel=0.03)
+    shares = Counter(said)
+    for n in range(gamma):  # P(n accepted) = aⁿ (1 - a)
+        assert shares[n + 1] == pytest.approx(rounds * a**n * (1 - a), abs=2)
+
+
+def test_kv_is_made_up_once_and_then_taken_over() -> None:
+    bench = make_bench()
+    kept: list[int] = []
+    with torch.inference_mode():
+        for _ in range(2):
+            with bench._open(256, draft=False) as generation:
+                kept.append(generation.stats.cached_tokens)
+                assert generation.target.length == 255
+                layer = generation.target.cache.layers[0]
+                assert layer.keys[0, :, :254].std() == pytest.approx(1, abs=0.1)
+    assert kept[0] == 0
+    assert kept[1] >= 254
+
+
+def test_calls_are_counted_of_plain_and_of_drafted_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench()
+    drafted: list[int] = []
+
+    def count(work: Any, device: torch.device) -> Calls:
+        stats = work.args[0].stats
+        before = stats.drafted_tokens
+        work()
+        drafted.append(stats.drafted_tokens - before)
+        return Calls(40.0, 2.0, 1.0)
+
+    monkeypatch.setattr(shape_bench, "host_calls", count)
+    with torch.inference_mode():
+        rows = {row.key: row.samples for row in bench._host_calls(256)}
+    assert drafted == [0, 3]
+    for name in ("plain", "rapid"):
+        counts = [rows[f"{name}_{key}"] for key in ("launches", "graphs", "waits")]
+        assert counts == [[40.0], [2.0], [1.0]]
+
+
+# --- what goes wrong ---------------------------------------------------------------------------
+
+
+def test_a_section_that_fails_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench()
+
+    def half(context: int) -> Any:
+        yield Row("first", "first", "ms", [1.0])
+        raise RuntimeError("out of\n order")
+
+    monkeypatch.setattr(bench, "_rounds", half)
+    sections = {section.name: section for section in bench.run()}
+    assert sections["rounds"].failed == "RuntimeError: out of order"
+    assert [row.key for row in sections["rounds"].rows] == ["first"]
+    assert [name for name, section in sections.items() if section.failed] == ["rounds"]
+    assert bench.report.failed
+    assert bench.report.row("generate", 256) is not None
+    assert bench.report.row("plain_to_generate", 256) is None  # there is nothing to compare
+
+
+def test_without_time_sections_are_reported_as_not_measured() -> None:
+    sections = list(make_bench(seconds=1.0).run())
+    assert len(sections) == 7
+    for section in sections:
+        assert section.failed == "no time is left of 1 s"
+
+
+def test_a_section_that_takes_too_long_is_interrupted() -> None:
+    with pytest.raises(OutOfTime, match="longer than 0 s"), time_limit(0.05):
+        time.sleep(30)
+    time.sleep(0.06)  # and nothing comes after it
+
+
+def test_pieces_are_timed_by_key_and_warm_ups_forgotten() -> None:
+    watch = Stopwatch[str](CPU)
+    with watch("a"):
+        pass
+    watch.clear()
+    for key in "aab":
+        with watch(key):
+            pass
+    assert {key: len(samples) for key, samples in watch.samples().items()} == {"a": 2, "b": 1}
+
+
+# --- what is said ------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(["bench", *arguments])
+    return status, *capsys.readouterr()
+
+
+def test_the_command_prints_saves_and_draws(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    folder, png = tmp_path / "results", tmp_path / "speeds.png"
+    options = ("--shape", "tiny", "--context", "256", "--dtype", "float32", "--acceptance", "0.9")
+    status, out, err = run(capsys, *options, "--save", str(folder), "--plot", str(png))
+    assert (status, err) == (0, "")
+    assert "RAPID ÷ plain, a = 0.9 *" in out
+    assert "acceptance simulated by a coin" in out
+    saved = json.loads((folder / "tiny.json").read_text("utf-8"))
+    assert [s["name"] for s in saved["sections"]][:2] == ["memory", "draft steps"]
+    assert all(math.isfinite(x) for s in saved["sections"] for r in s["rows"] for x in r["samples"])
+    assert (folder / "tiny.txt").read_text("utf-8") == out
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_is_all_that_is_printed_and_a_failure_is_the_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShapeBench, "_generate_static", lambda *_: iter([1 / 0]))
+    status, out, _ = run(capsys, "--shape", "tiny", "--context", "256", "--json")
+    assert status == 1
+    sections = {section["name"]: section for section in json.loads(out)["sections"]}
+    assert sections["static cache"]["failed"] == "ZeroDivisionError: division by zero"
+    assert sections["passes"]["failed"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shape", "tiny", "--task", "free"), "--task"),
+        (("--shape", "tiny", "--repeats", "2"), "--repeats"),
+        (("--shape", "huge"), "shape='huge' is unknown"),
+        (("--acceptance", "0.9"), "--acceptance"),
+        (("--seconds", "9"), "--seconds"),
+    ],
+    ids=str,
+)
+def test_options_of_the_other_bench_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_what_is_saved_survives_an_end_that_comes_too_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShapeBench, "_rounds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shape_command.bench_shape(
+            "tiny", [256], [0.8], dtype="float32", seconds=60, as_json=True, save=tmp_path,
+            plot=None, shown=False,
+        )  # fmt: skip
+    saved = json.loads((tmp_path / "tiny.json").read_text("utf-8"))
+    assert [section["name"] for section in saved["sections"]] == ["memory", "draft steps", "passes"]
+
+
+def test_a_chart_is_drawn_of_what_there_is(tmp_path: Path, report: ShapeReport) -> None:
+    pytest.importorskip("matplotlib")
+    failed = Section("rounds", 256, [], "no", 1.0)
+    passes = next(s for s in report.sections if s.name == "passes")
+    less = ShapeReport(**{**vars(report), "sections": [passes, failed]})
+    plot(less, tmp_path / "less.png")
+    assert (tmp_path / "less.png").stat().st_size > 0
