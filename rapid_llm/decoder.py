@@ -666,12 +666,11 @@ class _Generation:
     def round(self) -> list[int]:
         """Draft, verify, accept: one pass of the target; between 1 and γ+1 tokens."""
         started = time.perf_counter()
-        pending = self._pending()  # first: it waits for the device, which has nothing to do yet
         draft, schedule = self._draft()
         self.stats.draft_seconds += time.perf_counter() - started
 
         # Position i of the draft is judged by the logits that follow token i - 1.
-        logits = self.target.extend(torch.cat([pending, draft.tokens]))
+        logits = self.target.extend(torch.cat([self._pending(), draft.tokens]))
         s = self.sampler.scores(logits, draft.tokens)
         q = draft.probabilities
         strength = self.config.transfer_strength
@@ -711,8 +710,7 @@ class _Generation:
 
     def _pending(self) -> Tensor:
         """The tokens that the target has not read: the last one, on the target's device."""
-        sequence = self._output[-1:] or self._prompt[-1:]
-        return torch.tensor(sequence, device=self.target.forward.device)
+        return self.target.forward.tensor(self._output[-1:] or self._prompt[-1:])
 
     def _draft(self) -> tuple[Draft, Schedule | None]:
         """A proposal, on the target's device, of the drafter that promises most and has one.

@@ -1,4 +1,4 @@
-"""Captured passes and the draft loop: the same code, uncaptured, on a CPU in Triton's interpreter."""
+"""Captured passes and draft loops: the same code, uncaptured, on a CPU in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -211,6 +211,13 @@ class Forward:
         """Where token ids go in (a model may be spread over several devices)."""
         return self.model.get_input_embeddings().weight.device
 
+    def tensor(self, tokens: Sequence[int]) -> Tensor:
+        """Int64 ``[n]`` where token ids go in; the host does not wait for the device."""
+        host = torch.tensor(tokens, dtype=torch.long)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
+
     @property
     def vocab_size(self) -> int:
         """Width of the logits; may be padded beyond the tokenizer's vocabulary."""
@@ -306,8 +313,9 @@ class Forward:
         elif not int4.runs_on(self.model):
             raise InvalidParameterError(
                 f"drafter_quantization='int4' needs a drafter in bfloat16 on an Ampere GPU or a "
-                f"newer one, but {self.name} is in {self.model.dtype} on {self.device}; load it so "
-                "(dtype='bfloat16'), or leave drafter_quantization out"
+                f"newer one, with layers of multiples of 128 inputs, but {self.name} is in "
+                f"{self.model.dtype} on {self.device}; load it so (dtype='bfloat16'), or leave "
+                "drafter_quantization out"
             )
 
     @property

@@ -214,7 +214,9 @@ def mixed(tensor: Tensor) -> Tensor:
         part = flat[start : start + _CHUNK]
         words = F.pad(part, (0, -len(part) % 8)).view(torch.long)
         first = start // 8
-        total += _mix(words ^ _mix(torch.arange(first, first + len(words), device=flat.device))).sum()
+        total += _mix(
+            words ^ _mix(torch.arange(first, first + len(words), device=flat.device))
+        ).sum()
     return total
 
 

@@ -57,7 +57,7 @@ class Session:
         for start in range(self.length, len(tokens), size):
             if progress is not None:
                 progress(start, len(tokens))
-            chunk = torch.tensor(tokens[start : start + size])
+            chunk = self.forward.tensor(tokens[start : start + size])
             self._read(chunk, 1, len(tokens) + 1)
         if progress is not None:
             progress(len(tokens), len(tokens))

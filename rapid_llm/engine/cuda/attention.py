@@ -108,7 +108,7 @@ def _accumulate(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["layer", "past", "new", "window", "splits"])
+@triton.jit(do_not_specialize=["layer", "past", "new", "group", "window", "splits"])
 def _attend_part(
     query,
     keys,

@@ -81,7 +81,7 @@ def _normed(x, weight, columns, there, epsilon, SIZE: tl.constexpr):
     return scaled.to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "heads", "kv_heads"])
 def _rotate_and_store(
     qkv,
     cosine,

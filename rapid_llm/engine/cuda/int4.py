@@ -152,8 +152,8 @@ def int4_copy(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
 
 
 def runs_on(model: PreTrainedModel) -> bool:
-    """Whether a model is in bfloat16 on a GPU that has the operators: Ampere or newer."""
-    return all(
+    """Whether a model has layers for the operators, in bfloat16 on Ampere or a newer GPU."""
+    return any(map(_fits, model.modules())) and all(
         tensor.dtype == torch.bfloat16
         and tensor.device.type == "cuda"
         and torch.cuda.get_device_capability(tensor.device) >= (8, 0)

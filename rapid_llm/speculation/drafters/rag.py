@@ -100,8 +100,7 @@ class RagDrafter:
         self._session.rollback(len(sequence) - 1)
         if self._index is not None:
             self._index.extend(output[len(self._index) - self._given :])
-        device = self._session.forward.device
-        pending = torch.tensor(sequence[self._session.length :], device=device)
+        pending = self._session.forward.tensor(sequence[self._session.length :])
         while len(pending) > MAX_TOKENS:  # many rounds went without a draft
             self._extend(pending[:MAX_TOKENS], 1)
             pending = pending[MAX_TOKENS:]
@@ -147,7 +146,7 @@ class RagDrafter:
             guess = guess[: self._guesses.next(max(0, place - self._guessed))]
         if guess:
             self._guessed = place
-        return torch.tensor(guess, dtype=torch.long, device=tokens.device)
+        return self._session.forward.tensor(guess)
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
         """Distributions q after each of the last ``keep`` tokens, float32 ``[keep, vocab]``."""
