@@ -67,7 +67,8 @@ class CapturedPasses:
         """The same, launched kernel by kernel: for any number of tokens, and an empty cache."""
         self.fused.allocate(cache)
         self.begin(ids[:0], cache, ids.shape[0])
-        logits = self.fused(ids, self.state, cache, keep)
+        with torch.cuda.device_of(self.state):  # Triton launches on the current device
+            logits = self.fused(ids, self.state, cache, keep)
         cache.advance(ids.shape[0])
         return logits
 

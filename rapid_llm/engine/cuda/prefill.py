@@ -58,7 +58,8 @@ def attend_chunk(
     for part in _parts(end):
         start = end - part
         other = _cudnn(query, key[:, start:end], value[:, start:end], scaling, causal=False)
-        mixed, lse = merge(mixed, lse, *other)
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            mixed, lse = merge(mixed, lse, *other)
         end = start
     return mixed.to(query.dtype)
 
