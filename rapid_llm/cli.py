@@ -33,10 +33,16 @@ from rapid_llm.console import (
     Dtype,
     default_embedder,
     parse_gamma,
+    parse_variables,
     show,
     status,
 )
-from rapid_llm.errors import DocumentError, InvalidParameterError, RapidError
+from rapid_llm.context.retrieved import OnEmpty
+from rapid_llm.errors import (
+    DocumentError,
+    InvalidParameterError,
+    RapidError,
+)
 from rapid_llm.evaluation.command import evaluate
 from rapid_llm.evaluation.report_command import report
 from rapid_llm.stats import Method, Stats
@@ -176,10 +182,26 @@ def ask(
         list[str] | None,
         typer.Option(help="Text that ends the answer; may be repeated.", show_default=False),
     ] = None,
+    chat_template_kwarg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="For the chat template, in JSON (enable_thinking=false); may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     truncate: Annotated[
         Literal["middle"] | None,
-        typer.Option(help="What to leave out of documents too long for the target."),
+        typer.Option(
+            help="What to leave out of documents too long for the target; what was retrieved stays."
+        ),
     ] = None,
+    on_empty: Annotated[
+        OnEmpty,
+        typer.Option(
+            help="Where nothing was retrieved, answer nothing, or read the whole documents."
+        ),
+    ] = "empty",
     dtype: Annotated[Dtype, typer.Option(help="Of both models.")] = "bfloat16",
     device: Annotated[
         str | None, typer.Option(help="Of the target; by default CUDA if there is one.")
@@ -204,10 +226,16 @@ def ask(
     ] = None,
     chunk_tokens: Annotated[int, typer.Option(min=32, help="The longest chunk.")] = 512,
     threshold: Annotated[
-        float, typer.Option(min=-1, max=1, help="The least similarity of a retrieved chunk.")
-    ] = 0.3,
+        float | None,
+        typer.Option(
+            min=-1,
+            max=1,
+            help="The least similarity of a retrieved chunk; by default 0.3 for BGE-M3, and the "
+            "most similar one in any case.",
+        ),
+    ] = None,
     context_tokens: Annotated[
-        int, typer.Option(min=1, help="Retrieve at most so much, or more by --compression.")
+        int, typer.Option(min=32, help="Retrieve at most so much, or more by --compression.")
     ] = 4096,
     compression: Annotated[
         float, typer.Option(min=1, help="Retrieve at most 1/compression of long documents.")
@@ -229,10 +257,9 @@ def ask(
         seed=seed,
     )
     speculation = SpeculationConfig(gamma=gamma, eta=eta, alpha=alpha, mode=mode)
+    variables = parse_variables(chat_template_kwarg or ())
 
-    from rapid_llm.context.documents import read_document
-
-    texts = [read_document(document) for document in documents]
+    texts = _read(documents)
     embedder = embed_model or default_embedder()
     shown = sys.stderr.isatty() and not as_json
     with status(f"loading {target}" + (f" and {drafter}" if drafter else ""), shown):
@@ -249,6 +276,7 @@ def ask(
             attn_implementation=attention,
             drafter_quantization=None if drafter_quantization == "none" else drafter_quantization,
             kv_cache_dir=kv_cache,
+            chat_template_kwargs=variables,
         )
         builder = None
         if compare or method != "lc":
@@ -266,14 +294,15 @@ def ask(
     inquiry = Inquiry(
         decoder,
         builder,
-        texts,
+        list(texts.values()),
         question,
         sampling=sampling,
         speculation=speculation,
         truncate=truncate,
+        on_empty=on_empty,
         progress=bars,
     )
-    job = _Job(inquiry, documents, embedder, bars)
+    job = _Job(inquiry, list(texts), embedder, bars)
     if compare:
         results = job.compare()
         if as_json:
@@ -282,11 +311,34 @@ def ask(
         else:
             show(_comparison(results))
             show(_names(job.models("rapid", results["rapid"].stats)), stderr=True)
+        stats = results["rapid"].stats
     elif as_json:
-        print(json.dumps(job.as_dict(method, inquiry.answer(method))), flush=True)
+        result = inquiry.answer(method)
+        print(json.dumps(job.as_dict(method, result)), flush=True)
+        stats = result.stats
     else:
         stats = job.stream(method).stats
-        show(_summary(job.models(method, stats), stats), stderr=True)
+        if not _unread(stats):
+            show(job.summary(method, stats), stderr=True)
+    if _unread(stats):
+        show(
+            f"Nothing was retrieved ({stats.draft_skipped}), so nothing was read: lower "
+            "--threshold, or have the whole documents read with --on-empty read_all.",
+            stderr=True,
+        )
+
+
+def _read(names: Sequence[str]) -> dict[str, str]:
+    """The documents' texts by name; blank ones among others are passed over, with a note."""
+    from rapid_llm.context.documents import read_document
+
+    read = {name: read_document(name, may_be_blank=len(names) > 1) for name in names}
+    texts = {name: text for name, text in read.items() if text.strip()}
+    if not texts:
+        raise DocumentError(f"{', '.join(read)} hold no text: give a file that is not empty")
+    for name in read.keys() - texts.keys():
+        show(f"{name} holds no text and is passed over", stderr=True)
+    return texts
 
 
 # --- demo ------------------------------------------------------------------------------------
@@ -330,7 +382,7 @@ def demo() -> None:
         show(f"  {chunk.score:.2f} at {chunk.start:6,}  {passage}")
     show("\nAnswer by RAPID, drafted from these and verified over the whole document:")
     rapid = job.stream("rapid")
-    show(_summary(job.models("rapid", rapid.stats), rapid.stats))
+    show(job.summary("rapid", rapid.stats))
     show("\nAll four methods on the same input:")
     show(_comparison(job.compare(rapid=rapid)))
     show("(sd answers as lc does; in bfloat16, rounding can part them.)")
@@ -585,11 +637,30 @@ class _Job:
     def models(self, method: Method, stats: Stats) -> dict[str, str | None]:
         """What each model that took part is called."""
         decoder = self.inquiry.decoder
+        unread = _unread(stats)
         return {
-            "target": None if stats.method == "rag" else decoder.target.name,
-            "drafter": None if stats.method == "lc" else decoder.drafter.name,
+            "target": None if stats.method == "rag" or unread else decoder.target.name,
+            "drafter": None if stats.method == "lc" or unread else decoder.drafter.name,
             "embedder": None if method == "lc" else self.embedder,
         }
+
+    def summary(self, method: Method, stats: Stats) -> str:
+        """What took part, what was retrieved and left out, and how fast it was, in one line."""
+        parts = [_names(self.models(method, stats)), stats.method]
+        if stats.draft_skipped is not None:
+            parts[1] += f" ({stats.draft_skipped})"
+        if method != "lc":
+            context = self.inquiry.context
+            count = len(context.chunks)
+            chunks = "1 chunk" if count == 1 else f"{count:,} chunks"
+            parts.append(f"{context.tokens:,} tokens in {chunks} retrieved")
+        if stats.omitted_tokens:
+            parts.append(f"{stats.omitted_tokens:,} tokens of the documents left out")
+        parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
+        if stats.drafted_tokens:
+            parts.append(f"acceptance ratio {stats.acceptance_ratio:.2f}")
+            parts.append(f"{stats.tokens_per_round:.1f} tokens a round")
+        return " | ".join(parts)
 
     def as_dict(self, method: Method, result: GenerationResult) -> dict[str, Any]:
         """What ``--json`` prints; ``start`` and ``end`` count characters of the text as read."""
@@ -618,14 +689,9 @@ def _names(models: dict[str, str | None]) -> str:
     return ", ".join(f"{role} {name}" for role, name in models.items() if name is not None)
 
 
-def _summary(models: dict[str, str | None], stats: Stats) -> str:
-    parts = [_names(models), stats.method, f"{stats.tokens_per_second:.1f} tokens/s"]
-    if stats.draft_skipped is not None:
-        parts[1] += f" ({stats.draft_skipped})"
-    if stats.drafted_tokens:
-        parts.append(f"acceptance ratio {stats.acceptance_ratio:.2f}")
-        parts.append(f"{stats.tokens_per_round:.1f} tokens a round")
-    return " | ".join(parts)
+def _unread(stats: Stats) -> bool:
+    """Whether neither model read anything, as nothing was retrieved."""
+    return not stats.prompt_tokens and not stats.draft_prompt_tokens
 
 
 def _comparison(results: dict[Method, GenerationResult]) -> Table:
@@ -642,7 +708,12 @@ def _comparison(results: dict[Method, GenerationResult]) -> Table:
             f"{stats.tokens_per_round:.1f}",
             f"{stats.prefill_seconds:.1f}",
         )
-    skipped = results["rapid"].stats.draft_skipped
-    if skipped is not None:
-        table.caption = Text(f"nothing was drafted: {skipped}")
+    notes = []
+    stats = results["rapid"].stats
+    if stats.draft_skipped is not None and not _unread(stats):
+        notes.append(f"nothing was drafted: {stats.draft_skipped}")
+    if stats.omitted_tokens:
+        notes.append(f"{stats.omitted_tokens:,} tokens of the documents were left out")
+    if notes:
+        table.caption = Text("\n".join(notes))
     return table

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from rapid_llm.errors import InvalidParameterError
 
@@ -13,29 +14,75 @@ Mode = Literal["exact", "augmented", "paper"]
 Drafting = Literal["rag", "streaming", "triforce", "rest"]
 Quantization = Literal["auto", "int8", "int4"]
 
+_Number = TypeVar("_Number", int, float)
+
+MIN_TEMPERATURE = 1e-5
+"""Below it decoding is greedy: float32 could not hold the logits, and no other token would come."""
+
+MAX_ETA = 1e30
+"""Above it float32 could not hold the transfer."""
+
 
 def _require(ok: bool, name: str, value: object, limit: str) -> None:
     if not ok:
         raise InvalidParameterError(f"{name}={value!r} is not allowed: {name} must be {limit}")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _settle(
+    settings: object,
+    name: str,
+    convert: Callable[[Any], _Number | None],
+    limit: str,
+    allowed: Callable[[_Number], bool],
+) -> None:
+    """Make an attribute of a frozen dataclass Python's own number, which must be within a limit."""
+    given = getattr(settings, name)
+    value = convert(given)
+    _require(value is not None and allowed(value), name, given, limit)
+    object.__setattr__(settings, name, value)
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+def whole(value: Any) -> int | None:
+    """The whole number that a value is, as Python's own; None for anything else, a bool too."""
+    if type(value) is int:  # most are, and a prompt has many
+        return value
+    return None if _is_no_scalar(value) else _converted(operator.index, value)
+
+
+def real(value: Any) -> float | None:
+    """The finite number that a value is, as Python's own; None for anything else, a bool too."""
+    number = None if _is_no_scalar(value) else _converted(float, value)
+    return number if number is not None and isfinite(number) else None
+
+
+def _is_no_scalar(value: Any) -> bool:
+    """Whether it is no number, of Python, NumPy or torch, although it may convert to one."""
+    kind = str(getattr(value, "dtype", ""))
+    return isinstance(value, bool | str | bytes) or "bool" in kind or getattr(value, "ndim", 0) > 0
+
+
+def _converted(convert: Callable[[Any], _Number], value: Any) -> _Number | None:
+    try:
+        return convert(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn. The same processors act on target (p) and drafter (q).
 
+    What the answering model's ``generation_config`` says counts too, where it changes what greedy
+    decoding gives: penalties, suppressed and forced tokens, the least length, stop strings. Its
+    settings for sampling (``do_sample``, ``temperature``, ``top_p``, …) and its greatest length do
+    not: these are here. Numbers may be Python's, NumPy's or torch scalars.
+
     Attributes:
-        temperature: 0 decodes greedily; above 0 divides the logits.
+        temperature: 0 (or less than 1e-5) decodes greedily; above, it divides the logits.
         top_p: nucleus mass in (0, 1]; 1 keeps everything.
         top_k: number of most likely tokens kept; 0 keeps everything.
-        repetition_penalty: above 0; 1 is none (Keskar et al. 2019, as in transformers).
+        repetition_penalty: above 0; 1 is none (Keskar et al. 2019, as in transformers); None is
+            what the model's ``generation_config`` says.
         max_new_tokens: tokens to generate at most.
         stop: strings that end the answer; they are cut from the text.
         seed: seeds the draws, so that one call is reproducible on one device; None draws afresh.
@@ -48,49 +95,47 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     max_new_tokens: int = 128
     stop: Sequence[str] = ()
     seed: int | None = 0
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        t, p = self.temperature, self.top_p
-        _require(_is_real(t) and t >= 0, "temperature", t, "a number of at least 0 (0 is greedy)")
-        _require(_is_real(p) and 0 < p <= 1, "top_p", p, "in (0, 1] (1 keeps every token)")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         _require(
-            _is_int(self.top_k) and self.top_k >= 0,
+            isinstance(stop, Iterable) and all(isinstance(s, str) and s for s in stop),
+            "stop",
+            self.stop,
+            "a list of non-empty strings",
+        )
+        object.__setattr__(self, "stop", tuple(stop))
+        _settle(self, "temperature", real, "a number of at least 0 (0 is greedy)", lambda t: t >= 0)
+        _settle(self, "top_p", real, "in (0, 1] (1 keeps every token)", lambda p: 0 < p <= 1)
+        _settle(
+            self,
             "top_k",
-            self.top_k,
+            whole,
             "a whole number of at least 0 (0 keeps every token)",
+            lambda k: k >= 0,
         )
-        _require(
-            _is_real(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a number above 0 (1 is none)",
-        )
-        _require(
-            _is_int(self.max_new_tokens) and self.max_new_tokens >= 1,
-            "max_new_tokens",
-            self.max_new_tokens,
-            "a whole number of at least 1",
-        )
-        _require(
-            all(isinstance(s, str) and s for s in stop), "stop", stop, "a list of non-empty strings"
-        )
-        _require(
-            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63),
-            "seed",
-            self.seed,
-            "None or a whole number from 0 to 2**63 - 1",
-        )
+        if self.repetition_penalty is not None:
+            _settle(
+                self, "repetition_penalty", real, "a number above 0 (1 is none)", lambda r: r > 0
+            )
+        _settle(self, "max_new_tokens", whole, "a whole number of at least 1", lambda n: n >= 1)
+        if self.seed is not None:
+            _settle(
+                self,
+                "seed",
+                whole,
+                "None or a whole number from 0 to 2**63 - 1",
+                lambda seed: 0 <= seed < 2**63,
+            )
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -99,10 +144,11 @@ class SpeculationConfig:
 
     Attributes:
         gamma: tokens drafted a round (γ), at least 1 (the paper uses 10); or ``auto``: each round
-            takes what the measured costs and the acceptance so far make fastest, 0 included. The
-            costs are measured once for each model and context length and then kept, so that a
-            decoder repeats itself; another process may measure, draft and round differently.
-        eta: strength of the knowledge transfer (η), at least 0. The paper uses 5 to 20 for
+            takes what the costs and the acceptance so far make fastest; 0 included, unless drafts
+            transfer knowledge (η > 0). The costs are measured once for each machine, architecture
+            and context length and kept on disk (see ``engine.costs``), so that calls can be
+            repeated.
+        eta: strength of the knowledge transfer (η), from 0 to 1e30. The paper uses 5 to 20 for
             self-speculation, 40 to 50 when the drafter is larger. ``exact`` does not use it.
         dynamic_eta: let η follow how sure the retrieval was and how far the answer is: token t of
             it gets η · confidence · 2^(-t / 32), with the ``confidence`` given to the decoder (see
@@ -135,31 +181,22 @@ class SpeculationConfig:
     min_confidence: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(
-            self.gamma == "auto" or (_is_int(self.gamma) and self.gamma >= 1),
-            "gamma",
-            self.gamma,
-            "'auto' or a whole number of at least 1",
-        )
-        _require(
-            _is_real(self.eta) and self.eta >= 0,
+        if self.gamma != "auto":
+            _settle(
+                self, "gamma", whole, "'auto' or a whole number of at least 1", lambda g: g >= 1
+            )
+        _settle(
+            self,
             "eta",
-            self.eta,
-            "a number of at least 0 (0 is lossless)",
+            real,
+            f"a number of at least 0 (0 is lossless) and at most {MAX_ETA:.0e}",
+            lambda eta: 0 <= eta <= MAX_ETA,
         )
-        _require(
-            _is_real(self.alpha) and 0 <= self.alpha <= 1, "alpha", self.alpha, "within [0, 1]"
-        )
+        _settle(self, "alpha", real, "within [0, 1]", lambda alpha: 0 <= alpha <= 1)
+        _settle(self, "min_confidence", real, "within [0, 1]", lambda q: 0 <= q <= 1)
         for name in ("dynamic_eta", "lookup"):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, "True or False")
-        confidence = self.min_confidence
-        _require(
-            _is_real(confidence) and 0 <= confidence <= 1,
-            "min_confidence",
-            confidence,
-            "within [0, 1]",
-        )
         kinds = get_args(Drafting)
         _require(self.drafting in kinds, "drafting", self.drafting, "one of " + ", ".join(kinds))
         modes = get_args(Mode)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+
+from rapid_llm.errors import InvalidParameterError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -27,6 +31,27 @@ def parse_gamma(value: str) -> int | Literal["auto"]:
         return int(value)
     except ValueError:
         raise typer.BadParameter(f"{value!r} is neither 'auto' nor a whole number") from None
+
+
+def parse_variables(values: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` of each, the value in JSON, or text where it is none."""
+    variables = {}
+    for given in values:
+        name, equals, value = given.partition("=")
+        if not name or not equals:
+            raise InvalidParameterError(
+                f"--chat-template-kwarg {given!r} is not allowed: give a name and a value, as "
+                "enable_thinking=false"
+            )
+        variables[name] = _json_or_text(value)
+    return variables
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def default_embedder() -> str:

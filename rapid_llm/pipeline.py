@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
+from rapid_llm.chat import checked_variables
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
-from rapid_llm.context.prompts import build_messages, fit_document
+from rapid_llm.context.prompts import Fitted, Truncate, build_messages, fit_documents
+from rapid_llm.context.retrieved import SEPARATOR, OnEmpty, Passage, require_on_empty
+from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
-from rapid_llm.encoding import Prompt
+from rapid_llm.encoding import Message, Prompt
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.stats import Method
+from rapid_llm.stats import Method, Stats
 
 METHODS: tuple[Method, ...] = get_args(Method)
 Stage = Literal["embed", "draft", "target"]
@@ -29,35 +32,50 @@ class Inquiry:
     Args:
         decoder: the models.
         builder: retrieves the drafter's context; None will do for ``lc``, which needs none.
-        documents: their texts; the target reads them in this order.
+        documents: their texts; the target reads them in this order, but for blank ones.
         question: what is asked about them.
         sampling: how tokens are drawn.
         speculation: how ``rapid`` and ``sd`` draft; ``sd`` uses mode ``exact``.
-        truncate: ``middle`` leaves out the middle of documents too long for the target's window;
-            retrieval still sees all of them.
+        truncate: ``middle`` cuts documents too long for the target's window, but not the passages
+            retrieved from them (``lc`` retrieves none); ``stats.omitted_tokens`` says how much was
+            left out. Retrieval still sees all of them.
+        on_empty: what the methods that retrieve do where nothing was retrieved: ``empty`` reads
+            nothing and answers nothing, ``read_all`` falls back to ``lc``.
         progress: told how far embedding and reading have come.
+        chat_template_kwargs: variables of the chat template, before the decoder's own.
+
+    Raises:
+        InvalidParameterError: ``on_empty`` is unknown.
+        DocumentError: a document or the question is not text, the question is empty, or all
+            documents are.
     """
 
     def __init__(
         self,
         decoder: RapidDecoder,
         builder: ContextBuilder | None,
-        documents: Sequence[str],
+        documents: str | Sequence[str],
         question: str,
         *,
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
-        truncate: Literal["middle"] | None = None,
+        truncate: Truncate | None = None,
+        on_empty: OnEmpty = "empty",
         progress: Progress | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        require_on_empty(on_empty)
         self.decoder = decoder
-        self.documents = tuple(documents)
+        require_text("the question", question)
+        self.documents = require_documents(documents)
         self.question = question
         self._builder = builder
         self._sampling = sampling or SamplingParams()
         self._speculation = speculation or SpeculationConfig()
-        self._truncate = truncate
+        self._truncate: Truncate | None = truncate
+        self._on_empty = on_empty
         self._progress = progress
+        self._variables = decoder.chat_template_kwargs | checked_variables(chat_template_kwargs)
 
     @cached_property
     def context(self) -> RetrievalContext:
@@ -65,8 +83,8 @@ class Inquiry:
 
         Raises:
             InvalidParameterError: there is no context builder.
-            DocumentError: a document or the question is empty or not text.
-            ModelError, MissingDependencyError: the embedder cannot be loaded.
+            ModelError, MissingDependencyError: the embedder cannot be loaded, or gives vectors
+                that are none.
         """
         if self._builder is None:
             raise InvalidParameterError(
@@ -84,34 +102,38 @@ class Inquiry:
 
         Args:
             method: ``rapid``; ``sd``, speculation without knowledge transfer; ``lc``, the target
-                alone; ``rag``, the drafter alone. Where nothing was retrieved, all but
-                ``lc`` fall back to it, and ``stats.draft_skipped`` says why.
+                alone; ``rag``, the drafter alone. Where nothing was retrieved, all but ``lc`` do
+                what ``on_empty`` says, and ``stats.draft_skipped`` says why.
 
         Raises:
             InvalidParameterError: the method is unknown.
             ContextWindowError: a prompt is too long for its model.
             RapidError: whatever else :attr:`context` and :meth:`RapidDecoder.stream` raise.
         """
-        run = self._plan(method)
+        require_method(method)
+        skipped = None if method == "lc" else self.context.empty_reason
+        if skipped is not None and self._on_empty == "empty":
+            return _explained(iter([Chunk("", (), "stop", Stats(method=method))]), skipped, 0)
+        run = self._plan("lc" if skipped is not None else method)
         chunks = self.decoder.stream(run.target, run.draft, **self._options(run))
-        return _explained(chunks, run.draft_skipped)
+        return _explained(chunks, skipped, run.omitted_tokens)
 
     def answer(self, method: Method = "rapid") -> GenerationResult:
         """The finished answer; see :meth:`stream`."""
         return GenerationResult.from_chunks(list(self.stream(method)))
 
     def _plan(self, method: Method) -> _Run:
-        require_method(method)
         if method == "lc":
-            return _Run(self._target_prompt, None)
-        if self.context.empty_reason is not None:
-            return _Run(self._target_prompt, None, draft_skipped=self.context.empty_reason)
+            whole = self._fitted([()] * len(self.documents))
+            return _Run(whole.prompt, None, whole.omitted_tokens)
         draft = build_messages(self.context.text, self.question)
         if method == "rag":
             return _Run(None, draft)
+        whole = self._fitted(self._passages())
         return _Run(
-            self._target_prompt,
+            whole.prompt,
             draft,
+            whole.omitted_tokens,
             exact=method == "sd",
             confidence=self.context.confidence,
         )
@@ -123,17 +145,32 @@ class Inquiry:
             "speculation": replace(speculation, mode="exact") if run.exact else speculation,
             "confidence": run.confidence,
             "progress": self._progress,
+            "chat_template_kwargs": self._variables,
         }
 
-    @cached_property
-    def _target_prompt(self) -> Prompt:
-        return fit_document(
-            "\n\n".join(self.documents),
-            self.question,
+    def _passages(self) -> list[list[Passage]]:
+        """For each document what was retrieved from it."""
+        found: list[list[Passage]] = [[] for _ in self.documents]
+        for chunk in self.context.chunks:
+            found[chunk.document].append(Passage(chunk.text, start=chunk.start))
+        return found
+
+    def _fitted(self, passages: Sequence[Sequence[Passage]]) -> Fitted:
+        """The target's prompt."""
+
+        def render(texts: Sequence[str]) -> list[Message]:
+            read = [text for text in texts if text.strip()]
+            return [*build_messages(SEPARATOR.join(read), self.question)]
+
+        return fit_documents(
+            self.documents,
+            render,
             self.decoder.tokenizer,
             self.decoder.target.context_window,
             self._sampling.max_new_tokens,
             self._truncate,
+            passages=passages,
+            chat_template_kwargs=self._variables,
         )
 
 
@@ -142,9 +179,9 @@ class _Run(NamedTuple):
 
     target: Prompt | None
     draft: Prompt | None
+    omitted_tokens: int = 0
     exact: bool = False
     confidence: float = 1.0
-    draft_skipped: str | None = None
 
 
 def require_method(method: str) -> None:
@@ -155,7 +192,10 @@ def require_method(method: str) -> None:
         )
 
 
-def _explained(chunks: Iterator[Chunk], draft_skipped: str | None) -> Iterator[Chunk]:
+def _explained(
+    chunks: Iterator[Chunk], skipped: str | None, omitted_tokens: int
+) -> Iterator[Chunk]:
     for chunk in chunks:
-        chunk.stats.draft_skipped = draft_skipped
+        chunk.stats.draft_skipped = skipped or chunk.stats.draft_skipped
+        chunk.stats.omitted_tokens = omitted_tokens
         yield chunk

@@ -11,17 +11,26 @@ Method = Literal["rapid", "sd", "lc", "rag"]
 NOTHING_RETRIEVED = "the retriever returned nothing"
 """``Stats.draft_skipped`` where a pipeline's own retriever left the drafter without a context."""
 
+NO_DRAFT_PROMPT = "no draft prompt was given"
+"""The same where the target was asked alone."""
+
+NOTHING_PAID = "no draft was found that promised to save time"
+"""The same where ``gamma="auto"`` or a lookup drafted in no round."""
+
 
 @dataclass
 class Stats:
     """Counts and seconds of one generation.
 
     Attributes:
-        method: ``rapid`` (η > 0), ``sd`` (η = 0), ``lc`` (no draft: the target alone over its
-            whole prompt), or ``rag`` (the drafter alone over the retrieval context).
+        method: what happened: ``rapid`` (drafts, η > 0), ``sd`` (drafts, η = 0), ``lc`` (nothing
+            was drafted so far: the target alone over its whole prompt), or ``rag`` (the drafter
+            alone over the retrieval context).
         prompt_tokens: tokens of the target's prompt.
         cached_tokens: of these, those whose KV was kept from an earlier call and not read again.
         draft_prompt_tokens: tokens of the drafter's prompt; 0 without a draft.
+        max_new_tokens: tokens the answer could have at most: what was asked for, or what the
+            context window had left.
         completion_tokens: tokens generated, an end-of-sequence token included.
         rounds: verification passes of the target.
         drafted_tokens: tokens the drafter proposed.
@@ -35,13 +44,15 @@ class Stats:
         draft_seconds: of these, spent drafting; on a GPU, where drafts are launched and not waited
             for, what the host spent.
         time_to_first_token: seconds from the call to the first round's tokens; None before it.
-        draft_skipped: why a prepared draft was not used; None when it was, or none was asked for.
+        draft_skipped: where the method is ``lc``, why nothing was drafted; else None.
+        omitted_tokens: tokens of the documents that ``truncate`` left out.
     """
 
     method: Method = "lc"
     prompt_tokens: int = 0
     cached_tokens: int = 0
     draft_prompt_tokens: int = 0
+    max_new_tokens: int = 0
     completion_tokens: int = 0
     rounds: int = 0
     drafted_tokens: int = 0
@@ -53,6 +64,7 @@ class Stats:
     draft_seconds: float = 0.0
     time_to_first_token: float | None = None
     draft_skipped: str | None = None
+    omitted_tokens: int = 0
 
     @property
     def acceptance_ratio(self) -> float:
@@ -89,7 +101,8 @@ class Stats:
     def together(cls, parts: Sequence[Stats]) -> Stats:
         """Of several generations, one after the other: counts and seconds add up.
 
-        What cannot be added is the first's; ``draft_skipped``, the first reason that there is.
+        The method is the first one that drafted, ``draft_skipped`` the first reason that there is;
+        what else cannot be added is the first's.
         """
         totals = {
             field.name: sum(getattr(part, field.name) for part in parts)
@@ -98,5 +111,8 @@ class Stats:
         }
         reasons = (part.draft_skipped for part in parts)
         return replace(
-            parts[0], **totals, draft_skipped=next((r for r in reasons if r is not None), None)
+            parts[0],
+            **totals,
+            method=next((p.method for p in parts if p.drafted_tokens), parts[0].method),
+            draft_skipped=next((r for r in reasons if r is not None), None),
         )

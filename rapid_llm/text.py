@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import compress
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -24,7 +25,8 @@ class TextStream:
 
     Args:
         tokenizer: the model's tokenizer.
-        stop: non-empty strings that end the text.
+        stop: non-empty strings that end the text. A special token that is one of them, or part
+            of one, counts where it is said, though it is never returned.
 
     Attributes:
         stopped: a stop string is complete. The text before it has been returned; from now on
@@ -35,13 +37,17 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._skipped = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self._skipped.update(tokenizer.all_special_ids)
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        special.update(tokenizer.all_special_ids)
+        contents = dict(zip(special, tokenizer.convert_ids_to_tokens(list(special)), strict=True))
+        self._hidden = {i for i in special if any(contents[i] in s for s in self._stop)}
+        self._skipped = special - self._hidden
         self._context: list[int] = []  # the last tokens of those decoded
         self._context_length = 0  # characters that they decode to
         self._bytes: list[int] = []  # a run of byte tokens, not yet decoded
         self._incomplete = ""  # decoded, but perhaps only the beginning of a character
         self._held = ""  # characters that may turn out to begin a stop string
+        self._shown: list[bool] = []  # which of them are text, and not of a special token
         self._pieces: list[str] = []
 
     @property
@@ -53,6 +59,10 @@ class TextStream:
         """Add a token; the text that became final with it, often "" and never half a character."""
         if self.stopped or token_id in self._skipped:
             return ""
+        if token_id in self._hidden:
+            piece = self._return(self._rest())
+            hidden = "" if self.stopped else self._return(self._content(token_id), shown=False)
+            return piece + hidden
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if token is None:  # models pad their vocabulary with ids that have no text
             return ""
@@ -66,14 +76,28 @@ class TextStream:
         """What is still held back. An incomplete character becomes U+FFFD."""
         if self.stopped:
             return ""
+        piece = self._return(self._rest())
+        if not self.stopped:
+            last = "".join(compress(self._held, self._shown))
+            self._pieces.append(last)
+            self._held, self._shown = "", []
+            piece += last
+        return piece
+
+    def _rest(self) -> str:
+        """What was decoded in part, as it is without another token."""
         last = self._decode(self._bytes) if self._bytes else ""
         last, self._incomplete = last + self._incomplete, ""
-        piece = self._return(last)
-        if not self.stopped:
-            piece += self._held
-            self._pieces.append(self._held)
-            self._held = ""
-        return piece
+        return last
+
+    def _content(self, special: int) -> str:
+        """A special token as it reads after the last tokens, with the space before it."""
+        text = self._tokenizer.decode(
+            [*self._context, special],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        return text[self._context_length :]
 
     def _decode(self, new: list[int]) -> str:
         """The characters that ``new`` completes."""
@@ -92,16 +116,17 @@ class TextStream:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def _return(self, fresh: str) -> str:
+    def _return(self, fresh: str, *, shown: bool = True) -> str:
         """Pass on what can no longer become part of a stop string."""
-        text = self._held + fresh
+        text, mask = self._held + fresh, [*self._shown, *[shown] * len(fresh)]
         found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
             self.stopped = True
-            piece, self._held = text[: min(found)[1]], ""
+            end, self._held, self._shown = min(found)[1], "", []
         else:
-            keep = self._possible_stop(text)
-            piece, self._held = text[: len(text) - keep], text[len(text) - keep :]
+            end = len(text) - self._possible_stop(text)
+            self._held, self._shown = text[end:], mask[end:]
+        piece = "".join(compress(text[:end], mask))
         self._pieces.append(piece)
         return piece
 

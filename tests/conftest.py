@@ -75,6 +75,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _measured_for_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes cost is measured anew, and kept out of the user's cache folder."""
+    monkeypatch.setenv("RAPID_LLM_CACHE", str(tmp_path / "rapid-llm-cache"))
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """PyTorch and the kernels divide their work among so many."""

@@ -30,10 +30,10 @@ def slow_passes(monkeypatch) -> list[int]:
     passes: list[int] = []
     original = Forward.__call__
 
-    def slow(forward, tokens, cache, keep_logits):
+    def slow(forward, tokens, cache, *args):
         passes.append(len(tokens))
         time.sleep(0.02)
-        return original(forward, tokens, cache, keep_logits)
+        return original(forward, tokens, cache, *args)
 
     monkeypatch.setattr(Forward, "__call__", slow)
     return passes

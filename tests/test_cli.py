@@ -154,15 +154,49 @@ def test_rag_runs_the_drafter_alone(ask: Any, model: str) -> None:
 
 
 def test_nothing_retrieved_is_said(ask: Any) -> None:
+    for options in (), ("--method", "sd"), ("--method", "rag"), ("--compare",):
+        status, out, err = ask(*options, threshold=1)
+        assert status == 0
+        assert out == "\n" or "--compare" in options
+        for part in ("no chunk reached similarity 1", "--on-empty read_all", "--threshold"):
+            assert part in err
+
+    status, out, err = ask("--json", threshold=1)
+    answer = json.loads(out)
+    assert status == 0
+    assert "--on-empty read_all" in err
+    assert (answer["text"], answer["token_ids"], answer["chunks"]) == ("", [], [])
+    assert (answer["method"], answer["finish_reason"]) == ("rapid", "stop")
+    assert answer["models"]["target"] is answer["models"]["drafter"] is None
+    assert "similarity 1" in answer["stats"]["draft_skipped"]
+
+
+def test_the_whole_documents_are_read_where_that_was_asked_for(ask: Any) -> None:
     plain = ask("--method", "lc").out
-    status, out, err = ask(threshold=1)
+    status, out, err = ask("--on-empty", "read_all", threshold=1)
     assert (status, out) == (0, plain)
     assert "| lc (no chunk reached similarity 1" in err
+    assert "--on-empty" not in err
 
-    answer = json.loads(ask("--json", threshold=1).out)
+    answer = json.loads(ask("--json", "--on-empty", "read_all", threshold=1).out)
     assert answer["method"] == "rapid"
     assert answer["stats"]["method"] == "lc"
     assert "similarity 1" in answer["stats"]["draft_skipped"]
+
+
+def test_a_blank_document_among_others_is_passed_over(
+    ask: Any, run: Any, model: str, tmp_path: Path
+) -> None:
+    blank = tmp_path / "blank.txt"
+    blank.write_text(" \n")
+    status, out, err = ask(blank)
+    assert (status, out) == (0, ask().out)
+    assert f"{blank} holds no text and is passed over" in err
+    second = tmp_path / "second.txt"
+    second.write_text("")
+    assert_refused(
+        run("ask", blank, second, "-q", "w5", "--target", model), str(blank), str(second), "no text"
+    )
 
 
 def test_compare_shows_every_method(ask: Any) -> None:
@@ -263,6 +297,31 @@ def assert_refused(outcome: Outcome, *mentions: str) -> None:
         assert mention in outcome.err
 
 
+def test_variables_of_the_chat_template_are_json_or_text(
+    ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    stream = RapidDecoder.stream
+
+    def spy(self: RapidDecoder, *prompts: Any, **options: Any) -> Any:
+        seen.append(options["chat_template_kwargs"])
+        return stream(self, *prompts, **options)
+
+    monkeypatch.setattr(RapidDecoder, "stream", spy)
+    given = ["enable_thinking=false", "effort=low", 'date={"year": 2026}', "a=b=c", "n=3", 's="3"']
+    assert ask(*(part for value in given for part in ("--chat-template-kwarg", value))).status == 0
+    assert seen == [
+        {
+            "enable_thinking": False,
+            "effort": "low",
+            "date": {"year": 2026},
+            "a": "b=c",
+            "n": 3,
+            "s": "3",
+        }
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "mentions"),
     [
@@ -288,8 +347,10 @@ def assert_refused(outcome: Outcome, *mentions: str) -> None:
         (["--stop", ""], ["stop"]),
         (["--chunk-tokens", "31"], ["chunk-tokens", "31", "32"]),
         (["--threshold", "1.5"], ["threshold", "1.5", "1"]),
-        (["--context-tokens", "0"], ["context-tokens", "0", "1"]),
+        (["--context-tokens", "31"], ["context-tokens", "31", "32"]),
         (["--compression", "0.5"], ["compression", "0.5", "1"]),
+        (["--chat-template-kwarg", "thinking"], ["'thinking'", "a name and a value"]),
+        (["--chat-template-kwarg", "=1"], ["'=1'", "a name and a value"]),
         (["--colour", "red"], ["--colour"]),
         (["no-such-file.txt"], ["no-such-file.txt"]),
     ],
@@ -363,7 +424,41 @@ def test_a_long_document_is_refused_or_truncated(ask: Any, document: str) -> Non
     assert_refused(ask(), "512", "12", "truncate")
     outcome = ask("--truncate", "middle", "--json")
     assert outcome.status == 0
-    assert json.loads(outcome.out)["stats"]["prompt_tokens"] <= 500
+    stats = json.loads(outcome.out)["stats"]
+    assert stats["prompt_tokens"] <= 500
+    assert 100 < stats["omitted_tokens"] < 600
+
+
+def test_several_documents_are_truncated_around_what_was_retrieved(
+    ask: Any, document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = tmp_path / "second.txt"
+    texts = [" ".join([TEXT] * 3), f"{TEXT} {TEXT} w1 w1 w1 {TEXT}"]
+    for path, text in zip((document, second), texts, strict=True):
+        Path(path).write_text(text, encoding="utf-8")
+    seen: list[str] = []
+    stream = RapidDecoder.stream
+
+    def spy(self: RapidDecoder, target: Any, *prompts: Any, **options: Any) -> Any:
+        seen.append(target[0]["content"] if target else "")
+        return stream(self, target, *prompts, **options)
+
+    monkeypatch.setattr(RapidDecoder, "stream", spy)
+    answer = json.loads(ask(second, "--truncate", "middle", "--json").out)
+    assert answer["chunks"]
+    for chunk in answer["chunks"]:
+        text = texts[chunk["document"] != document]
+        assert text[chunk["start"] : chunk["end"]] in seen[0]
+    omitted = answer["stats"]["omitted_tokens"]
+    assert 400 < omitted < 903
+
+    status, _, err = ask(second, "--truncate", "middle")
+    assert status == 0
+    assert f"| {omitted} tokens of the documents left out |" in err
+    assert f" tokens in {len(answer['chunks'])} chunk" in err
+    status, out, _ = ask(second, "--truncate", "middle", "--compare")
+    assert status == 0
+    assert f"{omitted} tokens of the documents were left out" in out
 
 
 def test_attention_choices_are_the_engine_s() -> None:
@@ -379,7 +474,7 @@ def test_an_interrupt_ends_with_130(ask: Any, monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RapidDecoder, "stream", interrupted)
-    monkeypatch.setattr("rapid_llm.pipeline._explained", lambda chunks, reason: chunks)
+    monkeypatch.setattr("rapid_llm.pipeline._explained", lambda chunks, *_: chunks)
     status, out, err = ask()
     assert status == 130
     assert out.startswith("half an ans")

@@ -589,7 +589,7 @@ def check_context(
 
 @pytest.fixture(scope="session")
 def builder(tokenizer: PreTrainedTokenizerBase, minilm: Embedder) -> ContextBuilder:
-    return ContextBuilder(tokenizer, minilm, chunk_tokens=64)
+    return ContextBuilder(tokenizer, minilm, chunk_tokens=64, threshold=0.3)
 
 
 @pytest.mark.parametrize("topic", TOPICS)
@@ -642,13 +642,16 @@ def test_the_budget_grows_with_the_documents(
     tokenizer: PreTrainedTokenizerBase, minilm: Embedder
 ) -> None:
     tokens = ordinary_tokens(tokenizer, DOCUMENT)
-    options: dict[str, Any] = {"chunk_tokens": 64, "min_budget_tokens": 10}
+    options: dict[str, Any] = {"chunk_tokens": 64, "min_budget_tokens": 32}
     builder = ContextBuilder(tokenizer, minilm, compression=2.5, **options)
     assert builder.build(DOCUMENT, QUESTIONS["chess"]).budget == int(tokens / 2.5)
     assert builder.build([DOCUMENT] * 3, QUESTIONS["chess"]).budget == int(3 * tokens / 2.5)
+    long = [f"{i}. {DOCUMENT}" for i in range(4)]
+    total = sum(ordinary_tokens(tokenizer, text) for text in long)
+    assert total > 24 * 32
     assert ContextBuilder(tokenizer, minilm, **options).build(
-        DOCUMENT, QUESTIONS["chess"]
-    ).budget == int(tokens / 24)
+        long, QUESTIONS["chess"]
+    ).budget == int(total / 24)
 
 
 def test_a_chunk_that_no_longer_fits_leaves_room_for_a_smaller_one(
@@ -675,12 +678,13 @@ def test_nothing_above_the_threshold(builder: ContextBuilder) -> None:
     assert context.empty_reason.startswith("no chunk reached similarity 0.3 (best 0.")
 
 
-def test_nothing_fits_into_the_budget(tokenizer: PreTrainedTokenizerBase, minilm: Embedder) -> None:
-    builder = ContextBuilder(tokenizer, minilm, chunk_tokens=64, min_budget_tokens=20)
+def test_a_budget_smaller_than_a_chunk_makes_smaller_chunks(
+    tokenizer: PreTrainedTokenizerBase, minilm: Embedder
+) -> None:
+    builder = ContextBuilder(tokenizer, minilm, chunk_tokens=512, min_budget_tokens=40)
     context = builder.build(DOCUMENT, QUESTIONS["whale"])
-    assert context.chunks == ()
-    assert context.empty_reason is not None
-    assert context.empty_reason.startswith("no similar chunk fits into 20 tokens (the smallest has")
+    check_context(context, [DOCUMENT], tokenizer)
+    assert "blue whale" in context.text
 
 
 def test_threshold_is_inclusive_and_settable(
@@ -709,7 +713,7 @@ def test_markup_in_a_document_is_counted_as_text(
 @settings(max_examples=25, deadline=None)
 @given(
     documents=st.lists(TEXTS.filter(str.strip), min_size=1, max_size=3),
-    budget=st.integers(1, 400),
+    budget=st.integers(32, 400),
     compression=st.floats(1, 30),
 )
 def test_any_documents_keep_offsets_order_and_budget(
@@ -752,9 +756,17 @@ def test_unicode_documents_are_searched(tokenizer: PreTrainedTokenizerBase) -> N
         ("", "q", "the document is empty"),
         (" \n\t", "q", "the document is empty"),
         ([], "q", "no document was given"),
-        (["text", " "], "q", "document 2 of 2 is empty"),
+        (["", " "], "q", "all 2 documents are empty"),
         (["text", b"bytes"], "q", "document 2 of 2 is bytes, not text"),
-        (b"bytes", "q", "is int, not text"),
+        (
+            ["text", Path("text.txt")],
+            "q",
+            r"document 2 of 2 is PosixPath, not text: .*read_document",
+        ),
+        (b"bytes", "q", "documents of type bytes are not allowed: .*list of texts"),
+        ({"id": "text"}, "q", "documents of type dict are not allowed"),
+        ({"text"}, "q", "documents of type set are not allowed"),
+        (None, "q", "documents of type NoneType are not allowed"),
         ("text \ud800", "q", "lone surrogate at character 5"),
         ("text", "", "the question is empty"),
         ("text", "  ", "the question is empty"),
@@ -781,7 +793,7 @@ def test_documents_and_questions_that_are_no_text(
         ("threshold", -1.01),
         ("threshold", float("nan")),
         ("threshold", "0.3"),
-        ("min_budget_tokens", 0),
+        ("min_budget_tokens", 31),
         ("min_budget_tokens", None),
         ("compression", 0.99),
         ("compression", float("inf")),

@@ -7,6 +7,7 @@ import random
 import threading
 import weakref
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from rapid_llm.errors import (
     NumericalError,
     TokenizerMismatchError,
 )
+from rapid_llm.models import LoadedModel
 
 TARGET_PROMPT = [5, 9, 31, 7, 44, 12, 8, 30, 21, 17, 60, 3]
 DRAFT_PROMPT = [31, 7, 44, 3]
@@ -215,10 +217,10 @@ class CountedForward:
         self.caches = {}
         original = Forward.__call__
 
-        def spy(forward, tokens, cache, keep_logits):
+        def spy(forward, tokens, cache, *args):
             self.passes.append(len(tokens))
             self.caches[id(cache)] = cache
-            return original(forward, tokens, cache, keep_logits)
+            return original(forward, tokens, cache, *args)
 
         monkeypatch.setattr(Forward, "__call__", spy)
 
@@ -301,11 +303,18 @@ def ask(decoder, question, speculation=None, document=DOCUMENT, **options):
     )
 
 
+@pytest.fixture
+def short_chunks(monkeypatch) -> None:
+    """KV is reused in whole chunks of a prefill."""
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+
+
 def forgetful() -> RapidDecoder:
     """The same weights, and every prompt is read from its beginning."""
     return RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_bytes=0)
 
 
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=3, lookup=False)])
 def test_the_next_question_on_a_document_reads_only_itself(decoder, monkeypatch, speculation):
     assert ask(decoder, QUESTIONS[0], speculation).stats.cached_tokens == 0
@@ -319,9 +328,10 @@ def test_the_next_question_on_a_document_reads_only_itself(decoder, monkeypatch,
     assert (stats.prompt_tokens, stats.cached_tokens) == (103, 100)
     assert stats.as_dict()["cached_tokens"] == 100
     assert result.token_ids == ask(forgetful(), QUESTIONS[1], speculation).token_ids
-    assert ask(decoder, QUESTIONS[1], speculation).stats.cached_tokens == 101  # not the last two
+    assert ask(decoder, QUESTIONS[1], speculation).stats.cached_tokens == 100
 
 
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=4)], ids=["plain", "rapid"])
 def test_answers_do_not_depend_on_what_was_asked_before(decoder, sampling, speculation):
@@ -336,24 +346,26 @@ def test_answers_do_not_depend_on_what_was_asked_before(decoder, sampling, specu
         )
 
 
+@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("speculation", [None, SpeculationConfig(gamma=3)])
-def test_the_next_turn_of_a_conversation_reuses_the_answer(decoder, speculation):
+def test_the_next_turn_of_a_conversation_reuses_the_prompt_before_it(decoder, speculation):
     first = ask(decoder, QUESTIONS[0], speculation)
     before = [*DOCUMENT, *QUESTIONS[0], *first.token_ids]
     second = ask(decoder, QUESTIONS[1], speculation, document=before)
-    # The answer's last token was said, but never read.
-    assert second.stats.cached_tokens == len(before) - 1
+    # The end of the prompt and the answer are read again, as in a fresh prefill.
+    assert second.stats.cached_tokens == len(DOCUMENT)
     again = ask(forgetful(), QUESTIONS[1], speculation, document=before)
     assert second.token_ids == again.token_ids
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_a_closed_stream_leaves_what_it_has_read(decoder):
     stream = decoder.stream([*DOCUMENT, *QUESTIONS[0]], sampling=GREEDY)
     said = [token for _ in range(3) for token in next(stream).token_ids]
     stream.close()
     longer = [*DOCUMENT, *QUESTIONS[0], *said]
     result = ask(decoder, QUESTIONS[1], document=longer)
-    assert result.stats.cached_tokens == len(longer) - 1
+    assert result.stats.cached_tokens == len(DOCUMENT)
     assert result.token_ids == ask(forgetful(), QUESTIONS[1], document=longer).token_ids
 
 
@@ -364,17 +376,17 @@ class FailingForward:
         self.tokens = 0
         original, calls = Forward.__call__, iter(range(10_000))
 
-        def fail_once(forward, tokens, cache, keep_logits):
+        def fail_once(forward, tokens, cache, *args):
             if next(calls) == at:
                 raise error
             self.tokens += len(tokens)
-            return original(forward, tokens, cache, keep_logits)
+            return original(forward, tokens, cache, *args)
 
         monkeypatch.setattr(Forward, "__call__", fail_once)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_an_error_leaves_what_was_read_before_it(decoder, monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
     with monkeypatch.context() as context:
         FailingForward(context, at=4, error=KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -384,8 +396,8 @@ def test_an_error_leaves_what_was_read_before_it(decoder, monkeypatch):
     assert result.token_ids == ask(forgetful(), QUESTIONS[0]).token_ids
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_memory_that_runs_out_in_prefill_is_taken_from_what_is_idle(decoder, monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
     expected = ask(forgetful(), QUESTIONS[0])
     other = DOCUMENT[::-1]
     ask(decoder, QUESTIONS[0], document=other)
@@ -415,9 +427,9 @@ class SeenCaches:
         self._seen: weakref.WeakSet = weakref.WeakSet()
         original = Forward.__call__
 
-        def spy(forward, tokens, cache, keep_logits):
+        def spy(forward, tokens, cache, *args):
             self._seen.add(cache)
-            return original(forward, tokens, cache, keep_logits)
+            return original(forward, tokens, cache, *args)
 
         monkeypatch.setattr(Forward, "__call__", spy)
 
@@ -426,6 +438,7 @@ class SeenCaches:
         return len(self._seen)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_nothing_is_kept_without_a_budget_or_after_clearing(decoder, monkeypatch):
     caches = SeenCaches(monkeypatch)
     without = forgetful()
@@ -439,6 +452,7 @@ def test_nothing_is_kept_without_a_budget_or_after_clearing(decoder, monkeypatch
     assert ask(decoder, QUESTIONS[0], EXACT).stats.cached_tokens == 0
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_the_budget_bounds_what_is_kept(monkeypatch):
     per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32
     prompt_and_answer = (103 + 40) * per_token
@@ -451,6 +465,7 @@ def test_the_budget_bounds_what_is_kept(monkeypatch):
         RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_bytes=-1)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_threads_share_a_document(decoder):
     expected = [ask(forgetful(), question, EXACT).token_ids for question in QUESTIONS]
     answers: dict[int, list[int]] = {}
@@ -473,6 +488,7 @@ def test_threads_share_a_document(decoder):
     assert max(cached) >= len(DOCUMENT)
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_a_folder_keeps_prompts_for_the_next_process(tmp_path, monkeypatch):
     monkeypatch.setattr(reuse, "WORTH_SAVING", 20)
     monkeypatch.setattr(reuse, "WORTH_LOADING", 10)
@@ -602,12 +618,67 @@ def test_bad_speculation_parameters(name, value):
         SpeculationConfig(**{name: value})
 
 
-def test_a_prompt_over_the_window_names_both_numbers(decoder):
-    with pytest.raises(ContextWindowError, match=r"500 tokens.*max_new_tokens=40.*512.*28 tokens"):
-        decoder.stream([5] * 500, sampling=GREEDY)
-    with pytest.raises(ContextWindowError, match="500 tokens"):
-        decoder.generate(TARGET_PROMPT, [5] * 500, sampling=GREEDY)
-    assert len(decoder.generate([5] * 472, sampling=GREEDY).token_ids) == 40  # just fits
+def test_a_prompt_that_fills_the_window_is_refused_with_both_numbers(decoder):
+    with pytest.raises(ContextWindowError, match=r"512 tokens.*LlamaForCausalLM 512.*by 1 token"):
+        decoder.stream([5] * 512, sampling=GREEDY)
+    with pytest.raises(ContextWindowError, match=r"600 tokens.*by 89 tokens"):
+        decoder.generate(None, [5] * 600, sampling=GREEDY)
+
+
+@pytest.mark.parametrize("draft_prompt", [None, DRAFT_PROMPT], ids=["plain", "drafted"])
+def test_an_answer_may_have_what_the_window_leaves(decoder, draft_prompt):
+    target = [*TARGET_PROMPT, *[5] * 480]
+    for asked, had in ((10, 10), (20, 20), (21, 20), (512, 20), (10**9, 20)):
+        sampling = SamplingParams(max_new_tokens=asked, ignore_eos=True)
+        result = decoder.generate(target, draft_prompt, sampling=sampling, speculation=EXACT)
+        assert len(result.token_ids) == result.stats.max_new_tokens == had
+        assert result.finish_reason == "length"
+    assert result.token_ids == transformers_greedy(decoder.target.model, target, 20)
+    assert len(decoder.generate([5] * 511, sampling=GREEDY).token_ids) == 1
+
+
+def small_drafter() -> RapidDecoder:
+    """A drafter of 64 positions beside a target of 512."""
+    drafter = tiny_model(seed=1, max_position_embeddings=64)
+    return RapidDecoder(tiny_model(), tiny_tokenizer(), drafter, drafter_name="short")
+
+
+@pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
+def test_a_draft_prompt_beyond_the_drafters_window_is_left_out(mode):
+    decoder, config = small_drafter(), SpeculationConfig(mode=mode)
+    result = decoder.generate(TARGET_PROMPT, [6] * 64, sampling=GREEDY, speculation=config)
+    assert result.token_ids == transformers_greedy(decoder.target.model, TARGET_PROMPT, 40)
+    assert result.stats.draft_skipped == (
+        "the draft prompt has 64 tokens, the context window of short 64"
+    )
+    assert (result.stats.method, result.stats.draft_prompt_tokens) == ("lc", 0)
+    with pytest.raises(ContextWindowError, match="short 64"):
+        decoder.generate(None, [6] * 64, sampling=GREEDY)
+
+
+@pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("drafted", [63, 50, 25, 24])
+def test_a_drafter_drafts_as_far_as_its_window_goes(mode, sampling, drafted):
+    """The answer is as long as was asked for; what the drafter cannot hold, the target says."""
+    decoder = small_drafter()
+    positions = []
+    run = decoder.drafter.__class__.__call__
+
+    class Watched(type(decoder.drafter)):
+        def __call__(self, tokens, cache, *args):
+            if self is decoder.drafter:
+                positions.append(cache.length + len(tokens))
+            return run(self, tokens, cache, *args)
+
+    decoder.drafter.__class__ = Watched
+    config = SpeculationConfig(mode=mode, gamma=4, lookup=False)
+    result = decoder.generate(TARGET_PROMPT, [6] * drafted, sampling=sampling, speculation=config)
+    assert len(result.token_ids) == result.stats.max_new_tokens == 40
+    assert result.stats.draft_skipped is None
+    assert max(positions) == min(64, drafted + 39 + (mode == "augmented"))
+    if mode == "exact" and sampling is GREEDY:
+        assert result.token_ids == transformers_greedy(decoder.target.model, TARGET_PROMPT, 40)
 
 
 def test_bad_prompts(decoder):
@@ -620,10 +691,109 @@ def test_tokenizers_that_differ_are_refused():
     target = tiny_model()
     with pytest.raises(TokenizerMismatchError, match=r"80.*64.*drafter_tokenizer"):
         RapidDecoder(target, tiny_tokenizer(), tiny_model(vocab_size=80))
-    other = tiny_tokenizer()
-    other.add_tokens(["<extra>"])
-    with pytest.raises(TokenizerMismatchError, match="<extra>"):
+    other = tiny_tokenizer(63)
+    with pytest.raises(TokenizerMismatchError, match=r"'w63'.*not only in tokens that were added"):
         RapidDecoder(target, tiny_tokenizer(), tiny_model(seed=1), drafter_tokenizer=other)
+
+
+def with_added(*tokens: str) -> Any:
+    tokenizer = tiny_tokenizer(60)
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+def test_an_added_token_must_have_one_id_and_an_id_one_token():
+    for ours, theirs in ((["<a>"], ["<b>"]), (["<a>", "<b>"], ["<b>", "<a>"])):
+        with pytest.raises(TokenizerMismatchError, match=r"<[ab]>"):
+            RapidDecoder(
+                tiny_model(),
+                with_added(*ours),
+                tiny_model(seed=1),
+                drafter_tokenizer=with_added(*theirs),
+            )
+
+
+@pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("width", [61, 64])
+def test_a_drafter_without_some_added_tokens_drafts_until_one_is_said(mode, sampling, width):
+    target = tiny_model(eos_token_id=None)
+    with torch.no_grad():  # it likes <y>, id 61, which the drafter does not have
+        target.lm_head.weight[61] *= 4
+    drafter = tiny_model(seed=1, vocab_size=width)
+    decoder = RapidDecoder(
+        target, with_added("<x>", "<y>"), drafter, drafter_tokenizer=with_added("<x>")
+    )
+    config = SpeculationConfig(mode=mode, gamma=4, eta=2.0)
+    result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=sampling, speculation=config)
+    assert 61 in result.token_ids
+    assert result.stats.drafted_tokens > 0
+    assert len(result.token_ids) == 40
+    if mode == "exact" and sampling is GREEDY:
+        assert result.token_ids == transformers_greedy(target, TARGET_PROMPT, 40)
+    skipped = decoder.generate(TARGET_PROMPT, [5, 61], sampling=sampling, speculation=config)
+    assert skipped.stats.draft_skipped == "the draft prompt holds '<y>', which " + (
+        "LlamaForCausalLM does not have"
+    )
+    with pytest.raises(TokenizerMismatchError, match="holds '<y>'"):
+        decoder.generate(None, [5, 61])
+    with pytest.raises(TokenizerMismatchError, match="holds '<y>'"):
+        decoder.log_likelihood([5, 61], "w5", drafter=True)
+
+
+@pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
+def test_an_added_token_of_the_drafter_alone_is_never_drafted(mode):
+    drafter = tiny_model(seed=1)
+    with torch.no_grad():
+        drafter.lm_head.weight[61] *= 9
+    decoder = RapidDecoder(
+        tiny_model(), with_added("<x>"), drafter, drafter_tokenizer=with_added("<x>", "<y>")
+    )
+    config = SpeculationConfig(mode=mode, gamma=4, eta=40.0)
+    result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=SAMPLED, speculation=config)
+    assert 61 not in result.token_ids
+
+
+HUB = {"token": "t", "revision": "v1", "cache_dir": "/c", "trust_remote_code": True}
+
+
+def test_hub_options_reach_a_drafter_loaded_by_name(monkeypatch):
+    calls = {}
+
+    def load(source, *, dtype, device, **options):
+        calls[source] = options
+        return LoadedModel(tiny_model(), tiny_tokenizer(), str(source))
+
+    monkeypatch.setattr("rapid_llm.decoder.load_model", load)
+    RapidDecoder.from_pretrained("org/target", "org/drafter", subfolder="big", **HUB)
+    assert calls == {"org/target": HUB | {"subfolder": "big"}, "org/drafter": HUB}
+    own = {"revision": "v2", "gguf_file": "x.gguf"}
+    RapidDecoder.from_pretrained("org/target", "org/drafter", drafter_options=own, **HUB)
+    assert calls == {"org/target": HUB, "org/drafter": HUB | own}
+
+
+def test_template_variables_of_a_call_go_before_the_decoders():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}{{ a }} {{ b }}"
+    decoder = RapidDecoder(
+        tiny_model(), tokenizer, chat_template_kwargs={"a": "w10", "b": "w11 w12"}
+    )
+    chat = [{"role": "user", "content": "w5"}]
+    one = SamplingParams(max_new_tokens=1)
+
+    def read(**options):
+        progress = []
+        stats = decoder.generate(
+            chat, chat, sampling=one, progress=lambda *p: progress.append(p), **options
+        ).stats
+        return stats.prompt_tokens, stats.draft_prompt_tokens
+
+    assert read() == (4, 4)
+    assert read(chat_template_kwargs={"b": ""}) == (2, 2)
+    with pytest.raises(InvalidParameterError, match="'tokenize'"):
+        decoder.stream(chat, chat_template_kwargs={"tokenize": True})
+    with pytest.raises(InvalidParameterError, match="'tokenize'"):
+        RapidDecoder(tiny_model(), tokenizer, chat_template_kwargs={"tokenize": True})
 
 
 def test_unknown_models_are_named():

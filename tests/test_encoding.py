@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from rapid_llm import encoding
 from rapid_llm.encoding import encode_literal, encode_prompt, literal_encoding
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.literal import Controls, LiteralTwin, twin_of
 
 CORPUS = [
     "The lamp on the pier was lit at seven, and the keeper wrote the hour in his book.",
@@ -271,8 +271,8 @@ def test_a_tokenizer_without_template_refuses_messages() -> None:
 
 
 def test_what_the_template_refuses_is_reported_with_its_cause() -> None:
-    messages = [*user("a"), *user("b")]
-    with pytest.raises(InvalidParameterError, match=r"user, user.*roles must alternate") as caught:
+    messages = [*user("a"), *[{"role": "tool", "content": "b"}] * 2]
+    with pytest.raises(InvalidParameterError, match=r"user, tool, tool.*must alternate") as caught:
         encode_prompt(messages, KINDS["always"]())
     assert type(caught.value.__cause__).__name__ == "TemplateError"
 
@@ -364,8 +364,8 @@ def test_the_rest_of_a_literal_chat_is_encoded_as_ever() -> None:
         tokenizer = KINDS[kind]()
         chat = [*user("The lamp  was\n\nlit."), {"role": "assistant", "content": " At seven. "}]
         chat += user("Who wrote the hour?")
-        twin = encoding._literal_twin(tokenizer)
-        assert twin.encode_chat(chat, tokenizer) == plain_template(chat, tokenizer), kind
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert twin_of(tokenizer).encode_rendered(text) == plain_template(chat, tokenizer), kind
 
 
 def test_tokens_that_the_template_writes_are_control_tokens_even_if_not_marked_special() -> None:
@@ -380,14 +380,15 @@ def test_tokens_that_the_template_writes_are_control_tokens_even_if_not_marked_s
 def test_the_names_of_control_tokens_are_secret() -> None:
     """What a document may have seen of another tokenizer's copy is text to this one."""
     tokenizer = smollm2()
-    stolen = encoding._LiteralTwin(tokenizer)
-    content = f"<|im_end|>{stolen._names['<|im_end|>']}{stolen._quotes['<|im_end|>']}"
+    other = Controls(tokenizer)
+    stolen = LiteralTwin(tokenizer, other)._names["<|im_end|>"] + other.quote("<|im_end|>")
+    content = f"<|im_end|>{stolen}"
     ids = encode_prompt(user(content), tokenizer)
     assert control_ids(ids, tokenizer) == control_ids(
         encode_prompt(user("a"), tokenizer), tokenizer
     )
     assert content in tokenizer.decode(ids)
-    assert len(stolen._mark) == 32  # 128 bits
+    assert len(other.mark) == 32  # 128 bits
 
 
 def test_control_tokens_added_later_are_respected() -> None:

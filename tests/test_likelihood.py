@@ -74,6 +74,13 @@ def test_bad_continuations_are_refused() -> None:
 # --- kept KV ----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KV is kept in whole chunks of a prefill."""
+    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", 10)
+
+
+@pytest.mark.usefixtures("short_chunks")
 def test_only_one_prompt_s_kv_is_kept() -> None:
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
 
@@ -82,19 +89,21 @@ def test_only_one_prompt_s_kv_is_kept() -> None:
 
     reused(PROMPT)
     reused(OTHER)
-    assert decoder.keep_only(PROMPT) == len(PROMPT) - 2
-    assert reused(OTHER) == 1  # all prompts begin with the same word
-    assert reused(PROMPT) == len(PROMPT) - 2
+    assert decoder.keep_only(PROMPT) == len(PROMPT) - 10
+    assert reused(OTHER) == 0
+    assert reused(PROMPT) == len(PROMPT) - 10
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_what_follows_the_prompt_is_not_kept() -> None:
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
     answer = decoder.generate(PROMPT, sampling=SamplingParams(max_new_tokens=20)).token_ids
     decoder.keep_only(PROMPT)
     again = decoder.generate([*PROMPT, *answer], sampling=ONE)
-    assert again.stats.cached_tokens == len(PROMPT) - 2
+    assert again.stats.cached_tokens == len(PROMPT) - 10
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_nothing_is_kept_of_a_prompt_that_was_not_read() -> None:
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
     assert decoder.keep_only(PROMPT) == 0
@@ -162,4 +171,6 @@ def test_stats_of_several_generations_add_up() -> None:
     assert total.acceptance_ratio == 0.5
     assert total.time_to_first_token == 0.1
     assert total.draft_skipped == "no chunk"
+    one = Stats("lc", draft_skipped="no draft")
+    assert (Stats.together([one, parts[0]]).method, Stats.together([one]).method) == ("rapid", "lc")
     assert parts[0].prompt_tokens == 10

@@ -144,17 +144,34 @@ def test_lc_needs_no_builder(decoder: RapidDecoder) -> None:
 
 
 @pytest.mark.parametrize("method", ["rapid", "sd", "rag"])
-def test_without_chunks_the_target_decodes_plainly(inquire: Any, method: Any) -> None:
+def test_without_chunks_nothing_is_read(
+    inquire: Any, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RapidDecoder, "stream", None)
     inquiry = inquire(threshold=1.0)
+    (chunk,) = inquiry.stream(method)
+    assert (chunk.text, chunk.token_ids, chunk.finish_reason) == ("", (), "stop")
+    result = inquiry.answer(method)
+    assert (result.text, result.token_ids, result.finish_reason) == ("", [], "stop")
+    assert "similarity 1" in result.stats.draft_skipped
+    assert result.stats.prompt_tokens == result.stats.draft_prompt_tokens == 0
+
+
+@pytest.mark.parametrize("method", ["rapid", "sd", "rag"])
+def test_without_chunks_everything_is_read_where_that_was_asked_for(
+    inquire: Any, method: Any
+) -> None:
+    inquiry = inquire(threshold=1.0, on_empty="read_all")
     result = inquiry.answer(method)
 
     assert result.token_ids == inquiry.answer("lc").token_ids
     assert result.stats.method == "lc"
     assert result.stats.draft_skipped == inquiry.context.empty_reason
-    assert "similarity 1" in result.stats.draft_skipped
     assert [c.stats.draft_skipped for c in inquiry.stream(method)] == [
         inquiry.context.empty_reason
     ] * 16
+    with pytest.raises(InvalidParameterError, match=r"on_empty='all'.*'empty'.*'read_all'"):
+        inquire(on_empty="all")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,3 +210,32 @@ def test_progress_covers_embedding_and_both_prompts(inquire: Any) -> None:
 def test_an_unknown_method_is_named(inquire: Any) -> None:
     with pytest.raises(InvalidParameterError, match=r"'magic'.*rapid, sd, lc, rag"):
         inquire().answer("magic")
+
+
+def retrieving(decoder: RapidDecoder, embedder: CountingEmbedder, **options: Any) -> Inquiry:
+    builder = ContextBuilder(
+        decoder.tokenizer, embedder, chunk_tokens=32, threshold=-1, min_budget_tokens=64
+    )
+    return Inquiry(decoder, builder, [FIRST, SECOND], QUESTION, **options)
+
+
+def test_template_variables_of_an_inquiry_reach_both_prompts(embedder: CountingEmbedder) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE + "{{ one }} {{ two }}"
+    decoder = RapidDecoder(
+        tiny_model(), tokenizer, chat_template_kwargs={"one": "w5 w6", "two": "w7"}
+    )
+    plain = retrieving(decoder, embedder).answer().stats
+    changed = retrieving(decoder, embedder, chat_template_kwargs={"two": "w7 w8 w9"})
+    stats = changed.answer().stats
+    assert stats.prompt_tokens == plain.prompt_tokens + 2
+    assert stats.draft_prompt_tokens == plain.draft_prompt_tokens + 2
+
+
+def test_a_draft_that_the_decoder_leaves_out_is_still_explained(
+    tokenizer: PreTrainedTokenizerFast, embedder: CountingEmbedder
+) -> None:
+    drafter = tiny_model(seed=1, max_position_embeddings=64)
+    stats = retrieving(RapidDecoder(tiny_model(), tokenizer, drafter), embedder).answer().stats
+    assert stats.method == "lc"
+    assert "the draft prompt has" in str(stats.draft_skipped)

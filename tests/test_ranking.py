@@ -111,7 +111,9 @@ def test_hybrid_ranks_by_both() -> None:
 def test_only_similarities_have_a_threshold() -> None:
     embedder = Similarities("low", dict.fromkeys(PARTS, 0.1))
     for retriever, chunks in (("dense", 0), ("bm25", 4), ("hybrid", 4)):
-        context = builder(embedder, 400, retriever=retriever).build(DOCUMENT, "zebrawood")
+        context = builder(embedder, 400, retriever=retriever, threshold=0.3).build(
+            DOCUMENT, "zebrawood"
+        )
         assert len(context.chunks) == chunks
         assert (context.empty_reason is None) == (chunks > 0)
 

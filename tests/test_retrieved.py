@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rapid_llm.context.retrieved import Passage, ground
-from rapid_llm.errors import DocumentError
+from rapid_llm.errors import DocumentError, InvalidParameterError
 
 TEXTS = {"a": "First. Second.", "b": "Third. Fourth.", "c": "Fifth."}
 
@@ -44,15 +44,24 @@ def test_a_single_document_needs_no_ids():
     assert (found.target, found.document_ids) == ("First. Second.", (None,))
 
 
-def test_nothing_retrieved_leaves_the_target_with_everything():
-    found = ground([], TEXTS)
+def test_nothing_retrieved_is_nothing_read():
+    for documents in (TEXTS, TEXTS.get, "First.", {}):
+        found = ground([], documents)
+        assert (found.texts, found.document_ids, found.draft, found.target) == ((), (), "", "")
+        assert found.empty_reason == "the retriever returned nothing"
+
+
+def test_everything_is_read_where_that_was_asked_for():
+    found = ground([], TEXTS, on_empty="read_all")
     assert found.draft == ""
     assert found.target == "First. Second.\n\nThird. Fourth.\n\nFifth."
     assert found.empty_reason == "the retriever returned nothing"
     with pytest.raises(DocumentError, match="mapping of all documents"):
-        ground([], TEXTS.get)
+        ground([], TEXTS.get, on_empty="read_all")
     with pytest.raises(DocumentError, match="cannot tell"):
-        ground([], {})
+        ground([], {}, on_empty="read_all")
+    with pytest.raises(InvalidParameterError, match=r"on_empty='all'.*'empty'.*'read_all'"):
+        ground([], TEXTS, on_empty="all")
 
 
 def test_documents_that_cannot_be_found_are_named():

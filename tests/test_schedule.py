@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import PassCost, pass_cost
 from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.quantization import int8_twin
 from rapid_llm.engine.session import Session
 from rapid_llm.speculation.schedule import (
     GUESS,
@@ -294,9 +297,9 @@ def measured(monkeypatch) -> list[int]:
     rows: list[int] = []
     original = Forward.__call__
 
-    def spy(forward, tokens, cache, keep_logits):
+    def spy(forward, tokens, cache, *args):
         rows.append(len(tokens))
-        return original(forward, tokens, cache, keep_logits)
+        return original(forward, tokens, cache, *args)
 
     monkeypatch.setattr(Forward, "__call__", spy)
     return rows
@@ -323,12 +326,17 @@ def test_costs_are_measured_once_for_lengths_within_a_factor(measured):
         assert measured == [100]  # the prefill
         for session in (
             session_of(forward, 145),  # √2 longer
-            session_of(Forward(tiny_model(), "other"), 100),
+            session_of(Forward(tiny_model(hidden_size=64), "wider"), 100),
+            session_of(Forward(tiny_model().bfloat16(), "another dtype"), 100),
+            session_of(Forward(int8_twin(forward.model), "quantized"), 100),
             session_of(Forward(forward.model, "tiny", "sdpa"), 100),
         ):
             measured.clear()
             assert pass_cost(session) is not cost
             assert len(measured) == 20
+        measured.clear()
+        assert pass_cost(session_of(Forward(tiny_model(seed=1), "other weights"), 100)) is cost
+        assert measured == [100]
 
 
 def test_measuring_leaves_the_session_as_it_was(measured):
@@ -348,8 +356,10 @@ def test_measuring_leaves_the_session_as_it_was(measured):
 
 @pytest.mark.parametrize("times", [(2.0, 1.0), (1.0, 3.0)], ids=["noise", "rows cost"])
 def test_a_row_never_costs_less_than_nothing(monkeypatch, times):
-    monkeypatch.setattr(costs, "_seconds", lambda session, rows: times)
-    cost = pass_cost(session_of(Forward(tiny_model(), "tiny"), 20))
+    clock = iter([at for took in times * 10 for at in (0, took)])
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
+    with torch.inference_mode():
+        cost = costs.measure(session_of(Forward(tiny_model(), "tiny"), 20))
     assert cost == PassCost(times[0], max(0.0, (times[1] - times[0]) / 4))
 
 
@@ -358,21 +368,100 @@ def test_the_least_of_a_few_measurements_counts(monkeypatch):
     clock = iter([at for pair in zip(one, five, strict=True) for took in pair for at in (0, took)])
     monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
     with torch.inference_mode():
-        cost = pass_cost(session_of(Forward(tiny_model(), "tiny"), 20))
+        cost = costs.measure(session_of(Forward(tiny_model(), "tiny"), 20))
     assert cost == PassCost(1, (5 - 1) / 4)
 
 
-@pytest.mark.parametrize("room", [1, 2, 4])
-def test_costs_measured_in_little_room_are_not_kept(measured, room):
-    forward = Forward(tiny_model(), "tiny")
+def test_the_least_answer_leaves_room_to_measure(measured):
+    """So that what is kept does not depend on how many tokens the first call asked for."""
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
+    decoder.generate(PROMPT, DRAFT_PROMPT, sampling=SamplingParams(max_new_tokens=1))
+    assert measured.count(5) >= 20
+
+
+# --- kept for every process ------------------------------------------------------------------
+
+
+def in_another_process(monkeypatch, forward: Forward, length: int = 20) -> PassCost:
+    """What is remembered is what the files say."""
+    monkeypatch.setattr(costs, "_known", {})
     with torch.inference_mode():
-        tight = session_of(forward, 50, capacity=50 + room)
-        measured.clear()
-        assert pass_cost(tight).row >= 0
-        assert max(measured) == room
-        measured.clear()
-        pass_cost(session_of(forward, 50))
-        assert sorted(measured) == [*[1] * 10, *[5] * 10, 50]
+        return pass_cost(session_of(forward, length))
+
+
+def files() -> list[Path]:
+    return sorted((costs.cache_folder() / "pass-costs").iterdir())
+
+
+def test_another_process_takes_the_costs_that_the_first_has_measured(monkeypatch, measured):
+    forward = Forward(tiny_model(), "tiny")
+    cost = in_another_process(monkeypatch, forward)
+    assert len(measured) == 21
+    measured.clear()
+    assert in_another_process(monkeypatch, Forward(tiny_model(seed=3), "tiny")) == cost
+    assert measured == [20]
+    assert len(files()) == 1
+
+
+def test_of_two_that_measure_at_once_the_first_to_write_counts(monkeypatch):
+    forward = Forward(tiny_model(), "tiny")
+    measure, first = costs.measure, PassCost(3.0, 1.0)
+
+    def meanwhile(session: Session) -> PassCost:
+        monkeypatch.setattr(costs, "measure", lambda session: first)
+        assert in_another_process(monkeypatch, forward) == first
+        return measure(session)
+
+    monkeypatch.setattr(costs, "measure", meanwhile)
+    assert in_another_process(monkeypatch, forward) == first
+    assert len(files()) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1, 2]",
+        '{"first": 1.0}',
+        '{"first": "x", "row": 0.0}',
+        '{"first": NaN, "row": 0.0}',
+        '{"first": 0.0, "row": 0.0}',
+        '{"first": 1.0, "row": -1.0}',
+        '{"first": 1.0, "second": 2.0}',
+    ],
+)
+def test_a_damaged_file_is_named_once_and_not_used(monkeypatch, content):
+    forward = Forward(tiny_model(), "tiny")
+    in_another_process(monkeypatch, forward)
+    (path,) = files()
+    path.write_text(content)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert in_another_process(monkeypatch, forward).first > 0
+    assert [str(path.parent) in str(one.message) for one in warned] == [True]
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RAPID_LLM_CACHE", str(tmp_path / "file"))
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
+    sampling = SamplingParams(max_new_tokens=20)
+    with pytest.warns(UserWarning, match="set RAPID_LLM_CACHE to a folder"):
+        first = decoder.generate(PROMPT, DRAFT_PROMPT, sampling=sampling)
+    again = decoder.generate(PROMPT, DRAFT_PROMPT, sampling=sampling)
+    assert first.token_ids == again.token_ids
+
+
+def test_costs_are_kept_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert costs.cache_folder() == tmp_path / "rapid-llm-cache"
+    monkeypatch.delenv("RAPID_LLM_CACHE")
+    assert costs.cache_folder() == tmp_path / "xdg" / "rapid-llm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert costs.cache_folder() == tmp_path / ".cache" / "rapid-llm"
 
 
 # --- in a decoder ----------------------------------------------------------------------------
@@ -461,12 +550,26 @@ def test_what_fails_gives_way_to_what_succeeds(monkeypatch):
     assert 0 < stats.rejections < 6
 
 
-def test_an_answer_repeats_itself(monkeypatch):
-    """Costs are measured once, so that the second call drafts as the first did."""
-    decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=60, ignore_eos=True)
-    results = [decoder.generate(PROMPT, DRAFT_PROMPT, sampling=sampling) for _ in range(3)]
-    for result in results[1:]:
-        assert result.token_ids == results[0].token_ids
-        assert result.stats.rounds == results[0].stats.rounds
-        assert result.stats.drafted_tokens == results[0].stats.drafted_tokens
+@pytest.mark.parametrize("mode", ["paper", "augmented"])
+def test_where_a_draft_moves_the_target_every_round_drafts(monkeypatch, mode):
+    """However dear it is: without a draft there is no transfer."""
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), tiny_model(seed=1))
+    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: TARGET)
+    monkeypatch.setattr("rapid_llm.speculation.drafters.rag.pass_cost", lambda session: DEAR)
+
+    def stats(**config):
+        return decoder.generate(
+            PROMPT,
+            DRAFT_PROMPT,
+            sampling=SamplingParams(max_new_tokens=60, ignore_eos=True),
+            speculation=SpeculationConfig(mode=mode, **config),
+        ).stats
+
+    moved = stats()
+    assert moved.method == "rapid"
+    assert moved.draft_skipped is None
+    assert moved.drafted_tokens >= moved.rounds > 0
+    unmoved = stats(eta=0.0)
+    assert unmoved.drafted_tokens == 0
+    assert unmoved.method == "lc"
+    assert "save time" in unmoved.draft_skipped

@@ -190,6 +190,60 @@ def test_stop_strings_are_cut_exactly(text: str, stop: list[str], expected: str 
     assert stopped == (expected is not None)
 
 
+# --- special tokens in stop strings --------------------------------------------------------------
+
+
+def spelled(*parts: Any) -> list[int]:
+    """SmolLM2's tokens of some texts, and special tokens given by their ids between them."""
+    tokenizer = smollm2()
+    encode = lambda part: [part] if isinstance(part, int) else tokenizer.encode(part)  # noqa: E731
+    return [i for part in parts for i in encode(part)]
+
+
+START, END = 1, 2  # <|im_start|> and <|im_end|>
+
+
+@pytest.mark.parametrize(
+    ("ids", "stop", "expected"),
+    [
+        (spelled("The lamp", END, " is"), ["<|im_end|>"], "The lamp"),  # it is one
+        (spelled("The lamp", END, " is"), ["lamp<|im_end|>"], "The "),  # ends one
+        (spelled("The lamp", END, " is lit"), ["<|im_end|> is"], "The lamp"),  # begins one
+        (spelled("The lamp", END, " is lit"), ["mp<|im_end|> i"], "The la"),  # amid one
+        (spelled("The", END, START, " is"), ["<|im_end|><|im_start|>"], "The"),  # two
+        (spelled("The", END, " is", START), ["<|im_end|><|im_start|>"], None),
+        (spelled("The lamp", END, " is"), ["<|im_end|>!"], None),
+        (spelled("The lamp", END, " is"), ["lamp is"], "The "),  # others are not there
+        (spelled("The lamp", END, " is"), ["<|im_end|>", "am"], "The l"),  # which comes first
+        (spelled("The lamp", START, " is"), ["<|im_end|>", "lamp is"], "The "),
+        (spelled("The <|im_", END), ["<|im_<|im_end|>"], "The "),
+        (spelled(END), ["<|im_end|>"], ""),
+        ([*spelled("a"), *spelled(LAMP)[:-1], END], ["<|im_end|>"], "a\ufffd"),
+    ],
+)
+def test_a_stop_string_may_be_or_hold_a_special_token(
+    ids: list[int], stop: list[str], expected: str | None
+) -> None:
+    pieces, stopped = streamed(ids, smollm2(), stop)
+    assert "".join(pieces) == (decoded(ids, smollm2()) if expected is None else expected)
+    assert stopped == (expected is not None)
+    assert expected is None or pieces[-1] == ""
+
+
+def test_a_run_of_bytes_ends_where_a_special_token_stops() -> None:
+    tokenizer = metaspace()
+    ids = tokenizer.convert_tokens_to_ids(["▁the", "<0xC3>", "<0xA9>", "</s>", "s"])
+    assert streamed(ids, tokenizer, ["</s>"]) == (["the", "", "", "é", "", ""], True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_special_tokens_that_complete_no_stop_string_change_nothing(data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.sampled_from(spelled("The lamp is lit.", START, END)), max_size=20))
+    pieces, stopped = streamed(ids, smollm2(), ["<|im_end|>\x00", "\x00<|im_start|>"])
+    assert ("".join(pieces), stopped) == (decoded(ids, smollm2()), False)
+
+
 def test_nothing_of_a_stop_string_is_ever_returned() -> None:
     tokenizer = smollm2()
     ids = tokenizer("The lamp is lit. Then", add_special_tokens=False)["input_ids"]

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rapid_llm.bench.model_size import size_of
 from rapid_llm.bench.speed_model import Device, ModelSize, flops
 from rapid_llm.engine.attention import attend
-from rapid_llm.engine.costs import pass_cost
+from rapid_llm.engine.costs import measure
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.products import linear
 from rapid_llm.engine.session import PREFILL_CHUNK, Session
@@ -90,7 +90,7 @@ def _pass_rates(size: ModelSize, length: int, overhead: float) -> tuple[float, f
         cache = forward.new_cache(length + _SHORT)
         for layer in cache.layers:
             layer.update(ones[:, :, :tokens], ones[:, :, :tokens])
-        costs.append(pass_cost(Session(forward, cache)))
+        costs.append(measure(Session(forward, cache)))
     short, long = costs
     fixed = short.first - short.row - shallow.layers * overhead
     reading = (long.first - long.row) - (short.first - short.row)

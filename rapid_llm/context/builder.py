@@ -18,18 +18,17 @@ from rapid_llm.context.embedding import (
     Embedder,
     batched,
     load_embedder,
+    unit,
 )
 from rapid_llm.context.ranking import Retriever, bm25, fuse
 from rapid_llm.context.store import ChunkStore, StoredDocument
-from rapid_llm.context.validation import require_text
-from rapid_llm.errors import DocumentError, InvalidParameterError
+from rapid_llm.context.validation import require_documents, require_text
+from rapid_llm.errors import InvalidParameterError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
-
-DEFAULT_THRESHOLD = 0.3  # the paper's
 
 _SEPARATOR = "\n\n"
 
@@ -98,10 +97,12 @@ class ContextBuilder:
             chunk longer than the embedder's window is embedded by its beginning.
         retriever: ``dense`` ranks by cosine similarity; ``bm25`` by words (extra ``eval``);
             ``hybrid`` by the fusion of both ranks.
-        chunk_tokens: the most tokens a chunk may have, at least 32.
+        chunk_tokens: the most tokens a chunk may have, at least 32; never more than
+            ``min_budget_tokens``.
         threshold: the least cosine similarity of a retrieved chunk, in [-1, 1]; for ``dense`` only,
-            the other scores having no fixed scale.
-        min_budget_tokens: the budget of short documents, at least 1.
+            the other scores having no fixed scale. None takes the embedder's own, 0.3 of BGE-M3's
+            and none of others', and keeps the best chunk in any case.
+        min_budget_tokens: the budget of short documents, at least 32.
         compression: λ, at least 1: the budget of long documents is their tokens ÷ λ.
         persist_directory: where Chroma keeps the vectors, so that a document is embedded once for
             all; None keeps them in memory for the life of the process.
@@ -118,7 +119,7 @@ class ContextBuilder:
         *,
         retriever: Retriever = "dense",
         chunk_tokens: int = 512,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: float | None = None,
         min_budget_tokens: int = 4096,
         compression: float = 24,
         persist_directory: str | Path | None = None,
@@ -129,8 +130,8 @@ class ContextBuilder:
                 f"retriever={retriever!r} is unknown; use one of {', '.join(get_args(Retriever))}"
             )
         _require_whole("chunk_tokens", chunk_tokens, MIN_CHUNK_TOKENS)
-        _require_whole("min_budget_tokens", min_budget_tokens, 1)
-        if not (_is_real(threshold) and -1 <= threshold <= 1):
+        _require_whole("min_budget_tokens", min_budget_tokens, MIN_CHUNK_TOKENS)
+        if threshold is not None and not (_is_real(threshold) and -1 <= threshold <= 1):
             raise InvalidParameterError(
                 f"threshold={threshold!r} is not allowed: a cosine similarity is within [-1, 1]"
             )
@@ -141,7 +142,7 @@ class ContextBuilder:
         self._retriever = retriever
         self._tokenizer = tokenizer
         self._count = partial(count_tokens, tokenizer=tokenizer)
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens = min(chunk_tokens, min_budget_tokens)
         self._threshold = threshold
         self._min_budget_tokens = min_budget_tokens
         self._compression = compression
@@ -160,34 +161,32 @@ class ContextBuilder:
         the budget is filled; one that no longer fits is passed over for smaller ones.
 
         Args:
-            documents: one document or several.
+            documents: one document or several; blank ones among them hold nothing.
             question: what the retrieved chunks should be similar to.
             progress: called as ``progress(done, total)``, chunks embedded so far, first with 0; not
                 called when the vectors of all chunks are stored already.
 
         Raises:
-            DocumentError: a document or the question is empty or not text.
-            ModelError: the embedding model cannot be loaded.
+            DocumentError: a document or the question is not text, the question is empty, or all
+                documents are.
+            ModelError: the embedding model cannot be loaded, or gives vectors that are none.
             MissingDependencyError: the embedding model or the retriever needs a package that is
                 not installed.
         """
-        texts = [documents] if isinstance(documents, str) else list(documents)
-        _require_documents(texts)
+        texts = require_documents(documents)
         require_text("the question", question)
-        split = {text: self._split(text) for text in texts}
-        total = sum(split[text].tokens for text in texts)
+        split = {text: self._split(text) for text in texts if text.strip()}
+        total = sum(split[text].tokens for text in texts if text in split)
         budget = max(self._min_budget_tokens, int(total / self._compression))
         ranked = self._rank(texts, split, question, progress)
-        least = self._threshold if self._retriever == "dense" else float("-inf")
-        similar = [chunk for chunk in ranked if chunk.score >= least]
-        chunks = self._fill(similar, budget)
+        chunks = self._fill(self._similar(ranked), budget)
         text = _join(chunks)
         return RetrievalContext(
             text=text,
             chunks=tuple(chunks),
             tokens=self._count(text),
             budget=budget,
-            empty_reason=None if chunks else self._empty_reason(ranked, similar, budget),
+            empty_reason=None if chunks else self._empty_reason(ranked),
             confidence=confidence([chunk.score for chunk in chunks])
             if self._retriever == "dense"
             else 1.0,
@@ -204,7 +203,12 @@ class ContextBuilder:
         progress: Progress | None,
     ) -> list[Chunk]:
         """Every chunk of every text, the best first."""
-        places = [(n, text, span) for n, text in enumerate(texts) for span in split[text].spans]
+        places = [
+            (number, text, span)
+            for number, text in enumerate(texts)
+            if text in split
+            for span in split[text].spans
+        ]
         pieces = [text[span.start : span.end] for _, text, span in places]
         scorings: list[list[float]] = []
         if self._retriever != "bm25":
@@ -231,8 +235,19 @@ class ContextBuilder:
                 for text, parts in split.items()
             }
             _embed(stored.values(), self._embedder, progress)
-            query = self._embedder.embed_query(question)
+            query = unit([self._embedder.embed_query(question)], 1, self._embedder)[0]
             return {text: dict(document.search(query)) for text, document in stored.items()}
+
+    def _similar(self, ranked: Sequence[Chunk]) -> Sequence[Chunk]:
+        """Those above the threshold."""
+        if self._retriever != "dense":
+            return ranked
+        if self._threshold is not None:
+            return [chunk for chunk in ranked if chunk.score >= self._threshold]
+        least: float | None = getattr(self._embedder, "threshold", None)
+        if least is None:
+            return ranked
+        return [chunk for chunk in ranked if chunk.score >= least] or ranked[:1]
 
     def _fill(self, ranked: Sequence[Chunk], budget: int) -> list[Chunk]:
         """The best chunks that fit together, in document order."""
@@ -248,12 +263,9 @@ class ContextBuilder:
                 chosen, used = together, tokens
         return chosen
 
-    def _empty_reason(self, ranked: Sequence[Chunk], similar: Sequence[Chunk], budget: int) -> str:
-        if not similar:
-            best = floor(ranked[0].score * 100) / 100
-            return f"no chunk reached similarity {self._threshold:g} (best {best:g})"
-        smallest = min(chunk.tokens for chunk in similar)
-        return f"no similar chunk fits into {budget} tokens (the smallest has {smallest})"
+    def _empty_reason(self, ranked: Sequence[Chunk]) -> str:
+        best = floor(ranked[0].score * 100) / 100
+        return f"no chunk reached similarity {self._threshold:g} (best {best:g})"
 
 
 def _embed(
@@ -267,7 +279,8 @@ def _embed(
     for document, chunks in missing:
         for batch in batched(chunks, EMBEDDING_BATCH):
             report(done, total)
-            document.add(batch, embedder.embed_documents([document.text(i) for i in batch]))
+            vectors = embedder.embed_documents([document.text(i) for i in batch])
+            document.add(batch, unit(vectors, len(batch), embedder))
             done += len(batch)
     if total:
         report(total, total)
@@ -285,13 +298,4 @@ def _require_whole(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidParameterError(
             f"{name}={value!r} is not allowed: give a whole number of at least {least}"
-        )
-
-
-def _require_documents(texts: Sequence[str]) -> None:
-    if not texts:
-        raise DocumentError("no document was given: give at least one text")
-    for number, text in enumerate(texts, start=1):
-        require_text(
-            f"document {number} of {len(texts)}" if len(texts) > 1 else "the document", text
         )

@@ -28,7 +28,7 @@ _LINE_TAGS = ["br", "li", "tr", "caption", "option"]
 _LOADABLE = "give a text, Markdown, HTML or PDF file"
 
 
-def read_document(path: str | Path) -> str:
+def read_document(path: str | Path, *, may_be_blank: bool = False) -> str:
     r"""The text of a file, with ``\n`` line ends.
 
     Markdown and other text is kept as it is; HTML loses its tags, scripts and styles; a PDF gives
@@ -36,6 +36,8 @@ def read_document(path: str | Path) -> str:
 
     Args:
         path: a text, Markdown, HTML or PDF file; ``-`` reads standard input.
+        may_be_blank: take a file that is empty or holds white space alone (a PDF without text
+            may hold scanned pages: it is refused in any case).
 
     Raises:
         DocumentError: the file is missing, unreadable, binary or holds no text.
@@ -51,7 +53,7 @@ def read_document(path: str | Path) -> str:
     else:
         text = _decode(data, name)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
+    if not text.strip() and not may_be_blank:
         raise DocumentError(f"{name} holds no text: {_LOADABLE} that is not empty")
     return text
 

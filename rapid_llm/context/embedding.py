@@ -23,6 +23,9 @@ EMBEDDING_BATCH = 16
 # BGE-M3 reads 8,192 tokens; FlagEmbedding would cut a chunk at 512 of them.
 _M3_MAX_LENGTH = 8192
 
+PAPER_THRESHOLD = 0.3
+"""Cosine similarity by BGE-M3 below which the paper retrieves nothing. Others' lie elsewhere."""
+
 Vectors = npt.NDArray[np.float32]
 
 
@@ -31,7 +34,8 @@ class Embedder(Protocol):
     """What the context builder needs of an embedding model.
 
     ``name`` identifies the vectors: two embedders with one name must give the same vectors,
-    because stored ones are looked up by it.
+    because stored ones are looked up by it. One may also have a ``threshold``: the cosine
+    similarity below which a text is none of the question's.
     """
 
     @property
@@ -56,10 +60,11 @@ class SentenceTransformerEmbedder:
         self.name = _identity(self, model, model.max_seq_length)
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
-        return _unit(self._model.encode_document(list(texts), **self._options), self._model)
+        vectors = self._model.encode_document(list(texts), **self._options)
+        return unit(vectors, len(texts), self._model)
 
     def embed_query(self, text: str) -> Vectors:
-        return _unit(self._model.encode_query([text], **self._options), self._model)[0]
+        return unit(self._model.encode_query([text], **self._options), 1, self._model)[0]
 
 
 class FlagEmbedder:
@@ -71,17 +76,19 @@ class FlagEmbedder:
     def __init__(self, model: Any) -> None:
         self._model = model
         self.name = _identity(self, model, model.passage_max_length)
+        is_m3 = "M3Embedder" in (kind.__name__ for kind in type(model).__mro__)
+        self.threshold = PAPER_THRESHOLD if is_m3 else None
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
         parts = [
             self._dense(self._model.encode_corpus(list(batch), **self._options))
             for batch in batched(texts, EMBEDDING_BATCH)
         ]
-        return _unit(np.concatenate(parts), self._model)
+        return unit(np.concatenate(parts), len(texts), self._model)
 
     def embed_query(self, text: str) -> Vectors:
         output = self._model.encode_queries([text], **self._options)
-        return _unit(self._dense(output), self._model)[0]
+        return unit(self._dense(output), 1, self._model)[0]
 
     @staticmethod
     def _dense(output: Any) -> Any:
@@ -194,8 +201,21 @@ def _identity(embedder: Any, model: Any, max_length: int) -> str:
     return f"{type(model).__name__}-{max_length}-{digest[:16]}"
 
 
-def _unit(vectors: Any, model: Any) -> Vectors:
-    array = np.asarray(vectors, dtype=np.float32)
+def unit(vectors: Any, count: int, model: Any) -> Vectors:
+    """Vectors ``[count, d]`` at unit length.
+
+    Raises:
+        ModelError: ``model`` gave others than so many, or one that is zero or not finite.
+    """
+    try:
+        array = np.asarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError):  # vectors of several lengths, or no numbers
+        array = np.empty(0, dtype=np.float32)
+    if array.ndim != 2 or len(array) != count:
+        raise ModelError(
+            f"embedding model {type(model).__name__} did not give {count} vectors of one length: "
+            "it has to give one for each text"
+        )
     norms = np.linalg.norm(array, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or not norms.all():
         raise ModelError(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rapid_llm.context.cutting import OMISSION, CuttableDocument, share_out
+from rapid_llm.context.retrieved import Passage
 from rapid_llm.context.validation import require_text
-from rapid_llm.encoding import Prompt, encode_literal, encode_prompt, literal_encoding
+from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
+
+Truncate = Literal["middle"]
 
 INSTRUCTION = "Answer the question using only the text above."
 
@@ -27,41 +31,103 @@ def build_messages(
     """
     require_text("the document", document)
     require_text("the question", question)
-    return _messages(document, question, instruction)
+    content = f"{document}\n\n{instruction}\n\nQuestion: {question}"
+    return [{"role": "user", "content": content}]
 
 
-def truncate_middle(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
-    """The beginning and the end of a text, as the long-context benchmarks shorten documents.
+class Fitted(NamedTuple):
+    """A prompt that fits a window.
+
+    Attributes:
+        prompt: what the model reads.
+        omitted_tokens: tokens of the documents that it leaves out.
+    """
+
+    prompt: Prompt
+    omitted_tokens: int
+
+
+def fit_documents(
+    documents: Sequence[str],
+    render: Callable[[Sequence[str]], Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    max_new_tokens: int,
+    truncate: Truncate | None = None,
+    *,
+    passages: Sequence[Sequence[Passage]] = (),
+    mark: str = OMISSION,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Fitted:
+    """A prompt with documents that fits into a context window.
+
+    Documents that are too long are cut between their beginning, their end and the passages
+    retrieved from them, all of which are kept. The room is shared out evenly, but for documents
+    that need less or whose passages need more; within one, each of these parts gets as much of its
+    surroundings.
 
     Args:
-        text: any text; control tokens in it count as ordinary text.
+        documents: the whole documents.
+        render: makes the prompt around what it is given of each document, in their order.
         tokenizer: the target's fast tokenizer.
-        max_tokens: tokens to keep, half of them at each end; at least 0.
-
-    Returns:
-        The text itself if it fits; else its two ends joined, whole characters only, at most
-        ``max_tokens`` when encoded again.
+        window: tokens that the target can hold.
+        max_new_tokens: tokens kept free for the answer where documents are cut, but no more than
+            half of the window, and fewer where the passages need the room.
+        truncate: ``middle`` cuts documents that are too long; None refuses them.
+        passages: for each document what was retrieved from it. What cannot be found in its
+            document, white space aside, is put at the document's end.
+        mark: stands where text was left out.
+        chat_template_kwargs: variables of the chat template, where ``render`` gives messages.
 
     Raises:
-        InvalidParameterError: ``max_tokens`` is negative.
+        ContextWindowError: the documents do not fit (``truncate=None``), or the passages and the
+            rest of the prompt alone do not.
+        InvalidParameterError: ``truncate`` is unknown, or the prompt cannot be encoded.
     """
-    if max_tokens < 0:
+    if truncate not in ("middle", None):
         raise InvalidParameterError(
-            f"max_tokens={max_tokens} is not allowed: max_tokens must be at least 0"
+            f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
         )
-    offsets = literal_encoding(text, tokenizer).offsets
-    if len(offsets) <= max_tokens:
-        return text
-    keep = max_tokens
-    while keep > 0:
-        # Where a character has several tokens, cutting before and after it drops it whole.
-        head = text[: offsets[(keep + 1) // 2][0]]
-        tail = text[offsets[len(offsets) - keep // 2 - 1][1] :]
-        excess = len(encode_literal(head + tail, tokenizer)) - max_tokens
-        if excess <= 0:
-            return head + tail
-        keep -= excess  # the two ends meet in other tokens than they had
-    return ""
+    prompt = render(documents)
+    tokens = len(encode_prompt(prompt, tokenizer, chat_template_kwargs))
+    room = window - min(max_new_tokens, window // 2) if truncate else window - 1
+    if tokens <= room:
+        return Fitted(prompt, 0)
+    if truncate is None:
+        raise ContextWindowError(
+            f"the prompt of {tokens} tokens leaves no room for an answer (max_new_tokens="
+            f"{max_new_tokens}) in the context window of {window} tokens: shorten the document or "
+            "truncate its middle (truncate='middle')"
+        )
+    cuttable = [
+        CuttableDocument(text, found, tokenizer, mark)
+        for text, found in zip(documents, passages or [()] * len(documents), strict=True)
+    ]
+    frame = tokens - sum(document.own_tokens for document in cuttable)
+    least = sum(document.least for document in cuttable)
+    limit = window - 1 if any(passages) else room  # passages come before room for a long answer
+    keep = max(room - frame, least)
+    while True:
+        parts = share_out(cuttable, keep)
+        prompt = render([part.text for part in parts])
+        tokens = len(encode_prompt(prompt, tokenizer, chat_template_kwargs))
+        if tokens <= (limit if keep == least else room):
+            return Fitted(prompt, sum(part.omitted_tokens for part in parts))
+        if keep == least:
+            break
+        # More than the excess of one attempt can be too much: the parts meet in other tokens.
+        keep = max(keep - (tokens - room), least)
+    if any(passages):
+        raise ContextWindowError(
+            f"the passages retrieved, which truncate does not cut, have {least} tokens and the "
+            f"rest of the prompt {frame}: too much for the context window of {window} tokens; "
+            "retrieve less or shorten the question"
+        )
+    raise ContextWindowError(
+        f"the prompt has {frame} tokens without the document, which with max_new_tokens="
+        f"{max_new_tokens} leaves no room for it in the context window of {window} tokens: "
+        "shorten the question or lower max_new_tokens"
+    )
 
 
 def fit_prompt(
@@ -70,73 +136,9 @@ def fit_prompt(
     tokenizer: PreTrainedTokenizerBase,
     window: int,
     max_new_tokens: int,
-    truncate: Literal["middle"] | None = None,
+    truncate: Truncate | None = None,
 ) -> Prompt:
-    """A prompt with a document that fits into a context window.
-
-    Args:
-        document: the whole document.
-        render: makes the prompt around what it is given of the document.
-        tokenizer: the target's fast tokenizer.
-        window: tokens that the target can hold.
-        max_new_tokens: tokens kept free for the answer.
-        truncate: ``middle`` leaves out the middle of a document that is too long; None refuses it.
-
-    Raises:
-        ContextWindowError: the document does not fit (``truncate=None``), or nothing of it would.
-        InvalidParameterError: ``truncate`` is unknown, or the prompt cannot be encoded.
-    """
-    if truncate not in ("middle", None):
-        raise InvalidParameterError(
-            f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
-        )
-    prompt = render(document)
-    room = window - max_new_tokens
-    tokens = len(encode_prompt(prompt, tokenizer))
-    if tokens <= room:
-        return prompt
-    if truncate is None:
-        raise ContextWindowError(
-            f"the prompt of {tokens} tokens and max_new_tokens={max_new_tokens} exceed the context "
-            f"window of {window} tokens by {tokens - room}: shorten the document or truncate its "
-            "middle (truncate='middle')"
-        )
-    frame = tokens - len(encode_literal(document, tokenizer))
-    keep = room - frame
-    while keep > 0:
-        prompt = render(truncate_middle(document, tokenizer, keep))
-        excess = len(encode_prompt(prompt, tokenizer)) - room
-        if excess <= 0:
-            return prompt
-        keep -= excess  # a document can meet its surroundings in a token more than nothing does
-    raise ContextWindowError(
-        f"the prompt has {frame} tokens without the document, which with max_new_tokens="
-        f"{max_new_tokens} leaves no room for it in the context window of {window} tokens: "
-        "shorten the question or lower max_new_tokens"
-    )
-
-
-def fit_document(
-    document: str,
-    question: str,
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    max_new_tokens: int,
-    truncate: Literal["middle"] | None = None,
-) -> Prompt:
-    """:func:`fit_prompt` around :func:`build_messages`, which see for the errors."""
-    require_text("the document", document)
-    require_text("the question", question)
-    return fit_prompt(
-        document,
-        lambda part: _messages(part, question, INSTRUCTION),
-        tokenizer,
-        window,
-        max_new_tokens,
-        truncate,
-    )
-
-
-def _messages(document: str, question: str, instruction: str) -> list[dict[str, str]]:
-    content = f"{document}\n\n{instruction}\n\nQuestion: {question}"
-    return [{"role": "user", "content": content}]
+    """:func:`fit_documents` with one document and no passages."""
+    return fit_documents(
+        [document], lambda parts: render(parts[0]), tokenizer, window, max_new_tokens, truncate
+    ).prompt

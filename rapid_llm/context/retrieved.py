@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
 
-from rapid_llm.errors import DocumentError
+from rapid_llm.errors import DocumentError, InvalidParameterError
 from rapid_llm.stats import NOTHING_RETRIEVED
 
-Documents = str | Mapping[str, str] | Callable[[str], str | None]
+Documents: TypeAlias = str | Mapping[Any, str] | Callable[[str], str | None]
 """The full texts: one document, a mapping from document ids, or a function of the id."""
+
+OnEmpty = Literal["empty", "read_all"]
+"""What is read where nothing was retrieved: nothing, or every document."""
 
 SEPARATOR = "\n\n"
 
@@ -20,13 +24,23 @@ class Passage:
 
     Attributes:
         text: what the drafter reads.
-        document_id: which document it was cut from; None if the pipeline does not say.
+        document_id: which document it was cut from; None if the pipeline does not say. Ids are
+            compared as text, so that a number or a path may be one.
         id: the chunk's own id in the pipeline; None if it has none.
+        excerpt: what of ``text`` stands in the document, where the pipeline adds something to it,
+            such as metadata; None if all of it does.
+        start: the excerpt's first character in the document; None if that is not known.
     """
 
     text: str
     document_id: str | None = None
     id: str | None = None
+    excerpt: str | None = field(default=None, kw_only=True)
+    start: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.document_id is not None:
+            object.__setattr__(self, "document_id", str(self.document_id))
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,8 @@ class Grounding:
         draft: the retrieved chunks, joined by blank lines, in the retriever's order; empty if
             nothing was retrieved.
         passages: the chunks without repetitions.
-        texts: the full documents, in the order of their first chunk; all of them if nothing was
-            retrieved and they can be listed.
+        texts: the full documents, in the order of their first chunk. If nothing was retrieved,
+            none, or all of them where that was asked for.
         document_ids: theirs; None stands for a single document without id.
         empty_reason: why there is no draft, or None if there is one.
     """
@@ -54,19 +68,71 @@ class Grounding:
         """What the target reads: the full documents, joined by blank lines."""
         return SEPARATOR.join(self.texts)
 
+    @property
+    def cited(self) -> tuple[tuple[Passage, ...], ...]:
+        """For each of ``texts`` the passages retrieved from it."""
+        if self.document_ids == (None,):
+            return (self.passages,)
+        return tuple(_of(name, self.passages) for name in self.document_ids)
 
-def ground(passages: Iterable[Passage], documents: Documents) -> Grounding:
+
+def ground(
+    passages: Iterable[Passage], documents: Documents, *, on_empty: OnEmpty = "empty"
+) -> Grounding:
     """Find the documents that passages come from.
 
     Args:
         passages: what was retrieved, best first. Repeated ones (same id, or same text of the
             same document) count once; empty ones not at all.
-        documents: where the full texts are.
+        documents: where the full texts are. A blank one is passed over; where passages were
+            retrieved from it nevertheless, they stand in its place.
+        on_empty: ``read_all`` reads every document where nothing was retrieved.
 
     Raises:
-        DocumentError: a document id is missing or unknown, a document is empty, or nothing was
-            retrieved and the documents cannot be listed.
+        DocumentError: a document id is missing, unknown or given twice, a document is no text, all
+            of them are blank, or every one is to be read and they cannot be listed.
+        InvalidParameterError: ``on_empty`` is unknown.
     """
+    require_on_empty(on_empty)
+    find = _finder(documents)
+    unique = _unique(passages)
+    if unique:
+        names = _document_ids(unique, documents)
+    elif on_empty == "read_all":
+        names = _all_document_ids(documents)
+    else:
+        names = ()
+    texts = {name: find(name) for name in names}
+    if texts and not any(text.strip() for text in texts.values()):
+        raise DocumentError(
+            "the document is empty: give its full text"
+            if names == (None,)
+            else f"document {', '.join(map(repr, names))} is empty: give the full text"
+        )
+    texts = {
+        name: text if text.strip() else SEPARATOR.join(p.text for p in _of(name, unique))
+        for name, text in texts.items()
+    }
+    read = {name: text for name, text in texts.items() if text}
+    return Grounding(
+        draft=SEPARATOR.join(passage.text for passage in unique),
+        passages=unique,
+        texts=tuple(read.values()),
+        document_ids=tuple(read),
+        empty_reason=None if unique else NOTHING_RETRIEVED,
+    )
+
+
+def require_on_empty(on_empty: str) -> None:
+    """Raises InvalidParameterError if there is no such choice."""
+    if on_empty not in get_args(OnEmpty):
+        raise InvalidParameterError(
+            f"on_empty={on_empty!r} is not allowed: 'empty' reads nothing where nothing was "
+            "retrieved, 'read_all' every document"
+        )
+
+
+def _unique(passages: Iterable[Passage]) -> tuple[Passage, ...]:
     kept: dict[tuple[str | None, ...], Passage] = {}
     ids = set()
     for passage in passages:
@@ -75,23 +141,14 @@ def ground(passages: Iterable[Passage], documents: Documents) -> Grounding:
             continue
         ids.add(passage.id)
         kept[key] = passage
-    unique = tuple(kept.values())
-    if unique:
-        names = _document_ids(unique, documents)
-        reason = None
-    else:
-        names = _all_document_ids(documents)
-        reason = NOTHING_RETRIEVED
-    return Grounding(
-        draft=SEPARATOR.join(passage.text for passage in unique),
-        passages=unique,
-        texts=tuple(_full_text(name, documents) for name in names),
-        document_ids=names,
-        empty_reason=reason,
-    )
+    return tuple(kept.values())
 
 
-def _document_ids(passages: tuple[Passage, ...], documents: Documents) -> tuple[str | None, ...]:
+def _of(name: str | None, passages: Sequence[Passage]) -> tuple[Passage, ...]:
+    return tuple(passage for passage in passages if passage.document_id == name)
+
+
+def _document_ids(passages: Sequence[Passage], documents: Documents) -> tuple[str | None, ...]:
     if isinstance(documents, str):
         return (None,)
     return tuple(dict.fromkeys(passage.document_id for passage in passages))
@@ -101,30 +158,57 @@ def _all_document_ids(documents: Documents) -> tuple[str | None, ...]:
     if isinstance(documents, str):
         return (None,)
     if isinstance(documents, Mapping) and documents:
-        return tuple(documents)
+        return tuple(map(str, documents))
     raise DocumentError(
         "the retriever returned nothing, and from documents given as a function (or none) the "
         "target cannot tell which to read: give a mapping of all documents, or retrieve more"
     )
 
 
-def _full_text(name: str | None, documents: Documents) -> str:
+def _finder(documents: Documents) -> Callable[[str | None], str]:
+    """The text behind an id; see :func:`ground` for the errors."""
     if isinstance(documents, str):
-        text: str | None = documents
-    elif name is None:
-        raise DocumentError(
-            "a retrieved chunk does not say which document it is from: keep the document's id "
-            "when the chunks are made, or pass a single document"
-        )
-    elif isinstance(documents, Mapping):
-        text = documents.get(name)
+        whole = documents
+        return lambda name: whole
+    if isinstance(documents, Mapping):
+        find = _keyed(documents)
+    elif callable(documents):
+        find = documents
     else:
-        text = documents(name)
-    if text is None:
         raise DocumentError(
-            f"document {name!r}, which a retrieved chunk is from, is not among the documents "
-            "given: add it, or rebuild the index from these documents"
+            f"documents of type {type(documents).__name__} are not allowed: give one text, a "
+            "mapping from ids to texts, or a function of the id"
         )
-    if not text.strip():
-        raise DocumentError(f"document {name!r} is empty: give its full text")
-    return text
+
+    def text_of(name: str | None) -> str:
+        if name is None:
+            raise DocumentError(
+                "a retrieved chunk does not say which document it is from: keep the document's id "
+                "when the chunks are made, or pass a single document"
+            )
+        text: object = find(name)
+        if text is None:
+            raise DocumentError(
+                f"document {name!r}, which a retrieved chunk is from, is not among the documents "
+                "given: add it, or rebuild the index from these documents"
+            )
+        if not isinstance(text, str):
+            raise DocumentError(
+                f"document {name!r} is {type(text).__name__}, not text: give its text as a str"
+            )
+        return text
+
+    return text_of
+
+
+def _keyed(documents: Mapping[Any, str]) -> Callable[[str], str | None]:
+    """The mapping by its keys as text."""
+    keys: dict[str, Any] = {}
+    for key in documents:
+        if str(key) in keys:
+            raise DocumentError(
+                f"two documents have the id {str(key)!r}, as {keys[str(key)]!r} and {key!r}: ids "
+                "are compared as text, so give each its own"
+            )
+        keys[str(key)] = key
+    return lambda name: documents.get(keys.get(name, name))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import numpy as np
 
 from rapid_llm.context.chunking import Span
 from rapid_llm.context.embedding import Vectors
-from rapid_llm.errors import InvalidParameterError
+from rapid_llm.errors import InvalidParameterError, ModelError
 
 if TYPE_CHECKING:
     from chromadb.api import ServerAPI
@@ -37,19 +38,31 @@ class StoredDocument:
         return self._text[span.start : span.end]
 
     def add(self, chunks: Sequence[int], vectors: Vectors) -> None:
-        """Store the vectors ``[len(chunks), d]`` of these chunks; again is no harm."""
-        self._collection.upsert(
-            ids=[str(i) for i in chunks],
-            embeddings=vectors,
-            documents=[self.text(i) for i in chunks],
-            metadatas=[{"start": self._spans[i].start, "end": self._spans[i].end} for i in chunks],
-        )
+        """Store the vectors ``[len(chunks), d]`` of these chunks; again is no harm.
+
+        Raises:
+            ModelError: d is not that of the vectors that are there.
+        """
+        with _one_length():
+            self._collection.upsert(
+                ids=[str(i) for i in chunks],
+                embeddings=vectors,
+                documents=[self.text(i) for i in chunks],
+                metadatas=[
+                    {"start": self._spans[i].start, "end": self._spans[i].end} for i in chunks
+                ],
+            )
 
     def search(self, query: Vectors) -> list[tuple[Span, float]]:
-        """Every stored chunk with its cosine similarity to a unit vector ``[d]``, best first."""
-        found = self._collection.query(
-            query_embeddings=query[None], n_results=len(self._spans), include=["distances"]
-        )
+        """Every stored chunk with its cosine similarity to a unit vector ``[d]``, best first.
+
+        Raises:
+            ModelError: d is not that of the stored vectors.
+        """
+        with _one_length():
+            found = self._collection.query(
+                query_embeddings=query[None], n_results=len(self._spans), include=["distances"]
+            )
         ids, distances = found["ids"][0], found["distances"][0]
         scores = {int(i): 1 - distance for i, distance in zip(ids, distances, strict=True)}
         # Chroma's graph index can lose sight of chunks that are nearly the same as many others.
@@ -96,6 +109,19 @@ class ChunkStore:
         # The vectors are the embedder's, so Chroma's own embedding function stays out.
         collection = Collection(client=self._server, model=model, embedding_function=None)
         return StoredDocument(collection, text, spans)
+
+
+@contextmanager
+def _one_length() -> Iterator[None]:
+    from chromadb.errors import InvalidArgumentError
+
+    try:
+        yield
+    except InvalidArgumentError as error:
+        raise ModelError(
+            f"the embedder's vectors differ in length from those stored under its name ({error}): "
+            "give other vectors another name"
+        ) from error
 
 
 @cache

@@ -1,21 +1,38 @@
-"""What a forward pass costs on this machine, measured where the cache stands."""
+"""What a forward pass costs on this machine: measured once, and kept for every later process.
+
+Draft lengths follow from these costs, and answers from draft lengths: where a draft moves the
+target, and where passes of another size round otherwise. So the first to measure a cost leaves it
+in a file, and all others take it from there.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import threading
 import time
-from dataclasses import dataclass
-from math import log2
+import uuid
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import chain
+from math import isfinite, log2
+from pathlib import Path
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
+from rapid_llm.engine.rounding import rounding
+
 if TYPE_CHECKING:
     from rapid_llm.engine.session import Session
 
-_ROWS = 5
+ROOM = 5
+"""Tokens that a cache must have room for, for a pass to be measured."""
+
 _REPEATS = 10
 
 
@@ -30,41 +47,128 @@ class PassCost:
         return self.first + self.row * (tokens - 1)
 
 
-_known: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, int], PassCost]] = WeakKeyDictionary()
+_known: dict[Path, PassCost] = {}
 _guard = threading.Lock()
 
 
 def pass_cost(session: Session) -> PassCost:
     """The cost of a pass of 1 and of a few tokens after what the session holds.
 
-    Measured once for each model and context length (lengths within a factor of √2 count as one)
-    and then kept: decisions that rest on it can be repeated. The session is left as it was.
+    One for each machine, architecture, dtype, device, number of threads, choice of kernels and
+    context length (within a factor of √2), in the folder ``pass-costs`` of :func:`cache_folder`.
+    Where that cannot be used, a warning says so, and the cost is this process's own. The session is
+    left as it was; it needs room for :data:`ROOM` tokens.
     """
-    forward = session.forward
-    key = forward.attn_implementation, round(2 * log2(session.cache.length + 1))
+    path = cache_folder() / "pass-costs" / f"{_key(session)}.json"
     with _guard:
-        known = _known.setdefault(forward.model, {})
-    if key not in known:
-        rows = min(_ROWS, session.cache.capacity - session.cache.length)
-        one, several = _seconds(session, rows)
-        cost = PassCost(one, max(0.0, several - one) / max(1, rows - 1))
-        if rows < _ROWS:  # too little room for a good measurement
-            return cost
-        known.setdefault(key, cost)
-    return known[key]
+        known = _known.get(path)
+    if known is None:
+        found = _agreed(path, session)
+        with _guard:
+            known = _known.setdefault(path, found)
+    return known
 
 
-def _seconds(session: Session, rows: int) -> tuple[float, float]:
-    """Of a pass of 1 token and of ``rows``, in turns: the least of a few, since whatever disturbs
-    a measurement only adds to it."""
-    length, device = session.length, session.forward.device
-    times: dict[int, list[float]] = {1: [], rows: []}
-    for n in (1, rows) * _REPEATS:
-        tokens = torch.zeros(n, dtype=torch.long, device=device)
-        started = time.perf_counter()
-        session.extend(tokens)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times[n].append(time.perf_counter() - started)
-        session.rollback(length)
-    return min(times[1]), min(times[rows])
+def cache_folder() -> Path:
+    """Where measurements are kept: ``RAPID_LLM_CACHE``, or the user's cache folder for us."""
+    if given := os.environ.get("RAPID_LLM_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rapid-llm")
+
+
+def measure(session: Session) -> PassCost:
+    """The cost as the clock tells it now, in a pass of 1 token and of a few, in turns.
+
+    The least of a few measurements counts, since whatever disturbs one only adds to it.
+    """
+    forward, cache, device = session.forward, session.cache, session.forward.device
+    held, length = cache.length, session.length + 1
+    times: dict[int, list[float]] = {1: [], ROOM: []}
+    back = min(ROOM, session.length)
+    cache.skipped -= back  # to positions of this sequence: further ones may be turned otherwise
+    try:
+        with forward.lock:  # or the passes of other threads would be measured too
+            for n in (1, ROOM) * _REPEATS:
+                tokens = torch.zeros(n, dtype=torch.long, device=device)
+                started = time.perf_counter()
+                forward(tokens, cache, n, length)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times[n].append(time.perf_counter() - started)
+                cache.rollback(held)
+    finally:
+        cache.skipped += back
+    one, several = min(times[1]), min(times[ROOM])
+    return PassCost(one, max(0.0, several - one) / (ROOM - 1))
+
+
+def _key(session: Session) -> str:
+    """Names what a cost depends on; never the run that happens to need it."""
+    forward, length = session.forward, session.cache.length
+    bucket = round(2 * log2(length + 1))
+    told = f"{_architecture(forward.model)} {rounding(forward)} {bucket}"
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _architecture(model: PreTrainedModel) -> str:
+    """Of modules, shapes and dtypes: a quantized twin is another one, other weights are not."""
+    told = []
+    for name, module in model.named_modules():
+        told.append(f"{name} {type(module).__name__}")
+        told += [
+            f"{tuple(tensor.shape)} {tensor.dtype}"
+            for tensor in chain(module._parameters.values(), module._buffers.values())
+            if tensor is not None
+        ]
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "layer_types")]
+    heads = [config.num_attention_heads, config.num_key_value_heads]
+    return "\n".join([*told, str(windows), str(heads)])
+
+
+def _agreed(path: Path, session: Session) -> PassCost:
+    """What the file says; where there is none, what the first process writes into it."""
+    measured = None
+    try:
+        if not path.exists():
+            measured = measure(session)
+            _propose(path, measured)
+        return _read(path)
+    except (OSError, ValueError) as error:
+        _warn_once(path.parent, f"{type(error).__name__}: {error}")
+        return measured or measure(session)
+
+
+def _propose(path: Path, cost: PassCost) -> None:
+    """Write a file that is whole from the moment it is there, unless another was quicker."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        unfinished.write_text(json.dumps(asdict(cost)), encoding="utf-8")
+        with suppress(FileExistsError):
+            os.link(unfinished, path)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def _read(path: Path) -> PassCost:
+    """Raises OSError or ValueError if the file cannot be read or makes no sense."""
+    content = path.read_text(encoding="utf-8")
+    try:
+        cost = PassCost(**{name: float(value) for name, value in json.loads(content).items()})
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path} holds {content[:100]!r}") from error
+    if not (isfinite(cost.first) and isfinite(cost.row) and cost.first > 0 and cost.row >= 0):
+        raise ValueError(f"{path} holds {content[:100]!r}")
+    return cost
+
+
+@cache
+def _warn_once(folder: Path, problem: str) -> None:
+    warnings.warn(
+        f"what forward passes cost cannot be kept in {folder} ({problem}), so it is measured in "
+        "each process, and one may draft and answer otherwise than another; delete a damaged "
+        "file, or set RAPID_LLM_CACHE to a folder that can be written to",
+        stacklevel=2,
+    )

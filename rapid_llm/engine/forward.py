@@ -207,6 +207,11 @@ class Forward:
             return self._lean
 
     @property
+    def lock(self) -> threading.RLock:
+        """Held by a pass: whoever holds it has the model alone."""
+        return self._lock
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go in (a model may be spread over several devices)."""
         return self.model.get_input_embeddings().weight.device

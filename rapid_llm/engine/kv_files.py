@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, Reader, kv_shape
+from rapid_llm.engine.rounding import rounding
 
 FORMAT = "rapid-llm-kv/1"
 
@@ -116,7 +117,8 @@ class KVFiles:
             or not self._is_unchanged(forward, cache.reader)
         ):
             return
-        name = f"{model[:16]}-{hashlib.sha256(tokens.tobytes()).hexdigest()[:16]}.safetensors"
+        content = hashlib.sha256(model.encode() + tokens.tobytes())
+        name = f"{model[:16]}-{content.hexdigest()[:16]}.safetensors"
         path = self._directory / name
         # Readers never see half a file, and two writers do not mix.
         unfinished = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
@@ -157,12 +159,12 @@ class KVFiles:
         )
 
     def _model(self, forward: Forward, reader: Reader) -> str | None:
-        """What files of a model are called; None if it has none."""
+        """What reads a model's files; None if it has none. Others round otherwise, or turn."""
         known = self._contents.setdefault(forward, {})
         if reader.number not in known:
             known[reader.number] = fingerprint(forward.model, forward.state)
         name = known[reader.number]
-        return name if name is None or reader.scale == 0 else f"{name} beyond {reader.scale}"
+        return name and f"{name} beyond {reader.scale}, {rounding(forward)}"
 
     def _is_unchanged(self, forward: Forward, reader: Reader) -> bool:
         """Whether the model is what it was when it got its name: edits may have gone unseen."""

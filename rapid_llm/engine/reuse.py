@@ -1,4 +1,9 @@
-"""KV reuse: a prompt is read from where it departs from one that was read before."""
+"""KV reuse: a prompt is read from the chunk in which it departs from one that was read before.
+
+Only whole chunks of a prefill are reused, never what other passes read: the end of a prompt, or an
+answer. Their KV depends on the tokens alone, so that every answer is that of a fresh prefill, bit
+for bit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +20,8 @@ import torch
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache, Reader, kv_nbytes
 from rapid_llm.engine.kv_files import KVFiles, TokenIds, common_prefix
+from rapid_llm.engine.rounding import rounding
+from rapid_llm.engine.session import whole_chunks
 from rapid_llm.errors import InvalidParameterError
 
 WORTH_LOADING = 256
@@ -23,42 +31,64 @@ WORTH_SAVING = 1024
 """Prompt tokens that must have been read anew before a file is written."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lease:
     """A cache in use for one prompt.
 
     Attributes:
         cache: holds the prompt's first ``reused`` tokens; has room for the capacity asked for.
-            Read the rest into it, and never roll it back below ``len(prompt) - 1``: another
-            lease may be copying what it holds of the prompt.
-        tokens: the prompt. Append the answer's tokens, so that the next turn of a conversation
-            reuses them. When the lease ends, the cache must hold ``tokens[: cache.length]``: roll
-            back what was drafted and not kept *before* appending.
-        reused: tokens that need not be read, at most ``len(prompt) - 2``: the logits that follow
-            the last one are wanted, and the queries of the one before it.
+            Read the rest of ``prompt[:-1]`` into it by :meth:`Session.prefill`, and never roll it
+            back below that: another lease may be copying it.
+        reused: tokens that need not be read: whole chunks, and at most ``len(prompt) - 2``, as the
+            logits that follow the last token are wanted, and the queries of the one before it.
     """
 
     cache: KVCache
-    tokens: list[int]
     reused: int
+
+
+class _Reading(NamedTuple):
+    """What is to read a prompt: a model as it is now, with passes that round as they do now.
+
+    ``reader`` is None where what it reads must not be kept.
+    """
+
+    forward: Forward
+    reader: Reader | None
+    rounding: str
+
+    @classmethod
+    def now(cls, forward: Forward, length: int) -> _Reading:
+        """Of a sequence of so many tokens."""
+        return cls(forward, forward.kept_reader(length), rounding(forward))
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A cache and what it holds. While it is busy, ``tokens`` is the prompt it will hold."""
+    """A cache, and of which tokens it holds the KV, or will: those that a prefill reads."""
 
     forward: Forward
+    rounding: str
     cache: KVCache
     tokens: TokenIds
     busy: bool = True
+    nbytes: int = 0  # once it is idle
 
-    def read_by(self, forward: Forward, reader: Reader | None) -> bool:
-        """Whether its KV is what a model computes now (see :meth:`Forward.kept_reader`)."""
-        return self.forward is forward and reader is not None and self.cache.reader == reader
+    def read_as(self, reading: _Reading) -> bool:
+        """Whether its KV is, bit for bit, what would be read now."""
+        return (
+            self.forward is reading.forward
+            and self.rounding == reading.rounding
+            and self.cache.reader == reading.reader is not None
+        )
+
+    def held(self) -> int:
+        """How many of the tokens were read in whole chunks."""
+        return whole_chunks(min(len(self.tokens), self.cache.length), self.forward)
 
     def shared(self, tokens: TokenIds) -> int:
-        """How many of its first tokens are those of ``tokens``."""
-        return common_prefix(self.tokens[: self.cache.length], tokens)
+        """How many of these are the first of ``tokens``, in whole chunks too."""
+        return whole_chunks(common_prefix(self.tokens[: self.held()], tokens), self.forward)
 
     def same_document(self, shared: int) -> bool:
         """Whether little is lost if this entry keeps only its first ``shared`` tokens.
@@ -75,7 +105,8 @@ class PrefixCache:
 
     Args:
         budget_bytes: KV kept between generations; a generation that runs has its own memory.
-            0 keeps nothing, and a KV larger than the budget is not kept.
+            0 keeps nothing, and shares nothing between generations that run side by side; a KV
+            larger than the budget is not kept.
         directory: where to keep KV across processes as well; None does not. Files hold the
             prompt's tokens, and there is no limit on them: delete the folder to free the space.
 
@@ -99,7 +130,7 @@ class PrefixCache:
     def nbytes(self) -> int:
         """Bytes of KV kept between generations, at most the budget."""
         with self._lock:
-            return sum(entry.cache.nbytes for entry in self._entries if not entry.busy)
+            return sum(entry.nbytes for entry in self._entries if not entry.busy)
 
     def clear(self) -> None:
         """Free everything that no generation uses right now. Files stay."""
@@ -117,20 +148,14 @@ class PrefixCache:
         What a later lease finds then depends on this prompt alone, not on what was read after it.
         Returns how many of the prompt's tokens are kept.
         """
-        ids = np.asarray(prompt[:-2], dtype=np.int32)
-        reader = forward.kept_reader(len(prompt))
+        reading, ids = _Reading.now(forward, len(prompt)), _token_ids(prompt[:-2])
         with self._lock:
-            idle = [
-                entry
-                for entry in self._entries
-                if not entry.busy and entry.read_by(forward, reader)
-            ]
+            idle = [entry for entry in self._entries if not entry.busy and entry.read_as(reading)]
             best = max(idle, key=lambda entry: entry.shared(ids), default=None)
             self._entries = [entry for entry in self._entries if entry.busy or entry is best]
             if best is None:
                 return 0
             shared = best.shared(ids)
-            best.cache.rollback(shared)
             best.tokens = best.tokens[:shared]
             return shared
 
@@ -138,7 +163,7 @@ class PrefixCache:
     def lease(self, forward: Forward, prompt: Sequence[int], capacity: int) -> Iterator[Lease]:
         """A cache that holds the longest prefix of a prompt that was read before.
 
-        When the context ends, in whatever way, what the cache holds is kept for later prompts.
+        When the context ends, in whatever way, what was read of the prompt is kept for later ones.
 
         Args:
             forward: the model that reads the prompt.
@@ -148,110 +173,105 @@ class PrefixCache:
         Raises:
             torch.OutOfMemoryError: no room for a copy, even with all idle KV freed.
         """
-        ids = np.asarray(prompt[:-2], dtype=np.int32)
-        entry = self._acquire(forward, ids, len(prompt), capacity)
-        lease = Lease(entry.cache, list(prompt), entry.cache.length)
+        entry = self._acquire(forward, _token_ids(prompt), capacity)
+        reused = entry.cache.length
         try:
-            yield lease
+            yield Lease(entry.cache, reused)
         finally:
             try:
-                self._save(entry, lease)
+                self._save(entry, reused)
             finally:
-                self._release(entry, lease)
+                self._release(entry)
 
-    def _acquire(self, forward: Forward, prompt: TokenIds, length: int, capacity: int) -> _Entry:
+    def _acquire(self, forward: Forward, prompt: TokenIds, capacity: int) -> _Entry:
         try:
-            return self._find(forward, prompt, length, capacity)
+            return self._find(forward, prompt, capacity)
         except torch.OutOfMemoryError:
             self.clear()
-            return self._find(forward, prompt, length, capacity)
+            return self._find(forward, prompt, capacity)
 
-    def _find(self, forward: Forward, prompt: TokenIds, length: int, capacity: int) -> _Entry:
-        cache = self._from_file(forward, prompt, length, capacity)
-        reader = forward.kept_reader(length)
+    def _find(self, forward: Forward, prompt: TokenIds, capacity: int) -> _Entry:
+        cache = self._from_file(_Reading.now(forward, len(prompt)), prompt[:-2], capacity)
+        reading = _Reading.now(forward, len(prompt))  # a file tells whether the model has changed
         with self._lock:
             if cache is None:
-                cache = self._from_memory(forward, prompt, reader, capacity)
-            entry = _Entry(forward, cache, prompt)
-            self._entries.append(entry)
+                cache = self._from_memory(reading, prompt[:-2], capacity)
+            entry = _Entry(forward, reading.rounding, cache, prompt[:-1])
+            if self._budget > 0:
+                self._entries.append(entry)
             return entry
 
-    def _from_file(
-        self, forward: Forward, prompt: TokenIds, length: int, capacity: int
-    ) -> KVCache | None:
+    def _from_file(self, reading: _Reading, prompt: TokenIds, capacity: int) -> KVCache | None:
         """The prefix in a file, if it is much longer than the one in memory.
 
         Outside the lock, since it takes long: nobody else sees this cache yet.
         """
-        if self._files is None:
+        forward, reader, _ = reading
+        if self._files is None or reader is None:
             return None
-        reader = forward.kept_reader(length)
         with self._lock:
-            _, held = self._longest(forward, prompt, reader)
-        if reader is None or len(prompt) < held + WORTH_LOADING:
+            _, held = self._longest(reading, prompt)
+        if len(prompt) < held + WORTH_LOADING:
             return None
         path, stored = self._files.find(forward, prompt, reader)
+        stored = whole_chunks(stored, forward)
         if path is None or stored < held + WORTH_LOADING:
             return None
         self._make_room(_planned(forward, capacity))
         return self._files.load(path, forward, reader, stored, capacity)
 
-    def _from_memory(
-        self, forward: Forward, prompt: TokenIds, reader: Reader | None, capacity: int
-    ) -> KVCache:
+    def _from_memory(self, reading: _Reading, prompt: TokenIds, capacity: int) -> KVCache:
         """The prefix in memory: taken over where nobody loses by it, else copied."""
-        entry, shared = self._longest(forward, prompt, reader)
+        entry, shared = self._longest(reading, prompt)
+        planned = _planned(reading.forward, capacity)
         if entry is None:
-            self._make_room(_planned(forward, capacity))
-            return forward.new_cache(capacity)
+            self._make_room(planned)
+            return reading.forward.new_cache(capacity)
         if entry.busy or not entry.same_document(shared):
-            self._make_room(_planned(forward, capacity))
+            self._make_room(planned)
             # Under the lock: the owner could otherwise give it back, and a third take it over.
             return entry.cache.copy_prefix(shared, capacity)
         self._forget(entry)
         entry.cache.rollback(shared)
         if entry.cache.capacity < capacity:
-            self._make_room(_planned(forward, capacity))
+            self._make_room(planned)
             entry.cache.grow(capacity)
         return entry.cache
 
-    def _longest(
-        self, forward: Forward, prompt: TokenIds, reader: Reader | None
-    ) -> tuple[_Entry | None, int]:
+    def _longest(self, reading: _Reading, prompt: TokenIds) -> tuple[_Entry | None, int]:
         """The entry that shares most tokens with a prompt, the latest of equals; how many."""
         best, most = None, 0
         for entry in reversed(self._entries):
-            if entry.read_by(forward, reader):
+            if entry.read_as(reading):
                 shared = entry.shared(prompt)
                 if shared > most:
                     best, most = entry, shared
         return best, most
 
-    def _save(self, entry: _Entry, lease: Lease) -> None:
+    def _save(self, entry: _Entry, reused: int) -> None:
         """Write the prompt's KV to a file, unless it was mostly reused or not read to its end."""
         # The entry is still busy here, so that nobody rolls it back.
-        read = len(entry.tokens)
+        whole, length = whole_chunks(len(entry.tokens), entry.forward), entry.cache.length
         if (
             self._files is not None
-            and read - lease.reused >= WORTH_SAVING
-            and lease.cache.length >= read
-            and entry.read_by(entry.forward, entry.forward.kept_reader(lease.cache.length))
+            and whole - reused >= WORTH_SAVING
+            and length >= whole
+            and entry.read_as(_Reading.now(entry.forward, length))
         ):
-            self._files.save(entry.forward, entry.tokens, lease.cache)
+            self._files.save(entry.forward, entry.tokens[:whole], entry.cache)
 
-    def _release(self, entry: _Entry, lease: Lease) -> None:
-        """Keep what the cache holds, in place of earlier states of the same document."""
+    def _release(self, entry: _Entry) -> None:
+        """Keep what was read of a prompt, in place of earlier states of the same document."""
         with self._lock:
             self._forget(entry)
-            held = min(lease.cache.length, len(lease.tokens))
-            nbytes = lease.cache.nbytes
+            held, nbytes = entry.held(), entry.cache.nbytes
             if held == 0 or nbytes > self._budget or not entry.forward.state.traceable:
                 return
-            entry.tokens = np.asarray(lease.tokens[:held], dtype=np.int32)
-            entry.busy = False
+            entry.tokens, entry.nbytes, entry.busy = entry.tokens[:held], nbytes, False
+            as_this = _Reading(entry.forward, entry.cache.reader, entry.rounding)
             for other in list(self._entries):
                 if (
-                    other.read_by(entry.forward, entry.cache.reader)
+                    other.read_as(as_this)
                     and not other.busy
                     and other.same_document(other.shared(entry.tokens))
                 ):
@@ -264,14 +284,21 @@ class PrefixCache:
         if nbytes > self._budget:
             return  # it will not be kept, so nothing has to go for it
         with self._lock:
+            kept = self.nbytes
             for entry in list(self._entries):
-                if self.nbytes + nbytes <= self._budget:
+                if kept + nbytes <= self._budget:
                     break
                 if not entry.busy:
+                    kept -= entry.nbytes
                     self._forget(entry)
 
     def _forget(self, entry: _Entry) -> None:
-        self._entries = [other for other in self._entries if other is not entry]
+        if entry in self._entries:
+            self._entries.remove(entry)
+
+
+def _token_ids(tokens: Sequence[int]) -> TokenIds:
+    return np.asarray(tokens, dtype=np.int32)
 
 
 def _planned(forward: Forward, capacity: int) -> int:

@@ -15,10 +15,24 @@ from rapid_llm.errors import OutdatedKVError
 
 PREFILL_CHUNK = 512
 """Tokens a prefill pass on a CPU: bounds its activations, and how long a progress bar stands still.
-On CUDA it is :data:`rapid_llm.engine.cuda.prefill.CHUNK`."""
+KV is reused in whole chunks, so a prompt that was read before costs less than another one. On CUDA
+it is :data:`rapid_llm.engine.cuda.prefill.CHUNK`."""
 
 PrefillProgress = Callable[[int, int], None]
 """Called with (tokens read, tokens to read)."""
+
+
+def chunk_size(forward: Forward) -> int:
+    """Tokens of a prompt that its prefill reads in a pass."""
+    return prefill.CHUNK if forward.device.type == "cuda" else PREFILL_CHUNK
+
+
+def whole_chunks(tokens: int, forward: Forward) -> int:
+    """Of the first so many tokens of a prompt, those that whole chunks of its prefill read.
+
+    Their keys and values are the same, bit for bit, for every prompt that begins with them.
+    """
+    return tokens - tokens % chunk_size(forward)
 
 
 class Session:
@@ -51,10 +65,12 @@ class Session:
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
         """Read, in chunks, those tokens of a prompt that the cache does not hold yet.
 
-        Another token is to follow them.
+        Another token is to follow them. The cache holds whole chunks or all of them, so that the
+        passes are those of a prefill from the beginning: those of another size round otherwise.
         """
-        size = prefill.CHUNK if self.forward.device.type == "cuda" else PREFILL_CHUNK
+        size = chunk_size(self.forward)
         for start in range(self.length, len(tokens), size):
+            assert start % size == 0
             if progress is not None:
                 progress(start, len(tokens))
             chunk = self.forward.tensor(tokens[start : start + size])
@@ -93,7 +109,7 @@ class Session:
     def _read_again(self, length: int) -> None:
         held = self._tokens[: self.cache.length]
         self.cache.rollback(0)
-        for chunk in held.split(PREFILL_CHUNK):
+        for chunk in held.split(chunk_size(self.forward)):
             self.forward(chunk, self.cache, 1, length)
 
     def draft(

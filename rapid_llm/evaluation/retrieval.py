@@ -10,8 +10,7 @@ from random import Random
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.context import ContextBuilder, Embedder, RetrievalContext, load_embedder
-from rapid_llm.context.builder import DEFAULT_THRESHOLD
-from rapid_llm.context.embedding import Vectors
+from rapid_llm.context.embedding import PAPER_THRESHOLD, Vectors
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.evaluation.methods import RetrievalSpec
 from rapid_llm.evaluation.tasks.base import Item
@@ -48,7 +47,7 @@ class Retrieval:
                 chunk_tokens=spec.chunk_tokens,
                 min_budget_tokens=spec.context_tokens,
                 # Hardly a chunk of another document is similar, and yet something is to be read.
-                threshold=-1 if spec.irrelevant else DEFAULT_THRESHOLD,
+                threshold=-1 if spec.irrelevant else PAPER_THRESHOLD,
             )
         self._build = lru_cache(maxsize=2 * len(self._builders) + 1)(self._retrieve)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rapid_llm.config import SamplingParams
 from rapid_llm.context import RetrievalContext
-from rapid_llm.context.prompts import fit_prompt
+from rapid_llm.context.prompts import fit_documents
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.engine.forward import Forward
@@ -61,25 +61,23 @@ def evaluate(
         missing = [method for method in methods if (item.id, method.name) not in journal]
         done += len(methods) - len(missing)
         first = evaluation.first_turn(item) if missing else None
-        kept = reads
+        kept = None if reads else 0
         for method in missing:
             assert first is not None
             progress(done, total)
-            kept = kept and _read_before(decoder, first.prompt)
-            if not kept:  # it would not fit, so that each method reads on its own
+            if kept is None or decoder.keep_only(first.prompt) < kept:
+                kept = _read(decoder, first.prompt)
+            if kept == 0:  # it is short or would not fit, so that each method reads on its own
                 decoder.clear_cache()
             journal.append(evaluation.ask(index, method, first))
             done += 1
     progress(total, total)
 
 
-def _read_before(decoder: RapidDecoder, prompt: list[int]) -> bool:
-    """Keep the KV of this prompt, read as a new one is, and nothing else; whether it is kept."""
-    if decoder.keep_only(prompt) >= len(prompt) - 2:
-        return True
-    decoder.clear_cache()
+def _read(decoder: RapidDecoder, prompt: list[int]) -> int:
+    """Keep the KV of this prompt and nothing else; of how many tokens."""
     decoder.generate(prompt, sampling=SamplingParams(max_new_tokens=1))
-    return decoder.keep_only(prompt) >= len(prompt) - 2
+    return decoder.keep_only(prompt)
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class _Evaluation:
         else:
             answers = self._answers(item, method, first, read)
         stats = Stats.together([answer.stats for answer in answers])
-        stats.draft_skipped = skipped
+        stats.draft_skipped = skipped  # the summary counts what the retrieval left out
         text = answers[-1].text
         return Record(
             task=self._task.name,
@@ -187,7 +185,16 @@ class _Evaluation:
         max_new_tokens: int,
     ) -> Prompt:
         tokenizer, window = self._decoder.tokenizer, forward.context_window
-        return fit_prompt(context, render, tokenizer, window, max_new_tokens, truncate="middle")
+        fitted = fit_documents(
+            [context],
+            lambda texts: render(texts[0]),
+            tokenizer,
+            window,
+            max_new_tokens,
+            "middle",
+            mark="",  # as the long-context benchmarks shorten documents
+        )
+        return fitted.prompt
 
     def _answer(self, method: MethodSpec, turn: _Turn, read: RetrievalContext | None) -> _Answer:
         draft = None

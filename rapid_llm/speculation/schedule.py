@@ -49,7 +49,12 @@ def believed_tokens(accepted: float, tried: float) -> Iterator[float]:
 
 
 def best_draft(
-    tokens: Iterable[float], plain: float, draft: float, verify: Iterable[float]
+    tokens: Iterable[float],
+    plain: float,
+    draft: float,
+    verify: Iterable[float],
+    *,
+    always: bool = False,
 ) -> tuple[int, float]:
     """The γ that decodes fastest, and its speedup over plain decoding, at least 1 (γ = 0).
 
@@ -58,8 +63,9 @@ def best_draft(
         plain: seconds of a plain target step.
         draft: seconds of a draft step; c = draft / plain.
         verify: seconds of a verification pass for γ = 1, 2, …; v = verify / plain.
+        always: leave out γ = 0, even if all others are slower.
     """
-    best = 0, 1.0
+    best = (0, 0.0) if always else (0, 1.0)
     for gamma, (seconds, expected) in enumerate(zip(verify, tokens, strict=False), start=1):
         speedup = expected * plain / (gamma * draft + seconds)  # E / (γ c + v)
         if speedup > best[1]:
@@ -118,16 +124,24 @@ class AdaptiveSchedule:
     """The draft length that maximises expected tokens a second.
 
     Where drafting does not pay, a token is drafted now and then, to see whether it does again: as
-    often as this takes little of the time that plain decoding takes.
+    often as this takes little of the time that plain decoding takes; unless every round must draft.
 
     Args:
         target: cost of the target's passes at this context length.
         drafter: cost of the drafter's.
         belief: in the drafter, before the first round.
+        always: draft at least a token in every round, as what is not drafted gets no transfer.
     """
 
-    def __init__(self, target: PassCost, drafter: PassCost, belief: Belief = MODEL) -> None:
-        self._target, self._drafter = target, drafter
+    def __init__(
+        self,
+        target: PassCost,
+        drafter: PassCost,
+        belief: Belief = MODEL,
+        *,
+        always: bool = False,
+    ) -> None:
+        self._target, self._drafter, self._always = target, drafter, always
         self._accepted, self._tried = belief
         self._passes, self._drafted = belief.accepted, belief.accepted
 
@@ -141,8 +155,8 @@ class AdaptiveSchedule:
         missing = missed * self._drafter.row / _RUN
         verify = (missing + self._target.seconds(gamma + 1) for gamma in range(1, MAX_GAMMA + 1))
         tokens = believed_tokens(self._accepted, self._tried)
-        gamma, speedup = best_draft(tokens, self._target.first, draft, verify)
-        return (gamma, speedup) if speedup > _WORTH else (0, 1.0)
+        best = best_draft(tokens, self._target.first, draft, verify, always=self._always)
+        return best if self._always or best[1] > _WORTH else (0, 1.0)
 
     def next(self, missed: int) -> int:
         gamma, _ = self._best(missed)

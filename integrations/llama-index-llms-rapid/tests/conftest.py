@@ -144,10 +144,10 @@ def slow_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
     original = Forward.__call__
 
-    def slow(self: Forward, tokens: Any, cache: Any, keep_logits: int) -> Any:
+    def slow(self: Forward, tokens: Any, cache: Any, *args: Any) -> Any:
         passes.append(len(tokens))
         time.sleep(0.02)
-        return original(self, tokens, cache, keep_logits)
+        return original(self, tokens, cache, *args)
 
     monkeypatch.setattr(Forward, "__call__", slow)
     return passes

@@ -326,7 +326,7 @@ def test_the_decoders_own_options_reach_it(tmp_path, decoder):
         llm = RapidLLM(**options, kv_cache_bytes=0, kv_cache_dir=kept)
         for again in (False, True):
             rapid = llm.complete(prompt).raw["rapid"]
-            assert (rapid["cached_tokens"] > len(prompt)) == (cached or again)
+            assert (rapid["cached_tokens"] > 0) == (cached or again)
         assert len(list(kept.iterdir())) == 1
     assert llm.decoder.draft_forward.name.endswith("tiny (int8)")
     without = RapidLLM(**options, kv_cache_bytes=0)

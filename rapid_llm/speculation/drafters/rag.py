@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -16,7 +16,7 @@ from rapid_llm.engine.session import PrefillProgress, Session
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.drafters.lookup import SIZES, NgramIndex
-from rapid_llm.speculation.sampling import Sampler, padded
+from rapid_llm.speculation.sampling import Fit, Sampler
 from rapid_llm.speculation.schedule import (
     GUESS,
     MODEL,
@@ -46,6 +46,8 @@ class RagDrafter:
         document: more text to guess from, usually the target's prompt.
         config: whether to guess (``lookup``) and how far (``gamma``), and when to end a draft
             (``min_confidence``).
+        unknown: ids of tokens that only one of the two models has. They get no probability, and
+            once the output holds one nothing more is drafted; nor is anything beyond the window.
     """
 
     belief = MODEL
@@ -58,12 +60,17 @@ class RagDrafter:
         vocab_size: int,
         config: SpeculationConfig,
         document: Sequence[int] = (),
+        unknown: Collection[int] = (),
     ) -> None:
         self._session = session
         self._prompt = list(prompt)
         self._sampler = sampler
-        self._choice = sampler.choice(vocab_size)
         self._vocab_size = vocab_size
+        self._embedded = session.forward.model.get_input_embeddings().weight.shape[0]
+        self._unknown = frozenset(unknown)
+        self._fit = Fit(vocab_size, self._unknown, session.forward.device)
+        self._choice = sampler.choice(self._fit)
+        self._read_output = 0  # tokens of it that can be read
         self._index = NgramIndex([*document, *prompt]) if config.lookup else None
         self._given = len(document) + len(prompt)
         self._guessed = len(prompt)  # where the last guess was made
@@ -94,8 +101,14 @@ class RagDrafter:
         return FixedSchedule(self._gamma)
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
-        """See :class:`Drafter`; at most γ (or γ+1) forward passes."""
+        """See :class:`Drafter`; at most γ (or γ+1) forward passes, none where it cannot go on."""
         sequence = [*self._prompt, *output]
+        # The last drafted token is not read, unless what follows it is wanted.
+        room = self._session.forward.context_window - len(sequence) + (not look_ahead)
+        gamma = min(gamma, room)
+        if not self._can_read(output) or gamma + look_ahead <= 0:
+            nothing = torch.empty(0, dtype=torch.long, device=self._session.forward.device)
+            return Draft(nothing, torch.empty(0, self._vocab_size, device=nothing.device), passes=0)
         # What was drafted and not kept is forgotten; the last kept token is yet to be read.
         self._session.rollback(len(sequence) - 1)
         if self._index is not None:
@@ -135,6 +148,14 @@ class RagDrafter:
         pending = self._readable(pending)
         return self._session.draft(pending, steps, self._choice, self._sampler.generator)
 
+    def _can_read(self, output: Sequence[int]) -> bool:
+        """Whether the model has every token of the output."""
+        new = output[self._read_output :]
+        if all(i < self._embedded and i not in self._unknown for i in new):
+            self._read_output = len(output)
+            return True
+        return False
+
     def _guess(self, sequence: Sequence[int], tokens: Tensor, limit: int) -> Tensor:
         """What may come next, int64 ``[at most limit]``."""
         if self._index is None or limit <= 0:
@@ -150,7 +171,7 @@ class RagDrafter:
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
         """Distributions q after each of the last ``keep`` tokens, float32 ``[keep, vocab]``."""
-        logits = padded(self._extend(pending, keep), self._vocab_size)
+        logits = self._fit(self._extend(pending, keep))
         return self._sampler.scores(logits, drafted).softmax(dim=-1)
 
     def _extend(self, tokens: Tensor, keep: int) -> Tensor:

@@ -1,0 +1,256 @@
+"""Chat messages through the model's chat template, also where it is strict about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from secrets import token_hex
+from typing import Any, TypeAlias
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rapid_llm.errors import InvalidParameterError, RapidError
+from rapid_llm.literal import Controls, controls_of, twin_of
+
+Message: TypeAlias = Mapping[str, Any]
+
+SYSTEM_ROLES = ("system", "developer")
+
+_REASONING = ("reasoning", "thinking", "redacted_thinking")
+_JOINED = ("system", "user", "assistant")
+_RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
+_REFUSALS = (TemplateError, TypeError, ValueError)
+
+# What the answer goes on from ends here. The space tells whether the template trims what it writes.
+_END = token_hex(16)
+
+
+def encode_chat(
+    messages: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a chat, up to where the answer begins.
+
+    Args:
+        messages: dicts with a role and a content.
+        tokenizer: with a chat template.
+        variables: of the template.
+
+    Raises:
+        InvalidParameterError: a message or a variable is malformed, or the template refuses them.
+    """
+    if not tokenizer.chat_template:
+        raise InvalidParameterError(
+            "the tokenizer has no chat template, so messages cannot be encoded: pass the prompt "
+            "as text, or set tokenizer.chat_template"
+        )
+    chat = [_checked_message(message) for message in messages]
+    variables = checked_variables(variables)
+    controls = controls_of(tokenizer)
+    quoted = [controls.quote_message(message) for message in chat]
+    settings: dict[str, Any] = controls.quote(variables)
+    ids: list[int] | None = None
+    if (quoted, settings) == (chat, variables):
+        text = _render(chat, variables, tokenizer, controls)
+        encoding = tokenizer(text, add_special_tokens=False, verbose=False)
+        if not tokenizer.is_fast or controls.written_out(encoding.encodings[0], text):
+            ids = encoding["input_ids"]
+    if ids is None:
+        template = tokenizer.get_chat_template(tools=settings.get("tools"))
+        settings["chat_template"] = controls.comparing(template)
+        text = _render(quoted, settings, tokenizer, controls)
+        ids = twin_of(tokenizer).encode_rendered(text)
+    if not ids:
+        raise InvalidParameterError("the messages have no tokens: pass at least one with content")
+    return ids
+
+
+def checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Variables of a chat template.
+
+    Raises:
+        InvalidParameterError: they are no mapping with names, or one of them is ours to set.
+    """
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise InvalidParameterError(
+            f"chat_template_kwargs={variables!r} is not allowed: pass a dict of variables of the "
+            "chat template, as {'enable_thinking': False}"
+        )
+    if taken := sorted(_RESERVED & variables.keys()):
+        raise InvalidParameterError(
+            f"chat_template_kwargs holds {taken[0]!r}, which is not for the caller to choose: "
+            "leave it out"
+        )
+    return dict(variables)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The control token that the chat template ends an answer with; None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _END}]
+    try:
+        text: str = tokenizer.apply_chat_template(chat, tokenize=False)
+    except _REFUSALS:
+        return None
+    controls = controls_of(tokenizer)
+    end = controls.pattern.match(text.rpartition(_END)[2].lstrip())
+    return None if end is None else tokenizer.convert_tokens_to_ids(end[0])
+
+
+# --- messages ----------------------------------------------------------------------------------
+
+
+def _checked_message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidParameterError(
+            f"message {message!r} is not allowed: each message is a dict with a role (text) and "
+            "a content"
+        )
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        raise InvalidParameterError(
+            f"a message of the role {message['role']!r} has tool_calls and no content (NoneType): "
+            "give it one, the empty text will do"
+        )
+    parts = [content] if isinstance(content, str) else content
+    if not isinstance(parts, list | tuple):
+        raise InvalidParameterError(
+            f"message content of type {type(content).__name__} is not allowed: content is text or "
+            "a list of text parts"
+        )
+    said = [part for part in parts if not _is_reasoning(part)]
+    checked = {**message, "content": "\n".join(map(_part_text, said))}
+    thoughts = [thought for part in parts if _is_reasoning(part) if (thought := _thought(part))]
+    if thoughts and message["role"] == "assistant":
+        checked.setdefault("reasoning_content", "\n".join(thoughts))
+    return checked
+
+
+def _is_reasoning(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in _REASONING
+
+
+def _thought(part: Mapping[str, Any]) -> str:
+    texts = (part.get(key) for key in ("reasoning", "thinking", "text", "content"))
+    return next((text for text in texts if isinstance(text, str)), "")
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise InvalidParameterError(
+            f"a message part of type {kind!r} is not allowed: this is a text model, send parts of "
+            'the form {"type": "text", "text": ...}'
+        )
+    text: str = part["text"]
+    return text
+
+
+# --- the template ------------------------------------------------------------------------------
+
+
+def _render(
+    chat: list[dict[str, Any]],
+    variables: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    controls: Controls,
+) -> str:
+    """The chat as the template writes it, or the first of its likes that it does not refuse."""
+    refusals = []
+    for history in _histories(chat):
+        text = _attempt(history, variables, tokenizer)
+        if isinstance(text, str):
+            return text
+        refusals.append(text)
+    roles = ", ".join(message["role"] for message in chat)
+    raise InvalidParameterError(
+        controls.unquote(
+            f"the model's chat template refuses messages with the roles {roles} ({refusals[0]}): "
+            "send the roles and the order that it expects"
+        )
+    ) from refusals[0]
+
+
+def _attempt(
+    chat: list[dict[str, Any]], variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> str | Exception:
+    """The rendered chat, or why the template refuses it."""
+    try:
+        return _apply(chat, variables, tokenizer)
+    except RapidError:
+        raise
+    except _REFUSALS as error:
+        return error
+
+
+def _apply(
+    chat: list[dict[str, Any]], variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    last = chat[-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        opened: str = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False, **variables
+        )
+        return opened
+    content: str = last["content"]
+    begun = [*chat[:-1], {**last, "content": f"{content}{_END} "}]
+    text: str = tokenizer.apply_chat_template(begun, tokenize=False, **variables)
+    text, end, rest = text.rpartition(_END)
+    if not end:
+        raise InvalidParameterError(
+            "the model's chat template leaves out the end of the last message, which is the "
+            "assistant's, so that it cannot be continued: end the chat with another role"
+        )
+    trims = not rest.startswith(" ")
+    return text.removesuffix(content[len(content.rstrip()) :]) if trims else text
+
+
+def _histories(chat: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """A chat, and what says the same to a template that knows few roles or wants them in turn."""
+    yield chat
+    yield _alternating(chat, keep_system=True)
+    yield _alternating(chat, keep_system=False)
+
+
+def _alternating(chat: Sequence[dict[str, Any]], *, keep_system: bool) -> list[dict[str, Any]]:
+    """User and assistant in turn, after one system message at most.
+
+    Other system messages are the user's words at their place; messages of one role are joined.
+    """
+    first = next((i for i, m in enumerate(chat) if m["role"] not in SYSTEM_ROLES), len(chat))
+    system = [{**m, "role": "system"} for m in chat[:first]] if keep_system else []
+    rest = [{**m, "role": "user"} if m["role"] in SYSTEM_ROLES else m for m in chat[len(system) :]]
+    if rest and rest[0]["role"] == "assistant":
+        rest.insert(0, {"role": "user", "content": ""})
+    joined: list[dict[str, Any]] = []
+    for message in [*system, *rest]:
+        before = joined[-1] if joined else {}
+        if message["role"] == before.get("role") in _JOINED and not before.get("tool_calls"):
+            contents = (m["content"] for m in (before, message))
+            joined[-1] = before | message | {"content": "\n\n".join(filter(None, contents))}
+        else:
+            joined.append(message)
+    return joined

@@ -1,0 +1,280 @@
+"""Control tokens in a text as ordinary text: what somebody wrote never steers the model."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from secrets import token_hex
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from tokenizers import AddedToken, Encoding, Regex, pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from rapid_llm.errors import InvalidParameterError
+
+_ROLES = frozenset({"system", "developer", "user", "assistant", "model", "tool", "function"})
+
+_BLOCK = re.compile(r"\{#.*?#\}|\{[{%].*?[%}]\}", re.DOTALL)
+_STRING = re.compile(
+    r"""(?P<sought>(?:\.|\|\s*)(?:count|endswith|find|index|partition|removeprefix|removesuffix
+        |replace|rfind|rindex|rpartition|rsplit|split|startswith)\(\s*)?
+        (?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
+        (?P<within>\s+(?:not\s+)?in\b)?""",
+    re.VERBOSE | re.DOTALL,
+)
+"""A string in a block of a Jinja template, and whether it is looked for in another string."""
+
+
+def encode_literal(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of ``text`` as ordinary text: no BOS, and no control token whatever it holds."""
+    return literal_encoding(text, tokenizer).ids
+
+
+def literal_encoding(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
+    """``encode_literal`` with each token's character range in ``text`` (``.ids``, ``.offsets``)."""
+    controls = controls_of(tokenizer)
+    if not controls.pattern.search(text):
+        encoding = tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
+        if controls.contents.keys().isdisjoint(encoding.ids):  # a normalizer may make some
+            return encoding
+    return twin_of(tokenizer).encode(text)
+
+
+class Controls:
+    """The tokens that steer a model, and secret names for those that somebody else wrote.
+
+    They are the tokenizer's special tokens, and those that its chat template writes: some models
+    mark the delimiters of their template as ordinary added tokens.
+
+    Attributes:
+        tokens: in the tokenizer's order.
+        contents: what each is written as, by its id. Without the unknown token, which any
+            character may become.
+        mark: begins the secret names. It is drawn here, so that no text can hold one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._template = str(tokenizer.chat_template or "")
+        tokens = {
+            token.content: token
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.special or (token.content.strip() and token.content in self._template)
+        }
+        for content in tokenizer.all_special_tokens:
+            tokens.setdefault(content, AddedToken(content, normalized=False, special=True))
+        self.tokens = tuple(tokens.values())
+        model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+        unknown = {tokenizer.unk_token, getattr(model, "unk_token", None)}
+        self.contents = {
+            tokenizer.convert_tokens_to_ids(content): content
+            for content in tokens
+            if content not in unknown
+        }
+        self.mark = token_hex(16)
+
+    def same_as(self, other: Controls) -> bool:
+        """Whether both are of a tokenizer that did not change in between."""
+        return (self.tokens, self._template) == (other.tokens, other._template)
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Finds any of them, the longest first."""
+        longest_first = sorted((token.content for token in self.tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
+
+    def quote_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message in which no string can become a control token, nor a part of one.
+
+        What the assistant said is quoted so that :meth:`comparing` templates still find in it what
+        they look for, as its reasoning; nothing is found in what others said.
+        """
+        kind = "a" if message["role"] == "assistant" else "q"
+        return {
+            key: self._quote_name(value, kind)
+            if isinstance(value, str) and key != "content"
+            else self.quote(value, kind)
+            for key, value in message.items()
+        }
+
+    def quote(self, value: Any, kind: str = "q") -> Any:
+        """A string, or all strings of a nested value, with secret names for control tokens."""
+        if isinstance(value, str):
+            quoted = self.pattern.sub(lambda t: self._secret(kind, t[0]), value)
+            core = value.strip()
+            sides = range(1, min(len(core), self._longest) + 1)
+            if any(core[:n] in self._ends or core[-n:] in self._beginnings for n in sides):
+                return self._apart(quoted)
+            return quoted
+        if isinstance(value, Mapping):
+            return {self.quote(k, kind): self.quote(v, kind) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.quote(item, kind) for item in value]
+        return value
+
+    def _quote_name(self, text: str, kind: str) -> str:
+        """A role or other short string, which a template may write inside of a control token."""
+        if text in self._roles:
+            return text
+        quoted: str = self.quote(text, kind)
+        core = text.strip()
+        inside = bool(core) and any(core in token.content for token in self.tokens)
+        return self._apart(quoted) if inside else quoted
+
+    def unquote(self, text: str) -> str:
+        """A text with what was quoted in it as it was."""
+        return self._names.sub(lambda t: self.tokens[int(t[1])].content if t[1] else "", text)
+
+    def comparing(self, template: str) -> str:
+        """A chat template that finds quoted control tokens where it looks for them in a text.
+
+        Those that it writes itself are left alone.
+        """
+
+        def string(found: re.Match[str]) -> str:
+            if found["sought"] is None and found["within"] is None:
+                return found[0]
+            return self.pattern.sub(lambda t: self._secret("a", t[0]), found[0])
+
+        return _BLOCK.sub(lambda block: _STRING.sub(string, block[0]), template)
+
+    def written_out(self, encoding: Encoding, text: str) -> bool:
+        """Whether each control token of an encoding stands in its text as such.
+
+        A tokenizer that normalizes may make one of other characters, of full-width ones for one.
+        """
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        return all(
+            text[start:end].strip() == self.contents[i].strip()
+            for i, (start, end) in spans
+            if i in self.contents
+        )
+
+    def _secret(self, kind: str, content: str) -> str:
+        return f"{self.mark}{kind}{self._index[content]}x"
+
+    def _apart(self, text: str) -> str:
+        """A text that what stands beside it cannot complete; spaces around it may be trimmed."""
+        core = text.strip()
+        return text.replace(core, f"{self.mark}b{core}{self.mark}b", 1)
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {token.content: i for i, token in enumerate(self.tokens)}
+
+    @cached_property
+    def _names(self) -> re.Pattern[str]:
+        # A template may change the case of a role.
+        return re.compile(rf"{self.mark}(?:[aq](\d+)x|b)", re.IGNORECASE)
+
+    @cached_property
+    def _beginnings(self) -> frozenset[str]:
+        return frozenset(t.content[:n] for t in self.tokens for n in range(1, len(t.content)))
+
+    @cached_property
+    def _ends(self) -> frozenset[str]:
+        return frozenset(t.content[n:] for t in self.tokens for n in range(1, len(t.content)))
+
+    @cached_property
+    def _longest(self) -> int:
+        return max((len(token.content) for token in self.tokens), default=0)
+
+    @cached_property
+    def _roles(self) -> frozenset[str]:
+        """Words that the template knows, or any: it may write them as it likes."""
+        blocks = _BLOCK.findall(self._template)
+        words = {s["string"][1:-1] for block in blocks for s in _STRING.finditer(block)}
+        return _ROLES | {word for word in words if not self.pattern.search(word)}
+
+
+class LiteralTwin:
+    """A copy of a tokenizer to which control tokens are ordinary text.
+
+    The whole text is encoded in one pass, so nothing but the control tokens changes: encoding it
+    in pieces would break merges at their borders and, in SentencePiece-like tokenizers, add a space
+    to each. The control tokens that the template itself writes pass under secret names.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: Controls) -> None:
+        if not tokenizer.is_fast:
+            raise InvalidParameterError(
+                f"the text holds control tokens of {type(tokenizer).__name__}, which cannot read "
+                "them as ordinary text: use the model's fast tokenizer, or remove them"
+            )
+        self.controls = controls
+        contents = [token.content for token in controls.tokens]
+        self._names = {text: f"{controls.mark}n{i}x" for i, text in enumerate(contents)}
+
+        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.add_special_tokens(contents)
+        backend.encode_special_tokens = True
+        backend.add_tokens(
+            [
+                AddedToken(
+                    self._names[token.content],
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                )
+                for token in controls.tokens
+            ]
+        )
+        # The model's own vocabulary may hold a control token too (Unigram, WordPiece): no piece
+        # that reaches it may contain one whole.
+        inner = "|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in contents if len(t) > 1)
+        steps = [backend.pre_tokenizer, pre_tokenizers.Split(Regex(inner), "isolated")]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([step for step in steps if step])
+        self._backend = backend
+        self._control_ids = {
+            backend.token_to_id(name): tokenizer.convert_tokens_to_ids(text)
+            for text, name in self._names.items()
+        }
+
+    def encode(self, text: str) -> Encoding:
+        """``text`` without control tokens.
+
+        Raises:
+            InvalidParameterError: the tokenizer makes one of it all the same.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        contents = self.controls.contents
+        if not contents.keys().isdisjoint(encoding.ids):
+            token = next(contents[i] for i in encoding.ids if i in contents)
+            raise InvalidParameterError(
+                f"the text holds {token!r}, or what the tokenizer takes for it, and it cannot be "
+                "read as ordinary text: remove it"
+            )
+        return encoding
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """A rendered chat: with the template's control tokens, and what was quoted as text."""
+        named = self.controls.pattern.sub(lambda t: self._names[t[0]], text)
+        ids = self.encode(self.controls.unquote(named)).ids
+        return [self._control_ids.get(i, i) for i in ids]
+
+
+_controls: WeakKeyDictionary[PreTrainedTokenizerBase, Controls] = WeakKeyDictionary()
+_twins: WeakKeyDictionary[PreTrainedTokenizerBase, LiteralTwin] = WeakKeyDictionary()
+
+
+def controls_of(tokenizer: PreTrainedTokenizerBase) -> Controls:
+    """A tokenizer's control tokens as they are now."""
+    now = Controls(tokenizer)
+    known = _controls.get(tokenizer)
+    if known is None or not now.same_as(known):
+        known = _controls[tokenizer] = now
+    return known
+
+
+def twin_of(tokenizer: PreTrainedTokenizerBase) -> LiteralTwin:
+    """The copy of a tokenizer that reads control tokens as text; made when first asked for."""
+    controls = controls_of(tokenizer)
+    twin = _twins.get(tokenizer)
+    if twin is None or twin.controls is not controls:
+        twin = _twins[tokenizer] = LiteralTwin(tokenizer, controls)
+    return twin
