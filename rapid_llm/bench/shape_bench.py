@@ -56,6 +56,7 @@ _QUESTION = 64  # tokens
 _GENERATIONS = 4  # of transformers, the first not counted
 _GENERATED = 6  # tokens of each
 _NUMBERS = {"cuda": 2**30, "cpu": 2**26}  # float32, to measure the memory with
+_READ = 16  # tokens of a prompt that are read, before KV is made up
 _PIECE = 8192  # of KV written at once
 _SHARE = 0.6  # of a section's time after which no further repeat begins
 _SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=_ROOM, ignore_eos=True)
@@ -466,12 +467,13 @@ class ShapeBench:
         The KV is made up the first time, and then taken over from the generation before.
         """
         retrieved = self._prompt(self._draft_tokens) if draft else None
+        prompt = self._prompt(context)
         request = self._decoder._prepare(
-            self._prompt(context), retrieved, _SAMPLING, SpeculationConfig(gamma=gamma), 1.0
+            prompt, retrieved, _SAMPLING, SpeculationConfig(gamma=gamma), 1.0
         )
         with self._decoder._open(request) as generation:
             if generation.target.length == 0:
-                self._fill(generation.target, context - 1)
+                self._fill(generation.target, prompt[:-1])
             generation.prefill(None)
             yield generation
 
@@ -479,9 +481,11 @@ class ShapeBench:
         """The same for the same length."""
         return random.Random(n).choices(range(self._vocabulary), k=n)
 
-    def _fill(self, session: Session, tokens: int) -> None:
-        for start in range(0, tokens, _PIECE):
-            key, value = self._random_kv(min(_PIECE, tokens - start))
+    def _fill(self, session: Session, prompt: list[int]) -> None:
+        """The model itself reads the first tokens, so that the cache is known to be its own."""
+        session.prefill(prompt[:_READ])
+        for start in range(_READ, len(prompt), _PIECE):
+            key, value = self._random_kv(min(_PIECE, len(prompt) - start))
             for layer in session.cache.layers:
                 layer.update(key, value)
 
@@ -496,7 +500,7 @@ class ShapeBench:
         """Draws without lookup: nothing in random tokens is worth a guess."""
         prompt = self._prompt(self._draft_tokens)
         session = Session(forward, forward.new_cache(self._draft_tokens + _ROOM))
-        self._fill(session, self._draft_tokens - 1)
+        self._fill(session, prompt[:-1])
         sampler = Sampler(_SAMPLING, prompt, forward.device)
         config = SpeculationConfig(lookup=False)
         return RagDrafter(session, prompt, sampler, self._vocabulary, config)
