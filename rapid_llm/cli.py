@@ -213,8 +213,8 @@ def ask(
     drafter_quantization: Annotated[
         Literal["auto", "int8", "int4", "none"],
         typer.Option(
-            help="Draft with weights of 8 bits (CPU) or 4 (CUDA); auto: where the target drafts and "
-            "it pays."
+            help="Draft with weights of 8 (CPU) or 4 bits (CUDA); auto: where the target drafts "
+            "and it pays."
         ),
     ] = "auto",
     kv_cache: Annotated[

@@ -518,7 +518,9 @@ class RapidDecoder:
             def lease(forward: Forward, prompt: Sequence[int]) -> tuple[Session, Lease]:
                 length, new = len(prompt), request.sampling.max_new_tokens
                 capacity = max(min(length + new, forward.context_window), length + ROOM)
-                borrowed = leases.enter_context(self._prefixes.lease(forward, prompt, capacity))
+                borrowed = leases.enter_context(
+                    self._prefixes.lease(forward, prompt, forward.capacity_for(capacity))
+                )
                 return Session(forward, borrowed.cache, prompt), borrowed
 
             target, kept = lease(request.forward, request.prompt)

@@ -14,7 +14,7 @@ from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.speculation.sampling import Sampler
+from rapid_llm.speculation.sampling import Fit, Sampler
 
 pytest.importorskip("triton")
 
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has
 
 FAMILY = [name for name in ARCHITECTURES if Forward(tiny_model(name), name).lean]
 IDS = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
+CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -198,17 +199,15 @@ def test_a_draft_loop_draws_what_single_steps_draw(live, params, pending):
     model = tiny_model()
     plain, ours = Forward(model, "plain", cuda_graphs=False), Forward(model, "captured")
     expected, cache = spoilt(plain, IDS[:8]), spoilt(ours, IDS[:8])
-    width = 66  # of a target that pads its vocabulary to another width
-    sampler, stepwise = (Sampler(params, [3], torch.device("cpu")) for _ in range(2))
-    choice = sampler.choice(width)
+    fit = Fit(66, frozenset([5, 9]), CPU)  # a target of another width, without these tokens
+    sampler, stepwise = (Sampler(params, [3], CPU, model) for _ in range(2))
+    choice = sampler.choice(fit)
     drafted = Session(ours, cache).draft(IDS[8 : 8 + pending], 3, choice, sampler.generator)
     assert drafted is not None
     tokens, rows = drafted
     unread = IDS[8 : 8 + pending]
     for token, row in zip(tokens, rows, strict=True):
-        logits = plain(unread, expected, 1)
-        q = stepwise.scores(nn.functional.pad(logits, (0, 2), value=-torch.inf), IDS[:0])
-        q = q.softmax(dim=-1)[0]
+        q = stepwise.scores(fit(plain(unread, expected, 1)), IDS[:0]).softmax(dim=-1)[0]
         torch.testing.assert_close(row, q, **CLOSE)
         unread = stepwise.draw(q)[None]
         assert token == unread
@@ -216,16 +215,35 @@ def test_a_draft_loop_draws_what_single_steps_draw(live, params, pending):
     assert_same_kv(cache, expected)
 
 
-def test_drafts_longer_than_a_loop_and_other_samplings_go_on(live):
+@torch.inference_mode()
+def test_a_draft_ends_with_the_loop_or_is_left_to_passes_where_there_is_no_room(live):
     forward = Forward(tiny_model(), "captured")
-    with torch.inference_mode():
-        session = Session(forward, spoilt(forward, IDS[:8]))
-        sampler = Sampler(SamplingParams(temperature=1.0), [3], torch.device("cpu"))
-        tokens, _ = session.draft(IDS[8:9], 30, sampler.choice(64), sampler.generator)
-        assert len(tokens) == MAX_TOKENS
-        assert session.draft(IDS[8:9], 60, sampler.choice(64), sampler.generator) is None  # no room
-    penalised = SamplingParams(repetition_penalty=1.2)
-    assert Sampler(penalised, [3], torch.device("cpu")).choice(64) is None
+    session = Session(forward, spoilt(forward, IDS[:8]))
+    sampler = Sampler(SamplingParams(temperature=1.0), [3], CPU, forward.model)
+    choice = sampler.choice(Fit(64, frozenset(), CPU))
+    tokens, rows = session.draft(IDS[8:9], 30, choice, sampler.generator)
+    assert (len(tokens), len(rows)) == (MAX_TOKENS, MAX_TOKENS)
+    assert session.draft(IDS[8:9], 60, choice, sampler.generator) is None
+
+
+def test_one_loop_serves_every_answer_that_samples_alike():
+    model, fit = tiny_model(), Fit(64, frozenset(), CPU)
+
+    def choice(fit=fit, **params):
+        return Sampler(SamplingParams(**params), [3], CPU, model).choice(fit)
+
+    alike = [choice(temperature=0.7, top_p=0.8, seed=seed) for seed in (1, 2)]
+    assert alike[0] == alike[1]
+    assert hash(alike[0]) == hash(alike[1])
+    others = [
+        choice(),
+        choice(temperature=0.7),
+        choice(temperature=0.7, top_p=0.8, top_k=5),
+        choice(Fit(66, frozenset(), CPU), temperature=0.7, top_p=0.8),
+        choice(Fit(64, frozenset([5]), CPU), temperature=0.7, top_p=0.8),
+    ]
+    assert len({*others, *alike}) == len(others) + 1
+    assert choice(repetition_penalty=1.2) is None  # what was said counts
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,13 @@ class Forward:
 
         return twin_of(self.model, self.state, (kind, lean), make)
 
+    def capacity_for(self, tokens: int) -> int:
+        """Tokens that a cache for so many is best made for.
+
+        On CUDA whole thousands: cuDNN makes, and keeps, plans for each size of buffers.
+        """
+        return tokens + -tokens % 1024 if self.device.type == "cuda" else tokens
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
