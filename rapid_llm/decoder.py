@@ -149,7 +149,8 @@ class RapidDecoder:
         drafter_quantization: ``int8`` drafts with int8 weights on a CPU (a copy of the drafter's,
             made at the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep
             these), ``int4`` with 4-bit weights on a GPU (bfloat16, Ampere or newer); ``auto`` does
-            what pays for a target that drafts for itself, in bfloat16; None never.
+            what pays for a target that drafts for itself: int8 in bfloat16 on a CPU, int4 for a
+            gigabyte of weights and more; None never.
         kv_cache_bytes: of prompts' KV kept between calls, least recently used first out; None is a
             quarter of the device's memory, 0 keeps nothing.
         kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with

@@ -9,6 +9,7 @@ from torch import nn
 
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.cuda import int4
 from rapid_llm.engine.cuda.int4 import (
     FEW_ROWS,
     GROUP,
@@ -106,3 +107,18 @@ def test_auto_takes_no_int4_on_a_cpu():
     decoder = RapidDecoder(tiny_model(**SIZES), tiny_tokenizer())
     decoder.generate([3, 4, 5], [3, 4], sampling=SamplingParams(max_new_tokens=2))
     assert decoder.draft_forward is decoder.target
+
+
+def test_auto_takes_int4_for_large_models_on_a_gpu_only(monkeypatch):
+    model = tiny_model(**SIZES)
+    monkeypatch.setattr(int4, "runs_on", lambda model: True)
+    forward = Forward(model, "m")
+    assert forward.cheapest is None
+    monkeypatch.setattr(int4, "_LARGE", sum(p.nbytes for p in model.parameters()))
+    assert forward.cheapest == "int4"
+    decoder = RapidDecoder(model, tiny_tokenizer())
+    assert type(decoder.draft_forward.model.lm_head) is Int4Linear
+    assert decoder.draft_forward is decoder.draft_forward
+    assert decoder.memory.drafter_weights == int8_nbytes(decoder.draft_forward.model)
+    result = decoder.generate([3, 4, 5], [3, 4], sampling=SamplingParams(max_new_tokens=4))
+    assert len(result.token_ids) == 4

@@ -328,7 +328,7 @@ class Forward:
         """The kind of weights with which a draft step takes least, None for its own."""
         if int8_pays(self.model):
             return "int8"
-        return "int4" if int4.runs_on(self.model) else None
+        return "int4" if int4.pays(self.model) else None
 
     def twin(self, kind: FewBits) -> PreTrainedModel:
         """The model over weights of few bits, made for what it is now and freed with it."""

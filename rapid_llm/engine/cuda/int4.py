@@ -21,6 +21,7 @@ GROUP = 64
 FEW_ROWS = 8
 """Up to so many tokens the product is faster than that of the whole weights."""
 
+_LARGE = 10**9  # bytes: read in a third of a millisecond, in which some 100 kernels run
 _INNER_TILES = 8  # of the operators' layout: 128 columns
 
 
@@ -159,6 +160,12 @@ def runs_on(model: PreTrainedModel) -> bool:
         and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
         for tensor in model.parameters()
     )
+
+
+def pays(model: PreTrainedModel) -> bool:
+    """Whether reading weights is what a step of this model takes: the launches of a small one, and
+    what 16 values a group lose of it, cost more than is saved."""
+    return runs_on(model) and sum(tensor.nbytes for tensor in model.parameters()) >= _LARGE
 
 
 def _fits(module: nn.Module) -> bool:
