@@ -211,8 +211,11 @@ def ask(
     ] = None,
     attention: Annotated[Attention, typer.Option(help="Attention implementation.")] = "rapid",
     drafter_quantization: Annotated[
-        Literal["auto", "int8", "none"],
-        typer.Option(help="Draft with int8 weights; auto: where the target drafts and it pays."),
+        Literal["auto", "int8", "int4", "none"],
+        typer.Option(
+            help="Draft with weights of 8 (CPU) or 4 bits (CUDA); auto: where the target drafts "
+            "and it pays."
+        ),
     ] = "auto",
     kv_cache: Annotated[
         Path | None,

@@ -12,7 +12,7 @@ from rapid_llm.errors import InvalidParameterError
 
 Mode = Literal["exact", "augmented", "paper"]
 Drafting = Literal["rag", "streaming", "triforce", "rest"]
-Quantization = Literal["auto", "int8"]
+Quantization = Literal["auto", "int8", "int4"]
 
 _Number = TypeVar("_Number", int, float)
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,8 @@ from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig, re
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import ROOM, pass_cost
-from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.quantization import (
-    int8_nbytes,
-    int8_pays,
-    int8_twin,
-    require_int8,
-)
+from rapid_llm.engine.forward import FewBits, Forward
+from rapid_llm.engine.quantization import int8_nbytes
 from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
@@ -120,7 +115,7 @@ class Memory:
 
     Attributes:
         target_weights: of the target.
-        drafter_weights: beside those: another model's, an int8 twin's, or 0 where they are shared.
+        drafter_weights: beside those: another model's, a quantized twin's, or 0 where shared.
         kept_kv: keys and values of prompts, kept for later ones.
     """
 
@@ -151,12 +146,15 @@ class RapidDecoder:
         name, drafter_name: what errors and results call the models.
         attn_implementation: ``rapid`` (ours), or transformers' ``sdpa``, ``flash_attention_2``
             or ``eager``.
-        cuda_graphs: replay single-token passes of the Llama family from CUDA graphs, which saves
-            their launches. Off, as it was checked without capturing only: on no GPU yet.
-        drafter_quantization: ``int8`` drafts with int8 weights (a copy of the drafter's, made at
-            the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep these);
-            ``auto`` does so for a target that drafts for itself where it pays, in bfloat16 on a
-            CPU; None never. There is no int8 copy of a model with hooks or replaced methods.
+        cuda_graphs: replay passes of up to 17 tokens of the Llama family, and whole drafts, from
+            CUDA graphs, which saves their launches: None where it can be done (Ampere or newer,
+            with Triton), False nowhere; True raises where it cannot.
+        drafter_quantization: ``int8`` drafts with int8 weights on a CPU (a copy of the drafter's,
+            made at the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep
+            these), ``int4`` with 4-bit weights on a GPU (bfloat16, Ampere or newer); ``auto`` does
+            what pays for a target that drafts for itself: int8 in bfloat16 on a CPU, int4 for a
+            gigabyte of weights and more; None never. There is no such copy of a model with hooks
+            or replaced methods.
         kv_cache_bytes: of prompts' KV kept between calls, least recently used first out; None is a
             quarter of the device's memory, 0 keeps nothing.
         kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with
@@ -180,7 +178,7 @@ class RapidDecoder:
         name: str | None = None,
         drafter_name: str | None = None,
         attn_implementation: str = RAPID_ATTENTION,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
@@ -196,7 +194,7 @@ class RapidDecoder:
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
             self._unshared = self._check_tokenizers(drafter_tokenizer)
-        self._quantizes = self._resolve(drafter_quantization)
+        self._few_bits = self._resolve(drafter_quantization)
         self._twin: Forward | None = None
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
@@ -215,7 +213,7 @@ class RapidDecoder:
         device: str | torch.device | None = None,
         drafter_device: str | torch.device | None = None,
         attn_implementation: str = RAPID_ATTENTION,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
@@ -280,20 +278,20 @@ class RapidDecoder:
 
     @property
     def draft_forward(self) -> Forward:
-        """What drafts: the drafter, or its int8 twin, quantized when first asked for.
+        """What drafts: the drafter, or its twin of few bits, quantized when first asked for.
 
         The twin is of the drafter as it is now: it is made anew when weights or adapters changed,
         and there is none of a model with hooks or replaced methods.
         """
-        if not self._quantizes or not self.drafter.copyable:
+        if self._few_bits is None or not self.drafter.copyable:
             return self.drafter
-        model = int8_twin(self.drafter.model, self.drafter.compiled, self.drafter.state)
+        model = self.drafter.twin(self._few_bits)
         if self._twin is None or self._twin.model is not model:
             if self._twin is not None:
                 self._prefixes.forget(self._twin)
             self._twin = Forward(
                 model,
-                f"{self.drafter.name} (int8)",
+                f"{self.drafter.name} ({self._few_bits})",
                 self.drafter.attn_implementation,
                 self.drafter.cuda_graphs,
             )
@@ -535,7 +533,9 @@ class RapidDecoder:
             def lease(forward: Forward, prompt: Sequence[int]) -> tuple[Session, Lease]:
                 length, new = len(prompt), request.sampling.max_new_tokens
                 capacity = max(min(length + new, forward.context_window), length + ROOM)
-                borrowed = leases.enter_context(self._prefixes.lease(forward, prompt, capacity))
+                borrowed = leases.enter_context(
+                    self._prefixes.lease(forward, prompt, forward.capacity_for(capacity))
+                )
                 return Session(forward, borrowed.cache, prompt), borrowed
 
             target, kept = lease(request.forward, request.prompt)
@@ -661,17 +661,20 @@ class RapidDecoder:
                     stats.time_to_first_token = time.perf_counter() - started
                 yield Chunk("".join(pieces), tuple(new), finish, replace(stats))
 
-    def _resolve(self, quantization: str | None) -> bool:
-        """Whether to draft with int8 weights."""
-        if quantization not in (None, "auto", "int8"):
+    def _resolve(self, quantization: str | None) -> FewBits | None:
+        """The kind of weights to draft with, None for the drafter's own."""
+        if quantization not in (None, *get_args(Quantization)):
             raise InvalidParameterError(
-                f"drafter_quantization={quantization!r} is unknown; use 'auto', 'int8' or None"
+                f"drafter_quantization={quantization!r} is unknown; "
+                "use 'auto', 'int8', 'int4' or None"
             )
         if quantization == "auto":
-            return self.drafter is self.target and int8_pays(self.drafter.model)
-        if quantization == "int8":
-            require_int8(self.drafter.model)
-        return quantization == "int8"
+            return self.drafter.cheapest if self.drafter is self.target else None
+        for kind in get_args(FewBits):
+            if quantization == kind:
+                self.drafter.require(kind)
+                return kind
+        return None
 
     def _check_tokenizers(
         self, drafter_tokenizer: PreTrainedTokenizerBase | None
@@ -840,8 +843,7 @@ class _Generation:
 
     def _pending(self) -> Tensor:
         """The tokens that the target has not read: the last one, on the target's device."""
-        sequence = self._output[-1:] or self._prompt[-1:]
-        return torch.tensor(sequence, device=self.target.forward.device)
+        return self.target.forward.tensor(self._output[-1:] or self._prompt[-1:])
 
     def _draft(self) -> tuple[Draft, Schedule | None]:
         """A proposal, on the target's device, of the drafter that promises most and has one.

@@ -361,7 +361,7 @@ def test_other_devices_are_refused_with_the_remedy():
 
 def test_an_unknown_quantization_is_named():
     with pytest.raises(InvalidParameterError, match=r"'int4' is unknown.*'auto', 'int8' or None"):
-        RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int4")
+        RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int3")
 
 
 @pytest.fixture

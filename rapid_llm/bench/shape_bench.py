@@ -469,7 +469,7 @@ class ShapeBench:
         retrieved = self._prompt(self._draft_tokens) if draft else None
         prompt = self._prompt(context)
         request = self._decoder._prepare(
-            prompt, retrieved, _SAMPLING, SpeculationConfig(gamma=gamma), 1.0
+            prompt, retrieved, _SAMPLING, SpeculationConfig(gamma=gamma), 1.0, {}
         )
         with self._decoder._open(request) as generation:
             if generation.target.length == 0:
@@ -502,7 +502,7 @@ class ShapeBench:
         prompt = self._prompt(self._draft_tokens)
         session = Session(forward, forward.new_cache(self._draft_tokens + _ROOM))
         self._fill(session, prompt[:-1])
-        sampler = Sampler(_SAMPLING, prompt, forward.device)
+        sampler = Sampler(_SAMPLING, prompt, forward.device, forward.model)
         config = SpeculationConfig(lookup=False)
         return RagDrafter(session, prompt, sampler, self._vocabulary, config)
 

@@ -18,6 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from rapid_llm.engine import native
+from rapid_llm.engine.cuda import has_kernels, prefill
 from rapid_llm.engine.products import fast_dtype
 from rapid_llm.errors import ModelError
 
@@ -58,19 +59,33 @@ def attend(
         return _attend_packed(query, key, value, scaling, ~hidden)
     if window is not None and window >= key.shape[1]:
         window = None
-    return _kernel(query, key, value)(query, key, value, scaling, window)
+    return _kernel(query, key, value, window)(query, key, value, scaling, window)
 
 
-def _kernel(query: Tensor, key: Tensor, value: Tensor) -> _Kernel:
+def _kernel(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> _Kernel:
     """What is fastest for this device, dtype and shape."""
     n, length = query.shape[1], key.shape[1]
     if n > _FEW_QUERIES and native.serves(query, key, value):
         return native.attend
+    if query.device.type == "cuda":
+        return _cuda_kernel(query, value, window)
     if query.device.type != "cpu" or (n == 1 and length <= _SHORT):
         return _attend_sdpa
     if n <= _FEW_QUERIES and length <= _SHORT:
         return _attend_batched
     return _attend_products
+
+
+def _cuda_kernel(query: Tensor, value: Tensor, window: int | None) -> _Kernel:
+    """Never a mask tensor, and never SDPA over a cache that grows token by token."""
+    if prefill.serves(query, value.shape[1], window):
+        return prefill.attend_chunk
+    fused = query.shape[1] > _FEW_QUERIES and window is None and query.dtype != torch.float32
+    if fused or query.shape[2] != value.shape[2] or not has_kernels(query.device):
+        return _attend_sdpa
+    from rapid_llm.engine.cuda import attention  # Triton, which not every machine has
+
+    return attention.attend
 
 
 def _in_fast_dtype(kernel: _Kernel) -> _Kernel:

@@ -82,22 +82,25 @@ def measure(session: Session) -> PassCost:
     The least of a few measurements counts, since whatever disturbs one only adds to it.
     """
     forward, cache, device = session.forward, session.cache, session.forward.device
-    held, length = cache.length, session.length + 1
+    held, expected = cache.length, cache.expected
     times: dict[int, list[float]] = {1: [], ROOM: []}
     back = min(ROOM, session.length)
     cache.skipped -= back  # to positions of this sequence: further ones may be turned otherwise
+    # As the end of a sequence, which passes that decode read, unless its KV is of a longer one.
+    cache.expected = session.length + back + 1 if forward.switches else 0
     try:
         with forward.lock:  # or the passes of other threads would be measured too
             for n in (1, ROOM) * _REPEATS:
                 tokens = torch.zeros(n, dtype=torch.long, device=device)
                 started = time.perf_counter()
-                forward(tokens, cache, n, length)
+                forward(tokens, cache, n)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times[n].append(time.perf_counter() - started)
                 cache.rollback(held)
     finally:
         cache.skipped += back
+        cache.expected = expected
     one, several = min(times[1]), min(times[ROOM])
     return PassCost(one, max(0.0, several - one) / (ROOM - 1))
 

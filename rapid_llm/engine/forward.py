@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,12 +16,21 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from rapid_llm.engine import attention
-from rapid_llm.engine.graphs import GraphedStep, is_capturable
+from rapid_llm.engine.cuda import has_kernels, int4
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, Reader
-from rapid_llm.engine.lean import is_lean, lean_logits
+from rapid_llm.engine.lean import has_fixed_rotary, is_lean, lean_logits
 from rapid_llm.engine.native_pass import NativePass, native_pass
-from rapid_llm.errors import MissingDependencyError, ModelError, OutdatedKVError
+from rapid_llm.engine.quantization import int8_pays, int8_twin, require_int8, twin_of
+from rapid_llm.errors import (
+    InvalidParameterError,
+    MissingDependencyError,
+    ModelError,
+    OutdatedKVError,
+)
+
+if TYPE_CHECKING:  # they need Triton, which not every machine has
+    from rapid_llm.engine.cuda.captured import CapturedPasses
 
 SUPPORTED = frozenset(
     {
@@ -44,6 +53,9 @@ SUPPORTED = frozenset(
 
 ATTENTION = (attention.NAME, "sdpa", "flash_attention_2", "eager")
 
+FewBits = Literal["int8", "int4"]
+"""Kinds of weights that a draft step reads faster than a model's own."""
+
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
 
@@ -52,6 +64,20 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
     """One lock a model, however many decoders were built around it."""
     with _locks_guard:
         return _locks.setdefault(model, threading.RLock())
+
+
+class Choice(Protocol):
+    """How a draft step goes from logits to a token, where no history counts. Hashable.
+
+    Attributes:
+        width: tokens that q is over.
+    """
+
+    @property
+    def width(self) -> int: ...
+
+    def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Float32 ``[1, vocab]`` to q, float32 ``[width]``, and an int64 scalar drawn from it."""
 
 
 class Forward:
@@ -65,12 +91,13 @@ class Forward:
         name: what errors and results call it.
         attn_implementation: ``rapid`` (ours), or one of transformers' own, which always runs
             the model's own forward pass.
-        cuda_graphs: replay single-token passes from a CUDA graph, where the forward pass is lean
-            and can be captured.
+        cuda_graphs: whether passes of few tokens are replayed from CUDA graphs: None where they
+            can be (a lean pass, on Ampere or newer, with Triton), False nowhere. True insists.
 
     Raises:
         ModelError: the architecture, an adapter or the attention implementation is not supported.
             Calls raise it too, as adapters may be added later.
+        InvalidParameterError: ``cuda_graphs=True`` where passes cannot be captured.
         MissingDependencyError: the attention implementation is not installed.
     """
 
@@ -79,7 +106,7 @@ class Forward:
         model: PreTrainedModel,
         name: str,
         attn_implementation: str = attention.NAME,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
     ) -> None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type not in SUPPORTED:
@@ -109,20 +136,30 @@ class Forward:
         with self._lock:
             self.state = ModelState(model)
             self._choose()
+        if cuda_graphs and self._captured is None:
+            raise InvalidParameterError(
+                f"cuda_graphs=True, but passes of {name} on {self.device} cannot be captured: that "
+                "takes a model of the Llama family with our attention, Triton, and an Ampere GPU "
+                "or a newer one; leave cuda_graphs out to capture where it can be done"
+            )
 
     def _choose(self) -> None:
         """Passes for the model as it is now."""
         self._chosen: int | None = None
-        self._steps: WeakKeyDictionary[KVCache, GraphedStep] = WeakKeyDictionary()
+        self._captured: CapturedPasses | None = None
         self._native: NativePass | None = None
         self._require_layers_in_order()
         self._require_tokens_alike()
         self._lean = self.attn_implementation == attention.NAME and is_lean(self.state)
         # What a scaled rotary embedding does to itself in a pass is for :meth:`absorb`.
-        self._leaves_itself = self._lean and is_capturable(self.model)
-        self._captures = self.cuda_graphs and self._leaves_itself and self.device.type == "cuda"
+        self._leaves_itself = self._lean and has_fixed_rotary(self.model)
         if self._lean:
             self._native = native_pass(self.model)
+        if self._leaves_itself and self.cuda_graphs is not False and has_kernels(self.device):
+            from rapid_llm.engine.cuda.captured import CapturedPasses
+
+            self._captured = CapturedPasses(self.model)
+            self.state.look()  # projections were fused: their weights have moved
         self._chosen = self.state.number
 
     def _follow(self) -> None:
@@ -178,6 +215,13 @@ class Forward:
     def device(self) -> torch.device:
         """Where token ids go in (a model may be spread over several devices)."""
         return self.model.get_input_embeddings().weight.device
+
+    def tensor(self, tokens: Sequence[int]) -> Tensor:
+        """Int64 ``[n]`` where token ids go in; the host does not wait for the device."""
+        host = torch.tensor(tokens, dtype=torch.long)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
 
     @property
     def vocab_size(self) -> int:
@@ -267,9 +311,53 @@ class Forward:
             reader = self.reader(length)
             return reader if self.state.traceable else None
 
+    def require(self, kind: FewBits) -> None:
+        """Raises InvalidParameterError where this model cannot have weights of so few bits."""
+        if kind == "int8":
+            require_int8(self.model)
+        elif not int4.runs_on(self.model):
+            raise InvalidParameterError(
+                f"drafter_quantization='int4' needs a drafter in bfloat16 on an Ampere GPU or a "
+                f"newer one, with layers of multiples of 128 inputs, but {self.name} is in "
+                f"{self.model.dtype} on {self.device}; load it so (dtype='bfloat16'), or leave "
+                "drafter_quantization out"
+            )
+
+    @property
+    def cheapest(self) -> FewBits | None:
+        """The kind of weights with which a draft step takes least, None for its own."""
+        if int8_pays(self.model):
+            return "int8"
+        return "int4" if int4.pays(self.model) else None
+
+    def twin(self, kind: FewBits) -> PreTrainedModel:
+        """The model over weights of few bits, made for what it is now and freed with it."""
+        if kind == "int8":
+            return int8_twin(self.model, self.compiled, self.state)
+        lean = self.lean
+
+        def make(model: PreTrainedModel) -> PreTrainedModel:
+            return int4.int4_copy(model, lean=lean)
+
+        return twin_of(self.model, self.state, (kind, lean), make)
+
+    def capacity_for(self, tokens: int) -> int:
+        """Tokens that a cache for so many is best made for.
+
+        On CUDA whole thousands: cuDNN makes, and keeps, plans for each size of buffers.
+        """
+        return tokens + -tokens % 1024 if self.device.type == "cuda" else tokens
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
+
+    @property
+    def loops(self) -> bool:
+        """Whether :meth:`draft` can draft without the host, with the model as it is now."""
+        with self._lock:
+            self._follow()
+            return self._captured is not None
 
     def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
         """Append tokens to the cache.
@@ -286,26 +374,45 @@ class Forward:
             OutdatedKVError: what the cache holds is not what the model would compute now.
             ModelError: an adapter was added that is not supported.
         """
-        start = cache.length
         ids = tokens.to(self.device, non_blocking=True)
-        first = start + cache.skipped
-        end = first + ids.shape[0]
+        end = cache.length + cache.skipped + ids.shape[0]
         length = max(cache.expected, end)
+        with self._reading(cache, length):
+            run = self._lean_pass if self._lean else self._own_pass
+            return run(ids, cache, keep_logits, length).float()
+
+    def draft(
+        self,
+        pending: Tensor,
+        steps: int,
+        cache: KVCache,
+        choice: Choice,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Draft steps that feed one another on the device, where the model :attr:`loops`.
+
+        See :class:`rapid_llm.engine.cuda.draft_loop.DraftLoop`, for the errors :meth:`__call__`.
+        """
+        end = cache.length + cache.skipped + pending.shape[0] + steps - 1
+        with self._reading(cache, end):
+            assert self._captured is not None
+            return self._captured.loop(choice)(pending, steps, cache, generator)
+
+    @contextmanager
+    def _reading(self, cache: KVCache, length: int) -> Iterator[None]:
+        """A pass of the model as it is now, over a sequence of so many tokens."""
+        start = cache.length
         with self._lock:
             reader = self.reader(length)
             if start == 0:
                 cache.reader = reader
             elif cache.reader not in (None, reader):
                 raise OutdatedKVError(
-                    f"{self.name} has changed since it read the first {first} tokens; read them "
-                    "again with the weights and the adapter that it has now"
+                    f"{self.name} has changed since it read the first {start + cache.skipped} "
+                    "tokens; read them again with the weights and the adapter that it has now"
                 )
-            positions = torch.arange(first, end, device=self.device)
-            if reader.scale != self._scale(end):  # the embedding goes by the last position
-                positions = torch.cat([positions, positions.new_tensor([length - 1])])
-            run = self._lean_pass if self._lean else self._own_pass
             try:
-                return run(ids, positions, cache, keep_logits).float()
+                yield
             except BaseException:
                 cache.rollback(start)
                 raise
@@ -313,21 +420,28 @@ class Forward:
                 if not self._leaves_itself:
                     self.state.absorb()
 
-    def _lean_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        if self._captures and len(positions) == 1 and cache.length > 0:
-            return self._graphed(cache)(ids, cache)
+    def _lean_pass(self, ids: Tensor, cache: KVCache, keep: int, length: int) -> Tensor:
+        if self._captured is not None:
+            whole = length == cache.length + cache.skipped + len(ids)
+            if whole and self._captured.serves(ids, cache):
+                return self._captured(ids, cache, keep)
+            return self._captured.read(ids, cache, keep)
+        positions = self._positions(ids, cache, length)
         if self._native is not None and self._native.serves(ids, cache, keep):
             return self._native(ids, positions, cache, keep)
         return lean_logits(self.model, ids, positions, cache, keep)
 
-    def _graphed(self, cache: KVCache) -> GraphedStep:
-        """The captured step of a cache; captured anew when the cache has grown."""
-        step = self._steps.get(cache)
-        if step is None or not step.serves(cache):
-            step = self._steps[cache] = GraphedStep(self.model, cache)
-        return step
+    def _positions(self, ids: Tensor, cache: KVCache, length: int) -> Tensor:
+        """Of the tokens; the sequence's last follows where a rotary embedding goes by that."""
+        first = cache.length + cache.skipped
+        end = first + ids.shape[0]
+        positions = torch.arange(first, end, device=self.device)
+        if self._scale(length) == self._scale(end):
+            return positions
+        return torch.cat([positions, positions.new_tensor([length - 1])])
 
-    def _own_pass(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+    def _own_pass(self, ids: Tensor, cache: KVCache, keep: int, length: int) -> Tensor:
+        positions = self._positions(ids, cache, length)
         with self._attention(), self._turned_for(positions[len(ids) :]):
             output = self.model(
                 input_ids=ids[None],

@@ -103,6 +103,12 @@ class KVCache(Cache):
         tensors = [t for layer in self.layers for t in (layer.keys, layer.values)]
         return sum(t.nbytes for t in tensors if t is not None)
 
+    def advance(self, tokens: int) -> None:
+        """Count tokens whose keys and values were written to the buffers behind what they hold."""
+        assert self.length + tokens <= self.capacity
+        for layer in self.layers:
+            layer.length += tokens
+
     def rollback(self, length: int) -> None:
         """Forget every token from position ``length`` on. Nothing is copied."""
         assert 0 <= length <= self.capacity

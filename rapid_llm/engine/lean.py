@@ -54,6 +54,14 @@ def is_lean(state: ModelState) -> bool:
     )
 
 
+_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # the others ask the device for a length
+
+
+def has_fixed_rotary(model: Any) -> bool:
+    """Whether a lean model's rotary embedding never waits for the device, nor changes itself."""
+    return getattr(model.model.rotary_emb, "rope_type", None) in _FIXED_ROTARY
+
+
 def lean_logits(
     model: Any, ids: Tensor, positions: Tensor, cache: LeanCache, keep_logits: int
 ) -> Tensor:
@@ -100,7 +108,7 @@ def window_of(attention: Any) -> int | None:
 
 
 def _projections(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, ``[n, heads * dim]`` each; an int8 twin's in one product."""
+    """Queries, keys and values, ``[n, heads * dim]`` each; a quantized twin's in one product."""
     together: Any = getattr(module, "qkv_proj", None)
     if together is not None:
         return together.forward(x)
@@ -114,8 +122,12 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
-    gated = F.silu(_linear(x, module.gate_proj)).mul_(_linear(x, module.up_proj))
-    return _linear(gated, module.down_proj)
+    together: Any = getattr(module, "gate_up_proj", None)
+    if together is not None:
+        gate, up = together.forward(x)
+    else:
+        gate, up = _linear(x, module.gate_proj), _linear(x, module.up_proj)
+    return _linear(F.silu(gate).mul_(up), module.down_proj)
 
 
 def _linear(x: Tensor, module: Any) -> Tensor:

@@ -10,6 +10,7 @@ Activations stay in the model's dtype, or become 16-bit whole numbers.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,7 +30,11 @@ FEW_ROWS = 8
 kernels' do so for all that they take."""
 
 
-class FewBitLinear(nn.Module):
+class FewBits(nn.Module):
+    """A module whose buffers are weights of few bits, beside those that it was made from."""
+
+
+class FewBitLinear(FewBits):
     """A linear layer that multiplies few tokens with weights of few bits, many with its own.
 
     Attributes:
@@ -234,8 +239,34 @@ class _Twin:
     made_of: tuple[Any, ...]
 
 
-_twins: WeakKeyDictionary[PreTrainedModel, dict[bool, _Twin]] = WeakKeyDictionary()
+_twins: WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Twin]] = WeakKeyDictionary()
 _making = threading.Lock()
+
+
+def twin_of(
+    model: PreTrainedModel,
+    state: ModelState,
+    kind: Hashable,
+    make: Callable[[PreTrainedModel], PreTrainedModel],
+) -> PreTrainedModel:
+    """A quantized copy of a model as it is: made once for each kind, freed with the model.
+
+    Raises:
+        InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
+    """
+    with _making:
+        state.take_samples()
+        if not state.copyable:
+            raise InvalidParameterError(
+                f"{type(model).__name__} has hooks, replaced methods, layers or tensors of its own "
+                "kind, of which there is no quantized copy; remove them, or leave "
+                "drafter_quantization out"
+            )
+        made_of = state.contents
+        twins = _twins.setdefault(model, {})
+        if kind not in twins or twins[kind].made_of != made_of:
+            twins[kind] = _Twin(make(model), made_of)
+        return twins[kind].model
 
 
 def int8_twin(
@@ -243,9 +274,8 @@ def int8_twin(
 ) -> PreTrainedModel:
     """The same model with int8 linear layers; every weight of its own is shared, not copied.
 
-    Made once for a model as it is and a choice of ``blocks``, freed with the model. Layers stay
-    as they are where a row's length does not suit the product, or where they are no plain linear
-    layers: so an adapter is in the twin, and its base is quantized.
+    Layers stay as they are where a row's length does not suit the product, or where they are no
+    plain linear layers: so an adapter is in the twin, and its base is quantized.
 
     Args:
         model: to be quantized.
@@ -256,21 +286,9 @@ def int8_twin(
     Raises:
         InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
     """
+    kind = BlockLinear if blocks else Int8Linear
     state = ModelState(model) if state is None else state
-    with _making:
-        state.take_samples()
-        if not state.copyable:
-            raise InvalidParameterError(
-                f"{type(model).__name__} has hooks, replaced methods, layers or tensors of its own "
-                "kind, of which there is no int8 copy; remove them, or leave "
-                "drafter_quantization out"
-            )
-        made_of = state.contents
-        twins = _twins.setdefault(model, {})
-        if blocks not in twins or twins[blocks].made_of != made_of:
-            twin = _quantized_copy(model, BlockLinear if blocks else Int8Linear)
-            twins[blocks] = _Twin(twin, made_of)
-        return twins[blocks].model
+    return twin_of(model, state, kind, lambda model: _quantized_copy(model, kind))
 
 
 def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrainedModel:
@@ -289,7 +307,7 @@ def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrai
 
 def int8_nbytes(model: PreTrainedModel) -> int:
     """Bytes that a twin takes beside the model's own weights."""
-    layers = [module for module in model.modules() if isinstance(module, FewBitLinear)]
+    layers = [module for module in model.modules() if isinstance(module, FewBits)]
     return sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
 
 
@@ -298,8 +316,8 @@ def require_int8(model: PreTrainedModel) -> None:
     if any(p.device.type != "cpu" for p in model.parameters()):
         raise InvalidParameterError(
             f"drafter_quantization='int8' serves on a CPU, but the drafter is on {model.device}; "
-            "load a drafter quantized for that device (bitsandbytes or torchao, through "
-            "transformers' quantization_config), pass it as drafter= and leave "
+            "take 'int4' for CUDA, or load a drafter quantized for that device (bitsandbytes or "
+            "torchao, through transformers' quantization_config), pass it as drafter= and leave "
             "drafter_quantization out"
         )
 

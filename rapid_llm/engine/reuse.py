@@ -84,11 +84,11 @@ class _Entry:
 
     def held(self) -> int:
         """How many of the tokens were read in whole chunks."""
-        return whole_chunks(min(len(self.tokens), self.cache.length))
+        return whole_chunks(min(len(self.tokens), self.cache.length), self.forward)
 
     def shared(self, tokens: TokenIds) -> int:
         """How many of these are the first of ``tokens``, in whole chunks too."""
-        return whole_chunks(common_prefix(self.tokens[: self.held()], tokens))
+        return whole_chunks(common_prefix(self.tokens[: self.held()], tokens), self.forward)
 
     def same_document(self, shared: int) -> bool:
         """Whether little is lost if this entry keeps only its first ``shared`` tokens.
@@ -214,7 +214,7 @@ class PrefixCache:
         if len(prompt) < held + WORTH_LOADING:
             return None
         path, stored = self._files.find(forward, prompt, reader)
-        stored = whole_chunks(stored)
+        stored = whole_chunks(stored, forward)
         if path is None or stored < held + WORTH_LOADING:
             return None
         self._make_room(_planned(forward, capacity))
@@ -251,7 +251,7 @@ class PrefixCache:
     def _save(self, entry: _Entry, reused: int) -> None:
         """Write the prompt's KV to a file, unless it was mostly reused or not read to its end."""
         # The entry is still busy here, so that nobody rolls it back.
-        whole, length = whole_chunks(len(entry.tokens)), entry.cache.length
+        whole, length = whole_chunks(len(entry.tokens), entry.forward), entry.cache.length
         if (
             self._files is not None
             and whole - reused >= WORTH_SAVING

@@ -8,24 +8,31 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.cuda import prefill
+from rapid_llm.engine.forward import Choice, Forward
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.errors import OutdatedKVError
 
 PREFILL_CHUNK = 512
-"""Tokens a prefill pass: bounds its activations, and how long a progress bar stands still. KV is
-reused in whole chunks, so a prompt that was read before costs less than another one."""
+"""Tokens a prefill pass on a CPU: bounds its activations, and how long a progress bar stands still.
+KV is reused in whole chunks, so a prompt that was read before costs less than another one. On CUDA
+it is :data:`rapid_llm.engine.cuda.prefill.CHUNK`."""
 
 PrefillProgress = Callable[[int, int], None]
 """Called with (tokens read, tokens to read)."""
 
 
-def whole_chunks(tokens: int) -> int:
+def chunk_size(forward: Forward) -> int:
+    """Tokens of a prompt that its prefill reads in a pass."""
+    return prefill.CHUNK if forward.device.type == "cuda" else PREFILL_CHUNK
+
+
+def whole_chunks(tokens: int, forward: Forward) -> int:
     """Of the first so many tokens of a prompt, those that whole chunks of its prefill read.
 
     Their keys and values are the same, bit for bit, for every prompt that begins with them.
     """
-    return tokens // PREFILL_CHUNK * PREFILL_CHUNK
+    return tokens - tokens % chunk_size(forward)
 
 
 class Session:
@@ -67,11 +74,12 @@ class Session:
         Another token is to follow them. The cache holds whole chunks or all of them, so that the
         passes are those of a prefill from the beginning: those of another size round otherwise.
         """
-        for start in range(self.length, len(tokens), PREFILL_CHUNK):
-            assert start == whole_chunks(start)
+        size = chunk_size(self.forward)
+        for start in range(self.length, len(tokens), size):
+            assert start % size == 0
             if progress is not None:
                 progress(start, len(tokens))
-            chunk = torch.tensor(tokens[start : start + PREFILL_CHUNK])
+            chunk = self.forward.tensor(tokens[start : start + size])
             self._read(chunk, 1, len(tokens) + 1)
         if progress is not None:
             progress(len(tokens), len(tokens))
@@ -108,8 +116,29 @@ class Session:
     def _read_again(self) -> None:
         held = self._tokens[: self.cache.length]
         self.cache.rollback(0)
-        for chunk in held.split(PREFILL_CHUNK):
+        for chunk in held.split(chunk_size(self.forward)):
             self.forward(chunk, self.cache, 1)
+
+    def draft(
+        self, pending: Tensor, steps: int, choice: Choice, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor] | None:
+        """Read the pending tokens and draft after them without the host, where that can be done.
+
+        Returns:
+            int64 ``[at most steps]``, and the q that each was drawn from, ``[…, width]``; or None,
+            and nothing was read.
+        """
+        start = self.cache.length
+        room = self.cache.capacity - start
+        if not self.forward.loops or start == 0 or room < len(pending) + steps - 1:
+            return None
+        try:
+            tokens, rows = self.forward.draft(pending, steps, self.cache, choice, generator)
+        except OutdatedKVError:
+            return None  # for a pass to read it again
+        if self._knows:
+            self._tokens[start : self.cache.length] = torch.cat([pending, tokens[:-1]])
+        return tokens, rows
 
     def rollback(self, length: int) -> None:
         """Keep the first ``length`` tokens at most."""

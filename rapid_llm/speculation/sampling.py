@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -36,6 +38,9 @@ _ROWWISE = (
     TopPLogitsWarper,
 )
 """Processors that look at a row of logits only; the others must know the tokens before it."""
+
+_CAPTURED = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+"""Those that never wait for the device, so that a draft step can hold them."""
 
 _OTHER_WARPERS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
 
@@ -113,6 +118,14 @@ class Sampler:
         rowwise = all(isinstance(processor, _ROWWISE) for processor in self._processors)
         self._history = None if rowwise else torch.tensor(prompt, device=device)
 
+    def choice(self, fit: Fit) -> Choice | None:
+        """How to draw from what a model says; None where more counts than its last logits."""
+        if not all(type(each) in _CAPTURED for each in self._processors):
+            return None
+        settings = ((type(each).__name__, *sorted(vars(each).items())) for each in self._processors)
+        key = (*settings, self.params.greedy, fit.unknown)
+        return Choice(key, fit.width, fit, self._processors, self.params.greedy)
+
     def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Process logits.
 
@@ -184,3 +197,48 @@ def _processors(
             f"the model's generation_config cannot be followed ({error}): correct it"
         ) from error
     return processors
+
+
+class Fit:
+    """Logits of a model as logits over the target's vocabulary.
+
+    Args:
+        width: of the target's logits; tokens that the model does not have get no probability.
+        unknown: tokens that get none either.
+        device: where logits are.
+    """
+
+    def __init__(self, width: int, unknown: frozenset[int], device: torch.device) -> None:
+        self.width, self.unknown = width, unknown
+        impossible = [token for token in sorted(unknown) if token < width]
+        self._impossible = torch.tensor(impossible, dtype=torch.long, device=device)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """``[n, vocab]`` to ``[n, width]``."""
+        surplus = self.width - logits.shape[-1]
+        if surplus:
+            logits = F.pad(logits, (0, surplus), value=float("-inf"))
+        if len(self._impossible):
+            logits = logits.index_fill(-1, self._impossible, float("-inf"))
+        return logits
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sampler without a history, for draft steps that run without the host.
+
+    Attributes:
+        key: equal where tokens are drawn alike.
+        width: tokens that q is over.
+    """
+
+    key: tuple[Any, ...]
+    width: int
+    _fit: Fit = field(compare=False)
+    _processors: LogitsProcessorList = field(compare=False)
+    _greedy: bool = field(compare=False)
+
+    def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Float32 ``[1, vocab]`` to q, ``[width]``, and a token drawn from it, an int64 scalar."""
+        q = self._processors(None, self._fit(logits)).softmax(dim=-1)[0]
+        return q, q.argmax() if self._greedy else draw(q, generator)

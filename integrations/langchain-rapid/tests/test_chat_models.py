@@ -86,7 +86,7 @@ def test_a_model_is_looked_for_when_it_is_needed():
         ({"mode": "fast"}, "mode"),
         ({"gamma": 0}, "at least 1"),
         ({"gamma": "all"}, "gamma"),
-        ({"drafter_quantization": "int4"}, "drafter_quantization"),
+        ({"drafter_quantization": "int3"}, "drafter_quantization"),
         ({"kv_cache_bytes": -1}, "kv_cache_bytes"),
         ({"stop": [""]}, "non-empty"),
         ({"truncate": "end"}, "truncate"),

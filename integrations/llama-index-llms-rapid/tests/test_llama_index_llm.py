@@ -343,7 +343,7 @@ def test_gamma_may_follow_the_costs(decoder):
     assert llm.complete(PROMPT, draft_prompt=DRAFT).text == plain
     assert llm.complete(PROMPT, draft_prompt=DRAFT, gamma="auto").text == plain
     json.dumps(llm.to_dict())
-    for wrong in ({"gamma": "all"}, {"drafter_quantization": "int4"}, {"kv_cache_bytes": -1}):
+    for wrong in ({"gamma": "all"}, {"drafter_quantization": "int3"}, {"kv_cache_bytes": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             RapidLLM(decoder=decoder, **wrong)
 

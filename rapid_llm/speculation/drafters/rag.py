@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rapid_llm.config import SpeculationConfig
@@ -17,7 +16,7 @@ from rapid_llm.engine.session import PrefillProgress, Session
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.drafters.lookup import SIZES, NgramIndex
-from rapid_llm.speculation.sampling import Sampler
+from rapid_llm.speculation.sampling import Fit, Sampler
 from rapid_llm.speculation.schedule import (
     GUESS,
     MODEL,
@@ -36,7 +35,7 @@ class RagDrafter:
     guessed, and one pass checks the guess, so that every token still follows q exactly. With
     ``gamma="auto"`` a guess is as long as the costs and what was accepted so far make fastest. The
     host must know what was accepted before it can guess again, so it waits for each such pass.
-    Without lookup and ``min_confidence`` it never waits.
+    Where nothing is found to guess, a device that can drafts the rest without the host.
 
     Args:
         session: the drafting model with room for ``prompt`` and the output.
@@ -69,8 +68,8 @@ class RagDrafter:
         self._vocab_size = vocab_size
         self._embedded = session.forward.model.get_input_embeddings().weight.shape[0]
         self._unknown = frozenset(unknown)
-        impossible = [i for i in sorted(unknown) if i < vocab_size]
-        self._impossible = torch.tensor(impossible, device=session.forward.device)
+        self._fit = Fit(vocab_size, self._unknown, session.forward.device)
+        self._choice = sampler.choice(self._fit)
         self._read_output = 0  # tokens of it that can be read
         self._index = NgramIndex([*document, *prompt]) if config.lookup else None
         self._given = len(document) + len(prompt)
@@ -114,8 +113,7 @@ class RagDrafter:
         self._session.rollback(len(sequence) - 1)
         if self._index is not None:
             self._index.extend(output[len(self._index) - self._given :])
-        device = self._session.forward.device
-        pending = torch.tensor(sequence[self._session.length :], device=device)
+        pending = self._session.forward.tensor(sequence[self._session.length :])
         while len(pending) > MAX_TOKENS:  # many rounds went without a draft
             self._extend(pending[:MAX_TOKENS], 1)
             pending = pending[MAX_TOKENS:]
@@ -126,16 +124,29 @@ class RagDrafter:
             # A longer guess would take the pass from the int8 weights to the full ones.
             limit = min(gamma - drafted - 1, FEW_ROWS - len(pending))
             guess = self._guess(sequence, tokens, limit)
-            q = self._read(torch.cat([pending, guess]), torch.cat([tokens, guess]), len(guess) + 1)
-            new = self._check(q, guess)
+            looped = None if len(guess) else self._loop(pending, gamma - drafted)
+            if looped is not None:
+                new, q = looped
+            else:
+                read = torch.cat([pending, guess])
+                q = self._read(read, torch.cat([tokens, guess]), len(guess) + 1)
+                new = self._check(q, guess)
             rows.append(q[: len(new)])
             tokens, pending = torch.cat([tokens, new]), new[-1:]
-            passes, drafted = passes + 1, drafted + len(new)
+            passes += 1 if looped is None else len(new)
+            drafted += len(new)
             unsure = self._min_confidence > 0 and self._is_unsure(rows[-1], new)
         if look_ahead:
             rows.append(self._read(pending, tokens, 1))
             passes += 1
         return Draft(tokens, torch.cat(rows), passes)
+
+    def _loop(self, pending: Tensor, steps: int) -> tuple[Tensor, Tensor] | None:
+        """At most ``steps`` tokens, drafted without the host if nothing asks for it on the way."""
+        if self._choice is None or self._min_confidence > 0:
+            return None
+        pending = self._readable(pending)
+        return self._session.draft(pending, steps, self._choice, self._sampler.generator)
 
     def _can_read(self, output: Sequence[int]) -> bool:
         """Whether the model has every token of the output."""
@@ -156,7 +167,7 @@ class RagDrafter:
             guess = guess[: self._guesses.next(max(0, place - self._guessed))]
         if guess:
             self._guessed = place
-        return torch.tensor(guess, dtype=torch.long, device=tokens.device)
+        return self._session.forward.tensor(guess)
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
         """Distributions q after each of the last ``keep`` tokens, float32 ``[keep, vocab]``."""
@@ -164,9 +175,12 @@ class RagDrafter:
         return self._sampler.scores(logits, drafted).softmax(dim=-1)
 
     def _extend(self, tokens: Tensor, keep: int) -> Tensor:
+        return self._session.extend(self._readable(tokens), keep)
+
+    def _readable(self, tokens: Tensor) -> Tensor:
         # A token of the target's padding that this model has not: it reads its own last one. What
         # it reads is its affair, as long as q is what it then draws from.
-        return self._session.extend(tokens.clamp(max=self._session.forward.vocab_size - 1), keep)
+        return tokens.clamp(max=self._session.forward.vocab_size - 1)
 
     def _check(self, q: Tensor, guess: Tensor) -> Tensor:
         """The tokens that a pass yields: guesses that q accepts and one drawn after them."""
@@ -183,11 +197,3 @@ class RagDrafter:
     def _is_unsure(self, q: Tensor, tokens: Tensor) -> bool:
         chosen = q.gather(1, tokens[:, None])
         return bool((chosen < self._min_confidence).any())
-
-    def _fit(self, logits: Tensor) -> Tensor:
-        surplus = self._vocab_size - logits.shape[-1]
-        if surplus:
-            logits = F.pad(logits, (0, surplus), value=float("-inf"))
-        if len(self._impossible):
-            logits = logits.index_fill(-1, self._impossible, float("-inf"))
-        return logits

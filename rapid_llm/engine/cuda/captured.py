@@ -1,0 +1,97 @@
+"""Passes of few tokens as CUDA graphs: one launch instead of some hundreds.
+
+A graph is made for each number of tokens when it is first needed, and serves every cache of its
+model: see :mod:`rapid_llm.engine.cuda.state`. Everything but the capture itself runs on any device.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rapid_llm.engine.cuda.draft_loop import DraftLoop
+from rapid_llm.engine.cuda.fused import FusedPass
+from rapid_llm.engine.cuda.graphs import MAX_TOKENS, GraphCapture, Replay
+from rapid_llm.engine.cuda.state import describe, size_of
+from rapid_llm.engine.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from rapid_llm.engine.forward import Choice
+
+_LOOPS = 4  # draft loops kept, one for each way of sampling
+
+
+class CapturedPasses:
+    """Passes of a lean model with a fixed rotary embedding, as it is now.
+
+    Args:
+        model: its projections' weights become views of fused ones.
+
+    Attributes:
+        fused: the pass that is captured.
+        capture: records it.
+        tokens: int64 ``[MAX_TOKENS]`` on the device: what it reads.
+        state: of the cache that it appends to, see :mod:`rapid_llm.engine.cuda.state`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.fused = FusedPass(model)
+        device = model.model.embed_tokens.weight.device
+        self.capture = GraphCapture(device)
+        with torch.inference_mode(False):  # they are changed in whatever mode the caller is
+            self.tokens = torch.zeros(MAX_TOKENS, dtype=torch.long, device=device)
+            layers = len(model.model.layers)
+            self.state = torch.zeros(size_of(layers), dtype=torch.long, device=device)
+        self._passes: dict[int, Replay] = {}
+        self._loops: OrderedDict[Choice, DraftLoop] = OrderedDict()
+
+    def serves(self, ids: Tensor, cache: KVCache) -> bool:
+        """Whether a captured pass can append the tokens: few, to a cache in use."""
+        return ids.shape[0] <= MAX_TOKENS and cache.length > 0
+
+    def __call__(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
+        """As :func:`rapid_llm.engine.lean.lean_logits`; the positions follow from the cache."""
+        n = ids.shape[0]
+        self.begin(ids, cache, n)
+        if n not in self._passes:
+            tokens = self.tokens[:n]
+            self._passes[n] = self.capture(lambda: self.fused(tokens, self.state), [], None)
+        logits = self._passes[n]()[-keep:].clone()  # the next pass writes to the same place
+        cache.advance(n)
+        return logits
+
+    def read(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
+        """The same, launched kernel by kernel: for any number of tokens, and an empty cache."""
+        self.fused.allocate(cache)
+        self.begin(ids[:0], cache, ids.shape[0])
+        with torch.cuda.device_of(self.state):  # Triton launches on the current device
+            logits = self.fused(ids, self.state, cache, keep)
+        cache.advance(ids.shape[0])
+        return logits
+
+    def loop(self, choice: Choice) -> DraftLoop:
+        """The draft loop that samples so: made when first asked for, the latest few kept."""
+        loop = self._loops.pop(choice, None) or DraftLoop(self, choice)
+        self._loops[choice] = loop
+        if len(self._loops) > _LOOPS:
+            self._loops.popitem(last=False)
+        return loop
+
+    def begin(self, ids: Tensor, cache: KVCache, room: int) -> None:
+        """Tell the device what to read and where the cache stands, without waiting for it.
+
+        Args:
+            ids: int64, at most MAX_TOKENS.
+            cache: allocated.
+            room: tokens that will be written to it; kernels would write beyond its end.
+        """
+        assert cache.length + room <= cache.capacity
+        state = describe(cache)
+        if self.state.device.type == "cuda":
+            state = state.pin_memory()
+        self.state.copy_(state, non_blocking=True)
+        if len(ids) > 0:
+            self.tokens[: len(ids)].copy_(ids)
