@@ -244,10 +244,15 @@ class RapidDecoder:
                 f"drafter_device={str(drafter_device)!r} needs a drafter to load there: name one "
                 "(the target's own name loads a second copy), or leave drafter_device out"
             )
+        if drafter_options and not isinstance(drafter, str | Path):
+            raise InvalidParameterError(
+                f"drafter_options={sorted(drafter_options)} need a drafter to load with them: name "
+                "one, or leave them out"
+            )
         loaded = load_model(target, dtype=dtype, device=place, **hub_options)
         draft_model, draft_tokenizer, draft_name = None, None, None
         if isinstance(drafter, str | Path):
-            if str(drafter) != str(target) or draft_place != place:
+            if str(drafter) != str(target) or draft_place != place or drafter_options:
                 shared = {k: v for k, v in hub_options.items() if k in HUB_ACCESS}
                 options = shared | dict(drafter_options or {})
                 other = load_model(drafter, dtype=dtype, device=draft_place, **options)
@@ -410,7 +415,8 @@ class RapidDecoder:
         if len(tokens) > (room := self._room(ids, forward)):
             raise ContextWindowError(
                 f"the prompt of {len(ids)} tokens leaves room for {room} in the context window of "
-                f"{forward.name}, the continuation has {len(tokens)}; shorten one of them"
+                f"{forward.name}, {forward.context_window} tokens, and the continuation has "
+                f"{len(tokens)}; shorten one of them"
             )
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
             total = _log_likelihood(Session(forward, lease.cache, ids), ids, tokens)
