@@ -137,8 +137,11 @@ class RapidDecoder:
     interrupt or an error leaves what was read until then. Calls from several threads are safe;
     forward passes on one model take turns.
 
+    A model answers as it is at each call: adapters, hooks and edited weights count, whenever they
+    came. It is put into evaluation mode.
+
     Args:
-        target: a loaded transformers model.
+        target: a loaded transformers model, or a PeftModel.
         tokenizer: the target's.
         drafter: a loaded model with the same tokenizer; None lets the target draft as well
             (self-speculation: shared weights, two caches).
@@ -153,7 +156,7 @@ class RapidDecoder:
         drafter_quantization: ``int8`` drafts with int8 weights (a copy of the drafter's, made at
             the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep these);
             ``auto`` does so for a target that drafts for itself where it pays, in bfloat16 on a
-            CPU; None never.
+            CPU; None never. There is no int8 copy of a model with hooks or replaced methods.
         kv_cache_bytes: of prompts' KV kept between calls, least recently used first out; None is a
             quarter of the device's memory, 0 keeps nothing.
         kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with
@@ -162,7 +165,7 @@ class RapidDecoder:
             every prompt of chat messages.
 
     Raises:
-        ModelError: an architecture is not supported.
+        ModelError: an architecture or an adapter is not supported.
         TokenizerMismatchError: the tokenizers differ in more than added tokens.
         InvalidParameterError: an unknown quantization, or one that the device does not have.
     """
@@ -309,7 +312,12 @@ class RapidDecoder:
         )
 
     def clear_cache(self) -> None:
-        """Free the KV that is kept for later prompts; files stay."""
+        """Free the KV that is kept for later prompts; files stay.
+
+        To be called after weights were edited where nobody counts it, value by value: through
+        ``.data`` or NumPy, or inside a quantized tensor. All else that is done to a model is seen
+        (:class:`rapid_llm.engine.identity.ModelState`), and KV is then read again.
+        """
         self._prefixes.clear()
 
     def keep_only(self, prompt: Prompt) -> int:
@@ -844,6 +852,8 @@ class _Generation:
         device = self.target.forward.device
         # Even the last token is drafted, so that every one follows the mode's law.
         remaining = self.sampler.params.max_new_tokens - len(self._output)
+        # Not across a length at which all would be read again, and once more if it is rejected.
+        remaining = min(remaining, max(1, self.target.room - 1))
         look_ahead = self.config.applied_mode == "augmented"
         said = len(self._output)
 

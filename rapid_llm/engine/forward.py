@@ -182,7 +182,8 @@ class Forward:
     @property
     def vocab_size(self) -> int:
         """Width of the logits; may be padded beyond the tokenizer's vocabulary."""
-        return int(self.config.vocab_size)
+        head = self.model.get_output_embeddings()
+        return int(getattr(head, "out_features", self.config.vocab_size))
 
     @property
     def context_window(self) -> int:
@@ -270,17 +271,13 @@ class Forward:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
 
-    def __call__(
-        self, tokens: Tensor, cache: KVCache, keep_logits: int, length: int | None = None
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
         """Append tokens to the cache.
 
         Args:
             tokens: int64 ``[n]`` on any device; they follow what the cache holds.
             cache: has room for n more tokens; left as it was if the pass fails.
             keep_logits: for how many of the last positions logits are computed, 1 to n.
-            length: tokens of the whole sequence, where these are only a part of it; some kinds
-                of rotary embedding depend on that.
 
         Returns:
             float32 ``[keep_logits, vocab_size]``.
@@ -293,7 +290,7 @@ class Forward:
         ids = tokens.to(self.device, non_blocking=True)
         first = start + cache.skipped
         end = first + ids.shape[0]
-        length = max(length or end, end)
+        length = max(cache.expected, end)
         with self._lock:
             reader = self.reader(length)
             if start == 0:
@@ -338,7 +335,6 @@ class Forward:
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=keep,
-                return_dict=True,
             )
         logits: Tensor = output.logits[0]
         return logits

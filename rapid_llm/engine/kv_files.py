@@ -206,20 +206,20 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def mixed(tensor: Tensor) -> Tensor:
-    """A hash of all of a tensor's bytes, int64 ``[2]``, computed on its device.
+    """A hash of all of a tensor's bytes, int64 ``[1]``, computed on its device.
 
-    Words of the tensor and their places go through a mixing function of 64 bits (splitmix64's),
-    and are added up.
+    Words of 64 bits and their places go through a mixing function, and are added up.
     """
     flat = tensor.contiguous().view(-1).view(torch.uint8)
-    sums = torch.zeros(2, dtype=torch.long, device=tensor.device)
+    total = torch.zeros(1, dtype=torch.long, device=tensor.device)
     for start in range(0, len(flat), _CHUNK):
         part = flat[start : start + _CHUNK]
         words = F.pad(part, (0, -len(part) % 8)).view(torch.long)
-        place = torch.arange(start // 8, start // 8 + len(words), device=tensor.device)
-        word = _mix(words ^ _mix(place))
-        sums += torch.stack([word.sum(), _mix(word + 1).sum()])
-    return sums
+        first = start // 8
+        total += _mix(
+            words ^ _mix(torch.arange(first, first + len(words), device=flat.device))
+        ).sum()
+    return total
 
 
 def _mix(x: Tensor) -> Tensor:

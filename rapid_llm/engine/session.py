@@ -46,12 +46,20 @@ class Session:
         self._tokens = torch.empty(cache.capacity, dtype=torch.long, device=forward.device)
         self._knows = cache.skipped == 0 and len(tokens) >= cache.length
         if self._knows:
-            self._tokens[: cache.length] = torch.tensor(tokens[: cache.length], dtype=torch.long)
+            held = torch.tensor(tokens[: cache.length], dtype=torch.long)
+            # Of tokens that the model has not, its last one was read: see RagDrafter.
+            self._tokens[: cache.length] = held.clamp(max=forward.vocab_size - 1)
 
     @property
     def length(self) -> int:
         """Tokens of the sequence that were read."""
         return self.cache.skipped + self.cache.length
+
+    @property
+    def room(self) -> int:
+        """Tokens that can be read before the cache is full or the rotary embedding switches."""
+        ends = [at for at in self.forward.switches if at > self.length]
+        return min([self.cache.capacity - self.cache.length, *(at - self.length for at in ends)])
 
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
         """Read, in chunks, those tokens of a prompt that the cache does not hold yet.
@@ -88,19 +96,20 @@ class Session:
         start = self.cache.length
         if self._knows:
             self._tokens[start : start + tokens.shape[0]] = tokens
+        self.cache.expected = length
         try:
-            return self.forward(tokens, self.cache, keep, length)
+            return self.forward(tokens, self.cache, keep)
         except OutdatedKVError:
             if not self._knows:
                 raise
-            self._read_again(length)
-            return self.forward(tokens, self.cache, keep, length)
+            self._read_again()
+            return self.forward(tokens, self.cache, keep)
 
-    def _read_again(self, length: int) -> None:
+    def _read_again(self) -> None:
         held = self._tokens[: self.cache.length]
         self.cache.rollback(0)
         for chunk in held.split(PREFILL_CHUNK):
-            self.forward(chunk, self.cache, 1, length)
+            self.forward(chunk, self.cache, 1)
 
     def rollback(self, length: int) -> None:
         """Keep the first ``length`` tokens at most."""

@@ -84,7 +84,8 @@ class RagDrafter:
 
     def prefill(self, progress: PrefillProgress | None) -> None:
         # All but the last token, which the first draft feeds: its logits are needed only then.
-        self._session.prefill(self._prompt[:-1], progress)
+        last = self._session.forward.vocab_size - 1
+        self._session.prefill([min(token, last) for token in self._prompt[:-1]], progress)
 
     def cost(self) -> PassCost:
         return self._cost
@@ -116,7 +117,7 @@ class RagDrafter:
         device = self._session.forward.device
         pending = torch.tensor(sequence[self._session.length :], device=device)
         while len(pending) > MAX_TOKENS:  # many rounds went without a draft
-            self._session.extend(pending[:MAX_TOKENS], 1)
+            self._extend(pending[:MAX_TOKENS], 1)
             pending = pending[MAX_TOKENS:]
         tokens = pending.new_empty(0)
         rows: list[Tensor] = []
@@ -159,8 +160,13 @@ class RagDrafter:
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
         """Distributions q after each of the last ``keep`` tokens, float32 ``[keep, vocab]``."""
-        logits = self._fit(self._session.extend(pending, keep))
+        logits = self._fit(self._extend(pending, keep))
         return self._sampler.scores(logits, drafted).softmax(dim=-1)
+
+    def _extend(self, tokens: Tensor, keep: int) -> Tensor:
+        # A token of the target's padding that this model has not: it reads its own last one. What
+        # it reads is its affair, as long as q is what it then draws from.
+        return self._session.extend(tokens.clamp(max=self._session.forward.vocab_size - 1), keep)
 
     def _check(self, q: Tensor, guess: Tensor) -> Tensor:
         """The tokens that a pass yields: guesses that q accepts and one drawn after them."""
