@@ -65,7 +65,7 @@ def test_scalars_of_numpy_and_torch_are_numbers(name: str, value: Any, number: A
 NO_NUMBERS = [
     True, np.True_, torch.tensor(True), "1", b"1", [1], np.array([1]), torch.tensor([1]), 1j,
     float("nan"), float("inf"), -float("inf"), np.float32("nan"), torch.tensor(float("inf")),
-    object(),
+    object,
 ]  # fmt: skip
 
 
