@@ -297,8 +297,9 @@ class RapidLLM(LLM):
         """The model's own window and whether it has a chat template; loads the model.
 
         Engines, splitters and memories that are built after this, or after the model was loaded,
-        count in the model's tokens, unless ``Settings.tokenizer`` is set. ``num_output`` is what they keep free of the window:
-        ``max_tokens``, but never more than half of it, and what the chat template adds.
+        count in the model's tokens, unless ``Settings.tokenizer`` is set. ``num_output`` is what
+        they keep free of the window: ``max_tokens``, but never more than half of it, and what the
+        chat template adds.
         """
         count_with(self.decoder.tokenizer)
         window = self.decoder.target.context_window
