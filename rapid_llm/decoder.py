@@ -405,7 +405,8 @@ class RapidDecoder:
         if len(tokens) > (room := self._room(ids, forward)):
             raise ContextWindowError(
                 f"the prompt of {len(ids)} tokens leaves room for {room} in the context window of "
-                f"{forward.name}, the continuation has {len(tokens)}; shorten one of them"
+                f"{forward.name}, {forward.context_window} tokens, and the continuation has "
+                f"{len(tokens)}; shorten one of them"
             )
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
             total = _log_likelihood(Session(forward, lease.cache), ids, tokens)
