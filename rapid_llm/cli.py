@@ -647,7 +647,7 @@ class _Job:
     def summary(self, method: Method, stats: Stats) -> str:
         """What took part, what was retrieved and left out, and how fast it was, in one line."""
         parts = [_names(self.models(method, stats)), stats.method]
-        if stats.draft_skipped is not None:
+        if stats.draft_skipped is not None and method != "lc":
             parts[1] += f" ({stats.draft_skipped})"
         if method != "lc":
             context = self.inquiry.context

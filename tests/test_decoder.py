@@ -854,7 +854,8 @@ def test_what_is_not_on_this_machine_is_named(tmp_path, monkeypatch):
         RapidDecoder.from_pretrained(tmp_path, device="cpu")
 
 
-def test_memory_is_told():
+def test_memory_is_told(monkeypatch):
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 3)  # of short prompts none were kept
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
     weights = sum(p.nbytes for p in decoder.target.model.parameters())
     assert decoder.memory == Memory(weights, 0, 0)  # asking quantizes nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ from langchain_rapid import ChatRapid
 torch.set_num_threads(1)
 
 SMOLLM2: dict[str, Any] = {"model": "smollm2-135m", "dtype": "float32", "device": "cpu"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What passes cost is kept out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAPID_LLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

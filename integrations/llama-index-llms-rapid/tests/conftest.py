@@ -74,6 +74,14 @@ def tiny_decoder(chat: bool = True, window: int = 16384, seed: int = 5) -> Rapid
     return RapidDecoder(LlamaForCausalLM(config).eval(), tiny_tokenizer(chat), name="tiny")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What passes cost is kept out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAPID_LLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: socket.socket, address: Any) -> None:
