@@ -473,6 +473,7 @@ class ShapeBench:
         )
         with self._decoder._open(request) as generation:
             if generation.target.length == 0:
+                self._decoder.clear_cache()  # whatever else is kept has no use any more
                 self._fill(generation.target, prompt[:-1])
             generation.prefill(None)
             yield generation
