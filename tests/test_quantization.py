@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, counting_model, tiny_model, tiny_tokenizer, transformers_greedy
 from torch import nn
 
-import rapid_llm.decoder as decoder_module
+import rapid_llm.engine.forward as forward_module
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.forward import Forward
@@ -338,7 +338,7 @@ def test_auto_is_for_a_bfloat16_target_that_drafts_for_itself():
 
 def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
-    monkeypatch.setattr(decoder_module, "int8_twin", lambda *_: 1 / 0)
+    monkeypatch.setattr(forward_module, "int8_twin", lambda *_: 1 / 0)
     reference = transformers_greedy(tiny_model(eos_token_id=None), PROMPT, 40)
     # Where the drafter answers alone, it does so with its full weights.
     for prompts in ((PROMPT, None), (None, PROMPT)):
@@ -360,7 +360,9 @@ def test_other_devices_are_refused_with_the_remedy():
 
 
 def test_an_unknown_quantization_is_named():
-    with pytest.raises(InvalidParameterError, match=r"'int4' is unknown.*'auto', 'int8' or None"):
+    with pytest.raises(
+        InvalidParameterError, match=r"'int3' is unknown.*'auto', 'int8', 'int4' or None"
+    ):
         RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int3")
 
 

@@ -464,7 +464,8 @@ class ShapeBench:
     def _open(self, context: int, *, draft: bool, gamma: int = 1) -> Iterator[Any]:
         """A generation whose target holds a prompt of so many tokens.
 
-        The KV is made up the first time, and then taken over from the generation before.
+        The KV is made up the first time, then whole chunks of it are taken over from the generation
+        before.
         """
         retrieved = self._prompt(self._draft_tokens) if draft else None
         prompt = self._prompt(context)
@@ -474,7 +475,7 @@ class ShapeBench:
         with self._decoder._open(request) as generation:
             if generation.target.length == 0:
                 self._decoder.clear_cache()  # whatever else is kept has no use any more
-                self._fill(generation.target, prompt[:-1])
+            self._fill(generation.target, prompt[:-1])
             generation.prefill(None)
             yield generation
 
@@ -484,8 +485,9 @@ class ShapeBench:
 
     def _fill(self, session: Session, prompt: list[int]) -> None:
         """The model itself reads the first tokens, so that the cache is known to be its own."""
-        session.prefill(prompt[:_READ])
-        for start in range(_READ, len(prompt), _PIECE):
+        if session.length == 0:
+            session.prefill(prompt[:_READ])
+        for start in range(session.length, len(prompt), _PIECE):
             key, value = self._random_kv(min(_PIECE, len(prompt) - start))
             for layer in session.cache.layers:
                 layer.update(key, value)
