@@ -255,8 +255,8 @@ def test_kv_memory_follows_the_formula(decoder, monkeypatch, draft_prompt):
 
 
 def test_one_host_synchronisation_a_round(decoder, monkeypatch):
-    """On a GPU each ``tolist``/``item`` waits for the device, as a look at the weights does, one for
-    each prompt."""
+    """On a GPU each ``tolist``/``item`` waits for the device; a look at the weights does for each
+    prompt."""
     syncs = Counter()
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"):
         original = getattr(torch.Tensor, name)
