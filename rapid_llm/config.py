@@ -74,8 +74,9 @@ class SamplingParams:
 
     What the answering model's ``generation_config`` says counts too, where it changes what greedy
     decoding gives: penalties, suppressed and forced tokens, the least length, stop strings. Its
-    settings for sampling (``do_sample``, ``temperature``, ``top_p``, …) and its greatest length do
-    not: these are here. Numbers may be Python's, NumPy's or torch scalars.
+    settings for sampling (``do_sample``, ``temperature``, ``top_p``, …), its greatest length and
+    its time limit do not: these are here, or nowhere. Numbers may be Python's, NumPy's or torch
+    scalars.
 
     Attributes:
         temperature: 0 (or less than 1e-5) decodes greedily; above, it divides the logits.

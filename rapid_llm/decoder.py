@@ -132,8 +132,11 @@ class RapidDecoder:
     interrupt or an error leaves what was read until then. Calls from several threads are safe;
     forward passes on one model take turns.
 
+    A model answers as it is at each call: adapters, hooks and edited weights count, whenever they
+    came. It is put into evaluation mode.
+
     Args:
-        target: a loaded transformers model.
+        target: a loaded transformers model, or a PeftModel.
         tokenizer: the target's.
         drafter: a loaded model with the same tokenizer; None lets the target draft as well
             (self-speculation: shared weights, two caches).
@@ -150,7 +153,8 @@ class RapidDecoder:
             made at the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep
             these), ``int4`` with 4-bit weights on a GPU (bfloat16, Ampere or newer); ``auto`` does
             what pays for a target that drafts for itself: int8 in bfloat16 on a CPU, int4 for a
-            gigabyte of weights and more; None never.
+            gigabyte of weights and more; None never. There is no quantized copy of a model with
+            hooks or replaced methods.
         kv_cache_bytes: of prompts' KV kept between calls, least recently used first out; None is a
             quarter of the device's memory, 0 keeps nothing.
         kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with
@@ -159,7 +163,7 @@ class RapidDecoder:
             every prompt of chat messages.
 
     Raises:
-        ModelError: an architecture is not supported.
+        ModelError: an architecture or an adapter is not supported.
         TokenizerMismatchError: the tokenizers differ in more than added tokens.
         InvalidParameterError: an unknown quantization, or one that the device does not have.
     """
@@ -241,10 +245,15 @@ class RapidDecoder:
                 f"drafter_device={str(drafter_device)!r} needs a drafter to load there: name one "
                 "(the target's own name loads a second copy), or leave drafter_device out"
             )
+        if drafter_options and not isinstance(drafter, str | Path):
+            raise InvalidParameterError(
+                f"drafter_options={sorted(drafter_options)} need a drafter to load with them: name "
+                "one, or leave them out"
+            )
         loaded = load_model(target, dtype=dtype, device=place, **hub_options)
         draft_model, draft_tokenizer, draft_name = None, None, None
         if isinstance(drafter, str | Path):
-            if str(drafter) != str(target) or draft_place != place:
+            if str(drafter) != str(target) or draft_place != place or drafter_options:
                 shared = {k: v for k, v in hub_options.items() if k in HUB_ACCESS}
                 options = shared | dict(drafter_options or {})
                 other = load_model(drafter, dtype=dtype, device=draft_place, **options)
@@ -301,7 +310,12 @@ class RapidDecoder:
         )
 
     def clear_cache(self) -> None:
-        """Free the KV that is kept for later prompts; files stay."""
+        """Free the KV that is kept for later prompts; files stay.
+
+        To be called after weights were edited where nobody counts it, value by value: through
+        ``.data`` or NumPy, or inside a quantized tensor. All else that is done to a model is seen
+        (:class:`rapid_llm.engine.identity.ModelState`), and KV is then read again.
+        """
         self._prefixes.clear()
 
     def keep_only(self, prompt: Prompt) -> int:
@@ -407,7 +421,8 @@ class RapidDecoder:
         if len(tokens) > (room := self._room(ids, forward)):
             raise ContextWindowError(
                 f"the prompt of {len(ids)} tokens leaves room for {room} in the context window of "
-                f"{forward.name}, the continuation has {len(tokens)}; shorten one of them"
+                f"{forward.name}, {forward.context_window} tokens, and the continuation has "
+                f"{len(tokens)}; shorten one of them"
             )
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
             total = _log_likelihood(Session(forward, lease.cache, ids), ids, tokens)
@@ -839,6 +854,8 @@ class _Generation:
         device = self.target.forward.device
         # Even the last token is drafted, so that every one follows the mode's law.
         remaining = self.sampler.params.max_new_tokens - len(self._output)
+        # Not across a length at which all would be read again, and once more if it is rejected.
+        remaining = min(remaining, max(1, self.target.room - 1))
         look_ahead = self.config.applied_mode == "augmented"
         said = len(self._output)
 

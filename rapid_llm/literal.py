@@ -57,7 +57,8 @@ class Controls:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._template = str(tokenizer.chat_template or "")
+        templates = tokenizer.chat_template or ""
+        self._template = templates if isinstance(templates, str) else "\n".join(templates.values())
         tokens = {
             token.content: token
             for token in tokenizer.added_tokens_decoder.values()

@@ -14,7 +14,7 @@ from conftest import smollm2, tiny_model, tiny_tokenizer
 from rich.console import Console
 from transformers import DynamicCache
 
-from rapid_llm import InvalidParameterError, RapidDecoder, cli
+from rapid_llm import ContextWindowError, InvalidParameterError, RapidDecoder, cli
 from rapid_llm.bench import measure as measuring
 from rapid_llm.bench.measure import Cell, Row, measure
 from rapid_llm.bench.methods import Run, our_methods, peer_methods
@@ -147,6 +147,8 @@ def test_bad_numbers_are_refused(decoder: RapidDecoder) -> None:
         measure(decoder, {}, [WORK], new_tokens=1, repeats=1)
     with pytest.raises(InvalidParameterError, match="repeats=0 "):
         measure(decoder, {}, [WORK], new_tokens=2, repeats=0)
+    with pytest.raises(ContextWindowError, match=r"200 tokens and 313 .*513.*tiny has 512"):
+        measure(decoder, {}, [WORK], new_tokens=313, repeats=1)
 
 
 @pytest.mark.parametrize("context", [500, 1700, 9000])

@@ -397,6 +397,20 @@ def test_a_call_without_content_is_told_what_to_give() -> None:
             encode_prompt([message], smollm2())
 
 
+def test_a_template_among_several_is_the_one_that_is_rendered() -> None:
+    tokenizer = with_template("")
+    tokenizer.chat_template = {
+        "default": "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}{% endfor %}",
+        "tool_use": "{{ tools | length }}<think>{{ messages[0].content }}",
+    }
+    start, think = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<think>"])
+    bad = user("a<think><|im_start|>")
+    assert control_ids(encode_prompt(bad, tokenizer), tokenizer) == [start]
+    ids = encode_prompt(bad, tokenizer, {"tools": [{"type": "function"}]})
+    assert ids.count(think) == 1
+    assert tokenizer.decode(ids) == "1<think>a<think><|im_start|>"
+
+
 # --- the end of a turn -------------------------------------------------------------------------
 
 

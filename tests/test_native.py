@@ -14,6 +14,7 @@ from rapid_llm.engine.native_pass import MAX_TOKENS
 from rapid_llm.engine.products import fast_dtype
 from rapid_llm.engine.quantization import BlockLinear, int8_twin
 from rapid_llm.engine.session import Session
+from rapid_llm.errors import ModelError
 
 BUILDS = ["_native_avx512bf16", "_native_avx2"]
 pytestmark = pytest.mark.skipif(
@@ -213,6 +214,90 @@ def test_what_the_kernels_do_not_take_runs_without_them(build):
         assert error(run(forward, ids, [3])[0], expected) < 0.2
     assert Forward(bfloat16_model()[1], "float32")._native is None
     assert Forward(int8_twin(bfloat16_model()[0]), "PyTorch's int8")._native is None
+
+
+def odd_rotary(model):
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:8]
+
+
+def odd_epsilon(model):
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.1
+
+
+def odd_scaling(model):
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+def odd_strides(model):
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("change", [odd_epsilon, odd_scaling, odd_strides])
+def test_what_the_tables_cannot_say_runs_without_them(build, change):
+    model, exact = bfloat16_model()
+    forward = Forward(model, "model")
+    assert forward.compiled
+    for each in (model, exact):
+        change(each)
+    assert not forward.compiled
+    ids = torch.arange(3, 50)
+    with torch.inference_mode():
+        expected = exact(ids[None]).logits[0, -3:]
+    assert error(run(forward, ids, [3])[0], expected) < 0.2
+
+
+def test_a_rotary_embedding_that_is_too_narrow_is_an_error(build):
+    model, _ = bfloat16_model()
+    odd_rotary(model)
+    forward = Forward(model, "model")
+    with pytest.raises((ModelError, RuntimeError)):
+        run(forward, torch.arange(3, 50), [3])
+
+
+def test_a_cache_of_another_kind_is_not_touched_by_the_kernels(build):
+    forward = Forward(bfloat16_model()[0], "model")
+    ids = torch.arange(3, 33)
+    expected, _ = run(forward, ids, [4])
+    for change in (torch.Tensor.float, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
+        cache = forward.new_cache(64)
+        with torch.inference_mode():
+            forward(ids[:-4], cache, 1)
+            for layer in cache.layers:
+                layer.keys, layer.values = change(layer.keys), change(layer.values)
+            assert forward._native is not None
+            assert not forward._native.serves(ids[-4:], cache, 4)
+    cache = forward.new_cache(64)
+    with torch.inference_mode():
+        forward(ids[:-4], cache, 1)
+        assert forward._native.serves(ids[-4:], cache, 4)
+        assert not forward._native.serves(ids[-4:].int(), cache, 4)
+        assert not forward._native.serves(ids[-4:], cache, 5)
+        assert not forward._native.serves(ids[:0], cache, 0)
+        torch.testing.assert_close(forward(ids[-4:], cache, 4), expected)
+
+
+def test_a_twin_of_which_a_layer_stays_whole_runs_without_the_kernels(build):
+    twin = int8_twin(bfloat16_model(intermediate_size=80)[0], blocks=True)
+    assert not Forward(twin, "twin").compiled
+    assert run(Forward(twin, "twin"), torch.arange(3, 50), [3])[0].isfinite().all()
+
+
+def test_attention_of_other_tensors_is_not_for_the_kernels(build):
+    query, key = torch.randn(4, 64, 64).bfloat16(), torch.randn(2, 80, 64).bfloat16()
+    for wrong in (
+        (query[:3], key, key),  # 3 heads over 2
+        (query, key.float(), key.float()),
+        (query, key[..., :32].contiguous(), key[..., :32].contiguous()),
+        (query, key[:, :60], key[:, :60]),  # fewer keys than queries
+        (query.as_subclass(Loud), key, key),
+    ):
+        assert not native.serves(*wrong)
+
+
+class Loud(torch.Tensor):
+    pass
 
 
 def test_an_error_is_that_of_pytorch_and_leaves_the_cache_as_it_was(build):

@@ -28,7 +28,7 @@ from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.quantization import BlockLinear
 from rapid_llm.engine.session import Session
-from rapid_llm.errors import InvalidParameterError
+from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.stats import Stats
 
 VERIFIED = 5
@@ -173,6 +173,13 @@ def measure(
         if value < least:
             raise InvalidParameterError(
                 f"{name}={value} is not allowed: {name} must be at least {least}"
+            )
+    window = decoder.target.context_window
+    for work in works:
+        if (needed := len(work.target) + new_tokens) > window:
+            raise ContextWindowError(
+                f"a prompt of {len(work.target)} tokens and {new_tokens} new ones need {needed}, "
+                f"the context window of {decoder.target.name} has {window}: take a shorter context"
             )
     load = _load_average()
     bandwidth = read_bandwidth(decoder.target.device)

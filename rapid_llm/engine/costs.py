@@ -82,16 +82,16 @@ def measure(session: Session) -> PassCost:
     The least of a few measurements counts, since whatever disturbs one only adds to it.
     """
     forward, cache, device = session.forward, session.cache, session.forward.device
-    held, length = cache.length, session.length + 1
+    held = cache.length
     times: dict[int, list[float]] = {1: [], ROOM: []}
-    back = min(ROOM, session.length)
+    cache.expected, back = session.length + 1, min(ROOM, session.length)
     cache.skipped -= back  # to positions of this sequence: further ones may be turned otherwise
     try:
         with forward.lock:  # or the passes of other threads would be measured too
             for n in (1, ROOM) * _REPEATS:
                 tokens = torch.zeros(n, dtype=torch.long, device=device)
                 started = time.perf_counter()
-                forward(tokens, cache, n, length)
+                forward(tokens, cache, n)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times[n].append(time.perf_counter() - started)

@@ -359,17 +359,13 @@ class Forward:
             self._follow()
             return self._captured is not None
 
-    def __call__(
-        self, tokens: Tensor, cache: KVCache, keep_logits: int, length: int | None = None
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
         """Append tokens to the cache.
 
         Args:
             tokens: int64 ``[n]`` on any device; they follow what the cache holds.
             cache: has room for n more tokens; left as it was if the pass fails.
             keep_logits: for how many of the last positions logits are computed, 1 to n.
-            length: tokens of the whole sequence, where these are only a part of it; some kinds
-                of rotary embedding depend on that.
 
         Returns:
             float32 ``[keep_logits, vocab_size]``.
@@ -380,7 +376,7 @@ class Forward:
         """
         ids = tokens.to(self.device, non_blocking=True)
         end = cache.length + cache.skipped + ids.shape[0]
-        length = max(length or end, end)
+        length = max(cache.expected, end)
         with self._reading(cache, length):
             run = self._lean_pass if self._lean else self._own_pass
             return run(ids, cache, keep_logits, length).float()

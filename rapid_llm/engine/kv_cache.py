@@ -77,6 +77,8 @@ class KVCache(Cache):
     Attributes:
         skipped: tokens of the sequence that it left out on purpose; those that follow keep
             their own positions.
+        expected: tokens of the sequence whose next part is read, where that is not its end; some
+            kinds of rotary embedding depend on it.
         reader: what computed what it holds (:meth:`rapid_llm.engine.forward.Forward.reader`);
             None if nothing did yet, or if it is not known.
     """
@@ -87,6 +89,7 @@ class KVCache(Cache):
         super().__init__(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
         self.capacity = capacity
         self.skipped = 0
+        self.expected = 0
         self.reader: Reader | None = None
 
     @property

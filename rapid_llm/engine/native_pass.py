@@ -178,7 +178,7 @@ class NativePass:
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
         """Whether this pass can append the tokens: few, within bounds, to a cache in use."""
         n, model = ids.shape[0], self._table.model
-        if not (keep <= n <= MAX_TOKENS and ids.dtype == torch.int64 and cache.length > 0):
+        if not (0 < keep <= n <= MAX_TOKENS and ids.dtype == torch.int64 and cache.length > 0):
             return False
         shape = (1, model.kv_heads, cache.capacity, model.dim)
         if len(cache.layers) != model.layers or not all(

@@ -191,7 +191,7 @@ class PrefixCache:
             return self._find(forward, prompt, capacity)
 
     def _find(self, forward: Forward, prompt: TokenIds, capacity: int) -> _Entry:
-        cache = self._from_file(_Reading.now(forward, len(prompt)), prompt[:-2], capacity)
+        cache = self._from_file(forward, prompt, capacity)
         reading = _Reading.now(forward, len(prompt))  # a file tells whether the model has changed
         with self._lock:
             if cache is None:
@@ -201,19 +201,20 @@ class PrefixCache:
                 self._entries.append(entry)
             return entry
 
-    def _from_file(self, reading: _Reading, prompt: TokenIds, capacity: int) -> KVCache | None:
+    def _from_file(self, forward: Forward, prompt: TokenIds, capacity: int) -> KVCache | None:
         """The prefix in a file, if it is much longer than the one in memory.
 
         Outside the lock, since it takes long: nobody else sees this cache yet.
         """
-        forward, reader, _ = reading
-        if self._files is None or reader is None:
+        if self._files is None:
             return None
+        reading, wanted = _Reading.now(forward, len(prompt)), prompt[:-2]
+        reader = reading.reader
         with self._lock:
-            _, held = self._longest(reading, prompt)
-        if len(prompt) < held + WORTH_LOADING:
+            _, held = self._longest(reading, wanted)
+        if reader is None or len(wanted) < held + WORTH_LOADING:
             return None
-        path, stored = self._files.find(forward, prompt, reader)
+        path, stored = self._files.find(forward, wanted, reader)
         stored = whole_chunks(stored, forward)
         if path is None or stored < held + WORTH_LOADING:
             return None

@@ -62,6 +62,12 @@ class Session:
         """Tokens of the sequence that were read."""
         return self.cache.skipped + self.cache.length
 
+    @property
+    def room(self) -> int:
+        """Tokens that can be read before the cache is full or the rotary embedding switches."""
+        ends = [at for at in self.forward.switches if at > self.length]
+        return min([self.cache.capacity - self.cache.length, *(at - self.length for at in ends)])
+
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
         """Read, in chunks, those tokens of a prompt that the cache does not hold yet.
 
@@ -98,19 +104,20 @@ class Session:
         start = self.cache.length
         if self._knows:
             self._tokens[start : start + tokens.shape[0]] = tokens
+        self.cache.expected = length
         try:
-            return self.forward(tokens, self.cache, keep, length)
+            return self.forward(tokens, self.cache, keep)
         except OutdatedKVError:
             if not self._knows:
                 raise
-            self._read_again(length)
-            return self.forward(tokens, self.cache, keep, length)
+            self._read_again()
+            return self.forward(tokens, self.cache, keep)
 
-    def _read_again(self, length: int) -> None:
+    def _read_again(self) -> None:
         held = self._tokens[: self.cache.length]
         self.cache.rollback(0)
         for chunk in held.split(chunk_size(self.forward)):
-            self.forward(chunk, self.cache, 1, length)
+            self.forward(chunk, self.cache, 1)
 
     def draft(
         self, pending: Tensor, steps: int, choice: Choice, generator: torch.Generator

@@ -114,10 +114,9 @@ class Sampler:
         else:
             # Streams lie far apart, so that seed + 1 of a user is no stream of ours.
             self.generator.manual_seed((params.seed + stream * 0x9E3779B97F4A7C15) % 2**63)
-        history = torch.tensor(prompt, device=device)
-        self._processors = _processors(model, params, history)
+        self._processors = _processors(model, params, prompt, device)
         rowwise = all(isinstance(processor, _ROWWISE) for processor in self._processors)
-        self._history = None if rowwise else history
+        self._history = None if rowwise else torch.tensor(prompt, device=device)
 
     def choice(self, fit: Fit) -> Choice | None:
         """How to draw from what a model says; None where more counts than its last logits."""
@@ -163,9 +162,9 @@ class Sampler:
 
 
 def _processors(
-    model: PreTrainedModel, params: SamplingParams, prompt: Tensor
+    model: PreTrainedModel, params: SamplingParams, prompt: Sequence[int], device: torch.device
 ) -> LogitsProcessorList:
-    """What transformers makes of the model's settings and the caller's, for an int64 ``[n]``."""
+    """What transformers makes of the model's settings and the caller's."""
     config, prompt_tokens = generation_config(model), len(prompt)
     config.do_sample = not params.greedy
     config.temperature, config.top_k, config.top_p = params.temperature, params.top_k, params.top_p
@@ -185,13 +184,13 @@ def _processors(
     try:
         eos = config.eos_token_id
         if eos is not None:
-            eos = torch.tensor([eos] if isinstance(eos, int) else eos, device=prompt.device)
+            eos = torch.tensor([eos] if isinstance(eos, int) else eos, device=device)
         config._eos_token_tensor = eos
         processors: LogitsProcessorList = builder._get_logits_processor(
             config,
             input_ids_seq_length=prompt_tokens,
-            encoder_input_ids=prompt[None] if encoded else None,
-            device=prompt.device,
+            encoder_input_ids=torch.tensor([prompt], device=device) if encoded else None,
+            device=device,
         )
     except (TypeError, ValueError) as error:
         raise InvalidParameterError(
