@@ -153,8 +153,8 @@ class RapidDecoder:
             made at the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep
             these), ``int4`` with 4-bit weights on a GPU (bfloat16, Ampere or newer); ``auto`` does
             what pays for a target that drafts for itself: int8 in bfloat16 on a CPU, int4 for a
-            gigabyte of weights and more; None never. There is no such copy of a model with hooks
-            or replaced methods.
+            gigabyte of weights and more; None never. There is no quantized copy of a model with
+            hooks or replaced methods.
         kv_cache_bytes: of prompts' KV kept between calls, least recently used first out; None is a
             quarter of the device's memory, 0 keeps nothing.
         kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with

@@ -45,6 +45,16 @@ def test_weights_of_four_bits_come_back_as_they_were():
     assert torch.equal(dequantize(*quantize(weight)), weight)
 
 
+def test_a_layer_of_many_rows_is_quantized_by_and_by(monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(40, 2 * GROUP)
+    before, whole = weight.clone(), quantize(weight)
+    monkeypatch.setattr(int4, "_ROWS", 16)
+    for one, other in zip(quantize(weight), whole, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(weight, before)
+
+
 def test_equal_weights_have_a_step_all_the_same():
     weight = torch.full((8, GROUP), 0.75)
     torch.testing.assert_close(dequantize(*quantize(weight)), weight)

@@ -42,7 +42,7 @@ def only(more: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
 
 
-def document(seed: int, tokens: int = 2000) -> list[int]:
+def document(seed: int, tokens: int = 2500) -> list[int]:
     return random.Random(seed).choices(range(3, 64), k=tokens)
 
 

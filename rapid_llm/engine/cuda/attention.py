@@ -309,13 +309,14 @@ def _launch(
 ) -> Tensor:
     n, heads, dim = query.shape
     rows = heads // kv_heads * n
-    tile = min(_MOST_ROWS, max(_FEWEST_ROWS, triton.next_power_of_2(rows)))
+    width = max(16, triton.next_power_of_2(dim))
+    most = _MOST_ROWS if width * query.itemsize <= 512 else 32  # or they fill the shared memory
+    tile = min(most, max(_FEWEST_ROWS, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, tile)
     config = config or best_config(query.device, query.dtype, dim, tile, kv_heads * tiles)
     out = query.new_empty(n, heads, dim)
     parts = query.new_empty(config.splits, heads * n, dim, dtype=torch.float32)
     parts_lse = query.new_empty(config.splits, heads * n, dtype=torch.float32)
-    width = max(16, triton.next_power_of_2(dim))
     shared: dict[str, Any] = {
         "DIM": dim,
         "BLOCK": config.block,

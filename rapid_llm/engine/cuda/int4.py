@@ -21,6 +21,7 @@ GROUP = 64
 FEW_ROWS = 8
 """Up to so many tokens the product is faster than that of the whole weights."""
 
+_ROWS = 4096  # quantized at a time: a vocabulary's in float32 would take gigabytes
 _LARGE = 10**9  # bytes: read in a third of a millisecond, in which some 100 kernels run
 _INNER_TILES = 8  # of the operators' layout: 128 columns
 
@@ -34,14 +35,19 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The numbers n, uint8 ``[out, in]``; steps and middles, bfloat16 ``[in / group, out, 2]``.
     """
-    groups = weight.detach().float().unflatten(1, (-1, GROUP))
+    parts = [_quantize(rows) for rows in weight.detach().split(_ROWS)]
+    return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts], dim=1)
+
+
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    groups = weight.float().unflatten(1, (-1, GROUP))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     # Rounded first, so that n is the nearest to the weight with the step that is kept.
     step = ((high - low) / 15).clamp(min=1e-6).bfloat16().float()
     middle = (low + 8 * step).bfloat16().float()
-    numbers = ((groups - middle) / step + 8).round().clamp(0, 15)
-    scales = torch.cat([step, middle], dim=-1).transpose(0, 1).contiguous()
-    return numbers.flatten(1).to(torch.uint8), scales.bfloat16()
+    numbers = (groups - middle).div_(step).add_(8).round_().clamp_(0, 15)
+    scales = torch.cat([step, middle], dim=-1).transpose(0, 1)
+    return numbers.flatten(1).to(torch.uint8), scales.contiguous().bfloat16()
 
 
 def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:

@@ -180,7 +180,8 @@ class RagDrafter:
     def _readable(self, tokens: Tensor) -> Tensor:
         # A token of the target's padding that this model has not: it reads its own last one. What
         # it reads is its affair, as long as q is what it then draws from.
-        return tokens.clamp(max=self._session.forward.vocab_size - 1)
+        own = self._session.forward.vocab_size
+        return tokens if own >= self._vocab_size else tokens.clamp(max=own - 1)
 
     def _check(self, q: Tensor, guess: Tensor) -> Tensor:
         """The tokens that a pass yields: guesses that q accepts and one drawn after them."""
