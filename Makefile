@@ -18,9 +18,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 OUT ?= gpu-results
 SHAPE ?= llama-3.1-8b
 CONTEXTS ?= 32768 131072
-SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 4")
+SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 # Both end sooner by themselves; a kernel that hangs does not.
-AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -k 10")
+AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -s INT -k 10")
 
 .PHONY: install demo test slow gpu lint clean
 

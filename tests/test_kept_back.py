@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from conftest import smollm2, tiny_model, tiny_tokenizer
 
-from rapid_llm import ContextBuilder, Inquiry, RapidDecoder, SamplingParams
+from rapid_llm import (
+    ContextBuilder,
+    Inquiry,
+    RapidDecoder,
+    SamplingParams,
+    SpeculationConfig,
+)
 from rapid_llm.context import embedding
 from rapid_llm.context.embedding import PACKAGED_EMBEDDER, Vectors
 from rapid_llm.context.retrieved import Documents, Passage, ground
@@ -299,6 +305,7 @@ def test_no_more_is_retrieved_than_the_models_have_room_for(
             documents,
             "w5",
             sampling=SamplingParams(max_new_tokens=max_new_tokens),
+            speculation=SpeculationConfig(gamma=2),
             truncate="middle",
         )
         stats = inquiry.answer(method).stats

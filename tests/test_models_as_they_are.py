@@ -74,9 +74,17 @@ def own(a_model):
         return a_model.eval()(IDS[None]).logits[0, 40:].float()
 
 
+CHUNK = 16
+
+
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", CHUNK)
+
+
+def reusable(prompt):
+    """Tokens of a prompt whose KV serves it again: whole chunks of all but the last two."""
+    return (len(prompt) - 2) // CHUNK * CHUNK
 
 
 # --- what is done to a model --------------------------------------------------------------------
@@ -505,7 +513,7 @@ def answers(decoder, changed, prompt=PROMPT):
 def test_each_adapter_has_kv_of_its_own():
     tuned = two_adapters()
     decoder = RapidDecoder(tuned, tiny_tokenizer())
-    kept = len(PROMPT) - 2
+    kept = reusable(PROMPT)
     assert answers(decoder, tuned) == 0
     tuned.set_adapter("b")
     assert answers(decoder, tuned) == 0
@@ -562,10 +570,10 @@ def test_kv_of_other_weights_is_not_taken(edit):
     changed = model()
     decoder = RapidDecoder(changed, tiny_tokenizer())
     assert answers(decoder, changed) == 0
-    assert answers(decoder, changed) == len(PROMPT) - 2
+    assert answers(decoder, changed) == reusable(PROMPT)
     edit(changed)
     assert answers(decoder, changed) == 0
-    assert answers(decoder, changed) == len(PROMPT) - 2
+    assert answers(decoder, changed) == reusable(PROMPT)
 
 
 def test_nothing_is_kept_of_a_model_with_somebodys_code_in_it():
@@ -578,7 +586,7 @@ def test_nothing_is_kept_of_a_model_with_somebodys_code_in_it():
     assert decoder.memory.kept_kv == 0
     handle.remove()
     assert answers(decoder, changed) == 0
-    assert answers(decoder, changed) == len(PROMPT) - 2
+    assert answers(decoder, changed) == reusable(PROMPT)
 
 
 def test_an_adapter_chosen_during_an_answer_reads_it_all_again():
@@ -589,7 +597,7 @@ def test_an_adapter_chosen_during_an_answer_reads_it_all_again():
     tuned.set_adapter("b")
     rest = [token for chunk in stream for token in chunk.token_ids]
     assert rest == transformers_greedy(tuned, PROMPT + said, NEW - len(said))
-    assert answers(decoder, tuned) == len(PROMPT) - 2
+    assert answers(decoder, tuned) == reusable(PROMPT)
     tuned.set_adapter("a")
     assert answers(decoder, tuned) == 0
 
@@ -629,7 +637,7 @@ def on_disk(folder, changed):
 def test_a_file_belongs_to_the_model_that_wrote_it(tmp_path, edit):
     answers(on_disk(tmp_path, model()), model(), LONG)
     changed = model()
-    assert answers(on_disk(tmp_path, changed), changed, LONG) == len(LONG) - 2
+    assert answers(on_disk(tmp_path, changed), changed, LONG) == reusable(LONG)
     edit(changed)
     assert answers(on_disk(tmp_path, changed), changed, LONG) == 0
 
@@ -639,11 +647,11 @@ def test_a_file_belongs_to_the_adapter_that_wrote_it(tmp_path):
     answers(on_disk(tmp_path, tuned), tuned, LONG)
     later = two_adapters()
     decoder = on_disk(tmp_path, later)
-    assert answers(decoder, later, LONG) == len(LONG) - 2
+    assert answers(decoder, later, LONG) == reusable(LONG)
     later.set_adapter("b")
     assert answers(decoder, later, LONG) == 0
     later.set_adapter("a")
-    assert answers(decoder, later, LONG) == len(LONG) - 2
+    assert answers(decoder, later, LONG) == reusable(LONG)
     later.merge_adapter()
     assert answers(decoder, later, LONG) == 0
 
@@ -665,7 +673,7 @@ def test_an_edit_that_nobody_counted_is_seen_before_a_file_is_written_or_read(
     untouched = model()
     decoder = on_disk(tmp_path, untouched)
     assert answers(decoder, untouched, LONG) == 0
-    assert answers(decoder, untouched, LONG) == len(LONG) - 2
+    assert answers(decoder, untouched, LONG) == reusable(LONG)
     edit(untouched)
     answers(decoder, untouched, LONG)
 
@@ -737,10 +745,10 @@ def test_kv_of_one_side_of_the_switch_is_not_taken_on_the_other(tmp_path):
     for prompt in (below, above, below, above):
         result = decoder.generate(prompt, sampling=GREEDY)
         assert result.token_ids == whole(switching(), prompt, NEW)
-    assert result.stats.cached_tokens == len(above) - 2
+    assert result.stats.cached_tokens == reusable(above)
     later = RapidDecoder(switching(), tiny_tokenizer(), kv_cache_dir=tmp_path)
     assert later.generate(below, sampling=GREEDY).stats.cached_tokens == 0
-    assert later.generate(above, sampling=GREEDY).stats.cached_tokens == len(above) - 2
+    assert later.generate(above, sampling=GREEDY).stats.cached_tokens == reusable(above)
 
 
 def test_verification_across_the_switch_gives_each_row_its_own_embedding():
