@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rapid_llm.bench.speed_model import ACCEPTANCE, DEVICES, named_device
-from rapid_llm.config import Mode, SamplingParams, SpeculationConfig
+from rapid_llm.config import Mode, OnEmpty, SamplingParams, SpeculationConfig
 from rapid_llm.console import (
     PACKAGED_EMBEDDER,
     PACKAGED_MODEL,
@@ -37,7 +37,6 @@ from rapid_llm.console import (
     show,
     status,
 )
-from rapid_llm.context.retrieved import OnEmpty
 from rapid_llm.errors import (
     DocumentError,
     InvalidParameterError,

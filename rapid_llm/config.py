@@ -12,6 +12,9 @@ from rapid_llm.errors import InvalidParameterError
 
 Mode = Literal["exact", "augmented", "paper"]
 Drafting = Literal["rag", "streaming", "triforce", "rest"]
+OnEmpty = Literal["empty", "read_all"]
+"""What is read where nothing was retrieved: nothing, or every document."""
+
 Quantization = Literal["auto", "int8", "int4"]
 
 _Number = TypeVar("_Number", int, float)
@@ -21,6 +24,15 @@ MIN_TEMPERATURE = 1e-5
 
 MAX_ETA = 1e30
 """Above it float32 could not hold the transfer."""
+
+
+def require_on_empty(on_empty: str) -> None:
+    """Raises InvalidParameterError if there is no such choice."""
+    if on_empty not in get_args(OnEmpty):
+        raise InvalidParameterError(
+            f"on_empty={on_empty!r} is not allowed: 'empty' reads nothing where nothing was "
+            "retrieved, 'read_all' every document"
+        )
 
 
 def _require(ok: bool, name: str, value: object, limit: str) -> None:

@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 from rapid_llm.chat import checked_variables
-from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.config import OnEmpty, SamplingParams, SpeculationConfig, require_on_empty
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS
 from rapid_llm.context.prompts import Fitted, Truncate, build_messages, fit_documents
-from rapid_llm.context.retrieved import SEPARATOR, OnEmpty, Passage, require_on_empty
+from rapid_llm.context.retrieved import SEPARATOR, Passage
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Message, Prompt, encode_prompt

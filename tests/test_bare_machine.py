@@ -38,7 +38,14 @@ from rapid_llm import RapidDecoder, SamplingParams
 decoder = RapidDecoder(tiny_model(eos_token_id=None), tiny_tokenizer())
 sampling = SamplingParams(max_new_tokens=8)
 print(len(decoder.generate([3, 4, 5, 6], [4, 5, 6], sampling=sampling).token_ids))
-import rapid_llm.bench.shape_command
+"""
+
+COMMANDS = """
+import sys
+from rapid_llm.cli import main
+
+sys.argv = ["rapid-llm", "bench", "--shape", "tiny", "--context", "64"]
+main()
 """
 
 
@@ -53,9 +60,15 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_decoder_and_the_bench_of_shapes_need_torch_and_transformers_alone() -> None:
+def test_the_decoder_needs_torch_and_transformers_alone() -> None:
     done = run(DECODES)
     assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
+
+
+def test_the_bench_of_shapes_runs_from_the_command_line_there() -> None:
+    done = run(COMMANDS)
+    assert done.returncode == 0, done.stderr
+    assert "plain step" in done.stdout
 
 
 def test_the_packages_are_really_kept_away() -> None:

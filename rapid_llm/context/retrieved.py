@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
-from rapid_llm.errors import DocumentError, InvalidParameterError
+from rapid_llm.config import OnEmpty, require_on_empty
+from rapid_llm.errors import DocumentError
 from rapid_llm.stats import NOTHING_RETRIEVED
 
 Documents: TypeAlias = str | Mapping[Any, str] | Callable[[str], str | None]
 """The full texts: one document, a mapping from document ids, or a function of the id."""
-
-OnEmpty = Literal["empty", "read_all"]
-"""What is read where nothing was retrieved: nothing, or every document."""
 
 SEPARATOR = "\n\n"
 
@@ -121,15 +119,6 @@ def ground(
         document_ids=tuple(read),
         empty_reason=None if unique else NOTHING_RETRIEVED,
     )
-
-
-def require_on_empty(on_empty: str) -> None:
-    """Raises InvalidParameterError if there is no such choice."""
-    if on_empty not in get_args(OnEmpty):
-        raise InvalidParameterError(
-            f"on_empty={on_empty!r} is not allowed: 'empty' reads nothing where nothing was "
-            "retrieved, 'read_all' every document"
-        )
 
 
 def _unique(passages: Iterable[Passage]) -> tuple[Passage, ...]:

@@ -35,11 +35,12 @@ def only(more: int) -> Iterator[None]:
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     held = torch.cuda.memory_reserved(DEVICE)
-    torch.cuda.set_per_process_memory_fraction((held + more) / total, DEVICE)
+    device = torch.cuda.current_device()
+    torch.cuda.set_per_process_memory_fraction((held + more) / total, device)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def document(seed: int, tokens: int = 2500) -> list[int]:
@@ -117,14 +118,17 @@ def test_generations_of_all_lengths_leave_nothing_behind(graphs, generations):
 
 
 def test_a_decoder_that_is_gone_holds_nothing():
-    before = allocated()
-    decoder = wide_decoder(True)
-    begin(decoder, document(0), 1000)
-    decoder.generate(
-        document(0),
-        document(1),
-        sampling=SamplingParams(max_new_tokens=20, ignore_eos=True),
-        speculation=SpeculationConfig(gamma=3),
-    )
-    del decoder
-    assert allocated() - before < 48 * MB  # cuBLAS keeps a workspace
+    def come_and_go() -> int:
+        decoder = wide_decoder(True)
+        begin(decoder, document(0), 1000)
+        decoder.generate(
+            document(0),
+            document(1),
+            sampling=SamplingParams(max_new_tokens=20, ignore_eos=True),
+            speculation=SpeculationConfig(gamma=3),
+        )
+        del decoder
+        return allocated()
+
+    first = come_and_go()  # what libraries keep for the device
+    assert come_and_go() - first < MB

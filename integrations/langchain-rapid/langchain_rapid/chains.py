@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, get_args
+from typing import Any
 
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel, BaseLLM, LanguageModelLike
@@ -13,9 +13,10 @@ from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.base import RunnableBindingBase
+from rapid_llm.config import OnEmpty, require_on_empty
 from rapid_llm.errors import InvalidParameterError
 
-from langchain_rapid.documents import SEPARATOR, Documents, FullDocuments, OnEmpty
+from langchain_rapid.documents import SEPARATOR, Documents, FullDocuments
 from langchain_rapid.messages import text_of
 from langchain_rapid.settings import RapidModel
 from langchain_rapid.window import places_of
@@ -73,10 +74,7 @@ def create_rapid_documents_chain(
             f"{', '.join(prompt.input_variables) or 'none'}: add it, or pass "
             "document_variable_name="
         )
-    if on_empty not in get_args(OnEmpty):
-        raise InvalidParameterError(
-            f"on_empty={on_empty!r} is not allowed: pass 'empty' or 'read_all'"
-        )
+    require_on_empty(on_empty)
     innermost = llm
     while isinstance(innermost, RunnableBindingBase):
         innermost = innermost.bound

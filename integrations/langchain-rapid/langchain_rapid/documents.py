@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from math import isnan
 from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from langchain_core.documents import Document
 from rapid_llm.errors import DocumentError
@@ -16,9 +16,6 @@ from rapid_llm.errors import DocumentError
 Text: TypeAlias = str | Document
 Documents: TypeAlias = str | Mapping[Any, Text] | Sequence[Document] | Callable[[Any], Text | None]
 """One text; texts by document id; what a loader returned; or a function from id to text."""
-
-OnEmpty = Literal["empty", "read_all"]
-"""The core's, without its imports: where nothing was retrieved, read nothing or every document."""
 
 ID_KEYS = ("document_id", "doc_id", "source")
 """Where the metadata of chunks and documents are looked up, in turn, for a document's id."""

@@ -8,10 +8,11 @@ from numbers import Real
 from typing import Any, cast
 
 from langchain_core.documents import Document
+from rapid_llm.config import OnEmpty
 from rapid_llm.context.retrieved import Passage, ground
 from rapid_llm.errors import DocumentError
 
-from langchain_rapid.documents import FullDocuments, OnEmpty, Whole, id_text, ids_of
+from langchain_rapid.documents import FullDocuments, Whole, id_text, ids_of
 from langchain_rapid.labels import label
 
 _ASTRAY = "\0"

@@ -21,12 +21,19 @@ from pydantic import (
     model_validator,
 )
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.config import Mode, Quantization, SamplingParams, SpeculationConfig, from_options
+from rapid_llm.config import (
+    Mode,
+    OnEmpty,
+    Quantization,
+    SamplingParams,
+    SpeculationConfig,
+    from_options,
+)
 from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
 from langchain_rapid import hub
-from langchain_rapid.documents import SEPARATOR, FullDocuments, OnEmpty
+from langchain_rapid.documents import SEPARATOR, FullDocuments
 from langchain_rapid.encoding import Written
 from langchain_rapid.errors import GenerationTimeoutError, RetrievalError
 from langchain_rapid.window import Place, encoded, places_of

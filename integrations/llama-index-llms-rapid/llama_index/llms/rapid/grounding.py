@@ -10,7 +10,8 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from llama_index.llms.rapid.documents import Library
 from llama_index.llms.rapid.fulltext import FullText
 from llama_index.llms.rapid.passages import locate
-from rapid_llm.context.retrieved import SEPARATOR, Grounding, OnEmpty, Passage, ground
+from rapid_llm.config import OnEmpty
+from rapid_llm.context.retrieved import SEPARATOR, Grounding, Passage, ground
 from rapid_llm.errors import DocumentError
 
 

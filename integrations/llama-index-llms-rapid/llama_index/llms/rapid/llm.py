@@ -48,8 +48,14 @@ from llama_index.llms.rapid.templates import (
 )
 from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns
 from rapid_llm.chat import checked_variables
-from rapid_llm.config import Mode, Quantization, SamplingParams, SpeculationConfig, from_options
-from rapid_llm.context.retrieved import OnEmpty
+from rapid_llm.config import (
+    Mode,
+    OnEmpty,
+    Quantization,
+    SamplingParams,
+    SpeculationConfig,
+    from_options,
+)
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.errors import InvalidParameterError

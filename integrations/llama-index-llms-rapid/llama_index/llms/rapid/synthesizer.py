@@ -36,7 +36,7 @@ from llama_index.llms.rapid.documents import DocumentSource, Library
 from llama_index.llms.rapid.grounding import Retrieved, ground_nodes
 from llama_index.llms.rapid.llm import RapidLLM
 from llama_index.llms.rapid.templates import Context
-from rapid_llm.context.retrieved import OnEmpty, require_on_empty
+from rapid_llm.config import OnEmpty, require_on_empty
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.stats import NOTHING_RETRIEVED
 
