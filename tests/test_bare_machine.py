@@ -41,11 +41,9 @@ print(len(decoder.generate([3, 4, 5, 6], [4, 5, 6], sampling=sampling).token_ids
 """
 
 COMMANDS = """
-import sys
 from rapid_llm.cli import main
 
-sys.argv = ["rapid-llm", "bench", "--shape", "tiny", "--context", "64"]
-main()
+sys.exit(main(["bench", "--shape", "tiny", "--context", "256"]))
 """
 
 
