@@ -122,6 +122,15 @@ def test_budgets_count_in_the_models_tokens(decoder):
     assert len(memory.tokenizer_fn("eleven char")) == 11
 
 
+def test_counts_are_whole_where_the_tokenizer_was_set_to_cut_or_pad(make_decoder):
+    decoder = make_decoder()
+    assert RapidLLM(decoder=decoder).metadata.context_window
+    for setting in ({"truncation": True}, {"padding": "max_length"}):
+        decoder.tokenizer("one two three", max_length=20, **setting)
+        assert len(get_tokenizer()("eleven char" * 3)) == 33
+        assert len(get_tokenizer()("one")) == 3
+
+
 def test_the_engine_of_each_model_counts_in_its_own_tokens(decoder, smollm2):
     counts = []
     for each in (decoder, smollm2):
@@ -241,10 +250,10 @@ def test_a_strict_template_takes_what_chat_engines_send(make_decoder, spy, mode)
 
 
 def test_roles_of_other_providers(decoder, spy):
-    roles = ["developer", "user", "model", "user", "chatbot", "user"]
+    roles = ["developer", "user", "model", "user", "chatbot", "user", "function"]
     RapidLLM(decoder=decoder, max_tokens=1).chat([ChatMessage(role=r, content="x") for r in roles])
-    names = ["system", "user", "assistant", "user", "assistant", "user", "assistant"]
-    assert spy.target().split("<|")[1:] == [*(f"{n}>x\n" for n in names[:-1]), "assistant>"]
+    names = ["system", "user", "assistant", "user", "assistant", "user", "tool"]
+    assert spy.target().split("<|")[1:] == [*(f"{n}>x\n" for n in names), "assistant>"]
 
 
 THINKING = (
@@ -276,6 +285,33 @@ def test_variables_of_the_template(make_decoder):
     asyncio.run(answers.acomplete("q"))
     answers.chat([user("q")], chat_template_kwargs={"enable_thinking": True})
     assert read == ["THINK", *["ANSWER"] * 5, "THINK"]
+
+
+@pytest.mark.parametrize("where", ["decoder", "llm", "call"])
+def test_what_the_variables_add_to_a_prompt_is_counted(make_decoder, spy, where):
+    variables = {"rules": "Be brief. " * 20}
+    made = make_decoder(window=700)
+    made.tokenizer.chat_template = "{{ rules }}" + made.tokenizer.chat_template
+    own = variables if where == "decoder" else None
+    decoder = RapidDecoder(made.target.model, made.tokenizer, chat_template_kwargs=own)
+    llm = RapidLLM(
+        decoder=decoder,
+        max_tokens=8,
+        truncate="middle",
+        chat_template_kwargs=variables if where == "llm" else None,
+    )
+    call = {"chat_template_kwargs": variables} if where == "call" else {}
+    history = [m for i in range(8) for m in (user(f"{i} " * 20), assistant(f"{i} " * 20))]
+    raw = llm.chat([*history, user("last")], **call).raw
+    assert 0 < raw["rapid"]["dropped_messages"] < len(history)
+    if where != "call":
+        assert llm.metadata.num_output > 200
+    document = Document(text=f"{LINE} " * 40, id_="a")
+    node = NodeWithScore(node=TextNode(text=f"{LINE} {LINE}"))
+    synthesizer = RapidSynthesizer(llm, documents=[document], text_qa_template=QA)
+    rapid = synthesizer.synthesize("When?", [node], **call).metadata["rapid"]
+    assert 600 < rapid["prompt_tokens"] <= 692
+    assert rapid["omitted_tokens"] > 0
 
 
 # --- hub options ---------------------------------------------------------------------------------

@@ -18,7 +18,11 @@ class ModelTokenizer:
     def __call__(self, text: str) -> list[int]:
         """The token ids of a text, without BOS."""
         if self.tokenizer.is_fast:  # without the checks of each call, as there are very many
-            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+            backend = self.tokenizer.backend_tokenizer
+            if backend.truncation or backend.padding:  # saved with it, or left by another call
+                backend.no_truncation()
+                backend.no_padding()
+            return backend.encode(text, add_special_tokens=False).ids
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 

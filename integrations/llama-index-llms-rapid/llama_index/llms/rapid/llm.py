@@ -46,7 +46,7 @@ from llama_index.llms.rapid.templates import (
     not_swallowed,
     refillable,
 )
-from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns
+from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns, template_variables
 from rapid_llm.chat import checked_variables
 from rapid_llm.config import (
     Mode,
@@ -435,7 +435,8 @@ class RapidLLM(LLM):
         """What the chat template adds to a user's message, alone or after the system's."""
         if not self._has_chat_template:
             return 0
-        tokenizer, variables = self.decoder.tokenizer, self._options({}).chat_template_kwargs
+        tokenizer = self.decoder.tokenizer
+        variables = template_variables(self.decoder, self._options({}))
         system, user = ({"role": role, "content": "a"} for role in ("system", "user"))
         content = len(encode_literal("a", tokenizer))
         return max(

@@ -12,6 +12,7 @@ from rapid_llm.encoding import Prompt, encode_literal
 _ROLES = {
     MessageRole.DEVELOPER: "system",
     MessageRole.CHATBOT: "assistant",
+    MessageRole.FUNCTION: "tool",
     MessageRole.MODEL: "assistant",
 }
 """Other providers' roles, by the names that chat templates know."""

@@ -15,6 +15,11 @@ from rapid_llm.engine.forward import Forward
 from rapid_llm.errors import ContextWindowError
 
 
+def template_variables(decoder: RapidDecoder, options: Options) -> dict[str, Any]:
+    """The variables that the decoder will give the chat template: its own, then the call's."""
+    return {**decoder.chat_template_kwargs, **options.chat_template_kwargs}
+
+
 def latest_turns(prompt: Prompt, decoder: RapidDecoder, model: Forward, options: Options) -> Prompt:
     """A chat without its oldest turns, as many as do not fit; any other prompt as it is."""
     if not _is_chat(prompt):
@@ -24,7 +29,7 @@ def latest_turns(prompt: Prompt, decoder: RapidDecoder, model: Forward, options:
         decoder.tokenizer,
         model.context_window,
         options.sampling.max_new_tokens,
-        options.chat_template_kwargs,
+        template_variables(decoder, options),
     )
 
 
@@ -69,6 +74,7 @@ def grounded_call(
             options.sampling.max_new_tokens,
             truncate,
             passages=grounding.cited,
+            chat_template_kwargs=template_variables(decoder, options),
         )
 
     try:
