@@ -27,7 +27,7 @@ from llama_index.core.schema import IndexNode, MetadataMode, NodeWithScore, Text
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
-from llama_index.llms.rapid import RapidLLM, RapidSynthesizer
+from llama_index.llms.rapid import PipelineError, RapidLLM, RapidSynthesizer
 from rapid_llm.errors import DocumentError, InvalidParameterError
 
 QA = PromptTemplate("Text: {context_str}\nQuestion: {query_str}\nAnswer:")
@@ -217,8 +217,9 @@ def test_two_documents_with_one_id_are_named(llm, decoder):
         with pytest.raises(InvalidParameterError, match="two Documents have the id 'x'"):
             make()
     mapping = {"5": "first", 5: "second"}
-    with pytest.raises(InvalidParameterError, match="two Documents have the id '5'"):
-        RapidSynthesizer(llm, documents=mapping).synthesize("q", nodes_of(Document(text="first")))
+    for node in (Document(text="first"), Document(text="first", id_="5")):
+        with pytest.raises(InvalidParameterError, match=r"two [Dd]ocuments have the id '5'"):
+            RapidSynthesizer(llm, documents=mapping).synthesize("q", nodes_of(node))
 
 
 def test_parts_of_one_file_may_share_an_id(llm, spy):
@@ -239,6 +240,41 @@ def test_numbers_and_paths_are_ids(llm, spy, key):
     document = Document(text="The first half. The second half.", id_=str(key))
     ask(llm, nodes_of(document), {key: document.text, "other": "else"})
     assert asked(spy) == document.text
+
+
+@pytest.mark.parametrize("documents", [{"lamp": 5}, {"lamp": None}, lambda name: 5])
+def test_a_document_that_is_no_text_is_named(decoder, llm, documents):
+    with pytest.raises(DocumentError, match=r"document 'lamp' is (int|NoneType), not text"):
+        ask(llm, nodes_of(LAMP), documents)
+    plain = RapidLLM(decoder=decoder, documents=documents)
+    engine = RetrieverQueryEngine.from_args(Fixed(nodes_of(LAMP)), llm=plain)
+    with pytest.raises(PipelineError, match="not text: give its text, or a Document"):
+        engine.query("What?")
+
+
+def test_chunks_of_yesterday_in_a_docstore_with_the_documents_of_today(llm, spy):
+    """The files were read again: the docstore knows other ids than the index."""
+    yesterday, today = page(1), page(1)
+    store = SimpleDocumentStore()
+    nodes = nodes_of(yesterday)
+    store.add_documents([scored.node for scored in nodes])
+    with pytest.raises(DocumentError, match=r"holds chunks of document .* but not the document"):
+        ask(llm, nodes, store)
+    today.text_resource.text += " It has a second line."
+    store.add_documents([today])
+    ask(llm, nodes, store)
+    assert asked(spy) == shown(today)
+
+
+def test_a_document_of_another_id_in_the_place_of_one_is_found(llm, spy):
+    documents = [Document(text="The lamp is old and red.", id_="a")]
+    synthesizer = RapidSynthesizer(llm, documents=documents, text_qa_template=QA)
+    synthesizer.synthesize("What?", nodes_of(documents[0]))
+    documents[0] = Document(text=documents[0].text, id_="b")
+    (scored,) = nodes_of(documents[0])
+    scored.node.set_content("Summary: old.")
+    synthesizer.synthesize("What?", [scored])
+    assert asked(spy) == f"{documents[0].text}\n\nSummary: old."
 
 
 def test_a_document_added_later_is_found(llm, spy):

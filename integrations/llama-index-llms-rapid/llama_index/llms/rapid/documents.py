@@ -117,6 +117,11 @@ class Library:
             return FullText(node.node_id, (node,))
         if _ID not in tried:
             return None
+        if isinstance(self._source, _Docstore) and self._source.has_chunks_of(tried[_ID]):
+            raise DocumentError(
+                f"the docstore holds chunks of document {tried[_ID]!r}, but not the document: add "
+                "it (docstore.add_documents(documents)), or pass the list of documents instead"
+            )
         others = ", ".join(f"{key}={value!r}" for key, value in tried.items() if key != _ID)
         raise DocumentError(
             f"document {tried[_ID]!r}, which the retrieved node {node.node_id!r} is from, "
@@ -215,8 +220,10 @@ class _Listed(_Source):
     def entries(self) -> Iterable[tuple[str, BaseNode]]:
         return ((document.node_id, document) for document in self._documents)
 
-    def state(self) -> list[str]:
-        return [document.get_content(MetadataMode.LLM) for document in self._documents]
+    def state(self) -> list[tuple[str, str, dict[str, Any]]]:
+        return [
+            (d.node_id, d.get_content(MetadataMode.LLM), {**d.metadata}) for d in self._documents
+        ]
 
 
 class _Mapped(_Source):
@@ -224,12 +231,14 @@ class _Mapped(_Source):
         self._documents = documents
 
     def get(self, name: str) -> str | BaseNode | None:
-        if (part := self._documents.get(name)) is not None:
-            return part
-        for key in self._documents:  # a number, a path or another object may be the key
-            if not isinstance(key, str) and str(key) == name:
-                return self._documents[key]
-        return None
+        # A number, a path or another object may be the key.
+        keys = [k for k in self._documents if (k if isinstance(k, str) else str(k)) == name]
+        if len(keys) > 1:
+            raise InvalidParameterError(
+                f"two documents have the id {name!r}, as {keys[0]!r} and {keys[1]!r}: ids are "
+                "compared as text, so give each its own"
+            )
+        return self._documents.get(keys[0] if keys else name)
 
     def entries(self) -> Iterable[tuple[str, str | BaseNode]]:
         return ((str(key), part) for key, part in self._documents.items())
@@ -240,13 +249,10 @@ class _Docstore(_Source):
         self._store = store
 
     def get(self, name: str) -> BaseNode | None:
-        document = self._store.get_document(name, raise_error=False)
-        if document is None and self._store.get_ref_doc_info(name) is not None:
-            raise DocumentError(
-                f"the docstore holds chunks of document {name!r}, but not the document: add it "
-                "(docstore.add_documents(documents)), or pass the list of documents instead"
-            )
-        return document
+        return self._store.get_document(name, raise_error=False)
+
+    def has_chunks_of(self, name: str) -> bool:
+        return self._store.get_ref_doc_info(name) is not None
 
     def entries(self) -> Iterable[tuple[str, BaseNode]]:
         stored = self._store.docs.items()

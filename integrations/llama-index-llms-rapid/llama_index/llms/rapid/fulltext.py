@@ -10,6 +10,7 @@ from typing import Any
 from llama_index.core.schema import BaseNode, MetadataMode
 
 from rapid_llm.context.retrieved import SEPARATOR
+from rapid_llm.errors import DocumentError
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,21 @@ class FullText:
         name: the Document's id, or what its parts have in common (the file's path).
         parts: texts, or Documents, which are read as the pipeline shows its nodes to an LLM: with
             their metadata, except for ``excluded_llm_metadata_keys``.
+
+    Raises:
+        DocumentError: a part is neither.
     """
 
     name: str
     parts: tuple[str | BaseNode, ...]
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if not isinstance(part, str | BaseNode):
+                raise DocumentError(
+                    f"document {self.name!r} is {type(part).__name__}, not text: give its text, or "
+                    "a Document"
+                )
 
     @property
     def shown(self) -> str:
@@ -47,11 +59,7 @@ class FullText:
     @cached_property
     def heads(self) -> frozenset[str]:
         """The lines that are shown beside its text, every white space a single blank."""
-        around = (
-            _content(part, MetadataMode.LLM).replace(_content(part, MetadataMode.NONE), "", 1)
-            for part in self.parts
-        )
-        return frozenset(" ".join(line.split()) for text in around for line in text.splitlines())
+        return frozenset().union(*map(lines_around, self.parts))
 
     @cached_property
     def keys(self) -> frozenset[str]:
@@ -89,6 +97,18 @@ def telling(passage: str, document: FullText) -> bool:
         document: holds the passage.
     """
     return len(passage.encode()) >= 24 or passage in document.bodies
+
+
+def lines_around(part: str | BaseNode) -> frozenset[str]:
+    """The lines that are shown beside its text, such as metadata."""
+    return lines_of(
+        _content(part, MetadataMode.LLM).replace(_content(part, MetadataMode.NONE), "", 1)
+    )
+
+
+def lines_of(text: str) -> frozenset[str]:
+    """The lines of a text, every white space a single blank, but for blank ones."""
+    return frozenset(" ".join(line.split()) for line in text.splitlines() if line.strip())
 
 
 def _content(part: str | BaseNode, mode: MetadataMode) -> str:
