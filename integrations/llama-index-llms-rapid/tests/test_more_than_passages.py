@@ -13,11 +13,12 @@ from llama_index.core import (
     VectorStoreIndex,
 )
 from llama_index.core.indices.prompt_helper import PromptHelper
+from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.query_engine import CitationQueryEngine, SubQuestionQueryEngine
 from llama_index.core.question_gen import LLMQuestionGenerator
 from llama_index.core.question_gen.types import SubQuestion
 from llama_index.core.response_synthesizers import get_response_synthesizer
-from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.core.tools import QueryEngineTool
 
 from llama_index.llms.rapid import RapidLLM, RapidSynthesizer
@@ -81,6 +82,25 @@ def test_the_numbers_of_sources_reach_the_target(documents, llm, plain, spy):
             assert scored.node.text.strip() in spy.target()
         assert LAMP in spy.target()
         assert FERRY in spy.target()
+
+
+@pytest.mark.parametrize("label", ["metadata", "template"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_label_beside_a_passage_reaches_the_target(documents, plain, spy, label, as_text):
+    """As a postprocessor may number its sources; what the document shows itself is not repeated."""
+    found = SentenceSplitter().get_nodes_from_documents(documents)
+    if label == "metadata":
+        found[1].metadata["source"] = "[S2]"
+    else:
+        found[1].text_template = "[S2]\n{metadata_str}\n{content}"
+    texts = {document.id_: document.text for document in documents}
+    synthesizer = RapidSynthesizer(plain, documents=texts if as_text else documents)
+    synthesizer.synthesize("When?", [NodeWithScore(node=node) for node in found])
+    labelled = found[1].get_content(MetadataMode.LLM)
+    assert "[S2]" in labelled
+    assert labelled in spy.target()
+    assert spy.target().count(LAMP) == 1
+    assert spy.target().count(FERRY) == 2
 
 
 def test_an_answer_to_a_sub_question_stays(documents, llm, plain, spy, monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from llama_index.llms.rapid.documents import Library
-from llama_index.llms.rapid.fulltext import FullText
+from llama_index.llms.rapid.fulltext import FullText, lines_around, lines_of
 from llama_index.llms.rapid.passages import locate
 from rapid_llm.config import OnEmpty
 from rapid_llm.context.retrieved import SEPARATOR, Grounding, Passage, ground
@@ -50,6 +50,7 @@ def ground_nodes(
     library = library.now()
     sources: dict[str, FullText] = {}
     own: set[str] = set()
+    labelled: set[str] = set()
     passages = []
     for node in (scored.node for scored in nodes):
         shown = node.get_content(metadata_mode=MetadataMode.LLM)
@@ -59,6 +60,8 @@ def ground_nodes(
         if source is None:
             source = FullText(node.node_id, (shown,))
             own.add(node.node_id)
+        elif _is_labelled(node, source):
+            labelled.add(node.node_id)
         sources[source.name] = source
         passages.append(_passage(node, shown, source))
     if not passages and on_empty == "read_all":
@@ -75,7 +78,10 @@ def ground_nodes(
         passage.text
         for passage in grounding.passages
         if passage.document_id not in own
-        and _says_more(passage, sources[passage.document_id or ""], library)
+        and (
+            passage.id in labelled
+            or _says_more(passage, sources[passage.document_id or ""], library)
+        )
     ]
     named = (name for name in grounding.document_ids if name and name not in own)
     return Retrieved(grounding, SEPARATOR.join(beside), tuple(named))
@@ -113,6 +119,18 @@ def ground_text(context: str, library: Library, on_empty: OnEmpty = "empty") -> 
 def _passage(node: BaseNode, shown: str, source: FullText) -> Passage:
     excerpt = node.get_content(metadata_mode=MetadataMode.NONE)
     return Passage(shown, source.name, node.node_id, excerpt=excerpt)
+
+
+def _is_labelled(node: BaseNode, source: FullText) -> bool:
+    """Whether lines are shown beside its text that neither its document shows nor what was split.
+
+    So are a source's number in the metadata, a heading that a parser added, and the like.
+    """
+    known = source.heads
+    if node.source_node is not None:
+        split = node.model_copy(update={"metadata": node.source_node.metadata})
+        known = known | lines_of(split.get_metadata_str(MetadataMode.LLM))
+    return not lines_around(node) <= known
 
 
 def _says_more(passage: Passage, source: FullText, library: Library) -> bool:
