@@ -100,7 +100,8 @@ class RapidLLM(LLM):
     prompts, taken with their control tokens, are what comes with ``formatted=True``, and what one's
     own ``completion_to_prompt`` and ``messages_to_prompt`` return.
 
-    A chat that outgrows the window loses its oldest turns (``dropped_messages``).
+    A chat that outgrows the window loses its oldest turns (``dropped_messages``), where it goes
+    through the model's chat template.
 
     Every response has in ``raw``: ``usage`` (tokens of the target), ``finish_reason``, and
     ``rapid`` (see :class:`rapid_llm.Stats`; in engines also ``chunk_ids`` and ``document_ids``).
