@@ -130,12 +130,15 @@ class Session:
         """
         start = self.cache.length
         room = self.cache.capacity - start
-        if not self.forward.loops or start == 0 or room < len(pending) + steps - 1:
+        if start == 0 or room < len(pending) + steps - 1:
             return None
         try:
-            tokens, rows = self.forward.draft(pending, steps, self.cache, choice, generator)
+            drafted = self.forward.draft(pending, steps, self.cache, choice, generator)
         except OutdatedKVError:
             return None  # for a pass to read it again
+        if drafted is None:
+            return None
+        tokens, rows = drafted
         if self._knows:
             self._tokens[start : self.cache.length] = torch.cat([pending, tokens[:-1]])
         return tokens, rows
