@@ -102,16 +102,17 @@ class Session:
     def _read(self, tokens: Tensor, keep: int, length: int) -> Tensor:
         """Append tokens of a sequence that is so long with what follows them."""
         start = self.cache.length
-        if self._knows:
-            self._tokens[start : start + tokens.shape[0]] = tokens
         self.cache.expected = length
         try:
-            return self.forward(tokens, self.cache, keep)
+            logits = self.forward(tokens, self.cache, keep)
         except OutdatedKVError:
             if not self._knows:
                 raise
             self._read_again()
-            return self.forward(tokens, self.cache, keep)
+            logits = self.forward(tokens, self.cache, keep)
+        if self._knows:  # noted while the device works
+            self._tokens[start : self.cache.length] = tokens
+        return logits
 
     def _read_again(self) -> None:
         held = self._tokens[: self.cache.length]
