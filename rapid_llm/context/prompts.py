@@ -72,7 +72,8 @@ def fit_documents(
         tokenizer: the target's fast tokenizer.
         window: tokens that the target can hold.
         max_new_tokens: tokens kept free for the answer where documents are cut, but no more than
-            half of the window, and fewer where the passages need the room.
+            half of the window, and fewer where the passages need the room, or where the rest of
+            the prompt does and nothing need be cut.
         truncate: ``middle`` cuts documents that are too long; None refuses them.
         passages: for each document what was retrieved from it. What cannot be found in its
             document, white space aside, is put at the document's end.
@@ -88,8 +89,8 @@ def fit_documents(
         raise InvalidParameterError(
             f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
         )
-    prompt = render(documents)
-    tokens = len(encode_prompt(prompt, tokenizer, chat_template_kwargs))
+    prompt = whole = render(documents)
+    tokens = whole_tokens = len(encode_prompt(whole, tokenizer, chat_template_kwargs))
     room = window - min(max_new_tokens, window // 2) if truncate else window - 1
     if tokens <= room:
         return Fitted(prompt, 0)
@@ -117,6 +118,8 @@ def fit_documents(
             break
         # More than the excess of one attempt can be too much: the parts meet in other tokens.
         keep = max(keep - (tokens - room), least)
+    if whole_tokens < window:
+        return Fitted(whole, 0)
     if any(passages):
         raise ContextWindowError(
             f"the passages retrieved, which truncate does not cut, have {least} tokens and the "

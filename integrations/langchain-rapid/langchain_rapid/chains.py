@@ -11,8 +11,14 @@ from langchain_core.language_models import BaseLanguageModel, BaseLLM, LanguageM
 from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import (
+    Runnable,
+    RunnableConfig,
+    RunnableSequence,
+    RunnableWithFallbacks,
+)
 from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.configurable import DynamicRunnable
 from rapid_llm.config import OnEmpty, require_on_empty
 from rapid_llm.errors import InvalidParameterError
 
@@ -75,9 +81,7 @@ def create_rapid_documents_chain(
             "document_variable_name="
         )
     require_on_empty(on_empty)
-    innermost = llm
-    while isinstance(innermost, RunnableBindingBase):
-        innermost = innermost.bound
+    innermost = _innermost(llm)
     if isinstance(innermost, BaseLanguageModel) and not isinstance(innermost, RapidModel):
         raise InvalidParameterError(
             f"{type(innermost).__name__} cannot read a draft: pass a ChatRapid or a RapidLLM"
@@ -94,6 +98,21 @@ def create_rapid_documents_chain(
     )
     chain: Runnable[dict[str, Any], Any] = answer | (output_parser or StrOutputParser())
     return chain.with_config(run_name="rapid_documents_chain")
+
+
+def _innermost(llm: Any) -> Any:
+    """The model itself, in whatever binds, configures or follows it."""
+    while True:
+        if isinstance(llm, RunnableBindingBase):
+            llm = llm.bound
+        elif isinstance(llm, RunnableWithFallbacks):
+            llm = llm.runnable
+        elif isinstance(llm, DynamicRunnable):
+            llm = llm.default
+        elif isinstance(llm, RunnableSequence):
+            llm = llm.first
+        else:
+            return llm
 
 
 class _GroundedAnswer(Runnable[dict[str, Any], Any]):

@@ -55,8 +55,9 @@ class FullDocuments:
 
     Args:
         documents: see :data:`Documents`. Of a list, those with the same id are parts of one
-            document, in the order of their page numbers if all have one, or else of the list (a
-            PDF loader returns a page each). ``Document.id`` serves if the metadata holds none.
+            document, in the order of their page numbers, file by file, if all have one, or else of
+            the list (a PDF loader returns a page each). ``Document.id`` serves if the metadata
+            holds none.
         id_key: the metadata's key for the id; None tries ``ID_KEYS`` in turn.
 
     Attributes:
@@ -202,7 +203,7 @@ def id_text(value: Any) -> str:
 def _ask(texts: Callable[[Any], Text | None], name: Any) -> Text | None:
     try:
         return texts(name)
-    except KeyError:  # as a dictionary's own look-up says that there is no such document
+    except (KeyError, FileNotFoundError):  # so a dictionary's look-up or a file's reading says it
         return None
 
 
@@ -219,11 +220,15 @@ def _whole(name: str, text: object) -> Whole:
 
 
 def _in_order(documents: list[Document]) -> list[Document]:
+    """By their page numbers, if all have one; files that are read as one stay one after another."""
+    files = [str(document.metadata.get("source")) for document in documents]
+    rank = {file: number for number, file in enumerate(dict.fromkeys(files))}
     for key in _PAGE_KEYS:
-        pages = [str(document.metadata.get(key)) for document in documents]
+        pages = [id_text(document.metadata.get(key)) for document in documents]
         if all(page.isdecimal() for page in pages):
-            numbered = sorted(zip(map(int, pages), documents, strict=True), key=lambda p: p[0])
-            return [document for _, document in numbered]
+            places = [(rank[file], int(page)) for file, page in zip(files, pages, strict=True)]
+            ordered = sorted(zip(places, documents, strict=True), key=lambda placed: placed[0])
+            return [document for _, document in ordered]
     return documents
 
 

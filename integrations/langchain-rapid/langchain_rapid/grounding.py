@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, cast
 
 from langchain_core.documents import Document
@@ -182,8 +181,8 @@ def _hint(chunk: Document, documents: FullDocuments) -> str:
 def _start(chunk: Document, whole: Whole) -> int | None:
     """The chunk's first character in the whole text; None if it is not in it as it stands."""
     text = chunk.page_content
-    given = chunk.metadata.get("start_index")
-    said = int(float(given)) if isinstance(given, Real) else None
+    given = id_text(chunk.metadata.get("start_index"))
+    said = int(given) if given.isdecimal() else None  # a splitter says -1 where it lost its place
     if said is not None:  # counted from the beginning of the part that was split
         same = (p.start for p in whole.parts if p.metadata.items() <= chunk.metadata.items())
         for start in (said + part for part in (*same, 0)):

@@ -67,13 +67,14 @@ def _reasoning_of(message: BaseMessage) -> str:
 
 
 def last_question(messages: Sequence[BaseMessage]) -> int:
-    """Index of the last human message.
+    """Index of the user's last message.
 
     Raises:
         InvalidParameterError: there is none.
     """
     for index in range(len(messages) - 1, -1, -1):
-        if isinstance(messages[index], HumanMessage):
+        message = messages[index]
+        if isinstance(message, HumanMessage | ChatMessage) and _role(message) == "user":
             return index
     raise InvalidParameterError(
         "the messages hold no human message, so there is no question for the retriever: add one"

@@ -11,6 +11,7 @@ from langchain_rapid.encoding import Encoder, Written
 
 if TYPE_CHECKING:
     from rapid_llm.context.prompts import Fitted
+    from rapid_llm.context.retrieved import Passage
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.encoding import Message, Prompt
 
@@ -142,7 +143,7 @@ class Window(NamedTuple):
 
         Documents are cut around what was retrieved from them. Where none is known, the longest
         message is cut if it is most of the prompt. Otherwise, or if that is not enough, a chat
-        loses its oldest turns.
+        loses its oldest turns: as few as make room for half a window of its documents.
 
         Args:
             prompt: a text or chat messages.
@@ -159,59 +160,80 @@ class Window(NamedTuple):
             return self._cut(prompt, places or [_all_of(0, prompt)])
         longest, is_most = _longest(contents_of(prompt))
         if places or is_most:
+            cuttable = places or [longest]
             try:
-                return self._cut(prompt, places or [longest])
+                return self._cut(prompt, cuttable)
             except ContextWindowError:
-                shorter = self._without_oldest(prompt)
+                shorter = self._without_oldest(prompt, cuttable)
                 if len(shorter) == len(prompt):
                     raise
         else:
-            shorter = self._without_oldest(prompt)
+            shorter = self._without_oldest(prompt, ())
             if len(shorter) == len(prompt):
                 return self._cut(prompt, [longest])
         return self.fit(shorter, _moved(places, prompt, shorter))
 
-    def _without_oldest(self, messages: Sequence[Message]) -> Sequence[Message]:
+    def _without_oldest(
+        self, messages: Sequence[Message], places: Sequence[Place]
+    ) -> Sequence[Message]:
+        """The latest turns that fit beside half a window of the documents."""
+        from rapid_llm.context.cutting import CuttableDocument, share_out
         from rapid_llm.encoding import drop_oldest_turns
 
         encode = self.encode
-        return drop_oldest_turns(
-            messages, encode.tokenizer, self.tokens, self.answer, encode.variables
+        documents = [
+            CuttableDocument(text, passages, encode.tokenizer)
+            for text, passages in _documents_at(places, messages)
+        ]
+        parts = [part.text for part in share_out(documents, self.tokens // 2)]
+        shown = _with_parts(messages, places, parts)
+        assert not isinstance(shown, str)
+        index = {id(message): i for i, message in enumerate(shown)}
+        kept = drop_oldest_turns(
+            shown, encode.tokenizer, self.tokens, self.answer, encode.variables
         )
+        return [messages[index[id(message)]] for message in kept]
 
     def _cut(self, prompt: Written, places: Sequence[Place]) -> Fitted:
         from rapid_llm.context.prompts import fit_documents
-        from rapid_llm.context.retrieved import Passage
 
-        contents = contents_of(prompt)
-        documents = [contents[p["message"]][p["start"] : p["end"]] for p in places]
-        passages = [
-            [
-                Passage(known)
-                if isinstance(known, str)
-                else Passage(document[known[0] : known[1]], start=known[0])
-                for known in place["passages"]
-            ]
-            for document, place in zip(documents, places, strict=True)
-        ]
+        found = _documents_at(places, prompt)
 
         def render(parts: Sequence[str]) -> Prompt:
             return self.encode(_with_parts(prompt, places, parts))
 
         return fit_documents(
-            documents,
+            [text for text, _ in found],
             render,
             self.encode.tokenizer,
             self.tokens,
             self.answer,
             "middle",
-            passages=passages,
+            passages=[passages for _, passages in found],
         )
 
 
 def contents_of(prompt: Written) -> list[str]:
     """The texts of a prompt: one, or one a message."""
     return [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+
+
+def _documents_at(places: Sequence[Place], prompt: Written) -> list[tuple[str, list[Passage]]]:
+    """Each document in a prompt, and what was retrieved from it."""
+    from rapid_llm.context.retrieved import Passage
+
+    contents = contents_of(prompt)
+    found = []
+    for place in places:
+        document = contents[place["message"]][place["start"] : place["end"]]
+        passages = [
+            Passage(known)
+            if isinstance(known, str)
+            else Passage(document[known[0] : known[1]], start=known[0])
+            for known in place["passages"]
+        ]
+        found.append((document, passages))
+    return found
 
 
 def _with_parts(prompt: Written, places: Sequence[Place], parts: Sequence[str]) -> Written:

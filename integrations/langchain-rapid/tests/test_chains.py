@@ -19,7 +19,7 @@ from langchain_core.prompts import (
     PromptTemplate,
 )
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
 from langchain_core.tracers.base import BaseTracer
 from pydantic import Field, ValidationError
 from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
@@ -207,6 +207,27 @@ def test_a_completion_model_gets_both_prompts_as_text(decoder, prompts):
     chain = create_rapid_documents_chain(llm, prompt, documents=TEXTS)
     assert len(chain.invoke({"context": CHUNKS[:1], "input": "Who?"})) == 8
     assert prompts == [f"<s>{TEXTS['b']} Who?", "<s>Bob bakes. Who?"]
+
+
+@pytest.mark.parametrize("kind", [ChatRapid, RapidLLM])
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda llm: llm.with_fallbacks([llm]),
+        lambda llm: llm.configurable_fields(max_tokens=ConfigurableField(id="most")),
+        lambda llm: llm | AS_IT_IS,
+    ],
+    ids=["with fallbacks", "configurable", "with a step after it"],
+)
+def test_a_model_in_wrappers_gets_both_prompts(decoder, prompts, kind, wrapped):
+    llm = kind(decoder=decoder, max_tokens=8)
+    prompt = ChatPromptTemplate.from_template("{context} {input}")
+    chain = create_rapid_documents_chain(wrapped(llm), prompt, documents=TEXTS)
+    assert len(chain.invoke({"context": CHUNKS[:1], "input": "Who?"})) == 8
+    assert len("".join(chain.stream({"context": CHUNKS[:1], "input": "Who?"}))) == 8
+    assert len(prompts) == 4
+    assert all(TEXTS["b"] in target for target in prompts[::2])
+    assert not any("sleeps" in draft for draft in prompts[1::2])
 
 
 def test_the_chunks_are_in_the_metadata(llm):

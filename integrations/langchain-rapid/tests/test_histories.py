@@ -133,3 +133,18 @@ def test_with_a_retriever_both_prompts_are_continued(decoder, prompts):
     llm.invoke([HumanMessage("Capital?"), AIMessage("The answer is")])
     assert len(prompts) == 2
     assert all(text.endswith("Capital?\n[assistant]The answer is") for text in prompts)
+
+
+def test_the_question_is_the_users_last_message_of_any_class(decoder):
+    asked: list[str] = []
+
+    def find(question: str) -> list[Document]:
+        asked.append(question)
+        return []
+
+    llm = ChatRapid(
+        decoder=decoder, max_tokens=2, retriever=RunnableLambda(find), documents="Text."
+    )
+    llm.invoke([HumanMessage("Old?"), AIMessage("Yes."), ChatMessage(role="user", content="New?")])
+    llm.invoke([ChatMessage(role="user", content="Only?"), ChatMessage(role="note", content="-")])
+    assert asked == ["New?", "Only?"]

@@ -74,7 +74,7 @@ async def test_streams_and_completion_models_too(decoder, prompts):
     llm = RapidLLM(decoder=decoder, max_tokens=20)
     chain = create_rapid_documents_chain(llm.bind(truncate="middle"), TEXT_PROMPT, documents=TEXTS)
     list(chain.stream(INPUT))
-    assert len([piece async for piece in chain.astream(INPUT)]) == 20
+    assert len("".join([piece async for piece in chain.astream(INPUT)])) == 20
     for target in prompts[::2]:
         assert_cut_around_what_was_retrieved(decoder, target)
 
@@ -222,6 +222,32 @@ def test_a_long_history_does_not_displace_the_documents(decoder, prompts):
     assert "Be brief." in target
     assert "Question 0:" not in target
     assert target.endswith("Question: The last question?\n[assistant]")
+
+
+def test_long_documents_do_not_displace_the_history(decoder, prompts):
+    found = RunnableLambda(lambda question: CHUNKS[:1])
+    llm = ChatRapid(
+        decoder=decoder,
+        max_tokens=20,
+        truncate="middle",
+        retriever=found,
+        documents={"a": "a" * WINDOW + FACT + "a" * WINDOW},
+    )
+    llm.invoke(long_chat(60))
+    target = prompts[0]
+    assert FACT in target
+    assert "Question 0:" not in target
+    assert "Question 59:" in target
+    assert WINDOW // 2 - 80 < target.count("a" * 10) * 10 < WINDOW // 2 + 80
+    assert WINDOW - 40 < tokens(decoder, target) <= WINDOW - 20
+
+
+def test_an_answer_that_may_be_long_does_not_make_a_prompt_too_long(decoder, prompts):
+    chat = long_chat(16)
+    for limits in ({}, {"truncate": "middle"}):
+        ChatRapid(decoder=decoder, max_tokens=WINDOW, **limits).invoke(chat)
+    assert tokens(decoder, prompts[0]) > WINDOW // 2
+    assert prompts[0] == prompts[1]
 
 
 def test_a_document_in_an_early_turn_is_cut_and_not_lost(decoder, prompts):

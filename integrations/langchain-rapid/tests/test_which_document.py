@@ -65,6 +65,15 @@ def test_a_function_may_want_the_id_as_it_is():
     assert read([chunk("Te", document_id=7)], {7: "Text."}.__getitem__) == ["Text."]
 
 
+def test_a_function_may_read_files(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("Text.", encoding="utf-8")
+    documents = lambda path: Path(path).read_text(encoding="utf-8")  # noqa: E731
+    assert read([chunk("Text.", doc_id="none", source=str(file))], documents) == ["Text."]
+    with pytest.raises(DocumentError, match=r"source='gone.txt'.*not among"):
+        read([chunk("Text.", source="gone.txt")], documents)
+
+
 def test_a_function_is_asked_for_each_document_once():
     asked: list[Any] = []
 
@@ -150,6 +159,16 @@ def test_pages_are_one_document_in_their_order(key):
     assert read([chunk("Page 2.", source="r.pdf")], pages) == ["Page 1.\n\nPage 2.\n\nPage 10."]
 
 
+def test_pages_that_a_store_returns_as_floats():
+    pages = [chunk(f"Page {n}.", source="r.pdf", page=float(n)) for n in (10, 2)]
+    assert read([pages[0]], pages) == ["Page 2.\n\nPage 10."]
+
+
+def test_pages_of_files_read_as_one_do_not_mix():
+    pages = [chunk(f"{file}{n}", project="p", source=file, page=n) for n in (1, 0) for file in "ba"]
+    assert read([pages[0]], pages, "project") == ["b0\n\nb1\n\na0\n\na1"]
+
+
 def test_elements_of_a_page_stay_in_their_order():
     parts = [("c", 2), ("a", 1), ("b", 1)]
     documents = [chunk(text, source="r.pdf", page_number=page) for text, page in parts]
@@ -176,6 +195,16 @@ def test_where_a_chunk_of_a_page_begins_in_the_whole_document():
         FullDocuments(pages),
     )
     assert [described["start_index"] for described in found.retrieved] == [2 * 19 + 12, 19 + 5]
+
+
+@pytest.mark.parametrize("lost", [-1, float("nan"), "", None])
+def test_a_splitter_that_lost_its_place(lost):
+    """LangChain's say -1 where a chunk is not in the text; a store may make NaN of it."""
+    texts = ["Second.", "Reworded."]
+    found = find_sources(
+        [chunk(text, source="a", start_index=lost) for text in texts], FullDocuments(TEXTS)
+    )
+    assert found.retrieved == [{"document_id": "a", "start_index": 7}, {"document_id": "a"}]
 
 
 def test_an_id_given_to_two_files_is_told():
