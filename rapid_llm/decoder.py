@@ -383,7 +383,7 @@ class RapidDecoder:
                 window. Where it leaves some, ``max_new_tokens`` is cut to it, and
                 ``stats.max_new_tokens`` says so; a draft prompt too long for the drafter is left
                 out, and ``stats.draft_skipped`` says that.
-            TokenizerMismatchError: a prompt to be answered has a token that its model does not have.
+            TokenizerMismatchError: the prompt to be answered has a token that its model has not.
             NumericalError: a model produced NaN (raised while streaming).
         """
         started = time.perf_counter()
