@@ -383,7 +383,7 @@ class RapidDecoder:
                 window. Where it leaves some, ``max_new_tokens`` is cut to it, and
                 ``stats.max_new_tokens`` says so; a draft prompt too long for the drafter is left
                 out, and ``stats.draft_skipped`` says that.
-            TokenizerMismatchError: the drafter is to answer a prompt with a token it does not have.
+            TokenizerMismatchError: the prompt to be answered has a token that its model has not.
             NumericalError: a model produced NaN (raised while streaming).
         """
         started = time.perf_counter()
@@ -600,10 +600,9 @@ class RapidDecoder:
 
     def _unreadable(self, prompt: Sequence[int], forward: Forward) -> str | None:
         """Which token of a prompt a model does not have, for messages; None if it has all."""
-        if forward is self.target:
-            return None
         embedded = forward.model.get_input_embeddings().weight.shape[0]
-        unknown = (i for i in prompt if i >= embedded or i in self._unshared)
+        unshared = self._unshared if forward is not self.target else frozenset()
+        unknown = (i for i in prompt if i >= embedded or i in unshared)
         if (found := next(unknown, None)) is None:
             return None
         token = self.tokenizer.convert_ids_to_tokens(found)
@@ -611,7 +610,10 @@ class RapidDecoder:
 
     def _require_readable(self, prompt: Sequence[int], forward: Forward) -> None:
         if (reason := self._unreadable(prompt, forward)) is not None:
-            raise TokenizerMismatchError(f"the prompt {reason}; take it out of the prompt")
+            raise TokenizerMismatchError(
+                f"the prompt {reason}; take it out of the prompt, or take a model that was given "
+                "embeddings for all tokens of the tokenizer (resize_token_embeddings)"
+            )
 
     def _room(self, prompt: Sequence[int], forward: Forward) -> int:
         """Tokens that a model's window leaves for the answer, at least 1."""
@@ -872,7 +874,8 @@ class _Generation:
                 q = draft.probabilities.to(device)
                 return Draft(draft.tokens.to(device), q, draft.passes), source.schedule
         nothing = torch.empty(0, dtype=torch.long, device=device)
-        q = torch.empty(0, self.target.forward.vocab_size, device=device)
+        vocab_size = self.target.forward.vocab_size
+        q = torch.empty(0, vocab_size, dtype=torch.float32, device=device)
         return Draft(nothing, q, passes=0), None
 
 

@@ -114,6 +114,18 @@ EXTREME: list[dict[str, Any]] = [
 ]
 
 
+def test_no_temperature_is_too_high_for_suppressed_tokens() -> None:
+    model = tiny_model(eos_token_id=None)
+    model.generation_config.suppress_tokens = [5]
+    decoder = RapidDecoder(model, tiny_tokenizer())
+    hot = [
+        decoder.generate(PROMPT, sampling=SamplingParams(t, max_new_tokens=8, seed=1)).token_ids
+        for t in (1e30, 1e39, 1e300)
+    ]
+    assert len(set(hot[0])) > 1
+    assert hot[0] == hot[1] == hot[2]
+
+
 @pytest.mark.parametrize("settings", EXTREME, ids=str)
 @pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
 def test_extreme_settings_give_numbers(settings: dict[str, Any], mode: Any) -> None:

@@ -743,6 +743,15 @@ def test_a_drafter_without_some_added_tokens_drafts_until_one_is_said(mode, samp
         decoder.log_likelihood([5, 61], "w5", drafter=True)
 
 
+def test_a_token_that_the_model_has_no_embedding_for_is_named():
+    """As after tokens were added to a tokenizer alone; on a GPU it would end every later call."""
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer(80))
+    for ask in (decoder.generate, lambda prompt: decoder.log_likelihood(prompt, "w5")):
+        with pytest.raises(TokenizerMismatchError, match=r"'w70'.*resize_token_embeddings"):
+            ask([5, 70, 6])
+    assert decoder.generate([5, 6], sampling=GREEDY).token_ids
+
+
 @pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
 def test_an_added_token_of_the_drafter_alone_is_never_drafted(mode):
     drafter = tiny_model(seed=1)

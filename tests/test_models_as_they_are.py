@@ -484,9 +484,11 @@ def test_virtual_tokens_are_refused_by_name(kind):
 
 
 def test_an_adapter_that_a_word_switches_on_is_refused_by_name():
-    tuned = get_peft_model(model(), lora(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 9]))
-    with pytest.raises(ModelError, match=r"'default' \(LORA\).*not supported"):
-        RapidDecoder(tuned, tiny_tokenizer())
+    base = model()
+    tuned = get_peft_model(base, lora(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 9]))
+    for adapted in (tuned, base):
+        with pytest.raises(ModelError, match=r"'default' \(LORA\).*not supported"):
+            RapidDecoder(adapted, tiny_tokenizer())
 
 
 def test_layers_that_do_not_match_the_config_are_refused_by_name():
@@ -587,6 +589,53 @@ def test_nothing_is_kept_of_a_model_with_somebodys_code_in_it():
     handle.remove()
     assert answers(decoder, changed) == 0
     assert answers(decoder, changed) == reusable(PROMPT)
+
+
+def test_nothing_is_kept_of_a_model_with_somebodys_class_in_it():
+    """Its code may read what no module holds."""
+    changed, factor = model(), [1.5]
+
+    class Steered(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) * factor[0]
+
+    layer(changed).mlp = Steered(layer(changed).mlp)
+    decoder = RapidDecoder(changed, tiny_tokenizer())
+    answers(decoder, changed)
+    factor[0] = -1.0
+    assert answers(decoder, changed) == 0
+    assert decoder.memory.kept_kv == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_an_adapter_of_parameters_answers_and_its_kv_is_kept(architecture):
+    """PEFT parametrizes them for each pass, which counts as an edit; others still do."""
+    named = {"llama": "mlp.down_proj.weight", "mixtral": "mlp.experts.down_proj"}[architecture]
+    base = tiny_model(architecture, max_position_embeddings=4096)
+    tuned = get_peft_model(base, lora(target_modules=[], target_parameters=[named])).eval()
+    assert any(type(module).__name__ == "ParamWrapper" for module in tuned.modules())
+    decoder = RapidDecoder(tuned, tiny_tokenizer())
+    answers(decoder, tuned)
+    for kept in (0, reusable(PROMPT)):  # the model's own passes, for the comparison, count
+        assert decoder.generate(PROMPT, sampling=GREEDY).stats.cached_tokens == kept
+    with torch.no_grad():
+        next(p for name, p in tuned.named_parameters() if "down_proj" in name).mul_(1.5)
+    assert answers(decoder, tuned) == 0
+
+
+def test_a_decoder_of_the_base_follows_what_peft_does_to_it():
+    base = model()
+    plain, decoder = transformers_greedy(base, PROMPT, NEW), RapidDecoder(base, tiny_tokenizer())
+    tuned = get_peft_model(base, lora()).eval()
+    adapted = transformers_greedy(tuned, PROMPT, NEW)
+    assert decoder.generate(PROMPT, sampling=GREEDY).token_ids == adapted != plain
+    assert tuned.unload() is base
+    assert decoder.generate(PROMPT, sampling=GREEDY).token_ids == plain
+    assert decoder.target.lean
 
 
 def test_an_adapter_chosen_during_an_answer_reads_it_all_again():

@@ -368,3 +368,40 @@ def test_a_stream_tells_what_happened_so_far(monkeypatch):
     assert told[0] == (False, "lc", False)
     assert told[-1] == (True, "sd", True)
     assert set(told) == {told[0], told[-1]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_defaults_of_pytorch_change_nothing(seen, dtype):
+    """The compiled kernels write float32 to the CPU, whatever else is made otherwise."""
+    model = tiny_model(eos_token_id=None, **WIDE).to(dtype)
+    configs = [SpeculationConfig(mode=mode, gamma=3) for mode in ("exact", "augmented")]
+
+    def answers() -> list[bytes]:
+        seen.clear()
+        decoder = RapidDecoder(model, tiny_tokenizer())
+        for sampling, config in zip((GREEDY, SAMPLED), configs, strict=True):
+            decoder.generate(DOCUMENT, RETRIEVED, sampling=sampling, speculation=config)
+        return seen[threading.get_ident()]
+
+    usual = answers()
+    for default in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            assert answers() == usual
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert answers() == usual
+
+
+def test_autocast_changes_neither_an_answer_nor_what_is_kept(seen):
+    model = tiny_model("gemma3_text", eos_token_id=None)
+    lean = tiny_model(eos_token_id=None)
+    for decoder in (RapidDecoder(each, tiny_tokenizer()) for each in (model, lean)):
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            decoder.generate(DOCUMENT, sampling=GREEDY)
+        again = decoder.generate(DOCUMENT, sampling=GREEDY)
+        assert again.stats.cached_tokens > 0
+        logits = seen[threading.get_ident()]
+        assert logits[: len(logits) // 2] == logits[len(logits) // 2 :]

@@ -186,7 +186,9 @@ class Forward:
         active: Any = getattr(self.model, "active_adapters", ())
         if not adapters or getattr(self.model, "_adapters_disabled", False):
             return
-        for name in active() if callable(active) else active:
+        if callable(active):  # transformers' own, which knows no adapter that PEFT has put in
+            active = active() if getattr(self.model, "_hf_peft_config_loaded", False) else adapters
+        for name in active:
             config = adapters[name]
             kind = str(getattr(config.peft_type, "value", config.peft_type))
             if (
@@ -220,7 +222,7 @@ class Forward:
 
     def tensor(self, tokens: Sequence[int]) -> Tensor:
         """Int64 ``[n]`` where token ids go in; the host does not wait for the device."""
-        host = torch.tensor(tokens, dtype=torch.long)
+        host = torch.tensor(tokens, dtype=torch.long, device="cpu")
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
@@ -429,7 +431,10 @@ class Forward:
 
     @contextmanager
     def _reading(self, cache: KVCache, length: int) -> Iterator[None]:
-        """A pass of the model as it is now, over a sequence of so many tokens."""
+        """A pass of the model as it is now, over a sequence of so many tokens.
+
+        In the dtypes of its weights, whatever the caller casts to: KV outlives the call.
+        """
         start = cache.length
         with self._lock:
             reader = self.reader(length)
@@ -441,7 +446,8 @@ class Forward:
                     "tokens; read them again with the weights and the adapter that it has now"
                 )
             try:
-                yield
+                with torch.autocast(self.device.type, enabled=False):
+                    yield
             except BaseException:
                 cache.rollback(start)
                 raise

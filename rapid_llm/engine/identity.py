@@ -13,7 +13,6 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
-from inspect import unwrap
 from itertools import chain
 from operator import attrgetter, is_
 from pathlib import Path
@@ -153,7 +152,8 @@ class ModelState:
     def traceable(self) -> bool:
         """Whether what is computed depends on nothing but what is seen.
 
-        It may depend on more with hooks and replaced methods, unless an installed package's.
+        It may depend on more with hooks, replaced methods and classes of modules, unless they are
+        an installed package's.
         """
         return self._last.traceable
 
@@ -246,12 +246,22 @@ class _Look:
 
     def followed_from(self, before: _Look) -> bool:
         """Whether a model that was so before a pass may have brought itself into this state."""
-        n = len(self.parameters)
         return (
             self._same_modules(before)
-            and self.places[:n] == before.places[:n]
+            and self._resting == before._resting
             and self._choices == before._choices
         )
+
+    @property
+    def _resting(self) -> list[tuple[Any, ...]]:
+        """The places of parameters, without the versions of those that passes write themselves.
+
+        PEFT parametrizes what ``target_parameters`` name for the time of a pass, and puts it back.
+        """
+        wrappers: list[Any] = [m for m in self.modules if type(m).__name__ == "ParamWrapper"]
+        wrapped = {id(wrapper.get_param()) for wrapper in wrappers}
+        placed = zip(self.parameters, self.places, strict=False)  # buffers follow
+        return [(at[0], *at[2:]) if id(t) in wrapped else at for t, at in placed]
 
     def _same_modules(self, other: _Look) -> bool:
         return (
@@ -319,18 +329,12 @@ class _Look:
 
     @cached_property
     def traceable(self) -> bool:
-        return all(map(_is_installed, (*self._put_in, *self._held))) and all(
-            _is_installed(function) or _is_written_in(owner, name, function)
-            for owner, name, function in self.functions
-        )
+        written = (function for _, _, function in self.functions)
+        return all(map(_is_installed, (*self._put_in, *self._held, *written)))
 
     @cached_property
     def portable(self) -> bool:
-        return (
-            self.traceable
-            and all(_is_installed(function) for _, _, function in self.functions)
-            and all(map(is_plain_tensor, self.tensors))
-        )
+        return self.traceable and all(map(is_plain_tensor, self.tensors))
 
     def _own_values(self, configs: bool = True) -> Iterator[Any]:
         """Of the attributes that not every module has."""
@@ -370,7 +374,7 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if isinstance(value, (list, tuple)):
-        return [each for item in value if (each := _frozen(item)) is not None]
+        return list(map(_frozen, value))
     return None
 
 
@@ -428,16 +432,6 @@ def _is_installed(function: Any) -> bool:
 
 def _file_of(cls: type) -> str:
     return getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
-
-
-def _is_written_in(cls: Any, name: str, function: Any) -> bool:
-    """Whether a method stands in its class, or in one that it inherits from."""
-    function = unwrap(function)
-    return isinstance(cls, type) and any(
-        getattr(function, "__module__", None) == each.__module__
-        and getattr(function, "__qualname__", None) == f"{each.__qualname__}.{name}"
-        for each in cls.__mro__
-    )
 
 
 def _is_as_made(model: PreTrainedModel) -> bool:

@@ -102,6 +102,11 @@ def _linear(module: Any, out: int, into: int) -> _Linear:
     return _Linear(_numbers(module.weight, out, into), bias, out, into, 16)
 
 
+def _buffer(*shape: int) -> Tensor:
+    """What the kernels write numbers to, whatever PyTorch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 class _Table:
     """A model's weights as ``native.cpp`` reads them.
 
@@ -207,15 +212,15 @@ class NativePass:
         model.capacity = cache.capacity
         ids = ids.contiguous()
         # In float32, as the argument is; see lean.py on why this is the model's own module.
-        rotary = self._rotary(torch.empty(1), position_ids=positions[None])
+        rotary = self._rotary(_buffer(1), position_ids=positions[None])
         cosine, sine = (part[0, :n].contiguous() for part in rotary)
         if cosine.shape != (n, model.dim) or cosine.dtype != torch.float32:
             raise ModelError(
                 f"the rotary embedding gives {cosine.dtype} {list(cosine.shape)} for heads of size "
                 f"{model.dim}; set head_dim or partial_rotary_factor in the model's config"
             )
-        logits = torch.empty(keep, model.head.out)
-        queries = torch.empty(model.layers, model.heads, model.dim)
+        logits = _buffer(keep, model.head.out)
+        queries = _buffer(model.layers, model.heads, model.dim)
         self._library.rapid_forward(
             ctypes.byref(model),
             native.pointer(ids),

@@ -53,7 +53,7 @@ class Session:
         self._tokens = torch.empty(cache.capacity, dtype=torch.long, device=forward.device)
         self._knows = cache.skipped == 0 and len(tokens) >= cache.length
         if self._knows:
-            held = torch.tensor(tokens[: cache.length], dtype=torch.long)
+            held = torch.tensor(tokens[: cache.length], dtype=torch.long, device="cpu")
             # Of tokens that the model has not, its last one was read: see RagDrafter.
             self._tokens[: cache.length] = held.clamp(max=forward.vocab_size - 1)
 

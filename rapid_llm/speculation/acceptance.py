@@ -104,7 +104,7 @@ def verify_sampled(
     p_hat = s_hat.softmax(dim=-1)
 
     index = draft[:, None]
-    uniform = torch.rand(gamma, device=s.device, generator=generator)
+    uniform = torch.rand(gamma, dtype=s.dtype, device=s.device, generator=generator)
     # u * q < p_hat is u < p_hat / q without the division; strict, so that a token of
     # probability 0 is never accepted.
     passed = uniform * q[:gamma].gather(1, index)[:, 0] < p_hat[:gamma].gather(1, index)[:, 0]
@@ -160,7 +160,7 @@ def verify_guess(
         best = q.argmax(dim=-1)
         accepted = (guess == best[:n]).long().cumprod(dim=0).sum()
         return accepted, best.index_select(0, accepted[None])[0]
-    uniform = torch.rand(n, device=q.device, generator=generator)
+    uniform = torch.rand(n, dtype=q.dtype, device=q.device, generator=generator)
     passed = uniform < q[:n].gather(1, guess[:, None])[:, 0]
     accepted = passed.long().cumprod(dim=0).sum()
     overlap = torch.zeros_like(q)

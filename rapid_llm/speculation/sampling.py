@@ -26,6 +26,9 @@ from rapid_llm.config import SamplingParams
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.acceptance import draw
 
+_MAX_TEMPERATURE = 1e30
+"""At a greater one tokens are as likely, but float32 would take it for infinity."""
+
 _MAX_PENALTY = 1e20
 """A greater repetition penalty orders tokens alike, but its products do not fit into float32."""
 
@@ -167,7 +170,8 @@ def _processors(
     """What transformers makes of the model's settings and the caller's."""
     config, prompt_tokens = generation_config(model), len(prompt)
     config.do_sample = not params.greedy
-    config.temperature, config.top_k, config.top_p = params.temperature, params.top_k, params.top_p
+    config.temperature = min(params.temperature, _MAX_TEMPERATURE)
+    config.top_k, config.top_p = params.top_k, params.top_p
     for name in _OTHER_WARPERS:
         setattr(config, name, None)
     config.max_length = prompt_tokens + params.max_new_tokens

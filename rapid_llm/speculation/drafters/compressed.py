@@ -33,9 +33,10 @@ Selection = Callable[[PreallocatedLayer], Tensor]
 
 def streaming(layer: PreallocatedLayer) -> Tensor:
     """The first tokens and the latest."""
-    kept = torch.arange(layer.length - min(BUDGET, layer.length), layer.length)
-    kept[:_SINKS] = torch.arange(min(_SINKS, len(kept)))
-    return kept.expand(layer.keys.shape[1], -1).to(layer.keys.device)
+    device = layer.keys.device
+    kept = torch.arange(layer.length - min(BUDGET, layer.length), layer.length, device=device)
+    kept[:_SINKS] = torch.arange(min(_SINKS, len(kept)), device=device)
+    return kept.expand(layer.keys.shape[1], -1)
 
 
 def triforce(layer: PreallocatedLayer) -> Tensor:

@@ -107,8 +107,10 @@ class RagDrafter:
         room = self._session.forward.context_window - len(sequence) + (not look_ahead)
         gamma = min(gamma, room)
         if not self._can_read(output) or gamma + look_ahead <= 0:
-            nothing = torch.empty(0, dtype=torch.long, device=self._session.forward.device)
-            return Draft(nothing, torch.empty(0, self._vocab_size, device=nothing.device), passes=0)
+            device = self._session.forward.device
+            nothing = torch.empty(0, dtype=torch.long, device=device)
+            q = torch.empty(0, self._vocab_size, dtype=torch.float32, device=device)
+            return Draft(nothing, q, passes=0)
         # What was drafted and not kept is forgotten; the last kept token is yet to be read.
         self._session.rollback(len(sequence) - 1)
         if self._index is not None:
