@@ -13,7 +13,7 @@ from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.session import Session
-from rapid_llm.errors import InvalidParameterError
+from rapid_llm.errors import InvalidParameterError, OutdatedKVError
 from rapid_llm.speculation.sampling import Fit, Sampler
 
 pytest.importorskip("triton")
@@ -172,6 +172,24 @@ def test_fused_weights_are_stored_once_and_followed():
     assert weights[1].grad is not None
 
 
+@torch.no_grad()
+def test_a_pass_launched_before_a_change_was_seen_is_not_used(live):
+    """The model is looked at while the device works."""
+    model = tiny_model()
+    forward = Forward(model, "m")
+    cache = spoilt(forward, torch.arange(3, 20))
+    before = forward(torch.tensor([20]), cache, 1)
+    cache.rollback(17)
+    made = live.made
+    model.model.norm.weight.mul_(2.0)
+    with pytest.raises(OutdatedKVError):
+        forward(torch.tensor([20]), cache, 1)
+    assert cache.length == 17
+    session = Session(forward, cache, list(range(3, 20)))
+    torch.testing.assert_close(session.extend(torch.tensor([20])), 2 * before)
+    assert live.made > made
+
+
 @torch.inference_mode()
 def test_weights_that_change_are_those_that_answer(live):
     model = tiny_model("qwen2")
@@ -269,8 +287,8 @@ def test_answers_are_those_of_the_lean_pass(live, config):
 
 
 def test_the_switch_is_automatic_refuses_or_is_off():
-    assert not Forward(tiny_model(), "on a CPU").loops
-    assert not Forward(tiny_model(), "on a CPU", cuda_graphs=False).loops
+    assert Forward(tiny_model(), "on a CPU")._captured is None
+    assert Forward(tiny_model(), "on a CPU", cuda_graphs=False)._captured is None
     with pytest.raises(InvalidParameterError, match=r"cuda_graphs=True.*m on cpu"):
         Forward(tiny_model(), "m", cuda_graphs=True)
 
@@ -279,4 +297,4 @@ def test_an_embedding_that_asks_for_lengths_is_not_captured(live):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     forward = Forward(tiny_model(rope_parameters=rope), "dynamic")
     assert forward.lean
-    assert not forward.loops
+    assert forward._captured is None

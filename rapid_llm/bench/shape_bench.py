@@ -299,6 +299,8 @@ class ShapeBench:
             for turn in self._turns(_REPEATS, warm=3):
                 if turn == 0:
                     watch.clear()
+                session.extend(batches[1])  # the host is ahead from here on
+                session.rollback(length)
                 for n, tokens in batches.items():
                     with watch(n):
                         session.extend(tokens)
@@ -319,7 +321,7 @@ class ShapeBench:
             yield Row("limit", "memory limit: weights + KV", "ms", [limit], f"{read / 1e9:.1f} GB")
             yield Row("limit_read", "without the input embedding", "ms", [less], "no step reads it")
             share = [100 * limit / (1000 * s) for s in samples[1]]
-            yield Row("share", "plain step, share of the limit", "%", share)
+            yield Row("share", "plain step, share of the limit", "%", share, "the device's time")
 
     def _rounds(self, context: int) -> Iterator[Row]:
         """Blocks of plain rounds and of RAPID's, in turns; a round ends with its host sync."""
@@ -343,6 +345,10 @@ class ShapeBench:
                     rounds[a].append((1000 * seconds / n, tokens / n))
         del plain[0]
         yield Row("plain", "plain decoding", "ms/token", plain, "with its host sync")
+        limit = self.report.row("limit", context)
+        if limit is not None and limit.median is not None:
+            share = [100 * limit.median / ms for ms in plain]
+            yield Row("plain_share", "plain decoding, share of the limit", "%", share)
         for a, measured in rounds.items():
             counted = measured[1:]
             gamma = gammas[a] or _FORCED
@@ -516,7 +522,6 @@ class ShapeBench:
         """
         draws = [(i + self._random.random()) / rounds for i in range(rounds)]
         self._random.shuffle(draws)
-        filler = self._tokens(32)
         said = 0
         started = time.perf_counter()
         for draw in draws:
@@ -524,7 +529,8 @@ class ShapeBench:
             tokens = generation.round()
             drafted = generation.stats.drafted_tokens - before
             accepted = min(drafted, int(math.log(1 - draw) / math.log(a)))
-            generation.keep([*tokens, *filler][: accepted + 1])
+            # Other tokens in each round: the drafter looks up what repeats.
+            generation.keep([*tokens, *self._tokens(accepted)][: accepted + 1])
             said += accepted + 1
         wait_for(self._device)
         return time.perf_counter() - started, said

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,6 +50,8 @@ SUPPORTED = frozenset(
     }
 )
 """``config.model_type`` of the architectures that the tests compare with their own forward."""
+
+_T = TypeVar("_T")
 
 ATTENTION = (attention.NAME, "sdpa", "flash_attention_2", "eager")
 
@@ -352,13 +354,6 @@ class Forward:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
 
-    @property
-    def loops(self) -> bool:
-        """Whether :meth:`draft` can draft without the host, with the model as it is now."""
-        with self._lock:
-            self._follow()
-            return self._captured is not None
-
     def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
         """Append tokens to the cache.
 
@@ -377,9 +372,16 @@ class Forward:
         ids = tokens.to(self.device, non_blocking=True)
         end = cache.length + cache.skipped + ids.shape[0]
         length = max(cache.expected, end)
-        with self._reading(cache, length):
-            run = self._lean_pass if self._lean else self._own_pass
-            return run(ids, cache, keep_logits, length).float()
+
+        with self._lock:
+            captured, logits = self._captured, None
+            if captured is not None and length == end and captured.serves(ids, cache):
+                logits = self._ahead(cache, partial(captured, ids, cache, keep_logits))
+            if logits is None:
+                with self._reading(cache, length):
+                    run = self._lean_pass if self._lean else self._own_pass
+                    logits = run(ids, cache, keep_logits, length)
+            return logits.float()
 
     def draft(
         self,
@@ -388,15 +390,42 @@ class Forward:
         cache: KVCache,
         choice: Choice,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """Draft steps that feed one another on the device, where the model :attr:`loops`.
+    ) -> tuple[Tensor, Tensor] | None:
+        """Draft steps that feed one another on the device.
 
         See :class:`rapid_llm.engine.cuda.draft_loop.DraftLoop`, for the errors :meth:`__call__`.
+        None, and nothing is read, where the host must take part.
         """
+
+        arguments = pending, steps, cache, generator
         end = cache.length + cache.skipped + pending.shape[0] + steps - 1
-        with self._reading(cache, end):
-            assert self._captured is not None
-            return self._captured.loop(choice)(pending, steps, cache, generator)
+        with self._lock:
+            drafted = None
+            if self._captured is not None:
+                drafted = self._ahead(cache, partial(self._captured.loop(choice), *arguments))
+            if drafted is None:
+                with self._reading(cache, end):
+                    if self._captured is not None:
+                        drafted = self._captured.loop(choice)(*arguments)
+            return drafted
+
+    def _ahead(self, cache: KVCache, launch: Callable[[], _T]) -> _T | None:
+        """What a captured pass gives; the model is looked at while the device works.
+
+        None, and nothing was appended, if the model is no longer what was captured.
+        """
+        start = cache.length
+        if cache.reader != Reader(self.state.number, 0):
+            return None
+        try:
+            result = launch()
+            if self.state.look() == self._chosen:
+                return result
+        except BaseException:
+            cache.rollback(start)
+            raise
+        cache.rollback(start)
+        return None
 
     @contextmanager
     def _reading(self, cache: KVCache, length: int) -> Iterator[None]:

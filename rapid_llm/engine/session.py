@@ -102,16 +102,17 @@ class Session:
     def _read(self, tokens: Tensor, keep: int, length: int) -> Tensor:
         """Append tokens of a sequence that is so long with what follows them."""
         start = self.cache.length
-        if self._knows:
-            self._tokens[start : start + tokens.shape[0]] = tokens
         self.cache.expected = length
         try:
-            return self.forward(tokens, self.cache, keep)
+            logits = self.forward(tokens, self.cache, keep)
         except OutdatedKVError:
             if not self._knows:
                 raise
             self._read_again()
-            return self.forward(tokens, self.cache, keep)
+            logits = self.forward(tokens, self.cache, keep)
+        if self._knows:  # noted while the device works
+            self._tokens[start : self.cache.length] = tokens
+        return logits
 
     def _read_again(self) -> None:
         held = self._tokens[: self.cache.length]
@@ -130,12 +131,15 @@ class Session:
         """
         start = self.cache.length
         room = self.cache.capacity - start
-        if not self.forward.loops or start == 0 or room < len(pending) + steps - 1:
+        if start == 0 or room < len(pending) + steps - 1:
             return None
         try:
-            tokens, rows = self.forward.draft(pending, steps, self.cache, choice, generator)
+            drafted = self.forward.draft(pending, steps, self.cache, choice, generator)
         except OutdatedKVError:
             return None  # for a pass to read it again
+        if drafted is None:
+            return None
+        tokens, rows = drafted
         if self._knows:
             self._tokens[start : self.cache.length] = torch.cat([pending, tokens[:-1]])
         return tokens, rows
