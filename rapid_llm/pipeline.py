@@ -125,7 +125,8 @@ class Inquiry:
         require_method(method)
         skipped = None if method == "lc" else self.context.empty_reason
         if skipped is not None and self._on_empty == "empty":
-            return _explained(iter([Chunk("", (), "stop", Stats(method=method))]), skipped, 0)
+            stats = Stats(method="rag" if method == "rag" else "lc")
+            return _explained(iter([Chunk("", (), "stop", stats)]), skipped, 0)
         run = self._plan("lc" if skipped is not None else method)
         chunks = self.decoder.stream(run.target, run.draft, **self._options(run))
         return _explained(chunks, skipped, run.omitted_tokens)

@@ -44,7 +44,8 @@ class Stats:
         draft_seconds: of these, spent drafting; on a GPU, where drafts are launched and not waited
             for, what the host spent.
         time_to_first_token: seconds from the call to the first round's tokens; None before it.
-        draft_skipped: where the method is ``lc``, why nothing was drafted; else None.
+        draft_skipped: where the method is ``lc``, why nothing was drafted; where nothing was
+            retrieved, why that is; else None.
         omitted_tokens: tokens of the documents that ``truncate`` left out.
     """
 

@@ -153,6 +153,7 @@ def test_without_chunks_nothing_is_read(
     assert (chunk.text, chunk.token_ids, chunk.finish_reason) == ("", (), "stop")
     result = inquiry.answer(method)
     assert (result.text, result.token_ids, result.finish_reason) == ("", [], "stop")
+    assert result.stats.method == ("rag" if method == "rag" else "lc")  # nothing was drafted
     assert "similarity 1" in result.stats.draft_skipped
     assert result.stats.prompt_tokens == result.stats.draft_prompt_tokens == 0
 

@@ -125,8 +125,8 @@ class Plan:
             "each draft token is accepted with the same probability if those before it were; "
             f"γ is the best of 0 to {MAX_GAMMA}",
             "int8 and int4 drafters have kernels that read as fast as bf16's, and come beside the "
-            "target's own weights; rapid-llm itself quantizes to int8, on a CPU, and to "
-            "int4 what a checkpoint has in 4 bits",
+            "target's own weights; rapid-llm itself quantizes to int8 on a CPU (to int4 what a "
+            "checkpoint has in 4 bits) and to int4 on CUDA",
             f"fits: weights and KV take at most {MEMORY_FRACTION:.0%} of the memory",
         ]
 

@@ -85,8 +85,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="N|auto",
-            help=f"Tokens drafted a round; {_SWEPT} auto follows measured costs, so that scores "
-            "do not reproduce exactly. [default: 4]",
+            help=f"Tokens drafted a round; {_SWEPT} auto follows this machine's costs, so that "
+            "scores may differ on another. [default: 4]",
             show_default=False,
         ),
     ] = None,

@@ -18,8 +18,8 @@ DRAFTER_ALONE: tuple[Base, ...] = ("rag", "speculative-rag")
 """Methods whose answer the target does not write."""
 
 GAMMA = 4
-"""The default γ. ``auto`` follows costs that another process measures differently, so that scores
-would not reproduce; speeds are those of this γ."""
+"""The default γ. ``auto`` follows costs that are each machine's own, so that scores would not
+reproduce; speeds are those of this γ."""
 
 
 @dataclass(frozen=True)
