@@ -28,7 +28,7 @@ from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import ROOM, pass_cost
 from rapid_llm.engine.forward import FewBits, Forward
-from rapid_llm.engine.quantization import int8_nbytes
+from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
@@ -39,12 +39,8 @@ from rapid_llm.errors import (
 )
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
 from rapid_llm.speculation.acceptance import dynamic_eta, verify_greedy, verify_sampled
+from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Draft, Drafter
-from rapid_llm.speculation.drafters.compressed import (
-    SELECTIONS,
-    CompressedDrafter,
-    require_compressible,
-)
 from rapid_llm.speculation.drafters.lookup import CERTAIN, LookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler, generation_config, least_new_tokens
@@ -305,7 +301,7 @@ class RapidDecoder:
         twin = self._twin
         return Memory(
             target_weights=_weight_bytes(self.target.model),
-            drafter_weights=own + (0 if twin is None else int8_nbytes(twin.model)),
+            drafter_weights=own + (0 if twin is None else quantized_nbytes(twin.model)),
             kept_kv=self._prefixes.nbytes,
         )
 
@@ -493,8 +489,8 @@ class RapidDecoder:
             target_prompt, draft_prompt = draft_prompt, None
         elif draft_prompt is not None or not own_prompt:
             method = "rapid" if config.transfer_strength > 0 else "sd"
-        if method in DRAFTED and config.drafting in SELECTIONS:
-            require_compressible(forward, config.drafting)
+        if method in DRAFTED and config.drafting in compressed.DRAFTERS:
+            compressed.require_compressible(forward, config.drafting)
         prompt = encode_prompt(target_prompt, self.tokenizer, chat_template_kwargs)
         self._require_readable(prompt, forward)
         new = min(sampling.max_new_tokens, self._room(prompt, forward))
@@ -568,10 +564,10 @@ class RapidDecoder:
             return []
         if config.drafting == "rest":
             return [LookupDrafter(request.prompt, forward.vocab_size, forward.device)]
-        if config.drafting in SELECTIONS:
+        if config.drafting in compressed.DRAFTERS:
             own = self.draft_forward if self.drafter is self.target else forward
-            selection = SELECTIONS[config.drafting]
-            return [CompressedDrafter(target, own, request.prompt, selection, sampler, config)]
+            drafter = compressed.DRAFTERS[config.drafting]
+            return [drafter(target, own, request.prompt, sampler, config)]
         session, _ = lease(self.draft_forward, request.draft_prompt)
         if self.drafter.device != forward.device:
             device, model = self.drafter.device, forward.model
@@ -793,8 +789,7 @@ class _Generation:
                 for drafter in self._drafters
             ]
         self._sources = list(map(_Source, self._drafters, schedules))
-        if self.target.forward.device.type == "cuda":
-            torch.cuda.synchronize()  # or the first round would be charged with the prefill
+        self.target.forward.synchronize()  # or the first round would be charged with the prefill
         self.stats.prefill_seconds = time.perf_counter() - started
 
     @torch.inference_mode()

@@ -11,7 +11,6 @@ from conftest import tiny_model, tiny_tokenizer
 
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine import session as session_module
 from rapid_llm.engine.forward import Forward
 from rapid_llm.errors import InvalidParameterError
 
@@ -86,7 +85,7 @@ def test_a_cancelled_task_stops_within_one_round(decoder, slow_passes):
 
 
 def test_a_cancelled_prefill_stops_at_the_next_chunk(decoder, slow_passes, monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
 
     async def main() -> None:
         stream = decoder.astream([5] * 400, sampling=SAMPLING)

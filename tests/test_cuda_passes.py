@@ -7,7 +7,6 @@ import torch
 from conftest import ARCHITECTURES, counting_model, tiny_model, tiny_tokenizer
 from torch import nn
 
-import rapid_llm.engine.forward as forward_module
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.forward import Forward
@@ -18,7 +17,10 @@ from rapid_llm.speculation.sampling import Fit, Sampler
 
 pytest.importorskip("triton")
 
+from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda import captured
+from rapid_llm.engine.cuda import device as cuda_device
+from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.cuda.fused import fuse
 from rapid_llm.engine.cuda.graphs import MAX_TOKENS
 
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has
 
 FAMILY = [name for name in ARCHITECTURES if Forward(tiny_model(name), name).lean]
 IDS = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
-CPU = torch.device("cpu")
+HERE = torch.device("cpu")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -56,7 +58,8 @@ def live(monkeypatch):
     """Forward passes take the CUDA engine's path on a CPU."""
     Live.made = 0
     monkeypatch.setattr(captured, "GraphCapture", Live)
-    monkeypatch.setattr(forward_module, "has_kernels", lambda device: True)
+    monkeypatch.setattr(cuda_device, "has_kernels", lambda device: True)
+    monkeypatch.setattr(CPU, "passes", CUDA.passes)
     return Live
 
 
@@ -217,8 +220,8 @@ def test_a_draft_loop_draws_what_single_steps_draw(live, params, pending):
     model = tiny_model()
     plain, ours = Forward(model, "plain", cuda_graphs=False), Forward(model, "captured")
     expected, cache = spoilt(plain, IDS[:8]), spoilt(ours, IDS[:8])
-    fit = Fit(66, frozenset([5, 9]), CPU)  # a target of another width, without these tokens
-    sampler, stepwise = (Sampler(params, [3], CPU, model) for _ in range(2))
+    fit = Fit(66, frozenset([5, 9]), HERE)  # a target of another width, without these tokens
+    sampler, stepwise = (Sampler(params, [3], HERE, model) for _ in range(2))
     choice = sampler.choice(fit)
     drafted = Session(ours, cache).draft(IDS[8 : 8 + pending], 3, choice, sampler.generator)
     assert drafted is not None
@@ -237,18 +240,18 @@ def test_a_draft_loop_draws_what_single_steps_draw(live, params, pending):
 def test_a_draft_ends_with_the_loop_or_is_left_to_passes_where_there_is_no_room(live):
     forward = Forward(tiny_model(), "captured")
     session = Session(forward, spoilt(forward, IDS[:8]))
-    sampler = Sampler(SamplingParams(temperature=1.0), [3], CPU, forward.model)
-    choice = sampler.choice(Fit(64, frozenset(), CPU))
+    sampler = Sampler(SamplingParams(temperature=1.0), [3], HERE, forward.model)
+    choice = sampler.choice(Fit(64, frozenset(), HERE))
     tokens, rows = session.draft(IDS[8:9], 30, choice, sampler.generator)
     assert (len(tokens), len(rows)) == (MAX_TOKENS, MAX_TOKENS)
     assert session.draft(IDS[8:9], 60, choice, sampler.generator) is None
 
 
 def test_one_loop_serves_every_answer_that_samples_alike():
-    model, fit = tiny_model(), Fit(64, frozenset(), CPU)
+    model, fit = tiny_model(), Fit(64, frozenset(), HERE)
 
     def choice(fit=fit, **params):
-        return Sampler(SamplingParams(**params), [3], CPU, model).choice(fit)
+        return Sampler(SamplingParams(**params), [3], HERE, model).choice(fit)
 
     alike = [choice(temperature=0.7, top_p=0.8, seed=seed) for seed in (1, 2)]
     assert alike[0] == alike[1]
@@ -257,8 +260,8 @@ def test_one_loop_serves_every_answer_that_samples_alike():
         choice(),
         choice(temperature=0.7),
         choice(temperature=0.7, top_p=0.8, top_k=5),
-        choice(Fit(66, frozenset(), CPU), temperature=0.7, top_p=0.8),
-        choice(Fit(64, frozenset([5]), CPU), temperature=0.7, top_p=0.8),
+        choice(Fit(66, frozenset(), HERE), temperature=0.7, top_p=0.8),
+        choice(Fit(64, frozenset([5]), HERE), temperature=0.7, top_p=0.8),
     ]
     assert len({*others, *alike}) == len(others) + 1
     assert choice(repetition_penalty=1.2) is None  # what was said counts
@@ -287,8 +290,8 @@ def test_answers_are_those_of_the_lean_pass(live, config):
 
 
 def test_the_switch_is_automatic_refuses_or_is_off():
-    assert Forward(tiny_model(), "on a CPU")._captured is None
-    assert Forward(tiny_model(), "on a CPU", cuda_graphs=False)._captured is None
+    assert Forward(tiny_model(), "on a CPU")._replayed is None
+    assert Forward(tiny_model(), "on a CPU", cuda_graphs=False)._replayed is None
     with pytest.raises(InvalidParameterError, match=r"cuda_graphs=True.*m on cpu"):
         Forward(tiny_model(), "m", cuda_graphs=True)
 
@@ -297,4 +300,4 @@ def test_an_embedding_that_asks_for_lengths_is_not_captured(live):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     forward = Forward(tiny_model(rope_parameters=rope), "dynamic")
     assert forward.lean
-    assert forward._captured is None
+    assert forward._replayed is None

@@ -17,10 +17,9 @@ from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import Memory, RapidDecoder
 from rapid_llm.engine import forward as forward_module
 from rapid_llm.engine import reuse
-from rapid_llm.engine import session as session_module
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
-from rapid_llm.engine.quantization import int8_nbytes
+from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import (
     ContextWindowError,
     InvalidParameterError,
@@ -228,7 +227,7 @@ class CountedForward:
 
 @pytest.mark.parametrize("lookup", [False, True])
 def test_each_prompt_is_read_once_and_each_round_is_one_target_pass(decoder, monkeypatch, lookup):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 5)
     counted = CountedForward(monkeypatch)
     speculation = SpeculationConfig(gamma=3, mode="exact", lookup=lookup)
     result = decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY, speculation=speculation)
@@ -308,7 +307,7 @@ def ask(decoder, question, speculation=None, document=DOCUMENT, **options):
 @pytest.fixture
 def short_chunks(monkeypatch) -> None:
     """KV is reused in whole chunks of a prefill."""
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
 
 
 def forgetful() -> RapidDecoder:
@@ -871,14 +870,16 @@ def test_what_is_not_on_this_machine_is_named(tmp_path, monkeypatch):
 
 
 def test_memory_is_told(monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 3)  # of short prompts none were kept
+    monkeypatch.setattr(
+        "rapid_llm.engine.device.Device.prefill_chunk", 3
+    )  # of short prompts none were kept
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
     weights = sum(p.nbytes for p in decoder.target.model.parameters())
     assert decoder.memory == Memory(weights, 0, 0)  # asking quantizes nothing
     decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
     # 2 layers, keys and values, 2 KV heads of 8 float32: two prompts and what may follow them.
     kept = 2 * 2 * 2 * 8 * 4 * (len(TARGET_PROMPT) + len(DRAFT_PROMPT) + 2 * 40)
-    int8 = int8_nbytes(decoder.draft_forward.model)
+    int8 = quantized_nbytes(decoder.draft_forward.model)
     assert decoder.memory == Memory(weights, int8, kept)
     assert 0 < int8 < weights / 3
     decoder.clear_cache()

@@ -17,12 +17,18 @@ from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
-from rapid_llm.engine.quantization import FEW_ROWS
+from rapid_llm.engine.quantized import FEW_ROWS
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters import compressed, rag
-from rapid_llm.speculation.drafters.compressed import CompressedDrafter, streaming, triforce
+from rapid_llm.speculation.drafters.compressed import (
+    CompressedDrafter,
+    StreamingDrafter,
+    TriforceDrafter,
+    streaming,
+    triforce,
+)
 from rapid_llm.speculation.drafters.lookup import LookupDrafter, NgramIndex
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
@@ -361,13 +367,16 @@ def small_budget(monkeypatch) -> int:
     return 16
 
 
-def random_layer(length: int, kv_heads: int = 2, group: int = 3, dim: int = 8) -> PreallocatedLayer:
+def random_layer(length: int, kv_heads: int = 2, dim: int = 8) -> PreallocatedLayer:
     generator = torch.Generator().manual_seed(length)
     layer = PreallocatedLayer(length + 10)
     keys = torch.randn(1, kv_heads, length, dim, generator=generator)
     layer.update(keys, keys + 1)
-    layer.last_query = torch.randn(kv_heads * group, dim, generator=generator)
     return layer
+
+
+def random_query(length: int, heads: int = 6, dim: int = 8) -> torch.Tensor:
+    return torch.randn(heads, dim, generator=torch.Generator().manual_seed(-length))
 
 
 @pytest.mark.parametrize(
@@ -391,16 +400,16 @@ def test_streaming_of_less_than_the_sinks(monkeypatch):
 
 @pytest.mark.parametrize("length", [17, 40, 43])
 def test_triforce_keeps_the_chunks_whose_mean_keys_score_highest(small_budget, length):
-    layer = random_layer(length)
-    chosen = triforce(layer)
+    layer, query = random_layer(length), random_query(length)
+    chosen = triforce(layer, query)
     assert chosen.shape == (2, 16)
     starts = range(length % 4, length, 4)  # chunks end with the prompt
     for head in range(2):
         scores = {}
         for start in starts:
             mean = layer.keys[0, head, start : start + 4].mean(dim=0)
-            queries = layer.last_query[3 * head : 3 * head + 3]  # those that share this KV head
-            scores[start] = max(float(query @ mean) for query in queries)
+            sharing = query[3 * head : 3 * head + 3]  # this KV head
+            scores[start] = max(float(row @ mean) for row in sharing)
         latest = length - 4
         best = sorted(set(starts) - {latest}, key=scores.__getitem__)[-3:]
         expected = [p for start in sorted([*best, latest]) for p in range(start, start + 4)]
@@ -410,18 +419,17 @@ def test_triforce_keeps_the_chunks_whose_mean_keys_score_highest(small_budget, l
 
 
 def test_triforce_keeps_a_short_prompt_whole(small_budget):
-    assert triforce(random_layer(16)).tolist() == [[*range(16)]] * 2
+    assert triforce(random_layer(16), random_query(16)).tolist() == [[*range(16)]] * 2
 
 
 def compressed_drafter(
-    forward: Forward, prompt: Sequence[int], selection: compressed.Selection, **config
+    forward: Forward, kind: type[CompressedDrafter], prompt: Sequence[int], **config
 ) -> CompressedDrafter:
     target = Session(forward, forward.new_cache(len(prompt) + 60))
-    drafter = CompressedDrafter(
+    drafter = kind(
         target,
         forward,
         prompt,
-        selection,
         Sampler(GREEDY, prompt, CPU, forward.model),
         SpeculationConfig(**config),
     )
@@ -434,7 +442,7 @@ def compressed_drafter(
 def test_what_follows_a_gap_has_its_own_position(small_budget):
     """The reference: transformers with a mask that hides what was left out from the new tokens."""
     model = tiny_model()
-    drafter = compressed_drafter(Forward(model, "tiny"), PROMPT, streaming, lookup=False)
+    drafter = compressed_drafter(Forward(model, "tiny"), StreamingDrafter, PROMPT, lookup=False)
     with torch.inference_mode():
         draft = drafter.draft([], 6, look_ahead=True)
         again = drafter.draft(draft.tokens.tolist()[:2], 4, look_ahead=True)  # after a rollback
@@ -454,7 +462,7 @@ def test_what_follows_a_gap_has_its_own_position(small_budget):
 
 def test_the_targets_own_cache_is_not_touched(small_budget):
     forward = Forward(tiny_model(), "tiny")
-    drafter = compressed_drafter(forward, PROMPT, triforce)
+    drafter = compressed_drafter(forward, TriforceDrafter, PROMPT)
     before = [layer.keys.clone() for layer in drafter._target.cache.layers]
     with torch.inference_mode():
         drafter.draft([], 6, look_ahead=True)
@@ -503,7 +511,7 @@ def test_compression_costs_acceptance_and_reads_no_prompt(small_budget, drafting
         original(session, tokens, progress)
 
     monkeypatch.setattr(Session, "prefill", spy)
-    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", 10)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
     config = SpeculationConfig(gamma=4, mode="exact", drafting=drafting)
     first, second = (
@@ -512,8 +520,7 @@ def test_compression_costs_acceptance_and_reads_no_prompt(small_budget, drafting
     assert read == [len(PROMPT) - 1] * 2  # the target's; the draft prompt is not even looked at
     assert 0 < first.acceptance_ratio < 1
     assert first.draft_prompt_tokens == 16
-    # What triforce chooses rests on the query of a token that is read in every call.
-    assert second.cached_tokens == (len(PROMPT) - 2) // 10 * 10
+    assert second.cached_tokens == (len(PROMPT) - 1) // 10 * 10
     assert (second.drafted_tokens, second.accepted_tokens) == (
         first.drafted_tokens,
         first.accepted_tokens,

@@ -13,7 +13,6 @@ from transformers import (
     MambaConfig,
 )
 
-from rapid_llm.engine import session as session_module
 from rapid_llm.engine.forward import ATTENTION, SUPPORTED, Forward
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ModelError
@@ -37,7 +36,7 @@ def run_as_decoder(forward: Forward, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("implementation", [a for a in ATTENTION if a != "flash_attention_2"])
 def test_logits_equal_the_models_own_forward(architecture, implementation, monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 16)
     model = tiny_model(architecture)
     ids = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -47,7 +46,7 @@ def test_logits_equal_the_models_own_forward(architecture, implementation, monke
 
 
 def test_multimodal_gemma3_runs_its_text_model(monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 16)
     text = tiny_model("gemma3_text").config
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -192,7 +191,7 @@ def test_context_window_counts_yarn():
 
 
 def test_prefill_reports_progress_in_chunks(monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 10)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     forward = Forward(tiny_model(), "x")
     session = Session(forward, forward.new_cache(40))
     seen: list[tuple[int, int]] = []

@@ -135,7 +135,7 @@ def test_every_item_is_answered_by_every_method(tmp_path: Path) -> None:
 
 
 def test_the_target_reads_a_document_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", 10)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     records = run(tmp_path, make_task(), ("lc", "sd", "rapid"))
     for record in records:
         assert record.stats["cached_tokens"] == (record.stats["prompt_tokens"] - 2) // 10 * 10 > 0

@@ -20,7 +20,7 @@ from rapid_llm.engine.cuda.int4 import (
     quantize,
 )
 from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.quantization import int8_nbytes
+from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import InvalidParameterError
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.05}
@@ -97,7 +97,7 @@ def test_a_copy_shares_the_weights_and_counts_what_it_adds():
     own = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in copy.parameters()} == own
     numbers = sum(layer.weight.numel() for layer in model.modules() if type(layer) is nn.Linear)
-    assert int8_nbytes(copy) == numbers // 2 + 4 * numbers // GROUP
+    assert quantized_nbytes(copy) == numbers // 2 + 4 * numbers // GROUP
 
 
 def test_a_layer_that_the_operators_do_not_take_stays_as_it_is():
@@ -129,6 +129,6 @@ def test_auto_takes_int4_for_large_models_on_a_gpu_only(monkeypatch):
     decoder = RapidDecoder(model, tiny_tokenizer())
     assert type(decoder.draft_forward.model.lm_head) is Int4Linear
     assert decoder.draft_forward is decoder.draft_forward
-    assert decoder.memory.drafter_weights == int8_nbytes(decoder.draft_forward.model)
+    assert decoder.memory.drafter_weights == quantized_nbytes(decoder.draft_forward.model)
     result = decoder.generate([3, 4, 5], [3, 4], sampling=SamplingParams(max_new_tokens=4))
     assert len(result.token_ids) == 4

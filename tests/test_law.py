@@ -20,7 +20,7 @@ from torch import Tensor
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import PassCost
-from rapid_llm.engine.quantization import Int8Linear
+from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.speculation import acceptance
 from rapid_llm.speculation.drafters import compressed, rag
 from rapid_llm.stats import Stats

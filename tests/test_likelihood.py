@@ -77,7 +77,7 @@ def test_bad_continuations_are_refused() -> None:
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """KV is kept in whole chunks of a prefill."""
-    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", 10)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
 
 
 @pytest.mark.usefixtures("short_chunks")

@@ -24,11 +24,11 @@ from transformers.models.llama import modeling_llama
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine import session as session_module
+from rapid_llm.engine.cpu.blocks import BlockLinear
+from rapid_llm.engine.cpu.int8 import Int8Linear, int8_twin
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_files import fingerprint, mixed
-from rapid_llm.engine.quantization import BlockLinear, Int8Linear, int8_twin
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError, ModelError, OutdatedKVError
 
@@ -79,12 +79,12 @@ CHUNK = 16
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setattr(session_module, "PREFILL_CHUNK", CHUNK)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
 
 
 def reusable(prompt):
-    """Tokens of a prompt whose KV serves it again: whole chunks of all but the last two."""
-    return (len(prompt) - 2) // CHUNK * CHUNK
+    """Tokens of a prompt whose KV serves it again: whole chunks of all but the last."""
+    return (len(prompt) - 1) // CHUNK * CHUNK
 
 
 # --- what is done to a model --------------------------------------------------------------------

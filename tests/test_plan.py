@@ -34,8 +34,9 @@ from rapid_llm.bench.speed_model import (
     step_seconds,
 )
 from rapid_llm.bench.this_device import measure_device
+from rapid_llm.engine.cpu.int8 import int8_twin
 from rapid_llm.engine.kv_cache import KVCache
-from rapid_llm.engine.quantization import int8_nbytes, int8_twin
+from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import InvalidParameterError, ModelError
 from rapid_llm.speculation.schedule import MAX_GAMMA, best_draft, expected_tokens
 
@@ -124,7 +125,7 @@ def test_quantized_bytes_are_those_of_the_engine(precision: Precision) -> None:
             sixteen = torch.arange(parameter.numel()).view(parameter.shape) % 16
             parameter.data = sixteen.to(torch.bfloat16)
     twin = int8_twin(model, blocks=True)
-    assert size_of(model.config, "t").quantized_bytes(precision) == int8_nbytes(twin)
+    assert size_of(model.config, "t").quantized_bytes(precision) == quantized_nbytes(twin)
 
 
 def test_a_step_reads_no_embedding_and_about_half_or_a_third_of_the_matrices() -> None:

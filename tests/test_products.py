@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from rapid_llm.engine import products
 from rapid_llm.engine.attention import attend
+from rapid_llm.engine.cpu import products
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.session import Session
 

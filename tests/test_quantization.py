@@ -14,20 +14,16 @@ from torch import nn
 import rapid_llm.engine.forward as forward_module
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.quantization import (
-    FEW_ROWS,
-    BlockLinear,
+from rapid_llm.engine.cpu.blocks import BlockLinear, eight_bits, four_bits_if_exact, unpacked
+from rapid_llm.engine.cpu.int8 import (
     Int8Linear,
     Int8Projections,
-    eight_bits,
-    four_bits_if_exact,
-    int8_nbytes,
     int8_pays,
     int8_twin,
     require_int8,
-    unpacked,
 )
+from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.quantized import FEW_ROWS, quantized_nbytes
 from rapid_llm.errors import InvalidParameterError
 
 FAMILY = [name for name in ARCHITECTURES if name.split("-")[0] in {"llama", "mistral", "qwen2"}]
@@ -218,7 +214,7 @@ def test_projections_together_are_one_product_and_store_nothing_twice():
     storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for b in twin.buffers()}
     shared = {b.untyped_storage().data_ptr() for b in model.buffers()}
     own = sum(storage.nbytes() for start, storage in storages.items() if start not in shared)
-    assert own == int8_nbytes(twin)
+    assert own == quantized_nbytes(twin)
 
     with torch.profiler.profile() as profiler:
         logits_after(twin, torch.arange(3, 20))
@@ -243,7 +239,7 @@ def test_a_twin_for_the_kernels_has_blocks_of_4_bits_where_the_weights_have_no_m
     assert [n for n, m in layers.items() if m.bits == 4] == ["model.layers.1.mlp.up_proj"]
     sizes = {n: m.weight.shape.numel() // 32 for n, m in layers.items()}
     expected = sum(sizes[n] * (20 if m.bits == 4 else 34) for n, m in layers.items())
-    assert int8_nbytes(blocks) == expected
+    assert quantized_nbytes(blocks) == expected
     ids = torch.arange(3, 30)
     exact, ours, coarse = (logits_after(m, ids).float() for m in (model, blocks, eight))
     assert 0 < (ours - exact).norm() < (coarse - exact).norm()
@@ -290,12 +286,12 @@ def test_the_twin_shares_every_weight_and_the_model_is_as_it_was(changes):
         assert buffers[name].data_ptr() == buffer.data_ptr()
 
 
-def test_int8_nbytes_counts_what_the_twin_adds():
+def test_quantized_nbytes_counts_what_the_twin_adds():
     model = tiny_model()
     sizes = [m.weight.shape for m in model.modules() if type(m) is nn.Linear]
     expected = sum(rows * columns + 4 * rows for rows, columns in sizes)  # int8, float32 scales
-    assert int8_nbytes(int8_twin(model)) == expected
-    assert int8_nbytes(model) == 0
+    assert quantized_nbytes(int8_twin(model)) == expected
+    assert quantized_nbytes(model) == 0
 
 
 def test_a_model_has_one_twin_and_takes_it_along():
@@ -338,7 +334,7 @@ def test_auto_is_for_a_bfloat16_target_that_drafts_for_itself():
 
 def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
-    monkeypatch.setattr(forward_module, "int8_twin", lambda *_: 1 / 0)
+    monkeypatch.setattr(forward_module.int8, "twin", lambda *_: 1 / 0)
     reference = transformers_greedy(tiny_model(eos_token_id=None), PROMPT, 40)
     # Where the drafter answers alone, it does so with its full weights.
     for prompts in ((PROMPT, None), (None, PROMPT)):

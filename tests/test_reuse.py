@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import rapid_llm.engine.kv_files as kv_files
+from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import kv_nbytes
 from rapid_llm.engine.kv_files import KVFiles, fingerprint
-from rapid_llm.engine.quantization import Int8Linear
 from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
@@ -50,7 +50,7 @@ def forward() -> Forward:
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch) -> None:
-    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", CHUNK)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
 
 
 @pytest.fixture(autouse=True)

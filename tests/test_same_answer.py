@@ -21,6 +21,7 @@ import rapid_llm.engine.costs as costs
 import rapid_llm.speculation.drafters.compressed as compressed
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.cpu.compiled import CompiledPass
 from rapid_llm.engine.forward import Forward
 from rapid_llm.speculation.sampling import Sampler
 
@@ -42,7 +43,7 @@ GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 @pytest.fixture(autouse=True)
 def _short(monkeypatch) -> None:
     """Prompts, chunks, and what goes to a file."""
-    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", CHUNK)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
     monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_SAVING", 2 * CHUNK)
     monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_LOADING", CHUNK)
     monkeypatch.setattr(compressed, "BUDGET", 64)
@@ -253,7 +254,7 @@ def test_streams_side_by_side_answer_as_each_alone_would(case):
 def test_without_the_compiled_kernels_too(monkeypatch, seen, tmp_path):
     monkeypatch.setenv("RAPID_LLM_NATIVE", "0")
     case = Case(tiny_model(**WIDE).bfloat16(), None, {}, SPECULATIONS["paper"], SAMPLED, seen)
-    assert not case.decoder().target.compiled
+    assert not any(isinstance(each, CompiledPass) for each in case.decoder().target.passes)
     test_no_history_changes_an_answer(case, tmp_path)
 
 

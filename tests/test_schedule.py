@@ -21,8 +21,8 @@ import rapid_llm.engine.costs as costs
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import PassCost, pass_cost
+from rapid_llm.engine.cpu.int8 import int8_twin
 from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.quantization import int8_twin
 from rapid_llm.engine.session import Session
 from rapid_llm.speculation.schedule import (
     GUESS,

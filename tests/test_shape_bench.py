@@ -157,7 +157,7 @@ def test_a_coin_accepts_as_often_as_it_should(a: float, gamma: int) -> None:
 
 
 def test_kv_is_made_up_once_and_then_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", 64)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 64)
     bench = make_bench()
     kept: list[int] = []
     with torch.inference_mode():

@@ -26,7 +26,7 @@ from rapid_llm.bench.this_device import measure_device
 from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.quantization import BlockLinear
+from rapid_llm.engine.cpu.blocks import BlockLinear
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.stats import Stats

@@ -17,7 +17,7 @@ from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.products import fast_dtype
+from rapid_llm.engine.device import device_of
 from rapid_llm.errors import MissingDependencyError
 from rapid_llm.models import packaged_model
 from rapid_llm.stats import Stats
@@ -86,7 +86,7 @@ def peer_methods(decoder: RapidDecoder) -> dict[str, Method]:
         "transformers prompt lookup": _generate(model, {"prompt_lookup_num_tokens": 10}),
         "transformers assisted": _generate(model, {"assistant_model": model}),
     }
-    if fast_dtype(model.get_input_embeddings().weight) != model.dtype:
+    if device_of(model.device).product_dtype(model.dtype) != model.dtype:
         rows["transformers generate, float32"] = _generate_in_float32(model)
     if importlib.util.find_spec("llama_cpp") is not None:
         rows["llama.cpp, 4 bit"] = LlamaCpp()

@@ -16,9 +16,9 @@ from rapid_llm.bench.model_size import size_of
 from rapid_llm.bench.speed_model import Device, ModelSize, flops
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.costs import measure
+from rapid_llm.engine.device import device_of
 from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.products import linear
-from rapid_llm.engine.session import PREFILL_CHUNK, Session
+from rapid_llm.engine.session import Session
 from rapid_llm.models import device_memory, resolve_device
 
 _COLD = 2**28  # bytes: read in turn, they find no cache that holds them
@@ -112,9 +112,10 @@ def _weight_bandwidth(size: ModelSize, place: torch.device) -> float:
 def _prefill_flops(size: ModelSize, place: torch.device) -> float:
     """Operations/s of the matrix products of a prefill chunk."""
     turns = cycle(_matrices(size, place))
-    many = _ones(PREFILL_CHUNK, size.hidden_size, place=place)
-    chunk = _seconds(lambda: [linear(many, next(turns), None) for _ in range(4)], place)
-    return 4 * 2 * PREFILL_CHUNK * 4 * size.hidden_size**2 / chunk
+    device = device_of(place)
+    many = _ones(device.prefill_chunk, size.hidden_size, place=place)
+    chunk = _seconds(lambda: [device.linear(many, next(turns), None) for _ in range(4)], place)
+    return 4 * 2 * device.prefill_chunk * 4 * size.hidden_size**2 / chunk
 
 
 def _matrices(size: ModelSize, place: torch.device) -> torch.Tensor:

@@ -94,8 +94,7 @@ def measure(session: Session) -> PassCost:
                 tokens = torch.zeros(n, dtype=torch.long, device=device)
                 started = time.perf_counter()
                 forward(tokens, cache, n)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                forward.synchronize()
                 times[n].append(time.perf_counter() - started)
                 cache.rollback(held)
     finally:

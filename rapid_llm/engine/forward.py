@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from rapid_llm.engine import attention
-from rapid_llm.engine.cuda import has_kernels, int4
+from rapid_llm.engine.cpu import int8
+from rapid_llm.engine.cpu.device import CPU
+from rapid_llm.engine.cuda import int4
+from rapid_llm.engine.cuda.device import CUDA
+from rapid_llm.engine.device import Choice, Pass, ReplayedPass, device_of, register
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, Reader
-from rapid_llm.engine.lean import has_fixed_rotary, is_lean, lean_logits
-from rapid_llm.engine.native_pass import NativePass, native_pass
-from rapid_llm.engine.quantization import int8_pays, int8_twin, require_int8, twin_of
+from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
+from rapid_llm.engine.own import OwnPass
+from rapid_llm.engine.quantized import Quantizer
 from rapid_llm.errors import (
     InvalidParameterError,
     MissingDependencyError,
@@ -29,8 +32,8 @@ from rapid_llm.errors import (
     OutdatedKVError,
 )
 
-if TYPE_CHECKING:  # they need Triton, which not every machine has
-    from rapid_llm.engine.cuda.captured import CapturedPasses
+register("cpu", CPU())
+register("cuda", CUDA())
 
 SUPPORTED = frozenset(
     {
@@ -58,6 +61,9 @@ ATTENTION = (attention.NAME, "sdpa", "flash_attention_2", "eager")
 FewBits = Literal["int8", "int4"]
 """Kinds of weights that a draft step reads faster than a model's own."""
 
+QUANTIZERS: dict[FewBits, Quantizer] = {"int8": int8, "int4": int4}
+"""How a drafter is given each of them."""
+
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
 
@@ -66,20 +72,6 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
     """One lock a model, however many decoders were built around it."""
     with _locks_guard:
         return _locks.setdefault(model, threading.RLock())
-
-
-class Choice(Protocol):
-    """How a draft step goes from logits to a token, where no history counts. Hashable.
-
-    Attributes:
-        width: tokens that q is over.
-    """
-
-    @property
-    def width(self) -> int: ...
-
-    def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Float32 ``[1, vocab]`` to q, float32 ``[width]``, and an int64 scalar drawn from it."""
 
 
 class Forward:
@@ -138,7 +130,7 @@ class Forward:
         with self._lock:
             self.state = ModelState(model)
             self._choose()
-        if cuda_graphs and self._captured is None:
+        if cuda_graphs and self._replayed is None:
             raise InvalidParameterError(
                 f"cuda_graphs=True, but passes of {name} on {self.device} cannot be captured: that "
                 "takes a model of the Llama family with our attention, Triton, and an Ampere GPU "
@@ -146,22 +138,20 @@ class Forward:
             )
 
     def _choose(self) -> None:
-        """Passes for the model as it is now."""
+        """Passes for the model as it is now, the fastest first; the last serves whatever comes."""
         self._chosen: int | None = None
-        self._captured: CapturedPasses | None = None
-        self._native: NativePass | None = None
         self._require_layers_in_order()
         self._require_tokens_alike()
+        self._passes: list[Pass] = []
         self._lean = self.attn_implementation == attention.NAME and is_lean(self.state)
         # What a scaled rotary embedding does to itself in a pass is for :meth:`absorb`.
         self._leaves_itself = self._lean and has_fixed_rotary(self.model)
         if self._lean:
-            self._native = native_pass(self.model)
-        if self._leaves_itself and self.cuda_graphs is not False and has_kernels(self.device):
-            from rapid_llm.engine.cuda.captured import CapturedPasses
-
-            self._captured = CapturedPasses(self.model)
-            self.state.look()  # projections were fused: their weights have moved
+            own = device_of(self.device).passes(self.model, self.state, self.cuda_graphs)
+            self._passes += [*own, LeanPass(self.model)]
+        self._passes.append(OwnPass(self.model, self.state, self.attn_implementation))
+        replayed = (each for each in self._passes if isinstance(each, ReplayedPass))
+        self._replayed: ReplayedPass | None = next(replayed, None)
         self._chosen = self.state.number
 
     def _follow(self) -> None:
@@ -223,9 +213,7 @@ class Forward:
     def tensor(self, tokens: Sequence[int]) -> Tensor:
         """Int64 ``[n]`` where token ids go in; the host does not wait for the device."""
         host = torch.tensor(tokens, dtype=torch.long, device="cpu")
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)
+        return device_of(self.device).upload(host, self.device)
 
     @property
     def vocab_size(self) -> int:
@@ -259,11 +247,11 @@ class Forward:
             return self.state.copyable
 
     @property
-    def compiled(self) -> bool:
-        """Whether few tokens are read by the compiled kernels, as the model is now."""
+    def passes(self) -> Sequence[Pass]:
+        """What can run the model as it is now, the fastest first."""
         with self._lock:
             self._follow()
-            return self._native is not None
+            return tuple(self._passes)
 
     @property
     def switches(self) -> list[int]:
@@ -317,40 +305,30 @@ class Forward:
 
     def require(self, kind: FewBits) -> None:
         """Raises InvalidParameterError where this model cannot have weights of so few bits."""
-        if kind == "int8":
-            require_int8(self.model)
-        elif not int4.runs_on(self.model):
-            raise InvalidParameterError(
-                f"drafter_quantization='int4' needs a drafter in bfloat16 on an Ampere GPU or a "
-                f"newer one, with layers of multiples of 128 inputs, but {self.name} is in "
-                f"{self.model.dtype} on {self.device}; load it so (dtype='bfloat16'), or leave "
-                "drafter_quantization out"
-            )
+        QUANTIZERS[kind].require(self.model, self.name)
 
     @property
     def cheapest(self) -> FewBits | None:
         """The kind of weights with which a draft step takes least, None for its own."""
-        if int8_pays(self.model):
-            return "int8"
-        return "int4" if int4.pays(self.model) else None
+        return next((kind for kind, each in QUANTIZERS.items() if each.pays(self.model)), None)
 
     def twin(self, kind: FewBits) -> PreTrainedModel:
         """The model over weights of few bits, made for what it is now and freed with it."""
-        if kind == "int8":
-            return int8_twin(self.model, self.compiled, self.state)
-        lean = self.lean
-
-        def make(model: PreTrainedModel) -> PreTrainedModel:
-            return int4.int4_copy(model, lean=lean)
-
-        return twin_of(self.model, self.state, (kind, lean), make)
+        passes = self.passes
+        return QUANTIZERS[kind].twin(self.model, self.state, passes)
 
     def capacity_for(self, tokens: int) -> int:
-        """Tokens that a cache for so many is best made for.
+        """Tokens that a cache for so many is best made for."""
+        return device_of(self.device).capacity_for(tokens)
 
-        On CUDA whole thousands: cuDNN makes, and keeps, plans for each size of buffers.
-        """
-        return tokens + -tokens % 1024 if self.device.type == "cuda" else tokens
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a prompt that its prefill reads in a pass."""
+        return device_of(self.device).prefill_chunk
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        device_of(self.device).synchronize(self.device)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
@@ -372,17 +350,17 @@ class Forward:
             ModelError: an adapter was added that is not supported.
         """
         ids = tokens.to(self.device, non_blocking=True)
-        end = cache.length + cache.skipped + ids.shape[0]
-        length = max(cache.expected, end)
+        length = max(cache.expected, cache.length + cache.skipped + ids.shape[0])
 
         with self._lock:
-            captured, logits = self._captured, None
-            if captured is not None and length == end and captured.serves(ids, cache):
-                logits = self._ahead(cache, partial(captured, ids, cache, keep_logits))
+            replayed, logits = self._replayed, None
+            if replayed is not None and replayed.serves(ids, cache, keep_logits):
+                logits = self._ahead(cache, partial(replayed, ids, ids, cache, keep_logits))
             if logits is None:
                 with self._reading(cache, length):
-                    run = self._lean_pass if self._lean else self._own_pass
-                    logits = run(ids, cache, keep_logits, length)
+                    positions = self._positions(ids, cache, length)
+                    run = next(p for p in self._passes if p.serves(ids, cache, keep_logits))
+                    logits = run(ids, positions, cache, keep_logits)
             return logits.float()
 
     def draft(
@@ -403,12 +381,12 @@ class Forward:
         end = cache.length + cache.skipped + pending.shape[0] + steps - 1
         with self._lock:
             drafted = None
-            if self._captured is not None:
-                drafted = self._ahead(cache, partial(self._captured.loop(choice), *arguments))
+            if self._replayed is not None:
+                drafted = self._ahead(cache, partial(self._replayed.loop(choice), *arguments))
             if drafted is None:
                 with self._reading(cache, end):
-                    if self._captured is not None:
-                        drafted = self._captured.loop(choice)(*arguments)
+                    if self._replayed is not None:
+                        drafted = self._replayed.loop(choice)(*arguments)
             return drafted
 
     def _ahead(self, cache: KVCache, launch: Callable[[], _T]) -> _T | None:
@@ -456,17 +434,6 @@ class Forward:
                 if not self._leaves_itself:
                     self.state.absorb()
 
-    def _lean_pass(self, ids: Tensor, cache: KVCache, keep: int, length: int) -> Tensor:
-        if self._captured is not None:
-            whole = length == cache.length + cache.skipped + len(ids)
-            if whole and self._captured.serves(ids, cache):
-                return self._captured(ids, cache, keep)
-            return self._captured.read(ids, cache, keep)
-        positions = self._positions(ids, cache, length)
-        if self._native is not None and self._native.serves(ids, cache, keep):
-            return self._native(ids, positions, cache, keep)
-        return lean_logits(self.model, ids, positions, cache, keep)
-
     def _positions(self, ids: Tensor, cache: KVCache, length: int) -> Tensor:
         """Of the tokens; the sequence's last follows where a rotary embedding goes by that."""
         first = cache.length + cache.skipped
@@ -475,63 +442,3 @@ class Forward:
         if self._scale(length) == self._scale(end):
             return positions
         return torch.cat([positions, positions.new_tensor([length - 1])])
-
-    def _own_pass(self, ids: Tensor, cache: KVCache, keep: int, length: int) -> Tensor:
-        positions = self._positions(ids, cache, length)
-        with self._attention(), self._turned_for(positions[len(ids) :]):
-            output = self.model(
-                input_ids=ids[None],
-                position_ids=positions[None, : len(ids)],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
-        logits: Tensor = output.logits[0]
-        return logits
-
-    @contextmanager
-    def _attention(self) -> Iterator[None]:
-        """Our attention for one pass only: the caller's own use of the model must not change."""
-        configs: list[Any] = [c for c in self.state.configs if type(c) is type(self.config)]
-        before = [config._attn_implementation for config in configs]
-        for config in configs:  # a module that was copied has its own
-            config._attn_implementation = self.attn_implementation
-        try:
-            yield
-        finally:
-            for config, name in zip(configs, before, strict=True):
-                config._attn_implementation = name
-
-    @contextmanager
-    def _turned_for(self, last: Tensor) -> Iterator[None]:
-        """The model's rotary embedding as for a sequence up to a position, ``[1]`` or none."""
-        with ExitStack() as hooks:
-            for module in self.model.modules() if len(last) else ():
-                if hasattr(module, "rope_type"):
-                    longer = partial(_with_position, last)
-                    hooks.enter_context(
-                        _removed(module.register_forward_pre_hook(longer, with_kwargs=True))
-                    )
-                    hooks.enter_context(_removed(module.register_forward_hook(_without_last)))
-            yield
-
-
-def _with_position(
-    last: Tensor, module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a rotary embedding, (x, position_ids, …), with one more position."""
-    given = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | options
-    given["position_ids"] = torch.cat([given["position_ids"], last[None]], dim=1)
-    return (), given
-
-
-def _without_last(module: torch.nn.Module, args: Any, output: tuple[Tensor, ...]) -> Any:
-    return tuple(part[:, :-1] for part in output)
-
-
-@contextmanager
-def _removed(hook: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        hook.remove()

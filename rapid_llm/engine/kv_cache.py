@@ -34,7 +34,6 @@ class PreallocatedLayer(CacheLayerMixin):
         super().__init__()
         self.capacity = capacity
         self.length = 0
-        self.last_query: Tensor | None = None  # [heads, dim], where the lean forward pass ran
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Here, not in __init__: only now is it known on which device this layer runs.
@@ -57,9 +56,6 @@ class PreallocatedLayer(CacheLayerMixin):
         self.values[:, :, self.length : end] = value_states
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def hidden(self, window: int | None) -> Tensor | None:
-        """What a query must not look at; None, as it follows from the shapes."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0

@@ -7,8 +7,7 @@ below, as they are made; anything else (adapted, hooked, of other tensors) runs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +15,12 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from rapid_llm.engine.attention import attend
+from rapid_llm.engine.device import device_of
 from rapid_llm.engine.identity import ModelState
-from rapid_llm.engine.products import linear
-from rapid_llm.engine.quantization import FewBitLinear
+from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
+from rapid_llm.engine.quantized import FewBitLinear
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-
-
-class LayerKV(Protocol):
-    """Keys and values of one layer, as the forward pass uses them."""
-
-    last_query: Tensor | None
-
-    def update(self, key: Tensor, value: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Append ``[1, kv_heads, n, dim]``; everything that there is to attend to."""
-
-    def hidden(self, window: int | None, /) -> Tensor | None:
-        """For :func:`attend`: what it must not look at, where that is no matter of shapes."""
-
-
-class LeanCache(Protocol):
-    """One entry a layer."""
-
-    @property
-    def layers(self) -> Sequence[LayerKV]: ...
 
 
 def is_lean(state: ModelState) -> bool:
@@ -62,17 +43,21 @@ def has_fixed_rotary(model: Any) -> bool:
     return getattr(model.model.rotary_emb, "rope_type", None) in _FIXED_ROTARY
 
 
-def lean_logits(
-    model: Any, ids: Tensor, positions: Tensor, cache: LeanCache, keep_logits: int
-) -> Tensor:
-    """Append int64 ``[n]`` tokens to the cache.
+class LeanPass:
+    """:func:`lean_logits` of a model; see :class:`rapid_llm.engine.device.Pass`."""
 
-    ``positions`` begin with theirs; one more may follow, the last of the sequence that is read,
-    on which some kinds of scaling depend.
+    def __init__(self, model: Any) -> None:
+        self._model = model
 
-    Returns:
-        ``[keep_logits, vocab]`` in the model's dtype.
-    """
+    def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
+        return True
+
+    def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+        return lean_logits(self._model, ids, positions, cache, keep)
+
+
+def lean_logits(model: Any, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+    """Append tokens to the cache; arguments and result as of :class:`.device.Pass`."""
     body = model.model
     x = F.embedding(ids, body.embed_tokens.weight)
     # The model's own rotary module, so that every kind of scaling is right.
@@ -84,10 +69,12 @@ def lean_logits(
     for layer, kv in zip(body.layers, cache.layers, strict=True):
         x = x + _attention(layer.self_attn, _rms_norm(x, layer.input_layernorm), rotary, kv)
         x = x + _mlp(layer.mlp, _rms_norm(x, layer.post_attention_layernorm))
-    return _linear(_rms_norm(x[-keep_logits:], body.norm), model.lm_head)
+    return _linear(_rms_norm(x[-keep:], body.norm), model.lm_head)
 
 
-def _attention(module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], kv: LayerKV) -> Tensor:
+def _attention(
+    module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], kv: PreallocatedLayer
+) -> Tensor:
     n, dim = x.shape[0], module.head_dim
     query, key, value = (part.view(n, -1, dim) for part in _projections(module, x))
     if hasattr(module, "q_norm"):  # Qwen3
@@ -95,10 +82,8 @@ def _attention(module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], kv: LayerK
     heads = query.shape[1]
     rotated = _rotate(torch.cat([query, key], dim=1), rotary).transpose(0, 1)
     keys, values = kv.update(rotated[None, heads:], value.transpose(0, 1)[None])
-    kv.last_query = rotated[:heads, -1]
     window = window_of(module)
-    hidden = kv.hidden(window)
-    mixed = attend(rotated[:heads], keys[0], values[0], module.scaling, window, hidden)
+    mixed = attend(rotated[:heads], keys[0], values[0], module.scaling, window)
     return _linear(mixed.transpose(0, 1).reshape(n, -1), module.o_proj)
 
 
@@ -133,7 +118,7 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
 def _linear(x: Tensor, module: Any) -> Tensor:
     if isinstance(module, FewBitLinear):
         return module.forward(x)
-    return linear(x, module.weight, module.bias)
+    return device_of(x.device).linear(x, module.weight, module.bias)
 
 
 def _rms_norm(x: Tensor, module: Any) -> Tensor:

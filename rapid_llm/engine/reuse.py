@@ -39,8 +39,8 @@ class Lease:
         cache: holds the prompt's first ``reused`` tokens; has room for the capacity asked for.
             Read the rest of ``prompt[:-1]`` into it by :meth:`Session.prefill`, and never roll it
             back below that: another lease may be copying it.
-        reused: tokens that need not be read: whole chunks, and at most ``len(prompt) - 2``, as the
-            logits that follow the last token are wanted, and the queries of the one before it.
+        reused: tokens that need not be read: whole chunks, and at most ``len(prompt) - 1``, as the
+            logits that follow the last token are wanted.
     """
 
     cache: KVCache
@@ -148,7 +148,7 @@ class PrefixCache:
         What a later lease finds then depends on this prompt alone, not on what was read after it.
         Returns how many of the prompt's tokens are kept.
         """
-        reading, ids = _Reading.now(forward, len(prompt)), _token_ids(prompt[:-2])
+        reading, ids = _Reading.now(forward, len(prompt)), _token_ids(prompt[:-1])
         with self._lock:
             idle = [entry for entry in self._entries if not entry.busy and entry.read_as(reading)]
             best = max(idle, key=lambda entry: entry.shared(ids), default=None)
@@ -195,7 +195,7 @@ class PrefixCache:
         reading = _Reading.now(forward, len(prompt))  # a file tells whether the model has changed
         with self._lock:
             if cache is None:
-                cache = self._from_memory(reading, prompt[:-2], capacity)
+                cache = self._from_memory(reading, prompt[:-1], capacity)
             entry = _Entry(forward, reading.rounding, cache, prompt[:-1])
             if self._budget > 0:
                 self._entries.append(entry)
@@ -208,7 +208,7 @@ class PrefixCache:
         """
         if self._files is None:
             return None
-        reading, wanted = _Reading.now(forward, len(prompt)), prompt[:-2]
+        reading, wanted = _Reading.now(forward, len(prompt)), prompt[:-1]
         reader = reading.reader
         with self._lock:
             _, held = self._longest(reading, wanted)

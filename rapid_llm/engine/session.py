@@ -8,23 +8,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rapid_llm.engine.cuda import prefill
-from rapid_llm.engine.forward import Choice, Forward
+from rapid_llm.engine.device import Choice
+from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.errors import OutdatedKVError
 
-PREFILL_CHUNK = 512
-"""Tokens a prefill pass on a CPU: bounds its activations, and how long a progress bar stands still.
-KV is reused in whole chunks, so a prompt that was read before costs less than another one. On CUDA
-it is :data:`rapid_llm.engine.cuda.prefill.CHUNK`."""
-
 PrefillProgress = Callable[[int, int], None]
 """Called with (tokens read, tokens to read)."""
-
-
-def chunk_size(forward: Forward) -> int:
-    """Tokens of a prompt that its prefill reads in a pass."""
-    return prefill.CHUNK if forward.device.type == "cuda" else PREFILL_CHUNK
 
 
 def whole_chunks(tokens: int, forward: Forward) -> int:
@@ -32,7 +22,7 @@ def whole_chunks(tokens: int, forward: Forward) -> int:
 
     Their keys and values are the same, bit for bit, for every prompt that begins with them.
     """
-    return tokens - tokens % chunk_size(forward)
+    return tokens - tokens % forward.prefill_chunk
 
 
 class Session:
@@ -74,7 +64,7 @@ class Session:
         Another token is to follow them. The cache holds whole chunks or all of them, so that the
         passes are those of a prefill from the beginning: those of another size round otherwise.
         """
-        size = chunk_size(self.forward)
+        size = self.forward.prefill_chunk
         for start in range(self.length, len(tokens), size):
             assert start % size == 0
             if progress is not None:
@@ -117,7 +107,7 @@ class Session:
     def _read_again(self) -> None:
         held = self._tokens[: self.cache.length]
         self.cache.rollback(0)
-        for chunk in held.split(chunk_size(self.forward)):
+        for chunk in held.split(self.forward.prefill_chunk):
             self.forward(chunk, self.cache, 1)
 
     def draft(

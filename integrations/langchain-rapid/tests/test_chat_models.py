@@ -308,7 +308,7 @@ def test_timeout_leaves_the_model_usable(llm, decoder, slow_passes):
 
 
 def test_a_long_prefill_times_out_too(llm, slow_passes, monkeypatch):
-    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", 10)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     with pytest.raises(GenerationTimeoutError, match="after 0 of at most 20 tokens"):
         llm.invoke("x" * 1500, timeout=0.1)
     assert len(slow_passes) < 100
@@ -338,7 +338,7 @@ def test_truncation_keeps_both_ends_and_the_other_messages(llm, prompts):
 
 
 def test_metadata_and_usage(llm, monkeypatch):
-    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", 10)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     plain = llm.invoke("Hello")
     counts = {"input_tokens": 24, "output_tokens": 20, "total_tokens": 44}
     assert plain.usage_metadata == counts | {"input_token_details": {"cache_read": 0}}
@@ -493,7 +493,7 @@ async def test_a_cancelled_task_stops_within_one_round(llm, slow_passes, streami
 
 
 async def test_a_cancelled_prefill_stops_at_the_next_chunk(llm, slow_passes, monkeypatch):
-    monkeypatch.setattr("rapid_llm.engine.session.PREFILL_CHUNK", 10)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     task = asyncio.ensure_future(llm.ainvoke("x" * 1500))
     while len(slow_passes) < 3:
         await asyncio.sleep(0.001)

@@ -19,7 +19,7 @@ from rapid_llm.engine.cuda.state import describe, size_of
 from rapid_llm.engine.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from rapid_llm.engine.forward import Choice
+    from rapid_llm.engine.device import Choice
 
 _LOOPS = 4  # draft loops kept, one for each way of sampling
 
@@ -48,12 +48,12 @@ class CapturedPasses:
         self._passes: dict[int, Replay] = {}
         self._loops: OrderedDict[Choice, DraftLoop] = OrderedDict()
 
-    def serves(self, ids: Tensor, cache: KVCache) -> bool:
+    def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
         """Whether a captured pass can append the tokens: few, to a cache in use."""
         return ids.shape[0] <= MAX_TOKENS and cache.length > 0
 
-    def __call__(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
-        """As :func:`rapid_llm.engine.lean.lean_logits`; the positions follow from the cache."""
+    def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+        """See :class:`rapid_llm.engine.device.ReplayedPass`."""
         n = ids.shape[0]
         self.begin(ids, cache, n)
         if n not in self._passes:
@@ -95,3 +95,16 @@ class CapturedPasses:
         self.state.copy_(state, non_blocking=True)
         if len(ids) > 0:
             self.tokens[: len(ids)].copy_(ids)
+
+
+class EagerPass:
+    """The kernels of captured passes, launched one by one: for a prompt, and an empty cache."""
+
+    def __init__(self, passes: CapturedPasses) -> None:
+        self._passes = passes
+
+    def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
+        return True
+
+    def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+        return self._passes.read(ids, cache, keep)

@@ -16,7 +16,7 @@ from rapid_llm.engine.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from rapid_llm.engine.cuda.captured import CapturedPasses
-    from rapid_llm.engine.forward import Choice
+    from rapid_llm.engine.device import Choice
 
 _PENDING = 2  # tokens that the first step may read: after a draft that was kept whole there are two
 
@@ -58,7 +58,7 @@ class DraftLoop:
         steps = min(steps, MAX_TOKENS)
         if len(pending) > _PENDING:
             for part in pending[:-1].split(MAX_TOKENS):
-                self._passes(part, cache, 1)
+                self._passes(part, part, cache, 1)
             pending = pending[-1:]
         self._passes.begin(pending, cache, len(pending) + steps - 1)
         self._generator.set_state(generator.get_state())

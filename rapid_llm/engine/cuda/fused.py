@@ -117,7 +117,6 @@ class FusedPass:
 def _attend(query: Tensor, kv: PreallocatedLayer, layer: _Layer) -> Tensor:
     """``[n, heads, dim]`` over what a layer holds and the new keys and values behind it."""
     end = kv.length + query.shape[0]
-    kv.last_query = query[-1].clone()
     keys, values = kv.keys[0, :, :end], kv.values[0, :, :end]
     return attend(query.transpose(0, 1), keys, values, layer.scaling, layer.window).transpose(0, 1)
 

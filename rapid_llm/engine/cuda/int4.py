@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rapid_llm.engine.quantization import FewBitLinear, FewBits
+from rapid_llm.engine.device import Pass
+from rapid_llm.engine.identity import ModelState
+from rapid_llm.engine.lean import LeanPass
+from rapid_llm.engine.quantized import FEW_ROWS, FewBitLinear, FewBits, twin_of
+from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
 
 GROUP = 64
 """Weights that share a step: of 4.5 bits a weight half a bit."""
-
-FEW_ROWS = 8
-"""Up to so many tokens the product is faster than that of the whole weights."""
 
 _ROWS = 4096  # quantized at a time: a vocabulary's in float32 would take gigabytes
 _LARGE = 10**9  # bytes: read in a third of a millisecond, in which some 100 kernels run
@@ -156,6 +157,22 @@ def int4_copy(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
             for name in left:
                 setattr(parent, name, Int4Linear(getattr(parent, name)))
     return copy
+
+
+def twin(model: PreTrainedModel, state: ModelState, passes: Sequence[Pass] = ()) -> PreTrainedModel:
+    """As :meth:`rapid_llm.engine.quantized.Quantizer.twin`."""
+    lean = any(isinstance(each, LeanPass) for each in passes)
+    return twin_of(model, state, ("int4", lean), lambda model: int4_copy(model, lean=lean))
+
+
+def require(model: PreTrainedModel, name: str) -> None:
+    """Raises InvalidParameterError where :func:`runs_on` is false."""
+    if not runs_on(model):
+        raise InvalidParameterError(
+            f"drafter_quantization='int4' needs a drafter in bfloat16 on an Ampere GPU or a newer "
+            f"one, with layers of multiples of 128 inputs, but {name} is in {model.dtype} on "
+            f"{model.device}; load it so (dtype='bfloat16'), or leave drafter_quantization out"
+        )
 
 
 def runs_on(model: PreTrainedModel) -> bool:

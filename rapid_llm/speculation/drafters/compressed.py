@@ -8,14 +8,21 @@ is its three-level hierarchy. The drafter reads no prompt: it takes what the tar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from rapid_llm.config import SpeculationConfig
+from rapid_llm.engine.attention import attend
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
+from rapid_llm.engine.own import OwnPass
 from rapid_llm.engine.session import PrefillProgress, Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.drafters.rag import RagDrafter
@@ -27,38 +34,34 @@ BUDGET = 512
 _SINKS = 4  # first tokens, which attention leans on whatever they say (StreamingLLM)
 _CHUNK = 8  # tokens chosen together (TriForce)
 
-Selection = Callable[[PreallocatedLayer], Tensor]
-"""Positions that a layer keeps, ascending: int64 ``[kv_heads, kept]``."""
-
 
 def streaming(layer: PreallocatedLayer) -> Tensor:
-    """The first tokens and the latest."""
+    """The first tokens and the latest: int64 ``[kv_heads, kept]``, ascending."""
     device = layer.keys.device
     kept = torch.arange(layer.length - min(BUDGET, layer.length), layer.length, device=device)
     kept[:_SINKS] = torch.arange(min(_SINKS, len(kept)), device=device)
     return kept.expand(layer.keys.shape[1], -1)
 
 
-def triforce(layer: PreallocatedLayer) -> Tensor:
-    """The latest chunk, and those whose mean key the last query scores highest.
+def triforce(layer: PreallocatedLayer, query: Tensor) -> Tensor:
+    """The latest chunk, and those whose mean key a query ``[heads, dim]`` scores highest.
 
     A KV head's score is the highest among the query heads that share it.
+
+    Returns:
+        Positions, int64 ``[kv_heads, kept]``, ascending.
     """
     keys = layer.keys[0, :, : layer.length]
     kv_heads, length, dim = keys.shape
     chunks = length // _CHUNK
     if length <= BUDGET:
         return torch.arange(length, device=keys.device).expand(kv_heads, -1)
-    assert layer.last_query is not None
     means = keys[:, length - chunks * _CHUNK :].view(kv_heads, chunks, _CHUNK, dim).mean(dim=2)
-    scores = (layer.last_query.view(kv_heads, -1, dim) @ means.transpose(1, 2)).amax(dim=1)
+    scores = (query.view(kv_heads, -1, dim) @ means.transpose(1, 2)).amax(dim=1)
     scores[:, -1] = float("inf")
     best = scores.topk(BUDGET // _CHUNK, dim=-1).indices.sort(dim=-1).values
     first = length - chunks * _CHUNK + best * _CHUNK
     return (first[:, :, None] + torch.arange(_CHUNK, device=keys.device)).flatten(1)
-
-
-SELECTIONS: dict[str, Selection] = {"streaming": streaming, "triforce": triforce}
 
 
 def require_compressible(forward: Forward, drafting: str) -> None:
@@ -70,14 +73,13 @@ def require_compressible(forward: Forward, drafting: str) -> None:
         )
 
 
-class CompressedDrafter(RagDrafter):
-    """Drafts over the part of the target's KV that a selection keeps.
+class CompressedDrafter(RagDrafter, ABC):
+    """Drafts over a part of the target's KV.
 
     Args:
         target: the target's session; its prompt must be read before this drafter's prefill.
-        forward: the target's model, or its int8 twin.
+        forward: the target's model, or its quantized twin.
         prompt: the target's.
-        selection: what to keep.
         sampler, config: as for :class:`RagDrafter`.
     """
 
@@ -86,7 +88,6 @@ class CompressedDrafter(RagDrafter):
         target: Session,
         forward: Forward,
         prompt: Sequence[int],
-        selection: Selection,
         sampler: Sampler,
         config: SpeculationConfig,
     ) -> None:
@@ -100,20 +101,93 @@ class CompressedDrafter(RagDrafter):
             config,
         )
         self._target = target
-        self._selection = selection
 
     @property
     def prompt_tokens(self) -> int:
         return min(len(self._prompt), BUDGET)
 
+    @abstractmethod
+    def _kept(self) -> list[Tensor]:
+        """Positions that each layer keeps, ascending: int64 ``[kv_heads, kept]``."""
+
     def prefill(self, progress: PrefillProgress | None) -> None:
-        """Copy what is kept; no model runs."""
+        """Copy what is kept."""
         whole, kept = self._target.cache, self._session.cache
         kept.rollback(0)
         if whole.length == 0:
             return  # a prompt of one token, which the first round reads
-        for layer, part in zip(whole.layers, kept.layers, strict=True):
-            index = self._selection(layer)[None, :, :, None]
+        for layer, part, positions in zip(whole.layers, kept.layers, self._kept(), strict=True):
+            index = positions[None, :, :, None]
             tensors = layer.keys, layer.values
             part.update(*(t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in tensors))
         kept.skipped = whole.length - kept.length
+
+
+class StreamingDrafter(CompressedDrafter):
+    """Keeps what :func:`streaming` does; no model runs for it."""
+
+    def _kept(self) -> list[Tensor]:
+        return [streaming(layer) for layer in self._target.cache.layers]
+
+
+class TriforceDrafter(CompressedDrafter):
+    """Keeps what :func:`triforce` does, by the queries of the last token that the target has read.
+
+    That token is read once more, by the model's own forward, as no other pass gives its queries.
+    """
+
+    def _kept(self) -> list[Tensor]:
+        layers = self._target.cache.layers
+        return [triforce(*each) for each in zip(layers, self._queries(), strict=True)]
+
+    def _queries(self) -> list[Tensor]:
+        """Of each layer, rotated: ``[heads, dim]``. The target's cache is left as it was."""
+        forward, cache = self._target.forward, self._target.cache
+        last = cache.length - 1
+        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        before = [t[:, :, last].clone() for t in tensors]
+        run = OwnPass(forward.model, forward.state, _RECORDING)
+        with forward.lock, _recording() as queries:
+            cache.rollback(last)
+            position = torch.tensor([last], device=forward.device)
+            run(forward.tensor(self._prompt[last : last + 1]), position, cache, 1)
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor[:, :, last] = value  # a pass of another size has rounded otherwise
+        return queries
+
+
+DRAFTERS: dict[str, type[CompressedDrafter]] = {
+    "streaming": StreamingDrafter,
+    "triforce": TriforceDrafter,
+}
+"""By the value of ``SpeculationConfig.drafting``."""
+
+_RECORDING = "rapid_recording"
+_queries: ContextVar[list[Tensor]] = ContextVar("queries")
+
+
+@contextmanager
+def _recording() -> Iterator[list[Tensor]]:
+    """The last query of each layer that attends under the name of ``_RECORDING``, as they run."""
+    token = _queries.set([])
+    try:
+        yield _queries.get()
+    finally:
+        _queries.reset(token)
+
+
+def _attend_and_record(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    _queries.get().append(query[0, :, -1])
+    return attend(query[0], key[0], value[0], scaling).transpose(0, 1)[None], None
+
+
+AttentionInterface.register(_RECORDING, _attend_and_record)
+AttentionMaskInterface.register(_RECORDING, lambda *_, **__: None)

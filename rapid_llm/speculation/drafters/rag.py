@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import PassCost, pass_cost
-from rapid_llm.engine.native_pass import MAX_TOKENS
-from rapid_llm.engine.quantization import FEW_ROWS
+from rapid_llm.engine.device import FEW_TOKENS
+from rapid_llm.engine.quantized import FEW_ROWS
 from rapid_llm.engine.session import PrefillProgress, Session
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
@@ -116,14 +116,14 @@ class RagDrafter:
         if self._index is not None:
             self._index.extend(output[len(self._index) - self._given :])
         pending = self._session.forward.tensor(sequence[self._session.length :])
-        while len(pending) > MAX_TOKENS:  # many rounds went without a draft
-            self._extend(pending[:MAX_TOKENS], 1)
-            pending = pending[MAX_TOKENS:]
+        while len(pending) > FEW_TOKENS:  # many rounds went without a draft
+            self._extend(pending[:FEW_TOKENS], 1)
+            pending = pending[FEW_TOKENS:]
         tokens = pending.new_empty(0)
         rows: list[Tensor] = []
         passes, drafted, unsure = 0, 0, False
         while drafted < gamma and not unsure:
-            # A longer guess would take the pass from the int8 weights to the full ones.
+            # A longer guess would take the pass from the weights of few bits to the full ones.
             limit = min(gamma - drafted - 1, FEW_ROWS - len(pending))
             guess = self._guess(sequence, tokens, limit)
             looped = None if len(guess) else self._loop(pending, gamma - drafted)

@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapid_llm.engine import native
+from rapid_llm.engine.cpu import kernels
+from rapid_llm.engine.cpu.blocks import BLOCK_BYTES, GROUP, ROWS, BlockLinear
 from rapid_llm.engine.identity import is_plain_tensor
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
-from rapid_llm.engine.quantization import (
-    BLOCK_BYTES,
-    GROUP,
-    ROWS,
-    BlockLinear,
-    FewBitLinear,
-)
+from rapid_llm.engine.quantized import FewBitLinear
 from rapid_llm.errors import ModelError
 
 MAX_TOKENS = 32
@@ -71,7 +66,7 @@ class _Model(ctypes.Structure):
 
 
 class _UnfitError(ValueError):
-    """Something is not what ``native.cpp`` would read it as."""
+    """Something is not what ``kernels.cpp`` would read it as."""
 
 
 def _require(fits: bool) -> None:
@@ -92,7 +87,7 @@ def _numbers(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.bfloat16) -
 
 
 def _linear(module: Any, out: int, into: int) -> _Linear:
-    _require(native.fits(into))
+    _require(kernels.fits(into))
     bias = None if module.bias is None else _numbers(module.bias, out)
     if isinstance(module, BlockLinear):
         shape = -(-out // ROWS), into // GROUP, BLOCK_BYTES[module.bits]
@@ -108,7 +103,7 @@ def _buffer(*shape: int) -> Tensor:
 
 
 class _Table:
-    """A model's weights as ``native.cpp`` reads them.
+    """A model's weights as ``kernels.cpp`` reads them.
 
     Raises:
         _UnfitError: they are not what it takes.
@@ -120,7 +115,7 @@ class _Table:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         attention = body.layers[0].self_attn
         dim, scaling, epsilon = attention.head_dim, attention.scaling, body.norm.variance_epsilon
-        _require(native.fits(dim) and heads % kv_heads == 0)
+        _require(kernels.fits(dim) and heads % kv_heads == 0)
 
         def norm(module: Any, size: int) -> int | None:
             if module is None:
@@ -143,7 +138,7 @@ class _Table:
                 _linear(mlp.gate_proj, inner, hidden),
                 _linear(mlp.up_proj, inner, hidden),
                 _linear(mlp.down_proj, hidden, inner),
-                window=window_of(attention) or native.UNLIMITED,
+                window=window_of(attention) or kernels.UNLIMITED,
             )
 
         self.layers = (_Layer * len(body.layers))(*map(layer, body.layers))
@@ -167,8 +162,8 @@ class _Table:
         _require(all(few) or not any(few))
 
 
-class NativePass:
-    """Passes of a lean model (:func:`rapid_llm.engine.lean.is_lean`); see :func:`native_pass`.
+class CompiledPass:
+    """Passes of a lean model (:func:`rapid_llm.engine.lean.is_lean`); see :func:`compiled_pass`.
 
     Its tables hold addresses: it is to be made anew when the model has changed.
     """
@@ -220,31 +215,27 @@ class NativePass:
                 f"{model.dim}; set head_dim or partial_rotary_factor in the model's config"
             )
         logits = _buffer(keep, model.head.out)
-        queries = _buffer(model.layers, model.heads, model.dim)
         self._library.rapid_forward(
             ctypes.byref(model),
-            native.pointer(ids),
+            kernels.pointer(ids),
             ctypes.c_int64(n),
             ctypes.c_int64(length),
-            native.pointer(cosine),
-            native.pointer(sine),
+            kernels.pointer(cosine),
+            kernels.pointer(sine),
             ctypes.c_int64(keep),
             ctypes.c_int64(torch.get_num_threads()),
-            native.pointer(logits),
-            native.pointer(queries),
+            kernels.pointer(logits),
         )
-        for layer, query in zip(cache.layers, queries.to(torch.bfloat16), strict=True):
-            layer.length = length + n
-            layer.last_query = query
+        cache.advance(n)
         return logits
 
 
-def native_pass(model: Any) -> NativePass | None:
+def compiled_pass(model: Any) -> CompiledPass | None:
     """The compiled pass of a lean model: in bfloat16, on a CPU that has the kernels."""
-    library = native.kernels()
+    library = kernels.kernels()
     if library is None:
         return None
     try:
-        return NativePass(model, library)
+        return CompiledPass(model, library)
     except _UnfitError:
         return None

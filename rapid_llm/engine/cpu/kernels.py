@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of ``native.cpp``, where they were built and the CPU runs them."""
+"""The compiled CPU kernels of ``kernels.cpp``, where they were built and the CPU runs them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rapid_llm.engine.cpu.products import fast_dtype
 from rapid_llm.engine.identity import is_plain_tensor
-from rapid_llm.engine.products import fast_dtype
 
-_PREFERRED = ("_native_avx512bf16", "_native_avx2")
+_PREFERRED = ("_kernels_avx512bf16", "_kernels_avx2")
 UNLIMITED = 1 << 62
 """A sliding window that no sequence fills."""
 
@@ -72,7 +72,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and key.stride() == value.stride()
         and key.stride()[1:] == (key.shape[-1], 1)
         and (library := kernels()) is not None
-        and (library is load(_PREFERRED[0]) or fast_dtype(query) != query.dtype)
+        and (library is load(_PREFERRED[0]) or fast_dtype(query.dtype) != query.dtype)
     )
 
 

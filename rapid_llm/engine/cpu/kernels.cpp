@@ -5,8 +5,8 @@
 // Products take bfloat16 weights, keys and values, and add in float32, in which the residual stream
 // stays. What is multiplied with them is bfloat16 too where the processor multiplies that, and float32
 // elsewhere; with a twin's weights it is 16-bit whole numbers.
-// Compiled once for AVX-512 with bfloat16 and once for AVX2 (pyproject.toml); called by native.py and
-// native_pass.py.
+// Compiled once for AVX-512 with bfloat16 and once for AVX2 (pyproject.toml); called by kernels.py and
+// compiled.py.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -277,7 +277,7 @@ float* arena(size_t count) {
 
 }  // namespace
 
-// ---------------------------------------------------------------- what native_pass.py fills in
+// ---------------------------------------------------------------- what compiled.py fills in
 
 extern "C" {
 
@@ -693,10 +693,9 @@ extern "C" int rapid_supported() {
 
 // Appends n tokens to the `length` that the cache holds.
 //   cosine, sine: [n, dim]. logits: [keep, vocab], of the last tokens.
-//   last_queries: [layers, heads, dim], the rotated queries of the last token.
 extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n, int64_t length,
                               const float* cosine, const float* sine, int64_t keep,
-                              int64_t threads, float* logits, float* last_queries) {
+                              int64_t threads, float* logits) {
     const Model& m = *model;
     const int64_t dim = m.dim, group = m.heads / m.kv_heads, rows = m.heads * n;
     const int64_t wide = m.heads * dim, narrow = m.kv_heads * dim, projected = wide + 2 * narrow;
@@ -765,8 +764,6 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
                 else
                     for (int64_t d = 0; d < dim; ++d)
                         queries[(head * n + i) * dim + d] = factor(from[d]);
-                if (!is_key && i == n - 1)
-                    std::copy(from, from + dim, last_queries + (index * m.heads + head) * dim);
             }
 #pragma omp barrier
             // Parts of the keys go to whichever thread is free: cores are not equally fast.

@@ -1,0 +1,105 @@
+"""Attention on a CPU: the compiled kernel, or the matrix products that are fastest for a shape."""
+
+from __future__ import annotations
+
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from rapid_llm.engine import sdpa
+from rapid_llm.engine.cpu import kernels
+from rapid_llm.engine.cpu.products import fast_dtype
+from rapid_llm.engine.sdpa import FEW_QUERIES, hidden_keys
+
+# On a CPU, where each number was the best of its neighbours in bfloat16:
+_QUERY_BLOCK = 64  # bounds the score matrix to [group * 64, keys]
+_SHORT = 1024  # keys up to which copying all heads' slices costs less than a product a head
+_KEY_PARTS = 4  # a long sum over keys for few queries runs on one thread unless it is divided
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> sdpa.Kernel:
+    """The fastest kernel for these arguments of :func:`rapid_llm.engine.attention.attend`."""
+    n, length = query.shape[1], key.shape[1]
+    if n > FEW_QUERIES and kernels.serves(query, key, value):
+        return kernels.attend
+    if n == 1 and length <= _SHORT:
+        return sdpa.attend
+    if n <= FEW_QUERIES and length <= _SHORT:
+        return _attend_batched
+    return _attend_products
+
+
+def _in_fast_dtype(kernel: sdpa.Kernel) -> sdpa.Kernel:
+    """The same of tensors in the dtype that this machine multiplies fast."""
+
+    @wraps(kernel)
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        wide = (tensor.to(fast_dtype(tensor.dtype)) for tensor in (query, key, value))
+        return kernel(*wide, scaling, window).to(query.dtype)
+
+    return run
+
+
+@_in_fast_dtype
+def _attend_batched(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    """Two batched products over all KV heads: few queries and few keys, so few calls count."""
+    heads, n, dim = query.shape
+    kv_heads, length = key.shape[0], key.shape[1]
+    packed = query.reshape(kv_heads, -1, dim)
+    scores = torch.baddbmm(
+        packed.new_empty(1, 1, 1), packed, key.transpose(1, 2), beta=0, alpha=scaling
+    )
+    hidden = hidden_keys(n, length, window, query.device)
+    if hidden is not None:
+        scores.view(kv_heads, -1, n, length).masked_fill_(hidden, float("-inf"))
+    return torch.bmm(scores.softmax(dim=-1), value).view(heads, n, -1)
+
+
+@_in_fast_dtype
+def _attend_products(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    """Two matrix products a KV head with a softmax between: on a CPU faster than SDPA.
+
+    One product a head, not a batched one: a slice ``[:length]`` of one head's buffer is
+    contiguous, the slice over all heads is not and would be copied first.
+    """
+    heads, n, dim = query.shape
+    kv_heads, length = key.shape[0], key.shape[1]
+    group = heads // kv_heads
+    packed = query.view(kv_heads, group, n, dim)
+    out = query.new_empty(kv_heads, group, n, value.shape[-1])
+    for start in range(0, n, _QUERY_BLOCK):
+        stop = min(start + _QUERY_BLOCK, n)
+        last = length - n + stop  # keys that the block's last query sees
+        first = 0 if window is None else max(0, length - n + start - window + 1)
+        # Without a window only the block's own keys can be ahead of its queries.
+        masked = stop - start if window is None else last - first
+        hidden = hidden_keys(stop - start, masked, window, query.device)
+        for head in range(kv_heads):
+            rows = packed[head, :, start:stop].reshape(-1, dim)
+            scores = torch.addmm(
+                rows.new_empty(1, 1), rows, key[head, first:last].T, beta=0, alpha=scaling
+            )
+            if hidden is not None:
+                columns = scores.view(group, stop - start, -1)[..., -masked:]
+                columns.masked_fill_(hidden, float("-inf"))
+            mixed = _mix(scores.softmax(dim=-1), value[head, first:last])
+            out[head, :, start:stop] = mixed.view(group, stop - start, -1)
+    return out.view(heads, n, -1)
+
+
+def _mix(weights: Tensor, value: Tensor) -> Tensor:
+    """``weights @ value``, ``[rows, keys] @ [keys, value_dim]``, on every thread."""
+    rows, keys = weights.shape
+    if rows > 4 * FEW_QUERIES or keys <= 2 * _SHORT:
+        return weights @ value
+    whole = keys - keys % _KEY_PARTS
+    parts = weights[:, :whole].view(rows, _KEY_PARTS, -1).transpose(0, 1)
+    mixed = torch.bmm(parts, value[:whole].view(_KEY_PARTS, -1, value.shape[-1])).sum(dim=0)
+    return mixed if whole == keys else mixed.addmm_(weights[:, whole:], value[whole:])

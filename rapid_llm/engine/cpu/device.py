@@ -1,0 +1,58 @@
+"""How passes are computed on a CPU."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rapid_llm.engine import sdpa
+from rapid_llm.engine.cpu import attention, kernels, products
+from rapid_llm.engine.cpu.compiled import compiled_pass
+from rapid_llm.engine.device import Device, Pass
+from rapid_llm.engine.identity import ModelState
+
+
+class CPU(Device):
+    """Compiled kernels where they were built and this processor runs them."""
+
+    def passes(self, model: Any, state: ModelState, cuda_graphs: bool | None) -> list[Pass]:
+        found = compiled_pass(model)
+        return [] if found is None else [found]
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None
+    ) -> sdpa.Kernel:
+        return attention.attention(query, key, value, window)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return products.linear(x, weight, bias)
+
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return products.fast_dtype(dtype)
+
+    def rounding(self, device: torch.device) -> str:
+        library = kernels.kernels()
+        return " | ".join(
+            [
+                _processor(),
+                torch.backends.cpu.get_cpu_capability(),
+                f"{torch.get_num_threads()} threads",
+                f"kernels {'none' if library is None else Path(library._name).stem}",
+            ]
+        )
+
+
+@cache
+def _processor() -> str:
+    """The CPU's name; on Linux :mod:`platform` knows its architecture only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,144 @@
+"""What each kind of device does its own way.
+
+:class:`Device` is any that PyTorch knows, by PyTorch's operators. Those with code of their own have
+a folder each, ``engine/cpu`` and ``engine/cuda``, and are registered in
+:mod:`rapid_llm.engine.forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rapid_llm.engine import sdpa
+
+if TYPE_CHECKING:
+    from rapid_llm.engine.identity import ModelState
+    from rapid_llm.engine.kv_cache import KVCache
+
+FEW_TOKENS = 16
+"""Tokens that every device's passes for decoding take; more are read as a prompt is."""
+
+
+class Pass(Protocol):
+    """One way to run a model over our cache, which gives what the model's own forward does.
+
+    It belongs to the model as it was when the pass was made.
+    """
+
+    def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
+        """Whether it takes these arguments of a call."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
+        """Append tokens to the cache.
+
+        Args:
+            ids: int64 ``[n]``, on the model's device.
+            positions: int64 ``[n]``; one more may follow, the last position of the sequence that
+                is being read, on which some kinds of rotary scaling depend.
+            cache: has room for n more tokens.
+            keep: for how many of the last tokens logits are computed, 1 to n.
+
+        Returns:
+            ``[keep, vocab]``, in float32 or the model's dtype.
+        """
+
+
+class Choice(Protocol):
+    """How a draft step goes from logits to a token, where no history counts. Hashable.
+
+    Attributes:
+        width: tokens that q is over.
+    """
+
+    @property
+    def width(self) -> int: ...
+
+    def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Float32 ``[1, vocab]`` to q, float32 ``[width]``, and an int64 scalar drawn from it."""
+
+
+DraftLoop = Callable[[Tensor, int, "KVCache", torch.Generator], tuple[Tensor, Tensor]]
+"""``(pending, steps, cache, generator)`` to the drafted tokens, int64 ``[at most steps]``, and the
+q that each was drawn from, float32 ``[…, width]``."""
+
+
+@runtime_checkable
+class ReplayedPass(Pass, Protocol):
+    """A pass that is launched as one, so fast that the model is looked at while it runs.
+
+    Positions follow from the cache, on the device; those that are passed on are not read.
+    """
+
+    def loop(self, choice: Choice) -> DraftLoop:
+        """Draft steps that feed one another without the host."""
+
+
+class Device:
+    """A kind of device.
+
+    Attributes:
+        prefill_chunk: tokens that a prefill pass reads. It bounds the activations, and is the unit
+            in which kept KV is reused: a prompt that was read before costs less than one chunk.
+    """
+
+    prefill_chunk = 512
+
+    def passes(self, model: Any, state: ModelState, cuda_graphs: bool | None) -> list[Pass]:
+        """Passes over a lean model's weights that are faster than :class:`.lean.LeanPass`.
+
+        The fastest first.
+
+        Args:
+            model: lean, see :func:`rapid_llm.engine.lean.is_lean`.
+            state: the model's; to be told of what a pass does to the model.
+            cuda_graphs: whether passes may be captured; None where they can be.
+        """
+        return []
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None
+    ) -> sdpa.Kernel:
+        """The fastest kernel for these arguments of :func:`rapid_llm.engine.attention.attend`."""
+        return sdpa.attend
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias``: ``[..., in]`` with ``[out, in]`` and ``[out]``, in x's dtype."""
+        return F.linear(x, weight, bias)
+
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which matrix products of several rows are fastest: the given, or float32."""
+        return dtype
+
+    def capacity_for(self, tokens: int) -> int:
+        """Tokens that a cache for so many is best made for."""
+        return tokens
+
+    def upload(self, tokens: Tensor, device: torch.device) -> Tensor:
+        """A tensor of the host on the device; the host does not wait."""
+        return tokens.to(device)
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait until the device has done what it was given."""
+
+    def rounding(self, device: torch.device) -> str:
+        """Names what decides how its passes round, beside the sizes of the passes."""
+        return device.type
+
+
+_devices: dict[str, Device] = {}
+_any = Device()
+
+
+def register(kind: str, device: Device) -> None:
+    """Let tensors on devices of a kind (``torch.device.type``) be computed so."""
+    _devices[kind] = device
+
+
+def device_of(place: torch.device) -> Device:
+    """How things are done there."""
+    return _devices.get(place.type, _any)
