@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rapid_llm.engine import attention
+from rapid_llm.engine import attention, sdpa
+from rapid_llm.engine.cpu import attention as cpu_attention
 
 
 def textbook(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None):
@@ -23,7 +24,7 @@ def textbook(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: 
 
 
 @pytest.mark.parametrize(
-    "kernel", [attention._attend_products, attention._attend_sdpa, attention._attend_batched]
+    "kernel", [cpu_attention._attend_products, sdpa.attend, cpu_attention._attend_batched]
 )
 @pytest.mark.parametrize("window", [None, 1, 7, 100])
 @pytest.mark.parametrize(
@@ -60,9 +61,9 @@ def test_bfloat16_is_about_as_accurate_as_sdpa():
     query, key, value = torch.randn(9, 5, 64), torch.randn(3, 900, 64), torch.randn(3, 900, 64)
     exact = textbook(query, key, value, 0.125, None)
     half = [t.bfloat16() for t in (query, key, value)]
-    ours = (attention._attend_products(*half, 0.125, None).double() - exact).square().mean()
-    sdpa = (attention._attend_sdpa(*half, 0.125, None).double() - exact).square().mean()
-    assert ours < 3 * sdpa  # scores are rounded to bfloat16 before the softmax
+    ours = (cpu_attention._attend_products(*half, 0.125, None).double() - exact).square().mean()
+    theirs = (sdpa.attend(*half, 0.125, None).double() - exact).square().mean()
+    assert ours < 3 * theirs  # scores are rounded to bfloat16 before the softmax
 
 
 def test_no_scores_of_all_queries_at_once(monkeypatch):
@@ -75,7 +76,7 @@ def test_no_scores_of_all_queries_at_once(monkeypatch):
         return softmax(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "softmax", spy)
-    attention._attend_products(
+    cpu_attention._attend_products(
         torch.randn(6, 500, 8), torch.randn(2, 500, 8), torch.randn(2, 500, 8), 1.0, None
     )
-    assert max(widths) == 3 * attention._QUERY_BLOCK
+    assert max(widths) == 3 * cpu_attention._QUERY_BLOCK

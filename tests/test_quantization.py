@@ -18,9 +18,9 @@ from rapid_llm.engine.cpu.blocks import BlockLinear, eight_bits, four_bits_if_ex
 from rapid_llm.engine.cpu.int8 import (
     Int8Linear,
     Int8Projections,
-    int8_pays,
     int8_twin,
-    require_int8,
+    pays,
+    require,
 )
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.quantized import FEW_ROWS, quantized_nbytes
@@ -346,10 +346,10 @@ def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
 def test_other_devices_are_refused_with_the_remedy():
     with torch.device("meta"):
         elsewhere = tiny_model()
-    assert not int8_pays(elsewhere.to(torch.bfloat16))
+    assert not pays(elsewhere.to(torch.bfloat16))
     remedy = r"int8.*serves on a CPU.*on meta.*quantization_config.*drafter="
     with pytest.raises(InvalidParameterError, match=remedy):
-        require_int8(elsewhere)
+        require(elsewhere, "the drafter")
     with pytest.raises(InvalidParameterError, match=remedy):
         RapidDecoder(tiny_model(), tiny_tokenizer(), elsewhere, drafter_quantization="int8")
     assert not drafts_in_int8(RapidDecoder(tiny_model(), tiny_tokenizer(), elsewhere))
