@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from rapid_llm.config import Quantization
 from rapid_llm.engine import attention
 from rapid_llm.engine.cpu import int8
 from rapid_llm.engine.cpu.device import CPU
@@ -306,6 +307,27 @@ class Forward:
     def require(self, kind: FewBits) -> None:
         """Raises InvalidParameterError where this model cannot have weights of so few bits."""
         QUANTIZERS[kind].require(self.model, self.name)
+
+    def few_bits(self, quantization: Quantization | None, *, auto: bool) -> FewBits | None:
+        """The kind of weights to draft with, None for the model's own.
+
+        Args:
+            quantization: what was asked for.
+            auto: whether ``auto`` takes what is cheapest here.
+
+        Raises:
+            InvalidParameterError: it is unknown, or this model cannot have such weights.
+        """
+        if quantization not in (None, *get_args(Quantization)):
+            raise InvalidParameterError(
+                f"drafter_quantization={quantization!r} is unknown; "
+                "use 'auto', 'int8', 'int4' or None"
+            )
+        if quantization == "auto":
+            return self.cheapest if auto else None
+        if quantization is not None:
+            self.require(quantization)
+        return quantization
 
     @property
     def cheapest(self) -> FewBits | None:
