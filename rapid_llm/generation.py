@@ -21,10 +21,11 @@ from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import NumericalError
-from rapid_llm.speculation.acceptance import dynamic_eta, verify_greedy, verify_sampled
+from rapid_llm.speculation.acceptance import dynamic_eta
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
+from rapid_llm.speculation.verification import Judge, Verdict, verify
 from rapid_llm.stats import NOTHING_PAID, Method, Stats
 from rapid_llm.text import TextStream
 
@@ -122,6 +123,7 @@ class Generation:
         self._prompt = list(prompt)
         self._output: list[int] = []
         self._drafter_name = drafter_name
+        self._judge = Judge.of(sampler, config, target.forward.vocab_size)
         self._drafters = drafters
         self._sources: list[_Source] = []
         self.stats = Stats(
@@ -200,27 +202,11 @@ class Generation:
         draft, schedule = self._draft()
         self.stats.draft_seconds += time.perf_counter() - started
 
-        # Position i of the draft is judged by the logits that follow token i - 1.
-        logits = self.target.extend(torch.cat([self._pending(), draft.tokens]))
-        s = self.sampler.scores(logits, draft.tokens)
-        q = draft.probabilities
-        strength = self.config.transfer_strength
-        eta: float | Tensor = strength
-        if self.config.dynamic_eta and strength > 0:
-            eta = dynamic_eta(strength, self._confidence, len(self._output), q)
-        if self.sampler.params.greedy:
-            accepted, token = verify_greedy(s, q, draft.tokens, self.config, eta)
-        else:
-            accepted, token = verify_sampled(
-                s, q, draft.tokens, self.config, self.sampler.generator, eta
-            )
-
-        broken = torch.stack([logits.sum().isnan(), q.sum().isnan()]).long()
-        verdict = torch.cat([accepted[None], token[None], broken, draft.tokens])
-        n, last, target_nan, drafter_nan, *drafted = verdict.tolist()  # the one host sync
-        if target_nan or drafter_nan:
-            name = self.target.forward.name if target_nan else self._drafter_name
+        verdict = Verdict.read(self._verify(draft))  # the one host sync
+        if verdict.target_nan or verdict.drafter_nan:
+            name = self.target.forward.name if verdict.target_nan else self._drafter_name
             raise NumericalError(_NAN.format(name=name))
+        drafted, n = verdict.drafted, verdict.accepted
         self.stats.rounds += 1
         self.stats.drafted_tokens += len(drafted)
         self.stats.accepted_tokens += n
@@ -231,18 +217,7 @@ class Generation:
         if schedule is not None:
             schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
-        return [*drafted[:n], last]
-
-    def keep(self, tokens: Sequence[int]) -> None:
-        """Append a round's tokens, as many as the answer takes, and forget the rest."""
-        self._output += tokens
-        self.stats.completion_tokens = len(self._output)
-        self.sampler.commit(tokens)
-        self.target.rollback(len(self._prompt) + len(self._output) - 1)
-
-    def _pending(self) -> Tensor:
-        """The tokens that the target has not read: the last one, on the target's device."""
-        return self.target.forward.tensor(self._output[-1:] or self._prompt[-1:])
+        return [*drafted[:n], verdict.token]
 
     def _draft(self) -> tuple[Draft, Schedule | None]:
         """A proposal, on the target's device, of the drafter that promises most and has one.
@@ -273,6 +248,32 @@ class Generation:
         vocab_size = self.target.forward.vocab_size
         q = torch.empty(0, vocab_size, dtype=torch.float32, device=device)
         return Draft(nothing, q, passes=0), None
+
+    def _verify(self, draft: Draft) -> Tensor:
+        """One pass of the target over the draft, and what it makes of it: a :class:`Verdict`."""
+        # The last token was not read. Position i is judged by the logits that follow token i - 1.
+        pending = self.target.forward.tensor(self._output[-1:] or self._prompt[-1:])
+        tokens, q = torch.cat([pending, draft.tokens]), draft.probabilities
+        strength = self.config.transfer_strength
+        eta: Tensor | None = None
+        if self.config.dynamic_eta and strength > 0:
+            eta = dynamic_eta(strength, self._confidence, len(self._output), q)
+        generator = self.sampler.generator
+        if self._judge is not None:
+            verdict = self.target.verify(tokens, q, eta, self._judge, generator)
+            if verdict is not None:
+                return verdict
+        logits = self.target.extend(tokens)
+        s = self.sampler.scores(logits, draft.tokens)
+        draws = None if self.sampler.params.greedy else generator
+        return verify(logits, s, draft.tokens, q, eta, self.config, draws)
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Append a round's tokens, as many as the answer takes, and forget the rest."""
+        self._output += tokens
+        self.stats.completion_tokens = len(self._output)
+        self.sampler.commit(tokens)
+        self.target.rollback(len(self._prompt) + len(self._output) - 1)
 
 
 @torch.inference_mode()

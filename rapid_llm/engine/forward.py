@@ -20,7 +20,7 @@ from rapid_llm.engine.cpu import int8
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda import int4
 from rapid_llm.engine.cuda.device import CUDA
-from rapid_llm.engine.device import Choice, Pass, ReplayedPass, device_of, register
+from rapid_llm.engine.device import Choice, Judge, Pass, ReplayedPass, device_of, register
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, Reader
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
@@ -399,19 +399,62 @@ class Forward:
         None, and nothing is read, where the host must take part.
         """
 
-        arguments = pending, steps, cache, generator
-        end = cache.length + cache.skipped + pending.shape[0] + steps - 1
-        with self._lock:
-            drafted = None
-            if self._replayed is not None:
-                drafted = self._ahead(cache, partial(self._replayed.loop(choice), *arguments))
-            if drafted is None:
-                with self._reading(cache, end):
-                    if self._replayed is not None:
-                        drafted = self._replayed.loop(choice)(*arguments)
-            return drafted
+        def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
+            return replayed.loop(choice)(pending, steps, cache, generator)
 
-    def _ahead(self, cache: KVCache, launch: Callable[[], _T]) -> _T | None:
+        return self._replay(pending.shape[0] + steps - 1, cache, generator, launch)
+
+    def verify(
+        self,
+        tokens: Tensor,
+        q: Tensor,
+        eta: Tensor | None,
+        cache: KVCache,
+        judge: Judge,
+        generator: torch.Generator,
+    ) -> Tensor | None:
+        """A verdict on a draft that is read: pass and judge in one launch.
+
+        See :class:`rapid_llm.engine.cuda.verification.Verification`, for the errors
+        :meth:`__call__`. None, and nothing is read, where the host must take part.
+        """
+        n = tokens.shape[0]
+
+        def launch(replayed: ReplayedPass) -> Tensor | None:
+            if not replayed.serves(tokens, cache, n):
+                return None
+            return replayed.verification(judge)(tokens, q, eta, cache, generator)
+
+        return self._replay(n, cache, generator, launch)
+
+    def _replay(
+        self,
+        tokens: int,
+        cache: KVCache,
+        generator: torch.Generator,
+        launch: Callable[[ReplayedPass], _T | None],
+    ) -> _T | None:
+        """What is launched by the replayed pass of the model as it is now, if it has one.
+
+        Args:
+            tokens: that are appended to the cache.
+            cache, generator: left as they were where nothing is launched.
+            launch: to be called again if the model is no longer what was captured.
+        """
+        with self._lock:
+            replayed = self._replayed
+            if replayed is None:
+                return None
+            drawn = generator.get_state()
+            result = self._ahead(cache, partial(launch, replayed))
+            if result is None:
+                generator.set_state(drawn)
+                with self._reading(cache, cache.length + cache.skipped + tokens):
+                    if self._replayed is not None:
+                        result = launch(self._replayed)
+            return result
+
+    def _ahead(self, cache: KVCache, launch: Callable[[], _T | None]) -> _T | None:
         """What a captured pass gives; the model is looked at while the device works.
 
         None, and nothing was appended, if the model is no longer what was captured.

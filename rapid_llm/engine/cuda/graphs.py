@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -32,6 +33,13 @@ class GraphCapture:
     def __call__(
         self, run: Replay, changes: Sequence[Tensor], generator: torch.Generator | None
     ) -> Replay:
+        """What replays it.
+
+        Args:
+            run: launches the work, and never waits for it.
+            changes: what it changes that the next run depends on; left as it was.
+            generator: draws; left as it was.
+        """
         before = [tensor.clone() for tensor in changes]
         drawn = None if generator is None else generator.get_state()
 
@@ -65,3 +73,54 @@ class GraphCapture:
             return out
 
         return replay
+
+
+class Graphs:
+    """Graphs of one kind of work, each made when it is first needed.
+
+    Args:
+        capture: records them.
+    """
+
+    generator: torch.Generator | None = None
+
+    def __init__(self, capture: GraphCapture) -> None:
+        self._capture = capture
+        self._replays: dict[Hashable, Replay] = {}
+
+    def __call__(self, key: Hashable, run: Replay, changes: Sequence[Tensor] = ()) -> Tensor:
+        """Launch what ``run`` launched when it was called under this key for the first time.
+
+        Returns:
+            What it returned then, in the same memory: the next launch overwrites it.
+        """
+        if key not in self._replays:
+            self._replays[key] = self._capture(run, changes, self.generator)
+        return self._replays[key]()
+
+
+class DrawingGraphs(Graphs):
+    """Graphs of work that draws.
+
+    Args:
+        capture: records them.
+        device: where they draw.
+
+    Attributes:
+        generator: what they draw from: one of their own, as a graph draws from the generator that
+            it was recorded with.
+    """
+
+    generator: torch.Generator
+
+    def __init__(self, capture: GraphCapture, device: torch.device) -> None:
+        super().__init__(capture)
+        with torch.inference_mode(False):
+            self.generator = torch.Generator(device)
+
+    @contextmanager
+    def drawing_from(self, generator: torch.Generator) -> Iterator[None]:
+        """What is launched draws as if from this one, which is left behind those draws."""
+        self.generator.set_state(generator.get_state())
+        yield
+        generator.set_state(self.generator.get_state())
