@@ -250,8 +250,7 @@ class RapidDecoder:
     def memory(self) -> Memory:
         """What the models and the kept KV take right now; a running generation's KV not counted."""
         own = 0 if self.drafter is self.target else _weight_bytes(self.drafter.model)
-        # Not self.draft_forward: asking must not quantize.
-        twin = self._twin
+        twin = self._twin  # not draft_forward: asking must not quantize
         return Memory(
             target_weights=_weight_bytes(self.target.model),
             drafter_weights=own + (0 if twin is None else quantized_nbytes(twin.model)),
@@ -499,6 +498,7 @@ class RapidDecoder:
                 confidence=request.confidence,
                 method=request.method,
                 draft_skipped=request.draft_skipped,
+                free_memory=self.clear_cache,
             )
 
     def _drafters(
@@ -569,11 +569,7 @@ class RapidDecoder:
     def _run(self, request: _Request, started: float, progress: Progress | None) -> Iterator[Chunk]:
         text = TextStream(self.tokenizer, request.sampling.stop)
         with self._open(request) as generation:
-            try:
-                generation.prefill(progress)
-            except torch.OutOfMemoryError:
-                self.clear_cache()
-                generation.prefill(progress)  # goes on where it stopped
+            generation.prefill(progress)
             yield from generation.chunks(text, request.ends, request.least_new_tokens, started)
 
 

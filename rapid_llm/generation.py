@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,10 @@ FinishReason = Literal["stop", "length"]
 _NAN = "{name} produced NaN logits; check its weights, or load it in another dtype"
 DRAFTED: tuple[Method, ...] = ("rapid", "sd")
 """Methods in which the target verifies drafts."""
+
+_TRIES = 4  # for memory: a step may need several graphs, each of which may ask for it
+
+_T = TypeVar("_T")
 
 Progress = Callable[[Literal["draft", "target"], int, int], None]
 """Called during prefill with (whose prompt, tokens read, tokens to read)."""
@@ -114,12 +120,14 @@ class Generation:
         confidence: float,
         method: Method,
         draft_skipped: str | None,
+        free_memory: Callable[[], None],
     ) -> None:
         self.target = target
         self.sampler = sampler
         self.config = config
         self._confidence = confidence
         self._method = method
+        self._free_memory = free_memory
         self._prompt = list(prompt)
         self._output: list[int] = []
         self._drafter_name = drafter_name
@@ -139,6 +147,11 @@ class Generation:
     def prefill(self, progress: Progress | None) -> None:
         """Read both prompts, all but their last tokens: the first round reads those."""
         started = time.perf_counter()
+        self._with_memory(partial(self._prefill, progress))  # goes on where it stopped
+        self.target.forward.synchronize()  # or the first round would be charged with the prefill
+        self.stats.prefill_seconds = time.perf_counter() - started
+
+    def _prefill(self, progress: Progress | None) -> None:
         self.target.prefill(
             self._prompt[:-1], progress and (lambda *tokens: progress("target", *tokens))
         )
@@ -155,8 +168,6 @@ class Generation:
                 for drafter in self._drafters
             ]
         self._sources = list(map(_Source, self._drafters, schedules))
-        self.target.forward.synchronize()  # or the first round would be charged with the prefill
-        self.stats.prefill_seconds = time.perf_counter() - started
 
     def chunks(
         self, text: TextStream, ends: Collection[int], least_new_tokens: int, started: float
@@ -199,10 +210,11 @@ class Generation:
     def round(self) -> list[int]:
         """Draft, verify, accept: one pass of the target; between 1 and γ+1 tokens."""
         started = time.perf_counter()
-        draft, schedule = self._draft()
+        draft, schedule = self._with_memory(self._draft)
         self.stats.draft_seconds += time.perf_counter() - started
 
-        verdict = Verdict.read(self._verify(draft))  # the one host sync
+        judged = self._with_memory(partial(self._verify, draft))
+        verdict = Verdict.read(judged)  # the one host sync
         if verdict.target_nan or verdict.drafter_nan:
             name = self.target.forward.name if verdict.target_nan else self._drafter_name
             raise NumericalError(_NAN.format(name=name))
@@ -268,12 +280,26 @@ class Generation:
         draws = None if self.sampler.params.greedy else generator
         return verify(logits, s, draft.tokens, q, eta, self.config, draws)
 
+    def _with_memory(self, step: Callable[[], _T]) -> _T:
+        """A step; where memory runs out, what is idle is freed and the step is tried again."""
+        for _ in range(_TRIES):
+            with suppress(torch.OutOfMemoryError):  # whose traceback would hold what was allocated
+                return step()
+            self.target.rollback(self._read)
+            self._free_memory()
+        return step()
+
+    @property
+    def _read(self) -> int:
+        """Tokens that the target has read between rounds: all but the last."""
+        return len(self._prompt) + len(self._output) - 1
+
     def keep(self, tokens: Sequence[int]) -> None:
         """Append a round's tokens, as many as the answer takes, and forget the rest."""
         self._output += tokens
         self.stats.completion_tokens = len(self._output)
         self.sampler.commit(tokens)
-        self.target.rollback(len(self._prompt) + len(self._output) - 1)
+        self.target.rollback(self._read)
 
 
 @torch.inference_mode()

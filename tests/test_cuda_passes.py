@@ -20,8 +20,8 @@ from rapid_llm.speculation.verification import Judge, Verdict, verify
 pytest.importorskip("triton")
 
 from rapid_llm.engine.cpu.device import CPU
-from rapid_llm.engine.cuda import captured
 from rapid_llm.engine.cuda import device as cuda_device
+from rapid_llm.engine.cuda import graphs
 from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.cuda.fused import fuse
 from rapid_llm.engine.cuda.graphs import MAX_TOKENS
@@ -44,12 +44,12 @@ class Live:
         pass
 
     def __call__(self, run, changes, generator):
-        type(self).made += 1
+        Live.made += 1
         out = None
 
         def replay():
             nonlocal out
-            type(self).launched += 1
+            Live.launched += 1
             fresh = run()
             out = fresh.clone() if out is None else out.copy_(fresh)
             return out
@@ -61,7 +61,7 @@ class Live:
 def live(monkeypatch):
     """Forward passes take the CUDA engine's path on a CPU."""
     Live.made = Live.launched = 0
-    monkeypatch.setattr(captured, "GraphCapture", Live)
+    monkeypatch.setattr(graphs, "GraphCapture", Live)
     monkeypatch.setattr(cuda_device, "has_kernels", lambda device: True)
     monkeypatch.setattr(CPU, "passes", CUDA.passes)
     return Live
@@ -379,7 +379,7 @@ def test_a_verification_is_captured_once_for_each_size_and_way(live):
     assert captured_anew(judge(temperature=0.4), 0, 0) == 0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_what_cannot_be_verified_in_one_launch_is_left_to_passes(live):
     forward = Forward(tiny_model(), "captured")
     cache = spoilt(forward, IDS[:8], capacity=30)
@@ -493,6 +493,84 @@ def test_nan_in_a_captured_round_is_an_error(live, broken):
     with pytest.raises(NumericalError, match=f"the {broken} produced NaN"):
         decode(models["target"], drafter=(models["drafter"],))
     assert live.launched > 0
+
+
+CUDA_ERROR = RuntimeError("CUDA error: operation would make the legacy stream depend on a capture")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.fixture
+def fail(live, monkeypatch):
+    """Lets captures fail, by their numbers: the work was begun, and its draws were made."""
+
+    def fail(error, numbers):
+        class Failing(Live):
+            tried = 0
+
+            def __call__(self, run, changes, generator):
+                Failing.tried += 1
+                if Failing.tried not in numbers:
+                    return super().__call__(run, changes, generator)
+                before = [tensor.clone() for tensor in changes]
+                run()
+                for tensor, value in zip(changes, before, strict=True):
+                    tensor.copy_(value)
+                raise error
+
+        monkeypatch.setattr(graphs, "GraphCapture", Failing)
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [CUDA_ERROR, OUT_OF_MEMORY], ids=["CUDA error", "out of memory"])
+@pytest.mark.parametrize("numbers", [range(99), range(2, 99, 2)], ids=["all", "every other"])
+def test_a_capture_that_fails_costs_no_answer(live, fail, caplog, error, numbers):
+    models = counting_model(0.1), counting_model(0.3)
+    prompts, sampling = ([*range(3, 12)], [5, 9, 4]), {"temperature": 1.0, "max_new_tokens": 8}
+    plain = decode(models[0], False, 2, sampling, models[1:], prompts)
+    fail(error, numbers)
+    decoder = RapidDecoder(models[0], tiny_tokenizer(), models[1])
+    for _ in range(2):
+        result = decoder.generate(
+            *prompts,
+            sampling=SamplingParams(temperature=1.0, max_new_tokens=8, ignore_eos=True),
+            speculation=SpeculationConfig(gamma=2, lookup=False),
+            confidence=0.5,
+        )
+        assert result.token_ids == plain.token_ids
+        assert result.stats.accepted_tokens == plain.stats.accepted_tokens
+    assert (live.launched > 0) == (1 not in numbers)
+    if error is CUDA_ERROR or 1 in numbers:  # memory that was short once was there the second time
+        told = [record for record in caplog.records if "could not be captured" in record.message]
+        assert 1 <= len(told) <= len(models)  # once for each of them
+
+
+def test_memory_that_a_capture_needs_is_taken_from_kept_kv(live, fail, caplog, monkeypatch):
+    monkeypatch.setattr(CPU, "prefill_chunk", 4)
+    fail(OUT_OF_MEMORY, [2])
+    decoder = RapidDecoder(counting_model(), tiny_tokenizer(), kv_cache_bytes=2**20)
+    one, four = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (1, 4))
+    decoder.generate([*range(3, 14)], sampling=one)
+    assert decoder.memory.kept_kv > 0
+    warmer = SamplingParams(temperature=1e-4, max_new_tokens=4, ignore_eos=True)  # a new capture
+    stream = decoder.stream([*range(30, 40)], sampling=warmer)
+    said = next(stream).token_ids
+    assert decoder.memory.kept_kv == 0
+    assert [*said, *(token for chunk in stream for token in chunk.token_ids)] == [40, 41, 42, 43]
+    assert decoder.generate([*range(3, 14)], sampling=four).stats.cached_tokens == 0
+    assert live.made == 2
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("error", [CUDA_ERROR, OUT_OF_MEMORY], ids=["CUDA error", "out of memory"])
+def test_a_capture_that_fails_is_an_error_where_graphs_are_asked_for(live, fail, error):
+    fail(error, [1, 2] if error is OUT_OF_MEMORY else [1])
+    decoder = RapidDecoder(counting_model(), tiny_tokenizer(), cuda_graphs=True)
+    sampling = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    with pytest.raises(InvalidParameterError, match=r"cuda_graphs=True.*captured \(CUDA.*leave"):
+        decoder.generate([*range(3, 14)], sampling=sampling)
+    assert decoder.generate([*range(3, 14)], sampling=sampling).token_ids == [14, 15, 16, 17]
+    assert live.launched == 4
 
 
 def test_the_switch_is_automatic_refuses_or_is_off():

@@ -87,12 +87,15 @@ class Forward:
         attn_implementation: ``rapid`` (ours), or one of transformers' own, which always runs
             the model's own forward pass.
         cuda_graphs: whether passes of few tokens are replayed from CUDA graphs: None where they
-            can be (a lean pass, on Ampere or newer, with Triton), False nowhere. True insists.
+            can be (a lean pass, on Ampere or newer, with Triton), False nowhere. True insists:
+            a pass that could not be captured when it was first needed is an error then, and not
+            only slower.
 
     Raises:
         ModelError: the architecture, an adapter or the attention implementation is not supported.
             Calls raise it too, as adapters may be added later.
-        InvalidParameterError: ``cuda_graphs=True`` where passes cannot be captured.
+        InvalidParameterError: ``cuda_graphs=True`` where passes cannot be captured. Calls raise it
+            where one could not be captured when it was first needed.
         MissingDependencyError: the attention implementation is not installed.
     """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rapid_llm.engine.cuda.draft_loop import DraftLoop
 from rapid_llm.engine.cuda.fused import FusedPass
-from rapid_llm.engine.cuda.graphs import MAX_TOKENS, GraphCapture, Graphs
+from rapid_llm.engine.cuda.graphs import MAX_TOKENS, Graphs, Recorder
 from rapid_llm.engine.cuda.state import describe, size_of
 from rapid_llm.engine.cuda.verification import Verification
 from rapid_llm.engine.kv_cache import KVCache
@@ -35,23 +35,24 @@ class CapturedPasses:
 
     Args:
         model: its projections' weights become views of fused ones.
+        insist: whether a capture that fails is an error.
 
     Attributes:
         fused: the pass that is captured.
-        capture: records it.
+        record: makes graphs of it, and of what goes with it.
         tokens: int64 ``[MAX_TOKENS]`` on the device: what it reads.
         state: of the cache that it appends to, see :mod:`rapid_llm.engine.cuda.state`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, insist: bool) -> None:
         self.fused = FusedPass(model)
         device = model.model.embed_tokens.weight.device
-        self.capture = GraphCapture(device)
+        self.record = Recorder(device, insist)
         with torch.inference_mode(False):  # they are changed in whatever mode the caller is
             self.tokens = torch.zeros(MAX_TOKENS, dtype=torch.long, device=device)
             layers = len(model.model.layers)
             self.state = torch.zeros(size_of(layers), dtype=torch.long, device=device)
-        self._graphs = Graphs(self.capture)
+        self._graphs = Graphs(self.record, device)
         self._loops: OrderedDict[Choice, DraftLoop] = OrderedDict()
         self._verifications: OrderedDict[Judge, Verification] = OrderedDict()
 

@@ -33,7 +33,7 @@ class DraftLoop:
         self._passes = passes
         self._choice = choice
         device = passes.tokens.device
-        self._graphs = DrawingGraphs(passes.capture, device)
+        self._graphs = DrawingGraphs(passes.record, device)
         with torch.inference_mode(False):
             self._drafted = torch.zeros(MAX_TOKENS, dtype=torch.long, device=device)
             self._rows = torch.zeros(MAX_TOKENS, choice.width, device=device)

@@ -30,7 +30,7 @@ class Verification:
         self._passes = passes
         self._judge = judge
         device = passes.tokens.device
-        self._graphs = DrawingGraphs(passes.capture, device)
+        self._graphs = DrawingGraphs(passes.record, device)
         with torch.inference_mode(False):
             self._q = torch.zeros(MAX_TOKENS, judge.width, device=device)
             self._eta = torch.zeros(MAX_TOKENS, 1, device=device)
