@@ -7,17 +7,13 @@ the target verifies them in one pass, against its own distribution enriched by t
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from math import isnan
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -26,83 +22,36 @@ from rapid_llm.chat import checked_variables, end_of_turn
 from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig, real
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
-from rapid_llm.engine.costs import ROOM, pass_cost
-from rapid_llm.engine.forward import FewBits, Forward
+from rapid_llm.engine.costs import ROOM
+from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
     ContextWindowError,
     InvalidParameterError,
-    NumericalError,
     TokenizerMismatchError,
 )
+from rapid_llm.generation import (
+    DRAFTED,
+    Chunk,
+    FinishReason,
+    Generation,
+    GenerationResult,
+    Progress,
+    log_likelihood,
+)
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
-from rapid_llm.speculation.acceptance import dynamic_eta, verify_greedy, verify_sampled
 from rapid_llm.speculation.drafters import compressed
-from rapid_llm.speculation.drafters.base import Draft, Drafter
+from rapid_llm.speculation.drafters.base import Drafter
 from rapid_llm.speculation.drafters.lookup import CERTAIN, LookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler, generation_config, least_new_tokens
-from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
-from rapid_llm.stats import NO_DRAFT_PROMPT, NOTHING_PAID, Method, Stats
+from rapid_llm.stats import NO_DRAFT_PROMPT, Method
 from rapid_llm.text import TextStream
+from rapid_llm.vocabulary import unreadable, unshared_tokens
 
-FinishReason = Literal["stop", "length"]
-_NAN = "{name} produced NaN logits; check its weights, or load it in another dtype"
-DRAFTED: tuple[Method, ...] = ("rapid", "sd")
-"""Methods in which the target verifies drafts."""
-
-Progress = Callable[[Literal["draft", "target"], int, int], None]
-"""Called during prefill with (whose prompt, tokens read, tokens to read)."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one round added.
-
-    Attributes:
-        text: final text; empty while a character or a stop string may still be incomplete.
-        token_ids: the round's tokens.
-        finish_reason: set on the last chunk: ``stop`` (an end-of-sequence token of the model or the
-            tokenizer, the chat template's end of a turn, or a stop string) or ``length``
-            (``max_new_tokens``).
-        stats: running totals, complete on the last chunk.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-    stats: Stats
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """A finished answer.
-
-    Attributes:
-        text: without special tokens, cut before a stop string.
-        token_ids: every token generated, the ending one included.
-        finish_reason: ``stop`` or ``length``.
-        stats: counts and seconds.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    stats: Stats
-
-    @classmethod
-    def from_chunks(cls, chunks: Sequence[Chunk]) -> GenerationResult:
-        """The answer that a stream, read to its end, has given."""
-        last = chunks[-1]
-        assert last.finish_reason is not None
-        return cls(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=[token for chunk in chunks for token in chunk.token_ids],
-            finish_reason=last.finish_reason,
-            stats=last.stats,
-        )
+__all__ = ["Chunk", "FinishReason", "GenerationResult", "Memory", "Progress", "RapidDecoder"]
 
 
 @dataclass(frozen=True)
@@ -189,8 +138,12 @@ class RapidDecoder:
             self.drafter = Forward(
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
-            self._unshared = self._check_tokenizers(drafter_tokenizer)
-        self._few_bits = self._resolve(drafter_quantization)
+            self._unshared = unshared_tokens(
+                self.target, self.drafter, tokenizer, drafter_tokenizer
+            )
+        self._few_bits = self.drafter.few_bits(
+            drafter_quantization, auto=self.drafter is self.target
+        )
         self._twin: Forward | None = None
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
@@ -297,8 +250,7 @@ class RapidDecoder:
     def memory(self) -> Memory:
         """What the models and the kept KV take right now; a running generation's KV not counted."""
         own = 0 if self.drafter is self.target else _weight_bytes(self.drafter.model)
-        # Not self.draft_forward: asking must not quantize.
-        twin = self._twin
+        twin = self._twin  # not draft_forward: asking must not quantize
         return Memory(
             target_weights=_weight_bytes(self.target.model),
             drafter_weights=own + (0 if twin is None else quantized_nbytes(twin.model)),
@@ -421,10 +373,7 @@ class RapidDecoder:
                 f"{len(tokens)}; shorten one of them"
             )
         with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
-            total = _log_likelihood(Session(forward, lease.cache, ids), ids, tokens)
-        if isnan(total):
-            raise NumericalError(_NAN.format(name=forward.name))
-        return total
+            return log_likelihood(Session(forward, lease.cache, ids), ids, tokens)
 
     async def astream(
         self,
@@ -523,7 +472,7 @@ class RapidDecoder:
         )
 
     @contextmanager
-    def _open(self, request: _Request) -> Iterator[_Generation]:
+    def _open(self, request: _Request) -> Iterator[Generation]:
         """Sessions for a request, which begin with what was read before and are kept after it."""
         with ExitStack() as leases:
 
@@ -538,7 +487,7 @@ class RapidDecoder:
             target, kept = lease(request.forward, request.prompt)
             forward = request.forward
             sampler = Sampler(request.sampling, request.prompt, forward.device, forward.model)
-            yield _Generation(
+            yield Generation(
                 target=target,
                 prompt=request.prompt,
                 cached=kept.reused,
@@ -549,6 +498,7 @@ class RapidDecoder:
                 confidence=request.confidence,
                 method=request.method,
                 draft_skipped=request.draft_skipped,
+                free_memory=self.clear_cache,
             )
 
     def _drafters(
@@ -595,14 +545,8 @@ class RapidDecoder:
         return frozenset(i for i in ids if i is not None)
 
     def _unreadable(self, prompt: Sequence[int], forward: Forward) -> str | None:
-        """Which token of a prompt a model does not have, for messages; None if it has all."""
-        embedded = forward.model.get_input_embeddings().weight.shape[0]
         unshared = self._unshared if forward is not self.target else frozenset()
-        unknown = (i for i in prompt if i >= embedded or i in unshared)
-        if (found := next(unknown, None)) is None:
-            return None
-        token = self.tokenizer.convert_ids_to_tokens(found)
-        return f"holds {token!r}, which {forward.name} does not have"
+        return unreadable(prompt, forward, self.tokenizer, unshared)
 
     def _require_readable(self, prompt: Sequence[int], forward: Forward) -> None:
         if (reason := self._unreadable(prompt, forward)) is not None:
@@ -623,85 +567,10 @@ class RapidDecoder:
         return window - len(prompt)
 
     def _run(self, request: _Request, started: float, progress: Progress | None) -> Iterator[Chunk]:
-        """Rounds until the answer ends. Only the steps run in inference mode, never the caller."""
-        sampling = request.sampling
-        text = TextStream(self.tokenizer, sampling.stop)
+        text = TextStream(self.tokenizer, request.sampling.stop)
         with self._open(request) as generation:
-            stats = generation.stats
-            stats.max_new_tokens = sampling.max_new_tokens
-            try:
-                generation.prefill(progress)
-            except torch.OutOfMemoryError:
-                self.clear_cache()
-                generation.prefill(progress)  # goes on where it stopped
-
-            finish: FinishReason | None = None
-            while finish is None:
-                new: list[int] = []
-                pieces: list[str] = []
-                for token in generation.round():
-                    new.append(token)
-                    said = stats.completion_tokens + len(new)
-                    if token in request.ends and said > request.least_new_tokens:
-                        finish = "stop"
-                        break
-                    pieces.append(text.push(token))
-                    if text.stopped:
-                        finish = "stop"
-                        break
-                    if said == sampling.max_new_tokens:
-                        finish = "length"
-                        break
-                if finish is not None:
-                    pieces.append(text.finish())
-                    finish = "stop" if text.stopped else finish
-                generation.keep(new)
-                if stats.time_to_first_token is None:
-                    stats.time_to_first_token = time.perf_counter() - started
-                yield Chunk("".join(pieces), tuple(new), finish, replace(stats))
-
-    def _resolve(self, quantization: str | None) -> FewBits | None:
-        """The kind of weights to draft with, None for the drafter's own."""
-        if quantization not in (None, *get_args(Quantization)):
-            raise InvalidParameterError(
-                f"drafter_quantization={quantization!r} is unknown; "
-                "use 'auto', 'int8', 'int4' or None"
-            )
-        if quantization == "auto":
-            return self.drafter.cheapest if self.drafter is self.target else None
-        for kind in get_args(FewBits):
-            if quantization == kind:
-                self.drafter.require(kind)
-                return kind
-        return None
-
-    def _check_tokenizers(
-        self, drafter_tokenizer: PreTrainedTokenizerBase | None
-    ) -> frozenset[int]:
-        """Ids of added tokens that only one of the models has; any other difference is refused."""
-        target, drafter = self.target, self.drafter
-        if drafter_tokenizer is None:
-            if drafter.vocab_size != target.vocab_size:
-                raise TokenizerMismatchError(
-                    f"the drafter {drafter.name} has a vocabulary of {drafter.vocab_size}, the "
-                    f"target {target.name} of {target.vocab_size}; take a drafter of the same "
-                    "family, or pass drafter_tokenizer= if only the padding differs"
-                )
-            return frozenset()
-        ours, theirs = self.tokenizer.get_vocab(), drafter_tokenizer.get_vocab()
-        if ours == theirs:
-            return frozenset()
-        either = dict(ours.items() ^ theirs.items())  # tokens that not both have, at one id
-        added = self.tokenizer.get_added_vocab() | drafter_tokenizer.get_added_vocab()
-        ids = Counter((ours | theirs).values())
-        for token, i in either.items():
-            if (token in ours and token in theirs) or token not in added or ids[i] > 1:
-                raise TokenizerMismatchError(
-                    f"the tokenizers of {target.name} ({len(ours)} tokens) and {drafter.name} "
-                    f"({len(theirs)} tokens) differ, for example in {token!r}, and not only in "
-                    "tokens that were added; take a drafter that shares the target's tokenizer"
-                )
-        return frozenset(either.values())
+            generation.prefill(progress)
+            yield from generation.chunks(text, request.ends, request.least_new_tokens, started)
 
 
 class _Request(NamedTuple):
@@ -720,167 +589,6 @@ class _Request(NamedTuple):
     config: SpeculationConfig
     confidence: float
     method: Method
-
-
-@dataclass
-class _Source:
-    """A drafter, how many tokens are to be had of it, and where its last draft ended."""
-
-    drafter: Drafter
-    schedule: Schedule
-    drafted: int = 0
-
-    def missed(self, said: int) -> int:
-        """Tokens of the answer after that draft, all of which the drafter must read first."""
-        return max(0, said - self.drafted)
-
-
-class _Generation:
-    """One generation: the target's session, its drafters, and the output so far."""
-
-    def __init__(
-        self,
-        target: Session,
-        prompt: Sequence[int],
-        cached: int,
-        drafters: Sequence[Drafter],
-        drafter_name: str,
-        sampler: Sampler,
-        config: SpeculationConfig,
-        confidence: float,
-        method: Method,
-        draft_skipped: str | None,
-    ) -> None:
-        self.target = target
-        self.sampler = sampler
-        self.config = config
-        self._confidence = confidence
-        self._method = method
-        self._prompt = list(prompt)
-        self._output: list[int] = []
-        self._drafter_name = drafter_name
-        self._drafters = drafters
-        self._sources: list[_Source] = []
-        self.stats = Stats(
-            method="lc" if method in DRAFTED else method,
-            prompt_tokens=len(self._prompt),
-            cached_tokens=cached,
-            draft_prompt_tokens=sum(drafter.prompt_tokens for drafter in drafters),
-            draft_skipped=NOTHING_PAID if method in DRAFTED else draft_skipped,
-        )
-
-    @torch.inference_mode()
-    def prefill(self, progress: Progress | None) -> None:
-        """Read both prompts, all but their last tokens: the first round reads those."""
-        started = time.perf_counter()
-        self.target.prefill(
-            self._prompt[:-1], progress and (lambda *tokens: progress("target", *tokens))
-        )
-        for drafter in self._drafters:
-            drafter.prefill(progress and (lambda *tokens: progress("draft", *tokens)))
-        gamma = self.config.gamma
-        schedules: list[Schedule] = []
-        if gamma != "auto":
-            schedules = [FixedSchedule(gamma) for _ in self._drafters]
-        elif self._drafters:
-            cost, always = pass_cost(self.target), self.config.transfer_strength > 0
-            schedules = [
-                AdaptiveSchedule(cost, drafter.cost(), drafter.belief, always=always)
-                for drafter in self._drafters
-            ]
-        self._sources = list(map(_Source, self._drafters, schedules))
-        self.target.forward.synchronize()  # or the first round would be charged with the prefill
-        self.stats.prefill_seconds = time.perf_counter() - started
-
-    @torch.inference_mode()
-    def round(self) -> list[int]:
-        """Draft, verify, accept: one pass of the target; between 1 and γ+1 tokens."""
-        started = time.perf_counter()
-        draft, schedule = self._draft()
-        self.stats.draft_seconds += time.perf_counter() - started
-
-        # Position i of the draft is judged by the logits that follow token i - 1.
-        logits = self.target.extend(torch.cat([self._pending(), draft.tokens]))
-        s = self.sampler.scores(logits, draft.tokens)
-        q = draft.probabilities
-        strength = self.config.transfer_strength
-        eta: float | Tensor = strength
-        if self.config.dynamic_eta and strength > 0:
-            eta = dynamic_eta(strength, self._confidence, len(self._output), q)
-        if self.sampler.params.greedy:
-            accepted, token = verify_greedy(s, q, draft.tokens, self.config, eta)
-        else:
-            accepted, token = verify_sampled(
-                s, q, draft.tokens, self.config, self.sampler.generator, eta
-            )
-
-        broken = torch.stack([logits.sum().isnan(), q.sum().isnan()]).long()
-        verdict = torch.cat([accepted[None], token[None], broken, draft.tokens])
-        n, last, target_nan, drafter_nan, *drafted = verdict.tolist()  # the one host sync
-        if target_nan or drafter_nan:
-            name = self.target.forward.name if target_nan else self._drafter_name
-            raise NumericalError(_NAN.format(name=name))
-        self.stats.rounds += 1
-        self.stats.drafted_tokens += len(drafted)
-        self.stats.accepted_tokens += n
-        self.stats.rejections += n < len(drafted)
-        self.stats.draft_passes += draft.passes
-        if drafted:
-            self.stats.method, self.stats.draft_skipped = self._method, None
-        if schedule is not None:
-            schedule.record(len(drafted), n, draft.passes)
-        self.stats.decode_seconds += time.perf_counter() - started
-        return [*drafted[:n], last]
-
-    def keep(self, tokens: Sequence[int]) -> None:
-        """Append a round's tokens, as many as the answer takes, and forget the rest."""
-        self._output += tokens
-        self.stats.completion_tokens = len(self._output)
-        self.sampler.commit(tokens)
-        self.target.rollback(len(self._prompt) + len(self._output) - 1)
-
-    def _pending(self) -> Tensor:
-        """The tokens that the target has not read: the last one, on the target's device."""
-        return self.target.forward.tensor(self._output[-1:] or self._prompt[-1:])
-
-    def _draft(self) -> tuple[Draft, Schedule | None]:
-        """A proposal, on the target's device, of the drafter that promises most and has one.
-
-        It is empty, and of no schedule, without a drafter or where none is worth its time.
-        """
-        device = self.target.forward.device
-        # Even the last token is drafted, so that every one follows the mode's law.
-        remaining = self.sampler.params.max_new_tokens - len(self._output)
-        # Not across a length at which all would be read again, and once more if it is rejected.
-        remaining = min(remaining, max(1, self.target.room - 1))
-        look_ahead = self.config.applied_mode == "augmented"
-        said = len(self._output)
-
-        def promise(source: _Source) -> float:
-            return source.schedule.speedup(source.missed(said))
-
-        for source in sorted(self._sources, key=promise, reverse=True):
-            gamma = min(source.schedule.next(source.missed(said)), remaining)
-            if gamma + look_ahead == 0:
-                continue
-            draft = source.drafter.draft(self._output, gamma, look_ahead=look_ahead)
-            if len(draft.probabilities) > 0:
-                source.drafted = said + len(draft.tokens)
-                q = draft.probabilities.to(device)
-                return Draft(draft.tokens.to(device), q, draft.passes), source.schedule
-        nothing = torch.empty(0, dtype=torch.long, device=device)
-        vocab_size = self.target.forward.vocab_size
-        q = torch.empty(0, vocab_size, dtype=torch.float32, device=device)
-        return Draft(nothing, q, passes=0), None
-
-
-@torch.inference_mode()
-def _log_likelihood(session: Session, prompt: list[int], continuation: list[int]) -> float:
-    session.prefill(prompt[:-1])
-    device = session.forward.device
-    logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))
-    wanted = torch.tensor(continuation, device=device)
-    return -F.cross_entropy(logits, wanted, reduction="sum").item()
 
 
 def _name_of(model: PreTrainedModel) -> str:

@@ -50,10 +50,10 @@ def test_confidence_is_a_factor_of_eta(monkeypatch):
         used.append(eta)
         return verify(s, q, draft, config, eta)
 
-    import rapid_llm.decoder as decoder_module
+    import rapid_llm.speculation.verification as verification_module
 
-    verify = decoder_module.verify_greedy
-    monkeypatch.setattr(decoder_module, "verify_greedy", spy)
+    verify = verification_module.verify_greedy
+    monkeypatch.setattr(verification_module, "verify_greedy", spy)
     result = answer(0.5, eta=40.0, dynamic_eta=True)
     values = [eta[:, 0].tolist() for eta in used]
     assert values[0] == pytest.approx([20 * 2 ** (-t / 32) for t in range(3)])

@@ -12,14 +12,16 @@ from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.session import Session
-from rapid_llm.errors import InvalidParameterError, OutdatedKVError
+from rapid_llm.errors import InvalidParameterError, NumericalError, OutdatedKVError
+from rapid_llm.speculation.acceptance import dynamic_eta
 from rapid_llm.speculation.sampling import Fit, Sampler
+from rapid_llm.speculation.verification import Judge, Verdict, verify
 
 pytest.importorskip("triton")
 
 from rapid_llm.engine.cpu.device import CPU
-from rapid_llm.engine.cuda import captured
 from rapid_llm.engine.cuda import device as cuda_device
+from rapid_llm.engine.cuda import graphs
 from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.cuda.fused import fuse
 from rapid_llm.engine.cuda.graphs import MAX_TOKENS
@@ -36,16 +38,18 @@ class Live:
     """In the place of a capture: runs anew what would be replayed, into the same memory."""
 
     made: int
+    launched: int
 
     def __init__(self, device: torch.device) -> None:
         pass
 
     def __call__(self, run, changes, generator):
-        type(self).made += 1
+        Live.made += 1
         out = None
 
         def replay():
             nonlocal out
+            Live.launched += 1
             fresh = run()
             out = fresh.clone() if out is None else out.copy_(fresh)
             return out
@@ -56,8 +60,8 @@ class Live:
 @pytest.fixture
 def live(monkeypatch):
     """Forward passes take the CUDA engine's path on a CPU."""
-    Live.made = 0
-    monkeypatch.setattr(captured, "GraphCapture", Live)
+    Live.made = Live.launched = 0
+    monkeypatch.setattr(graphs, "GraphCapture", Live)
     monkeypatch.setattr(cuda_device, "has_kernels", lambda device: True)
     monkeypatch.setattr(CPU, "passes", CUDA.passes)
     return Live
@@ -287,6 +291,286 @@ def test_answers_are_those_of_the_lean_pass(live, config):
     assert ours.token_ids == plain.token_ids
     assert ours.stats.accepted_tokens == plain.stats.accepted_tokens
     assert live.made > 0
+
+
+WAYS = {
+    "exact": SpeculationConfig(mode="exact"),
+    "augmented": SpeculationConfig(mode="augmented", eta=5.0),
+    "paper": SpeculationConfig(mode="paper", eta=20.0, alpha=0.3),
+    "paper, dynamic": SpeculationConfig(mode="paper", eta=40.0, dynamic_eta=True),
+}
+VOCABULARY = 64
+
+
+def judged_by_steps(forward, cache, tokens, q, eta, config, sampler):
+    """A pass, processors and acceptance, one after the other."""
+    logits = forward(tokens, cache, len(tokens))
+    s = sampler.scores(logits, tokens[1:])
+    draws = None if sampler.params.greedy else sampler.generator
+    return verify(logits, s, tokens[1:], q, eta, config, draws)
+
+
+@pytest.mark.parametrize(
+    ("way", "params", "gamma"),
+    [
+        *((way, params, 2) for way in WAYS for params in SAMPLINGS[:2]),
+        *(("paper", SAMPLINGS[2], gamma) for gamma in (0, 2, 16)),
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_a_verification_says_what_its_steps_say(live, way, params, gamma):
+    model, config = tiny_model(num_hidden_layers=1, initializer_range=0.3), WAYS[way]
+    ours = Forward(model, "captured")
+    expected, cache = spoilt(ours, IDS[:8]), spoilt(ours, IDS[:8])
+    sampler, stepwise = (Sampler(params, [3], HERE, model) for _ in range(2))
+    judge = Judge.of(sampler, config, VOCABULARY)
+    session = Session(ours, cache, IDS[:8].tolist())
+    for turn in range(2):
+        at = cache.length
+        random = torch.Generator().manual_seed(turn)
+        tokens = torch.randint(3, VOCABULARY, (gamma + 1,), generator=random)
+        rows = gamma + (config.mode == "augmented")
+        q = (2 * torch.randn(rows, VOCABULARY, generator=random)).softmax(-1)
+        if gamma:  # what the drafter thinks likely, and the target does now and then
+            tokens[1:] = q[:gamma].argmax(-1)
+        eta = dynamic_eta(config.eta, 0.7, turn, q) if config.dynamic_eta else None
+        launched = live.launched
+        verdict = session.verify(tokens, q, eta, judge, sampler.generator)
+        assert live.launched == launched + 1
+        assert cache.length == at + gamma + 1
+        assert torch.equal(
+            verdict, judged_by_steps(ours, expected, tokens, q, eta, config, stepwise)
+        )
+        assert torch.equal(sampler.generator.get_state(), stepwise.generator.get_state())
+        assert Verdict.read(verdict).drafted == tokens[1:].tolist()
+        session.rollback(at + 1)
+        expected.rollback(at + 1)
+    assert_same_kv(cache, expected)
+
+
+@torch.inference_mode()
+def test_a_verification_is_captured_once_for_each_size_and_way(live):
+    forward = Forward(tiny_model(num_hidden_layers=1), "captured")
+    session = Session(forward, spoilt(forward, IDS[:8]))
+
+    def judge(**params):
+        sampler = Sampler(SamplingParams(**params), [3], HERE, forward.model)
+        return Judge.of(sampler, SpeculationConfig(), VOCABULARY), sampler.generator
+
+    def captured_anew(how, gamma, rows, eta=None):
+        made = live.made
+        q = torch.full((rows, VOCABULARY), 1 / VOCABULARY)
+        assert session.verify(IDS[: gamma + 1], q, eta, *how) is not None
+        session.rollback(8)
+        return live.made - made
+
+    greedy, warm = judge(), judge(temperature=0.7, top_p=0.9)
+    assert captured_anew(greedy, 2, 2) == 1
+    assert captured_anew(judge(seed=5), 2, 2) == 0
+    assert captured_anew(greedy, 2, 3) == 1  # the drafter looked ahead
+    assert captured_anew(greedy, 2, 2, torch.ones(2, 1)) == 1
+    assert captured_anew(greedy, 0, 0) == 1
+    assert captured_anew(warm, 0, 0) == 1
+    assert captured_anew(judge(temperature=0.7, top_p=0.9, seed=9), 0, 0) == 0
+    for temperature in (0.1, 0.2, 0.3, 0.4):
+        assert captured_anew(judge(temperature=temperature), 0, 0) == 1
+    assert captured_anew(warm, 0, 0) == 1  # only the latest ways are kept
+    assert captured_anew(judge(temperature=0.4), 0, 0) == 0
+
+
+@torch.no_grad()
+def test_what_cannot_be_verified_in_one_launch_is_left_to_passes(live):
+    forward = Forward(tiny_model(), "captured")
+    cache = spoilt(forward, IDS[:8], capacity=30)
+    session = Session(forward, cache, IDS[:8].tolist())
+    sampler = Sampler(SamplingParams(temperature=1.0), [3], HERE, forward.model)
+    judge = Judge.of(sampler, SpeculationConfig(), VOCABULARY)
+    drawn = sampler.generator.get_state()
+
+    def verdict(session, n):
+        q = torch.full((n - 1, VOCABULARY), 1 / VOCABULARY)
+        return session.verify(IDS[:n], q, None, judge, sampler.generator)
+
+    assert verdict(session, MAX_TOKENS + 1) is None  # too many for a captured pass
+    assert verdict(Session(forward, forward.new_cache(30)), 3) is None  # nothing was read
+    session.extend(IDS[8:28])
+    assert verdict(session, 3) is None  # no room
+    session.rollback(8)
+    with torch.no_grad():
+        forward.model.model.norm.weight.mul_(2.0)
+    assert verdict(session, 3) is None  # other weights than those that have read the cache
+    assert cache.length == 8
+    assert torch.equal(drawn, sampler.generator.get_state())
+    assert verdict(session, 3) is None
+    session.extend(IDS[8:9])  # reads it again
+    assert verdict(session, 3) is not None
+    assert (
+        Judge.of(
+            Sampler(SamplingParams(repetition_penalty=1.2), [3], HERE, forward.model),
+            SpeculationConfig(),
+            VOCABULARY,
+        )
+        is None
+    )  # what was said counts
+
+
+@torch.inference_mode()
+def test_a_model_that_changes_while_it_verifies_answers_as_it_is_now(live, monkeypatch):
+    """It is looked at while the device works: draws of what is thrown away are made again."""
+    model = tiny_model()
+    forward = Forward(model, "captured")
+    sampler, stepwise = (
+        Sampler(SamplingParams(temperature=1.0, seed=3), [3], HERE, model) for _ in range(2)
+    )
+    config = SpeculationConfig(mode="exact")
+    judge = Judge.of(sampler, config, VOCABULARY)
+    q = torch.full((3, VOCABULARY), 1 / VOCABULARY)
+    cache = spoilt(forward, IDS[:8])
+    # A look that was due already: the pass is launched, then found to be of another number.
+    monkeypatch.setattr(forward, "_chosen", -1)
+    verdict = forward.verify(IDS[8:12], q, None, cache, judge, sampler.generator)
+    assert verdict is not None
+    assert cache.length == 12
+    fresh = spoilt(forward, IDS[:8])
+    expected = judged_by_steps(forward, fresh, IDS[8:12], q, None, config, stepwise)
+    assert torch.equal(verdict, expected)
+    assert torch.equal(sampler.generator.get_state(), stepwise.generator.get_state())
+
+
+def decode(model, graphs=None, gamma=3, sampling=None, drafter=(), prompts=None, **config):
+    decoder = RapidDecoder(model, tiny_tokenizer(), *drafter, cuda_graphs=graphs)
+    config = {"lookup": False} | config
+    return decoder.generate(
+        *(prompts or ([*range(3, 12)], [5, 9, 4])),
+        sampling=SamplingParams(**({"max_new_tokens": 6, "ignore_eos": True} | (sampling or {}))),
+        speculation=SpeculationConfig(gamma=gamma, **config),
+        confidence=0.5,
+    )
+
+
+@pytest.mark.parametrize("gamma", [1, 4])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 4},
+        {"temperature": 1.0, "repetition_penalty": 1.3},
+    ],
+    ids=["greedy", "sampled", "penalised"],
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_seed_gives_the_answer_that_passes_without_graphs_give(live, way, sampling, gamma):
+    config = WAYS[way]
+    kind = {"mode": config.mode, "eta": config.eta, "dynamic_eta": config.dynamic_eta}
+    model, other = counting_model(0.1), (counting_model(0.3),)
+    plain, ours = (
+        decode(model, graphs, gamma, sampling, other, **kind) for graphs in (False, None)
+    )
+    assert ours.token_ids == plain.token_ids
+    assert ours.stats.accepted_tokens == plain.stats.accepted_tokens
+    assert live.made > 0
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8}], ids=["greedy", "sampled"])
+def test_a_round_launches_each_draft_step_and_one_verification(live, sampling):
+    model, other = counting_model(0.1), counting_model(0.3)
+    sampling = sampling | {"max_new_tokens": 5}
+    stats = decode(model, None, 2, sampling, (other,)).stats
+    assert live.launched == stats.draft_passes + stats.rounds
+    live.launched = 0
+    plain = decode(model, None, 2, sampling, prompts=([*range(3, 12)], None)).stats
+    assert live.launched == plain.rounds == 5
+
+
+@pytest.mark.parametrize("broken", ["target", "drafter"])
+def test_nan_in_a_captured_round_is_an_error(live, broken):
+    models = {"target": tiny_model(), "drafter": tiny_model(seed=1)}
+    with torch.no_grad():
+        models[broken].lm_head.weight[7] = torch.nan
+    for model, name in zip(models.values(), models, strict=True):
+        model.name_or_path = f"the {name}"
+    with pytest.raises(NumericalError, match=f"the {broken} produced NaN"):
+        decode(models["target"], drafter=(models["drafter"],))
+    assert live.launched > 0
+
+
+CUDA_ERROR = RuntimeError("CUDA error: operation would make the legacy stream depend on a capture")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.fixture
+def fail(live, monkeypatch):
+    """Lets captures fail, by their numbers: the work was begun, and its draws were made."""
+
+    def fail(error, numbers):
+        class Failing(Live):
+            tried = 0
+
+            def __call__(self, run, changes, generator):
+                Failing.tried += 1
+                if Failing.tried not in numbers:
+                    return super().__call__(run, changes, generator)
+                before = [tensor.clone() for tensor in changes]
+                run()
+                for tensor, value in zip(changes, before, strict=True):
+                    tensor.copy_(value)
+                raise error
+
+        monkeypatch.setattr(graphs, "GraphCapture", Failing)
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [CUDA_ERROR, OUT_OF_MEMORY], ids=["CUDA error", "out of memory"])
+@pytest.mark.parametrize("numbers", [range(99), range(2, 99, 2)], ids=["all", "every other"])
+def test_a_capture_that_fails_costs_no_answer(live, fail, caplog, error, numbers):
+    models = counting_model(0.1), counting_model(0.3)
+    prompts, sampling = ([*range(3, 12)], [5, 9, 4]), {"temperature": 1.0, "max_new_tokens": 8}
+    plain = decode(models[0], False, 2, sampling, models[1:], prompts)
+    fail(error, numbers)
+    decoder = RapidDecoder(models[0], tiny_tokenizer(), models[1])
+    for _ in range(2):
+        result = decoder.generate(
+            *prompts,
+            sampling=SamplingParams(temperature=1.0, max_new_tokens=8, ignore_eos=True),
+            speculation=SpeculationConfig(gamma=2, lookup=False),
+            confidence=0.5,
+        )
+        assert result.token_ids == plain.token_ids
+        assert result.stats.accepted_tokens == plain.stats.accepted_tokens
+    assert (live.launched > 0) == (1 not in numbers)
+    if error is CUDA_ERROR or 1 in numbers:  # memory that was short once was there the second time
+        told = [record for record in caplog.records if "could not be captured" in record.message]
+        assert 1 <= len(told) <= len(models)  # once for each of them
+
+
+def test_memory_that_a_capture_needs_is_taken_from_kept_kv(live, fail, caplog, monkeypatch):
+    monkeypatch.setattr(CPU, "prefill_chunk", 4)
+    fail(OUT_OF_MEMORY, [2])
+    decoder = RapidDecoder(counting_model(), tiny_tokenizer(), kv_cache_bytes=2**20)
+    one, four = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (1, 4))
+    decoder.generate([*range(3, 14)], sampling=one)
+    assert decoder.memory.kept_kv > 0
+    warmer = SamplingParams(temperature=1e-4, max_new_tokens=4, ignore_eos=True)  # a new capture
+    stream = decoder.stream([*range(30, 40)], sampling=warmer)
+    said = next(stream).token_ids
+    assert decoder.memory.kept_kv == 0
+    assert [*said, *(token for chunk in stream for token in chunk.token_ids)] == [40, 41, 42, 43]
+    assert decoder.generate([*range(3, 14)], sampling=four).stats.cached_tokens == 0
+    assert live.made == 2
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("error", [CUDA_ERROR, OUT_OF_MEMORY], ids=["CUDA error", "out of memory"])
+def test_a_capture_that_fails_is_an_error_where_graphs_are_asked_for(live, fail, error):
+    fail(error, [1, 2] if error is OUT_OF_MEMORY else [1])
+    decoder = RapidDecoder(counting_model(), tiny_tokenizer(), cuda_graphs=True)
+    sampling = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    with pytest.raises(InvalidParameterError, match=r"cuda_graphs=True.*captured \(CUDA.*leave"):
+        decoder.generate([*range(3, 14)], sampling=sampling)
+    assert decoder.generate([*range(3, 14)], sampling=sampling).token_ids == [14, 15, 16, 17]
+    assert live.launched == 4
 
 
 def test_the_switch_is_automatic_refuses_or_is_off():

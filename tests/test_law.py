@@ -202,7 +202,7 @@ def test_an_int8_drafters_own_distribution_is_what_counts():
 @pytest.mark.slow
 def test_a_draft_length_that_follows_the_outcome_changes_no_law(decoder, monkeypatch):
     """Costs at which one token is drafted at first, and none after a rejection."""
-    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: PassCost(1.0, 0.0))
+    monkeypatch.setattr("rapid_llm.generation.pass_cost", lambda session: PassCost(1.0, 0.0))
     monkeypatch.setattr(
         "rapid_llm.speculation.drafters.rag.pass_cost", lambda session: PassCost(0.65, 0.0)
     )
@@ -215,7 +215,7 @@ def test_a_draft_length_that_follows_the_outcome_changes_no_law(decoder, monkeyp
 @pytest.mark.slow
 def test_a_choice_between_drafters_changes_no_law(decoder, monkeypatch):
     """Costs at which guesses of the target's prompt come first, and the drafter's after them."""
-    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: PassCost(1.0, 0.1))
+    monkeypatch.setattr("rapid_llm.generation.pass_cost", lambda session: PassCost(1.0, 0.1))
     monkeypatch.setattr(
         "rapid_llm.speculation.drafters.rag.pass_cost", lambda session: PassCost(0.2, 0.0)
     )

@@ -335,7 +335,7 @@ def test_the_method_is_what_happened(monkeypatch):
     def cost(seconds: float) -> Callable[[Any], costs.PassCost]:
         return lambda session: costs.PassCost(seconds, 0.01)
 
-    monkeypatch.setattr("rapid_llm.decoder.pass_cost", cost(1.0))
+    monkeypatch.setattr("rapid_llm.generation.pass_cost", cost(1.0))
     monkeypatch.setattr("rapid_llm.speculation.drafters.rag.pass_cost", cost(100.0))
     drafted = stats_of(RETRIEVED, gamma=3)
     assert (drafted.method, drafted.draft_skipped) == ("rapid", None)

@@ -473,7 +473,7 @@ PROMPT, DRAFT_PROMPT = [5, 9, 31, 7, 44, 12, 8, 30, 21, 17, 60, 3], [31, 7, 44, 
 def decode(monkeypatch, target: PassCost, drafter: PassCost, draft_prompt=DRAFT_PROMPT, **config):
     """An exact answer of 120 tokens whose costs are those given."""
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), tiny_model())
-    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: target)
+    monkeypatch.setattr("rapid_llm.generation.pass_cost", lambda session: target)
     monkeypatch.setattr("rapid_llm.speculation.drafters.rag.pass_cost", lambda session: drafter)
     return decoder.generate(
         PROMPT,
@@ -507,7 +507,7 @@ def test_a_drafter_that_is_always_right_drafts_longer_and_longer(monkeypatch):
 def quoting(monkeypatch, drafter: PassCost, **config):
     """The target's prompt tells what it will say, the drafter's does not."""
     decoder = RapidDecoder(counting_model(), tiny_tokenizer(), tiny_model())
-    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: TARGET)
+    monkeypatch.setattr("rapid_llm.generation.pass_cost", lambda session: TARGET)
     monkeypatch.setattr("rapid_llm.speculation.drafters.rag.pass_cost", lambda session: drafter)
     result = decoder.generate(
         [*range(3, 64), 3, 4, 5],
@@ -536,7 +536,7 @@ def test_what_fails_gives_way_to_what_succeeds(monkeypatch):
     """The prompt misleads, the drafter is right: guesses of the prompt are soon left alone."""
     prompt = [t for start in range(3, 33) for t in (2, start, start + 1, start + 2)]
     decoder = RapidDecoder(counting_model(), tiny_tokenizer())
-    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: TARGET)
+    monkeypatch.setattr("rapid_llm.generation.pass_cost", lambda session: TARGET)
     monkeypatch.setattr("rapid_llm.speculation.drafters.rag.pass_cost", lambda session: FAIR)
     result = decoder.generate(
         [*prompt, 2, 3, 4],
@@ -554,7 +554,7 @@ def test_what_fails_gives_way_to_what_succeeds(monkeypatch):
 def test_where_a_draft_moves_the_target_every_round_drafts(monkeypatch, mode):
     """However dear it is: without a draft there is no transfer."""
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), tiny_model(seed=1))
-    monkeypatch.setattr("rapid_llm.decoder.pass_cost", lambda session: TARGET)
+    monkeypatch.setattr("rapid_llm.generation.pass_cost", lambda session: TARGET)
     monkeypatch.setattr("rapid_llm.speculation.drafters.rag.pass_cost", lambda session: DEAR)
 
     def stats(**config):

@@ -62,9 +62,48 @@ class Choice(Protocol):
         """Float32 ``[1, vocab]`` to q, float32 ``[width]``, and an int64 scalar drawn from it."""
 
 
+class Judge(Protocol):
+    """How a target goes from logits to what it keeps of a draft, where no history counts. Hashable.
+
+    It never waits for the device.
+
+    Attributes:
+        width: tokens that logits and q are over.
+    """
+
+    @property
+    def width(self) -> int: ...
+
+    def __call__(
+        self,
+        logits: Tensor,
+        draft: Tensor,
+        q: Tensor,
+        eta: Tensor | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """What the host must know of a round.
+
+        Args:
+            logits: float32 ``[γ+1, vocab]``, at every drafted position and the one after them.
+            draft: int64 ``[γ]``; γ may be 0.
+            q: float32 ``[γ, vocab]`` or ``[γ+1, vocab]``.
+            eta: float32 ``[len(q), 1]``, η of each position where it is not always the same.
+            generator: draws.
+
+        Returns:
+            int64, of a length that follows from the arguments' shapes.
+        """
+
+
 DraftLoop = Callable[[Tensor, int, "KVCache", torch.Generator], tuple[Tensor, Tensor]]
 """``(pending, steps, cache, generator)`` to the drafted tokens, int64 ``[at most steps]``, and the
 q that each was drawn from, float32 ``[…, width]``."""
+
+
+Verification = Callable[[Tensor, Tensor, Tensor | None, "KVCache", torch.Generator], Tensor]
+"""``(tokens, q, eta, cache, generator)`` to what a :class:`Judge` says; ``tokens`` are int64
+``[γ+1]``: one that was not read, and the draft after it."""
 
 
 @runtime_checkable
@@ -76,6 +115,9 @@ class ReplayedPass(Pass, Protocol):
 
     def loop(self, choice: Choice) -> DraftLoop:
         """Draft steps that feed one another without the host."""
+
+    def verification(self, judge: Judge) -> Verification:
+        """Passes that end with a verdict on what they read, without the host."""
 
 
 class Device:

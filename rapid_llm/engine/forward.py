@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from rapid_llm.config import Quantization
 from rapid_llm.engine import attention
 from rapid_llm.engine.cpu import int8
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda import int4
 from rapid_llm.engine.cuda.device import CUDA
-from rapid_llm.engine.device import Choice, Pass, ReplayedPass, device_of, register
+from rapid_llm.engine.device import Choice, Judge, Pass, ReplayedPass, device_of, register
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, Reader
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
@@ -86,12 +87,15 @@ class Forward:
         attn_implementation: ``rapid`` (ours), or one of transformers' own, which always runs
             the model's own forward pass.
         cuda_graphs: whether passes of few tokens are replayed from CUDA graphs: None where they
-            can be (a lean pass, on Ampere or newer, with Triton), False nowhere. True insists.
+            can be (a lean pass, on Ampere or newer, with Triton), False nowhere. True insists:
+            a pass that could not be captured when it was first needed is an error then, and not
+            only slower.
 
     Raises:
         ModelError: the architecture, an adapter or the attention implementation is not supported.
             Calls raise it too, as adapters may be added later.
-        InvalidParameterError: ``cuda_graphs=True`` where passes cannot be captured.
+        InvalidParameterError: ``cuda_graphs=True`` where passes cannot be captured. Calls raise it
+            where one could not be captured when it was first needed.
         MissingDependencyError: the attention implementation is not installed.
     """
 
@@ -307,6 +311,27 @@ class Forward:
         """Raises InvalidParameterError where this model cannot have weights of so few bits."""
         QUANTIZERS[kind].require(self.model, self.name)
 
+    def few_bits(self, quantization: Quantization | None, *, auto: bool) -> FewBits | None:
+        """The kind of weights to draft with, None for the model's own.
+
+        Args:
+            quantization: what was asked for.
+            auto: whether ``auto`` takes what is cheapest here.
+
+        Raises:
+            InvalidParameterError: it is unknown, or this model cannot have such weights.
+        """
+        if quantization not in (None, *get_args(Quantization)):
+            raise InvalidParameterError(
+                f"drafter_quantization={quantization!r} is unknown; "
+                "use 'auto', 'int8', 'int4' or None"
+            )
+        if quantization == "auto":
+            return self.cheapest if auto else None
+        if quantization is not None:
+            self.require(quantization)
+        return quantization
+
     @property
     def cheapest(self) -> FewBits | None:
         """The kind of weights with which a draft step takes least, None for its own."""
@@ -377,19 +402,62 @@ class Forward:
         None, and nothing is read, where the host must take part.
         """
 
-        arguments = pending, steps, cache, generator
-        end = cache.length + cache.skipped + pending.shape[0] + steps - 1
-        with self._lock:
-            drafted = None
-            if self._replayed is not None:
-                drafted = self._ahead(cache, partial(self._replayed.loop(choice), *arguments))
-            if drafted is None:
-                with self._reading(cache, end):
-                    if self._replayed is not None:
-                        drafted = self._replayed.loop(choice)(*arguments)
-            return drafted
+        def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
+            return replayed.loop(choice)(pending, steps, cache, generator)
 
-    def _ahead(self, cache: KVCache, launch: Callable[[], _T]) -> _T | None:
+        return self._replay(pending.shape[0] + steps - 1, cache, generator, launch)
+
+    def verify(
+        self,
+        tokens: Tensor,
+        q: Tensor,
+        eta: Tensor | None,
+        cache: KVCache,
+        judge: Judge,
+        generator: torch.Generator,
+    ) -> Tensor | None:
+        """A verdict on a draft that is read: pass and judge in one launch.
+
+        See :class:`rapid_llm.engine.cuda.verification.Verification`, for the errors
+        :meth:`__call__`. None, and nothing is read, where the host must take part.
+        """
+        n = tokens.shape[0]
+
+        def launch(replayed: ReplayedPass) -> Tensor | None:
+            if not replayed.serves(tokens, cache, n):
+                return None
+            return replayed.verification(judge)(tokens, q, eta, cache, generator)
+
+        return self._replay(n, cache, generator, launch)
+
+    def _replay(
+        self,
+        tokens: int,
+        cache: KVCache,
+        generator: torch.Generator,
+        launch: Callable[[ReplayedPass], _T | None],
+    ) -> _T | None:
+        """What is launched by the replayed pass of the model as it is now, if it has one.
+
+        Args:
+            tokens: that are appended to the cache.
+            cache, generator: left as they were where nothing is launched.
+            launch: to be called again if the model is no longer what was captured.
+        """
+        with self._lock:
+            replayed = self._replayed
+            if replayed is None:
+                return None
+            drawn = generator.get_state()
+            result = self._ahead(cache, partial(launch, replayed))
+            if result is None:
+                generator.set_state(drawn)
+                with self._reading(cache, cache.length + cache.skipped + tokens):
+                    if self._replayed is not None:
+                        result = launch(self._replayed)
+            return result
+
+    def _ahead(self, cache: KVCache, launch: Callable[[], _T | None]) -> _T | None:
         """What a captured pass gives; the model is looked at while the device works.
 
         None, and nothing was appended, if the model is no longer what was captured.

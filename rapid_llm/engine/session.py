@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rapid_llm.engine.device import Choice
+from rapid_llm.engine.device import Choice, Judge
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.errors import OutdatedKVError
@@ -133,6 +133,35 @@ class Session:
         if self._knows:
             self._tokens[start : self.cache.length] = torch.cat([pending, tokens[:-1]])
         return tokens, rows
+
+    def verify(
+        self,
+        tokens: Tensor,
+        q: Tensor,
+        eta: Tensor | None,
+        judge: Judge,
+        generator: torch.Generator,
+    ) -> Tensor | None:
+        """Read tokens that end with a draft and judge it without the host, where that can be done.
+
+        Args:
+            tokens: int64 ``[γ+1]``, one that was not read and the draft after it.
+            q, eta, judge, generator: see :class:`rapid_llm.engine.device.Judge`.
+
+        Returns:
+            What the judge says; or None, and nothing was read.
+        """
+        start, n = self.cache.length, tokens.shape[0]
+        if start == 0 or self.cache.capacity - start < n:
+            return None
+        self.cache.expected = self.length + n
+        try:
+            verdict = self.forward.verify(tokens, q, eta, self.cache, judge, generator)
+        except OutdatedKVError:
+            return None  # for a pass to read it again
+        if verdict is not None and self._knows:
+            self._tokens[start : self.cache.length] = tokens
+        return verdict
 
     def rollback(self, length: int) -> None:
         """Keep the first ``length`` tokens at most."""

@@ -98,6 +98,10 @@ class Sampler:
         model: the one that answers.
         stream: number of this sampler within one generation; each has its own random stream.
 
+    Attributes:
+        processors: transformers'.
+        generator: draws on the device.
+
     Raises:
         InvalidParameterError: the model's ``generation_config`` cannot be followed.
     """
@@ -117,17 +121,27 @@ class Sampler:
         else:
             # Streams lie far apart, so that seed + 1 of a user is no stream of ours.
             self.generator.manual_seed((params.seed + stream * 0x9E3779B97F4A7C15) % 2**63)
-        self._processors = _processors(model, params, prompt, device)
-        rowwise = all(isinstance(processor, _ROWWISE) for processor in self._processors)
+        self.processors = _processors(model, params, prompt, device)
+        rowwise = all(isinstance(processor, _ROWWISE) for processor in self.processors)
         self._history = None if rowwise else torch.tensor(prompt, device=device)
 
     def choice(self, fit: Fit) -> Choice | None:
         """How to draw from what a model says; None where more counts than its last logits."""
-        if not all(type(each) in _CAPTURED for each in self._processors):
+        settings = self.settings
+        if settings is None:
             return None
-        settings = ((type(each).__name__, *sorted(vars(each).items())) for each in self._processors)
-        key = (*settings, self.params.greedy, fit.unknown)
-        return Choice(key, fit.width, fit, self._processors, self.params.greedy)
+        return Choice((settings, fit.unknown), fit.width, fit, self.processors, self.params.greedy)
+
+    @property
+    def settings(self) -> tuple[Any, ...] | None:
+        """Equal where logits become tokens alike; None where more counts than the last logits.
+
+        There :attr:`processors` need no history and never wait for the device.
+        """
+        if not all(type(each) in _CAPTURED for each in self.processors):
+            return None
+        each_one = ((type(each).__name__, *sorted(vars(each).items())) for each in self.processors)
+        return (*each_one, self.params.greedy)
 
     def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
         """Process logits.
@@ -141,10 +155,10 @@ class Sampler:
             float32 ``[n, vocab]``: s for the target; its softmax is p (or q).
         """
         if self._history is None:
-            return self._processors(None, logits)
+            return self.processors(None, logits)
         n, total = logits.shape[0], drafted.shape[0]
         rows = [
-            self._processors(
+            self.processors(
                 torch.cat([self._history, drafted[: total - n + 1 + i]])[None], logits[i : i + 1]
             )
             for i in range(n)

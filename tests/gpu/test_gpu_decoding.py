@@ -13,7 +13,9 @@ from gpu_models import DEVICE, GRAPHS, PASSES, cuda_only, exact_products, model_
 from transformers import PreTrainedModel
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
-from rapid_llm.decoder import RapidDecoder
+from rapid_llm.decoder import Chunk, RapidDecoder
+from rapid_llm.engine.cuda.graphs import GraphCapture
+from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 
 pytestmark = on_gpu
@@ -198,29 +200,108 @@ def test_an_int4_drafter_drafts(own, graphs):
         assert stats.acceptance_rate > 0.6
 
 
-@cuda_only
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8}], ids=["greedy", "sampled"])
-def test_a_round_waits_for_the_device_once(sampling):
-    """One host synchronisation a round: the host learns what was accepted, and no more."""
-    model, other = (model_on_device("llama", torch.bfloat16, seed) for seed in (0, 1))
-    decoder = make_decoder(model, other)
-    stream = decoder.stream(
-        PROMPT,
-        RETRIEVED,
-        sampling=SamplingParams(max_new_tokens=200, ignore_eos=True, **sampling),
-        speculation=SpeculationConfig(gamma=4, lookup=False),
-    )
+ROUNDS = 10
+
+
+def waits_and_replays(stream: Iterator[Chunk], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Host synchronisations, and graphs launched, in ``ROUNDS`` rounds of an answer."""
     for _ in range(5):  # whatever is made once
         next(stream)
-    rounds = 10
+    replays = 0
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        nonlocal replays
+        replays += 1
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            for _ in range(rounds):
+            for _ in range(ROUNDS):
                 next(stream)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    stream.close()
-    waits = [w for w in caught if "called a synchronizing" in str(w.message)]
-    assert len(waits) <= rounds, f"{len(waits) / rounds:.1f} a round"
+    stream.close()  # type: ignore[attr-defined]
+    return sum("called a synchronizing" in str(w.message) for w in caught), replays
+
+
+@cuda_only
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}],
+    ids=["greedy", "sampled", "top-k and top-p"],
+)
+@pytest.mark.parametrize(
+    ("speculation", "launches"),
+    [
+        (SpeculationConfig(gamma=4, lookup=False), 4 + 1),
+        (SpeculationConfig(gamma=4, lookup=False, dynamic_eta=True), 4 + 1),
+        # The distribution after the draft is a draft step too, but one that draws nothing.
+        (SpeculationConfig(gamma=4, lookup=False, mode="augmented"), 4 + 1 + 1),
+        (None, 1),
+    ],
+    ids=["paper", "dynamic", "augmented", "plain"],
+)
+def test_a_round_waits_once_and_launches_the_target_once(
+    sampling, speculation, launches, monkeypatch
+):
+    """The host learns what was accepted, and no more; a draft step is a launch of its own."""
+    model, other = (model_on_device("llama", torch.bfloat16, seed) for seed in (0, 1))
+    stream = make_decoder(model, other).stream(
+        PROMPT,
+        None if speculation is None else RETRIEVED,
+        sampling=SamplingParams(max_new_tokens=200, ignore_eos=True, **sampling),
+        speculation=speculation,
+    )
+    waits, replays = waits_and_replays(stream, monkeypatch)
+    assert waits <= ROUNDS, f"{waits / ROUNDS:.1f} a round"
+    assert replays == launches * ROUNDS
+
+
+@cuda_only
+@pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
+def test_a_seed_draws_alike_in_a_graph_and_outside(mode, monkeypatch):
+    """The verification's draws: the same passes, with the judgement launched beside them."""
+    model, other = (model_on_device(seed=seed, eos_token_id=None) for seed in (0, 1))
+    config = SpeculationConfig(mode=mode, gamma=3, lookup=False, dynamic_eta=True)
+
+    def answers() -> list[list[int]]:
+        decoder = make_decoder(model, other, cuda_graphs=True)
+        sampling = {"temperature": 0.8, "top_p": 0.95}
+        said = [answer(decoder, speculation=config, seed=s, **sampling) for s in range(3)]
+        return [*said, answer(decoder, retrieved=None, **sampling)]
+
+    captured = answers()
+    monkeypatch.setattr(Session, "verify", lambda *_: None)
+    assert answers() == captured
+
+
+@cuda_only
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8}], ids=["greedy", "sampled"])
+def test_a_capture_that_fails_costs_no_answer(sampling, monkeypatch, caplog):
+    """A wait for the device breaks a capture in the middle of its draws."""
+    model, other = (model_on_device(seed=seed, eos_token_id=None) for seed in (0, 1))
+    config = SpeculationConfig(mode="exact", gamma=3, lookup=False)
+    expected = answer(make_decoder(model, other), speculation=config, **sampling)
+    record, tried = GraphCapture._record, 0
+
+    def breaks_every_other(capture, graph, run):
+        nonlocal tried
+        tried += 1
+
+        def waits() -> torch.Tensor:
+            out = run()
+            out.sum().item()
+            return out
+
+        return record(capture, graph, waits if tried % 2 else run)
+
+    monkeypatch.setattr(GraphCapture, "_record", breaks_every_other)
+    decoder = make_decoder(model, other)
+    for _ in range(2):
+        assert answer(decoder, speculation=config, **sampling) == expected
+    assert tried > 1
+    assert 1 <= sum("could not be captured" in each.message for each in caplog.records) <= 2

@@ -7,21 +7,27 @@ model: see :mod:`rapid_llm.engine.cuda.state`. Everything but the capture itself
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rapid_llm.engine.cuda.draft_loop import DraftLoop
 from rapid_llm.engine.cuda.fused import FusedPass
-from rapid_llm.engine.cuda.graphs import MAX_TOKENS, GraphCapture, Replay
+from rapid_llm.engine.cuda.graphs import MAX_TOKENS, Graphs, Recorder
 from rapid_llm.engine.cuda.state import describe, size_of
+from rapid_llm.engine.cuda.verification import Verification
 from rapid_llm.engine.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from rapid_llm.engine.device import Choice
+    from rapid_llm.engine.device import Choice, Judge
 
-_LOOPS = 4  # draft loops kept, one for each way of sampling
+_KEPT = 4  # draft loops, one for each way of sampling; and as many ways of verifying
+
+_Key = TypeVar("_Key")
+_Kept = TypeVar("_Kept")
 
 
 class CapturedPasses:
@@ -29,24 +35,26 @@ class CapturedPasses:
 
     Args:
         model: its projections' weights become views of fused ones.
+        insist: whether a capture that fails is an error.
 
     Attributes:
         fused: the pass that is captured.
-        capture: records it.
+        record: makes graphs of it, and of what goes with it.
         tokens: int64 ``[MAX_TOKENS]`` on the device: what it reads.
         state: of the cache that it appends to, see :mod:`rapid_llm.engine.cuda.state`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, insist: bool) -> None:
         self.fused = FusedPass(model)
         device = model.model.embed_tokens.weight.device
-        self.capture = GraphCapture(device)
+        self.record = Recorder(device, insist)
         with torch.inference_mode(False):  # they are changed in whatever mode the caller is
             self.tokens = torch.zeros(MAX_TOKENS, dtype=torch.long, device=device)
             layers = len(model.model.layers)
             self.state = torch.zeros(size_of(layers), dtype=torch.long, device=device)
-        self._passes: dict[int, Replay] = {}
+        self._graphs = Graphs(self.record, device)
         self._loops: OrderedDict[Choice, DraftLoop] = OrderedDict()
+        self._verifications: OrderedDict[Judge, Verification] = OrderedDict()
 
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
         """Whether a captured pass can append the tokens: few, to a cache in use."""
@@ -56,10 +64,8 @@ class CapturedPasses:
         """See :class:`rapid_llm.engine.device.ReplayedPass`."""
         n = ids.shape[0]
         self.begin(ids, cache, n)
-        if n not in self._passes:
-            tokens = self.tokens[:n]
-            self._passes[n] = self.capture(lambda: self.fused(tokens, self.state), [], None)
-        logits = self._passes[n]()[-keep:].clone()  # the next pass writes to the same place
+        logits = self._graphs(n, partial(self.fused, self.tokens[:n], self.state))
+        logits = logits[-keep:].clone()  # the next pass writes to the same place
         cache.advance(n)
         return logits
 
@@ -73,12 +79,12 @@ class CapturedPasses:
         return logits
 
     def loop(self, choice: Choice) -> DraftLoop:
-        """The draft loop that samples so: made when first asked for, the latest few kept."""
-        loop = self._loops.pop(choice, None) or DraftLoop(self, choice)
-        self._loops[choice] = loop
-        if len(self._loops) > _LOOPS:
-            self._loops.popitem(last=False)
-        return loop
+        """The draft loop that samples so."""
+        return _latest(self._loops, choice, lambda: DraftLoop(self, choice))
+
+    def verification(self, judge: Judge) -> Verification:
+        """What verifies drafts so."""
+        return _latest(self._verifications, judge, lambda: Verification(self, judge))
 
     def begin(self, ids: Tensor, cache: KVCache, room: int) -> None:
         """Tell the device what to read and where the cache stands, without waiting for it.
@@ -95,6 +101,15 @@ class CapturedPasses:
         self.state.copy_(state, non_blocking=True)
         if len(ids) > 0:
             self.tokens[: len(ids)].copy_(ids)
+
+
+def _latest(kept: OrderedDict[_Key, _Kept], key: _Key, make: Callable[[], _Kept]) -> _Kept:
+    """What is kept under a key: made when first asked for. The latest few stay."""
+    value = kept.pop(key) if key in kept else make()
+    kept[key] = value
+    if len(kept) > _KEPT:
+        kept.popitem(last=False)
+    return value
 
 
 class EagerPass:

@@ -28,7 +28,7 @@ class CUDA(Device):
         # Triton, which may be missing:
         from rapid_llm.engine.cuda.captured import CapturedPasses, EagerPass
 
-        captured = CapturedPasses(model)
+        captured = CapturedPasses(model, insist=cuda_graphs is True)
         state.look()  # projections were fused: their weights have moved
         return [captured, EagerPass(captured)]
 

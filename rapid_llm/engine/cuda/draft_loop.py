@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rapid_llm.engine.cuda.graphs import MAX_TOKENS, Replay
+from rapid_llm.engine.cuda.graphs import MAX_TOKENS, DrawingGraphs
 from rapid_llm.engine.cuda.state import PAST, SLOT
 from rapid_llm.engine.kv_cache import KVCache
 
@@ -32,11 +32,9 @@ class DraftLoop:
     def __init__(self, passes: CapturedPasses, choice: Choice) -> None:
         self._passes = passes
         self._choice = choice
-        self._steps: dict[int, Replay] = {}
         device = passes.tokens.device
+        self._graphs = DrawingGraphs(passes.record, device)
         with torch.inference_mode(False):
-            # One of its own, as a graph draws from the generator that it was recorded with.
-            self._generator = torch.Generator(device)
             self._drafted = torch.zeros(MAX_TOKENS, dtype=torch.long, device=device)
             self._rows = torch.zeros(MAX_TOKENS, choice.width, device=device)
 
@@ -61,29 +59,25 @@ class DraftLoop:
                 self._passes(part, part, cache, 1)
             pending = pending[-1:]
         self._passes.begin(pending, cache, len(pending) + steps - 1)
-        self._generator.set_state(generator.get_state())
-        for step in range(steps):
-            self._step(len(pending) if step == 0 else 1)()
-        generator.set_state(self._generator.get_state())
+        with self._graphs.drawing_from(generator):
+            for step in range(steps):
+                self._step(len(pending) if step == 0 else 1)
         cache.advance(len(pending) + steps - 1)
         return self._drafted[:steps].clone(), self._rows[:steps].clone()
 
-    def _step(self, n: int) -> Replay:
-        """Reads n tokens, draws one, and makes it the token that the next step reads."""
-        if n not in self._steps:
-            passes = self._passes
+    def _step(self, n: int) -> None:
+        """Read n tokens, draw one, and make it the token that the next step reads."""
+        passes = self._passes
 
-            def run() -> Tensor:
-                logits = passes.fused(passes.tokens[:n], passes.state)[-1:]
-                q, token = self._choice(logits.float(), self._generator)
-                slot = passes.state[SLOT : SLOT + 1]
-                self._rows.index_copy_(0, slot, q[None])
-                self._drafted.index_copy_(0, slot, token[None])
-                passes.tokens[:1].copy_(token)
-                passes.state[PAST].add_(n)
-                slot.add_(1)
-                return token
+        def run() -> Tensor:
+            logits = passes.fused(passes.tokens[:n], passes.state)[-1:]
+            q, token = self._choice(logits.float(), self._graphs.generator)
+            slot = passes.state[SLOT : SLOT + 1]
+            self._rows.index_copy_(0, slot, q[None])
+            self._drafted.index_copy_(0, slot, token[None])
+            passes.tokens[:1].copy_(token)
+            passes.state[PAST].add_(n)
+            slot.add_(1)
+            return token
 
-            changed = [passes.tokens, passes.state]
-            self._steps[n] = passes.capture(run, changed, self._generator)
-        return self._steps[n]
+        self._graphs(n, run, [passes.tokens, passes.state])

@@ -1,0 +1,73 @@
+"""Verification in one graph: the target's pass over a draft, and what it makes of it.
+
+The host launches it, and waits only for the verdict.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rapid_llm.engine.cuda.graphs import MAX_TOKENS, DrawingGraphs
+from rapid_llm.engine.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from rapid_llm.engine.cuda.captured import CapturedPasses
+    from rapid_llm.engine.device import Judge
+
+
+class Verification:
+    """Verifies drafts with one model, by one way of judging.
+
+    Args:
+        passes: of the model.
+        judge: what becomes of the logits.
+    """
+
+    def __init__(self, passes: CapturedPasses, judge: Judge) -> None:
+        self._passes = passes
+        self._judge = judge
+        device = passes.tokens.device
+        self._graphs = DrawingGraphs(passes.record, device)
+        with torch.inference_mode(False):
+            self._q = torch.zeros(MAX_TOKENS, judge.width, device=device)
+            self._eta = torch.zeros(MAX_TOKENS, 1, device=device)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        q: Tensor,
+        eta: Tensor | None,
+        cache: KVCache,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Read a token and the draft after it, and judge the draft.
+
+        Args:
+            tokens: int64 ``[γ+1]``, at most ``MAX_TOKENS``.
+            q, eta: see :class:`rapid_llm.engine.device.Judge`; on any device.
+            cache: is in use and has room for the tokens.
+            generator: draws, and is left as if it had drawn eagerly.
+
+        Returns:
+            What the judge says.
+        """
+        passes, n, rows = self._passes, tokens.shape[0], q.shape[0]
+        passes.begin(tokens, cache, n)
+        self._q[:rows].copy_(q)
+        changing = eta is not None
+        if eta is not None:
+            self._eta[:rows].copy_(eta)
+
+        def run() -> Tensor:
+            read = passes.tokens[:n]
+            logits = passes.fused(read, passes.state).float()
+            its_eta = self._eta[:rows] if changing else None
+            return self._judge(logits, read[1:], self._q[:rows], its_eta, self._graphs.generator)
+
+        with self._graphs.drawing_from(generator):
+            verdict = self._graphs((n, rows, changing), run).clone()
+        cache.advance(n)
+        return verdict
