@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, partial
 from math import isfinite
 from types import NoneType, UnionType
@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from rapid_llm.errors import InvalidParameterError
 
 _Number = TypeVar("_Number", int, float)
+_Settings = TypeVar("_Settings", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -112,21 +113,27 @@ class Declared:
         return " or ".join(words)
 
 
-@cache
 def options_of(*groups: type) -> Mapping[str, Declared]:
     """The options of dataclasses by name, in the order in which they are declared."""
-    declared = {}
+    declared: dict[str, Declared] = {}
     for group in groups:
-        hints = get_type_hints(group, include_extras=True)
-        for field in fields(group):
-            hint = hints[field.name]
-            if get_origin(hint) is not Annotated:
-                continue
-            kind, option = get_args(hint)[:2]
-            default = field.default
-            if field.default_factory is not MISSING:
-                default = field.default_factory()
-            declared[field.name] = Declared(field.name, kind, default, option, group)
+        declared |= _declared(group)
+    return declared
+
+
+@cache
+def _declared(group: Any) -> Mapping[str, Declared]:
+    declared = {}
+    hints = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        hint = hints[field.name]
+        if get_origin(hint) is not Annotated:
+            continue
+        kind, option = get_args(hint)[:2]
+        default = field.default
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
+        declared[field.name] = Declared(field.name, kind, default, option, group)
     return declared
 
 
@@ -151,6 +158,15 @@ def sorted_into(options: Mapping[str, Any], *groups: type) -> tuple[Any, ...]:
         InvalidParameterError: an unknown name, an option given twice, or a value outside its range.
     """
     known = options_of(*groups)
+    given = _by_name(options, known)
+    return tuple(
+        group(**{name: value for name, value in given.items() if known[name].group is group})
+        for group in groups
+    )
+
+
+def _by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[str, Any]:
+    """Options under their own names, without those that are None and cannot be."""
     names = {alias: each.name for each in known.values() for alias in each.option.aliases}
     given: dict[str, Any] = {}
     for word, value in options.items():
@@ -166,10 +182,23 @@ def sorted_into(options: Mapping[str, Any], *groups: type) -> tuple[Any, ...]:
                 f"{name}={given[name]!r} and {word}={value!r} are one option; give one of them"
             )
         given[name] = value
-    return tuple(
-        group(**{name: value for name, value in given.items() if known[name].group is group})
-        for group in groups
-    )
+    return given
+
+
+def require(group: type, **values: Any) -> None:
+    """Raises InvalidParameterError where a value is not one of the option of that name."""
+    for name, value in values.items():
+        options_of(group)[name].checked(value)
+
+
+def changed(settings: _Settings, options: Mapping[str, Any]) -> _Settings:
+    """A copy of a frozen dataclass with other values; names and errors as of :func:`sorted_into`.
+
+    None is a value where the option takes it, and else leaves what there is.
+    """
+    group = type(settings)
+    given = _by_name(options, options_of(group))
+    return replace(settings, **given)
 
 
 def pydantic_fields(
@@ -235,6 +264,9 @@ def _converted(convert: Callable[[Any], _Number], value: Any) -> _Number | None:
 
 
 def _text(value: Any) -> str | None:
+    """A string, the path of a file, or the name of torch's dtype or device."""
+    if type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
     return str(value) if isinstance(value, str) or hasattr(value, "__fspath__") else None
 
 

@@ -596,7 +596,7 @@ def test_the_demo_s_question_finds_its_passage(smollm2_float32: LoadedModel) -> 
         smollm2_float32.tokenizer,
         embedder,
         chunk_tokens=cli.DEMO_CHUNK_TOKENS,
-        min_budget_tokens=cli.DEMO_CONTEXT_TOKENS,
+        retrieval_tokens=cli.DEMO_CONTEXT_TOKENS,
     ).build(cli._demo_text(), cli.DEMO_QUESTION)
     best = max(context.chunks, key=lambda chunk: chunk.score)
     assert best.text.startswith("PROPHECY, n.  The art and practice")

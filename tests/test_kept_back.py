@@ -18,7 +18,8 @@ from rapid_llm import (
     SpeculationConfig,
 )
 from rapid_llm.context import embedding
-from rapid_llm.context.embedding import PACKAGED_EMBEDDER, Vectors
+from rapid_llm.config import PACKAGED_EMBEDDER
+from rapid_llm.context.embedding import Vectors
 from rapid_llm.context.retrieved import Documents, Passage, ground
 from rapid_llm.errors import DocumentError, InvalidParameterError, ModelError
 
@@ -328,7 +329,7 @@ def test_truncation_keeps_what_was_retrieved(decoder: RapidDecoder) -> None:
     documents = [filler, f"{filler} w60 w61 w62 {filler}", " "]
     seen: list[str] = []
     builder = ContextBuilder(
-        decoder.tokenizer, Marked("marked"), chunk_tokens=32, min_budget_tokens=64, threshold=0.9
+        decoder.tokenizer, Marked("marked"), chunk_tokens=32, retrieval_tokens=64, threshold=0.9
     )
     inquiry = Inquiry(decoder, builder, documents, "w5", sampling=ANSWER, truncate="middle")
 

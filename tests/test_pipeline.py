@@ -21,7 +21,7 @@ from rapid_llm import (
     SpeculationConfig,
 )
 from rapid_llm.context.prompts import build_messages
-from rapid_llm.pipeline import METHODS, Inquiry
+from rapid_llm.pipeline import METHODS, RapidPipeline
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 FIRST = " ".join(f"w{3 + i % 20}" for i in range(90))
@@ -76,7 +76,7 @@ def inquire(decoder: RapidDecoder, embedder: CountingEmbedder) -> Any:
             embedder,
             chunk_tokens=32,
             threshold=threshold,
-            min_budget_tokens=64,
+            retrieval_tokens=64,
         )
         sampling = options.pop("sampling", SamplingParams(max_new_tokens=16, ignore_eos=True))
         return Inquiry(decoder, builder, documents, QUESTION, sampling=sampling, **options)
@@ -216,7 +216,7 @@ def test_an_unknown_method_is_named(inquire: Any) -> None:
 
 def retrieving(decoder: RapidDecoder, embedder: CountingEmbedder, **options: Any) -> Inquiry:
     builder = ContextBuilder(
-        decoder.tokenizer, embedder, chunk_tokens=32, threshold=-1, min_budget_tokens=64
+        decoder.tokenizer, embedder, chunk_tokens=32, threshold=-1, retrieval_tokens=64
     )
     return Inquiry(decoder, builder, [FIRST, SECOND], QUESTION, **options)
 

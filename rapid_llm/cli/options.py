@@ -76,7 +76,7 @@ def _annotation(declared: Declared) -> Any:
         words = declared.choices
         if declared.optional and declared.default is not None:
             words = (*words, _NONE)
-        kind = Literal[words]  # type: ignore[valid-type]
+        kind = Literal[words]
     elif origin is not None:  # lists and mappings: one a time
         kind = list[str] | None
         if issubclass(origin, Mapping):
