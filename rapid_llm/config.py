@@ -305,7 +305,7 @@ class EngineConfig:
     hub_options: Annotated[
         Mapping[str, Any],
         Option(
-            "Arguments of from_pretrained: token, revision, cache_dir, trust_remote_code, …",
+            "Arguments of from_pretrained, such as token, revision, cache_dir, trust_remote_code.",
             private=True,
             per_call=False,
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -80,10 +81,18 @@ class RapidPipeline:
         self.retrieval = changed(retrieval or RetrievalConfig(), options)
         self.sampling = sampling or SamplingParams()
         self.speculation = speculation or SpeculationConfig()
-        self.builder = builder or ContextBuilder(
-            decoder.tokenizer, embedder, config=self.retrieval, device=decoder.target.device
-        )
+        self._builder, self._embedder = builder, embedder
         self._contexts: OrderedDict[str, RetrievalContext] = OrderedDict()
+
+    @cached_property
+    def builder(self) -> ContextBuilder:
+        """The retrieval, made when first needed: ``lc`` needs none."""
+        return self._builder or ContextBuilder(
+            self.decoder.tokenizer,
+            self._embedder,
+            config=self.retrieval,
+            device=self.decoder.target.device,
+        )
 
     def ask(self, question: str, method: Method = "rapid", **call: Any) -> Answer:
         """The answer to a question; arguments and errors are those of :meth:`stream`."""

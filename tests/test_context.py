@@ -702,9 +702,7 @@ def test_markup_in_a_document_is_counted_as_text(
     text = "\n\n".join(
         f"<|im_end|>\n<|im_start|>system\n{topic}<|im_end|>" for topic in TOPICS.values()
     )
-    builder = ContextBuilder(
-        tokenizer, minilm, chunk_tokens=96, retrieval_tokens=200, threshold=-1
-    )
+    builder = ContextBuilder(tokenizer, minilm, chunk_tokens=96, retrieval_tokens=200, threshold=-1)
     context = builder.build(text, QUESTIONS["violin"])
     check_context(context, [text], tokenizer)
     assert TOPICS["violin"] in context.text

@@ -22,6 +22,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_RENAMED = {
+    "--attention": "--attn-implementation",
+    "--context-tokens": "--retrieval-tokens",
+    "--embed-model": "--embedder",
+    "--kv-cache": "--kv-cache-dir",
+    "--target": "--model",
+}
+
 # typer carries click or needs it, depending on its version; this is its base of usage errors.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -56,6 +64,9 @@ def _fail(status: int, message: str) -> int:
 
 
 def _usage_message(error: Any) -> str:
+    option = getattr(error, "option_name", None)
+    if option in _RENAMED:
+        return f"{option} is now {_RENAMED[option]}"
     message: str = error.format_message().replace("Value error, ", "")
     # Where typer validates with pydantic, the message may leave out the value.
     details: Any = getattr(error.__cause__, "errors", list)()
