@@ -26,7 +26,7 @@ AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -s INT -k 10")
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt rapid_llm/engine/cpu/kernels.cpp $(WHEELS:%=%/pyproject.toml)
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard rapid_llm/engine/cpu/*.cpp rapid_llm/engine/cpu/*.h) $(WHEELS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e ".[demo,bge,dev]" $(WHEELS:%=-e "./%[test]")

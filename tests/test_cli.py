@@ -20,6 +20,9 @@ from conftest import tiny_model, tiny_tokenizer
 from transformers.utils import logging
 
 from rapid_llm import ContextBuilder, RapidDecoder, cli
+from rapid_llm.cli import demo
+from rapid_llm.cli.answers import COMPARED
+from rapid_llm.config import Attention
 from rapid_llm.context import builder
 from rapid_llm.engine.forward import ATTENTION
 from rapid_llm.models import LoadedModel
@@ -85,8 +88,8 @@ def ask(
 
     def ask(*options: object, threshold: float = -1) -> Outcome:
         return run(
-            *("ask", document, "--question", "w5 w6", "--target", model, "--dtype", "float32"),
-            *("--chunk-tokens", 32, "--context-tokens", 64, "--threshold", threshold),
+            *("ask", document, "--question", "w5 w6", "--model", model, "--dtype", "float32"),
+            *("--chunk-tokens", 32, "--retrieval-tokens", 64, "--threshold", threshold),
             # In paper mode the answer depends on γ, and auto measures anew with every loading.
             *("--max-new-tokens", 12, "--gamma", 10, *options),
         )
@@ -195,7 +198,7 @@ def test_a_blank_document_among_others_is_passed_over(
     second = tmp_path / "second.txt"
     second.write_text("")
     assert_refused(
-        run("ask", blank, second, "-q", "w5", "--target", model), str(blank), str(second), "no text"
+        run("ask", blank, second, "-q", "w5", "--model", model), str(blank), str(second), "no text"
     )
 
 
@@ -204,7 +207,7 @@ def test_compare_shows_every_method(ask: Any) -> None:
     rows = [line.split()[0] for line in out.splitlines() if line.strip()]
 
     assert status == 0
-    assert [row for row in rows if row in cli.COMPARED] == ["lc", "rag", "sd", "rapid"]
+    assert [row for row in rows if row in COMPARED] == ["lc", "rag", "sd", "rapid"]
     assert "tokens/s" in out
     assert "acceptance" in out
     assert err.count("\n") == 1
@@ -251,13 +254,13 @@ def test_documents_are_read_by_format_and_from_stdin(
     page.write_text("<html><body><p>w3 w4</p><script>w7</script></body></html>", encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"w5 w6")))
     outcome = run(
-        *("ask", page, "-", "--question", "w8", "--target", model, "--method", "lc"),
+        *("ask", page, "-", "--question", "w8", "--model", model, "--method", "lc"),
         *("--max-new-tokens", 1, "--json"),
     )
     plain = tmp_path / "plain.md"
     plain.write_text("w3 w4\n\nw5 w6", encoding="utf-8")
     expected = run(
-        *("ask", plain, "--question", "w8", "--target", model, "--method", "lc"),
+        *("ask", plain, "--question", "w8", "--model", model, "--method", "lc"),
         *("--max-new-tokens", 1, "--json"),
     )
     numbers = [json.loads(o.out)["stats"]["prompt_tokens"] for o in (outcome, expected)]
@@ -331,7 +334,7 @@ def test_variables_of_the_chat_template_are_json_or_text(
         (["--mode", "fast"], ["'fast'", "exact", "augmented", "paper"]),
         (["--truncate", "end"], ["'end'", "middle"]),
         (["--dtype", "int8"], ["'int8'", "bfloat16"]),
-        (["--attention", "flash"], ["'flash'", "sdpa"]),
+        (["--attn-implementation", "flash"], ["'flash'", "sdpa"]),
         (["--gamma", "0"], ["gamma", "0", "at least 1"]),
         (["--gamma", "many"], ["gamma", "many", "auto", "whole number"]),
         (["--eta", "-1"], ["eta", "-1.0", "at least 0"]),
@@ -347,7 +350,7 @@ def test_variables_of_the_chat_template_are_json_or_text(
         (["--stop", ""], ["stop"]),
         (["--chunk-tokens", "31"], ["chunk-tokens", "31", "32"]),
         (["--threshold", "1.5"], ["threshold", "1.5", "1"]),
-        (["--context-tokens", "31"], ["context-tokens", "31", "32"]),
+        (["--retrieval-tokens", "31"], ["retrieval_tokens", "31", "32"]),
         (["--compression", "0.5"], ["compression", "0.5", "1"]),
         (["--chat-template-kwarg", "thinking"], ["'thinking'", "a name and a value"]),
         (["--chat-template-kwarg", "=1"], ["'=1'", "a name and a value"]),
@@ -412,10 +415,10 @@ def test_bad_models_are_refused(ask: Any, tmp_path: Path, model: str) -> None:
     other = save(tmp_path / "other", words=60)
     broken = save(tmp_path / "broken", broken=True)
 
-    assert_refused(ask("--target", tmp_path / "nowhere"), "nowhere", "could not be loaded")
+    assert_refused(ask("--model", tmp_path / "nowhere"), "nowhere", "could not be loaded")
     assert_refused(ask("--drafter", other), model, other, "tokenizer")
-    assert_refused(ask("--target", broken), broken, "NaN")
-    assert_refused(ask("--embed-model", tmp_path / "nowhere"), "nowhere")
+    assert_refused(ask("--model", broken), broken, "NaN")
+    assert_refused(ask("--embedder", tmp_path / "nowhere"), "nowhere")
     assert_refused(ask("--device", "abacus"), "abacus")
 
 
@@ -462,7 +465,7 @@ def test_several_documents_are_truncated_around_what_was_retrieved(
 
 
 def test_attention_choices_are_the_engine_s() -> None:
-    assert get_args(cli.Attention) == ATTENTION
+    assert get_args(Attention) == ATTENTION
 
 
 # --- interrupts, pipes, help ------------------------------------------------------------------
@@ -546,7 +549,7 @@ def test_a_closed_pipe_and_a_real_interrupt_leave_no_traceback(
 ) -> None:
     # An answer so long that it cannot have ended before the signal arrives.
     long = save(tmp_path / "long", endless=True)
-    options = ("--question", "w5", "--target", long, "--method", "lc", "--max-new-tokens", "90000")
+    options = ("--question", "w5", "--model", long, "--method", "lc", "--max-new-tokens", "90000")
     closed = python("-m", "rapid_llm", "ask", document, *options)
     # A shell starts its background jobs with interrupts ignored, and children inherit that.
     stopped = python(
@@ -584,9 +587,9 @@ def test_the_demo_answers_by_every_method(
     status, out, err = run("demo")
 
     assert (status, err) == (0, "")
-    assert cli.DEMO_QUESTION in out
+    assert demo.DEMO_QUESTION in out
     assert "retrieved" in out
-    for method in cli.COMPARED:
+    for method in COMPARED:
         assert f"\n  {method} " in out
 
 
@@ -595,9 +598,9 @@ def test_the_demo_s_question_finds_its_passage(smollm2_float32: LoadedModel) -> 
     context = ContextBuilder(
         smollm2_float32.tokenizer,
         embedder,
-        chunk_tokens=cli.DEMO_CHUNK_TOKENS,
-        min_budget_tokens=cli.DEMO_CONTEXT_TOKENS,
-    ).build(cli._demo_text(), cli.DEMO_QUESTION)
+        chunk_tokens=demo.DEMO_CHUNK_TOKENS,
+        retrieval_tokens=demo.DEMO_RETRIEVAL_TOKENS,
+    ).build(demo.demo_text(), demo.DEMO_QUESTION)
     best = max(context.chunks, key=lambda chunk: chunk.score)
     assert best.text.startswith("PROPHECY, n.  The art and practice")
-    assert context.tokens <= cli.DEMO_CONTEXT_TOKENS
+    assert context.tokens <= demo.DEMO_RETRIEVAL_TOKENS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,26 +13,77 @@ import torch
 from conftest import tiny_model, tiny_tokenizer, transformers_greedy
 
 from rapid_llm import RapidDecoder
-from rapid_llm.config import SamplingParams, SpeculationConfig, from_options
+from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import changed, options_of, sorted_into
+
+BOTH = SamplingParams, SpeculationConfig
+ALL = (*BOTH, EngineConfig, RetrievalConfig)
 
 
-def test_options_are_sorted_into_the_two():
-    sampling, speculation = from_options(
-        {"max_tokens": 9, "temperature": 0.5, "gamma": 3, "mode": "exact", "top_p": None}
+def test_options_are_sorted_into_what_declares_them() -> None:
+    sampling, speculation = sorted_into(
+        {"max_tokens": 9, "temperature": 0.5, "gamma": 3, "mode": "exact", "top_p": None}, *BOTH
     )
     assert sampling == SamplingParams(max_new_tokens=9, temperature=0.5)
     assert speculation == SpeculationConfig(gamma=3, mode="exact")
-    assert from_options({}) == (SamplingParams(), SpeculationConfig())
-    assert from_options({"seed": None})[0].seed is None
-    assert from_options({"stop": "end"})[0].stop == ("end",)
+    assert sorted_into({}, *BOTH) == (SamplingParams(), SpeculationConfig())
+    assert sorted_into({"seed": None}, *BOTH)[0].seed is None
+    assert sorted_into({"stop": "end"}, *BOTH)[0].stop == ("end",)
 
 
-def test_unknown_and_bad_options():
+def test_unknown_and_bad_options() -> None:
     with pytest.raises(InvalidParameterError, match=r"'gama'.*gamma.*max_tokens"):
-        from_options({"gama": 3})
+        sorted_into({"gama": 3}, *BOTH)
     with pytest.raises(InvalidParameterError, match="eta=-1"):
-        from_options({"eta": -1})
+        sorted_into({"eta": -1}, *BOTH)
+    with pytest.raises(InvalidParameterError, match=r"max_new_tokens=3.*max_tokens=4.*one option"):
+        sorted_into({"max_new_tokens": 3, "max_tokens": 4}, *BOTH)
+
+
+def test_other_values_leave_the_rest() -> None:
+    settings = SamplingParams(temperature=0.5, seed=3)
+    assert changed(settings, {"max_tokens": 9}) == SamplingParams(0.5, max_new_tokens=9, seed=3)
+    assert changed(settings, {"top_k": None, "seed": None}).seed is None
+    with pytest.raises(InvalidParameterError, match="unknown option 'gamma'"):
+        changed(settings, {"gamma": 3})
+
+
+@pytest.mark.parametrize("name", options_of(*ALL))
+def test_every_option_has_help_and_a_default_within_its_range(name: str) -> None:
+    declared = options_of(*ALL)[name]
+    assert declared.option.help.endswith(".")
+    assert declared.option.help[0].isupper() or declared.choices
+    assert declared.checked(declared.default) == declared.default
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "told"),
+    [
+        (SpeculationConfig, {"mode": "lossless"}, "one of exact, augmented, paper"),
+        (SpeculationConfig, {"lookup": 1}, "True or False"),
+        (EngineConfig, {"model": ""}, "the name or path of a model"),
+        (EngineConfig, {"device": 3}, "a string or a path or None"),
+        (EngineConfig, {"kv_cache_bytes": -1}, "bytes of at least 0"),
+        (EngineConfig, {"drafter_quantization": "int2"}, "one of auto, int8, int4 or None"),
+        (EngineConfig, {"chat_template_kwargs": [1]}, "a mapping"),
+        (RetrievalConfig, {"chunk_tokens": 31}, "at least 32"),
+        (RetrievalConfig, {"threshold": 1.5}, r"within \[-1, 1\]"),
+        (RetrievalConfig, {"compression": 0.5}, "at least 1"),
+    ],
+    ids=str,
+)
+def test_an_error_names_option_value_and_limit(group: Any, options: Any, told: str) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(
+        InvalidParameterError, match=f"{name}={value!r} .*{told}".replace("[1]", r"\[1\]")
+    ):
+        group(**options)
+
+
+def test_paths_dtypes_and_devices_are_given_as_they_are() -> None:
+    config = EngineConfig(model=Path("folder"), dtype=torch.float16, device=torch.device("cuda", 1))
+    assert (config.model, config.dtype, config.device) == ("folder", "float16", "cuda:1")
 
 
 @pytest.mark.parametrize(

@@ -453,8 +453,8 @@ def test_a_directory_that_cannot_be_opened_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     (tmp_path / "file").write_text("no database")
-    with pytest.raises(InvalidParameterError, match=r"persist_directory='.*file' cannot be opened"):
-        ContextBuilder(tokenizer, Recorder("x"), persist_directory=tmp_path / "file")
+    with pytest.raises(InvalidParameterError, match=r"store='.*file' cannot be opened"):
+        ContextBuilder(tokenizer, Recorder("x"), store=tmp_path / "file")
 
 
 # --- no second embedding ------------------------------------------------------------------------
@@ -625,13 +625,13 @@ def test_the_best_chunks_fill_the_budget(
     assert len(ranked) == len(TOPICS)
     best = sorted(ranked[:2], key=lambda chunk: chunk.start)
     budget = ordinary_tokens(tokenizer, "\n\n".join(chunk.text for chunk in best))
-    context = ContextBuilder(tokenizer, minilm, min_budget_tokens=budget, **options).build(
+    context = ContextBuilder(tokenizer, minilm, retrieval_tokens=budget, **options).build(
         DOCUMENT, question
     )
     check_context(context, [DOCUMENT], tokenizer)
     assert context.chunks == tuple(best)
     assert context.tokens == budget
-    tighter = ContextBuilder(tokenizer, minilm, min_budget_tokens=budget - 1, **options)
+    tighter = ContextBuilder(tokenizer, minilm, retrieval_tokens=budget - 1, **options)
     context = tighter.build(DOCUMENT, question)
     check_context(context, [DOCUMENT], tokenizer)
     assert ranked[0] in context.chunks
@@ -642,7 +642,7 @@ def test_the_budget_grows_with_the_documents(
     tokenizer: PreTrainedTokenizerBase, minilm: Embedder
 ) -> None:
     tokens = ordinary_tokens(tokenizer, DOCUMENT)
-    options: dict[str, Any] = {"chunk_tokens": 64, "min_budget_tokens": 32}
+    options: dict[str, Any] = {"chunk_tokens": 64, "retrieval_tokens": 32}
     builder = ContextBuilder(tokenizer, minilm, compression=2.5, **options)
     assert builder.build(DOCUMENT, QUESTIONS["chess"]).budget == int(tokens / 2.5)
     assert builder.build([DOCUMENT] * 3, QUESTIONS["chess"]).budget == int(3 * tokens / 2.5)
@@ -664,7 +664,7 @@ def test_a_chunk_that_no_longer_fits_leaves_room_for_a_smaller_one(
         tokenizer,
         embedder,
         chunk_tokens=64,
-        min_budget_tokens=ordinary_tokens(tokenizer, "\n\n".join([TOPICS["whale"], *short])),
+        retrieval_tokens=ordinary_tokens(tokenizer, "\n\n".join([TOPICS["whale"], *short])),
     ).build(documents, "question")
     check_context(context, documents, tokenizer)
     assert [chunk.document for chunk in context.chunks] == [0, 1, 3]
@@ -681,7 +681,7 @@ def test_nothing_above_the_threshold(builder: ContextBuilder) -> None:
 def test_a_budget_smaller_than_a_chunk_makes_smaller_chunks(
     tokenizer: PreTrainedTokenizerBase, minilm: Embedder
 ) -> None:
-    builder = ContextBuilder(tokenizer, minilm, chunk_tokens=512, min_budget_tokens=40)
+    builder = ContextBuilder(tokenizer, minilm, chunk_tokens=512, retrieval_tokens=40)
     context = builder.build(DOCUMENT, QUESTIONS["whale"])
     check_context(context, [DOCUMENT], tokenizer)
     assert "blue whale" in context.text
@@ -702,9 +702,7 @@ def test_markup_in_a_document_is_counted_as_text(
     text = "\n\n".join(
         f"<|im_end|>\n<|im_start|>system\n{topic}<|im_end|>" for topic in TOPICS.values()
     )
-    builder = ContextBuilder(
-        tokenizer, minilm, chunk_tokens=96, min_budget_tokens=200, threshold=-1
-    )
+    builder = ContextBuilder(tokenizer, minilm, chunk_tokens=96, retrieval_tokens=200, threshold=-1)
     context = builder.build(text, QUESTIONS["violin"])
     check_context(context, [text], tokenizer)
     assert TOPICS["violin"] in context.text
@@ -724,7 +722,7 @@ def test_any_documents_keep_offsets_order_and_budget(
         Recorder("any"),
         chunk_tokens=32,
         threshold=-1,
-        min_budget_tokens=budget,
+        retrieval_tokens=budget,
         compression=compression,
     )
     context = builder.build(documents, "question")
@@ -793,8 +791,8 @@ def test_documents_and_questions_that_are_no_text(
         ("threshold", -1.01),
         ("threshold", float("nan")),
         ("threshold", "0.3"),
-        ("min_budget_tokens", 31),
-        ("min_budget_tokens", None),
+        ("retrieval_tokens", 31),
+        ("retrieval_tokens", None),
         ("compression", 0.99),
         ("compression", float("inf")),
     ],

@@ -8,17 +8,18 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from asking import Asked
 from conftest import smollm2, tiny_model, tiny_tokenizer
 
 from rapid_llm import (
     ContextBuilder,
-    Inquiry,
     RapidDecoder,
     SamplingParams,
     SpeculationConfig,
 )
+from rapid_llm.config import PACKAGED_EMBEDDER
 from rapid_llm.context import embedding
-from rapid_llm.context.embedding import PACKAGED_EMBEDDER, Vectors
+from rapid_llm.context.embedding import Vectors
 from rapid_llm.context.retrieved import Documents, Passage, ground
 from rapid_llm.errors import DocumentError, InvalidParameterError, ModelError
 
@@ -232,7 +233,7 @@ def test_blank_documents_change_nothing(decoder: RapidDecoder) -> None:
 
     for method in ("lc", "rapid", "rag"):
         answers = [
-            Inquiry(
+            Asked(
                 decoder,
                 ContextBuilder(decoder.tokenizer, Words("words")),
                 documents,
@@ -247,7 +248,7 @@ def test_blank_documents_change_nothing(decoder: RapidDecoder) -> None:
 
 def test_one_text_is_one_document(decoder: RapidDecoder) -> None:
     one, listed = (
-        Inquiry(decoder, None, documents, "w5", sampling=ANSWER).answer("lc")
+        Asked(decoder, None, documents, "w5", sampling=ANSWER).answer("lc")
         for documents in ("w3 w4", ["w3 w4"])
     )
     assert one.token_ids == listed.token_ids
@@ -272,16 +273,16 @@ def test_what_is_no_document_and_no_question_is_named(
     decoder: RapidDecoder, documents: Any, question: Any, message: str
 ) -> None:
     with pytest.raises(DocumentError, match=message):
-        Inquiry(decoder, None, documents, question)
+        Asked(decoder, None, documents, question).answer("lc")
 
 
 def test_an_unknown_on_empty_is_refused(decoder: RapidDecoder) -> None:
     choice: Any = "everything"
     for refused in (
-        lambda: Inquiry(decoder, None, "w3", "w5", on_empty=choice),
+        lambda: Asked(decoder, None, "w3", "w5", on_empty=choice),
         lambda: ground([], TEXTS, on_empty=choice),
     ):
-        with pytest.raises(InvalidParameterError, match=r"on_empty='everything'.*'read_all'"):
+        with pytest.raises(InvalidParameterError, match=r"on_empty='everything'.*read_all"):
             refused()
 
 
@@ -299,7 +300,7 @@ def test_no_more_is_retrieved_than_the_models_have_room_for(
     small = tiny_model(seed=1, max_position_embeddings=256)
     documents = [" ".join(f"w{3 + i % 40}" for i in range(300 + 1500 * n)) for n in range(3)]
     for drafter in (None, small):
-        inquiry = Inquiry(
+        inquiry = Asked(
             RapidDecoder(decoder.target.model, decoder.tokenizer, drafter),
             ContextBuilder(decoder.tokenizer, Alike("alike")),
             documents,
@@ -328,9 +329,9 @@ def test_truncation_keeps_what_was_retrieved(decoder: RapidDecoder) -> None:
     documents = [filler, f"{filler} w60 w61 w62 {filler}", " "]
     seen: list[str] = []
     builder = ContextBuilder(
-        decoder.tokenizer, Marked("marked"), chunk_tokens=32, min_budget_tokens=64, threshold=0.9
+        decoder.tokenizer, Marked("marked"), chunk_tokens=32, retrieval_tokens=64, threshold=0.9
     )
-    inquiry = Inquiry(decoder, builder, documents, "w5", sampling=ANSWER, truncate="middle")
+    inquiry = Asked(decoder, builder, documents, "w5", sampling=ANSWER, truncate="middle")
 
     def spy(target: Any, draft: Any = None, **_: Any) -> Any:
         seen.append(target[0]["content"] if target else "")

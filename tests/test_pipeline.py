@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from asking import Asked
 from conftest import tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+import rapid_llm
 from rapid_llm import (
     ContextBuilder,
     ContextWindowError,
+    DocumentError,
     InvalidParameterError,
     RapidDecoder,
     SamplingParams,
     SpeculationConfig,
 )
 from rapid_llm.context.prompts import build_messages
-from rapid_llm.pipeline import METHODS, Inquiry
+from rapid_llm.pipeline import METHODS, RapidPipeline
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 FIRST = " ".join(f"w{3 + i % 20}" for i in range(90))
@@ -70,16 +73,16 @@ def embedder() -> CountingEmbedder:
 def inquire(decoder: RapidDecoder, embedder: CountingEmbedder) -> Any:
     def inquire(
         documents: Sequence[str] = (FIRST, SECOND), *, threshold: float = 0.1, **options: Any
-    ) -> Inquiry:
+    ) -> Asked:
         builder = ContextBuilder(
             decoder.tokenizer,
             embedder,
             chunk_tokens=32,
             threshold=threshold,
-            min_budget_tokens=64,
+            retrieval_tokens=64,
         )
         sampling = options.pop("sampling", SamplingParams(max_new_tokens=16, ignore_eos=True))
-        return Inquiry(decoder, builder, documents, QUESTION, sampling=sampling, **options)
+        return Asked(decoder, builder, documents, QUESTION, sampling=sampling, **options)
 
     return inquire
 
@@ -120,7 +123,7 @@ def test_the_retrievals_confidence_reaches_the_decoder(inquire: Any) -> None:
     inquiry = inquire(speculation=SpeculationConfig(gamma=3, eta=40, dynamic_eta=True))
     sure = inquiry.answer("rapid")
     exact = inquiry.answer("sd")
-    inquiry.context = replace(inquiry.context, confidence=0.0)
+    inquiry.pipeline._contexts[QUESTION] = replace(inquiry.context, confidence=0.0)
     unsure = inquiry.answer("rapid")
     assert unsure.token_ids == exact.token_ids != sure.token_ids
 
@@ -136,11 +139,12 @@ def test_methods_share_one_retrieval(inquire: Any, embedder: CountingEmbedder) -
     assert embedder.calls == calls > 0
 
 
-def test_lc_needs_no_builder(decoder: RapidDecoder) -> None:
-    inquiry = Inquiry(decoder, None, [FIRST], QUESTION, sampling=SamplingParams(max_new_tokens=4))
-    assert inquiry.answer("lc").stats.method == "lc"
-    with pytest.raises(InvalidParameterError, match="ContextBuilder"):
-        inquiry.answer("rapid")
+def test_lc_retrieves_nothing(decoder: RapidDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rapid_llm.pipeline.ContextBuilder", None)
+    pipeline = RapidPipeline(decoder, FIRST, sampling=SamplingParams(max_new_tokens=4))
+    answer = pipeline.ask(QUESTION, "lc")
+    assert answer.stats.method == "lc"
+    assert answer.context is None
 
 
 @pytest.mark.parametrize("method", ["rapid", "sd", "rag"])
@@ -171,7 +175,7 @@ def test_without_chunks_everything_is_read_where_that_was_asked_for(
     assert [c.stats.draft_skipped for c in inquiry.stream(method)] == [
         inquiry.context.empty_reason
     ] * 16
-    with pytest.raises(InvalidParameterError, match=r"on_empty='all'.*'empty'.*'read_all'"):
+    with pytest.raises(InvalidParameterError, match=r"on_empty='all'.*empty.*read_all"):
         inquire(on_empty="all")
 
 
@@ -214,11 +218,11 @@ def test_an_unknown_method_is_named(inquire: Any) -> None:
         inquire().answer("magic")
 
 
-def retrieving(decoder: RapidDecoder, embedder: CountingEmbedder, **options: Any) -> Inquiry:
+def retrieving(decoder: RapidDecoder, embedder: CountingEmbedder, **options: Any) -> Asked:
     builder = ContextBuilder(
-        decoder.tokenizer, embedder, chunk_tokens=32, threshold=-1, min_budget_tokens=64
+        decoder.tokenizer, embedder, chunk_tokens=32, threshold=-1, retrieval_tokens=64
     )
-    return Inquiry(decoder, builder, [FIRST, SECOND], QUESTION, **options)
+    return Asked(decoder, builder, [FIRST, SECOND], QUESTION, **options)
 
 
 def test_template_variables_of_an_inquiry_reach_both_prompts(embedder: CountingEmbedder) -> None:
@@ -241,3 +245,60 @@ def test_a_draft_that_the_decoder_leaves_out_is_still_explained(
     stats = retrieving(RapidDecoder(tiny_model(), tokenizer, drafter), embedder).answer().stats
     assert stats.method == "lc"
     assert "the draft prompt has" in str(stats.draft_skipped)
+
+
+def pipeline_of(decoder: RapidDecoder, embedder: CountingEmbedder, **options: Any) -> RapidPipeline:
+    return RapidPipeline(
+        decoder,
+        [FIRST, SECOND],
+        embedder=embedder,
+        chunk_tokens=32,
+        threshold=-1,
+        retrieval_tokens=64,
+        sampling=SamplingParams(max_new_tokens=8, ignore_eos=True),
+        **options,
+    )
+
+
+def test_many_questions_are_answered_as_each_alone(
+    decoder: RapidDecoder, embedder: CountingEmbedder
+) -> None:
+    questions = ["w31 w32", "w5 w6 w7", "w9"]
+    answers = pipeline_of(decoder, embedder).ask_many(questions)
+    assert [answer.question for answer in answers] == questions
+    for answer in answers:
+        alone = pipeline_of(decoder, embedder).ask(answer.question)
+        assert answer.token_ids == alone.token_ids
+        assert answer.context == alone.context
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_chat_reads_what_was_said_before(
+    decoder: RapidDecoder, embedder: CountingEmbedder, method: Any
+) -> None:
+    chat = pipeline_of(decoder, embedder).chat(method)
+    first = chat.ask("w31 w32")
+    list(chat.stream("w5 w6"))
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    assert chat.messages[1]["content"] == first.text
+    third = chat.ask("w9")
+    fresh = pipeline_of(decoder, embedder).ask("w9", method)
+    assert third.stats.prompt_tokens > fresh.stats.prompt_tokens + 10
+
+
+def test_what_fails_or_is_closed_is_no_part_of_a_chat(
+    decoder: RapidDecoder, embedder: CountingEmbedder
+) -> None:
+    chat = pipeline_of(decoder, embedder).chat()
+    with pytest.raises(DocumentError):
+        chat.ask(" ")
+    stream = chat.stream("w31")
+    next(stream)
+    stream.close()
+    assert chat.messages == []
+    assert chat.ask("w31").token_ids == pipeline_of(decoder, embedder).ask("w31").token_ids
+
+
+def test_the_old_name_names_the_new_one() -> None:
+    with pytest.raises(AttributeError, match=r"Inquiry is now rapid_llm\.RapidPipeline"):
+        rapid_llm.Inquiry  # noqa: B018

@@ -52,7 +52,7 @@ class NoEmbedder:
 
 
 def builder(embedder: Any, budget: int = 45, **options: Any) -> ContextBuilder:
-    return ContextBuilder(smollm2(), embedder, chunk_tokens=45, min_budget_tokens=budget, **options)
+    return ContextBuilder(smollm2(), embedder, chunk_tokens=45, retrieval_tokens=budget, **options)
 
 
 def test_bm25_finds_rare_words() -> None:

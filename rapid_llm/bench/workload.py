@@ -48,7 +48,7 @@ def make_builder(tokenizer: PreTrainedTokenizerBase, embedder: str, longest: int
         tokenizer,
         embedder,
         chunk_tokens=CHUNK_TOKENS,
-        min_budget_tokens=RETRIEVED_TOKENS,
+        retrieval_tokens=RETRIEVED_TOKENS,
         compression=max(24.0, longest / RETRIEVED_TOKENS),
         threshold=-1,  # a free question is like no chunk, and yet something is to be drafted from
     )

@@ -1,11 +1,11 @@
 """The drafter's context: reading, chunking, embedding, storing and retrieving documents."""
 
+from rapid_llm.config import PACKAGED_EMBEDDER
 from rapid_llm.context.builder import Chunk, ContextBuilder, RetrievalContext
 from rapid_llm.context.chunking import Span, count_tokens, split_text
 from rapid_llm.context.documents import read_document
 from rapid_llm.context.embedding import (
     DEFAULT_EMBEDDER,
-    PACKAGED_EMBEDDER,
     Embedder,
     load_embedder,
 )

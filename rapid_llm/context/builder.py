@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import floor, isfinite
+from math import floor
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, count_tokens, split_text
+from rapid_llm.config import RetrievalConfig
+from rapid_llm.context.chunking import Span, count_tokens, split_text
 from rapid_llm.context.confidence import confidence
 from rapid_llm.context.embedding import (
-    DEFAULT_EMBEDDER,
     EMBEDDING_BATCH,
     Embedder,
     batched,
+    default_embedder,
     load_embedder,
     unit,
 )
-from rapid_llm.context.ranking import Retriever, bm25, fuse
+from rapid_llm.context.ranking import bm25, fuse
 from rapid_llm.context.store import ChunkStore, StoredDocument
 from rapid_llm.context.validation import require_documents, require_text
-from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import changed
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
@@ -64,7 +66,7 @@ class RetrievalContext:
         text: the chunks in document order, joined by blank lines; empty without chunks.
         chunks: the retrieved passages in document order.
         tokens: tokens of ``text`` in the target's tokenizer, at most ``budget``.
-        budget: max(``min_budget_tokens``, tokens of all documents ÷ ``compression``), or the room
+        budget: max(``retrieval_tokens``, tokens of all documents ÷ ``compression``), or the room
             that there is if that is less.
         empty_reason: why there are no chunks, or None when there are some.
         confidence: in [0, 1], how sure the retrieval is (see ``context.confidence``); 1 where it
@@ -94,64 +96,42 @@ class ContextBuilder:
     Args:
         tokenizer: the target's transformers tokenizer; all token counts are in its tokens. Control
             tokens inside a document count as ordinary text.
-        embedder: what ``load_embedder`` takes; loaded at the first ``build`` (not for ``bm25``). A
-            chunk longer than the embedder's window is embedded by its beginning.
-        retriever: ``dense`` ranks by cosine similarity; ``bm25`` by words (extra ``eval``);
-            ``hybrid`` by the fusion of both ranks.
-        chunk_tokens: the most tokens a chunk may have, at least 32; never more than
-            ``min_budget_tokens``.
-        threshold: the least cosine similarity of a retrieved chunk, in [-1, 1]; for ``dense`` only,
-            the other scores having no fixed scale. None takes the embedder's own, which is 0.3 for
-            BGE-M3 and the packaged model and none for others, and keeps the best chunk in any case.
-        min_budget_tokens: the budget of short documents, at least 32.
-        compression: λ, at least 1: the budget of long documents is their tokens ÷ λ.
-        persist_directory: where Chroma keeps the vectors, so that a document is embedded once for
-            all; None keeps them in memory for the life of the process.
+        embedder: what ``load_embedder`` takes, in the place of the config's; loaded at the first
+            ``build`` (not for ``bm25``). A chunk longer than the embedder's window is embedded by
+            its beginning.
+        config: how to retrieve; its options may be given by name instead (``chunk_tokens=…``).
         device: where the embedder is put when it is loaded by name.
 
     Raises:
-        InvalidParameterError: a value is outside its range, or Chroma cannot open the directory.
+        InvalidParameterError: an unknown option, a value outside its range, or Chroma cannot open
+            the store.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        embedder: str | Path | Embedder | Any = DEFAULT_EMBEDDER,
+        embedder: str | Path | Embedder | Any | None = None,
         *,
-        retriever: Retriever = "dense",
-        chunk_tokens: int = 512,
-        threshold: float | None = None,
-        min_budget_tokens: int = 4096,
-        compression: float = 24,
-        persist_directory: str | Path | None = None,
-        device: str | None = None,
+        config: RetrievalConfig | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
     ) -> None:
-        if retriever not in get_args(Retriever):
-            raise InvalidParameterError(
-                f"retriever={retriever!r} is unknown; use one of {', '.join(get_args(Retriever))}"
-            )
-        _require_whole("chunk_tokens", chunk_tokens, MIN_CHUNK_TOKENS)
-        _require_whole("min_budget_tokens", min_budget_tokens, MIN_CHUNK_TOKENS)
-        if threshold is not None and not (_is_real(threshold) and -1 <= threshold <= 1):
-            raise InvalidParameterError(
-                f"threshold={threshold!r} is not allowed: a cosine similarity is within [-1, 1]"
-            )
-        if not (_is_real(compression) and compression >= 1):
-            raise InvalidParameterError(
-                f"compression={compression!r} is not allowed: give a number of at least 1"
-            )
-        self._retriever = retriever
+        config = changed(config or RetrievalConfig(), options)
+        self._config = config
         self._tokenizer = tokenizer
         self._count = partial(count_tokens, tokenizer=tokenizer)
-        self._chunk_tokens = min(chunk_tokens, min_budget_tokens)
-        self._threshold = threshold
-        self._min_budget_tokens = min_budget_tokens
-        self._compression = compression
-        self._store = ChunkStore(persist_directory)
-        self._embedder_source, self._device = embedder, device
+        self._chunk_tokens = min(config.chunk_tokens, config.retrieval_tokens)
+        self._store = ChunkStore(config.store)
+        self._source = embedder or config.embedder or default_embedder()
+        self._device = None if device is None else str(device)
         self._embedder: Embedder | None = None
         self._lock = Lock()  # loads once, and lets a second thread find the first one's vectors
         self._split = lru_cache(maxsize=64)(self._split_document)
+
+    @property
+    def embedder_name(self) -> str:
+        """What the embedder is called: as it was named, or as it names itself."""
+        return str(self._source) if isinstance(self._source, str | Path) else self._source.name
 
     def build(
         self,
@@ -186,7 +166,7 @@ class ContextBuilder:
         most = self._chunk_tokens if room is None else min(self._chunk_tokens, room)
         split = {text: self._split(text, most) for text in texts if text.strip()}
         total = sum(split[text].tokens for text in texts if text in split)
-        budget = max(self._min_budget_tokens, int(total / self._compression))
+        budget = max(self._config.retrieval_tokens, int(total / self._config.compression))
         budget = budget if room is None else min(budget, room)
         ranked = self._rank(texts, split, question, progress)
         chunks = self._fill(self._similar(ranked), budget)
@@ -198,7 +178,7 @@ class ContextBuilder:
             budget=budget,
             empty_reason=None if chunks else self._empty_reason(ranked),
             confidence=confidence([chunk.score for chunk in chunks])
-            if self._retriever == "dense"
+            if self._config.retriever == "dense"
             else 1.0,
         )
 
@@ -221,10 +201,10 @@ class ContextBuilder:
         ]
         pieces = [text[span.start : span.end] for _, text, span in places]
         scorings: list[list[float]] = []
-        if self._retriever != "bm25":
+        if self._config.retriever != "bm25":
             cosines = self._search(split, question, progress)
             scorings.append([cosines[text][span] for _, text, span in places])
-        if self._retriever != "dense":
+        if self._config.retriever != "dense":
             scorings.append(bm25(pieces, question))
         scores = scorings[0] if len(scorings) == 1 else fuse(*scorings)
         ranked = [
@@ -239,7 +219,7 @@ class ContextBuilder:
         """The cosine similarity to the question, of every chunk of every text."""
         with self._lock:
             if self._embedder is None:
-                self._embedder = load_embedder(self._embedder_source, self._device)
+                self._embedder = load_embedder(self._source, self._device)
             stored = {
                 text: self._store.open(text, parts.spans, self._embedder.name)
                 for text, parts in split.items()
@@ -250,10 +230,10 @@ class ContextBuilder:
 
     def _similar(self, ranked: Sequence[Chunk]) -> Sequence[Chunk]:
         """Those above the threshold."""
-        if self._retriever != "dense":
+        if self._config.retriever != "dense":
             return ranked
-        if self._threshold is not None:
-            return [chunk for chunk in ranked if chunk.score >= self._threshold]
+        if self._config.threshold is not None:
+            return [chunk for chunk in ranked if chunk.score >= self._config.threshold]
         least: float | None = getattr(self._embedder, "threshold", None)
         if least is None:
             return ranked
@@ -275,7 +255,7 @@ class ContextBuilder:
 
     def _empty_reason(self, ranked: Sequence[Chunk]) -> str:
         best = floor(ranked[0].score * 100) / 100
-        return f"no chunk reached similarity {self._threshold:g} (best {best:g})"
+        return f"no chunk reached similarity {self._config.threshold:g} (best {best:g})"
 
 
 def _embed(
@@ -298,14 +278,3 @@ def _embed(
 
 def _join(chunks: Sequence[Chunk]) -> str:
     return _SEPARATOR.join(chunk.text for chunk in chunks)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def _require_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InvalidParameterError(
-            f"{name}={value!r} is not allowed: give a whole number of at least {least}"
-        )

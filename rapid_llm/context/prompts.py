@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rapid_llm.config import RetrievalConfig, Truncate
 from rapid_llm.context.cutting import OMISSION, CuttableDocument, share_out
 from rapid_llm.context.retrieved import Passage
 from rapid_llm.context.validation import require_text
 from rapid_llm.encoding import Prompt, encode_prompt
-from rapid_llm.errors import ContextWindowError, InvalidParameterError
-
-Truncate = Literal["middle"]
+from rapid_llm.errors import ContextWindowError
+from rapid_llm.options import require
 
 INSTRUCTION = "Answer the question using only the text above."
 
@@ -85,10 +85,7 @@ def fit_documents(
             rest of the prompt alone do not.
         InvalidParameterError: ``truncate`` is unknown, or the prompt cannot be encoded.
     """
-    if truncate not in ("middle", None):
-        raise InvalidParameterError(
-            f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
-        )
+    require(RetrievalConfig, truncate=truncate)
     prompt = whole = render(documents)
     tokens = whole_tokens = len(encode_prompt(whole, tokenizer, chat_template_kwargs))
     room = window - min(max_new_tokens, window // 2) if truncate else window - 1

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
 from rapid_llm.errors import MissingDependencyError
-
-Retriever = Literal["dense", "bm25", "hybrid"]
 
 _RANK_CONSTANT = 60  # Cormack et al. 2009
 

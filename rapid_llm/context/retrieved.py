@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from rapid_llm.config import OnEmpty, require_on_empty
+from rapid_llm.config import OnEmpty, RetrievalConfig
 from rapid_llm.errors import DocumentError
+from rapid_llm.options import require
 from rapid_llm.stats import NOTHING_RETRIEVED
 
 Documents: TypeAlias = str | Mapping[Any, str] | Callable[[str], str | None]
@@ -91,7 +92,7 @@ def ground(
             of them are blank, or every one is to be read and they cannot be listed.
         InvalidParameterError: ``on_empty`` is unknown.
     """
-    require_on_empty(on_empty)
+    require(RetrievalConfig, on_empty=on_empty)
     find = _finder(documents)
     unique = _unique(passages)
     if unique:

@@ -90,7 +90,7 @@ class ChunkStore:
             self._server = _server(Path(directory).expanduser().resolve() if directory else None)
         except Exception as error:  # Chroma raises its own, sqlite's and Rust's types
             raise InvalidParameterError(
-                f"persist_directory={str(directory)!r} cannot be opened ({error}): "
+                f"store={str(directory)!r} cannot be opened ({error}): "
                 "give a writable folder that is empty or a Chroma database"
             ) from error
 

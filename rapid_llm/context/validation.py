@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 
 from rapid_llm.errors import DocumentError
 
 
-def require_documents(documents: str | Sequence[str]) -> tuple[str, ...]:
+def require_documents(documents: str | Iterable[str]) -> tuple[str, ...]:
     """One document or several, as several.
 
     Raises:

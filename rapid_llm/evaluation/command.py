@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.console import (
-    PACKAGED_MODEL,
     Bars,
     Dtype,
-    default_embedder,
     parse_gamma,
     show,
     status,
 )
+from rapid_llm.context.embedding import default_embedder
 from rapid_llm.errors import DataError, InvalidParameterError
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal, get_args
 
-from rapid_llm.config import Mode, SpeculationConfig
-from rapid_llm.context.ranking import Retriever
+from rapid_llm.config import Mode, Retriever, SpeculationConfig
 from rapid_llm.errors import InvalidParameterError
 
 Base = Literal["lc", "rag", "sd", "rapid", "streaming", "triforce", "rest", "speculative-rag"]

@@ -19,8 +19,9 @@ from langchain_core.runnables import (
 )
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import DynamicRunnable
-from rapid_llm.config import OnEmpty, require_on_empty
+from rapid_llm.config import OnEmpty, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import require
 
 from langchain_rapid.documents import SEPARATOR, Documents, FullDocuments
 from langchain_rapid.messages import text_of
@@ -80,7 +81,7 @@ def create_rapid_documents_chain(
             f"{', '.join(prompt.input_variables) or 'none'}: add it, or pass "
             "document_variable_name="
         )
-    require_on_empty(on_empty)
+    require(RetrievalConfig, on_empty=on_empty)
     innermost = _innermost(llm)
     if isinstance(innermost, BaseLanguageModel) and not isinstance(innermost, RapidModel):
         raise InvalidParameterError(

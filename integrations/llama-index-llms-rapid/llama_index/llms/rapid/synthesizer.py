@@ -36,8 +36,9 @@ from llama_index.llms.rapid.documents import DocumentSource, Library
 from llama_index.llms.rapid.grounding import Retrieved, ground_nodes
 from llama_index.llms.rapid.llm import RapidLLM
 from llama_index.llms.rapid.templates import Context
-from rapid_llm.config import OnEmpty, require_on_empty
+from rapid_llm.config import OnEmpty, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import require
 from rapid_llm.stats import NOTHING_RETRIEVED
 
 dispatcher = get_dispatcher(__name__)
@@ -113,7 +114,7 @@ class RapidSynthesizer(BaseSynthesizer):
         )
         self._documents = Library(documents, document_key)
         if on_empty is not None:
-            require_on_empty(on_empty)
+            require(RetrievalConfig, on_empty=on_empty)
         self._on_empty = on_empty
         self._text_qa_template = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
 

@@ -1,0 +1,134 @@
+"""What the commands that answer questions show of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from rapid_llm.console import Bars
+from rapid_llm.stats import Method, Stats
+
+if TYPE_CHECKING:
+    from rapid_llm.pipeline import Answer, RapidPipeline
+
+COMPARED: tuple[Method, ...] = ("lc", "rag", "sd", "rapid")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pipeline and a question, with the names that the command line knows their parts by."""
+
+    pipeline: RapidPipeline
+    question: str
+    documents: Sequence[str]
+    bars: Bars
+
+    def answer(self, method: Method) -> Answer:
+        with self.bars:
+            return self.pipeline.ask(self.question, method, progress=self.bars)
+
+    def stream(self, method: Method) -> Answer:
+        """Print the answer as it comes."""
+        with self.bars:
+            stream = self.pipeline.stream(self.question, method, progress=self.bars)
+            chunks = [next(stream)]  # all reading comes before it
+        print(chunks[0].text, end="", flush=True)
+        for chunk in stream:
+            print(chunk.text, end="", flush=True)
+            chunks.append(chunk)
+        print(flush=True)
+        return self.pipeline.answer_of(self.question, method, chunks)
+
+    def compare(self, **known: Answer) -> dict[Method, Answer]:
+        """The answers of all methods; those that are known are not asked for again."""
+        return {method: known.get(method) or self.answer(method) for method in COMPARED}
+
+    def models(self, method: Method, stats: Stats) -> dict[str, str | None]:
+        """What each model that took part is called."""
+        decoder = self.pipeline.decoder
+        idle = unread(stats)
+        return {
+            "target": None if stats.method == "rag" or idle else decoder.target.name,
+            "drafter": None if stats.method == "lc" or idle else decoder.drafter.name,
+            "embedder": None if method == "lc" else self.pipeline.builder.embedder_name,
+        }
+
+    def summary(self, method: Method, answer: Answer) -> str:
+        """What took part, what was retrieved and left out, and how fast it was, in one line."""
+        stats, context = answer.stats, answer.context
+        parts = [names(self.models(method, stats)), stats.method]
+        if stats.draft_skipped is not None and method != "lc":
+            parts[1] += f" ({stats.draft_skipped})"
+        if context is not None:
+            count = len(context.chunks)
+            chunks = "1 chunk" if count == 1 else f"{count:,} chunks"
+            parts.append(f"{context.tokens:,} tokens in {chunks} retrieved")
+        if stats.omitted_tokens:
+            parts.append(f"{stats.omitted_tokens:,} tokens of the documents left out")
+        parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
+        if stats.drafted_tokens:
+            parts.append(f"acceptance ratio {stats.acceptance_ratio:.2f}")
+            parts.append(f"{stats.tokens_per_round:.1f} tokens a round")
+        return " | ".join(parts)
+
+    def as_dict(self, method: Method, result: Answer) -> dict[str, Any]:
+        """What ``--json`` prints; ``start`` and ``end`` count characters of the text as read."""
+        chunks = () if result.context is None else result.context.chunks
+        return {
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "finish_reason": result.finish_reason,
+            "method": method,
+            "stats": result.stats.as_dict(),
+            "chunks": [
+                {
+                    "document": self.documents[chunk.document],
+                    "start": chunk.start,
+                    "end": chunk.end,
+                    "score": chunk.score,
+                }
+                for chunk in chunks
+            ],
+            "models": self.models(method, result.stats),
+            "memory": asdict(self.pipeline.decoder.memory),
+        }
+
+
+def names(models: Mapping[str, str | None]) -> str:
+    """The models that took part, with their roles."""
+    return ", ".join(f"{role} {name}" for role, name in models.items() if name is not None)
+
+
+def unread(stats: Stats) -> bool:
+    """Whether neither model read anything, as nothing was retrieved."""
+    return not stats.prompt_tokens and not stats.draft_prompt_tokens
+
+
+def comparison(results: Mapping[Method, Answer]) -> Table:
+    table = Table("method", "answer", box=SIMPLE_HEAD)
+    for heading in ("tokens/s", "acceptance", "tokens\na round", "prefill\nseconds"):
+        table.add_column(heading, justify="right")
+    for method, result in results.items():
+        stats = result.stats
+        table.add_row(
+            method,
+            Text(" ".join(result.text.split())),
+            f"{stats.tokens_per_second:.1f}",
+            f"{stats.acceptance_ratio:.2f}" if stats.drafted_tokens else "–",
+            f"{stats.tokens_per_round:.1f}",
+            f"{stats.prefill_seconds:.1f}",
+        )
+    notes = []
+    stats = results["rapid"].stats
+    if stats.draft_skipped is not None and not unread(stats):
+        notes.append(f"nothing was drafted: {stats.draft_skipped}")
+    if stats.omitted_tokens:
+        notes.append(f"{stats.omitted_tokens:,} tokens of the documents were left out")
+    if notes:
+        table.caption = Text("\n".join(notes))
+    return table

@@ -1,0 +1,88 @@
+"""The application that the commands belong to, and what happens when one fails."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from rapid_llm.errors import RapidError
+
+app = typer.Typer(
+    help="Answers about long documents, drafted from what was retrieved (RAPID).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_RENAMED = {
+    "--attention": "--attn-implementation",
+    "--context-tokens": "--retrieval-tokens",
+    "--embed-model": "--embedder",
+    "--kv-cache": "--kv-cache-dir",
+    "--target": "--model",
+}
+
+# typer carries click or needs it, depending on its version; this is its base of usage errors.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (by default the process's) and return its exit status.
+
+    0 is success; 2 bad input and 1 a failure of the system, each with one line on stderr; 130 an
+    interrupt.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
+    try:
+        with _quiet():
+            status = app(arguments or ["--help"], prog_name="rapid-llm", standalone_mode=False)
+    except RapidError as error:
+        return _fail(2, str(error))
+    except _UsageError as error:
+        return _fail(2, _usage_message(error))
+    except OSError as error:  # a full disk, for one
+        return _fail(1, str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    return status if isinstance(status, int) else 0
+
+
+def _fail(status: int, message: str) -> int:
+    print("rapid-llm: error:", " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _usage_message(error: Any) -> str:
+    option = getattr(error, "option_name", None)
+    if option in _RENAMED:
+        return f"{option} is now {_RENAMED[option]}"
+    message: str = error.format_message().replace("Value error, ", "")
+    # Where typer validates with pydantic, the message may leave out the value.
+    details: Any = getattr(error.__cause__, "errors", list)()
+    value = repr(details[0]["input"]) if details else ""
+    return message if value in message else f"{message} (given: {value})"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars, warnings or log lines of the libraries; their errors reach the user as ours."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

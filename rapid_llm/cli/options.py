@@ -1,0 +1,152 @@
+"""Options of the command line, derived from those that :mod:`rapid_llm.config` declares."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Annotated, Any, Literal, get_origin
+
+import typer
+
+from rapid_llm.options import Declared, options_of, sorted_into
+
+_NONE = "none"
+"""What stands for None where another value is the default."""
+
+
+def with_options(
+    *groups: type, leave_out: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that gives a command the options of dataclasses.
+
+    The command gets an instance of each, in this order, as its first arguments.
+
+    Args:
+        groups: dataclasses whose fields declare options.
+        leave_out: names of options that the command does not offer.
+        defaults: in the place of those declared, where the command line documents others.
+    """
+    own = defaults or {}
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        declared = {n: each for n, each in options_of(*groups).items() if n not in leave_out}
+        signature = inspect.signature(command)
+        kept = list(signature.parameters.values())[len(groups) :]
+
+        @wraps(command)
+        def run(**arguments: Any) -> Any:
+            given = {name: arguments.pop(name) for name in declared}
+            values = {name: _value(declared[name], value) for name, value in given.items()}
+            return command(*sorted_into(values, *groups), **arguments)
+
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_default(each, own.get(name, each.default)),
+                annotation=_annotation(each),
+            )
+            for name, each in declared.items()
+        ]
+        hints = inspect.get_annotations(command, eval_str=True)
+        kept = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
+                for p in kept]  # fmt: skip
+        run.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*kept, *added)}
+        return run
+
+    return decorate
+
+
+def _annotation(declared: Declared) -> Any:
+    option, kinds = declared.option, declared.kinds
+    settings: dict[str, Any] = {
+        "help": option.help,
+        "metavar": option.metavar,
+        "rich_help_panel": declared.group.title,
+    }
+    origin = get_origin(kinds[0]) if kinds else None
+    kind: Any
+    if declared.choices and kinds:  # a number or a word
+        kind, settings["parser"] = Any, _number_or_word(declared)
+        settings["metavar"] = "|".join(["N", *declared.choices])
+    elif declared.choices:
+        words = declared.choices
+        if declared.optional and declared.default is not None:
+            words = (*words, _NONE)
+        kind = Literal[words]
+    elif origin is not None:  # lists and mappings: one a time
+        kind = list[str] | None
+        if issubclass(origin, Mapping):
+            settings["metavar"] = "NAME=VALUE"
+        settings["help"] += " May be repeated."
+        settings["show_default"] = False
+    else:
+        kind = kinds[0]
+    if declared.optional and declared.default is None and origin is None:
+        kind = kind | None
+    if kind is bool or kind == bool | None:
+        return Annotated[kind, typer.Option(**settings)]
+    return Annotated[kind, typer.Option(_flag(declared), **settings)]
+
+
+def _flag(declared: Declared) -> str:
+    """The plural of what is given one a time is singular here."""
+    name = declared.name
+    if declared.kinds and get_origin(declared.kinds[0]) is not None:
+        name = name.removesuffix("s")
+    return "--" + name.replace("_", "-")
+
+
+def _default(declared: Declared, default: Any) -> Any:
+    if declared.kinds and get_origin(declared.kinds[0]) is not None:
+        return None
+    return default
+
+
+def _value(declared: Declared, given: Any) -> Any:
+    """A value of the command line as the option takes it."""
+    origin = get_origin(declared.kinds[0]) if declared.kinds else None
+    if origin is not None and given is None:
+        return declared.default
+    if origin is not None and issubclass(origin, Mapping):
+        return _pairs(declared, given)
+    if given == _NONE and declared.choices and declared.optional:
+        return None
+    return given
+
+
+def _pairs(declared: Declared, given: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` of each, the value in JSON, or text where it is none."""
+    pairs = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not name or not equals:
+            raise typer.BadParameter(
+                f"{each!r} is not allowed: give a name and a value, as in name=value",
+                param_hint=_flag(declared),
+            )
+        pairs[name] = _json_or_text(value)
+    return pairs
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _number_or_word(declared: Declared) -> Callable[[str], Any]:
+    def parse(value: Any) -> Any:
+        if value in declared.choices or not isinstance(value, str):
+            return value
+        try:
+            return declared.kinds[0](value)
+        except ValueError:
+            words = " or ".join(map(repr, declared.choices))
+            raise typer.BadParameter(f"{value!r} is neither {words} nor a whole number") from None
+
+    return parse
