@@ -190,7 +190,7 @@ def test_context_window_counts_yarn():
     assert Forward(tiny_model(rope_parameters=yarn), "x").context_window == 2048
 
 
-def test_prefill_reports_progress_in_chunks(monkeypatch):
+def test_prefill_reports_progress_after_every_pass(monkeypatch):
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     forward = Forward(tiny_model(), "x")
     session = Session(forward, forward.new_cache(40))
@@ -202,3 +202,8 @@ def test_prefill_reports_progress_in_chunks(monkeypatch):
         session.rollback(20)
         session.prefill([5] * 38, lambda *tokens: seen.append(tokens))  # what was read is not again
         assert seen == [(20, 38), (30, 38), (38, 38)]
+        seen.clear()
+        session.rollback(30)
+        monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_pieces", (5, 2))
+        session.prefill([5] * 38, lambda *tokens: seen.append(tokens))
+        assert seen == [(30, 38), (35, 38), (37, 38), (38, 38)]

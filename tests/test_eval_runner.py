@@ -138,7 +138,7 @@ def test_the_target_reads_a_document_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     records = run(tmp_path, make_task(), ("lc", "sd", "rapid"))
     for record in records:
-        assert record.stats["cached_tokens"] == (record.stats["prompt_tokens"] - 2) // 10 * 10 > 0
+        assert record.stats["cached_tokens"] == record.stats["prompt_tokens"] - 1
 
 
 def test_target_and_drafter_read_their_own_context(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_bad_continuations_are_refused() -> None:
 
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """KV is kept in whole chunks of a prefill."""
+    """For short prompts too KV is kept of the first passes of a prefill."""
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
 
 
@@ -89,9 +89,9 @@ def test_only_one_prompt_s_kv_is_kept() -> None:
 
     reused(PROMPT)
     reused(OTHER)
-    assert decoder.keep_only(PROMPT) == len(PROMPT) - 10
+    assert decoder.keep_only(PROMPT) == len(PROMPT) - 1
     assert reused(OTHER) == 0
-    assert reused(PROMPT) == len(PROMPT) - 10
+    assert reused(PROMPT) == len(PROMPT) - 1
 
 
 @pytest.mark.usefixtures("short_chunks")

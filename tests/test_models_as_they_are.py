@@ -80,11 +80,12 @@ CHUNK = 16
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_pieces", (8, 4))
 
 
 def reusable(prompt):
-    """Tokens of a prompt whose KV serves it again: whole chunks of all but the last."""
-    return (len(prompt) - 1) // CHUNK * CHUNK
+    """Tokens of a prompt whose KV serves it again: all but the last."""
+    return len(prompt) - 1
 
 
 # --- what is done to a model --------------------------------------------------------------------

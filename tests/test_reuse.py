@@ -124,22 +124,90 @@ def test_planned_bytes_are_those_allocated(architecture):
     assert cache.nbytes == kv_nbytes(forward.config, forward.model.dtype, 75)
 
 
-def test_whole_chunks_are_reused_but_never_the_last_token(forward):
-    """Its logits are wanted."""
+def test_all_but_the_last_token_is_reused_if_the_same_passes_would_read_it(forward):
+    """Of the last one the logits are wanted."""
     cache = PrefixCache(AMPLE)
     assert ask(cache, forward, [*DOCUMENT, 5, 6]) == 0
-    for length, reused in (
-        (62, 60),
-        (61, 60),
-        (60, 50),
-        (51, 50),
-        (50, 40),
-        (11, 10),
-        (10, 0),
-        (1, 0),
-    ):
+    for length, reused in ((62, 61), (61, 60), (60, 50), (51, 50), (50, 40), (12, 10), (10, 0)):
         assert ask(cache, forward, [*DOCUMENT, 5, 6][:length]) == reused
         ask(cache, forward, [*DOCUMENT, 5, 6])  # a shorter prompt keeps less
+
+
+@pytest.fixture
+def pieces(monkeypatch) -> None:
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_pieces", (4, 2))
+
+
+@pytest.mark.usefixtures("pieces")
+def test_the_pieces_after_the_last_whole_chunk_are_reused_too(forward):
+    """Passes of 10 tokens, then at most two of 4, one of 2 and one of 1."""
+    cache = PrefixCache(AMPLE)
+    assert ask(cache, forward, [*DOCUMENT[:58], 5]) == 0  # 50 | 54 | 58
+    assert ask(cache, forward, [*DOCUMENT[:58], 6, 7]) == 58  # 50 | 54 | 58 | 59
+    assert ask(cache, forward, [*DOCUMENT[:56], 8, 9]) == 54  # 50 | 54 | 56 | 57
+    # A whole chunk in place of the pieces, and pieces in the place of a whole chunk.
+    assert ask(cache, forward, [*DOCUMENT, 5, 6]) == 50
+    assert ask(cache, forward, [*DOCUMENT[:58], 5]) == 50
+
+
+@pytest.mark.usefixtures("pieces")
+def test_prompts_of_any_lengths_get_the_logits_of_a_fresh_prefill(forward):
+    cache, generator = PrefixCache(3 * 70 * BYTES_PER_TOKEN), random.Random(0)
+    reused = []
+    for _ in range(150):
+        shared, new = generator.randrange(40, 62), generator.randrange(1, 8)
+        prompt = [*DOCUMENT, *OTHER][:shared] + text(new, seed=generator.randrange(3))
+        reused.append(ask(cache, forward, prompt))
+    assert sum(n % CHUNK > 0 for n in reused) > 50
+    assert {n % CHUNK for n in reused} > {0, 4, 8}
+
+
+@pytest.mark.usefixtures("pieces")
+def test_an_interrupted_prefill_leaves_what_its_own_passes_read(forward, monkeypatch):
+    """54 tokens of a prompt of 59, then of one of 55: 50 | 54 both."""
+    cache = PrefixCache(AMPLE)
+    prompt = [*DOCUMENT[:58], 5, 6]
+    with cache.lease(forward, prompt, 70) as lease:
+        session = Session(forward, lease.cache)
+        original = Session._read
+
+        def fail(session, tokens, *args):
+            if session.length == 54:
+                raise torch.OutOfMemoryError
+            return original(session, tokens, *args)
+
+        with monkeypatch.context() as context, torch.inference_mode():
+            context.setattr(Session, "_read", fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                session.prefill(prompt[:-1])
+    assert ask(cache, forward, DOCUMENT[:56]) == 54
+
+
+@pytest.mark.usefixtures("pieces")
+def test_kv_that_had_to_be_read_again_is_that_of_a_prefill(forward):
+    """The model was changed during an answer: the prompt's own passes read it, not the length's."""
+    cache, prompt, answer = PrefixCache(AMPLE), DOCUMENT[:58], text(8, seed=5)
+    with cache.lease(forward, prompt, 70) as lease, torch.inference_mode():
+        session = Session(forward, lease.cache, prompt)
+        session.prefill(prompt[:-1])
+        session.extend(torch.tensor([prompt[-1], *answer[:3]]))
+        forward.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        session.extend(torch.tensor(answer[3:]))
+        assert session.length == len(prompt) + len(answer)
+    assert ask(cache, forward, [*DOCUMENT[:56], 7, 8]) == 56
+    assert ask(cache, forward, [*DOCUMENT[:55], 7, 8]) == 54
+
+
+@pytest.mark.usefixtures("pieces")
+def test_the_last_token_read_is_not_copied_from_a_cache_in_use(forward):
+    """A drafter may be reading it again."""
+    cache = PrefixCache(AMPLE)
+    with cache.lease(forward, [*DOCUMENT, 5], 70) as busy:
+        read(forward, [*DOCUMENT, 5], busy)
+        with torch.inference_mode():
+            busy.cache.layers[0].keys[:, :, 59] = 0
+        assert ask(cache, forward, [*DOCUMENT, 5]) == 50
+        assert ask(cache, forward, [*DOCUMENT, 5], capacity=70) == 60
 
 
 def test_what_departs_within_a_chunk_is_read_from_its_beginning(forward):
@@ -216,7 +284,7 @@ def test_passes_that_round_otherwise_share_nothing(forward):
         cache.lease(forward, DOCUMENT, len(DOCUMENT)) as lease,
     ):
         assert lease.reused == 0
-    assert ask(cache, forward, DOCUMENT) == 50
+    assert ask(cache, forward, DOCUMENT) == 59
 
 
 def test_what_was_read_before_an_error_is_reused(forward):
@@ -281,7 +349,7 @@ def test_an_abandoned_stream_gives_its_cache_back(forward):
     next(chunks)
     del chunks
     gc.collect()
-    assert ask(cache, forward, DOCUMENT) == 50
+    assert ask(cache, forward, DOCUMENT) == 59
 
 
 def test_a_cache_that_was_never_filled_is_not_kept(forward):
@@ -297,13 +365,13 @@ def test_the_least_recently_used_document_goes_first(forward):
     cache = PrefixCache(2 * 70 * BYTES_PER_TOKEN)
     for document in documents[:2]:
         ask(cache, forward, document, capacity=70)
-    assert ask(cache, forward, documents[0], capacity=70) == 50
+    assert ask(cache, forward, documents[0], capacity=70) == 59
     with cache.lease(forward, documents[2], 70) as lease:
         # Room is made before the new KV is allocated, not after.
         assert cache.nbytes == 70 * BYTES_PER_TOKEN
         read(forward, documents[2], lease)
     assert cache.nbytes == 2 * 70 * BYTES_PER_TOKEN
-    assert ask(cache, forward, documents[0], capacity=70) == 50
+    assert ask(cache, forward, documents[0], capacity=70) == 59
     assert ask(cache, forward, documents[1], capacity=70) == 0
     assert cache.nbytes == 2 * 70 * BYTES_PER_TOKEN
 
@@ -313,7 +381,7 @@ def test_what_exceeds_the_budget_is_not_kept_and_drives_nothing_out(forward):
     ask(cache, forward, DOCUMENT, capacity=70)
     assert ask(cache, forward, OTHER, capacity=71) == 0
     assert ask(cache, forward, OTHER, capacity=71) == 0
-    assert ask(cache, forward, DOCUMENT, capacity=70) == 50
+    assert ask(cache, forward, DOCUMENT, capacity=70) == 59
     nothing = PrefixCache(0)
     assert [ask(nothing, forward, DOCUMENT) for _ in range(2)] == [0, 0]
     assert nothing.nbytes == 0
@@ -330,7 +398,7 @@ def test_clear_frees_what_is_idle(forward):
         assert cache.nbytes == 0
         assert torch.equal(read(forward, DOCUMENT, busy), fresh(forward, DOCUMENT))
     assert ask(cache, forward, OTHER) == 0
-    assert ask(cache, forward, DOCUMENT) == 50
+    assert ask(cache, forward, DOCUMENT) == 59
 
 
 def no_memory(*_: object) -> None:
@@ -345,7 +413,7 @@ def test_a_cache_that_cannot_grow_is_read_anew(forward, monkeypatch):
         context.setattr("rapid_llm.engine.kv_cache.KVCache.grow", no_memory)
         assert ask(cache, forward, DOCUMENT, capacity=90) == 0
     assert cache.nbytes == 90 * BYTES_PER_TOKEN  # what was idle had to go
-    assert ask(cache, forward, DOCUMENT, capacity=90) == 50
+    assert ask(cache, forward, DOCUMENT, capacity=90) == 59
 
 
 def test_a_lease_that_finds_no_memory_spoils_nothing(forward, monkeypatch):
@@ -366,7 +434,7 @@ def test_models_do_not_share(forward):
     for _ in range(2):
         for model in (forward, drafter):
             ask(cache, model, DOCUMENT)
-    assert ask(cache, drafter, DOCUMENT) == 50
+    assert ask(cache, drafter, DOCUMENT) == 59
     assert cache.nbytes == 2 * len(DOCUMENT) * BYTES_PER_TOKEN
 
 
@@ -451,7 +519,7 @@ def test_bfloat16_comes_back_as_it_was(tmp_path):
         with PrefixCache(AMPLE, tmp_path).lease(forward, LONG, len(LONG)) as lease:
             read(forward, LONG, lease)
         caches.append(lease.cache)
-    assert lease.reused == len(LONG) - CHUNK
+    assert lease.reused == len(LONG) - 1
     for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
         assert torch.equal(a.keys[:, :, : lease.reused], b.keys[:, :, : lease.reused])
         assert torch.equal(a.values[:, :, : lease.reused], b.values[:, :, : lease.reused])
@@ -521,7 +589,7 @@ def test_a_damaged_file_is_named_ignored_and_replaced(forward, saved, harm):
     harm(saved)
     with pytest.warns(UserWarning, match=rf"{saved.name} is damaged.*delete it"):
         assert ask(later(saved), forward, [*LONG, 5, 6]) == 0
-    assert ask(later(saved), forward, [*LONG, 5, 6]) == len(LONG)
+    assert ask(later(saved), forward, [*LONG, 5, 6]) == len(LONG) + 1
     assert list(saved.parent.iterdir()) == [saved]
 
 
@@ -626,7 +694,7 @@ def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(forward, tmp_path,
         with pytest.warns(UserWarning, match=rf"{tmp_path}.*No space left.*free some space"):
             assert ask(cache, forward, LONG) == 0
     assert list(tmp_path.iterdir()) == []
-    assert ask(cache, forward, LONG) == len(LONG) - CHUNK
+    assert ask(cache, forward, LONG) == len(LONG) - 1
 
 
 def test_a_directory_that_cannot_be_one_is_a_warning(forward, tmp_path):

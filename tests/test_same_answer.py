@@ -25,7 +25,7 @@ from rapid_llm.engine.cpu.compiled import CompiledPass
 from rapid_llm.engine.forward import Forward
 from rapid_llm.speculation.sampling import Sampler
 
-CHUNK = 40  # so that what is left of a prompt is read by the compiled kernels, or not
+CHUNK, PIECES = 40, (20, 10)  # the smaller are read by the compiled kernels, the others not
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "initializer_range": 0.1}
 
 
@@ -44,6 +44,7 @@ GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 def _short(monkeypatch) -> None:
     """Prompts, chunks, and what goes to a file."""
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_pieces", PIECES)
     monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_SAVING", 2 * CHUNK)
     monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_LOADING", CHUNK)
     monkeypatch.setattr(compressed, "BUDGET", 64)

@@ -156,8 +156,7 @@ def test_a_coin_accepts_as_often_as_it_should(a: float, gamma: int) -> None:
         assert shares[n + 1] == pytest.approx(rounds * a**n * (1 - a), abs=2)
 
 
-def test_kv_is_made_up_once_and_then_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 64)
+def test_kv_is_made_up_once_and_then_taken_over() -> None:
     bench = make_bench()
     kept: list[int] = []
     with torch.inference_mode():
@@ -167,7 +166,7 @@ def test_kv_is_made_up_once_and_then_taken_over(monkeypatch: pytest.MonkeyPatch)
                 assert generation.target.length == 255
                 layer = generation.target.cache.layers[0]
                 assert layer.keys[0, :, :254].std() == pytest.approx(1, abs=0.1)
-    assert kept == [0, 192]  # whole chunks
+    assert kept == [0, 255]
 
 
 def test_calls_are_counted_of_plain_and_of_drafted_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

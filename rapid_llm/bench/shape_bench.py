@@ -470,8 +470,7 @@ class ShapeBench:
     def _open(self, context: int, *, draft: bool, gamma: int = 1) -> Iterator[Any]:
         """A generation whose target holds a prompt of so many tokens.
 
-        The KV is made up the first time, then whole chunks of it are taken over from the generation
-        before.
+        The KV is made up the first time, then taken over from the generation before.
         """
         retrieved = self._prompt(self._draft_tokens) if draft else None
         prompt = self._prompt(context)

@@ -124,11 +124,14 @@ class Device:
     """A kind of device.
 
     Attributes:
-        prefill_chunk: tokens that a prefill pass reads. It bounds the activations, and is the unit
-            in which kept KV is reused: a prompt that was read before costs less than one chunk.
+        prefill_chunk: tokens that a prefill pass reads. It bounds the activations.
+        prefill_pieces: tokens that passes over the rest of a prompt read, descending; less than a
+            chunk. The smallest is about what the next question on a document reads again of it:
+            see :mod:`rapid_llm.engine.chunks`.
     """
 
     prefill_chunk = 512
+    prefill_pieces: tuple[int, ...] = (128, 64)
 
     def passes(self, model: Any, state: ModelState, cuda_graphs: bool | None) -> list[Pass]:
         """Passes over a lean model's weights that are faster than :class:`.lean.LeanPass`.

@@ -347,9 +347,10 @@ class Forward:
         return device_of(self.device).capacity_for(tokens)
 
     @property
-    def prefill_chunk(self) -> int:
-        """Tokens of a prompt that its prefill reads in a pass."""
-        return device_of(self.device).prefill_chunk
+    def prefill_sizes(self) -> tuple[int, ...]:
+        """Tokens that passes of a prefill read, descending: see :mod:`rapid_llm.engine.chunks`."""
+        device = device_of(self.device)
+        return device.prefill_chunk, *device.prefill_pieces
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""

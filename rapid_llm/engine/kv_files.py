@@ -1,8 +1,8 @@
 """KV on disk: one safetensors file a prompt, checked before it is believed.
 
-A file holds ``tokens``, int32 ``[n]``, and for each layer i ``keys.i`` and ``values.i``,
-``[1, kv_heads, n, dim]`` in the model's dtype. Its metadata names the format and the model, and
-gives a checksum of all tensors. Nothing is ever unpickled.
+A file holds ``tokens``, int32 ``[n]``, which are all that a prefill has read, and for each layer i
+``keys.i`` and ``values.i``, ``[1, kv_heads, n, dim]`` in the model's dtype. Its metadata names the
+format and the model, and gives a checksum of all tensors. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rapid_llm.engine.chunks import common_end, pass_ends
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, Reader, kv_shape
@@ -79,14 +80,20 @@ class KVFiles:
         self._seen: dict[Path, tuple[tuple[int, int], _Header | None]] = {}
 
     def find(self, forward: Forward, tokens: TokenIds, reader: Reader) -> tuple[Path | None, int]:
-        """The file of this model that shares most tokens with a prompt, and how many."""
+        """The file that serves most of a prefill of ``tokens``, and how many of them.
+
+        See :func:`rapid_llm.engine.chunks.common_end`.
+        """
+        sizes = forward.prefill_sizes
+        ends = pass_ends(len(tokens), sizes)
         best, most = None, 0
         model = self._model(forward, reader)
         if model is not None:
             for path in self._directory.glob(f"{model[:16]}-*.safetensors"):
                 header = self._header(path)
                 if header is not None and header.model == model:
-                    shared = common_prefix(header.tokens, tokens)
+                    theirs = pass_ends(len(header.tokens), sizes)
+                    shared = common_end(theirs, ends, common_prefix(header.tokens, tokens))
                     if shared > most:
                         best, most = path, shared
         return best, most
@@ -108,7 +115,10 @@ class KVFiles:
             return None
 
     def save(self, forward: Forward, tokens: TokenIds, cache: KVCache) -> None:
-        """Write the KV of ``tokens``, which ``cache`` begins with, unless a file has most of it."""
+        """Write the KV of a prefill's tokens, all of which a cache begins with.
+
+        Not if a file has most of it.
+        """
         assert cache.reader is not None
         model = self._model(forward, cache.reader)
         if (
@@ -159,12 +169,17 @@ class KVFiles:
         )
 
     def _model(self, forward: Forward, reader: Reader) -> str | None:
-        """What reads a model's files; None if it has none. Others round otherwise, or turn."""
+        """What reads a model's files; None if it has none.
+
+        Others round otherwise, turn otherwise, or read a prompt in other passes.
+        """
         known = self._contents.setdefault(forward, {})
         if reader.number not in known:
             known[reader.number] = fingerprint(forward.model, forward.state)
         name = known[reader.number]
-        return name and f"{name} beyond {reader.scale}, {rounding(forward)}"
+        return (
+            name and f"{name} beyond {reader.scale}, {rounding(forward)}, {forward.prefill_sizes}"
+        )
 
     def _is_unchanged(self, forward: Forward, reader: Reader) -> bool:
         """Whether the model is what it was when it got its name: edits may have gone unseen."""

@@ -1,8 +1,8 @@
-"""KV reuse: a prompt is read from the chunk in which it departs from one that was read before.
+"""KV reuse: a prompt is read from the pass on that departs from those of one read before.
 
-Only whole chunks of a prefill are reused, never what other passes read: the end of a prompt, or an
-answer. Their KV depends on the tokens alone, so that every answer is that of a fresh prefill, bit
-for bit.
+Only what the prompt's own prefill would have read by the same passes is reused, see
+:mod:`rapid_llm.engine.chunks`, never what decoding read: an answer. So every answer is that of a
+fresh prefill, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from rapid_llm.engine.chunks import common_end, pass_ends
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache, Reader, kv_nbytes
 from rapid_llm.engine.kv_files import KVFiles, TokenIds, common_prefix
 from rapid_llm.engine.rounding import rounding
-from rapid_llm.engine.session import whole_chunks
 from rapid_llm.errors import InvalidParameterError
 
 WORTH_LOADING = 256
@@ -37,10 +37,10 @@ class Lease:
 
     Attributes:
         cache: holds the prompt's first ``reused`` tokens; has room for the capacity asked for.
-            Read the rest of ``prompt[:-1]`` into it by :meth:`Session.prefill`, and never roll it
-            back below that: another lease may be copying it.
-        reused: tokens that need not be read: whole chunks, and at most ``len(prompt) - 1``, as the
-            logits that follow the last token are wanted.
+            Read the rest of ``prompt[:-1]`` into it by :meth:`Session.prefill`, and change none of
+            these but the last: another lease may be copying them.
+        reused: tokens that need not be read: at most ``len(prompt) - 1``, as the logits that follow
+            the last token are wanted.
     """
 
     cache: KVCache
@@ -65,12 +65,17 @@ class _Reading(NamedTuple):
 
 @dataclass(eq=False)
 class _Entry:
-    """A cache, and of which tokens it holds the KV, or will: those that a prefill reads."""
+    """A cache, and of which tokens it holds the KV, or will: those that a prefill reads.
+
+    The prefill's passes end at ``ends``; what of it was not done, or is not wanted, is not among
+    the tokens of an idle entry.
+    """
 
     forward: Forward
     rounding: str
     cache: KVCache
     tokens: TokenIds
+    ends: Sequence[int]
     busy: bool = True
     nbytes: int = 0  # once it is idle
 
@@ -83,12 +88,14 @@ class _Entry:
         )
 
     def held(self) -> int:
-        """How many of the tokens were read in whole chunks."""
-        return whole_chunks(min(len(self.tokens), self.cache.length), self.forward)
+        """How many of the tokens were read."""
+        return min(len(self.tokens), self.cache.length)
 
-    def shared(self, tokens: TokenIds) -> int:
-        """How many of these are the first of ``tokens``, in whole chunks too."""
-        return whole_chunks(common_prefix(self.tokens[: self.held()], tokens), self.forward)
+    def shared(self, tokens: TokenIds, ends: Sequence[int]) -> int:
+        """How many of these a prefill of ``tokens`` in passes that end there would read alike."""
+        # While it is in use, a drafter may read the last token again.
+        settled = min(self.held(), len(self.tokens) - self.busy)
+        return common_end(self.ends, ends, common_prefix(self.tokens[:settled], tokens))
 
     def same_document(self, shared: int) -> bool:
         """Whether little is lost if this entry keeps only its first ``shared`` tokens.
@@ -149,13 +156,14 @@ class PrefixCache:
         Returns how many of the prompt's tokens are kept.
         """
         reading, ids = _Reading.now(forward, len(prompt)), _token_ids(prompt[:-1])
+        ends = pass_ends(len(ids), forward.prefill_sizes)
         with self._lock:
             idle = [entry for entry in self._entries if not entry.busy and entry.read_as(reading)]
-            best = max(idle, key=lambda entry: entry.shared(ids), default=None)
+            best = max(idle, key=lambda entry: entry.shared(ids, ends), default=None)
             self._entries = [entry for entry in self._entries if entry.busy or entry is best]
             if best is None:
                 return 0
-            shared = best.shared(ids)
+            shared = best.shared(ids, ends)
             best.tokens = best.tokens[:shared]
             return shared
 
@@ -196,7 +204,8 @@ class PrefixCache:
         with self._lock:
             if cache is None:
                 cache = self._from_memory(reading, prompt[:-1], capacity)
-            entry = _Entry(forward, reading.rounding, cache, prompt[:-1])
+            ends = pass_ends(len(prompt) - 1, forward.prefill_sizes)
+            entry = _Entry(forward, reading.rounding, cache, prompt[:-1], ends)
             if self._budget > 0:
                 self._entries.append(entry)
             return entry
@@ -215,7 +224,6 @@ class PrefixCache:
         if reader is None or len(wanted) < held + WORTH_LOADING:
             return None
         path, stored = self._files.find(forward, wanted, reader)
-        stored = whole_chunks(stored, forward)
         if path is None or stored < held + WORTH_LOADING:
             return None
         self._make_room(_planned(forward, capacity))
@@ -242,9 +250,10 @@ class PrefixCache:
     def _longest(self, reading: _Reading, prompt: TokenIds) -> tuple[_Entry | None, int]:
         """The entry that shares most tokens with a prompt, the latest of equals; how many."""
         best, most = None, 0
+        ends = pass_ends(len(prompt), reading.forward.prefill_sizes)
         for entry in reversed(self._entries):
             if entry.read_as(reading):
-                shared = entry.shared(prompt)
+                shared = entry.shared(prompt, ends)
                 if shared > most:
                     best, most = entry, shared
         return best, most
@@ -252,14 +261,14 @@ class PrefixCache:
     def _save(self, entry: _Entry, reused: int) -> None:
         """Write the prompt's KV to a file, unless it was mostly reused or not read to its end."""
         # The entry is still busy here, so that nobody rolls it back.
-        whole, length = whole_chunks(len(entry.tokens), entry.forward), entry.cache.length
+        tokens = len(entry.tokens)
         if (
             self._files is not None
-            and whole - reused >= WORTH_SAVING
-            and length >= whole
-            and entry.read_as(_Reading.now(entry.forward, length))
+            and tokens - reused >= WORTH_SAVING
+            and entry.held() == tokens
+            and entry.read_as(_Reading.now(entry.forward, entry.cache.length))
         ):
-            self._files.save(entry.forward, entry.tokens[:whole], entry.cache)
+            self._files.save(entry.forward, entry.tokens, entry.cache)
 
     def _release(self, entry: _Entry) -> None:
         """Keep what was read of a prompt, in place of earlier states of the same document."""
@@ -274,7 +283,7 @@ class PrefixCache:
                 if (
                     other.read_as(as_this)
                     and not other.busy
-                    and other.same_document(other.shared(entry.tokens))
+                    and other.same_document(other.shared(entry.tokens, entry.ends))
                 ):
                     self._forget(other)
             self._make_room(nbytes)

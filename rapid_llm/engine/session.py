@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from rapid_llm.engine.chunks import pass_ends
 from rapid_llm.engine.device import Choice, Judge
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache
@@ -15,14 +16,6 @@ from rapid_llm.errors import OutdatedKVError
 
 PrefillProgress = Callable[[int, int], None]
 """Called with (tokens read, tokens to read)."""
-
-
-def whole_chunks(tokens: int, forward: Forward) -> int:
-    """Of the first so many tokens of a prompt, those that whole chunks of its prefill read.
-
-    Their keys and values are the same, bit for bit, for every prompt that begins with them.
-    """
-    return tokens - tokens % forward.prefill_chunk
 
 
 class Session:
@@ -40,6 +33,7 @@ class Session:
     def __init__(self, forward: Forward, cache: KVCache, tokens: Sequence[int] = ()) -> None:
         self.forward = forward
         self.cache = cache
+        self._ends: list[int] = []  # of the passes of its prefill
         self._tokens = torch.empty(cache.capacity, dtype=torch.long, device=forward.device)
         self._knows = cache.skipped == 0 and len(tokens) >= cache.length
         if self._knows:
@@ -59,18 +53,19 @@ class Session:
         return min([self.cache.capacity - self.cache.length, *(at - self.length for at in ends)])
 
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
-        """Read, in chunks, those tokens of a prompt that the cache does not hold yet.
+        """Read, in passes, those tokens of a prompt that the cache does not hold yet.
 
-        Another token is to follow them. The cache holds whole chunks or all of them, so that the
-        passes are those of a prefill from the beginning: those of another size round otherwise.
+        Another token is to follow them. The cache holds what the first of these passes read, so
+        that all are those of a prefill from the beginning: :mod:`rapid_llm.engine.chunks`.
         """
-        size = self.forward.prefill_chunk
-        for start in range(self.length, len(tokens), size):
-            assert start % size == 0
+        self._ends = pass_ends(len(tokens), self.forward.prefill_sizes)
+        held = self.length
+        assert held in (0, *self._ends)
+        for start, end in pairwise((held, *(end for end in self._ends if end > held))):
             if progress is not None:
                 progress(start, len(tokens))
-            chunk = self.forward.tensor(tokens[start : start + size])
-            self._read(chunk, 1, len(tokens) + 1)
+            part = self.forward.tensor(tokens[start:end])
+            self._read(part, 1, len(tokens) + 1)
         if progress is not None:
             progress(len(tokens), len(tokens))
 
@@ -105,10 +100,14 @@ class Session:
         return logits
 
     def _read_again(self) -> None:
+        """By the passes of the prefill, as the prompt's KV may be kept; then what followed."""
         held = self._tokens[: self.cache.length]
+        ends = [end for end in self._ends if end <= len(held)]
+        prompt = max(ends, default=0)
+        rest = pass_ends(len(held) - prompt, self.forward.prefill_sizes)
         self.cache.rollback(0)
-        for chunk in held.split(self.forward.prefill_chunk):
-            self.forward(chunk, self.cache, 1)
+        for start, end in pairwise((0, *ends, *(prompt + end for end in rest))):
+            self.forward(held[start:end], self.cache, 1)
 
     def draft(
         self, pending: Tensor, steps: int, choice: Choice, generator: torch.Generator

@@ -20,6 +20,7 @@ class CUDA(Device):
     """Triton kernels and captured passes, on Ampere or newer; PyTorch's operators elsewhere."""
 
     prefill_chunk = prefill.CHUNK
+    prefill_pieces = (512, 256)  # fewer tokens take about as long; more passes, more launches
 
     def passes(self, model: Any, state: ModelState, cuda_graphs: bool | None) -> list[Pass]:
         place = model.model.embed_tokens.weight.device
