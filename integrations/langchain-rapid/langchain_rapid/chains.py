@@ -20,8 +20,8 @@ from langchain_core.runnables import (
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import DynamicRunnable
 from rapid_llm.config import OnEmpty, RetrievalConfig
-from rapid_llm.options import require
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import require
 
 from langchain_rapid.documents import SEPARATOR, Documents, FullDocuments
 from langchain_rapid.messages import text_of
@@ -185,6 +185,7 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
         target = self._filled(inputs, blocks)
         bound: dict[str, Any] = {
             "retrieved": found.retrieved,
+            "confidence": found.confidence,
             "documents_at": places_of(found.full, blocks, self.separator, self._contents(target)),
         }
         if found.chunks:
