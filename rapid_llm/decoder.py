@@ -337,6 +337,8 @@ class RapidDecoder:
                 out, and ``stats.draft_skipped`` says that.
             TokenizerMismatchError: the prompt to be answered has a token that its model has not.
             NumericalError: a model produced NaN (raised while streaming).
+            GenerationTimeoutError: ``sampling.timeout`` seconds have passed since the call (raised
+                while streaming, between two chunks of the prefill or after a round).
         """
         started = time.perf_counter()
         request = self._prepare(
@@ -476,7 +478,7 @@ class RapidDecoder:
         )
 
     @contextmanager
-    def _open(self, request: _Request) -> Iterator[Generation]:
+    def _open(self, request: _Request, started: float) -> Iterator[Generation]:
         """Sessions for a request, which begin with what was read before and are kept after it."""
         with ExitStack() as leases:
 
@@ -502,6 +504,7 @@ class RapidDecoder:
                 confidence=request.confidence,
                 method=request.method,
                 draft_skipped=request.draft_skipped,
+                started=started,
                 free_memory=self.clear_cache,
             )
 
@@ -572,9 +575,9 @@ class RapidDecoder:
 
     def _run(self, request: _Request, started: float, progress: Progress | None) -> Iterator[Chunk]:
         text = TextStream(self.tokenizer, request.sampling.stop)
-        with self._open(request) as generation:
+        with self._open(request, started) as generation:
             generation.prefill(progress)
-            yield from generation.chunks(text, request.ends, request.least_new_tokens, started)
+            yield from generation.chunks(text, request.ends, request.least_new_tokens)
 
 
 class _Request(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.session import Session
-from rapid_llm.errors import NumericalError
+from rapid_llm.errors import GenerationTimeoutError, NumericalError
 from rapid_llm.speculation.acceptance import dynamic_eta
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.sampling import Sampler
@@ -120,6 +120,7 @@ class Generation:
         confidence: float,
         method: Method,
         draft_skipped: str | None,
+        started: float,
         free_memory: Callable[[], None],
     ) -> None:
         self.target = target
@@ -127,6 +128,7 @@ class Generation:
         self.config = config
         self._confidence = confidence
         self._method = method
+        self._started = started
         self._free_memory = free_memory
         self._prompt = list(prompt)
         self._output: list[int] = []
@@ -152,11 +154,14 @@ class Generation:
         self.stats.prefill_seconds = time.perf_counter() - started
 
     def _prefill(self, progress: Progress | None) -> None:
-        self.target.prefill(
-            self._prompt[:-1], progress and (lambda *tokens: progress("target", *tokens))
-        )
+        def report(whose: Literal["target", "draft"], done: int, total: int) -> None:
+            self._require_time()
+            if progress is not None:
+                progress(whose, done, total)
+
+        self.target.prefill(self._prompt[:-1], partial(report, "target"))
         for drafter in self._drafters:
-            drafter.prefill(progress and (lambda *tokens: progress("draft", *tokens)))
+            drafter.prefill(partial(report, "draft"))
         gamma = self.config.gamma
         schedules: list[Schedule] = []
         if gamma != "auto":
@@ -170,7 +175,7 @@ class Generation:
         self._sources = list(map(_Source, self._drafters, schedules))
 
     def chunks(
-        self, text: TextStream, ends: Collection[int], least_new_tokens: int, started: float
+        self, text: TextStream, ends: Collection[int], least_new_tokens: int
     ) -> Iterator[Chunk]:
         """Rounds until the answer ends. Only the steps run in inference mode, never the caller.
 
@@ -178,7 +183,10 @@ class Generation:
             text: of the answer.
             ends: tokens that end it.
             least_new_tokens: tokens that none of them may end before.
-            started: when the call began, by :func:`time.perf_counter`.
+
+        Raises:
+            GenerationTimeoutError: the sampling's ``timeout`` has passed.
+            NumericalError: a model produced NaN.
         """
         stats, limit = self.stats, self.sampler.params.max_new_tokens
         finish: FinishReason | None = None
@@ -203,7 +211,9 @@ class Generation:
                 finish = "stop" if text.stopped else finish
             self.keep(new)
             if stats.time_to_first_token is None:
-                stats.time_to_first_token = time.perf_counter() - started
+                stats.time_to_first_token = time.perf_counter() - self._started
+            if finish is None:
+                self._require_time()
             yield Chunk("".join(pieces), tuple(new), finish, replace(stats))
 
     @torch.inference_mode()
@@ -288,6 +298,16 @@ class Generation:
             self.target.rollback(self._read)
             self._free_memory()
         return step()
+
+    def _require_time(self) -> None:
+        sampling = self.sampler.params
+        if sampling.timeout is None or time.perf_counter() - self._started <= sampling.timeout:
+            return
+        raise GenerationTimeoutError(
+            f"timeout={sampling.timeout:g} s passed after {len(self._output)} of at most "
+            f"{sampling.max_new_tokens} tokens: raise the timeout, lower max_new_tokens, or "
+            "shorten the prompt"
+        )
 
     @property
     def _read(self) -> int:

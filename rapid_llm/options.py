@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache
 from math import isfinite
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -31,7 +30,8 @@ class Option:
             that says all.
         allowed: whether a value of the right type is within the limit.
         metavar: what help shows in the place of a value.
-        private: whether traces, logs and saved settings leave it out, as it may hold a secret.
+        private: whether errors, traces, logs and saved settings leave it out, as it may hold a
+            secret.
         aliases: other names by which it is taken.
         per_call: whether a call may override it; the others belong to loaded models.
     """
@@ -99,8 +99,9 @@ class Declared:
             if converted is not None and self.option.allowed(converted):
                 return converted
         limit = self.option.limit or self._limit
+        given = "…" if self.option.private else repr(value)
         raise InvalidParameterError(
-            f"{self.name}={value!r} is not allowed: {self.name} must be {limit}"
+            f"{self.name}={given} is not allowed: {self.name} must be {limit}"
         )
 
     @property
@@ -227,7 +228,7 @@ def pydantic_fields(
         made[name] = (
             Annotated[declared.type, BeforeValidator(declared.checked)],
             Field(
-                default_factory=partial(copy, default),
+                default=default,
                 description=declared.option.help,
                 exclude=declared.option.private,
                 repr=not declared.option.private,

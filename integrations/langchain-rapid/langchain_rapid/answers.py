@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rapid_llm.decoder import Chunk
     from rapid_llm.stats import Stats
 
-    from langchain_rapid.settings import Call
+    from langchain_rapid.options import Call
 
 
 def usage(stats: Stats) -> UsageMetadata:
@@ -26,24 +26,11 @@ def usage(stats: Stats) -> UsageMetadata:
 
 def response_metadata(chunk: Chunk, call: Call) -> dict[str, Any]:
     """What a finished answer says of itself; ``chunk`` is its last."""
-    stats = chunk.stats
+    rapid = chunk.stats.as_dict() | {"chunks": call.retrieved or []}
+    if call.retrieved == []:
+        rapid["draft_skipped"] = NOTHING_RETRIEVED
     return {
-        "model_name": call.model,
+        "model_name": call.engine.model,
         "finish_reason": chunk.finish_reason,
-        "rapid": {
-            "method": stats.method,
-            "drafted": stats.drafted_tokens,
-            "accepted": stats.accepted_tokens,
-            "acceptance_ratio": stats.acceptance_ratio,
-            "rounds": stats.rounds,
-            "tokens_per_round": stats.tokens_per_round,
-            "draft_prompt_tokens": stats.draft_prompt_tokens,
-            "cached_tokens": stats.cached_tokens,
-            "max_tokens": stats.max_new_tokens,
-            "omitted_tokens": stats.omitted_tokens,
-            "prefill_seconds": stats.prefill_seconds,
-            "decode_seconds": stats.decode_seconds,
-            "draft_skipped": NOTHING_RETRIEVED if call.retrieved == [] else stats.draft_skipped,
-            "chunks": call.retrieved or [],
-        },
+        "rapid": rapid,
     }

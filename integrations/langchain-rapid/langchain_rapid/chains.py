@@ -185,6 +185,7 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
         target = self._filled(inputs, blocks)
         bound: dict[str, Any] = {
             "retrieved": found.retrieved,
+            "confidence": found.confidence,
             "documents_at": places_of(found.full, blocks, self.separator, self._contents(target)),
         }
         if found.chunks:

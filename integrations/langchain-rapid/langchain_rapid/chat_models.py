@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import warnings
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import (
@@ -31,8 +31,9 @@ from typing_extensions import Self
 from langchain_rapid.answers import response_metadata, usage
 from langchain_rapid.encoding import Encoder
 from langchain_rapid.messages import last_question, text_of, to_chat
+from langchain_rapid.options import Call
 from langchain_rapid.runs import beside, child_of
-from langchain_rapid.settings import VERSION, Call, RapidModel
+from langchain_rapid.settings import VERSION, RapidModel
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import Chunk
@@ -47,9 +48,10 @@ class ChatRapid(RapidModel, BaseChatModel):
     - ``retriever=`` and ``documents=``: the last human message is the question;
     - ``draft_messages=`` of a call, or bound by ``bind``.
 
-    Without one the target decodes plainly. Every field of :class:`RapidModel` from
-    ``chat_template_kwargs`` to ``truncate``, and ``model``, may be overridden by a call's argument
-    of that name.
+    Without one the target decodes plainly. Fields may be overridden for one call by arguments of
+    their names, but for those that load models. None leaves a field as it is, ``seed=None`` draws
+    afresh. ``confidence=`` of a call, in [0, 1], says how sure the retrieval of the draft was, for
+    ``dynamic_eta``.
 
     Example:
         .. code-block:: python
@@ -66,7 +68,11 @@ class ChatRapid(RapidModel, BaseChatModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     streaming: bool = False
-    """``invoke`` streams to callbacks as well."""
+    """Whether ``invoke`` streams to callbacks as well."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Any) -> None: ...
 
     @model_validator(mode="after")
     def _set_rapid_version(self) -> Self:
@@ -90,7 +96,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         if self._retrieves(kwargs):  # not done yet: stream_events (v3)
-            messages, found = self._ground(messages, child_of(run_manager, CallbackManager))
+            messages, found = self._ground(messages, child_of(run_manager, CallbackManager), kwargs)
             kwargs |= found
         draft = self._draft(kwargs)
         call = self._call(stop, kwargs)
@@ -107,7 +113,7 @@ class ChatRapid(RapidModel, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         if self._retrieves(kwargs):
             child = child_of(run_manager, AsyncCallbackManager)
-            messages, found = await self._aground(messages, child)
+            messages, found = await self._aground(messages, child, kwargs)
             kwargs |= found
         draft = self._draft(kwargs)
         call = self._call(stop, kwargs)
@@ -153,8 +159,8 @@ class ChatRapid(RapidModel, BaseChatModel):
         config = beside({"callbacks": callbacks, **kwargs})
         results = []
         for chat in messages:
-            grounded, found = self._ground(chat, config)
-            results.append(super().generate([grounded], stop, callbacks, **kwargs, **found))
+            grounded, found = self._ground(chat, config, kwargs)
+            results.append(super().generate([grounded], stop, callbacks, **(kwargs | found)))
         return _joined(results)
 
     async def agenerate(
@@ -170,8 +176,8 @@ class ChatRapid(RapidModel, BaseChatModel):
         config = beside({"callbacks": callbacks, **kwargs})
         results = []
         for chat in messages:
-            grounded, found = await self._aground(chat, config)
-            results.append(await super().agenerate([grounded], stop, callbacks, **kwargs, **found))
+            grounded, found = await self._aground(chat, config, kwargs)
+            results.append(await super().agenerate([grounded], stop, callbacks, **(kwargs | found)))
         return _joined(results)
 
     def stream(
@@ -185,7 +191,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         """LangChain's; with a retriever, the chat is grounded first."""
         if self._retrieves(kwargs):
             messages = self._convert_input(input).to_messages()
-            input, found = self._ground(messages, beside(config))
+            input, found = self._ground(messages, beside(config), kwargs)
             kwargs |= found
         yield from super().stream(input, config, stop=stop, **kwargs)
 
@@ -200,7 +206,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         """:meth:`stream` for asyncio."""
         if self._retrieves(kwargs):
             messages = self._convert_input(input).to_messages()
-            input, found = await self._aground(messages, beside(config))
+            input, found = await self._aground(messages, beside(config), kwargs)
             kwargs |= found
         async for chunk in super().astream(input, config, stop=stop, **kwargs):
             yield chunk
@@ -211,33 +217,31 @@ class ChatRapid(RapidModel, BaseChatModel):
         return self.retriever is not None and not given
 
     def _ground(
-        self, messages: list[BaseMessage], config: RunnableConfig
+        self, messages: list[BaseMessage], config: RunnableConfig, arguments: Mapping[str, Any]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
         question = text_of(messages[last_question(messages)])
-        return self._with_contexts(messages, self._retrieve(question, config))
+        return self._with_contexts(messages, self._retrieve(question, config), arguments)
 
     async def _aground(
-        self, messages: list[BaseMessage], config: RunnableConfig
+        self, messages: list[BaseMessage], config: RunnableConfig, arguments: Mapping[str, Any]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
         question = text_of(messages[last_question(messages)])
         chunks = await self._aretrieve(question, config)
-        return await asyncio.to_thread(self._with_contexts, messages, chunks)
+        return await asyncio.to_thread(self._with_contexts, messages, chunks, arguments)
 
     def _with_contexts(
-        self, messages: list[BaseMessage], chunks: list[Document]
+        self, messages: list[BaseMessage], chunks: list[Document], arguments: Mapping[str, Any]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
         """The target's messages, and what tells a call of the drafter's and the documents'."""
         index = last_question(messages)
-        contexts = self._contexts(chunks, text_of(messages[index]))
+        contexts = self._contexts(chunks, text_of(messages[index]), arguments)
 
         def around(content: str) -> list[BaseMessage]:
             question = messages[index].model_copy(update={"content": content})
             return [*messages[:index], question, *messages[index + 1 :]]
 
-        found: dict[str, Any] = {
-            "retrieved": contexts.retrieved,
-            "documents_at": [{**place, "message": index} for place in contexts.places],
-        }
+        places = [{**place, "message": index} for place in contexts.found["documents_at"]]
+        found = contexts.found | {"documents_at": places}
         if contexts.draft is not None:
             found["draft_messages"] = around(contexts.draft)
         return around(contexts.target), found
@@ -260,7 +264,7 @@ class ChatRapid(RapidModel, BaseChatModel):
             return 0
         if self.custom_get_token_ids is None:
             decoder = self._decoder_for(self.model)
-            variables = decoder.chat_template_kwargs | self.chat_template_kwargs
+            variables = {**decoder.chat_template_kwargs, **self.chat_template_kwargs}
             with contextlib.suppress(InvalidParameterError):
                 chat = to_chat(messages)
                 if chat[-1]["role"] == "assistant":

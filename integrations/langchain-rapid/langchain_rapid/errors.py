@@ -1,10 +1,8 @@
-"""Errors that only a LangChain pipeline can meet."""
+"""Errors that only a LangChain pipeline can meet, and the decoder's for a timeout."""
 
-from rapid_llm.errors import RapidError
+from rapid_llm.errors import GenerationTimeoutError, RapidError
 
-
-class GenerationTimeoutError(RapidError, TimeoutError):
-    """``timeout`` seconds passed before the answer was finished."""
+__all__ = ["GenerationTimeoutError", "RetrievalError"]
 
 
 class RetrievalError(RapidError):

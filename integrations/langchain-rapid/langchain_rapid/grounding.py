@@ -8,11 +8,16 @@ from typing import Any, cast
 
 from langchain_core.documents import Document
 from rapid_llm.config import OnEmpty
+from rapid_llm.context.confidence import confidence
 from rapid_llm.context.retrieved import Passage, ground
 from rapid_llm.errors import DocumentError
+from rapid_llm.options import real
 
 from langchain_rapid.documents import FullDocuments, Whole, id_text, ids_of
 from langchain_rapid.labels import label
+
+SCORE_KEYS = ("relevance_score", "score")
+"""Under which a chunk's metadata may hold its cosine similarity to the question."""
 
 _ASTRAY = "\0"
 """Begins the names here of chunks without an id; no document's has it."""
@@ -45,11 +50,13 @@ class Sources:
             target's context.
         retrieved: of each chunk its ``id``, its ``document_id`` and its ``start_index`` (in
             characters of the full text), as far as they are known.
+        confidence: of the retrieval, in [0, 1], after the chunks' scores.
     """
 
     chunks: list[Document]
     full: list[Source]
     retrieved: list[dict[str, Any]]
+    confidence: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,23 @@ def find_sources(
 
     kept = cast("tuple[_Chunk, ...]", found.passages)
     retrieved = [_described(passage, starts[id(passage.document)]) for passage in kept]
-    return Sources([passage.document for passage in kept], full, retrieved)
+    read = [passage.document for passage in kept]
+    return Sources(read, full, retrieved, confidence_of(given))
+
+
+def confidence_of(chunks: Sequence[Document]) -> float:
+    """How sure a retrieval was, by its best chunk (:mod:`rapid_llm.context.confidence`).
+
+    Its scores are the numbers under the first key of ``SCORE_KEYS`` that any chunk's metadata has,
+    if they are all in [-1, 1], as cosine similarities are. Without such scores it is 1: LangChain's
+    retrievers need not give any.
+    """
+    for key in SCORE_KEYS:
+        said = [real(chunk.metadata.get(key)) for chunk in chunks]
+        scores = [score for score in said if score is not None]
+        if scores and all(-1 <= score <= 1 for score in scores):
+            return confidence(scores)
+    return 1.0
 
 
 def _checked(chunks: object) -> list[Document]:

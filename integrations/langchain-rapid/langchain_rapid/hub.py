@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import SecretStr
@@ -32,7 +32,7 @@ def gathered(values: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {"hub_options": {**given, **short}}
 
 
-def require_own(options: Mapping[str, Any], fields: tuple[str, ...]) -> None:
+def require_own(options: Mapping[str, Any], fields: Iterable[str]) -> None:
     """Raises InvalidParameterError for an option that a field of its own stands for."""
     if taken := options.keys() & set(fields):
         name = min(taken)
@@ -41,7 +41,7 @@ def require_own(options: Mapping[str, Any], fields: tuple[str, ...]) -> None:
         )
 
 
-def for_loading(options: Mapping[str, Any], *, other_model: bool) -> dict[str, Any]:
+def for_loading(options: Mapping[str, Any], *, other_model: bool = False) -> dict[str, Any]:
     """The options as ``from_pretrained`` takes them.
 
     Another model than the field's, which a call may name, has no revision of that name.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import (
@@ -21,8 +21,9 @@ from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
 from langchain_rapid.answers import response_metadata, usage
+from langchain_rapid.options import Call
 from langchain_rapid.runs import child_of
-from langchain_rapid.settings import VERSION, Call, RapidModel
+from langchain_rapid.settings import VERSION, RapidModel
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import Chunk
@@ -47,8 +48,12 @@ class RapidLLM(RapidModel, BaseLLM):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     formatted: bool = False
-    """Prompts are finished: they hold the model's control tokens on purpose, and no others, as
-    those of an inserted document would steer the model too. A call may say it as well."""
+    """Whether prompts are finished: their control tokens steer the model, those of an inserted
+    document too. A call may override it."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Any) -> None: ...
 
     _of_call: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -174,7 +179,7 @@ class RapidLLM(RapidModel, BaseLLM):
     ) -> Iterator[GenerationChunk]:
         if self._retrieves(kwargs):
             found_chunks = self._retrieve(prompt, child_of(run_manager, CallbackManager))
-            prompt, found = self._with_contexts(prompt, found_chunks)
+            prompt, found = self._with_contexts(prompt, found_chunks, kwargs)
             kwargs = kwargs | found
         draft, call = self._draft_and_call(stop, kwargs)
         for chunk in self._run(prompt, draft, call):
@@ -191,7 +196,9 @@ class RapidLLM(RapidModel, BaseLLM):
         if self._retrieves(kwargs):
             child = child_of(run_manager, AsyncCallbackManager)
             found_chunks = await self._aretrieve(prompt, child)
-            prompt, found = await asyncio.to_thread(self._with_contexts, prompt, found_chunks)
+            prompt, found = await asyncio.to_thread(
+                self._with_contexts, prompt, found_chunks, kwargs
+            )
             kwargs = kwargs | found
         draft, call = self._draft_and_call(stop, kwargs)
         async for chunk in self._arun(prompt, draft, call):
@@ -213,9 +220,11 @@ class RapidLLM(RapidModel, BaseLLM):
         given = kwargs.get("formatted")
         return self.formatted if given is None else bool(given)
 
-    def _with_contexts(self, question: str, chunks: list[Document]) -> tuple[str, dict[str, Any]]:
-        contexts = self._contexts(chunks, question)
-        found: dict[str, Any] = {"retrieved": contexts.retrieved, "documents_at": contexts.places}
+    def _with_contexts(
+        self, question: str, chunks: list[Document], arguments: Mapping[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
+        contexts = self._contexts(chunks, question, arguments)
+        found = dict(contexts.found)
         if contexts.draft is not None:
             found["draft_prompt"] = f"{contexts.draft}\n\nAnswer:"
         return f"{contexts.target}\n\nAnswer:", found

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from langchain_core.documents import Document
 from langchain_core.language_models import LangSmithParams
 from langchain_core.runnables import Runnable, RunnableConfig
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    SkipValidation,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.config import (
-    Mode,
-    OnEmpty,
-    Quantization,
-    SamplingParams,
-    SpeculationConfig,
-    from_options,
-)
+from rapid_llm.config import EngineConfig, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import options_of, require
 from typing_extensions import Self
 
 from langchain_rapid import hub
 from langchain_rapid.documents import SEPARATOR, FullDocuments
 from langchain_rapid.encoding import Written
-from langchain_rapid.errors import GenerationTimeoutError, RetrievalError
+from langchain_rapid.errors import RetrievalError
+from langchain_rapid.options import (
+    OPTIONS,
+    Call,
+    OptionFields,
+    OptionsSchema,
+    by_field,
+    overrides,
+    plain_signature,
+    require_one_name,
+    settings,
+    with_fields,
+)
 from langchain_rapid.window import Place, encoded, places_of
 
 if TYPE_CHECKING:
@@ -48,123 +45,92 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     VERSION = "0+unknown"
 
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
-_SPECULATION = ("gamma", "eta", "alpha", "mode")
-_PLACEMENT = ("model", "drafter", "dtype", "device", "drafter_device", "drafter_quantization")
-_KEPT = ("kv_cache_bytes", "kv_cache_dir")
-_LIMITS = ("timeout", "truncate")
-
 # LangChain's standard parameters of hosted models: here is no key to give and nothing to retry.
 _HOSTED = ("api_key", "max_retries")
 
 
-class Call(NamedTuple):
-    """One generation's settings: the fields, overridden by what the call was given.
+class Contexts(NamedTuple):
+    """What both models are to read; no draft if nothing was retrieved.
 
     Attributes:
-        retrieved: of each retrieved chunk what is known of it; None if nothing was asked for.
-        places: where documents stand in the target's prompt.
-        formatted: a text prompt's control tokens steer the model.
+        target: the target's prompt.
+        draft: the drafter's.
+        found: arguments of the call that tell it what was retrieved.
     """
-
-    model: str
-    sampling: SamplingParams
-    speculation: SpeculationConfig
-    timeout: float | None
-    truncate: Literal["middle"] | None
-    chat_template_kwargs: dict[str, Any]
-    retrieved: list[dict[str, Any]] | None
-    places: list[Place]
-    formatted: bool = False
-
-
-class Contexts(NamedTuple):
-    """What both models are to read; no draft if nothing was retrieved."""
 
     target: str
     draft: str | None
-    retrieved: list[dict[str, Any]]
-    places: list[Place]
+    found: dict[str, Any]
 
 
-class RapidModel(BaseModel):
+class _Loaded:
+    """Decoders with what they were loaded from.
+
+    Copies of a model share them; a pickled one leaves them behind.
+    """
+
+    def __init__(self) -> None:
+        self._decoders: list[tuple[EngineConfig, RapidDecoder]] = []
+
+    def get(self, config: EngineConfig) -> RapidDecoder:
+        """The decoder of a config, loaded when it is first asked for."""
+        for known, decoder in self._decoders:
+            if known == config:
+                return decoder
+        from rapid_llm.decoder import RapidDecoder
+
+        decoder = RapidDecoder.from_config(config)
+        self._decoders.append((config, decoder))
+        return decoder
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Loaded)  # models do not differ by what was loaded so far
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: object) -> _Loaded:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Loaded], tuple[()]]:
+        return _Loaded, ()
+
+
+class RapidModel(OptionFields):
     """The fields of both classes, and how they are used.
 
     Nothing is loaded, and torch is not imported, before the first token is asked for.
     """
 
     # Errors do not show what was given, as a token may be among it.
-    model_config = ConfigDict(arbitrary_types_allowed=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True, hide_input_in_errors=True, use_attribute_docstrings=True
+    )
 
-    model: str = "smollm2-135m"
-    """Target: a hub id, a folder, a GGUF file, or the packaged model. A call may name another."""
-    drafter: str | None = None
-    """Drafter: the same, with the target's tokenizer. None: the target drafts for itself."""
-    dtype: str = "auto"
-    """``auto`` (the checkpoint's own), ``bfloat16``, ``float16`` or ``float32``."""
-    device: str | None = None
-    """Of the target, such as ``cuda:0``; None takes CUDA if there is one."""
-    drafter_device: str | None = None
-    """Of the drafter; None puts it beside the target."""
-    drafter_quantization: Quantization | None = "auto"
-    """``int8`` drafts with int8 weights; ``auto`` does so where it pays; None never."""
-    kv_cache_bytes: int | None = Field(default=None, ge=0)
-    """Of prompts' KV kept between calls; None is a quarter of the device's memory, 0 is none."""
-    kv_cache_dir: str | None = None
-    """A folder that keeps the KV of long prompts across processes; None keeps it in memory only."""
-    hub_options: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
-    """For ``from_pretrained`` of the models: ``revision``, ``token``, ``cache_dir`` (which may
-    stand by themselves as well), ``trust_remote_code``, …"""
     decoder: RapidDecoder | None = Field(default=None, exclude=True, repr=False)
-    """A loaded decoder, in place of the fields above."""
-
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables of the model's chat template, such as ``{"enable_thinking": False}``. A call's go
-    before these, name by name."""
-    max_tokens: int = 256
-    """Tokens to generate at most; fewer where the context window leaves no more."""
-    temperature: float = 0.0
-    """0 decodes greedily."""
-    top_p: float = 1.0
-    """Nucleus mass in (0, 1]; 1 keeps every token."""
-    top_k: int = 0
-    """Number of most likely tokens kept; 0 keeps all."""
-    repetition_penalty: float | None = None
-    """Above 0; 1 is none; None is what the model's ``generation_config`` says."""
-    stop: list[str] | None = None
-    """Strings that end the answer and are cut from it. Those of a call replace these."""
-    seed: int | None = None
-    """Makes sampling reproducible; None draws afresh."""
-    timeout: float | None = Field(default=None, gt=0)
-    """Seconds for reading the prompts and generating, after which the call fails; None waits."""
-
-    gamma: int | Literal["auto"] = "auto"
-    """Tokens drafted a round (γ); ``auto`` follows the measured costs and the acceptance."""
-    eta: float = 10.0
-    """Strength of the knowledge transfer (η); 0 is lossless speculation."""
-    alpha: float = 0.1
-    """Tail protection: drafted tokens with q < alpha * max(q) get no transfer."""
-    mode: Mode = "paper"
-    """Whose distribution the answer follows: ``exact``, ``augmented`` or ``paper``."""
-
-    truncate: Literal["middle"] | None = None
-    """What happens to a prompt that exceeds the context window. ``middle`` cuts the documents
-    around what was retrieved from them, or the middle of a message that is most of the prompt;
-    where that is not enough, a chat loses its oldest turns. None refuses such a prompt."""
+    """A loaded decoder, in the place of the options that load models."""
     retriever: Runnable[str, list[Document]] | None = Field(default=None, exclude=True, repr=False)
-    """With ``documents``: finds the drafter's context for the last human message."""
+    """Retriever of the drafter's context for the last human message; needs ``documents``."""
     documents: Annotated[Any, SkipValidation] = Field(default=None, exclude=True, repr=False)
-    """With ``retriever``: the full texts for the target: a string, a mapping from document id to
-    text, a list of Document, or a function from document id to text."""
+    """Full texts for the target: a string, a mapping from document id to text, a list of Document,
+    or a function from document id to text; needs ``retriever``."""
     document_id_key: str | None = None
-    """Key of the chunks' metadata that holds the document's id; None tries ``document_id``,
-    ``doc_id`` and ``source``."""
-    on_empty: OnEmpty = "empty"
-    """Where the retriever finds nothing: ``empty`` leaves the context empty, ``read_all`` has the
-    target read every document."""
+    """Key of the chunks' metadata that holds the document's id; by default the first of
+    ``document_id``, ``doc_id`` and ``source`` that names a document."""
 
-    _loaded: dict[str, RapidDecoder] = PrivateAttr(default_factory=dict)
+    _loaded: _Loaded = PrivateAttr(default_factory=_Loaded)
     _sources: FullDocuments | None = PrivateAttr(default=None)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if cls.__doc__:
+            cls.__doc__ = with_fields(cls)
+        cls.__signature__ = plain_signature(cls)
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Pydantic's, of every field that JSON can hold."""
+        return super().model_json_schema(*args, **{"schema_generator": OptionsSchema, **kwargs})
 
     def model_post_init(self, context: Any, /) -> None:
         """Pass on to LangChain's own, which pydantic's for private attributes would hide."""
@@ -172,112 +138,54 @@ class RapidModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_parameters_of_hosted_models(cls, values: Any) -> Any:
+    def _gather(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return hub.gathered({k: value for k, value in values.items() if k not in _HOSTED})
-
-    @field_validator("model", "drafter", "kv_cache_dir", mode="before")
-    @classmethod
-    def _path_to_str(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, PurePath) else value
+        require_one_name(values)
+        values = hub.gathered({k: value for k, value in values.items() if k not in _HOSTED})
+        return values if values.get("decoder") is None else values | _names_of_decoder(values)
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        if self.decoder is not None:
-            self._take_names_of_decoder()
         if (self.retriever is None) != (self.documents is None):
             given, missing = ("retriever", "documents")[:: 1 if self.documents is None else -1]
             raise InvalidParameterError(
                 f"{given}= was given without {missing}=: the retriever finds the drafter's "
                 "context, the documents are the target's; pass both or neither"
             )
-        hub.require_own(self.hub_options, (*_PLACEMENT, *_KEPT, "chat_template_kwargs"))
+        hub.require_own(self.hub_options, options_of(EngineConfig))
         if self.documents is not None:
             self._sources = FullDocuments(self.documents, self.document_id_key)
-        self._call(None, {})  # refuses values outside their range
         return self
-
-    def _take_names_of_decoder(self) -> None:
-        """So that traces and cache keys tell one decoder from another."""
-        from rapid_llm.decoder import RapidDecoder  # imported already, by who made the decoder
-
-        if not isinstance(self.decoder, RapidDecoder):
-            raise InvalidParameterError(
-                f"decoder of type {type(self.decoder).__name__} is not allowed: pass a "
-                "rapid_llm.RapidDecoder"
-            )
-        name = self.decoder.target.name
-        if "model" in self.model_fields_set and self.model != name:
-            raise InvalidParameterError(
-                f"model={self.model!r} and a decoder of {name!r} were given; pass one of them"
-            )
-        self.model = name
-        if self.decoder.drafter is not self.decoder.target:
-            self.drafter = self.decoder.drafter.name
 
     # --- one call ------------------------------------------------------------------------------
 
-    def _call(self, stop: list[str] | None, options: Mapping[str, Any]) -> Call:
+    def _call(self, stop: list[str] | None, arguments: Mapping[str, Any]) -> Call:
         """Merge the fields with what a call was given.
 
         Raises:
-            InvalidParameterError: an unknown option, or a value outside its range.
+            InvalidParameterError: an unknown argument, or a value outside its range.
         """
-        settings = {name: getattr(self, name) for name in (*_SAMPLING, *_SPECULATION, *_LIMITS)}
-        settings |= {"model": self.model, "retrieved": None, "documents_at": []}
-        # None leaves a setting as it is, but for the seed, where it is a value of its own.
-        settings |= {k: v for k, v in options.items() if v is not None or k == "seed"}
+        given = overrides(arguments)
         if stop is not None:
-            settings["stop"] = stop
-        settings.pop("stream", None)  # LangChain's own; how we are called says it already
-        model, retrieved = settings.pop("model"), settings.pop("retrieved")
-        timeout, truncate = settings.pop("timeout"), settings.pop("truncate")
-        variables, places = settings.pop("chat_template_kwargs", {}), settings.pop("documents_at")
-        if timeout is not None and not timeout > 0:
-            raise InvalidParameterError(f"timeout={timeout!r} is not allowed: pass seconds above 0")
-        if truncate not in ("middle", None):
-            raise InvalidParameterError(
-                f"truncate={truncate!r} is not allowed: truncate must be 'middle' or None"
-            )
-        if not isinstance(variables, Mapping):
-            raise InvalidParameterError(
-                f"chat_template_kwargs={variables!r} is not allowed: pass a mapping from the "
-                "template's variables to values"
-            )
-        sampling, speculation = from_options(settings)
-        return Call(
-            model=str(model),
-            sampling=sampling,
-            speculation=speculation,
-            timeout=timeout,
-            truncate=truncate,
-            chat_template_kwargs={**self.chat_template_kwargs, **variables},
-            retrieved=retrieved,
-            places=places,
-        )
+            given["stop"] = stop
+        given.pop("stream", None)  # LangChain's own; how we are called says it already
+        retrieved, places = given.pop("retrieved", None), given.pop("documents_at", [])
+        confidence = given.pop("confidence", 1.0)
+        fields = {name: getattr(self, name) for name in OPTIONS}
+        return Call(*settings(fields, given), retrieved, places, confidence)
 
     def _decoder_for(self, model: str) -> RapidDecoder:
         """The decoder, loaded when first needed; objects with the same models share weights."""
         if self.decoder is not None and model == self.model:
             return self.decoder
-        decoder = self._loaded.get(model)
-        if decoder is None:
-            from rapid_llm.decoder import RapidDecoder
-
-            decoder = RapidDecoder.from_pretrained(
-                model,
-                self.drafter,
-                dtype=self.dtype,
-                device=self.device,
-                drafter_device=self.drafter_device,
-                drafter_quantization=self.drafter_quantization,
-                kv_cache_bytes=self.kv_cache_bytes,
-                kv_cache_dir=self.kv_cache_dir,
-                **hub.for_loading(self.hub_options, other_model=model != self.model),
-            )
-            self._loaded[model] = decoder
-        return decoder
+        config = replace(
+            self._call(None, {"model": model}).engine,
+            chat_template_kwargs={},  # every call brings its own
+            hub_options=hub.for_loading(self.hub_options, other_model=model != self.model),
+            drafter_options=hub.for_loading(self.drafter_options),
+        )
+        return self._loaded.get(config)
 
     def _run(
         self,
@@ -287,31 +195,17 @@ class RapidModel(BaseModel):
         check: Callable[[], None] = lambda: None,
     ) -> Iterator[Chunk]:
         """Generate; ``check`` is called during prefill and may stop it by raising."""
-        decoder = self._decoder_for(call.model)
-        started = time.monotonic()
-        tokens = 0
-
-        def proceed(*_: object) -> None:
-            check()
-            if call.timeout is not None and time.monotonic() - started > call.timeout:
-                raise GenerationTimeoutError(
-                    f"timeout={call.timeout:g} s passed after {tokens} of at most "
-                    f"{call.sampling.max_new_tokens} tokens: raise the timeout, lower max_tokens, "
-                    "or shorten the prompt"
-                )
-
+        decoder = self._decoder_for(call.engine.model)
         prompts = encoded(target, draft, decoder, call)
         for chunk in decoder.stream(
             prompts.target,
             prompts.draft,
             sampling=call.sampling,
             speculation=call.speculation,
-            progress=proceed,
+            confidence=call.confidence,
+            progress=lambda *_: check(),
         ):
-            tokens += len(chunk.token_ids)
             chunk.stats.omitted_tokens = prompts.omitted_tokens
-            if chunk.finish_reason is None:
-                proceed()
             yield chunk
 
     async def _arun(
@@ -337,8 +231,13 @@ class RapidModel(BaseModel):
         except Exception as error:
             raise _retrieval_error(error) from error
 
-    def _contexts(self, chunks: list[Document], question: str) -> Contexts:
-        """What both models are to read of the retrieved chunks and the documents behind them."""
+    def _contexts(
+        self, chunks: list[Document], question: str, arguments: Mapping[str, Any]
+    ) -> Contexts:
+        """What both models are to read of the retrieved chunks and the documents behind them.
+
+        ``arguments`` of the call go before fields, and its confidence before the chunks' scores.
+        """
         from rapid_llm.context.prompts import INSTRUCTION, build_messages
 
         from langchain_rapid.grounding import find_sources
@@ -350,26 +249,40 @@ class RapidModel(BaseModel):
                 return f"{INSTRUCTION}\n\nQuestion: {question}"
             return build_messages(SEPARATOR.join(texts), question)[0]["content"]
 
-        found = find_sources(chunks, self._sources, on_empty=self.on_empty)
-        full = [source.document.page_content for source in found.full]
+        given = {"on_empty": self.on_empty} | overrides(arguments)
+        require(RetrievalConfig, on_empty=given["on_empty"])
+        sources = find_sources(chunks, self._sources, on_empty=given["on_empty"])
+        full = [source.document.page_content for source in sources.full]
         target = message(full)
+        draft = [chunk.page_content for chunk in sources.chunks]
+        places: list[Place] = places_of(sources.full, full, SEPARATOR, [target])
         return Contexts(
             target,
-            message([chunk.page_content for chunk in found.chunks]) if found.chunks else None,
-            found.retrieved,
-            places_of(found.full, full, SEPARATOR, [target]),
+            message(draft) if draft else None,
+            {
+                "retrieved": sources.retrieved,
+                "documents_at": places,
+                "confidence": given.get("confidence", sources.confidence),
+            },
         )
 
     # --- what LangChain asks for ---------------------------------------------------------------
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = (*_PLACEMENT, *_SAMPLING, *_SPECULATION, *_LIMITS)
-        # Under a name of its own, as a call's chat_template_kwargs come beside it in a cache key.
+        shown = {
+            name: getattr(self, name)
+            for name, declared in OPTIONS.items()
+            if not declared.option.private
+        }
         template = self.decoder.chat_template_kwargs if self.decoder is not None else {}
-        return {name: getattr(self, name) for name in names} | {
+        return shown | {
             "hub_options": hub.identifying(self.hub_options),
-            "chat_template_defaults": template | self.chat_template_kwargs,
+            "drafter_options": hub.identifying(self.drafter_options),
+            # Once more, as in a cache key a call's arguments stand in the place of those above,
+            # and None or variables of the template do not say all that they stand for.
+            "defaults": {name: shown[name] for name in shown if OPTIONS[name].option.per_call}
+            | {"chat_template_kwargs": {**template, **self.chat_template_kwargs}},
         }
 
     def get_token_ids(self, text: str) -> list[int]:
@@ -384,7 +297,7 @@ class RapidModel(BaseModel):
     def _tracing_params(
         self, kind: Literal["chat", "llm"], stop: list[str] | None, call: Mapping[str, Any]
     ) -> LangSmithParams:
-        given = {name: value for name, value in call.items() if value is not None}
+        given = by_field(call)
         params = LangSmithParams(
             ls_provider="rapid",
             ls_model_type=kind,
@@ -393,8 +306,28 @@ class RapidModel(BaseModel):
             ls_max_tokens=given.get("max_tokens", self.max_tokens),
         )
         if stop := self.stop if stop is None else stop:
-            params["ls_stop"] = stop
+            params["ls_stop"] = list(stop)
         return params
+
+
+def _names_of_decoder(values: Mapping[str, Any]) -> dict[str, str]:
+    """So that traces and cache keys tell one decoder from another."""
+    from rapid_llm.decoder import RapidDecoder  # imported already, by who made the decoder
+
+    decoder = values["decoder"]
+    if not isinstance(decoder, RapidDecoder):
+        raise InvalidParameterError(
+            f"decoder of type {type(decoder).__name__} is not allowed: pass a "
+            "rapid_llm.RapidDecoder"
+        )
+    name, given = decoder.target.name, values.get("model")
+    if given is not None and str(given) != name:
+        raise InvalidParameterError(
+            f"model={str(given)!r} and a decoder of {name!r} were given; pass one of them"
+        )
+    if decoder.drafter is decoder.target:
+        return {"model": name}
+    return {"model": name, "drafter": decoder.drafter.name}
 
 
 def _retrieval_error(error: Exception) -> RetrievalError:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rapid_llm.encoding import Message, Prompt
 
     from langchain_rapid.grounding import Source
-    from langchain_rapid.settings import Call
+    from langchain_rapid.options import Call
 
 
 class Place(TypedDict):
@@ -110,9 +110,9 @@ def encoded(target: Written, draft: Written | None, decoder: RapidDecoder, call:
         ContextWindowError: ``truncate`` is given, and the target's prompt cannot be made to fit.
         InvalidParameterError: a prompt does not fit the chat template.
     """
-    variables = decoder.chat_template_kwargs | call.chat_template_kwargs
+    variables = {**decoder.chat_template_kwargs, **call.engine.chat_template_kwargs}
     encode = Encoder(decoder.tokenizer, variables, call.formatted)
-    if call.truncate is None:
+    if call.retrieval.truncate is None:
         return Encoded(encode(target), None if draft is None else encode(draft))
     most = call.sampling.max_new_tokens
     whole = Window(decoder.target.context_window, most, encode).fit(target, call.places)

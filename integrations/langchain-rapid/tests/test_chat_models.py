@@ -82,7 +82,7 @@ def test_a_model_is_looked_for_when_it_is_needed():
         ({"tempature": 1.0}, "tempature"),
         ({"temperature": -1.0}, "at least 0"),
         ({"max_tokens": 0}, "at least 1"),
-        ({"timeout": 0}, "greater than 0"),
+        ({"timeout": 0}, "above 0"),
         ({"mode": "fast"}, "mode"),
         ({"gamma": 0}, "at least 1"),
         ({"gamma": "all"}, "gamma"),
@@ -235,9 +235,9 @@ def test_calls_and_bindings_override_fields(llm):
     assert answer(llm.invoke("Hello", **draft)) == whole
     for gamma in (1, 4):
         meta = llm.invoke("Hello", **draft, gamma=gamma, max_tokens=1).response_metadata["rapid"]
-        assert meta["drafted"] == 1  # no more than the answer may have
+        assert meta["drafted_tokens"] == 1  # no more than the answer may have
         meta = llm.invoke("Hello", **draft, gamma=gamma).response_metadata["rapid"]
-        assert meta["drafted"] <= gamma * meta["rounds"]
+        assert meta["drafted_tokens"] <= gamma * meta["rounds"]
         assert meta["method"] == "sd"
     assert answer(llm.invoke("Hello", **draft, gamma="auto")) == whole
 
@@ -345,14 +345,16 @@ def test_metadata_and_usage(llm, monkeypatch):
     assert plain.response_metadata["model_name"] == "tiny-0"
     assert plain.response_metadata["finish_reason"] == "length"
     rapid = plain.response_metadata["rapid"]
-    assert (rapid["method"], rapid["drafted"], rapid["chunks"]) == ("lc", 0, [])
+    assert (rapid["method"], rapid["drafted_tokens"], rapid["chunks"]) == ("lc", 0, [])
     assert rapid["cached_tokens"] == 0
 
     drafted = llm.invoke("Hello", draft_messages="Hello", gamma=4)
     rapid = drafted.response_metadata["rapid"]
     assert drafted.usage_metadata["input_token_details"] == {"cache_read": 23}
     assert rapid["cached_tokens"] == 23  # all but the last, whose logits are wanted
-    assert rapid["accepted"] == rapid["drafted"] == 16  # the drafter read what the target read
+    assert (
+        rapid["accepted_tokens"] == rapid["drafted_tokens"] == 16
+    )  # the drafter read what the target read
     assert rapid["acceptance_ratio"] == 1.0
     assert rapid["tokens_per_round"] == 20 / rapid["rounds"] == 5.0
     assert rapid["draft_prompt_tokens"] == 24
@@ -457,13 +459,13 @@ async def test_the_event_loop_runs_during_a_generation(llm, slow_passes):
 
 async def test_a_model_is_loaded_once_and_not_in_the_loop(tiny_folder, monkeypatch):
     loop_thread, loading_threads = threading.get_ident(), []
-    original = RapidDecoder.from_pretrained
+    original = RapidDecoder.from_config
 
     def recorded(*args: Any, **options: Any) -> RapidDecoder:
         loading_threads.append(threading.get_ident())
         return original(*args, **options)
 
-    monkeypatch.setattr(RapidDecoder, "from_pretrained", recorded)
+    monkeypatch.setattr(RapidDecoder, "from_config", recorded)
     llm = ChatRapid(model=tiny_folder, max_tokens=2)
     assert (await llm.ainvoke("Hello")).content == llm.invoke("Hello").content
     assert len(loading_threads) == 1
@@ -541,7 +543,7 @@ def test_a_real_model_quotes_what_it_read():
     )
     assert "Orsina Dray" in answer(message)
     assert message.response_metadata["finish_reason"] == "stop"
-    assert message.response_metadata["rapid"]["accepted"] > 0
+    assert message.response_metadata["rapid"]["accepted_tokens"] > 0
 
 
 def test_everything_records_what_a_handler_is_told(llm):

@@ -50,6 +50,19 @@ def test_options_reach_target_and_drafter(loaded, kind):
 
 
 @KINDS
+def test_the_drafter_may_have_options_of_its_own(loaded, kind):
+    kind(
+        model="org/target",
+        drafter="org/drafter",
+        hub_options={"revision": "v1"},
+        drafter_options={"revision": "v2", "token": SecretStr(SECRET)},
+        max_tokens=2,
+    ).invoke("Hi")
+    assert loaded["org/target"] == {"revision": "v1"}
+    assert loaded["org/drafter"] == {"revision": "v2", "token": SECRET}
+
+
+@KINDS
 def test_the_usual_ones_may_stand_by_themselves(loaded, kind):
     for token in (SECRET, SecretStr(SECRET)):
         llm = kind(
@@ -78,6 +91,8 @@ def test_another_model_of_a_call_has_no_revision_of_that_name(loaded):
 def test_fields_of_their_own_are_not_hub_options():
     with pytest.raises(ValidationError, match="give it as dtype="):
         ChatRapid(hub_options={"dtype": "float32"})
+    with pytest.raises(ValidationError, match="give it as drafter_options="):
+        ChatRapid(hub_options={"drafter_options": {}})
     with pytest.raises(ValidationError, match="hub_options"):
         ChatRapid(hub_options=["token"], token="x")
     with pytest.raises(InvalidParameterError, match="hub_options"):
@@ -102,12 +117,16 @@ def test_no_secret_leaves(loaded, kind, everything):
     assert not any(SECRET in repr(what) for what in seen)
     assert SECRET not in llm.model_dump_json(exclude={"cache"})
     assert SECRET not in json.dumps(dumpd(llm), default=repr)
-    nested = kind(hub_options={"drafter_options": {"token": SECRET, "revision": "v2"}})
-    assert nested._identifying_params["hub_options"] == {"drafter_options": {"revision": "v2"}}
+    own = kind(drafter="d", drafter_options={"token": SECRET, "revision": "v2"})
+    assert own._identifying_params["drafter_options"] == {"revision": "v2"}
+    assert not any(SECRET in repr(what) for what in (own, own._identifying_params, dumpd(own)))
 
 
 @KINDS
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"tempature": 1}, {"seed": "x"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"tempature": 1}, {"seed": "x"}, {"drafter_options": [SECRET]}],
+)
 def test_an_error_shows_no_secret(kind, wrong):
     with pytest.raises(ValidationError) as raised:
         kind(token=SECRET, **wrong)

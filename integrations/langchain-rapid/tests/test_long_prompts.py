@@ -159,7 +159,7 @@ def test_as_many_tokens_as_fit(decoder, truncate, max_tokens, monkeypatch):
         answer = llm.generate_prompt([PromptTemplate.from_template(prompt).invoke({})])
         generation = answer.generations[0][0]
         info = generation.generation_info or generation.message.response_metadata
-        room = info["rapid"]["max_tokens"]
+        room = info["rapid"]["max_new_tokens"]
         assert len(generation.text) == room
         assert room < 60 if truncate is None else room >= WINDOW // 2
 

@@ -127,7 +127,7 @@ def test_the_answer_says_that_nothing_was_retrieved(decoder, on_empty):
     )
     for message in (chain.invoke({"context": [], "input": "When?"}), asked.invoke("When?")):
         rapid = message.response_metadata["rapid"]
-        assert (rapid["method"], rapid["drafted"], rapid["chunks"]) == ("lc", 0, [])
+        assert (rapid["method"], rapid["drafted_tokens"], rapid["chunks"]) == ("lc", 0, [])
         assert rapid["draft_skipped"] == "the retriever returned nothing"
 
 

@@ -1,0 +1,171 @@
+"""The options of rapid-llm as LangChain has them: fields of a model, arguments of a call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from textwrap import fill
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, get_args, get_origin
+
+from pydantic import BaseModel, create_model
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import CoreSchema, PydanticOmit
+from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import Declared, options_of, pydantic_fields, sorted_into
+
+_GROUPS = (SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig)
+
+# How chunks are made and ranked is up to LangChain's retriever.
+_LEFT_OUT = options_of(RetrievalConfig).keys() - {"truncate", "on_empty"}
+
+_NAMES = {"max_new_tokens": "max_tokens"}
+"""LangChain's standard names for options."""
+
+OPTIONS: Mapping[str, Declared] = {
+    _NAMES.get(name, name): declared
+    for name, declared in options_of(*_GROUPS).items()
+    if name not in _LEFT_OUT
+}
+"""Every option by its field's name."""
+
+_FIELDS = {
+    word: field
+    for field, declared in OPTIONS.items()
+    if declared.option.per_call
+    for word in (field, declared.name, *declared.option.aliases)
+}
+"""What an option of a call may be called, and its field."""
+
+if TYPE_CHECKING:
+    from langchain_rapid.window import Place
+
+    class OptionFields(BaseModel):
+        """What a type checker sees: options of any name and type."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    OptionFields = create_model(
+        "OptionFields",
+        **pydantic_fields(*_GROUPS, leave_out=_LEFT_OUT, defaults={"seed": None}, names=_NAMES),
+    )
+
+Settings: TypeAlias = tuple[SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig]
+
+
+def require_one_name(fields: Mapping[str, Any]) -> None:
+    """Raises InvalidParameterError where a field is given by two of its names."""
+    for declared in OPTIONS.values():
+        if len(names := fields.keys() & {declared.name, *declared.option.aliases}) > 1:
+            raise InvalidParameterError(
+                f"{' and '.join(sorted(names))} are one option; give one of them"
+            )
+
+
+def overrides(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call that say something.
+
+    None leaves a field as it is, but where None is a value and the option's default another one:
+    ``seed=None`` draws afresh.
+    """
+
+    def says(word: str, value: Any) -> bool:
+        if value is not None or word not in _FIELDS:
+            return value is not None
+        declared = OPTIONS[_FIELDS[word]]
+        return declared.optional and declared.default is not None
+
+    return {word: value for word, value in call.items() if says(word, value)}
+
+
+def by_field(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among :func:`overrides`, by their fields' names and unchecked."""
+    return {_FIELDS[w]: value for w, value in overrides(call).items() if w in _FIELDS}
+
+
+def settings(fields: Mapping[str, Any], call: Mapping[str, Any]) -> Settings:
+    """The options of one generation: a call's arguments before a model's fields.
+
+    Variables of the chat template are merged, name by name.
+
+    Raises:
+        InvalidParameterError: an argument that no call takes, or a value outside its range.
+    """
+    given = overrides(call)
+    if unknown := sorted(given.keys() - _FIELDS.keys()):
+        only = " but when the model is constructed" if unknown[0] in OPTIONS else ""
+        raise InvalidParameterError(
+            f"{unknown[0]}= is not taken{only}; a call takes {', '.join(sorted(_FIELDS))}"
+        )
+    named = {_FIELDS[word] for word in given}
+    flat = {each.name: fields[field] for field, each in OPTIONS.items() if field not in named}
+    sampling, speculation, engine, retrieval = sorted_into(flat | given, *_GROUPS)
+    variables = {**fields["chat_template_kwargs"], **engine.chat_template_kwargs}
+    return sampling, speculation, replace(engine, chat_template_kwargs=variables), retrieval
+
+
+class Call(NamedTuple):
+    """What one generation is made with.
+
+    Attributes:
+        sampling, speculation, engine, retrieval: its options.
+        retrieved: of each retrieved chunk what is known of it; None if nothing was asked for.
+        places: where documents stand in the target's prompt.
+        confidence: of the retrieval, in [0, 1].
+        formatted: a text prompt's control tokens steer the model.
+    """
+
+    sampling: SamplingParams
+    speculation: SpeculationConfig
+    engine: EngineConfig
+    retrieval: RetrievalConfig
+    retrieved: list[dict[str, Any]] | None
+    places: list[Place]
+    confidence: float
+    formatted: bool = False
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+def with_fields(model: type[BaseModel]) -> str:
+    """A class's docstring, followed by the fields that have a description."""
+    described = [
+        fill(
+            f"{name}: {field.description}{_default(field)}",
+            width=96,
+            initial_indent="    ",
+            subsequent_indent="        ",
+            break_on_hyphens=False,
+        )
+        for name, field in model.model_fields.items()
+        if field.description
+    ]
+    return "\n".join([inspect.cleandoc(model.__doc__ or ""), "", "Attributes:", *described])
+
+
+def plain_signature(model: type[BaseModel]) -> inspect.Signature:
+    """A constructor's signature with the fields' types alone, without how they are checked."""
+    signature = inspect.signature(model)
+    plain = [
+        parameter.replace(annotation=get_args(parameter.annotation)[0])
+        if get_origin(parameter.annotation) is Annotated
+        else parameter
+        for parameter in signature.parameters.values()
+    ]
+    return signature.replace(parameters=plain)
+
+
+def _default(field: FieldInfo) -> str:
+    return "" if field.default is None else f" Default: {field.default!r}."
+
+
+class OptionsSchema(GenerateJsonSchema):
+    """JSON schema of what JSON can hold; LangChain's own fields hold functions and objects."""
+
+    def handle_invalid_for_json_schema(self, schema: CoreSchema, error_info: str) -> Any:
+        """Leave the field out."""
+        raise PydanticOmit
