@@ -274,8 +274,7 @@ class RapidDecoder:
         """Free the kept KV, but for what the target has read of this prompt.
 
         Generations on one prompt then take equally long to begin, whatever came between them.
-        Returns how many of the prompt's tokens are kept: whole chunks of a prefill, which a short
-        prompt has none of.
+        Returns how many of the prompt's tokens are kept: all but the last, if it was the latest.
         """
         ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
         return self._prefixes.keep_only(self.target, ids)

@@ -17,7 +17,7 @@ from rapid_llm.engine.cuda import has_kernels
 
 CHUNK = 2048
 """Tokens that a prefill reads in a pass: enough to fill the device. The activations of an 8B model
-take a gigabyte; the next question on a document reads half a chunk of it again."""
+take a gigabyte."""
 
 _CUDNN = 91501  # from this version on PyTorch itself takes cuDNN's attention first
 _WIDEST = 128  # head sizes
