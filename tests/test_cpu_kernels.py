@@ -9,10 +9,11 @@ from conftest import threads, tiny_model
 from rapid_llm.engine import lean as lean_module
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.cpu import blocks, kernels
-from rapid_llm.engine.cpu.blocks import BlockLinear
+from rapid_llm.engine.cpu.blocks import BlockLinear, Int4Blocks, Int8Blocks
 from rapid_llm.engine.cpu.compiled import MAX_TOKENS, CompiledPass
-from rapid_llm.engine.cpu.int8 import int8_twin
+from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.cpu.products import fast_dtype
+from rapid_llm.engine.cpu.quantizers import quantized_copy
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ModelError
@@ -175,7 +176,11 @@ def four_bits(model):
 def test_a_twin_multiplies_with_its_blocks(build, monkeypatch, name, bits):
     monkeypatch.setattr(blocks, "FEW_ROWS", MAX_TOKENS)  # for PyTorch to do the same
     model = bfloat16_model(name, intermediate_size=224)[0]
-    twin = int8_twin(four_bits(model) if bits == 4 else model, blocks=True)
+    twin = (
+        quantized_copy(four_bits(model), Int4Blocks)
+        if bits == 4
+        else quantized_copy(model, Int8Blocks)
+    )
     layers = [m for m in twin.modules() if isinstance(m, BlockLinear)]
     assert [layer.bits for layer in layers] == [bits] * 7 * len(twin.model.layers) + [8]
     ids = torch.randint(3, 60, (80,), generator=torch.Generator().manual_seed(3))
@@ -226,7 +231,9 @@ def test_what_the_kernels_do_not_take_runs_without_them(build):
             expected = exact(ids[None]).logits[0, -3:]
         assert error(run(forward, ids, [3])[0], expected) < 0.2
     assert not is_compiled(Forward(bfloat16_model()[1], "float32"))
-    assert not is_compiled(Forward(int8_twin(bfloat16_model()[0]), "PyTorch's int8"))
+    assert not is_compiled(
+        Forward(quantized_copy(bfloat16_model()[0], Int8Linear), "PyTorch's int8")
+    )
 
 
 def odd_rotary(model):
@@ -292,7 +299,7 @@ def test_a_cache_of_another_kind_is_not_touched_by_the_kernels(build):
 
 
 def test_a_twin_of_which_a_layer_stays_whole_runs_without_the_kernels(build):
-    twin = int8_twin(bfloat16_model(intermediate_size=80)[0], blocks=True)
+    twin = quantized_copy(bfloat16_model(intermediate_size=80)[0], Int8Blocks)
     assert not is_compiled(Forward(twin, "twin"))
     assert run(Forward(twin, "twin"), torch.arange(3, 50), [3])[0].isfinite().all()
 
@@ -336,7 +343,11 @@ def test_a_nan_is_not_hidden(build):
 @pytest.mark.parametrize("wrong", ["nan", "inf"])
 def test_products_of_few_bits_do_not_hide_a_nan(build, wrong, bits):
     model = bfloat16_model()[0]
-    twin = int8_twin(model if bits == 8 else four_bits(model), blocks=True)
+    twin = (
+        quantized_copy(model, Int8Blocks)
+        if bits == 8
+        else quantized_copy(four_bits(model), Int4Blocks)
+    )
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 5] = float(wrong)
     forward = Forward(twin, "twin")
@@ -351,7 +362,7 @@ def test_whole_numbers_keep_what_bfloat16_does_beside_an_outlier(build):
     with torch.no_grad():  # one activation is a thousand times as large as the others
         model.model.layers[0].mlp.up_proj.weight[700] *= 1000
         model.model.layers[0].mlp.down_proj.weight[:, 700] /= 1000
-    twin = int8_twin(model, blocks=True)
+    twin = quantized_copy(model, Int8Blocks)
     ids = torch.randint(3, 60, (60,), generator=torch.Generator().manual_seed(5))
     plain = uncompiled(twin)
     expected = run(plain, ids, [1, 3, 8])[0]

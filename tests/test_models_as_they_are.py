@@ -24,8 +24,9 @@ from transformers.models.llama import modeling_llama
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.cpu.blocks import BlockLinear
-from rapid_llm.engine.cpu.int8 import Int8Linear, int8_twin
+from rapid_llm.engine.cpu.blocks import Int8Blocks
+from rapid_llm.engine.cpu.int8 import Int8Linear
+from rapid_llm.engine.cpu.quantizers import quantized_copy
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_files import fingerprint, mixed
@@ -841,7 +842,7 @@ def test_a_twin_has_the_adapter_and_leaves_tiny_layers_alone(rank, hidden):
     torch.manual_seed(1)
     base = tiny_model(**WIDE | {"hidden_size": hidden, "intermediate_size": 100})
     tuned = get_peft_model(base, lora(r=rank, lora_alpha=rank)).bfloat16()
-    twin = Forward(int8_twin(tuned), "twin")
+    twin = Forward(quantized_copy(tuned, Int8Linear), "twin")
     inner = {m.weight.shape[1] for m in twin.model.modules() if isinstance(m, Int8Linear)}
     assert inner == {size for size in (hidden, rank, 128) if size % 16 == 0}
     assert difference(as_decoder(twin), own(tuned)) < 0.15
@@ -880,14 +881,14 @@ def test_there_is_no_twin_of_hooks_and_the_model_drafts_itself():
     hook("mlp")(changed)
     assert decoder.draft_forward is decoder.drafter
     with pytest.raises(InvalidParameterError, match=r"hooks.*drafter_quantization"):
-        int8_twin(changed)
+        quantized_copy(changed, Int8Linear)
 
 
-@pytest.mark.parametrize("kind", [Int8Linear, BlockLinear])
+@pytest.mark.parametrize("kind", [Int8Linear, Int8Blocks])
 @pytest.mark.parametrize("inner", [1, 3, 8, 20, 31, 100])
 def test_layers_that_a_product_would_read_beyond_are_not_quantized(kind, inner):
     odd = tiny_model(hidden_size=64, intermediate_size=inner).bfloat16()
-    twin = int8_twin(odd, blocks=kind is BlockLinear)
+    twin = quantized_copy(odd, kind)
     mlp = twin.model.layers[0].mlp
     assert (type(mlp.up_proj), type(mlp.down_proj)) == (kind, nn.Linear)
     assert difference(as_decoder(Forward(twin, "twin")), own(odd)) < 0.2

@@ -34,7 +34,8 @@ from rapid_llm.bench.speed_model import (
     step_seconds,
 )
 from rapid_llm.bench.this_device import measure_device
-from rapid_llm.engine.cpu.int8 import int8_twin
+from rapid_llm.engine.cpu.blocks import Int4Blocks, Int8Blocks
+from rapid_llm.engine.cpu.quantizers import quantized_copy
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import InvalidParameterError, ModelError
@@ -124,7 +125,7 @@ def test_quantized_bytes_are_those_of_the_engine(precision: Precision) -> None:
         for parameter in model.model.layers.parameters():
             sixteen = torch.arange(parameter.numel()).view(parameter.shape) % 16
             parameter.data = sixteen.to(torch.bfloat16)
-    twin = int8_twin(model, blocks=True)
+    twin = quantized_copy(model, Int4Blocks if precision == "int4" else Int8Blocks)
     assert size_of(model.config, "t").quantized_bytes(precision) == quantized_nbytes(twin)
 
 

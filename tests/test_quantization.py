@@ -14,14 +14,15 @@ from torch import nn
 import rapid_llm.engine.forward as forward_module
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.cpu.blocks import BlockLinear, eight_bits, four_bits_if_exact, unpacked
-from rapid_llm.engine.cpu.int8 import (
-    Int8Linear,
-    Int8Projections,
-    int8_twin,
-    pays,
-    require,
+from rapid_llm.engine.cpu.blocks import (
+    BlockLinear,
+    Int8Blocks,
+    eight_bits,
+    four_bits_if_exact,
+    unpacked,
 )
+from rapid_llm.engine.cpu.int8 import Int8Linear, Int8Projections
+from rapid_llm.engine.cpu.quantizers import quantized_copy
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.quantized import FEW_ROWS, quantized_nbytes
 from rapid_llm.errors import InvalidParameterError
@@ -210,7 +211,7 @@ def test_projections_together_are_those_apart(rows, bias):
 
 def test_projections_together_are_one_product_and_store_nothing_twice():
     model = tiny_model()
-    twin = int8_twin(model)
+    twin = quantized_copy(model, Int8Linear)
     storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for b in twin.buffers()}
     shared = {b.untyped_storage().data_ptr() for b in model.buffers()}
     own = sum(storage.nbytes() for start, storage in storages.items() if start not in shared)
@@ -231,9 +232,9 @@ def test_a_twin_for_the_kernels_has_blocks_of_4_bits_where_the_weights_have_no_m
     model = tiny_model(intermediate_size=96).bfloat16()
     up = model.model.layers[1].mlp.up_proj.weight
     up.data = four_bit_weights(*up.shape).bfloat16()
-    eight, blocks = int8_twin(model), int8_twin(model, blocks=True)
-    assert int8_twin(model) is eight
-    assert int8_twin(model, blocks=True) is blocks
+    eight, blocks = quantized_copy(model, Int8Linear), quantized_copy(model, Int8Blocks)
+    assert quantized_copy(model, Int8Linear) is eight
+    assert quantized_copy(model, Int8Blocks) is blocks
     layers = {n: m for n, m in blocks.named_modules() if isinstance(m, BlockLinear)}
     assert layers.keys() == int8_layers(eight).keys()
     assert [n for n, m in layers.items() if m.bits == 4] == ["model.layers.1.mlp.up_proj"]
@@ -257,7 +258,7 @@ def logits_after(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_twin_of_every_architecture_is_close_to_the_model(architecture):
     model = tiny_model(architecture)
-    twin = int8_twin(model)
+    twin = quantized_copy(model, Int8Linear)
     assert int8_layers(twin)
     assert Forward(twin, "twin").lean == Forward(model, "model").lean == (architecture in FAMILY)
     ids = torch.randint(3, 64, (40,), generator=torch.Generator().manual_seed(1))
@@ -272,7 +273,7 @@ def test_the_twin_shares_every_weight_and_the_model_is_as_it_was(changes):
     model = tiny_model("qwen2", **changes)  # has biases
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     values = {name: p.detach().clone() for name, p in model.named_parameters()}
-    twin = int8_twin(model)
+    twin = quantized_copy(model, Int8Linear)
     assert int8_layers(twin).keys() == linears.keys()
     assert not int8_layers(model)
     ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
@@ -290,15 +291,15 @@ def test_quantized_nbytes_counts_what_the_twin_adds():
     model = tiny_model()
     sizes = [m.weight.shape for m in model.modules() if type(m) is nn.Linear]
     expected = sum(rows * columns + 4 * rows for rows, columns in sizes)  # int8, float32 scales
-    assert quantized_nbytes(int8_twin(model)) == expected
+    assert quantized_nbytes(quantized_copy(model, Int8Linear)) == expected
     assert quantized_nbytes(model) == 0
 
 
 def test_a_model_has_one_twin_and_takes_it_along():
     model = tiny_model()
-    twin = int8_twin(model)
-    assert int8_twin(model) is twin
-    assert int8_twin(tiny_model()) is not twin
+    twin = quantized_copy(model, Int8Linear)
+    assert quantized_copy(model, Int8Linear) is twin
+    assert quantized_copy(tiny_model(), Int8Linear) is not twin
     freed = weakref.ref(model), weakref.ref(twin)
     del model, twin
     gc.collect()
@@ -334,7 +335,7 @@ def test_auto_is_for_a_bfloat16_target_that_drafts_for_itself():
 
 def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
-    monkeypatch.setattr(forward_module.int8, "twin", lambda *_: 1 / 0)
+    monkeypatch.setattr(CPUQuantizer, "twin", lambda *_: 1 / 0)
     reference = transformers_greedy(tiny_model(eos_token_id=None), PROMPT, 40)
     # Where the drafter answers alone, it does so with its full weights.
     for prompts in ((PROMPT, None), (None, PROMPT)):
@@ -346,10 +347,8 @@ def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
 def test_other_devices_are_refused_with_the_remedy():
     with torch.device("meta"):
         elsewhere = tiny_model()
-    assert not pays(elsewhere.to(torch.bfloat16))
-    remedy = r"int8.*serves on a CPU.*on meta.*quantization_config.*drafter="
-    with pytest.raises(InvalidParameterError, match=remedy):
-        require(elsewhere, "the drafter")
+    assert Forward(elsewhere.to(torch.bfloat16), "elsewhere").cheapest is None
+    remedy = r"int8.*does not serve on meta.*quantization_config.*drafter="
     with pytest.raises(InvalidParameterError, match=remedy):
         RapidDecoder(tiny_model(), tiny_tokenizer(), elsewhere, drafter_quantization="int8")
     assert not drafts_in_int8(RapidDecoder(tiny_model(), tiny_tokenizer(), elsewhere))

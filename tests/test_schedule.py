@@ -21,7 +21,8 @@ import rapid_llm.engine.costs as costs
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import PassCost, pass_cost
-from rapid_llm.engine.cpu.int8 import int8_twin
+from rapid_llm.engine.cpu.int8 import Int8Linear
+from rapid_llm.engine.cpu.quantizers import quantized_copy
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.session import Session
 from rapid_llm.speculation.schedule import (
@@ -328,7 +329,7 @@ def test_costs_are_measured_once_for_lengths_within_a_factor(measured):
             session_of(forward, 145),  # √2 longer
             session_of(Forward(tiny_model(hidden_size=64), "wider"), 100),
             session_of(Forward(tiny_model().bfloat16(), "another dtype"), 100),
-            session_of(Forward(int8_twin(forward.model), "quantized"), 100),
+            session_of(Forward(quantized_copy(forward.model, Int8Linear), "quantized"), 100),
             session_of(Forward(forward.model, "tiny", "sdpa"), 100),
         ):
             measured.clear()

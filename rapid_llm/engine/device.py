@@ -7,8 +7,8 @@ a folder each, ``engine/cpu`` and ``engine/cuda``, and are registered in
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ from rapid_llm.engine import sdpa
 if TYPE_CHECKING:
     from rapid_llm.engine.identity import ModelState
     from rapid_llm.engine.kv_cache import KVCache
+    from rapid_llm.engine.quantized import Quantizer
+
+FewBits = Literal["int8", "int4"]
+"""Kinds of weights that a draft step reads faster than a model's own."""
 
 FEW_TOKENS = 16
 """Tokens that every device's passes for decoding take; more are read as a prompt is."""
@@ -124,14 +128,16 @@ class Device:
     """A kind of device.
 
     Attributes:
+        quantizers: how a drafter is given weights of few bits, by their kind; the fastest first.
         prefill_chunk: tokens that a prefill pass reads. It bounds the activations.
         prefill_pieces: tokens that passes over the rest of a prompt read, descending; less than a
             chunk. The smallest is about what the next question on a document reads again of it:
             see :mod:`rapid_llm.engine.chunks`.
     """
 
+    quantizers: ClassVar[Mapping[FewBits, Quantizer]] = {}
     prefill_chunk = 512
-    prefill_pieces: tuple[int, ...] = (128, 64)
+    prefill_pieces: tuple[int, ...] = ()
 
     def passes(self, model: Any, state: ModelState, cuda_graphs: bool | None) -> list[Pass]:
         """Passes over a lean model's weights that are faster than :class:`.lean.LeanPass`.

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,16 +16,13 @@ from transformers.utils import is_flash_attn_2_available
 
 from rapid_llm.config import Quantization
 from rapid_llm.engine import attention
-from rapid_llm.engine.cpu import int8
 from rapid_llm.engine.cpu.device import CPU
-from rapid_llm.engine.cuda import int4
 from rapid_llm.engine.cuda.device import CUDA
-from rapid_llm.engine.device import Choice, Judge, Pass, ReplayedPass, device_of, register
+from rapid_llm.engine.device import Choice, FewBits, Judge, Pass, ReplayedPass, device_of, register
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, Reader
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
 from rapid_llm.engine.own import OwnPass
-from rapid_llm.engine.quantized import Quantizer
 from rapid_llm.errors import (
     InvalidParameterError,
     MissingDependencyError,
@@ -58,12 +55,6 @@ SUPPORTED = frozenset(
 _T = TypeVar("_T")
 
 ATTENTION = (attention.NAME, "sdpa", "flash_attention_2", "eager")
-
-FewBits = Literal["int8", "int4"]
-"""Kinds of weights that a draft step reads faster than a model's own."""
-
-QUANTIZERS: dict[FewBits, Quantizer] = {"int8": int8, "int4": int4}
-"""How a drafter is given each of them."""
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -309,7 +300,16 @@ class Forward:
 
     def require(self, kind: FewBits) -> None:
         """Raises InvalidParameterError where this model cannot have weights of so few bits."""
-        QUANTIZERS[kind].require(self.model, self.name)
+        quantizers = device_of(self.device).quantizers
+        if kind not in quantizers:
+            others = " or ".join(map(repr, sorted(quantizers)))
+            raise InvalidParameterError(
+                f"drafter_quantization={kind!r} does not serve on {self.device}, where {self.name} "
+                f"is: take {others or 'None'}, or load a drafter quantized for that device "
+                "(bitsandbytes or torchao, through transformers' quantization_config), pass it as "
+                "drafter= and leave drafter_quantization out"
+            )
+        quantizers[kind].require(self.model, self.name, self.passes)
 
     def few_bits(self, quantization: Quantization | None, *, auto: bool) -> FewBits | None:
         """The kind of weights to draft with, None for the model's own.
@@ -335,12 +335,13 @@ class Forward:
     @property
     def cheapest(self) -> FewBits | None:
         """The kind of weights with which a draft step takes least, None for its own."""
-        return next((kind for kind, each in QUANTIZERS.items() if each.pays(self.model)), None)
+        quantizers, passes = device_of(self.device).quantizers, self.passes
+        return next((k for k, each in quantizers.items() if each.pays(self.model, passes)), None)
 
     def twin(self, kind: FewBits) -> PreTrainedModel:
         """The model over weights of few bits, made for what it is now and freed with it."""
-        passes = self.passes
-        return QUANTIZERS[kind].twin(self.model, self.state, passes)
+        quantizer = device_of(self.device).quantizers[kind]
+        return quantizer.twin(self.model, self.state, self.passes)
 
     def capacity_for(self, tokens: int) -> int:
         """Tokens that a cache for so many is best made for."""

@@ -29,10 +29,10 @@ with its own."""
 class Quantizer(Protocol):
     """Makes copies of models with one kind of weights of few bits."""
 
-    def require(self, model: PreTrainedModel, name: str) -> None:
+    def require(self, model: PreTrainedModel, name: str, passes: Sequence[Pass]) -> None:
         """Raises InvalidParameterError where it cannot; ``name`` is what errors call the model."""
 
-    def pays(self, model: PreTrainedModel) -> bool:
+    def pays(self, model: PreTrainedModel, passes: Sequence[Pass]) -> bool:
         """Whether a step of this model becomes cheaper."""
 
     def twin(
@@ -41,7 +41,7 @@ class Quantizer(Protocol):
         """The copy: every weight of the model's own is shared.
 
         Args:
-            model: that :meth:`require` accepts.
+            model: that :meth:`require` accepts, on a device of the quantizer's kind.
             state: the model's.
             passes: what can run it, the fastest first.
 

@@ -45,18 +45,36 @@ class BlockLinear(FewBitLinear):
     made_anew = ("blocks",)
     divides = GROUP
     blocks: Tensor
+    bits: int
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        blocks = four_bits_if_exact(linear.weight)
-        self.bits = 8 if blocks is None else 4
-        blocks = eight_bits(linear.weight) if blocks is None else blocks
+    def _hold(self, blocks: Tensor, bits: int) -> None:
+        self.bits = bits
         self.register_buffer("blocks", blocks, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         few = x.numel() // x.shape[-1] <= FEW_ROWS
         weight = unpacked(self.blocks, self.bits)[: self.weight.shape[0]] if few else self.weight
         return linear(x, weight.to(x.dtype), self.bias)
+
+
+class Int8Blocks(BlockLinear):
+    """Of 8 bits a weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self._hold(eight_bits(linear.weight), 8)
+
+
+class Int4Blocks(BlockLinear):
+    """Of 4 bits a weight where the weights hold no more, of 8 elsewhere."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        blocks = four_bits_if_exact(linear.weight)
+        if blocks is None:
+            self._hold(eight_bits(linear.weight), 8)
+        else:
+            self._hold(blocks, 4)
 
 
 def eight_bits(weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,15 @@ from torch import Tensor
 from rapid_llm.engine import sdpa
 from rapid_llm.engine.cpu import attention, kernels, products
 from rapid_llm.engine.cpu.compiled import compiled_pass
+from rapid_llm.engine.cpu.quantizers import CPUQuantizer
 from rapid_llm.engine.device import Device, Pass
 from rapid_llm.engine.identity import ModelState
 
 
 class CPU(Device):
     """Compiled kernels where they were built and this processor runs them."""
+
+    quantizers: ClassVar = {"int4": CPUQuantizer(4), "int8": CPUQuantizer(8)}
 
     def passes(self, model: Any, state: ModelState, cuda_graphs: bool | None) -> list[Pass]:
         found = compiled_pass(model)

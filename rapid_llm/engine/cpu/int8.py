@@ -1,25 +1,15 @@
-"""A drafter with int8 weights on a CPU: half the bytes that a draft step reads.
+"""Linear layers with int8 weights, multiplied by torch's own operator.
 
-The products are torch's own, with one scale an output row, ``w ≈ scale * round(w / scale)`` and
-``scale = max|w| / 127``, or those of the compiled kernels (:mod:`rapid_llm.engine.cpu.blocks`).
+There is one scale an output row: ``w ≈ scale * round(w / scale)``, ``scale = max|w| / 127``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from rapid_llm.engine.cpu.blocks import BlockLinear
-from rapid_llm.engine.cpu.compiled import CompiledPass
 from rapid_llm.engine.cpu.products import linear
-from rapid_llm.engine.device import Pass
-from rapid_llm.engine.identity import ModelState
-from rapid_llm.engine.quantized import FEW_ROWS, FewBitLinear, twin_of
-from rapid_llm.errors import InvalidParameterError
-from rapid_llm.models import sharing_copy
+from rapid_llm.engine.quantized import FEW_ROWS, FewBitLinear
 
 
 class Int8Linear(FewBitLinear):
@@ -81,63 +71,3 @@ class Int8Projections(nn.Module):
             part if layer.bias is None else part + layer.bias
             for part, layer in zip(parts, self._layers, strict=True)
         )
-
-
-def int8_twin(
-    model: PreTrainedModel, blocks: bool = False, state: ModelState | None = None
-) -> PreTrainedModel:
-    """The same model with int8 linear layers; every weight of its own is shared, not copied.
-
-    Layers stay as they are where a row's length does not suit the product, or where they are no
-    plain linear layers: so an adapter is in the twin, and its base is quantized.
-
-    Args:
-        model: to be quantized.
-        blocks: in blocks for the compiled kernels, which take a model of which every dimension
-            but the vocabulary's is a multiple of 32; of 4 bits where the weights hold no more.
-        state: the model's, if there is one, to tell whether it has changed.
-
-    Raises:
-        InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
-    """
-    kind = BlockLinear if blocks else Int8Linear
-    state = ModelState(model) if state is None else state
-    return twin_of(model, state, kind, lambda model: _quantized_copy(model, kind))
-
-
-def _quantized_copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrainedModel:
-    twin = sharing_copy(model)
-    with torch.inference_mode(False):  # or the quantized weights would be of use there only
-        for parent in list(twin.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear and child.weight.shape[1] % kind.divides == 0:
-                    setattr(parent, name, kind(child))
-            layers = [getattr(parent, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-            projections = [layer for layer in layers if isinstance(layer, Int8Linear)]
-            if len(projections) == len(layers):
-                parent.qkv_proj = Int8Projections(*projections)
-    return twin
-
-
-def twin(model: PreTrainedModel, state: ModelState, passes: Sequence[Pass] = ()) -> PreTrainedModel:
-    """As :meth:`rapid_llm.engine.quantized.Quantizer.twin`: in blocks for the compiled pass."""
-    return int8_twin(model, any(isinstance(each, CompiledPass) for each in passes), state)
-
-
-def require(model: PreTrainedModel, name: str) -> None:
-    """Raises InvalidParameterError where torch has no int8 product for this model's device."""
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        raise InvalidParameterError(
-            f"drafter_quantization='int8' serves on a CPU, but {name} is on {model.device}; "
-            "take 'int4' for CUDA, or load a drafter quantized for that device (bitsandbytes or "
-            "torchao, through transformers' quantization_config), pass it as drafter= and leave "
-            "drafter_quantization out"
-        )
-
-
-def pays(model: PreTrainedModel) -> bool:
-    """Whether int8 weights make a step of this model cheaper: in bfloat16 on a CPU.
-
-    In float32 and float16 torch's operator is no faster than a plain product.
-    """
-    return all(p.device.type == "cpu" and p.dtype == torch.bfloat16 for p in model.parameters())

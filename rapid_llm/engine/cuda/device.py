@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rapid_llm.engine import sdpa
-from rapid_llm.engine.cuda import has_kernels, prefill
+from rapid_llm.engine.cuda import has_kernels, int4, prefill
 from rapid_llm.engine.device import Device, Pass
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.lean import has_fixed_rotary
@@ -19,6 +19,7 @@ _PLANNED = 1024  # tokens: cuDNN makes, and keeps, plans for each size of buffer
 class CUDA(Device):
     """Triton kernels and captured passes, on Ampere or newer; PyTorch's operators elsewhere."""
 
+    quantizers: ClassVar = {"int4": int4}
     prefill_chunk = prefill.CHUNK
     prefill_pieces = (512, 256)  # fewer tokens take about as long; more passes, more launches
 

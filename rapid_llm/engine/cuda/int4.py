@@ -159,13 +159,13 @@ def int4_copy(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
     return copy
 
 
-def twin(model: PreTrainedModel, state: ModelState, passes: Sequence[Pass] = ()) -> PreTrainedModel:
+def twin(model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]) -> PreTrainedModel:
     """As :meth:`rapid_llm.engine.quantized.Quantizer.twin`."""
     lean = any(isinstance(each, LeanPass) for each in passes)
     return twin_of(model, state, ("int4", lean), lambda model: int4_copy(model, lean=lean))
 
 
-def require(model: PreTrainedModel, name: str) -> None:
+def require(model: PreTrainedModel, name: str, passes: Sequence[Pass]) -> None:
     """Raises InvalidParameterError where :func:`runs_on` is false."""
     if not runs_on(model):
         raise InvalidParameterError(
@@ -185,7 +185,7 @@ def runs_on(model: PreTrainedModel) -> bool:
     )
 
 
-def pays(model: PreTrainedModel) -> bool:
+def pays(model: PreTrainedModel, passes: Sequence[Pass]) -> bool:
     """Whether reading weights is what a step of this model takes: the launches of a small one, and
     what 16 values a group lose of it, cost more than is saved."""
     return runs_on(model) and sum(tensor.nbytes for tensor in model.parameters()) >= _LARGE
