@@ -526,14 +526,14 @@ def fail(live, monkeypatch):
 @pytest.mark.parametrize("numbers", [range(99), range(2, 99, 2)], ids=["all", "every other"])
 def test_a_capture_that_fails_costs_no_answer(live, fail, caplog, error, numbers):
     models = counting_model(0.1), counting_model(0.3)
-    prompts, sampling = ([*range(3, 12)], [5, 9, 4]), {"temperature": 1.0, "max_new_tokens": 8}
+    prompts, sampling = ([*range(3, 12)], [5, 9, 4]), {"temperature": 1.0, "max_new_tokens": 5}
     plain = decode(models[0], False, 2, sampling, models[1:], prompts)
     fail(error, numbers)
     decoder = RapidDecoder(models[0], tiny_tokenizer(), models[1])
     for _ in range(2):
         result = decoder.generate(
             *prompts,
-            sampling=SamplingParams(temperature=1.0, max_new_tokens=8, ignore_eos=True),
+            sampling=SamplingParams(temperature=1.0, max_new_tokens=5, ignore_eos=True),
             speculation=SpeculationConfig(gamma=2, lookup=False),
             confidence=0.5,
         )
@@ -546,18 +546,18 @@ def test_a_capture_that_fails_costs_no_answer(live, fail, caplog, error, numbers
 
 
 def test_memory_that_a_capture_needs_is_taken_from_kept_kv(live, fail, caplog, monkeypatch):
-    monkeypatch.setattr(CPU, "prefill_chunk", 4)
+    monkeypatch.setattr(CPU, "prefill_chunk", MAX_TOKENS + 3)  # no captured pass
     fail(OUT_OF_MEMORY, [2])
     decoder = RapidDecoder(counting_model(), tiny_tokenizer(), kv_cache_bytes=2**20)
     one, four = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (1, 4))
-    decoder.generate([*range(3, 14)], sampling=one)
+    decoder.generate([*range(3, 44)], sampling=one)
     assert decoder.memory.kept_kv > 0
     warmer = SamplingParams(temperature=1e-4, max_new_tokens=4, ignore_eos=True)  # a new capture
-    stream = decoder.stream([*range(30, 40)], sampling=warmer)
+    stream = decoder.stream([*range(10, 51)], sampling=warmer)
     said = next(stream).token_ids
     assert decoder.memory.kept_kv == 0
-    assert [*said, *(token for chunk in stream for token in chunk.token_ids)] == [40, 41, 42, 43]
-    assert decoder.generate([*range(3, 14)], sampling=four).stats.cached_tokens == 0
+    assert [*said, *(token for chunk in stream for token in chunk.token_ids)] == [51, 52, 53, 54]
+    assert decoder.generate([*range(3, 44)], sampling=four).stats.cached_tokens == 0
     assert live.made == 2
     assert not caplog.records
 

@@ -1,4 +1,4 @@
-"""What an answer says of itself."""
+"""Token counts and metadata of an answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def usage(stats: Stats) -> UsageMetadata:
-    """The target's tokens. The drafter's prompt is in ``response_metadata["rapid"]``."""
+    """The target's token counts, as LangChain has them."""
     return UsageMetadata(
         input_tokens=stats.prompt_tokens,
         output_tokens=stats.completion_tokens,
@@ -25,7 +25,12 @@ def usage(stats: Stats) -> UsageMetadata:
 
 
 def response_metadata(chunk: Chunk, call: Call) -> dict[str, Any]:
-    """What a finished answer says of itself; ``chunk`` is its last."""
+    """The metadata of a finished answer, all of its counts and seconds under ``rapid``.
+
+    Args:
+        chunk: the last of the answer.
+        call: what it was made with.
+    """
     rapid = chunk.stats.as_dict() | {"chunks": call.retrieved or []}
     if call.retrieved == []:
         rapid["draft_skipped"] = NOTHING_RETRIEVED

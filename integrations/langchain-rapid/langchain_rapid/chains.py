@@ -1,4 +1,4 @@
-"""Stuffing twice: the drafter gets the retrieved chunks, the target the documents behind them."""
+"""The documents chain: its drafter reads retrieved chunks, its target the whole documents."""
 
 from __future__ import annotations
 

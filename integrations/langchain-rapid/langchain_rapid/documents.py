@@ -18,17 +18,22 @@ Documents: TypeAlias = str | Mapping[Any, Text] | Sequence[Document] | Callable[
 """One text; texts by document id; what a loader returned; or a function from id to text."""
 
 ID_KEYS = ("document_id", "doc_id", "source")
-"""Where the metadata of chunks and documents are looked up, in turn, for a document's id."""
+"""Keys of metadata that may hold a document's id, the first one first."""
 
 SEPARATOR = "\n\n"
 
 _PAGE_KEYS = ("page", "page_number")
-"""Under which loaders number the parts of a file."""
+"""Keys under which loaders number the parts of a file."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Of a part of a document: what its loader said, and its first character in the whole text."""
+    """A part of a document, such as a page.
+
+    Attributes:
+        metadata: what its loader said of it.
+        start: its first character in the whole text.
+    """
 
     metadata: Mapping[str, Any]
     start: int
@@ -36,14 +41,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Whole:
-    """One full document; without parts if nothing but its text is known."""
+    """One full document.
+
+    Attributes:
+        text: all of it.
+        parts: what it was joined from; none if nothing but the text is known.
+    """
 
     text: str
     parts: tuple[Part, ...] = ()
 
     @classmethod
     def joined(cls, documents: Sequence[Document]) -> Whole:
-        """Of its parts, in their order."""
+        """A document made of its parts, in the order given."""
         texts = [document.page_content for document in documents]
         starts = accumulate((len(text) + len(SEPARATOR) for text in texts), initial=0)
         parts = (Part(d.metadata, start) for d, start in zip(documents, starts, strict=False))
@@ -61,7 +71,7 @@ class FullDocuments:
         id_key: the metadata's key for the id; None tries ``ID_KEYS`` in turn.
 
     Attributes:
-        id_keys: where an id is looked for.
+        id_keys: keys of metadata that may hold an id.
 
     Raises:
         DocumentError: there are none, several have no id, two of different files have the same,
@@ -145,7 +155,7 @@ class FullDocuments:
         return next((k for k, v in named if k not in self.id_keys and self.find(k, v)), None)
 
     def __str__(self) -> str:
-        """For errors: how the ids look."""
+        """The first ids, for errors."""
         if not isinstance(self._texts, Mapping):
             return "the function that looks documents up"
         first = ", ".join(repr(id_text(name)) for name in islice(self._texts, 3))

@@ -1,4 +1,4 @@
-"""From what LangChain passes to what the decoder reads."""
+"""Encoding of prompts: texts and chat messages become what the decoder reads."""
 
 from __future__ import annotations
 

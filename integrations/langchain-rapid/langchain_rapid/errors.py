@@ -1,4 +1,4 @@
-"""Errors that only a LangChain pipeline can meet, and the decoder's for a timeout."""
+"""Errors of the package: the retriever's, and the decoder's for a timeout."""
 
 from rapid_llm.errors import GenerationTimeoutError, RapidError
 
@@ -6,4 +6,4 @@ __all__ = ["GenerationTimeoutError", "RetrievalError"]
 
 
 class RetrievalError(RapidError):
-    """The retriever failed; its own error is the cause."""
+    """The retriever failed; ``__cause__`` is its own error."""

@@ -1,4 +1,4 @@
-"""From the chunks that a retriever found to the two contexts."""
+"""Both models' contexts, made from the chunks that a retriever found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from langchain_rapid.documents import FullDocuments, Whole, id_text, ids_of
 from langchain_rapid.labels import label
 
 SCORE_KEYS = ("relevance_score", "score")
-"""Under which a chunk's metadata may hold its cosine similarity to the question."""
+"""Keys of metadata that may hold a chunk's cosine similarity to the question."""
 
 _ASTRAY = "\0"
 """Begins the names here of chunks without an id; no document's has it."""
@@ -25,7 +25,12 @@ _ASTRAY = "\0"
 
 @dataclass(frozen=True)
 class Cited:
-    """A retrieved chunk, and where it begins in its document (None: it is not found there)."""
+    """A retrieved chunk of a document.
+
+    Attributes:
+        chunk: as the retriever returned it.
+        start: its first character in the document; None if it is not found there.
+    """
 
     chunk: Document
     start: int | None
@@ -33,7 +38,12 @@ class Cited:
 
 @dataclass(frozen=True)
 class Source:
-    """A document that the target reads; its metadata are the labels asked for."""
+    """A document that the target reads.
+
+    Attributes:
+        document: its text, with the labels asked for as metadata.
+        cited: what was retrieved from it.
+    """
 
     document: Document
     cited: list[Cited]
@@ -41,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """What one question is answered from.
+    """The contexts of one question.
 
     Attributes:
         chunks: the retrieved ones without repetitions, in the retriever's order: the drafter's

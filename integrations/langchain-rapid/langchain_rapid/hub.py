@@ -1,4 +1,4 @@
-"""Options for reaching a hub: which revision of a model, with whose token, kept where."""
+"""Arguments of ``from_pretrained`` that reach a hub: revision, token, cache folder, …"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from rapid_llm.errors import InvalidParameterError
 
 SHORT = ("token", "revision", "cache_dir")
-"""May be given by themselves, as most hosted models' classes have them."""
+"""Names that constructors take by themselves, as other LangChain models have them."""
 
 # How a model is fetched, not which one. Some of these are secrets.
 _FETCHING = (
@@ -23,7 +23,7 @@ _FETCHING = (
 
 
 def gathered(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments, with those of :data:`SHORT` moved into ``hub_options``."""
+    """Arguments of a constructor, with those of :data:`SHORT` moved into ``hub_options``."""
     short = {name: values[name] for name in SHORT if values.get(name) is not None}
     rest = {name: value for name, value in values.items() if name not in SHORT}
     given = rest.get("hub_options") or {}
@@ -33,7 +33,7 @@ def gathered(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_own(options: Mapping[str, Any], fields: Iterable[str]) -> None:
-    """Raises InvalidParameterError for an option that a field of its own stands for."""
+    """Raises InvalidParameterError for an option that has a field of its own."""
     if taken := options.keys() & set(fields):
         name = min(taken)
         raise InvalidParameterError(
@@ -44,7 +44,7 @@ def require_own(options: Mapping[str, Any], fields: Iterable[str]) -> None:
 def for_loading(options: Mapping[str, Any], *, other_model: bool = False) -> dict[str, Any]:
     """The options as ``from_pretrained`` takes them.
 
-    Another model than the field's, which a call may name, has no revision of that name.
+    ``other_model``: a call named another model, for which ``revision`` does not count.
     """
     plain = {name: _revealed(value) for name, value in options.items()}
     if other_model:
@@ -53,7 +53,7 @@ def for_loading(options: Mapping[str, Any], *, other_model: bool = False) -> dic
 
 
 def identifying(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one model from another, for traces and cache keys; no secret is among it."""
+    """Options that tell models apart, for traces and cache keys, without secrets."""
     return {
         name: identifying(value) if isinstance(value, Mapping) else value
         for name, value in options.items()

@@ -1,4 +1,4 @@
-"""What a ``document_prompt`` may say of a whole document."""
+"""Labels of whole documents, for a ``document_prompt``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LangChain's messages as the chat template's."""
+"""LangChain's messages as messages of a chat template."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from langchain_core.messages import (
 from rapid_llm.errors import InvalidParameterError
 
 _REASONING = ("reasoning", "thinking", "redacted_thinking", "reasoning_content")
-"""Types of parts in which models' answers hold how they were found."""
+"""Types of message parts that hold a model's reasoning."""
 
 
 def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
-    """Roles and texts for the model's chat template, and an answer's reasoning where it has some.
+    """Roles and texts for the model's chat template, with the reasoning of answers that have some.
 
     Raises:
-        InvalidParameterError: a message holds something else than text, or is a tool's.
+        InvalidParameterError: a message holds anything but text, or is a tool's.
     """
     return [_chat_message(message) for message in messages]
 

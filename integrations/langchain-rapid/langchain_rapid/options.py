@@ -37,7 +37,7 @@ _FIELDS = {
     if declared.option.per_call
     for word in (field, declared.name, *declared.option.aliases)
 }
-"""What an option of a call may be called, and its field."""
+"""Fields by the names that a call may use for them."""
 
 if TYPE_CHECKING:
     from langchain_rapid.window import Place
@@ -66,10 +66,9 @@ def require_one_name(fields: Mapping[str, Any]) -> None:
 
 
 def overrides(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call that say something.
+    """Arguments of a call without those that are None.
 
-    None leaves a field as it is, but where None is a value and the option's default another one:
-    ``seed=None`` draws afresh.
+    None is kept where it is a value and not the option's default: ``seed=None`` draws afresh.
     """
 
     def says(word: str, value: Any) -> bool:
@@ -108,7 +107,7 @@ def settings(fields: Mapping[str, Any], call: Mapping[str, Any]) -> Settings:
 
 
 class Call(NamedTuple):
-    """What one generation is made with.
+    """The options and the retrieval of one generation.
 
     Attributes:
         sampling, speculation, engine, retrieval: its options.
@@ -164,7 +163,7 @@ def _default(field: FieldInfo) -> str:
 
 
 class OptionsSchema(GenerateJsonSchema):
-    """JSON schema of what JSON can hold; LangChain's own fields hold functions and objects."""
+    """JSON schema without fields that JSON cannot hold: LangChain's functions and objects."""
 
     def handle_invalid_for_json_schema(self, schema: CoreSchema, error_info: str) -> Any:
         """Leave the field out."""

@@ -1,4 +1,4 @@
-"""What ChatRapid and RapidLLM have in common: their fields, and running the decoder."""
+"""Base class of ChatRapid and RapidLLM: their fields, and how the decoder is run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class _Loaded:
 
 
 class RapidModel(OptionFields):
-    """The fields of both classes, and how they are used.
+    """Fields and generation of both classes.
 
     Nothing is loaded, and torch is not imported, before the first token is asked for.
     """

@@ -1,4 +1,4 @@
-"""Prompts longer than a context window, and where in them documents may be cut."""
+"""Prompts that exceed a context window are shortened, their documents first."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Place(TypedDict):
 def places_of(
     sources: Sequence[Source], blocks: Sequence[str], separator: str, contents: Sequence[str]
 ) -> list[Place]:
-    """Where documents stand in a prompt.
+    """The places of documents in a prompt.
 
     Of a prompt whose template changed them (an escape, a cut) the longest message counts as one
     document.
@@ -131,7 +131,7 @@ class Window(NamedTuple):
     Attributes:
         tokens: what the model can hold.
         answer: tokens kept free for the answer, half of the window at most.
-        encode: makes of a prompt what the model reads.
+        encode: encoder of prompts.
     """
 
     tokens: int
@@ -139,7 +139,7 @@ class Window(NamedTuple):
     encode: Encoder
 
     def fit(self, prompt: Written, places: Sequence[Place] = ()) -> Fitted:
-        """A prompt without what there is no room for.
+        """A prompt shortened to the window.
 
         Documents are cut around what was retrieved from them. Where none is known, the longest
         message is cut if it is most of the prompt. Otherwise, or if that is not enough, a chat
