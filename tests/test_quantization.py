@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, counting_model, tiny_model, tiny_tokenizer, transformers_greedy
 from torch import nn
 
-import rapid_llm.engine.forward as forward_module
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.cpu.blocks import (
     BlockLinear,
+    Int4Blocks,
     Int8Blocks,
     eight_bits,
     four_bits_if_exact,
     unpacked,
 )
 from rapid_llm.engine.cpu.int8 import Int8Linear, Int8Projections
-from rapid_llm.engine.cpu.quantizers import quantized_copy
+from rapid_llm.engine.cpu.quantizers import CPUQuantizer, quantized_copy
 from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.quantized import FEW_ROWS, quantized_nbytes
 from rapid_llm.errors import InvalidParameterError
@@ -131,7 +131,7 @@ def test_few_rows_are_multiplied_with_blocks_and_many_with_the_full_weights(bits
     linear = nn.Linear(64, 40, bias=bias)
     if bits == 4:
         linear.weight.data = four_bit_weights(40, 64).bfloat16().float()
-    layer = BlockLinear(linear)
+    layer = (Int4Blocks if bits == 4 else Int8Blocks)(linear)
     assert layer.bits == bits
     assert (layer.weight is linear.weight, layer.bias is linear.bias) == (True, True)
     for shape in ((FEW_ROWS,), (2, 4)):

@@ -171,7 +171,7 @@ def test_a_drafter_on_the_cpu():
 @cuda_only
 def test_int8_weights_are_refused_with_what_to_do_instead():
     model = model_on_device("llama", torch.bfloat16, eos_token_id=None)
-    with pytest.raises(InvalidParameterError, match="drafter_quantization='int8' does not serve on cuda"):
+    with pytest.raises(InvalidParameterError, match="'int8' does not serve on cuda"):
         make_decoder(model, drafter_quantization="int8")
 
 

@@ -69,7 +69,7 @@ def quantized_copy(
         InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
     """
     state = ModelState(model) if state is None else state
-    return twin_of(model, state, kind, lambda model: _copy(model, kind))
+    return twin_of(model, state, kind.__name__, lambda model: _copy(model, kind))
 
 
 def _copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrainedModel:
