@@ -67,9 +67,8 @@ class Inquiry:
     ) -> None:
         require_on_empty(on_empty)
         self.decoder = decoder
-        require_text("the question", question)
+        self.question = require_text("the question", question)
         self.documents = require_documents(documents)
-        self.question = question
         self._builder = builder
         self._sampling = sampling or SamplingParams()
         self._speculation = speculation or SpeculationConfig()
