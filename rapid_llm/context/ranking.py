@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from math import inf
 from typing import Literal
 
@@ -107,6 +108,6 @@ def _spaced(word: str) -> Iterator[str]:
 
 def _unspaced(run: str, *, single: bool) -> Iterator[str]:
     characters = _CHARACTER.findall(run) if _MARK.search(run) else list(run)
-    yield from map("".join, zip(characters, characters[1:], strict=False))
+    yield from map("".join, pairwise(characters))
     if _HAN.match(run) and (single or len(characters) == 1):
         yield from characters

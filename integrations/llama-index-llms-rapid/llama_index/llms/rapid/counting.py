@@ -6,8 +6,9 @@ from functools import partial
 
 import llama_index.core
 from llama_index.core.utils import set_global_tokenizer
-from rapid_llm.surrogates import without_surrogates
 from transformers import PreTrainedTokenizerBase
+
+from rapid_llm.surrogates import without_surrogates
 
 
 class ModelTokenizer:
