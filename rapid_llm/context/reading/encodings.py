@@ -18,7 +18,7 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_ISO_2022 = re.compile(rb"\x1b(\$[@ABC)]|\([BIJ]|\$\([CDQ])")  # switches the set of characters
+_ISO_2022 = re.compile(rb"\x1b\$[()]?[@ABC]")  # begins characters of two bytes, all of them ASCII
 _CHARSET = re.compile(
     rb"<meta[^>]{1,512}?charset\s{0,8}=\s{0,8}[\"']?\s{0,8}([\w.:-]{1,40})"
     rb"|<\?xml[^>]{1,256}?encoding\s{0,8}=\s{0,8}[\"']([\w.:-]{1,40})",
@@ -37,6 +37,8 @@ _SUPERSETS = {
     "euc_kr": "cp949",
 }
 _SAMPLE = 200_000  # bytes that a guess is made from
+_MOST_MET = frozenset(("Windows-1252", "ISO-8859-1"))
+_AS_SURE = 1.15  # within it, the encoding that is met more often is the better guess
 _LINE_ENDS = "\t\n\v\f\r"
 _FEW = 0.01  # share of odd characters or bytes that a text may have
 
@@ -63,21 +65,22 @@ def decode(data: bytes, name: str, *, markup: bool = False) -> str:
             if "\ufffd" in text:
                 _warn_of_replacements(text, codec.removesuffix("-sig"), name)
             return text
-    if b"\0" in data:
-        require_text(data, name)
-        codec = _unmarked_utf16(data)
-        _warn(f"{name} does not say its encoding: it is read as {codec.upper()}, which is a guess")
-        return data.decode(codec, "replace")
-    if not _ISO_2022.search(data):
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            pass
-        if (damaged := _damaged_utf8(data, name)) is not None:
-            return damaged
+    guess = None
+    if b"\0" in data or _ISO_2022.search(data):  # which may be valid UTF-8 by chance
+        guess = _guess(_telling(data), name)
+    if b"\0" in data or (guess or "").startswith("ISO-2022"):
+        return _decode_guessed(data, guess, name)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        pass
+    if (damaged := _damaged_utf8(data, name)) is not None:
+        return damaged
     if markup and (declared := _declared(data, name)) is not None:
         return declared
-    return _guessed(data, name)
+    # The detector would believe a declaration, which did not hold.
+    undeclared = _CHARSET.sub(b"", data) if markup else data
+    return _decode_guessed(data, _guess(_telling(undeclared), name), name)
 
 
 def require_text(head: bytes, name: str) -> None:
@@ -86,18 +89,9 @@ def require_text(head: bytes, name: str) -> None:
     Raises:
         DocumentError: there are NUL bytes in it, and it is no UTF-16 or UTF-32 either.
     """
-    if b"\0" not in head or any(head.startswith(mark) for mark, _ in _BOMS):
-        return
-    if not _is_text(head.decode(_unmarked_utf16(head), "replace")):
-        raise DocumentError(
-            f"{name} is a binary file, not text: give a text, Markdown, HTML or PDF file"
-        )
-
-
-def _unmarked_utf16(data: bytes) -> str:
-    """Latin letters, blanks and line ends have a NUL in UTF-16, on one side of each."""
-    on_the_right = data[1::2].count(0) >= data[0::2].count(0)
-    return "utf-16-le" if on_the_right else "utf-16-be"
+    marked = any(head.startswith(mark) for mark, _ in _BOMS)
+    if b"\0" in head and not marked and _guess(head, name) is None:
+        raise _binary(name)
 
 
 def _damaged_utf8(data: bytes, name: str) -> str | None:
@@ -119,6 +113,8 @@ def _declared(data: bytes, name: str) -> str | None:
     try:
         codec = codecs.lookup((match[1] or match[2]).decode()).name
         codec = _SUPERSETS.get(codec, codec)
+        if codec.startswith("utf"):  # it is not: that was tried, and the declaration was read
+            return None
         text = data.decode(codec, "replace")
     except (LookupError, UnicodeError):
         return None
@@ -129,7 +125,8 @@ def _declared(data: bytes, name: str) -> str | None:
     return text
 
 
-def _guessed(data: bytes, name: str) -> str:
+def _guess(data: bytes, name: str) -> str | None:
+    """The encoding that the detector takes it for; None for binary data."""
     try:
         import chardet
     except ImportError as error:
@@ -137,23 +134,43 @@ def _guessed(data: bytes, name: str) -> str:
             f"{name} is not UTF-8, and its encoding is guessed by the package chardet; "
             'run: pip install "rapid-llm[documents]"'
         ) from error
-    guess = chardet.detect(_telling(data))["encoding"]
-    try:
-        text = data.decode(guess or "ascii", "replace")
-    except LookupError:
-        text = "\0"
+    guesses = {guess["encoding"]: guess["confidence"] for guess in chardet.detect_all(data)}
+    if None in guesses:
+        return None
+    era = chardet.EncodingEra
+    met = era.MODERN_WEB | era.LEGACY_ISO | era.LEGACY_REGIONAL  # not DOS, old Macs, mainframes
+    often = {guess["encoding"] for guess in chardet.detect_all(data, encoding_era=met)}
+
+    def rank(name: str) -> tuple[bool, bool, float]:
+        return name not in _MOST_MET, name not in often, -guesses[name]
+
+    surest = max(guesses.values())
+    return min((name for name in guesses if guesses[name] * _AS_SURE >= surest), key=rank)
+
+
+def _decode_guessed(data: bytes, guess: str | None, name: str) -> str:
+    if guess is None:
+        raise _binary(name)
+    text = data.decode(guess, "replace")
     if not _is_text(text):
-        raise DocumentError(
-            f"{name} is a binary file or in no known encoding: save it as UTF-8 text"
-        )
+        raise _binary(name)
     _warn(f"{name} is not UTF-8: it is read as {guess}, which is a guess; save it as UTF-8")
     return text
 
 
+def _binary(name: str) -> DocumentError:
+    return DocumentError(
+        f"{name} is a binary file or in no known encoding: give a text, Markdown, HTML or PDF "
+        "file, saved as UTF-8"
+    )
+
+
 def _telling(data: bytes) -> bytes:
-    """The lines that tell an encoding from others, as the detector looks at a beginning only."""
-    if len(data) <= _SAMPLE or _ISO_2022.search(data):
+    """What tells an encoding from others, as the detector looks at a beginning only."""
+    if len(data) <= _SAMPLE or b"\0" in data:
         return data
+    if match := _ISO_2022.search(data):
+        return data[match.start() :][:_SAMPLE]
     lines = [line for line in data.splitlines(keepends=True) if not line.isascii()]
     return b"".join(lines)[:_SAMPLE]
 

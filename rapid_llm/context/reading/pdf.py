@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -31,7 +32,7 @@ def pdf_text(file: IO[bytes], name: str) -> str:
     the dots that lead to a page number are one ellipsis. A page that cannot be read is blank.
 
     Args:
-        file: an open file, or one that the system knows as such (``fileno``).
+        file: an open file of the system's, which has a ``fileno``.
         name: what warnings and errors call it.
 
     Raises:
@@ -67,7 +68,7 @@ def _pages(file: IO[bytes], name: str) -> list[str | None]:
         found = _run(file, len(pages), deadline - monotonic())
         if found.head is None:
             if found.timed_out:
-                raise _too_slow(name, "opening it")
+                raise _too_slow(name, f"page {len(pages) + 1}" if pages else "opening it")
             raise DocumentError(f"{name} cannot be read as a PDF (PDFium fails): {_TO_BE_TRIED}")
         if "error" in found.head:
             raise _unopened(found.head, name)
@@ -102,7 +103,7 @@ def _run(file: IO[bytes], first: int, seconds: float) -> _Found:
         f"import sys; sys.path = {sys.path!r}; import runpy; "
         f"runpy.run_path({str(_WORKER)!r}, run_name='__main__')"
     )
-    file.seek(0)
+    os.lseek(file.fileno(), 0, os.SEEK_SET)  # where the process begins to read
     try:
         written = subprocess.run(
             [sys.executable, "-c", program, str(first), str(MAX_PDF_MEMORY)],

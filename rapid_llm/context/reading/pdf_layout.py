@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
-# PDFium's sign for a hyphen at a line end; others are left to us.
-_DIVIDED = re.compile("(?P<one>[^\\W\\d_]+)(?:\ufffe|[-\u2010\u00ad]\n(?=[^\\W\\d_]))(?P<two>\\w*)")
-_DIVIDED_BY_PAGE = re.compile(
-    "(?P<one>[^\\W\\d_]{2,})[-\u2010\u00ad\ufffe]\n?\f(?P<two>[^\\W\\d_]{2,}[^\\w\\s]?)\\s?"
+# PDFium's signs for a hyphen at a line end, whose end it leaves out; other hyphens are left to us.
+_HYPHENS = "\x02\ufffe"
+_DIVIDED = re.compile(
+    rf"(?P<one>[^\W\d_]+)(?:[{_HYPHENS}]\n?|[-\u2010\u00ad]\n(?=[^\W\d_]))(?P<two>\w*)"
 )
+_DIVIDED_BY_PAGE = re.compile(
+    rf"(?P<one>[^\W\d_]{{2,}})[-\u2010\u00ad{_HYPHENS}]\n?\f(?P<two>[^\W\d_]{{2,}}[^\w\s]?)\s?"
+)
+_LEFT_HYPHEN = re.compile(f"[{_HYPHENS}]")
+_CONTROL = re.compile(r"[\x00\x01\x03-\x08\x0e-\x1f\x7f]")
 _COMPOUND = re.compile(r"\w+(?:-\w+)+")
 _WORD = re.compile(r"\w+")
 # "Introduction . . . . . . 5"
-_LEADER = re.compile(r"[ \t]?(?:\.(?:[ \t]{0,2}\.){3,}|·(?:[ \t]{0,2}·){3,}|…(?:[ \t]?…)+)[ \t]?")
+_LEADER = re.compile(r"[ \t]?(?:\.(?:[ \t]{0,2}\.){4,}|·(?:[ \t]{0,2}·){4,}|…(?:[ \t]?…)+)[ \t]?")
 _LIGATURES = str.maketrans(
     {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"}
 )
@@ -41,7 +47,7 @@ def flowing_text(pages: Sequence[str]) -> list[str]:
         words are whole again (on the page where they begin), leaders are one ellipsis.
     """
     lines = [
-        [line.strip() for line in page.translate(_LIGATURES).replace("\0", "").splitlines()]
+        [line.strip() for line in _CONTROL.sub("", page.translate(_LIGATURES)).splitlines()]
         for page in pages
     ]
     kept = _without_running_lines(lines)
@@ -65,7 +71,7 @@ def _with_whole_words(text: str) -> str:
 
     text = _DIVIDED.sub(lambda match: joined(match["one"], match["two"]), text)
     text = _DIVIDED_BY_PAGE.sub(lambda match: f"{joined(match['one'], match['two'])}\f", text)
-    return text.replace("\ufffe", "-")
+    return _LEFT_HYPHEN.sub("-", text)
 
 
 # --- running lines -----------------------------------------------------------------------------
@@ -102,17 +108,21 @@ def _running(edges: Sequence[Sequence[str]]) -> Mapping[_Key, dict[int, int]]:
     for number, lines in enumerate(edges):
         for key in {key for line in lines for key in _keys(line, number)}:
             pages[key].append(number)
-    running: dict[_Key, dict[int, int]] = {}
-    for key, numbers in pages.items():
-        run: list[int] = []
-        for number in [*numbers, None]:
-            if run and (number is None or number - run[-1] > _RUN_GAP):
-                if len(run) >= _RUN_PAGES:
-                    running.setdefault(key, {}).update(dict.fromkeys(run, run[0]))
-                run = []
-            if number is not None:
-                run.append(number)
-    return running
+    return {
+        key: {number: run[0] for run in runs for number in run}
+        for key, numbers in pages.items()
+        if (runs := [run for run in _runs(numbers) if len(run) >= _RUN_PAGES])
+    }
+
+
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Rising numbers, cut where one is too far from the one before."""
+    runs = [[numbers[0]]]
+    for before, number in pairwise(numbers):
+        if number - before > _RUN_GAP:
+            runs.append([])
+        runs[-1].append(number)
+    return runs
 
 
 def _keys(line: str, page: int) -> Iterator[_Key]:
