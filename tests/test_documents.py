@@ -174,6 +174,7 @@ def test_html_and_pdf_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None
         ("photo.txt", b"\xff\xd8\xff\xe0 JFIF", "a JPEG image"),
         ("song", b"ID3\x04", "an MP3 recording"),
         ("letter.rtf", rb"{\rtf1\ansi The mill.}", "an RTF document"),
+        ("marked.txt", b"\xff\xfe" + bytes(range(1, 256, 2)) * 40, "binary"),
         ("nul.txt", b"The mill.\0The river" * 9, "binary"),
     ],
 )

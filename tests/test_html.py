@@ -82,6 +82,7 @@ def test_a_declaration_that_does_not_hold_is_passed_over(tmp_path: Path, declare
         ),
         ("<pre>\n  if x:\n\n    y  </pre>z", "  if x:\n\n    y\n\nz"),
         ("&lt;p&gt; &amp;amp; &eacute; &#x41;&#8364;&nbsp;x", "<p> &amp; é A€ x"),
+        ("Fahr&shy;rad", "Fahrrad"),
         ("<p hidden>no</p><input hidden>yes", "yes"),
         ("<svg><text>no</text></svg><template>no</template><noscript>no</noscript>yes", "yes"),
         ("<svg><g><title>no</title><p>yes", "yes"),

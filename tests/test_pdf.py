@@ -11,6 +11,7 @@ from pdfs import OPEN, pdf
 
 from rapid_llm.context import read_document
 from rapid_llm.context.reading import pdf as reader
+from rapid_llm.context.reading.pdf_layout import flowing_text
 from rapid_llm.errors import DocumentError
 
 
@@ -126,3 +127,11 @@ def test_a_pdf_that_is_too_large_is_refused(
     monkeypatch.setattr(reader, "MAX_PDF_BYTES", 300)
     with pytest.raises(DocumentError, match=r"no more than .* are read: split it"):
         pages(tmp_path, "one")
+
+
+# Each took minutes by a search from every character on, or by a copy of the line for each number.
+@pytest.mark.parametrize(
+    "page", ["a" * 1_000_000, "1 " * 500_000 + "1", "a-" * 500_000 + "a", "." + " . x" * 250_000]
+)
+def test_pages_of_any_shape(page: str) -> None:
+    assert flowing_text([page] * 3) == [page] * 3

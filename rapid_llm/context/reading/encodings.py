@@ -62,6 +62,8 @@ def decode(data: bytes, name: str, *, markup: bool = False) -> str:
     for mark, codec in _BOMS:
         if data.startswith(mark):
             text = data.decode(codec, "replace")
+            if not _is_text(text):
+                raise _binary(name)
             if "\ufffd" in text:
                 _warn_of_replacements(text, codec.removesuffix("-sig"), name)
             return text
@@ -179,7 +181,7 @@ def _is_text(text: str) -> bool:
     """Whether nearly all characters are some that a text has."""
     counts = Counter(text[:_SAMPLE])
     odd = sum(count for character, count in counts.items() if _is_odd(character))
-    return odd <= _FEW * counts.total() and "\0" not in text
+    return odd <= max(1, _FEW * counts.total()) and "\0" not in text
 
 
 def _is_odd(character: str) -> bool:

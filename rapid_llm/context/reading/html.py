@@ -144,7 +144,7 @@ class _Layout:
         read = "".join(self._outside_menus())
         if 2 * len(read.strip()) < len(whole.strip()):
             read = whole
-        lines = "\n".join(line.rstrip() for line in read.split("\n"))
+        lines = "\n".join(line.rstrip() for line in read.replace("\u00ad", "").split("\n"))
         return re.sub(r"\n{3,}", "\n\n", lines).strip("\n")
 
     # --- layout -------------------------------------------------------------------------------

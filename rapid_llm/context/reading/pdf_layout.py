@@ -10,15 +10,18 @@ from typing import TypeAlias
 
 # PDFium's signs for a hyphen at a line end, whose end it leaves out; other hyphens are left to us.
 _HYPHENS = "\x02\ufffe"
+# Each begins where a word does: a search from within a long one would scan its rest each time.
+_LETTERS = r"(?<![^\W\d_])[^\W\d_]"
 _DIVIDED = re.compile(
-    rf"(?P<one>[^\W\d_]+)(?:[{_HYPHENS}]\n?|[-\u2010\u00ad]\n(?=[^\W\d_]))(?P<two>\w*)"
+    rf"(?P<one>{_LETTERS}+)(?:[{_HYPHENS}]\n?|[-\u2010\u00ad]\n(?=[^\W\d_]))(?P<two>\w+)"
 )
 _DIVIDED_BY_PAGE = re.compile(
-    rf"(?P<one>[^\W\d_]{{2,}})[-\u2010\u00ad{_HYPHENS}]\n?\f(?P<two>[^\W\d_]{{2,}}[^\w\s]?)\s?"
+    rf"(?P<one>{_LETTERS}{{2,}})[-\u2010\u00ad{_HYPHENS}]\n?\f"
+    r"(?P<two>[^\W\d_]{2,}[^\w\s]?)\s?"
 )
 _LEFT_HYPHEN = re.compile(f"[{_HYPHENS}]")
 _CONTROL = re.compile(r"[\x00\x01\x03-\x08\x0e-\x1f\x7f]")
-_COMPOUND = re.compile(r"\w+(?:-\w+)+")
+_COMPOUND = re.compile(r"(?<!\w)\w+(?:-\w+)+")
 _WORD = re.compile(r"\w+")
 # "Introduction . . . . . . 5"
 _LEADER = re.compile(r"[ \t]?(?:\.(?:[ \t]{0,2}\.){4,}|·(?:[ \t]{0,2}·){4,}|…(?:[ \t]?…)+)[ \t]?")
@@ -30,6 +33,7 @@ _ROMAN = re.compile(r"m{0,3}(cm|cd|d?c{0,3})(xc|xl|l?x{0,3})(ix|iv|v?i{0,3})")
 _ROMAN_DIGITS = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100, "d": 500, "m": 1000}
 
 _EDGE_LINES = 3  # at the top and at the bottom of a page, that may be running
+_RUNNING_CHARACTERS = 200  # a running line is no longer
 _RUN_PAGES = 3  # that have a running line
 _RUN_GAP = 2  # from one of them to the next: left and right pages may have lines of their own
 
@@ -71,7 +75,7 @@ def _with_whole_words(text: str) -> str:
 
     text = _DIVIDED.sub(lambda match: joined(match["one"], match["two"]), text)
     text = _DIVIDED_BY_PAGE.sub(lambda match: f"{joined(match['one'], match['two'])}\f", text)
-    return _LEFT_HYPHEN.sub("-", text)
+    return _LEFT_HYPHEN.sub("-", text).replace("\u00ad", "")
 
 
 # --- running lines -----------------------------------------------------------------------------
@@ -128,6 +132,8 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
 def _keys(line: str, page: int) -> Iterator[_Key]:
     """What a line has in common with those of its kind on other pages: all of it, or all but a
     number that grows with the pages."""
+    if len(line) > _RUNNING_CHARACTERS:
+        return
     if _has_letters(line):
         yield line, "", None
     for number in _NUMBER.finditer(line):
