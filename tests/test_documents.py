@@ -175,6 +175,7 @@ def test_html_and_pdf_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None
         ("song", b"ID3\x04", "an MP3 recording"),
         ("letter.rtf", rb"{\rtf1\ansi The mill.}", "an RTF document"),
         ("marked.txt", b"\xff\xfe" + bytes(range(1, 256, 2)) * 40, "binary"),
+        ("numbers.txt", b"".join(n.to_bytes(2, "little") for n in range(200)), "binary"),
         ("nul.txt", b"The mill.\0The river" * 9, "binary"),
     ],
 )

@@ -40,7 +40,8 @@ _SAMPLE = 200_000  # bytes that a guess is made from
 _MOST_MET = frozenset(("Windows-1252", "ISO-8859-1"))
 _AS_SURE = 1.15  # within it, the encoding that is met more often is the better guess
 _LINE_ENDS = "\t\n\v\f\r"
-_FEW = 0.01  # share of odd characters or bytes that a text may have
+_PUNCTUATION = " \n\r\u3000\u3001\u3002\uff0c"
+_FEW = 0.01  # share of odd characters that a text may have, or of punctuation that it has at least
 
 
 def decode(data: bytes, name: str, *, markup: bool = False) -> str:
@@ -70,6 +71,8 @@ def decode(data: bytes, name: str, *, markup: bool = False) -> str:
     guess = None
     if b"\0" in data or _ISO_2022.search(data):  # which may be valid UTF-8 by chance
         guess = _guess(_telling(data), name)
+    if b"\0" in data:
+        _require_wide(data[:_SAMPLE], guess, name)
     if b"\0" in data or (guess or "").startswith("ISO-2022"):
         return _decode_guessed(data, guess, name)
     try:
@@ -91,8 +94,14 @@ def require_text(head: bytes, name: str) -> None:
     Raises:
         DocumentError: there are NUL bytes in it, and it is no UTF-16 or UTF-32 either.
     """
-    marked = any(head.startswith(mark) for mark, _ in _BOMS)
-    if b"\0" in head and not marked and _guess(head, name) is None:
+    if b"\0" in head and not any(head.startswith(mark) for mark, _ in _BOMS):
+        _require_wide(head, _guess(head, name), name)
+
+
+def _require_wide(data: bytes, guess: str | None, name: str) -> None:
+    """Text in units of two or four bytes: numbers may look like it, but for its punctuation."""
+    text = data.decode(guess, "replace") if guess else ""
+    if not guess or sum(map(text.count, _PUNCTUATION)) < _FEW * len(text):
         raise _binary(name)
 
 
