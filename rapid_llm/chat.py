@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rapid_llm.errors import InvalidParameterError, RapidError
 from rapid_llm.literal import Controls, controls_of, twin_of
+from rapid_llm.surrogates import nested_without_surrogates
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -62,8 +63,8 @@ def encode_chat(
             "the tokenizer has no chat template, so messages cannot be encoded: pass the prompt "
             "as text, or set tokenizer.chat_template"
         )
-    chat = [_checked_message(message) for message in messages]
-    variables = checked_variables(variables)
+    chat = [nested_without_surrogates(_checked_message(message)) for message in messages]
+    variables = nested_without_surrogates(checked_variables(variables))
     controls = controls_of(tokenizer)
     quoted = [controls.quote_message(message) for message in chat]
     settings: dict[str, Any] = controls.quote(variables)

@@ -13,6 +13,7 @@ from rapid_llm.chat import SYSTEM_ROLES, Message, encode_chat
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.literal import encode_literal, literal_encoding
 from rapid_llm.options import whole
+from rapid_llm.surrogates import without_surrogates
 
 __all__ = [
     "Message",
@@ -102,6 +103,7 @@ def drop_oldest_turns(
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    text = without_surrogates(text)
     ids = tokenizer(text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
     if not ids:
         raise InvalidParameterError(f"the prompt {text!r} has no tokens: pass some text")

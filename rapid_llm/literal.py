@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Encoding, Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.surrogates import without_surrogates
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "model", "tool", "function"})
 
@@ -35,6 +36,7 @@ def encode_literal(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def literal_encoding(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
     """``encode_literal`` with each token's character range in ``text`` (``.ids``, ``.offsets``)."""
+    text = without_surrogates(text)
     controls = controls_of(tokenizer)
     if not controls.pattern.search(text):
         encoding = tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]

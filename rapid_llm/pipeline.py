@@ -144,7 +144,7 @@ class RapidPipeline:
             RapidError: whatever else :meth:`retrieve` and :meth:`RapidDecoder.stream` raise.
         """
         require_method(method)
-        require_text("the question", question)
+        question = require_text("the question", question)
         call = _Call(
             question,
             tuple(history),
@@ -178,7 +178,7 @@ class RapidPipeline:
             ModelError, MissingDependencyError: the embedder cannot be loaded, or gives vectors
                 that are none.
         """
-        require_text("the question", question)
+        question = require_text("the question", question)
         variables = self.decoder.chat_template_kwargs
         call = _Call(question, (), self.sampling, self.speculation, variables)
         return self._retrieved(call, progress)

@@ -14,7 +14,7 @@ import sys
 from importlib.machinery import ModuleSpec
 
 ABSENT = {
-    "FlagEmbedding", "bs4", "charset_normalizer", "chromadb", "gguf", "pypdf",
+    "FlagEmbedding", "chardet", "chromadb", "gguf", "lxml", "pypdfium2",
     "semantic_text_splitter", "sentence_transformers",
 }
 

@@ -76,9 +76,61 @@ def test_texts_without_words() -> None:
     assert bm25(["…", "!"], "zebrawood") == [0, 0]
 
 
+def retrieved(document: str, question: str) -> str:
+    """What bm25 ranks first."""
+    parts = document.split("\n\n")
+    scores = bm25(parts, question)
+    best = int(np.argmax(scores))
+    assert scores[best] > 0
+    return parts[best]
+
+
+@pytest.mark.parametrize(
+    ("others", "part", "question"),
+    [
+        (
+            "今天市场上有苹果和香蕉。价格没有变化。",
+            "灯塔建于一八七一年。由工程师布兰特设计。",
+            "灯塔是谁设计的",
+        ),
+        ("白狗在那里。", "黑猫在这里。", "猫"),
+        ("昨日は雨が降りました。", "灯台は1871年に建てられました。", "灯台はいつ建てられましたか"),
+        ("ｺｰﾋｰを飲みました。", "バナナを食べました。", "ﾊﾞﾅﾅ"),
+        ("ตลาดมีแอปเปิ้ลและกล้วย", "ประภาคารสร้างในปีหนึ่งแปดเจ็ดหนึ่ง", "ประภาคารสร้างเมื่อไร"),
+        ("ផ្សារមានផ្លែប៉ោមនិងចេក", "ប្រាសាទអង្គរវត្តសាងសង់នៅសតវត្សទី១២", "អង្គរវត្ត"),
+        ("ຕະຫຼາດມີໝາກໂປມ", "ພະທາດຫຼວງຢູ່ວຽງຈັນ", "ພະທາດຫຼວງ"),
+        ("ဈေးမှာပန်းသီးရှိသည်", "ရွှေတိဂုံဘုရားသည်ရန်ကုန်တွင်ရှိသည်", "ရွှေတိဂုံ"),
+        (
+            "오늘 시장에 사과가 있습니다.",
+            "등대는 1871년에 지어졌습니다.",
+            "등대가 언제 지어졌나요?",
+        ),
+        ("बाज़ार में सेब हैं।", "हिन्दी भाषा भारत में बोली जाती है।", "हिन्दी"),
+        ("新しいスマートフォンを買いました。", "新しいiPhone15を買いました。", "iPhone15の値段"),
+        ("This is chapter 4.", "This is chapter 5.", "chapter 5"),
+        ("The town house.", "The light\u00adhouse.", "LIGHTHOUSE"),
+    ],
+)
+def test_words_are_found_in_any_script(others: str, part: str, question: str) -> None:
+    assert retrieved("\n\n".join([others, others, part, others]), question) == part
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [("今天市场上有苹果。", "灯塔"), ("ตลาดมีกล้วย", "ช้าง"), ("the market", "灯塔"), ("猫", "zebra")],
+)
+def test_other_words_are_not_found(text: str, question: str) -> None:
+    assert bm25([text], question) == [0]
+
+
 def test_fusion_adds_reciprocal_ranks() -> None:
     fused = fuse([0.9, 0.5, 0.1], [0.0, 7.0, 3.0])
     assert fused == pytest.approx([1 / 61 + 1 / 63, 1 / 62 + 1 / 61, 1 / 63 + 1 / 62])
+
+
+def test_what_was_not_retrieved_gets_nothing() -> None:
+    assert fuse([0.9, 0.5], [-np.inf, 7.0]) == pytest.approx([1 / 61, 1 / 62 + 1 / 61])
+    assert fuse([0.9, 0.5], [-np.inf, -np.inf]) == pytest.approx([1 / 61, 1 / 62])
 
 
 def test_equal_scores_share_a_rank() -> None:
@@ -110,12 +162,22 @@ def test_hybrid_ranks_by_both() -> None:
 
 def test_only_similarities_have_a_threshold() -> None:
     embedder = Similarities("low", dict.fromkeys(PARTS, 0.1))
-    for retriever, chunks in (("dense", 0), ("bm25", 4), ("hybrid", 4)):
+    for retriever, chunks in (("dense", 0), ("bm25", 1), ("hybrid", 4)):
         context = builder(embedder, 400, retriever=retriever, threshold=0.3).build(
             DOCUMENT, "zebrawood"
         )
         assert len(context.chunks) == chunks
         assert (context.empty_reason is None) == (chunks > 0)
+
+
+def test_chunks_without_a_word_of_the_question_are_not_retrieved() -> None:
+    context = builder(NoEmbedder(), 400, retriever="bm25").build(DOCUMENT, "quetzal")
+    assert context.chunks == ()
+    assert context.empty_reason == "no chunk has a word of the question"
+    cosines = dict(zip(PARTS, (0.1, 0.2, 0.8, 0.3), strict=True))
+    found = builder(Similarities("words", cosines), retriever="hybrid").build(DOCUMENT, "quetzal")
+    assert [chunk.text for chunk in found.chunks] == [PARTS[2]]
+    assert found.chunks[0].score == pytest.approx(1 / 61)
 
 
 def test_words_are_ranked_across_documents() -> None:

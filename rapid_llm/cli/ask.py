@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -96,7 +97,11 @@ def read_documents(names: Sequence[str]) -> dict[str, str]:
     """The documents' texts by name; blank ones among others are passed over, with a note."""
     from rapid_llm.context.documents import read_document
 
-    read = {name: read_document(name, may_be_blank=len(names) > 1) for name in names}
+    with warnings.catch_warnings(record=True) as guessed:
+        warnings.simplefilter("always")
+        read = {name: read_document(name, may_be_blank=len(names) > 1) for name in names}
+    for warning in guessed:
+        show(f"Warning: {warning.message}", stderr=True)
     texts = {name: text for name, text in read.items() if text.strip()}
     if not texts:
         raise DocumentError(f"{', '.join(read)} hold no text: give a file that is not empty")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import floor
+from math import floor, inf
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,7 +44,7 @@ class Chunk:
         start: first character.
         end: one past the last character.
         score: what it was ranked by, the more the better: ``dense``, cosine similarity to the
-            question, in [-1, 1]; ``bm25``, the BM25 score, at least 0; ``hybrid``, the sum of the
+            question, in [-1, 1]; ``bm25``, the BM25 score, above 0; ``hybrid``, the sum of the
             reciprocal ranks by both, in (0, 2/61].
         tokens: tokens of ``text`` in the target's tokenizer.
         document: index of the document it comes from.
@@ -162,7 +162,7 @@ class ContextBuilder:
                 not installed.
         """
         texts = require_documents(documents)
-        require_text("the question", question)
+        question = require_text("the question", question)
         most = self._chunk_tokens if room is None else min(self._chunk_tokens, room)
         split = {text: self._split(text, most) for text in texts if text.strip()}
         total = sum(split[text].tokens for text in texts if text in split)
@@ -192,7 +192,7 @@ class ContextBuilder:
         question: str,
         progress: Progress | None,
     ) -> list[Chunk]:
-        """Every chunk of every text, the best first."""
+        """Every chunk that the retriever finds, the best first."""
         places = [
             (number, text, span)
             for number, text in enumerate(texts)
@@ -205,12 +205,14 @@ class ContextBuilder:
             cosines = self._search(split, question, progress)
             scorings.append([cosines[text][span] for _, text, span in places])
         if self._config.retriever != "dense":
-            scorings.append(bm25(pieces, question))
+            words = bm25(pieces, question)
+            scorings.append([score if score > 0 else -inf for score in words])
         scores = scorings[0] if len(scorings) == 1 else fuse(*scorings)
         ranked = [
             Chunk(piece, span.start, span.end, score, span.tokens, number)
             for (number, _, span), piece, score in zip(places, pieces, scores, strict=True)
         ]
+        ranked = [chunk for chunk in ranked if chunk.score > -inf]
         return sorted(ranked, key=lambda chunk: (-chunk.score, chunk.document, chunk.start))
 
     def _search(
@@ -254,6 +256,8 @@ class ContextBuilder:
         return chosen
 
     def _empty_reason(self, ranked: Sequence[Chunk]) -> str:
+        if self._config.retriever == "bm25":
+            return "no chunk has a word of the question"
         best = floor(ranked[0].score * 100) / 100
         return f"no chunk reached similarity {self._config.threshold:g} (best {best:g})"
 

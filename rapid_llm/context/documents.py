@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import codecs
-import logging
 import re
 import sys
-from io import BytesIO
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
-from bs4 import BeautifulSoup
-from bs4.builder import HTMLTreeBuilder
-from bs4.element import NavigableString
-from charset_normalizer import from_bytes
-from pypdf import PdfReader
-
+from rapid_llm.context.reading.encodings import decode, require_text
+from rapid_llm.context.reading.formats import HEAD_BYTES, why_unread
+from rapid_llm.context.reading.html import html_text
+from rapid_llm.context.reading.pdf import pdf_text
 from rapid_llm.errors import DocumentError
 
 _HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
 _TEXT_SUFFIXES = {".txt", ".md", ".markdown"}
 _HTML_START = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(!doctype\s+html|html)\b", re.IGNORECASE)
-_BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_UNREAD_TAGS = ["script", "style", "template", "noscript", "svg"]
-_BLOCK_TAGS = [*(HTMLTreeBuilder.DEFAULT_BLOCK_ELEMENTS - {"li"}), "summary", "title"]
-_LINE_TAGS = ["br", "li", "tr", "caption", "option"]
 
 _LOADABLE = "give a text, Markdown, HTML or PDF file"
 
@@ -31,8 +25,10 @@ _LOADABLE = "give a text, Markdown, HTML or PDF file"
 def read_document(path: str | Path, *, may_be_blank: bool = False) -> str:
     r"""The text of a file, with ``\n`` line ends.
 
-    Markdown and other text is kept as it is; HTML loses its tags, scripts and styles; a PDF gives
-    its text layer, page after page. HTML and PDF are known by their suffix or their first bytes.
+    Markdown and other text is kept as it is; HTML loses its tags, scripts, styles and menus; a PDF
+    gives its text layer, with a form feed (``\f``) between pages, so that a character is on page
+    ``1 + text.count("\f", 0, position)``. HTML and PDF are known by their suffix or their first
+    bytes. What had to be guessed or left out is said in a warning.
 
     Args:
         path: a text, Markdown, HTML or PDF file; ``-`` reads standard input.
@@ -40,85 +36,62 @@ def read_document(path: str | Path, *, may_be_blank: bool = False) -> str:
             may hold scanned pages: it is refused in any case).
 
     Raises:
-        DocumentError: the file is missing, unreadable, binary or holds no text.
+        DocumentError: the file is missing, unreadable, of a format that is not read, or holds no
+            text.
+        MissingDependencyError: the package that reads its format is not installed.
     """
     name = "standard input" if str(path) == "-" else str(path)
-    data = _read_bytes(path, name)
     suffix = Path(path).suffix.lower()
-    is_text = suffix in _TEXT_SUFFIXES
-    if data.startswith(b"%PDF-") or suffix == ".pdf":
-        text = _pdf_text(data, name)
-    elif suffix in _HTML_SUFFIXES or (not is_text and _HTML_START.match(data)):
-        text = _html_text(data, name)
-    else:
-        text = _decode(data, name)
+    with _opened(path, name) as file:
+        head = _read(file, name, HEAD_BYTES)
+        if reason := why_unread(head, suffix):
+            raise DocumentError(f"{name} is {reason}")
+        if head.startswith(b"%PDF-") or suffix == ".pdf":
+            text = _pdf(head, file, name)
+        else:
+            text = _text(head, file, name, suffix)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip() and not may_be_blank:
         raise DocumentError(f"{name} holds no text: {_LOADABLE} that is not empty")
     return text
 
 
-def _read_bytes(path: str | Path, name: str) -> bytes:
+def _opened(path: str | Path, name: str) -> AbstractContextManager[IO[bytes]]:
+    if str(path) == "-":
+        return nullcontext(sys.stdin.buffer)
     try:
-        return sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        return Path(path).open("rb")
     except FileNotFoundError:
         raise DocumentError(f"{name} does not exist: check the path, or give - for stdin") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DocumentError(f"{name} cannot be read ({reason}): {_LOADABLE}") from error
+        raise _unreadable(name, error) from error
 
 
-def _require_text(data: bytes, name: str) -> None:
-    """Only UTF-16 and UTF-32 text holds NUL bytes, and it starts with a byte order mark."""
-    if b"\0" in data and not data.startswith(_BOMS):
-        raise DocumentError(f"{name} is a binary file, not text: {_LOADABLE}")
-
-
-def _decode(data: bytes, name: str) -> str:
-    _require_text(data, name)
+def _read(file: IO[bytes], name: str, size: int = -1) -> bytes:
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        match = from_bytes(data).best()
-    if match is None:
-        raise DocumentError(f"{name} is a binary file or in no known encoding: save it as UTF-8")
-    return str(match)
+        return file.read(size)
+    except OSError as error:
+        raise _unreadable(name, error) from error
 
 
-def _html_text(data: bytes, name: str) -> str:
-    _require_text(data, name)
-    soup = BeautifulSoup(data, "html.parser")  # honours a byte order mark and <meta charset>
-    for tag in soup(_UNREAD_TAGS):
-        tag.decompose()
-    # A browser shows runs of white space as one space, except inside <pre>.
-    for string in soup.find_all(string=True):
-        if type(string) is NavigableString and not string.find_parent("pre"):
-            string.replace_with(re.sub(r"\s+", " ", string))
-    for tag in soup(_BLOCK_TAGS):
-        tag.insert_before("\n\n")
-        tag.insert_after("\n\n")
-    for tag in soup(_LINE_TAGS):
-        tag.insert_before("\n")
-    for tag in soup(["td", "th"]):
-        tag.insert_after("\t")
-    text = re.sub(r"[ \t]+\n", "\n", soup.get_text())
-    text = re.sub(r"\n (?! )", "\n", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+def _unreadable(name: str, error: OSError | ValueError) -> DocumentError:
+    reason = getattr(error, "strerror", None) or error
+    return DocumentError(f"{name} cannot be read ({reason}): {_LOADABLE}")
 
 
-def _pdf_text(data: bytes, name: str) -> str:
-    # pypdf reports every repaired flaw of a file as a warning on stderr.
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
-    try:
-        pages = [page.extract_text() for page in PdfReader(BytesIO(data)).pages]
-    except Exception as error:  # pypdf raises many types on damaged and on encrypted files
-        raise DocumentError(
-            f"{name} cannot be read as a PDF ({error}): give an undamaged, unencrypted file"
-        ) from error
-    text = "\n\n".join(page.strip() for page in pages if page.strip())
-    if not text:
-        raise DocumentError(
-            f"{name} is a PDF without a text layer (a scan?): run OCR on it first, e.g. ocrmypdf"
-        )
-    # Damaged fonts can yield lone surrogates, which no tokenizer takes.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _text(head: bytes, file: IO[bytes], name: str, suffix: str) -> str:
+    require_text(head, name)  # before the rest is loaded
+    looks_like_html = suffix not in _TEXT_SUFFIXES and _HTML_START.match(head) is not None
+    is_html = suffix in _HTML_SUFFIXES or looks_like_html
+    text = decode(head + _read(file, name), name, markup=is_html)
+    return html_text(text) if is_html else text
+
+
+def _pdf(head: bytes, file: IO[bytes], name: str) -> str:
+    if file is not sys.stdin.buffer and file.seekable():
+        return pdf_text(file, name)
+    with TemporaryFile() as copy:  # a pipe is read once, and PDFium starts anew after a bad page
+        copy.write(head)
+        while piece := _read(file, name, 2**20):
+            copy.write(piece)
+        return pdf_text(copy, name)

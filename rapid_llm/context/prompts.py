@@ -29,8 +29,8 @@ def build_messages(
     Raises:
         DocumentError: the document or the question is empty, or not text.
     """
-    require_text("the document", document)
-    require_text("the question", question)
+    document = require_text("the document", document)
+    question = require_text("the question", question)
     content = f"{document}\n\n{instruction}\n\nQuestion: {question}"
     return [{"role": "user", "content": content}]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 
 from rapid_llm.errors import DocumentError
+from rapid_llm.surrogates import without_surrogates
 
 
 def require_documents(documents: str | Iterable[str]) -> tuple[str, ...]:
-    """One document or several, as several.
+    """One document or several, as several; lone surrogates in them become U+FFFD.
 
     Raises:
         DocumentError: they are no sequence, one is no text (see :func:`require_text`), or there is
@@ -34,18 +35,18 @@ def require_documents(documents: str | Iterable[str]) -> tuple[str, ...]:
         require_text(
             f"document {number} of {len(texts)}" if len(texts) > 1 else "the document", text
         )
-    return texts
+    return tuple(map(without_surrogates, texts))
 
 
-def require_text(name: str, text: object) -> None:
-    """Refuse what holds nothing to read.
+def require_text(name: str, text: object) -> str:
+    """The text, with U+FFFD for lone surrogates; what holds nothing to read is refused.
 
     Args:
         name: what the error calls it, such as "the question".
         text: has to be a string with more than white space in it.
 
     Raises:
-        DocumentError: it is no string, is empty, or holds half of a surrogate pair.
+        DocumentError: it is no string, or is empty.
     """
     if not isinstance(text, str):
         raise DocumentError(
@@ -53,10 +54,4 @@ def require_text(name: str, text: object) -> None:
         )
     if not text.strip():
         raise DocumentError(f"{name} is empty: give a text that is more than white space")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DocumentError(
-            f"{name} holds a lone surrogate at character {error.start}, which is no text: "
-            "decode it with errors='replace'"
-        ) from error
+    return without_surrogates(text)

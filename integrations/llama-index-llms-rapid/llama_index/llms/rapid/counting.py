@@ -8,6 +8,8 @@ import llama_index.core
 from llama_index.core.utils import set_global_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from rapid_llm.surrogates import without_surrogates
+
 
 class ModelTokenizer:
     """A model's tokenizer as LlamaIndex's budgets, splitters and memories call it."""
@@ -16,7 +18,8 @@ class ModelTokenizer:
         self.tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        """The token ids of a text, without BOS."""
+        """The token ids of a text, without BOS; lone surrogates in it count as U+FFFD."""
+        text = without_surrogates(text)
         if self.tokenizer.is_fast:  # without the checks of each call, as there are very many
             backend = self.tokenizer.backend_tokenizer
             if backend.truncation or backend.padding:  # saved with it, or left by another call

@@ -96,7 +96,7 @@ def telling(passage: str, document: FullText) -> bool:
         passage: every white space in it a single blank.
         document: holds the passage.
     """
-    return len(passage.encode()) >= 24 or passage in document.bodies
+    return len(passage.encode(errors="replace")) >= 24 or passage in document.bodies
 
 
 def lines_around(part: str | BaseNode) -> frozenset[str]:

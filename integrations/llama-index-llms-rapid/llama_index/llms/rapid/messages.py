@@ -8,6 +8,7 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 from transformers import PreTrainedTokenizerBase
 
 from rapid_llm.encoding import Prompt, encode_literal
+from rapid_llm.surrogates import without_surrogates
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -36,6 +37,7 @@ def _part(block: Any) -> dict[str, Any]:
 
 def literal(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """A prompt for a model without a chat template; control tokens in it are ordinary text."""
+    text = without_surrogates(text)
     ids = encode_literal(text, tokenizer)
     if ids == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
         return text
