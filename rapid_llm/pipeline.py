@@ -101,6 +101,7 @@ class RapidPipeline:
     def answer_of(self, question: str, method: Method, deltas: Sequence[Chunk]) -> Answer:
         """What a stream, read to its end, has given."""
         result = GenerationResult.from_chunks(deltas)
+        question = require_text("the question", question)
         context = None if method == "lc" else self._contexts.get(question)
         return Answer(**vars(result), question=question, context=context)
 
