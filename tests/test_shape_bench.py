@@ -61,7 +61,7 @@ def test_weights_are_random_and_of_the_dtype_asked_for() -> None:
     ("changes", "message"),
     [
         ({"shape": "llama-9"}, r"shape='llama-9'.*choose from llama-3\.1-8b"),
-        ({"contexts": [255]}, "context=255 is not allowed: context must be at least 256"),
+        ({"contexts": [255]}, "context=255 is not allowed: it must be at least 256"),
         ({"acceptances": [0.5, 1.0]}, r"acceptance=1\.0 is not allowed.*between 0 and 1"),
         ({"shape": "llama-3.1-70b", "contexts": [10**8]}, r"needs [\d,]+ GB, more than"),
     ],
@@ -231,7 +231,7 @@ def test_a_step_that_is_slow_repeats_less(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_pieces_are_timed_by_key_and_warm_ups_forgotten() -> None:
-    watch = Stopwatch[str](CPU)
+    watch = Stopwatch(CPU)
     with watch("a"):
         pass
     watch.clear()
@@ -269,11 +269,11 @@ def test_the_command_prints_saves_and_draws(
 def test_json_is_all_that_is_printed_and_a_failure_is_the_status(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ShapeBench, "_generate_static", lambda *_: iter([1 / 0]))
+    monkeypatch.setattr(ShapeBench, "_prefills", lambda *_: iter([1 / 0]))
     status, out, _ = run(capsys, "--shape", "tiny", "--context", "256", "--json")
     assert status == 1
     sections = {section["name"]: section for section in json.loads(out)["sections"]}
-    assert sections["static cache"]["failed"] == "ZeroDivisionError: division by zero"
+    assert sections["prefill"]["failed"] == "ZeroDivisionError: division by zero"
     assert sections["passes"]["failed"] is None
 
 

@@ -39,11 +39,7 @@ _SHARE = 0.6  # of a step's time after which no further repeat begins
 
 
 class Step(NamedTuple):
-    """What becomes a section.
-
-    Attributes:
-        seconds: that it may take: it begins where so many are left, and repeats less if slower.
-    """
+    """What becomes a section; it begins where ``seconds`` are left, and repeats less if slower."""
 
     name: str
     context: int | None
@@ -52,28 +48,21 @@ class Step(NamedTuple):
 
 
 class Bench(ABC):
-    """Measures steps with one decoder.
+    """Measures steps with one decoder, in so many seconds or a little more.
 
     Args:
-        decoder: whose engine it is.
         facts: of the report, beside those of the machine.
         room: tokens of an answer.
         draft_tokens: of the drafter's context.
-        seconds: in which all is to be measured, about.
 
     Attributes:
         progress: called with (what is measured, runs done, runs to do).
     """
 
     def __init__(
-        self,
-        decoder: RapidDecoder,
-        facts: dict[str, Any],
-        *,
-        room: int,
-        draft_tokens: int,
+        self, decoder: RapidDecoder, facts: dict[str, Any], *, room: int, draft_tokens: int,
         seconds: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         model, place, name = decoder.target.model, decoder.target.device, decoder.target.name
         size = size_of(model.config, name)
         self._decoder, self._model, self._device = decoder, model, place
@@ -128,7 +117,7 @@ class Bench(ABC):
 
     def _memory(self) -> Iterator[Row]:
         """Of sums that no cache holds."""
-        watch = Stopwatch[str](self._device)
+        watch = Stopwatch(self._device)
         block = torch.ones(_NUMBERS[self._device.type], device=self._device)
         for _ in self._turns(10, watch):
             with watch("read"):
@@ -140,7 +129,7 @@ class Bench(ABC):
         with self._open(context, draft=False) as generation:
             session, length = generation.target, generation.target.length
             batches = {n: torch.tensor(self._tokens(n), device=self._device) for n in PASSES}
-            watch = Stopwatch[int](self._device)
+            watch = Stopwatch(self._device)
             for _ in self._turns(_REPEATS, watch, warm=3):
                 session.extend(batches[1])  # the host is ahead from here on
                 session.rollback(length)
@@ -191,9 +180,7 @@ class Bench(ABC):
 
     # --- how ---------------------------------------------------------------------------------
 
-    def _turns(
-        self, counted: int, watch: Stopwatch[Any] | None = None, warm: int = 1
-    ) -> Iterator[int]:
+    def _turns(self, counted: int, watch: Stopwatch | None = None, warm: int = 1) -> Iterator[int]:
         """Numbers of repeats, negative ones to warm up, which a watch forgets; at least 0, more
         where there is time."""
         for turn in range(-warm, counted):

@@ -28,7 +28,7 @@ from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.device import device_of
-from rapid_llm.errors import ContextWindowError, InvalidParameterError
+from rapid_llm.errors import ContextWindowError
 from rapid_llm.stats import Stats
 
 ROOM = 32
@@ -150,18 +150,14 @@ def _llama_cpp(path: Path, window: int) -> Method:
 
 
 class MethodBench(Bench):
-    """Measures methods on workloads.
+    """Measures methods on workloads, and the engine of the decoder.
 
     Args:
-        decoder: runs the engine's measurements; ``methods`` are usually built around it.
-        methods: what to compare, by name.
-        works: contexts and tasks.
-        peers: others to compare, whose runs do not depend on those before.
+        peers: methods whose runs do not depend on those before.
         new_tokens: tokens decoded in a run, at least 2.
         repeats: counted runs of each, at least 1.
 
     Raises:
-        InvalidParameterError: a number is too small.
         ContextWindowError: a prompt and the new tokens exceed the model's window.
     """
 
@@ -175,9 +171,6 @@ class MethodBench(Bench):
         new_tokens: int,
         repeats: int,
     ) -> None:
-        for name, value, least in (("new_tokens", new_tokens, 2), ("repeats", repeats, 1)):
-            if value < least:
-                raise InvalidParameterError(f"{name}={value} is not allowed: at least {least}")
         window, longest = decoder.target.context_window, max(len(work.target) for work in works)
         if longest + new_tokens > window:
             raise ContextWindowError(

@@ -20,9 +20,9 @@ from rapid_llm.bench.speed_model import (
     Precision,
     pass_seconds,
     prefill_flops,
+    require,
 )
 from rapid_llm.bench.this_device import measure_device
-from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.schedule import MAX_GAMMA, best_draft, expected_tokens
 
 SENSITIVITY = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -96,12 +96,9 @@ class Plan:
         return rows
 
     def _row(
-        self,
-        label: str | None,
-        drafter: ModelSize | None = None,
-        precision: Precision = "bf16",
+        self, label: str | None, drafter: ModelSize | None = None, precision: Precision = "bf16",
         extra: int = 0,
-    ) -> Row:
+    ) -> Row:  # fmt: skip
         """``extra``: bytes of weights that the target has not."""
         device, step = self.device, self._round(1)
         weights = self.model.weight_bytes + extra
@@ -163,29 +160,19 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Every field and prediction, ready for JSON."""
-        rows = [asdict(row) for row in self.rows]
-        return asdict(self) | {
-            "rows": rows, "warnings": self.warnings, "assumptions": self.assumptions
-        }  # fmt: skip
+        said = {"warnings": self.warnings, "assumptions": self.assumptions}
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]} | said
 
 
 def make_plan(
-    model: str,
-    context: int,
-    *,
-    retrieved: int | None = None,
-    drafter: str | None = None,
-    acceptance: float = ACCEPTANCE,
-    device: Device | None = None,
-) -> Plan:
+    model: str, context: int, *, retrieved: int | None = None, drafter: str | None = None,
+    acceptance: float = ACCEPTANCE, device: Device | None = None,
+) -> Plan:  # fmt: skip
     """A plan from names: configs are read, weights are not.
 
     Args:
-        model: the target: a hub id, a folder, a ``.gguf`` file, or ``smollm2-135m``.
-        context: tokens the target reads.
+        model: the target, as :func:`rapid_llm.models.load_model` takes it; ``drafter`` likewise.
         retrieved: tokens the drafter reads; None is :func:`paper_retrieved`.
-        drafter: another model, smaller or larger, named likewise.
-        acceptance: in [0, 1].
         device: None measures this machine.
 
     Raises:
@@ -194,13 +181,9 @@ def make_plan(
         MissingDependencyError: the packaged model is not installed.
     """
     reads = paper_retrieved(context) if retrieved is None else retrieved
-    for name, value, ok, limit in (
-        ("context", context, context >= 1, "at least 1"),
-        ("retrieved", reads, 1 <= reads <= context, f"from 1 to context={context}"),
-        ("acceptance", acceptance, 0 <= acceptance <= 1, "from 0 to 1"),
-    ):
-        if not ok:
-            raise InvalidParameterError(f"{name}={value} is not allowed: it must be {limit}")
+    require(context >= 1, "context", context, "at least 1")
+    require(1 <= reads <= context, "retrieved", reads, f"from 1 to context={context}")
+    require(0 <= acceptance <= 1, "acceptance", acceptance, "from 0 to 1")
     size = read_size(model)
     other = None if drafter is None else read_size(drafter)
     return Plan(size, other, device or measure_device(size, context), context, reads, acceptance)

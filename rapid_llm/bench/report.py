@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -138,27 +137,6 @@ class Report:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        panels = list(self._panels())
-        heights = [len(rows) + 2 for _, rows in panels]
-        figure = new_figure("--plot needs", 9, max(2, 0.3 * sum(heights)))
-        grid = figure.add_gridspec(max(1, len(panels)), 1, height_ratios=heights or [1])
-        for index, (title, rows) in enumerate(panels):
-            axes = figure.add_subplot(grid[index])
-            low, middle, high = zip(
-                *((min(r.samples), median(r.samples), max(r.samples)) for r in rows), strict=True
-            )
-            spread = [[m - x for m, x in zip(middle, low, strict=True)],
-                      [x - m for m, x in zip(middle, high, strict=True)]]  # fmt: skip
-            bars = axes.barh([r.name for r in rows], middle, xerr=spread, color="#4878a8",
-                             ecolor="#999999")  # fmt: skip
-            axes.bar_label(bars, fmt="%.3g", padding=6, fontsize=8)
-            axes.invert_yaxis()
-            axes.tick_params(labelsize=8)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set_title(title, loc="left", fontsize=10)
-        figure.savefig(path, dpi=150)
-
-    def _panels(self) -> Iterator[tuple[str, list[Row]]]:
         panels: dict[str, list[Row]] = {}
         for section in self.sections:
             for row in section.rows:
@@ -166,7 +144,28 @@ class Report:
                     shared = f"decoding, {section.context or 0:,} tokens"
                     title = shared if row.unit == "ms/token" else section.title
                     panels.setdefault(f"{title}: {row.unit}", []).append(row)
-        yield from panels.items()
+        heights = [len(rows) + 2 for rows in panels.values()] or [2]
+        figure = new_figure("--plot needs", 9, 0.3 * sum(heights))
+        grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+        for index, (title, rows) in enumerate(panels.items()):
+            axes = figure.add_subplot(grid[index])
+            middle = [median(row.samples) for row in rows]
+            ends = [(min(row.samples), max(row.samples)) for row in rows]
+            reach = [(m - a, b - m) for m, (a, b) in zip(middle, ends, strict=True)]
+            names = [row.name for row in rows]
+            bars = axes.barh(
+                names,
+                middle,
+                xerr=list(zip(*reach, strict=True)),
+                color="#4878a8",
+                ecolor="#999999",
+            )
+            axes.bar_label(bars, fmt="%.3g", padding=6, fontsize=8)
+            axes.invert_yaxis()
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_title(title, loc="left", fontsize=10)
+        figure.savefig(path, dpi=150)
 
 
 def as_text(what: str | Table) -> str:

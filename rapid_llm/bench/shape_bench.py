@@ -22,6 +22,7 @@ from rapid_llm.bench.harness import Bench, Step
 from rapid_llm.bench.model_size import size_of
 from rapid_llm.bench.report import Row
 from rapid_llm.bench.shapes import number_tokenizer, random_model, shape_config
+from rapid_llm.bench.speed_model import require
 from rapid_llm.bench.timing import Stamps, Stopwatch, host_calls, wait_for
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
@@ -36,49 +37,37 @@ from rapid_llm.speculation.schedule import AdaptiveSchedule, Belief
 
 SIMULATED = "simulated by a coin in rows marked *, as random weights accept at random"
 
-_DRAFT_TOKENS = 4096  # of the drafter's context
-_ROOM = 512  # tokens of an answer
+_DRAFT_TOKENS, _ROOM = 4096, 512  # of the drafter's context, and of an answer
 _REPEATS = 20
 _ROUNDS = 12  # of a block; blocks of all methods take turns
 _TURNS = 5
 _FORCED = 3  # γ where the schedule would not draft
 _SURE = 1e6  # throws of the coin that the schedule is told of
 _STEPS = 8  # of a draft
-_GENERATIONS = 4  # of transformers, the first not counted
-_GENERATED = 6  # tokens of each
+_GENERATIONS, _GENERATED = 4, 6  # of transformers, the first not counted, and tokens of each
 
 
 class ShapeBench(Bench):
-    """Measures one shape on the first GPU, or else the CPU.
+    """Measures one of :data:`rapid_llm.bench.shapes.SHAPES` on the first GPU, or else the CPU.
 
     Args:
-        shape: one of :data:`rapid_llm.bench.shapes.SHAPES`.
         contexts: tokens of the target's prompt, at least 256 each.
         acceptances: probabilities that a drafted token is accepted, in (0, 1).
         dtype: of weights and KV; ``auto`` is bfloat16.
-        seconds: in which all is to be measured, about.
 
     Raises:
-        InvalidParameterError: an unknown shape, a number out of range, or a model that the device
-            has no memory for.
+        InvalidParameterError: an unknown shape, a number out of range, or too little memory.
     """
 
     def __init__(
-        self,
-        shape: str,
-        contexts: Sequence[int],
-        acceptances: Sequence[float],
-        dtype: str,
+        self, shape: str, contexts: Sequence[int], acceptances: Sequence[float], dtype: str,
         seconds: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         for name, value, ok, limit in (
             *(("context", n, n >= 256, "at least 256") for n in contexts),
             *(("acceptance", a, 0 < a < 1, "between 0 and 1") for a in acceptances),
         ):
-            if not ok:
-                raise InvalidParameterError(
-                    f"{name}={value!r} is not allowed: {name} must be {limit}"
-                )
+            require(ok, name, value, limit)
         device, longest = resolve_device(None), max(contexts)
         wanted: torch.dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
         config = shape_config(shape, longest + 2 * _ROOM)
@@ -109,11 +98,16 @@ class ShapeBench(Bench):
             yield Step("rounds", n, 25, partial(self._rounds, n))
             if self._device.type == "cuda":
                 yield Step("host calls", n, 5, partial(self._host_calls, n))
-            yield Step("transformers", n, 10, partial(self._generate, n))
+            make = partial(DynamicCache, config=self._model.config)
+            generate = partial(self._generate, "generate", "transformers generate", n, make)
+            yield Step("transformers", n, 10, generate)
         for n in self._contexts:
             yield Step("prefill", n, 40, partial(self._prefills, n))
         for n in self._contexts:
-            yield Step("static cache", n, 60, partial(self._generate_static, n))
+            room = n + _GENERATIONS * _GENERATED
+            make = partial(StaticCache, config=self._model.config, max_cache_len=room)
+            generate = partial(self._generate, "static", "generate, static cache", n, make)
+            yield Step("static cache", n, 60, generate)  # which is compiled on a GPU
 
     # --- what is measured --------------------------------------------------------------------
 
@@ -128,7 +122,7 @@ class ShapeBench(Bench):
             except InvalidParameterError:
                 forwards[name] = None
         drafters = {name: self._drafter(each) for name, each in forwards.items() if each}
-        watch = Stopwatch[str](self._device)
+        watch = Stopwatch(self._device)
         for _ in self._turns(_REPEATS, watch, warm=2):
             for name, drafter in drafters.items():
                 with watch(name):
@@ -209,25 +203,12 @@ class ShapeBench(Bench):
             yield Row("prefill_transformers_memory", "its peak over weights + KV", "GB", [more])
         yield Row("prefill_ratio", "prefill ÷ transformers'", "", [ours.samples[0] / theirs])
 
-    def _generate(self, context: int) -> Iterator[Row]:
-        seconds = self._generated(partial(DynamicCache, config=self._model.config), context)
-        yield from self._beside("generate", "transformers generate", seconds, context)
-
-    def _generate_static(self, context: int) -> Iterator[Row]:
-        room = context + _GENERATIONS * _GENERATED
-        static = partial(StaticCache, config=self._model.config, max_cache_len=room)
+    def _generate(self, key: str, label: str, context: int, cache: Any) -> Iterator[Row]:
+        """transformers' milliseconds a token, and how many times as fast we decode."""
         started = time.perf_counter()
-        seconds = self._generated(static, context)
+        seconds = self._generated(cache, context)
         waited = time.perf_counter() - started - sum(seconds) * _GENERATED
-        compiled = self._device.type == "cuda"
-        note = f"after {waited:.0f} s to compile" if compiled else "not compiled on a CPU"
-        yield from self._beside("static", "generate, static cache", seconds, context, note)
-
-    def _beside(
-        self, key: str, label: str, seconds: list[float], context: int, note: str = ""
-    ) -> Iterator[Row]:
-        """A peer's seconds a token, and how many times as fast we decode."""
-        yield Row(key, label, "ms/token", [1000 * s for s in seconds], note)
+        yield Row(key, label, "ms/token", [1000 * s for s in seconds], f"after {waited:.0f} s")
         peer = 1000 * median(seconds)
         names = {f"rapid_{a:g}": f"RAPID, times as fast, a = {a:g}" for a in self._acceptances}
         for ours, times in {"plain": "plain, times as fast", **names}.items():

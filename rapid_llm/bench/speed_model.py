@@ -44,6 +44,12 @@ _BYTES: dict[Precision, tuple[float, float]] = {
 }
 
 
+def require(ok: bool, name: str, value: object, limit: str) -> None:
+    """Raises InvalidParameterError unless ok."""
+    if not ok:
+        raise InvalidParameterError(f"{name}={value} is not allowed: it must be {limit}")
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """What the speed model needs to know of a model; all counts are of parameters.
@@ -181,12 +187,7 @@ RTX 4090 the Ada white paper's rate with float32 accumulation."""
 
 
 def pass_seconds(
-    size: ModelSize,
-    device: Device,
-    length: int,
-    *,
-    tokens: int = 1,
-    precision: Precision = "bf16",
+    size: ModelSize, device: Device, length: int, *, tokens: int = 1, precision: Precision = "bf16"
 ) -> float:
     """Seconds of a pass over ``tokens`` that follow ``length`` cached ones.
 
@@ -211,17 +212,12 @@ def prefill_flops(size: ModelSize, length: int) -> float:
 def flops(size: ModelSize, tokens: int, pairs: float) -> float:
     """Operations of a pass: two a weight and token; four a layer, query head, pair of query and
     key, and dimension."""
-    return 2 * size.active_parameters * tokens + 4 * pairs * size.layers * (
-        size.heads * size.head_dim
-    )
+    width = size.heads * size.head_dim
+    return 2 * size.active_parameters * tokens + 4 * pairs * size.layers * width
 
 
 def named_device(name: str) -> Device:
-    """A device of the table.
-
-    Raises:
-        InvalidParameterError: it is not in the table.
-    """
+    """A device of the table; raises InvalidParameterError where it is not in it."""
     if name not in DEVICES:
         raise InvalidParameterError(
             f"device={name!r} is unknown; use 'this' to measure this machine, or "

@@ -6,12 +6,10 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
-
-K = TypeVar("K")
 
 _CALLS = {
     "launches": (
@@ -29,7 +27,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Stopwatch(Generic[K]):
+class Stopwatch:
     """Seconds of pieces of work, by key: a GPU's own events, or the clock on a CPU.
 
     Nothing waits for the device until the samples are asked for, so that the pieces follow one
@@ -38,7 +36,7 @@ class Stopwatch(Generic[K]):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._marks: dict[K, list[tuple[Any, Any]]] = defaultdict(list)
+        self._marks: dict[Any, list[tuple[Any, Any]]] = defaultdict(list)
 
     def _now(self) -> Any:
         if self._device.type != "cuda":
@@ -48,7 +46,7 @@ class Stopwatch(Generic[K]):
         return event
 
     @contextmanager
-    def __call__(self, key: K) -> Iterator[None]:
+    def __call__(self, key: Any) -> Iterator[None]:
         start = self._now()
         yield
         self._marks[key].append((start, self._now()))
@@ -57,17 +55,17 @@ class Stopwatch(Generic[K]):
         """Forget what was done so far, which warmed up."""
         self._marks.clear()
 
-    def samples(self) -> dict[K, list[float]]:
+    def samples(self) -> dict[Any, list[float]]:
         """By key, in the order of the work."""
         wait_for(self._device)
-        if self._device.type != "cuda":
-            return {key: [b - a for a, b in marks] for key, marks in self._marks.items()}
-        return {k: [a.elapsed_time(b) / 1000 for a, b in some] for k, some in self._marks.items()}
+        on_gpu = self._device.type == "cuda"
+        return {
+            key: [a.elapsed_time(b) / 1000 if on_gpu else b - a for a, b in marks]
+            for key, marks in self._marks.items()
+        }
 
 
-def host_calls(
-    work: Callable[[], object], device: torch.device, times: int = 3
-) -> dict[str, float]:
+def host_calls(work: Callable[[], Any], device: torch.device, times: int = 3) -> dict[str, float]:
     """What some work asks of a GPU each time, by torch's profiler: kernels launched one by one
     (``launches``), captured graphs replayed (``graphs``), and waits for the device (``waits``).
 

@@ -82,7 +82,7 @@ def stretched(model: Any, tokens: int) -> PreTrainedModel:
     Raises:
         InvalidParameterError: its rotary embedding cannot be replaced so.
     """
-    original = int(model.config.max_position_embeddings)
+    original = int(model.config.get_text_config().max_position_embeddings)
     if tokens <= original:
         return model
     rope = getattr(model.config, "rope_parameters", None) or {}
