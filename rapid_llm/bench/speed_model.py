@@ -1,9 +1,10 @@
 """The speed model: what a pass and a round of speculation cost, from sizes alone. No torch here.
 
-A pass is modelled by its roofline (Williams et al., 2009): on a GPU it takes as long as reading
-its bytes, doing its arithmetic or launching its kernels, whichever is longest. On a CPU these do
-not overlap, and add up (11 tokens take half as long again as 1). A round
-drafts γ tokens and verifies γ+1 in one pass; its yield is that of Leviathan et al. (2023).
+A pass is modelled by its roofline (Williams et al., 2009). On a GPU its matrix products take as
+long as reading their bytes or doing their arithmetic, whichever is longer; on a CPU these do not
+overlap, and add up (11 tokens take half as long again as 1). The rest of each layer adds to that. A
+round drafts γ tokens, verifies γ+1 in one pass, and waits for the host once; its yield is that of
+Leviathan et al. (2023).
 """
 
 from __future__ import annotations
@@ -13,27 +14,40 @@ from typing import Literal
 
 from rapid_llm.errors import InvalidParameterError
 
-Precision = Literal["bf16", "int8", "int4"]
+Precision = Literal["bf16", "int8", "int4", "int4g64"]
+"""``int4`` as GGUF files and our drafter on a CPU have it, ``int4g64`` as on CUDA."""
 
 ACCEPTANCE = 0.8
 """The acceptance rate a, where none is given. Self-speculation of a small model on a text of 7.6K
 tokens at γ = 10 yielded 4 tokens a round at temperature 1 and 5 to 6 greedily, which are a = 0.76
 and 0.83 to 0.87."""
 
-BANDWIDTH_FRACTION = 0.8
-"""Of a data sheet's memory bandwidth, what a decoding step reaches (assumed)."""
-
-COMPUTE_FRACTION = 0.6
-"""Of a data sheet's matrix throughput, what a prefill reaches (assumed)."""
-
-LAYER_LAUNCH = 100e-6
-"""Seconds to launch one layer's kernels from Python: about 20 of 5 µs (assumed)."""
+# What passes on an H100 reached: the 8B model of cookbook/results/gpu; assumed of other GPUs.
+_WEIGHTS = 0.85  # of a data sheet's memory bandwidth, by the products of few tokens
+_KV = 0.93  # of it, by attention over long contexts
+_INT4 = 0.66  # of the weights' rate in bf16, by 4-bit weights (tinygemm, one token)
+_COMPUTE = 0.57  # of a data sheet's matrix throughput, by a prefill
+_LAYER = 25e-6  # seconds of a layer's norms, rotation and activation, and gaps between kernels
+_ROUND = 0.95e-3  # seconds of a round on the host, which waits once for the device
 
 MEMORY_FRACTION = 0.9
 """Of a device's memory, what weights and KV may fill; the rest is for activations (assumed)."""
 
 _ITEMSIZE = 2  # bytes of a 16-bit number: KV, scales, and whatever is not quantized
-_BLOCK = 32  # weights that share a scale, in GGUF files as in our own drafter
+# Bytes of a weight of the layers, and of the output layer. 32 weights share a scale of 16 bits, and
+# in 4 bits their smallest weight too, where the output layer stays int8; on CUDA 64 do.
+_BYTES: dict[Precision, tuple[float, float]] = {
+    "bf16": (2, 2),
+    "int8": (1 + 2 / 32, 1 + 2 / 32),
+    "int4": (0.5 + 4 / 32, 1 + 2 / 32),
+    "int4g64": (0.5 + 4 / 64, 0.5 + 4 / 64),
+}
+
+
+def require(ok: bool, name: str, value: object, limit: str) -> None:
+    """Raises InvalidParameterError unless ok."""
+    if not ok:
+        raise InvalidParameterError(f"{name}={value} is not allowed: it must be {limit}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ class ModelSize:
         return self.parameters * _ITEMSIZE
 
     def quantized_bytes(self, precision: Precision) -> int:
-        """What an int8 or int4 copy of the matrices takes beside the model's own weights."""
+        """What a copy of the matrices in few bits takes beside the model's own weights."""
         return round(self._matrix_bytes(self.experts, precision))
 
     def bytes_read(self, tokens: int, precision: Precision) -> float:
@@ -98,15 +112,9 @@ class ModelSize:
         return self._matrix_bytes(experts, precision) + self.vectors * _ITEMSIZE
 
     def _matrix_bytes(self, experts: float, precision: Precision) -> float:
-        """Bytes of the matrices and so many of the experts' weights.
-
-        A block has a scale in int8, and its smallest weight too in int4, where the head stays int8.
-        """
-        if precision == "bf16":
-            return (self.matrices + experts) * _ITEMSIZE
-        int8 = 1 + _ITEMSIZE / _BLOCK
-        layers = int8 if precision == "int8" else 0.5 + 2 * _ITEMSIZE / _BLOCK
-        return self.head * int8 + (self.matrices - self.head + experts) * layers
+        """Bytes of the matrices and so many of the experts' weights."""
+        layers, head = _BYTES[precision]
+        return self.head * head + (self.matrices - self.head + experts) * layers
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,8 @@ class Device:
         flops: a second, in bf16 matrix products of a prefill.
         pass_flops: a second, in passes of few tokens.
         memory: bytes; None where it cannot be told.
-        layer_overhead: seconds a layer takes when there is next to nothing to compute.
-        overlaps: whether reading, computing and overhead go on at the same time, as on a GPU.
+        layer_seconds: of a layer of a pass in which there is next to nothing to compute.
+        round_seconds: of a round or a plain step, beside its passes.
         source: where the numbers come from.
     """
 
@@ -130,25 +138,41 @@ class Device:
     flops: float
     pass_flops: float
     memory: int | None
-    layer_overhead: float
-    overlaps: bool
+    layer_seconds: float
+    round_seconds: float
+    is_gpu: bool
     source: str
+
+    @property
+    def few_bits(self) -> tuple[Precision, ...]:
+        """How a drafter's weights may be quantized there."""
+        return ("int4g64",) if self.is_gpu else ("int8", "int4")
+
+    @property
+    def rates(self) -> str:
+        """What it achieves, in words."""
+        return (
+            f"weights are read at {self.bandwidth / 1e9:,.1f} GB/s, KV at "
+            f"{self.kv_bandwidth / 1e9:,.1f}; {self.flops / 1e12:,.2f} TFLOP/s in a prefill, "
+            f"{self.pass_flops / 1e12:,.2f} in passes of few tokens; beside, "
+            f"{self.layer_seconds * 1e6:.0f} µs a layer, "
+            f"{self.round_seconds * 1e3:.2f} ms a round"
+        )
 
 
 def _gpu(name: str, bandwidth: float, flops: float, memory: int) -> Device:
-    achieved = bandwidth * BANDWIDTH_FRACTION
     return Device(
         name=name,
-        bandwidth=achieved,
-        kv_bandwidth=achieved,
-        flops=flops * COMPUTE_FRACTION,
-        pass_flops=flops * COMPUTE_FRACTION,
+        bandwidth=bandwidth * _WEIGHTS,
+        kv_bandwidth=bandwidth * _KV,
+        flops=flops * _COMPUTE,
+        pass_flops=flops * _COMPUTE,
         memory=memory,
-        layer_overhead=LAYER_LAUNCH,
-        overlaps=True,
-        source=f"data sheet: {bandwidth / 1e9:,.0f} GB/s and {flops / 1e12:,.0f} TFLOP/s (dense "
-        f"bf16); {BANDWIDTH_FRACTION:.0%} and {COMPUTE_FRACTION:.0%} of these are assumed to be "
-        f"reached, and {LAYER_LAUNCH * 1e6:.0f} µs needed to launch a layer's kernels",
+        layer_seconds=_LAYER,
+        round_seconds=_ROUND,
+        is_gpu=True,
+        source=f"of the data sheet's {bandwidth / 1e9:,.0f} GB/s and {flops / 1e12:,.0f} TFLOP/s "
+        "(dense bf16) the shares that were measured on an H100",
     )
 
 
@@ -162,49 +186,38 @@ DEVICES = {
 RTX 4090 the Ada white paper's rate with float32 accumulation."""
 
 
-def step_seconds(
-    size: ModelSize,
-    device: Device,
-    length: int,
-    *,
-    tokens: int = 1,
-    precision: Precision = "bf16",
+def pass_seconds(
+    size: ModelSize, device: Device, length: int, *, tokens: int = 1, precision: Precision = "bf16"
 ) -> float:
     """Seconds of a pass over ``tokens`` that follow ``length`` cached ones.
 
     Every layer is taken to read the whole cache, sliding windows included.
     """
-    reading = size.bytes_read(tokens, precision) / device.bandwidth
+    slower = _INT4 if device.is_gpu and precision != "bf16" else 1
+    reading = size.bytes_read(tokens, precision) / (device.bandwidth * slower)
     reading += size.kv_bytes_per_token * length / device.kv_bandwidth
     computing = flops(size, tokens, tokens * length) / device.pass_flops
-    overhead = size.layers * device.layer_overhead
-    parts = reading, computing, overhead
-    return max(parts) if device.overlaps else sum(parts)
+    matrices = max(reading, computing) if device.is_gpu else reading + computing
+    return matrices + size.layers * device.layer_seconds
 
 
-def prefill_seconds(size: ModelSize, device: Device, length: int) -> float:
-    """Seconds to read a prompt of ``length`` tokens; arithmetic bounds it.
+def prefill_flops(size: ModelSize, length: int) -> float:
+    """Operations that read a prompt of ``length`` tokens, which bound its prefill.
 
     Query i sees i keys, length²/2 pairs in all. Logits are computed for the last token only.
     """
-    operations = flops(size, length, length**2 / 2) - 2 * size.head * (length - 1)
-    return operations / device.flops
+    return flops(size, length, length**2 / 2) - 2 * size.head * (length - 1)
 
 
 def flops(size: ModelSize, tokens: int, pairs: float) -> float:
     """Operations of a pass: two a weight and token; four a layer, query head, pair of query and
     key, and dimension."""
-    return 2 * size.active_parameters * tokens + 4 * pairs * size.layers * (
-        size.heads * size.head_dim
-    )
+    width = size.heads * size.head_dim
+    return 2 * size.active_parameters * tokens + 4 * pairs * size.layers * width
 
 
 def named_device(name: str) -> Device:
-    """A device of the table.
-
-    Raises:
-        InvalidParameterError: it is not in the table.
-    """
+    """A device of the table; raises InvalidParameterError where it is not in it."""
     if name not in DEVICES:
         raise InvalidParameterError(
             f"device={name!r} is unknown; use 'this' to measure this machine, or "

@@ -1,29 +1,24 @@
-"""Seconds, host calls and time limits of what runs on a device."""
+"""Seconds of, and host calls by, what runs on a device."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-K = TypeVar("K")
-
-_LAUNCHES = (
-    "cudaLaunchKernel",
-    "cudaLaunchKernelExC",
-    "cudaLaunchCooperativeKernel",
-    "cuLaunchKernel",
-    "cuLaunchKernelEx",
-)
-_GRAPHS = ("cudaGraphLaunch",)
-_WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
+_CALLS = {
+    "launches": (
+        *("cudaLaunchKernel", "cudaLaunchKernelExC", "cudaLaunchCooperativeKernel"),
+        *("cuLaunchKernel", "cuLaunchKernelEx"),
+    ),
+    "graphs": ("cudaGraphLaunch",),
+    "waits": ("cudaStreamSynchronize", "cudaEventSynchronize"),
+}
 
 
 def wait_for(device: torch.device) -> None:
@@ -32,7 +27,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Stopwatch(Generic[K]):
+class Stopwatch:
     """Seconds of pieces of work, by key: a GPU's own events, or the clock on a CPU.
 
     Nothing waits for the device until the samples are asked for, so that the pieces follow one
@@ -41,53 +36,38 @@ class Stopwatch(Generic[K]):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._events: list[tuple[K, torch.cuda.Event, torch.cuda.Event]] = []
-        self._samples: dict[K, list[float]] = defaultdict(list)
+        self._marks: dict[Any, list[tuple[Any, Any]]] = defaultdict(list)
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     @contextmanager
-    def __call__(self, key: K) -> Iterator[None]:
-        if self._device.type != "cuda":
-            started = time.perf_counter()
-            yield
-            self._samples[key].append(time.perf_counter() - started)
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(torch.cuda.current_stream(self._device))
+    def __call__(self, key: Any) -> Iterator[None]:
+        start = self._now()
         yield
-        end.record(torch.cuda.current_stream(self._device))
-        self._events.append((key, start, end))
+        self._marks[key].append((start, self._now()))
 
     def clear(self) -> None:
         """Forget what was done so far, which warmed up."""
-        wait_for(self._device)
-        self._events.clear()
-        self._samples.clear()
+        self._marks.clear()
 
-    def samples(self) -> dict[K, list[float]]:
+    def samples(self) -> dict[Any, list[float]]:
         """By key, in the order of the work."""
         wait_for(self._device)
-        for key, start, end in self._events:
-            self._samples[key].append(start.elapsed_time(end) / 1000)
-        self._events.clear()
-        return dict(self._samples)
+        on_gpu = self._device.type == "cuda"
+        return {
+            key: [a.elapsed_time(b) / 1000 if on_gpu else b - a for a, b in marks]
+            for key, marks in self._marks.items()
+        }
 
 
-class Calls(NamedTuple):
-    """What the host asked of a GPU, each a time the work ran.
-
-    Attributes:
-        launches: kernels launched one by one.
-        graphs: captured graphs replayed.
-        waits: times that the host waited for the device.
-    """
-
-    launches: float
-    graphs: float
-    waits: float
-
-
-def host_calls(work: Callable[[], object], device: torch.device, times: int = 3) -> Calls:
-    """Count what some work on a GPU asks of it, by torch's profiler.
+def host_calls(work: Callable[[], Any], device: torch.device, times: int = 3) -> dict[str, float]:
+    """What some work asks of a GPU each time, by torch's profiler: kernels launched one by one
+    (``launches``), captured graphs replayed (``graphs``), and waits for the device (``waits``).
 
     Raises:
         RuntimeError: the profiler saw nothing.
@@ -98,10 +78,8 @@ def host_calls(work: Callable[[], object], device: torch.device, times: int = 3)
         for _ in range(times):
             work()
     counts = Counter({event.key: event.count for event in profile.key_averages()})
-    calls = Calls(
-        *(sum(counts[name] for name in names) / times for names in (_LAUNCHES, _GRAPHS, _WAITS))
-    )
-    if calls.launches + calls.graphs == 0:
+    calls = {key: sum(counts[name] for name in names) / times for key, names in _CALLS.items()}
+    if calls["launches"] + calls["graphs"] == 0:
         raise RuntimeError("the profiler saw nothing launched: it may not be allowed to look here")
     return calls
 
@@ -110,48 +88,30 @@ class Stamps(BaseStreamer):
     """When ``generate`` handed out the prompt (at once), then each token or run of tokens."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self._times: list[float] = []
         self._sizes: list[int] = []
+
+    @classmethod
+    def of_generate(cls, model: Any, ids: torch.Tensor, tokens: int, **options: Any) -> Stamps:
+        """Of a greedy generation of exactly so many tokens after int64 ids ``[1, n]``."""
+        stamps, mask = cls(), torch.ones_like(ids)
+        options |= {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+        model.generate(ids, attention_mask=mask, streamer=stamps, **options)
+        return stamps
 
     @property
     def prefill(self) -> float:
         """Seconds to the first token."""
-        return self.times[1] - self.times[0]
+        return self._times[1] - self._times[0]
 
     @property
     def per_token(self) -> float:
         """Seconds a token after the first run of them."""
-        return (self.times[-1] - self.times[1]) / max(1, sum(self._sizes[2:]))
+        return (self._times[-1] - self._times[1]) / max(1, sum(self._sizes[2:]))
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self._times.append(time.perf_counter())
         self._sizes.append(value.numel())
 
     def end(self) -> None:
         pass
-
-
-class OutOfTime(Exception):  # noqa: N818 - says what happened, as StopIteration does
-    """A piece of work took longer than it was given."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the work inside by :class:`OutOfTime`: in the main thread, where signals are."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(
-        signal, "setitimer"
-    ):
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise OutOfTime(f"took longer than {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    # Again after a while: what is raised inside a callback or a destructor is lost.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

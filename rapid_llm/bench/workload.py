@@ -9,8 +9,6 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rapid_llm.context.builder import ContextBuilder
-from rapid_llm.context.prompts import build_messages
 from rapid_llm.encoding import encode_literal, encode_prompt
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
@@ -20,8 +18,8 @@ QUESTIONS = {
     "quoting": f"Quote the definition of {QUOTED}.",
     "free": "Summarise the text: what is it about?",
 }
-CHUNK_TOKENS = 64
 RETRIEVED_TOKENS = 512
+_LEAST_DOCUMENT = 128
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Workload:
 
     Attributes:
         target: token ids of about ``context`` tokens.
-        draft: token ids of the retrieved chunks and the question.
+        draft: token ids of a part of it and the question.
     """
 
     task: str
@@ -39,31 +37,13 @@ class Workload:
     draft: list[int]
 
 
-def make_builder(tokenizer: PreTrainedTokenizerBase, embedder: str, longest: int) -> ContextBuilder:
-    """Retrieves ``RETRIEVED_TOKENS`` from documents of at most ``longest`` tokens.
-
-    One for all workloads: it loads the embedder, and embeds each document, once.
-    """
-    return ContextBuilder(
-        tokenizer,
-        embedder,
-        chunk_tokens=CHUNK_TOKENS,
-        retrieval_tokens=RETRIEVED_TOKENS,
-        compression=max(24.0, longest / RETRIEVED_TOKENS),
-        threshold=-1,  # a free question is like no chunk, and yet something is to be drafted from
-    )
-
-
 def make_workload(
-    task: str,
-    context: int,
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    builder: ContextBuilder,
+    task: str, context: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> Workload:
-    """Cut or repeat a text so that the prompt has ``context`` tokens; retrieve from it.
+    """Cut or repeat a text so that the prompt has ``context`` tokens.
 
-    Short documents are cut around the entry that is to be quoted, so that it is always there.
+    Documents are cut around the entry that is to be quoted. So is what stands for the retrieved
+    passages, which needs no retriever; for the free task it is the document's beginning.
 
     Raises:
         InvalidParameterError: the task is unknown, or ``context`` leaves no room for a document.
@@ -74,39 +54,46 @@ def make_workload(
         )
     question = QUESTIONS[task]
     # The longest question's, so that all tasks of one context share their document.
-    frame = max(
-        len(encode_prompt(build_messages("x", asked), tokenizer)) for asked in QUESTIONS.values()
-    )
+    frame = max(len(_prompt("x", asked, tokenizer)) for asked in QUESTIONS.values())
     room = context - frame
-    if room < 2 * CHUNK_TOKENS:
+    if room < _LEAST_DOCUMENT:
         raise InvalidParameterError(
             f"context={context} leaves {max(room, 0)} tokens for the document; give at least "
-            f"{frame + 2 * CHUNK_TOKENS}"
+            f"{frame + _LEAST_DOCUMENT}"
         )
     ids = encode_literal(text, tokenizer)
     before = len(encode_literal(text[: text.index(QUOTED)], tokenizer))
     start = max(0, min(before - room // 2, len(ids) - room))
-    document = tokenizer.decode(list(islice(cycle(ids), start, start + room)))
-    retrieved = builder.build([document], question).text
-    return Workload(
-        task=task,
-        context=context,
-        target=encode_prompt(build_messages(document, question), tokenizer),
-        draft=encode_prompt(build_messages(retrieved, question), tokenizer),
-    )
+    first = start + max(0, before - start - RETRIEVED_TOKENS // 2) * (task == "quoting")
+    ends = (start, start + room), (first, min(first + RETRIEVED_TOKENS, start + room))
+    texts = (tokenizer.decode(list(islice(cycle(ids), *some))) for some in ends)
+    return Workload(task, context, *(_prompt(text, question, tokenizer) for text in texts))
+
+
+def _prompt(text: str, question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return encode_prompt([{"role": "user", "content": f"{text}\n\n{question}"}], tokenizer)
 
 
 def stretched(model: Any, tokens: int) -> PreTrainedModel:
     """The same model for prompts of ``tokens`` tokens, by a YaRN-scaled rotary embedding.
 
     For speed only: the model was not trained so. Every weight is shared, not copied.
+
+    Raises:
+        InvalidParameterError: its rotary embedding cannot be replaced so.
     """
-    original = int(model.config.max_position_embeddings)
+    original = int(model.config.get_text_config().max_position_embeddings)
     if tokens <= original:
         return model
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if "rope_type" not in rope or not hasattr(model.model, "rotary_emb"):
+        raise InvalidParameterError(
+            f"{tokens:,} tokens are more than the {original:,} of {model.config.model_type}, whose "
+            "rotary embedding cannot be scaled here; take a shorter context"
+        )
     longer: Any = sharing_copy(model)
     longer.config.rope_parameters = {
-        **longer.config.rope_parameters,
+        **rope,
         "rope_type": "yarn",
         "factor": -(-tokens // original) * 1.0,
         "original_max_position_embeddings": original,

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rapid_llm.cli.app import app
 from rapid_llm.cli.demo import demo_text
-from rapid_llm.config import PACKAGED_EMBEDDER, PACKAGED_MODEL
-from rapid_llm.console import Bars, Dtype, show, status
+from rapid_llm.config import PACKAGED_MODEL
+from rapid_llm.console import Bars, Dtype, status
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.figure import new_figure
+
+if TYPE_CHECKING:
+    from rapid_llm.bench.harness import Bench
 
 
 @app.command()
 def bench(
     context: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tokens of the prompt; may be repeated. [default: 1700, 7500]"),
+        typer.Option(
+            min=1,
+            help="Tokens of the prompt; may be repeated.",
+            show_default="1700, 7500; with --shape 32768",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id, folder, GGUF file or the packaged model.", show_default=PACKAGED_MODEL
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="quoting or free; may be repeated. [default: both]", show_default=False),
+        typer.Option(help="quoting or free; may be repeated.", show_default="both"),
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -34,36 +49,37 @@ def bench(
         ),
     ] = None,
     new_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Tokens decoded in a run. [default: 64]")
+        int | None, typer.Option(min=2, help="Tokens decoded in a run.", show_default="64")
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Counted runs of each. [default: 3]")
+        int | None, typer.Option(min=1, help="Counted runs of each.", show_default="3")
     ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
             help="Random weights of this shape (llama-3.1-8b, qwen2.5-7b, …, tiny) in the place of "
-            "the packaged models, and no text: what the engine does on this device."
+            "a model, and no text: what the engine does on this device."
         ),
     ] = None,
     acceptance: Annotated[
         list[float] | None,
         typer.Option(
             help="With --shape: how likely a drafted token is accepted, by the throw of a coin; "
-            "may be repeated. [default: 0.8, 0.9, 0.95]"
+            "may be repeated.",
+            show_default="0.8, 0.9, 0.95",
         ),
     ] = None,
     seconds: Annotated[
         int | None,
-        typer.Option(min=1, help="With --shape: stop measuring after so long. [default: 180]"),
+        typer.Option(min=1, help="With --shape: stop measuring after so long.", show_default="180"),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     save: Annotated[
         Path | None,
         typer.Option(
-            help="Write that object to this file as well; with --shape to this folder, beside what "
-            "is printed.",
+            help="Write that object as well, and beside it what is printed: to this .json file, or "
+            "into this folder.",
             metavar="PATH",
         ),
     ] = None,
@@ -71,84 +87,97 @@ def bench(
         Path | None, typer.Option(help="Draw the speeds as bars.", metavar="PNG")
     ] = None,
 ) -> None:
-    """Time every method beside transformers' own decoding, on the packaged models.
+    """Time every method beside transformers' own decoding, or the engine alone (--shape).
 
     Contexts longer than the model's window are read with a YaRN-scaled rotary embedding, which is
     good for measuring speed and for nothing else.
     """
     shown = sys.stderr.isatty() and not as_json
     if shape is not None:
-        _refuse("--shape reads no text", task=task, method=method, new_tokens=new_tokens,
-                repeats=repeats)  # fmt: skip
-        from rapid_llm.bench.shape_command import bench_shape
+        _refuse("--shape reads no text", model=model, task=task, method=method,
+                new_tokens=new_tokens, repeats=repeats)  # fmt: skip
+    else:
+        _refuse("without --shape nothing is simulated", acceptance=acceptance, seconds=seconds)
+    with status(f"loading {shape or model or PACKAGED_MODEL}", shown):
+        from rapid_llm.bench.shape_bench import ShapeBench
 
-        failed = bench_shape(
-            shape,
-            context or [32_768],
-            acceptance or [0.8, 0.9, 0.95],
-            dtype=dtype,
-            seconds=seconds or 180,
-            as_json=as_json,
-            save=save,
-            plot=plot,
-            shown=shown,
-        )
-        raise typer.Exit(failed)
-    _refuse("without --shape nothing is simulated", acceptance=acceptance, seconds=seconds)
-    contexts, new_tokens, repeats = context or [1700, 7500], new_tokens or 64, repeats or 3
-    with status(f"loading {PACKAGED_MODEL}", shown):
-        from rapid_llm.bench import report as reporting
-        from rapid_llm.bench.measure import measure
-        from rapid_llm.bench.methods import our_methods, peer_methods
-        from rapid_llm.bench.workload import QUESTIONS, make_builder, make_workload, stretched
-        from rapid_llm.decoder import RapidDecoder
-        from rapid_llm.models import load_model
+        if shape is not None:
+            contexts, coins = context or [32_768], acceptance or [0.8, 0.9, 0.95]
+            made: Bench = ShapeBench(shape, contexts, coins, dtype, seconds or 180)
+        else:
+            made = _method_bench(
+                model or PACKAGED_MODEL, context or [1700, 7500], task, method, dtype,
+                new_tokens=new_tokens or 64, repeats=repeats or 3,
+            )  # fmt: skip
+    raise typer.Exit(_measure(made, as_json, save, plot, shown))
 
-        loaded = load_model(PACKAGED_MODEL, dtype=dtype)
-        model = stretched(loaded.model, max(contexts) + new_tokens)
-        decoder = RapidDecoder(model, loaded.tokenizer, name=loaded.name)
-        builder = make_builder(loaded.tokenizer, PACKAGED_EMBEDDER, max(contexts))
-        works = [
-            make_workload(one, tokens, demo_text(), loaded.tokenizer, builder)
-            for tokens in contexts
-            for one in (task or QUESTIONS)
-        ]
-        ours, peers = our_methods(decoder), peer_methods(decoder)
-        every = ours | peers
-        chosen = {
-            name
-            for part in method or [""]
-            for name in ([part] if part in every else every)
-            if part in name
-        }
-        if not chosen:
-            raise InvalidParameterError(
-                f"method={method!r} names no method; choose from {', '.join(every)}"
-            )
-    bars = Bars(shown)
-    with bars:
-        report = measure(
-            decoder,
-            {name: run for name, run in ours.items() if name in chosen},
-            works,
-            peers={name: run for name, run in peers.items() if name in chosen},
-            new_tokens=new_tokens,
-            repeats=repeats,
-            progress=lambda done, total: bars("runs measured", done, total),
+
+def _method_bench(
+    source: str,
+    contexts: Sequence[int],
+    tasks: Sequence[str] | None,
+    parts: Sequence[str] | None,
+    dtype: str,
+    **counts: int,
+) -> Bench:
+    """A model, and all methods or those whose name is, or contains, one of ``parts``."""
+    from rapid_llm.bench import method_bench as comparing
+    from rapid_llm.bench.workload import QUESTIONS, make_workload, stretched
+    from rapid_llm.decoder import RapidDecoder
+    from rapid_llm.models import load_model, packaged_model
+
+    loaded = load_model(source, dtype=dtype)
+    works = [
+        make_workload(task, tokens, demo_text(), loaded.tokenizer)
+        for tokens in contexts
+        for task in tasks or QUESTIONS
+    ]
+    model = stretched(loaded.model, max(contexts) + max(counts["new_tokens"], comparing.ROOM))
+    decoder = RapidDecoder(model, loaded.tokenizer, name=loaded.name)
+    path = packaged_model() if source == PACKAGED_MODEL else Path(source)
+    ours = comparing.our_methods(decoder)
+    peers = comparing.peer_methods(decoder, path if path.suffix == ".gguf" else None)
+    every = [*ours, *peers]
+    chosen = {
+        name
+        for part in parts or [""]
+        for name in ([part] if part in every else every)
+        if part in name
+    }
+    if not chosen:
+        raise InvalidParameterError(
+            f"method={parts!r} names no method; choose from {', '.join(every)}"
         )
-    as_object = json.dumps(report.as_dict())
-    if save is not None:
-        save.write_text(as_object + "\n", encoding="utf-8")
+    ours, peers = ({k: v for k, v in rows.items() if k in chosen} for rows in (ours, peers))
+    return comparing.MethodBench(decoder, ours, works, peers=peers, **counts)
+
+
+def _measure(made: Bench, as_json: bool, save: Path | None, plot: Path | None, shown: bool) -> int:
+    """Measure and print; 1 if a section failed, else 0.
+
+    What is saved is written anew after each section, so that an end that comes too soon loses no
+    more than the section that it comes in.
+    """
     if plot is not None:
-        reporting.plot(report, plot)
+        new_figure("--plot needs", 1, 1)  # before it takes minutes
+    bars = made.progress = Bars(shown)
+    sections = made.run()
+    if not as_json:
+        print(made.report.heading(), flush=True)
+    while True:
+        with bars:
+            section = next(sections, None)
+        if section is None:
+            break
+        if not as_json:
+            print(section.text(), flush=True)
+        if save is not None:
+            made.report.save(save)
     if as_json:
-        print(as_object, flush=True)
-        return
-    show(reporting.heading(report))
-    for cell in report.cells:
-        show(reporting.cell_table(cell))
-    for line in reporting.engine_lines(report):
-        show(line)
+        print(json.dumps(made.report.as_dict()), flush=True)
+    if plot is not None:
+        made.report.plot(plot)
+    return int(made.report.failed)
 
 
 def _refuse(why: str, **options: object) -> None:

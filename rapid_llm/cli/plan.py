@@ -25,7 +25,7 @@ def plan(
     drafter: Annotated[
         str | None, typer.Option(help="The same: a smaller or larger model to draft with.")
     ] = None,
-    retrieved: Annotated[
+    retrieval_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens the drafter reads; by default 4,096, or 1/24 if more."),
     ] = None,
@@ -45,7 +45,7 @@ def plan(
         made = planning.make_plan(
             model,
             context,
-            retrieved=retrieved,
+            retrieval_tokens=retrieval_tokens,
             drafter=drafter,
             acceptance=acceptance,
             device=known,
@@ -54,8 +54,8 @@ def plan(
         print(json.dumps(made.as_dict()), flush=True)
         return
     show(planning.heading(made))
-    for table in (planning.speed_table, planning.sensitivity_table, planning.memory_table):
-        show(table(made))
+    for table in planning.tables(made):
+        show(table)
     for warning in made.warnings:
         show(f"Warning: {warning}.")
     show("Assumed:")

@@ -1,0 +1,230 @@
+"""Our methods, each lever left out in turn, and peers: side by side, on the same prompts.
+
+Runs are interleaved, so that a change in the machine's load meets all methods. The first of each
+warms up and is not counted; in it peers read the drafter's prompt: unlike us they measure nothing
+that the next run uses, and on a CPU a long prompt takes them minutes.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from math import inf
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from rapid_llm.bench.harness import Bench, Step
+from rapid_llm.bench.report import Row
+from rapid_llm.bench.timing import Stamps
+from rapid_llm.bench.workload import Workload
+from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.device import device_of
+from rapid_llm.errors import ContextWindowError
+from rapid_llm.stats import Stats
+
+ROOM = 32
+"""The least tokens of an answer: as many as the longest pass, and more."""
+
+_GENERATE = "transformers generate"
+_COLUMNS = (
+    "medians of interleaved greedy runs (range); a acceptance rate, E tokens a round, γ tokens "
+    "drafted, c a drafter's pass and v a verification ÷ a plain step"
+)
+
+
+class Run(NamedTuple):
+    """One generation: seconds to the end of the prompts (None where they were read before), seconds
+    a token after that, and our stats (None for a peer)."""
+
+    prefill: float | None
+    per_token: float
+    stats: Stats | None = None
+
+
+Method = Callable[[Workload, int], Run]
+"""Called with what to answer and how many tokens to decode, end-of-sequence tokens ignored."""
+
+
+def our_methods(decoder: RapidDecoder) -> dict[str, Method]:
+    """Our rows. Each speculative one runs with η = 0 (``exact``) and with the default η."""
+    model, name = decoder.target.model, decoder.target.name
+    own = RapidDecoder(model, decoder.tokenizer, name=name, drafter_quantization=None)
+    variants: dict[str, tuple[RapidDecoder, dict[str, Any]]] = {
+        "rapid": (decoder, {}),
+        "rapid γ=10, as published": (own, {"gamma": 10, "lookup": False}),
+        "rapid without int8": (own, {}),
+        "rapid without lookup": (decoder, {"lookup": False}),
+        "rapid without int8, lookup": (own, {"lookup": False}),
+        "rapid without adaptive γ (4)": (decoder, {"gamma": 4}),
+        **{name: (decoder, {"drafting": name}) for name in ("streaming", "triforce", "rest")},
+    }
+    rows = {"lc": _ours(decoder, None), "rag": _ours(decoder, None, rag=True)}
+    for name, (which, changes) in variants.items():
+        # sd is rapid with η = 0; rest is always exact.
+        exact = {"rapid": "sd", "rest": "rest"}.get(name, f"{name}, η=0")
+        rows[exact] = _ours(which, SpeculationConfig(mode="exact", **changes))
+        if name != "rest":
+            rows[name] = _ours(which, SpeculationConfig(**changes))
+    return rows
+
+
+def peer_methods(decoder: RapidDecoder, gguf: Path | None = None) -> dict[str, Method]:
+    """transformers' own decoding, and llama.cpp where it is installed and has a file.
+
+    Assisted generation takes the target itself as its assistant: no smaller model shares its
+    tokenizer, and so self-speculation meets self-speculation. On a CPU that does not multiply the
+    model's dtype, transformers is measured in float32 too, which serves it better there.
+    """
+    model = decoder.target.model
+    rows = {
+        _GENERATE: _generate(lambda: model),
+        "transformers prompt lookup": _generate(lambda: model, prompt_lookup_num_tokens=10),
+        "transformers assisted": _generate(lambda: model, assistant_model=model),
+    }
+    if device_of(model.device).product_dtype(model.dtype) != model.dtype:
+        wide = cache(lambda: copy.deepcopy(model).float())  # made at the first run
+        rows[f"{_GENERATE}, float32"] = _generate(wide)
+    if gguf is not None and importlib.util.find_spec("llama_cpp") is not None:
+        rows["llama.cpp, 4 bit"] = _llama_cpp(gguf, decoder.target.context_window)
+    return rows
+
+
+def _ours(
+    decoder: RapidDecoder, speculation: SpeculationConfig | None, *, rag: bool = False
+) -> Method:
+    def run(work: Workload, new_tokens: int) -> Run:
+        stats = decoder.generate(
+            None if rag else work.target,
+            work.draft if rag or speculation is not None else None,
+            sampling=SamplingParams(max_new_tokens=new_tokens, ignore_eos=True),
+            speculation=speculation,
+        ).stats
+        cold = stats.prefill_seconds if stats.cached_tokens == 0 else None
+        return Run(cold, stats.decode_seconds / stats.completion_tokens, stats)
+
+    return run
+
+
+def _generate(model: Callable[[], PreTrainedModel], **options: Any) -> Method:
+    """``generate`` with the attention and the cache that it chooses itself."""
+
+    @torch.inference_mode()
+    def run(work: Workload, new_tokens: int) -> Run:
+        ids = torch.tensor([work.target], device=model().device)
+        stamps = Stamps.of_generate(model(), ids, new_tokens, **options)
+        return Run(stamps.prefill, stamps.per_token)
+
+    return run
+
+
+def _llama_cpp(path: Path, window: int) -> Method:
+    """llama.cpp on as many threads as torch."""
+
+    @cache
+    def load() -> Any:
+        from llama_cpp import Llama  # an optional peer
+
+        n = torch.get_num_threads()
+        return Llama(str(path), n_ctx=window, n_threads=n, n_threads_batch=n, verbose=False)
+
+    def run(work: Workload, new_tokens: int) -> Run:
+        load().reset()
+        started = time.perf_counter()
+        stream = load().generate(work.target, temp=0.0, reset=False)
+        next(stream)
+        first = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            next(stream)
+        return Run(first - started, (time.perf_counter() - first) / (new_tokens - 1))
+
+    return run
+
+
+class MethodBench(Bench):
+    """Measures methods on workloads, and the engine of the decoder.
+
+    Args:
+        peers: methods whose runs do not depend on those before.
+        new_tokens: tokens decoded in a run, at least 2.
+        repeats: counted runs of each, at least 1.
+
+    Raises:
+        ContextWindowError: a prompt and the new tokens exceed the model's window.
+    """
+
+    def __init__(
+        self,
+        decoder: RapidDecoder,
+        methods: Mapping[str, Method],
+        works: Sequence[Workload],
+        *,
+        peers: Mapping[str, Method] | None = None,
+        new_tokens: int,
+        repeats: int,
+    ) -> None:
+        window, longest = decoder.target.context_window, max(len(work.target) for work in works)
+        if longest + new_tokens > window:
+            raise ContextWindowError(
+                f"a prompt of {longest} tokens and {new_tokens} new ones need "
+                f"{longest + new_tokens}, the context window of {decoder.target.name} has "
+                f"{window}: take a shorter context"
+            )
+        self._peers, self._works = peers or {}, works
+        self._methods = {**methods, **self._peers}
+        self._new_tokens, self._repeats = new_tokens, repeats
+        facts = {"model": decoder.target.name, "new_tokens": new_tokens, "repeats": repeats}
+        facts["columns"] = _COLUMNS
+        draft_tokens = max(len(work.draft) for work in works)
+        room = max(new_tokens, ROOM)
+        super().__init__(decoder, facts, room=room, draft_tokens=draft_tokens, seconds=inf)
+
+    def steps(self) -> Iterator[Step]:
+        yield Step("memory", None, inf, self._memory)
+        for work in self._works:
+            yield Step(work.task, work.context, inf, partial(self._compared, work))
+        for context in dict.fromkeys(work.context for work in self._works):
+            yield Step("passes", context, inf, partial(self._passes, context))
+            yield Step("prefill", context, inf, partial(self._prefill, context))
+
+    def _compared(self, work: Workload) -> Iterator[Row]:
+        """A row a method, tokens a second; ratios are of medians."""
+        total, done = len(self._methods) * (self._repeats + 1), 0
+        runs: dict[str, list[Run]] = {name: [] for name in self._methods}
+        short = replace(work, target=work.draft)
+        for turn in range(self._repeats + 1):
+            self._decoder.clear_cache()  # so that each turn reads the prompt once more
+            for name, method in self._methods.items():
+                self.progress(f"{work.task}, {work.context:,} tokens: runs", done, total)
+                warming = turn == 0 and name in self._peers
+                runs[name].append(method(short if warming else work, self._new_tokens))
+                done += 1
+        speeds = {name: [1 / run.per_token for run in some[1:]] for name, some in runs.items()}
+        for name, (_, *counted) in runs.items():
+            columns = {
+                heading: median(speeds[name]) / median(speeds[other])
+                for heading, other in (("÷ lc", "lc"), ("÷ generate", _GENERATE))
+                if other in speeds
+            }
+            if (stats := counted[-1].stats) and stats.drafted_tokens and "lc" in speeds:
+                columns |= _speculation(stats, 1 / median(speeds["lc"]))
+            if read := [run.prefill for run in counted if run.prefill is not None]:
+                columns["prefill, s"] = median(read)
+            yield Row(name, name, "tokens/s", speeds[name], columns=columns)
+
+
+def _speculation(stats: Stats, plain: float) -> dict[str, float]:
+    """Acceptance, yield and costs; ``plain``: seconds of a plain step."""
+    checking = (stats.decode_seconds - stats.draft_seconds) / stats.rounds
+    costs = {"a": stats.acceptance_rate, "E": stats.tokens_per_round, "v": checking / plain}
+    if stats.draft_passes:  # else no model drafted
+        costs["c"] = stats.draft_seconds / stats.draft_passes / plain
+    return costs | {"γ": stats.drafted_tokens / stats.rounds}
