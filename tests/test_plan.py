@@ -70,7 +70,7 @@ def plan(context: int = 131_072, **changes: Any) -> Plan:
         "drafter": None,
         "device": H100,
         "context": context,
-        "retrieved": paper_retrieved(context),
+        "retrieval_tokens": paper_retrieved(context),
         "acceptance": 0.8,
     }
     return Plan(**given | changes)
@@ -357,8 +357,8 @@ def test_an_unknown_device_is_refused() -> None:
     ("options", "message"),
     [
         ({"context": 0}, "context=0"),
-        ({"retrieved": 0}, "retrieval_tokens=0 .* from 1 to context=10"),
-        ({"retrieved": 11}, "retrieval_tokens=11 .* from 1 to context=10"),
+        ({"retrieval_tokens": 0}, "retrieval_tokens=0 .* from 1 to context=10"),
+        ({"retrieval_tokens": 11}, "retrieval_tokens=11 .* from 1 to context=10"),
         ({"acceptance": 1.1}, "acceptance=1.1"),
         ({"acceptance": float("nan")}, "acceptance=nan"),
     ],
