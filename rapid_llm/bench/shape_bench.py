@@ -32,6 +32,7 @@ from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.kv_cache import cache_argument
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import device_memory
@@ -555,11 +556,11 @@ class ShapeBench:
             generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
                 do_sample=False,
                 min_new_tokens=_GENERATED,
                 max_new_tokens=_GENERATED,
                 streamer=stamps,
+                **{cache_argument(generate): cache},
             )
             seconds.append(stamps.per_token)
         return seconds[1:]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from itertools import count, islice
 from math import floor, isfinite
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, count_tokens, split_text
+from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, Window, count_tokens, split_text
 from rapid_llm.context.confidence import confidence
 from rapid_llm.context.embedding import (
     DEFAULT_EMBEDDER,
@@ -21,7 +24,7 @@ from rapid_llm.context.embedding import (
     unit,
 )
 from rapid_llm.context.ranking import Retriever, bm25, fuse
-from rapid_llm.context.store import ChunkStore, StoredDocument
+from rapid_llm.context.store import ChunkStore, StoredChunks
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.errors import InvalidParameterError
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 _SEPARATOR = "\n\n"
+_KEPT_SPANS = 100_000  # of all texts that need not be split again: about 20 MB
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,35 @@ class _Split(NamedTuple):
     tokens: int  # of the whole text
 
 
+class _Splits:
+    """How the texts that were read last were split. The texts themselves are not kept."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[bytes, int], _Split] = OrderedDict()
+        self._spans = 0
+        self._lock = Lock()
+
+    def get(self, text: str, chunk_tokens: int) -> _Split | None:
+        key = _digest(text), chunk_tokens
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+            return self._known.get(key)
+
+    def put(self, text: str, chunk_tokens: int, split: _Split) -> None:
+        key = _digest(text), chunk_tokens
+        with self._lock:
+            self._drop(key)
+            self._known[key] = split
+            self._spans += len(split.spans)
+            while self._spans > _KEPT_SPANS and len(self._known) > 1:
+                self._drop(next(iter(self._known)))
+
+    def _drop(self, key: tuple[bytes, int]) -> None:
+        if key in self._known:
+            self._spans -= len(self._known.pop(key).spans)
+
+
 class ContextBuilder:
     """Retrieves the drafter's context from long documents.
 
@@ -94,15 +127,14 @@ class ContextBuilder:
     Args:
         tokenizer: the target's transformers tokenizer; all token counts are in its tokens. Control
             tokens inside a document count as ordinary text.
-        embedder: what ``load_embedder`` takes; loaded at the first ``build`` (not for ``bm25``). A
-            chunk longer than the embedder's window is embedded by its beginning.
+        embedder: what ``load_embedder`` takes; loaded at the first ``build`` (not for ``bm25``).
         retriever: ``dense`` ranks by cosine similarity; ``bm25`` by words (extra ``eval``);
             ``hybrid`` by the fusion of both ranks.
         chunk_tokens: the most tokens a chunk may have, at least 32; never more than
-            ``min_budget_tokens``.
+            ``min_budget_tokens``, nor than the embedder reads of a text.
         threshold: the least cosine similarity of a retrieved chunk, in [-1, 1]; for ``dense`` only,
             the other scores having no fixed scale. None takes the embedder's own, which is 0.3 for
-            BGE-M3 and the packaged model and none for others, and keeps the best chunk in any case.
+            BGE-M3 and none for others, and keeps the best chunk in any case.
         min_budget_tokens: the budget of short documents, at least 32.
         compression: λ, at least 1: the budget of long documents is their tokens ÷ λ.
         persist_directory: where Chroma keeps the vectors, so that a document is embedded once for
@@ -111,6 +143,7 @@ class ContextBuilder:
 
     Raises:
         InvalidParameterError: a value is outside its range, or Chroma cannot open the directory.
+        MissingDependencyError: Chroma is not installed, and the retriever needs it.
     """
 
     def __init__(
@@ -147,11 +180,11 @@ class ContextBuilder:
         self._threshold = threshold
         self._min_budget_tokens = min_budget_tokens
         self._compression = compression
-        self._store = ChunkStore(persist_directory)
+        self._store = None if retriever == "bm25" else ChunkStore(persist_directory)
         self._embedder_source, self._device = embedder, device
         self._embedder: Embedder | None = None
         self._lock = Lock()  # loads once, and lets a second thread find the first one's vectors
-        self._split = lru_cache(maxsize=64)(self._split_document)
+        self._splits = _Splits()
 
     def build(
         self,
@@ -183,8 +216,10 @@ class ContextBuilder:
         """
         texts = require_documents(documents)
         require_text("the question", question)
+        if self._store is not None:
+            self._load_embedder()
         most = self._chunk_tokens if room is None else min(self._chunk_tokens, room)
-        split = {text: self._split(text, most) for text in texts if text.strip()}
+        split = {text: self._split(text, most) for text in dict.fromkeys(texts) if text.strip()}
         total = sum(split[text].tokens for text in texts if text in split)
         budget = max(self._min_budget_tokens, int(total / self._compression))
         budget = budget if room is None else min(budget, room)
@@ -202,8 +237,19 @@ class ContextBuilder:
             else 1.0,
         )
 
-    def _split_document(self, text: str, chunk_tokens: int) -> _Split:
-        return _Split(split_text(text, self._tokenizer, chunk_tokens), self._count(text))
+    def _load_embedder(self) -> Embedder:
+        with self._lock:
+            if self._embedder is None:
+                self._embedder = load_embedder(self._embedder_source, self._device)
+            return self._embedder
+
+    def _split(self, text: str, chunk_tokens: int) -> _Split:
+        known = self._splits.get(text, chunk_tokens)
+        if known is None:
+            spans = split_text(text, self._tokenizer, chunk_tokens, _window(self._embedder))
+            known = _Split(spans, self._count(text))
+            self._splits.put(text, chunk_tokens, known)
+        return known
 
     def _rank(
         self,
@@ -221,9 +267,9 @@ class ContextBuilder:
         ]
         pieces = [text[span.start : span.end] for _, text, span in places]
         scorings: list[list[float]] = []
-        if self._retriever != "bm25":
-            cosines = self._search(split, question, progress)
-            scorings.append([cosines[text][span] for _, text, span in places])
+        if self._store is not None:
+            cosines = self._search(self._store, split, question, progress)
+            scorings.append([s for text in texts if text in split for s in cosines[text]])
         if self._retriever != "dense":
             scorings.append(bm25(pieces, question))
         scores = scorings[0] if len(scorings) == 1 else fuse(*scorings)
@@ -234,19 +280,20 @@ class ContextBuilder:
         return sorted(ranked, key=lambda chunk: (-chunk.score, chunk.document, chunk.start))
 
     def _search(
-        self, split: Mapping[str, _Split], question: str, progress: Progress | None
-    ) -> dict[str, dict[Span, float]]:
+        self,
+        store: ChunkStore,
+        split: Mapping[str, _Split],
+        question: str,
+        progress: Progress | None,
+    ) -> dict[str, list[float]]:
         """The cosine similarity to the question, of every chunk of every text."""
+        embedder = self._load_embedder()
+        stored = store.open({text: parts.spans for text, parts in split.items()}, embedder.name)
         with self._lock:
-            if self._embedder is None:
-                self._embedder = load_embedder(self._embedder_source, self._device)
-            stored = {
-                text: self._store.open(text, parts.spans, self._embedder.name)
-                for text, parts in split.items()
-            }
-            _embed(stored.values(), self._embedder, progress)
-            query = unit([self._embedder.embed_query(question)], 1, self._embedder)[0]
-            return {text: dict(document.search(query)) for text, document in stored.items()}
+            _embed(stored, embedder, progress)
+            query = unit([embedder.embed_query(question)], 1, embedder)[0]
+            cosines = iter(stored.cosines(query))
+        return {text: list(islice(cosines, len(parts.spans))) for text, parts in split.items()}
 
     def _similar(self, ranked: Sequence[Chunk]) -> Sequence[Chunk]:
         """Those above the threshold."""
@@ -278,22 +325,29 @@ class ContextBuilder:
         return f"no chunk reached similarity {self._threshold:g} (best {best:g})"
 
 
-def _embed(
-    documents: Iterable[StoredDocument], embedder: Embedder, progress: Progress | None
-) -> None:
+def _embed(stored: StoredChunks, embedder: Embedder, progress: Progress | None) -> None:
     """Embed and store what is missing, batch by batch, so that an interrupt loses one batch."""
-    missing = [(document, document.missing()) for document in documents]
-    total = sum(len(chunks) for _, chunks in missing)
+    missing = stored.missing()
     report = progress or (lambda done, total: None)
-    done = 0
-    for document, chunks in missing:
-        for batch in batched(chunks, EMBEDDING_BATCH):
-            report(done, total)
-            vectors = embedder.embed_documents([document.text(i) for i in batch])
-            document.add(batch, unit(vectors, len(batch), embedder))
-            done += len(batch)
-    if total:
-        report(total, total)
+    for done, batch in zip(count(0, EMBEDDING_BATCH), batched(missing, EMBEDDING_BATCH)):
+        report(done, len(missing))
+        vectors = embedder.embed_documents([stored.text(i) for i in batch])
+        stored.add(batch, unit(vectors, len(batch), embedder))
+    if missing:
+        report(len(missing), len(missing))
+
+
+def _window(embedder: Embedder | None) -> Window | None:
+    """What an embedder reads of a text, if it tells; of less than 32 tokens no chunks are made."""
+    most: int | None = getattr(embedder, "max_tokens", None)
+    count_tokens = getattr(embedder, "count_tokens", None)
+    if most is None or count_tokens is None:
+        return None
+    return Window(count_tokens, max(most, MIN_CHUNK_TOKENS))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _join(chunks: Sequence[Chunk]) -> str:
