@@ -19,12 +19,10 @@ from chromadb.config import Settings
 from conftest import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    XLMRobertaConfig,
-    XLMRobertaModel,
 )
 
 from rapid_llm.context import (
@@ -42,7 +40,6 @@ from rapid_llm.context.store import ChunkStore
 from rapid_llm.errors import (
     DocumentError,
     InvalidParameterError,
-    MissingDependencyError,
     ModelError,
 )
 

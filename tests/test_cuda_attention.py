@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import installed
 from torch import Tensor
 
 from rapid_llm.engine.kv_cache import KVCache
 
-installed("triton")
+pytest.importorskip("triton")
 
 from rapid_llm.engine.cuda import attention, elementwise, prefill
 from rapid_llm.engine.cuda.attention import Config

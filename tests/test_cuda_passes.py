@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, counting_model, installed, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, counting_model, tiny_model, tiny_tokenizer
 from torch import nn
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
@@ -15,7 +15,7 @@ from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError, OutdatedKVError
 from rapid_llm.speculation.sampling import Fit, Sampler
 
-installed("triton")
+pytest.importorskip("triton")
 
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda import captured

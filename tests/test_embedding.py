@@ -1,4 +1,6 @@
-"""Embedders: BGE-M3 with and without FlagEmbedding, their windows, and packages that are missing."""
+"""Embedders: BGE-M3 with and without FlagEmbedding, what they read, what is not installed."""
+
+# ruff: noqa: F811
 
 from __future__ import annotations
 
@@ -14,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import installed
-from test_bare_machine import WITHOUT
 from test_context import (  # noqa: F401
     DOCUMENT,
     TOPICS,
@@ -132,7 +133,7 @@ def first_token_vectors(folder: Path, texts: Sequence[str], longest: int) -> Vec
             model(**tokens(t, truncation=True, max_length=longest, return_tensors="pt"))[0][0, 0]
             for t in texts
         ]
-    return np.array(torch.nn.functional.normalize(torch.stack(rows), dim=1))
+    return torch.nn.functional.normalize(torch.stack(rows), dim=1).numpy()
 
 
 def test_bge_m3_gives_its_vectors_without_flag_embedding(
@@ -208,10 +209,12 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WITHOUT_RETRIEVAL = """
+import sys
+
+sys.modules |= dict.fromkeys(["chromadb", "sentence_transformers", "semantic_text_splitter"])
+
 from conftest import tiny_tokenizer
-from rapid_llm import ContextBuilder
 from rapid_llm.context import ContextBuilder, load_embedder, split_text
-from rapid_llm.context.chunking import MIN_CHUNK_TOKENS
 from rapid_llm.errors import MissingDependencyError
 
 for attempt in (
@@ -229,7 +232,7 @@ for attempt in (
 def test_what_retrieval_lacks_is_one_line_that_names_it() -> None:
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT + WITHOUT_RETRIEVAL],
+        [sys.executable, "-c", WITHOUT_RETRIEVAL],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
         capture_output=True,
         text=True,
@@ -247,16 +250,15 @@ def test_what_retrieval_lacks_is_one_line_that_names_it() -> None:
 # --- what fits an embedder ------------------------------------------------------------------------
 
 
-def test_the_papers_threshold_is_bge_m3s_alone(minilm: Embedder) -> None:  # noqa: F811
+def test_the_papers_threshold_is_bge_m3s_alone(minilm: Embedder) -> None:
     assert getattr(minilm, "threshold", None) is None
 
 
 class Letters:
     """An embedder that reads so many letters."""
 
-    name = "letters"
-
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, name: str) -> None:
+        self.name = f"letters {most} {name}"
         self.max_tokens = most
         self.read: list[str] = []
 
@@ -274,11 +276,11 @@ class Letters:
 @pytest.mark.parametrize("most", [40, 100, 1000])
 @pytest.mark.parametrize("chunk_tokens", [32, 512])
 def test_chunks_are_no_longer_than_the_embedder_reads(
-    tokenizer: PreTrainedTokenizerBase,  # noqa: F811
+    tokenizer: PreTrainedTokenizerBase,
     most: int,
     chunk_tokens: int,
 ) -> None:
-    embedder = Letters(most)
+    embedder = Letters(most, str(chunk_tokens))
     builder = ContextBuilder(tokenizer, embedder, chunk_tokens=chunk_tokens)
     context = builder.build(DOCUMENT, "question")
     assert max(map(len, embedder.read)) <= most
@@ -288,17 +290,17 @@ def test_chunks_are_no_longer_than_the_embedder_reads(
 
 
 def test_an_embedder_that_reads_less_than_a_chunk_can_be_is_read_anyway(
-    tokenizer: PreTrainedTokenizerBase,  # noqa: F811
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    embedder = Letters(5)
+    embedder = Letters(5, "few")
     assert ContextBuilder(tokenizer, embedder).build(DOCUMENT, "question").chunks
     assert max(map(len, embedder.read)) <= 32
 
 
 @pytest.mark.parametrize("text", ["漢字仮名交じり文" * 200, "ﷺ" * 200, "naïve café " * 300])
 def test_the_packaged_embedder_reads_every_chunk_whole(
-    tokenizer: PreTrainedTokenizerBase,  # noqa: F811
-    minilm: Any,  # noqa: F811
+    tokenizer: PreTrainedTokenizerBase,
+    minilm: Any,
     text: str,
 ) -> None:
     context = ContextBuilder(tokenizer, minilm).build(text, "question")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from inspect import getsource
 from pathlib import Path
 
 import numpy as np
@@ -125,23 +127,27 @@ def test_another_length_under_a_name_is_told_so(tmp_path: Path) -> None:
 
 # --- other processes ----------------------------------------------------------------------------
 
-WRITES = """
+WRITES = f"""
 import sys
-from test_store import ChunkStore, random_vectors, texts
+import numpy as np
+from rapid_llm.context.chunking import Span
+from rapid_llm.context.embedding import Vectors
+from rapid_llm.context.store import ChunkStore
 
+{getsource(random_vectors)}
+{getsource(texts)}
 stored = ChunkStore(sys.argv[1]).open(texts(700), sys.argv[2])
 vectors = random_vectors(1400)
-for start in range(0, 1400, 20):
-    stored.add(range(start, start + 20), vectors[start : start + 20])
+for start in range(0, 1400, 100):
+    stored.add(range(start, start + 100), vectors[start : start + 100])
     print(start, flush=True)
 """
 
 
 def writer(folder: Path, embedder: str) -> subprocess.Popen[str]:
-    here = Path(__file__).parent
     return subprocess.Popen(
         [sys.executable, "-c", WRITES, str(folder), embedder],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -153,15 +159,12 @@ def test_what_another_process_writes_is_read_while_it_writes(tmp_path: Path) -> 
     stored = ChunkStore(tmp_path).open(texts(700), "shared")
     with writer(tmp_path, "shared") as other:
         assert other.stdout is not None
-        seen = 0
         for line in other.stdout:
-            if int(line) % 200 == 0:
-                written = 1400 - len(stored.missing())
-                assert seen <= int(line) + 20 <= written
-                part = dict(list(texts(700).items())[: written // 2])
-                cosines = ChunkStore(tmp_path).open(part, "shared").cosines(vectors[3])
-                assert np.allclose(cosines, vectors[: len(cosines)] @ vectors[3], atol=1e-5)
-                seen = written
+            written = 1400 - len(stored.missing())
+            assert int(line) + 100 <= written
+            part = dict(list(texts(700).items())[: written // 2])
+            cosines = ChunkStore(tmp_path).open(part, "shared").cosines(vectors[3])
+            assert np.allclose(cosines, vectors[: len(cosines)] @ vectors[3], atol=1e-5)
     assert other.returncode == 0
     assert np.allclose(stored.cosines(vectors[3]), vectors @ vectors[3], atol=1e-5)
 
@@ -242,8 +245,6 @@ def test_a_damaged_folder_is_refused_and_can_be_used_once_it_is_repaired(tmp_pat
 
 
 def test_a_folder_that_is_deleted_under_a_store_is_made_again(tmp_path: Path) -> None:
-    import shutil
-
     stored = ChunkStore(tmp_path / "gone").open(texts(1), "gone")
     stored.add([0, 1], random_vectors(2))
     shutil.rmtree(tmp_path / "gone")

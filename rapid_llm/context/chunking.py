@@ -63,23 +63,26 @@ def split_text(
         MissingDependencyError: semantic-text-splitter is not installed.
     """
     limits = {"max_tokens": max_tokens} | ({"window.most": window.most} if window else {})
-    for name, limit in limits.items():
-        if limit < MIN_CHUNK_TOKENS:
+    for name, value in limits.items():
+        if value < MIN_CHUNK_TOKENS:
             raise InvalidParameterError(
-                f"{name}={limit} is too small for a chunk: give at least {MIN_CHUNK_TOKENS}"
+                f"{name}={value} is too small for a chunk: give at least {MIN_CHUNK_TOKENS}"
             )
     # A callback, because the splitter's own tokenizer support takes control tokens for one token.
     count = partial(count_tokens, tokenizer=tokenizer)
 
+    # The splitter takes a piece of no more bytes than its limit to fit: it gets the smaller limit.
+    limit = min(limits.values())
+
     def size(piece: str) -> int:
-        """At most ``max_tokens`` if and only if the piece is within both limits."""
-        tokens = count(piece)
-        if window is None or tokens > max_tokens:
+        """At most ``limit`` if and only if the piece is within both limits."""
+        tokens = -(-count(piece) * limit // max_tokens)  # rounded up
+        if window is None or tokens > limit:
             return tokens
-        return max(tokens, window.count(piece) + max_tokens - window.most)
+        return max(tokens, -(-window.count(piece) * limit // window.most))
 
     package = import_extra("semantic_text_splitter", "retrieval", "cutting a document into chunks")
-    splitter = package.TextSplitter.from_callback(size, max_tokens)
+    splitter = package.TextSplitter.from_callback(size, limit)
     return [
         Span(start, start + len(chunk), count(chunk))
         for start, chunk in splitter.chunk_indices(text)

@@ -254,18 +254,19 @@ def _bge_without_flag_embedding(
         ) from error
     from transformers import AutoConfig
 
-    kind = AutoConfig.from_pretrained(name).model_type
-    if kind not in _ENCODERS:
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in _ENCODERS:
         raise MissingDependencyError(
-            f"embedding model {name!r} (of type {kind}) runs on FlagEmbedding, which cannot be "
-            f"imported ({reason}); sentence-transformers gives the same vectors of {_ENCODERS} "
-            'alone: run pip install "rapid-llm[bge]"'
+            f"embedding model {name!r} (of type {config.model_type}) runs on FlagEmbedding, which "
+            f"cannot be imported ({reason}); sentence-transformers gives the same vectors of "
+            f"{' and '.join(_ENCODERS)} alone: "
+            'run pip install "rapid-llm[bge]"'
         )
     device = _device(device)
     transformer = Transformer(name)
     longest = min(_M3_MAX_LENGTH if is_m3 else _BGE_MAX_LENGTH, transformer.max_seq_length)
     transformer.max_seq_length = longest
-    pooling = Pooling(transformer.get_word_embedding_dimension(), pooling_mode="cls")
+    pooling = Pooling(config.hidden_size, pooling_mode="cls")
     model = SentenceTransformer(modules=[transformer, pooling], device=device)
     if device.startswith("cuda"):
         model.half()

@@ -194,8 +194,12 @@ class _Database:
                 # Not another's to read: it tells which texts are in it, and Chroma unpickles.
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
                 filelock = import_extra("filelock", "retrieval", "a folder of vectors")
+                # Asked for often: a process that writes much leaves it free for moments only.
                 self._process = filelock.FileLock(
-                    directory / "rapid-llm.lock", timeout=LOCK_SECONDS, mode=0o600
+                    directory / "rapid-llm.lock",
+                    timeout=LOCK_SECONDS,
+                    mode=0o600,
+                    poll_interval=0.005,
                 )
             with self._alone() as server:
                 self._name_former(server)
