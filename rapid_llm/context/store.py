@@ -146,7 +146,7 @@ class ChunkStore:
             InvalidParameterError: Chroma fails, or another process does not let go of the folder.
             ModelError: vectors of another length are there.
         """
-        # Looked up each time: after a fork it is another one.
+        # Looked up each time: those used least are closed.
         with _database(self._directory).collection(embedder) as collection:
             yield collection
 
@@ -279,11 +279,17 @@ class _Database:
 
 _databases: OrderedDict[Path | None, _Database] = OrderedDict()
 _opening = Lock()
-_inherited: list[object] = []
+_forked_from: list[object] = []  # what the parent of this process had open; never closed here
 
 
 def _database(directory: Path | None) -> _Database:
     """One a folder, of those used last, and one in memory."""
+    if _forked_from:
+        raise InvalidParameterError(
+            f"{_place(directory)} cannot be used in this process: it was forked from one that had "
+            "used Chroma, whose threads are not here. Start processes by 'spawn' "
+            "(multiprocessing.set_start_method), or make the ContextBuilder after the fork"
+        )
     with _opening:
         database = _databases.get(directory) or _Database(directory)
         _databases[directory] = database
@@ -295,18 +301,14 @@ def _database(directory: Path | None) -> _Database:
     return database
 
 
-def _forget_databases() -> None:
-    """A forked process has none of Chroma's threads: it opens databases of its own.
-
-    Its parent's stay as they are, because closing them would wait for those threads.
-    """
-    global _databases, _opening
-    _inherited.append(_databases)
-    _databases, _opening = OrderedDict(), Lock()
+def _after_fork() -> None:
+    # Chroma would wait for ever for threads that the child does not have, in closing too.
+    if _databases:
+        _forked_from.append(dict(_databases))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_databases)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _server_api() -> type[ServerAPI]:
