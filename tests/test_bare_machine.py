@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from conftest import installed
+
 TESTS = Path(__file__).parent
 
 WITHOUT = """
@@ -71,3 +74,9 @@ def test_the_bench_of_shapes_runs_from_the_command_line_there() -> None:
 
 def test_the_packages_are_really_kept_away() -> None:
     assert "chromadb was imported" in run("import chromadb").stderr
+
+
+@pytest.mark.parametrize("package", ["FlagEmbedding", "matplotlib", "torchao", "triton"])
+def test_what_is_installed_can_be_imported(package: str) -> None:
+    """Tests skip what is not installed, and must not skip over what is broken."""
+    installed(package)

@@ -20,6 +20,7 @@ from rapid_llm.bench.method_bench import MethodBench, Run, our_methods, peer_met
 from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload, stretched
 from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.kv_cache import cache_argument
 
 TARGET = [3 + i * i % 61 for i in range(200)]
 WORK = Workload("quoting", 200, TARGET, TARGET[50:90])
@@ -58,7 +59,7 @@ def test_a_peer_reads_the_whole_prompt_and_every_token_once(decoder: RapidDecode
     passes: list[int] = []
 
     def spy(module: Any, args: Any, kwargs: Any) -> None:
-        assert isinstance(kwargs["past_key_values"], DynamicCache)
+        assert isinstance(kwargs[cache_argument(module.forward)], DynamicCache)
         passes.append(kwargs["input_ids"].shape[1])
 
     decoder.target.model.register_forward_pre_hook(spy, with_kwargs=True)

@@ -19,12 +19,10 @@ from chromadb.config import Settings
 from conftest import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    XLMRobertaConfig,
-    XLMRobertaModel,
 )
 
 from rapid_llm.context import (
@@ -42,7 +40,6 @@ from rapid_llm.context.store import ChunkStore
 from rapid_llm.errors import (
     DocumentError,
     InvalidParameterError,
-    MissingDependencyError,
     ModelError,
 )
 
@@ -324,93 +321,6 @@ def test_vectors_that_are_not_finite_are_refused() -> None:
         load_embedder(model)
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "FlagEmbedding", None)
-    for name in ("BAAI/bge-m3", "BAAI/bge-small-en-v1.5"):
-        with pytest.raises(MissingDependencyError, match=r'pip install "rapid-llm\[bge\]"'):
-            load_embedder(name)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "rapid-llm\[demo\]"'):
-        load_embedder(PACKAGED_EMBEDDER)
-
-
-def tiny_bge_m3(folder: Path) -> Path:
-    """A random model with the files and architecture of BGE-M3, for 64 tokens of one letter."""
-    vocabulary = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
-    vocabulary += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    backend = Tokenizer(models.Unigram(vocabulary, unk_id=3))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        cls_token="<s>",
-        eos_token="</s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_max_length=64,
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = XLMRobertaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=66,
-        type_vocab_size=1,
-        initializer_range=0.5,
-    )
-    XLMRobertaModel(config).save_pretrained(folder)
-    torch.save(torch.nn.Linear(32, 32).state_dict(), folder / "colbert_linear.pt")
-    torch.save(torch.nn.Linear(32, 1).state_dict(), folder / "sparse_linear.pt")
-    return folder
-
-
-def test_bge_m3_through_flag_embedding(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
-) -> None:
-    flag_embedding = pytest.importorskip("FlagEmbedding")
-    folder = tiny_bge_m3(tmp_path / "no-telling-name")
-    capfd.readouterr()
-    embedder = load_embedder(folder, device="cpu")
-    assert "M3Embedder" in embedder.name
-    check_vectors(embedder)
-    assert capfd.readouterr() == ("", "")
-    loaded = flag_embedding.BGEM3FlagModel(str(folder), devices="cpu", use_fp16=False)
-    dense = loaded.encode(["the violin"], max_length=64)["dense_vecs"]
-    assert np.allclose(embedder.embed_documents(["the violin"]), dense, atol=1e-5)
-
-    context = ContextBuilder(tokenizer, folder, chunk_tokens=64, device="cpu").build(
-        DOCUMENT, TOPICS["violin"]
-    )
-    assert max(context.chunks, key=lambda chunk: chunk.score).text == TOPICS["violin"]
-
-
-def test_flag_model_gives_the_vectors_of_sentence_transformers(minilm: Embedder) -> None:
-    flag_embedding = pytest.importorskip("FlagEmbedding")
-    model = flag_embedding.FlagModel(
-        str(minilm_folder()), pooling_method="mean", devices="cpu", use_fp16=False
-    )
-    embedder = load_embedder(model)
-    check_vectors(embedder)
-    texts = list(TOPICS.values())
-    assert np.allclose(embedder.embed_documents(texts), minilm.embed_documents(texts), atol=1e-5)
-
-
-def test_a_bge_name_goes_to_flag_embedding(tmp_path: Path) -> None:
-    flag_embedding = pytest.importorskip("FlagEmbedding")
-    for name in ("bge-small-en-v1.5", "my-own-bge"):
-        (tmp_path / name).symlink_to(minilm_folder(), target_is_directory=True)
-        embedder = load_embedder(tmp_path / name, device="cpu")
-        expected = flag_embedding.FlagModel(str(minilm_folder()), devices="cpu", use_fp16=False)
-        vector = expected.encode_corpus(["bread"])
-        assert np.allclose(embedder.embed_documents(["bread"]), vector, atol=1e-5)
-
-
 # --- the store ----------------------------------------------------------------------------------
 
 
@@ -429,14 +339,11 @@ def test_search_is_exact_even_among_near_duplicates(spread: float) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal(64) + spread * rng.standard_normal((count, 64))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    document = ChunkStore().open(text, spans, f"spread {spread}")
+    stored = ChunkStore().open({text: spans}, f"spread {spread}")
     for start in range(0, count, 100):
-        document.add(range(start, start + 100), vectors[start : start + 100])
+        stored.add(range(start, start + 100), vectors[start : start + 100])
     query = vectors[7]
-    hits = document.search(query)
-    assert [score for _, score in hits] == sorted((s for _, s in hits), reverse=True)
-    scores = dict(hits)
-    assert np.allclose([scores[span] for span in spans], vectors @ query, atol=1e-5)
+    assert np.allclose(stored.cosines(query), vectors @ query, atol=1e-5)
 
 
 def test_the_callers_own_chroma_is_left_alone(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -467,7 +374,7 @@ def test_a_document_is_embedded_once(
     embedder = Recorder(f"once-{persistent}", minilm)
     options: dict[str, Any] = {
         "chunk_tokens": 64,
-        "persist_directory": tmp_path / "chroma" if persistent else None,
+        "store": tmp_path / "chroma" if persistent else None,
     }
     builder = ContextBuilder(tokenizer, embedder, **options)
     first = builder.build(DOCUMENT, QUESTIONS["bread"])
@@ -497,13 +404,13 @@ import sys
 import numpy as np
 from rapid_llm.context.chunking import Span
 from rapid_llm.context.store import ChunkStore
-document = ChunkStore(sys.argv[1]).open("one two", [Span(0, 3, 1), Span(4, 7, 1)], "process")
-missing = document.missing()
+spans = [Span(0, 3, 1), Span(4, 7, 1)]
+stored = ChunkStore(sys.argv[1]).open({"one two": spans}, "process")
+missing = stored.missing()
 if missing:
-    document.add(missing[:1], np.eye(2, dtype=np.float32)[missing[:1]])
+    stored.add(missing[:1], np.eye(2, dtype=np.float32)[missing[:1]])
 else:
-    hits = document.search(np.array([0.6, 0.8], dtype=np.float32))
-    missing = [(span.start, round(score, 4)) for span, score in hits]
+    missing = [round(s, 4) for s in stored.cosines(np.array([0.6, 0.8], dtype=np.float32))]
 print(missing)
 """
 
@@ -518,7 +425,7 @@ def test_processes_share_a_directory(tmp_path: Path) -> None:
         ).stdout.strip()
         for _ in range(3)
     ]
-    assert results == ["[0, 1]", "[1]", "[(4, 0.8), (0, 0.6)]"]
+    assert results == ["[0, 1]", "[1]", "[0.6, 0.8]"]
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -530,7 +437,7 @@ def test_an_interrupted_document_is_completed(
     options: dict[str, Any] = {
         "chunk_tokens": 64,
         "threshold": -1,
-        "persist_directory": tmp_path if persistent else None,
+        "store": tmp_path if persistent else None,
     }
     interrupted = Recorder(name, fail_at=3)
     builder = ContextBuilder(tokenizer, interrupted, **options)

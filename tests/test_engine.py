@@ -14,10 +14,14 @@ from transformers import (
 )
 
 from rapid_llm.engine.forward import ATTENTION, SUPPORTED, Forward
+from rapid_llm.engine.kv_cache import cache_argument
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ModelError
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+# What transformers is about to remove is not called.
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
 
 
 def run_as_decoder(forward: Forward, ids: torch.Tensor) -> torch.Tensor:
@@ -31,6 +35,21 @@ def run_as_decoder(forward: Forward, ids: torch.Tensor) -> torch.Tensor:
         second = session.extend(ids[41:52])
         third = session.extend(ids[52:])
     return torch.cat([first, second, third])
+
+
+def test_models_get_the_cache_by_the_name_that_they_have_for_it():
+    def before(input_ids, past_key_values=None, **kwargs): ...
+
+    def since(input_ids, cache=None, **kwargs): ...
+
+    def wrapper(*args, **kwargs): ...
+
+    model = tiny_model()
+    assert cache_argument(before) == "past_key_values"
+    assert cache_argument(since) == "cache"
+    assert (
+        cache_argument(wrapper) == cache_argument(model.generate) == cache_argument(model.forward)
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -154,7 +173,7 @@ def test_a_failed_pass_leaves_the_cache_as_it_was(architecture, monkeypatch):
     with torch.inference_mode():
         session.prefill(ids[:5].tolist())
         with monkeypatch.context() as broken:
-            broken.setattr(session.cache.layers[1], "update", lambda *_: 1 / 0)
+            broken.setattr(session.cache.layers[1], "update", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 session.extend(ids[5:])
         assert session.length == 5

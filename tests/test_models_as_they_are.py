@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer, transformers_greedy
+from conftest import ARCHITECTURES, installed, tiny_model, tiny_tokenizer, transformers_greedy
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -416,7 +416,7 @@ def test_a_hook_on_all_modules_counts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_weights_that_torchao_quantized(dtype, when):
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = installed("torchao.quantization")
     changed = tiny_model(**WIDE).to(dtype)
     forward = Forward(changed, "x")
     if when == "after":

@@ -30,7 +30,7 @@ from rapid_llm.bench.this_device import measure_device
 from rapid_llm.engine.cpu.blocks import Int4Blocks, Int8Blocks
 from rapid_llm.engine.cpu.quantizers import quantized_copy
 from rapid_llm.engine.cuda import int4
-from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.kv_cache import KVCache, cache_argument
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import InvalidParameterError, ModelError
 from rapid_llm.speculation.schedule import MAX_GAMMA, best_draft, expected_tokens
@@ -102,7 +102,7 @@ def test_counts_are_those_of_the_real_model(architecture: str, tied: bool) -> No
 def test_kv_bytes_are_those_of_the_cache(architecture: str) -> None:
     model = tiny_model(architecture).to(torch.bfloat16)
     cache = KVCache(model.config.num_hidden_layers, 10)
-    model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache)
+    model(torch.tensor([[3, 4, 5]]), **{cache_argument(model.forward): cache})
     assert cache.nbytes == 10 * size_of(model.config, "tiny").kv_bytes_per_token
 
 

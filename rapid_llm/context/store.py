@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+import os
+import uuid
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Lock, RLock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rapid_llm.context.chunking import Span
-from rapid_llm.context.embedding import Vectors
-from rapid_llm.errors import InvalidParameterError, ModelError
+from rapid_llm.context.embedding import Vectors, batched
+from rapid_llm.context.extras import first_line, import_extra
+from rapid_llm.errors import InvalidParameterError, ModelError, RapidError
 
 if TYPE_CHECKING:
     from chromadb.api import ServerAPI
     from chromadb.api.models.Collection import Collection
 
+LOCK_SECONDS = 300
+"""For how long another process is waited for: each holds the folder for one piece of work."""
 
-class StoredDocument:
-    """The chunks of one document under one embedder: one Chroma collection in cosine space."""
+_AT_ONCE = 256  # chunks whose vectors are in memory beside Chroma's own
+_MOST_OPEN = 8  # folders; each takes about 20 open files
+_COLLECTION, _FORMER = "rapid-llm-", "rapid-"  # of an embedder; of a document, in version 0.1.0
 
-    def __init__(self, collection: Collection, text: str, spans: Sequence[Span]) -> None:
-        self._collection = collection
-        self._text = text
-        self._spans = spans
+
+class _Chunk(NamedTuple):
+    id: str
+    document: str
+    text: str
+    span: Span
+
+
+class StoredChunks:
+    """The chunks of some documents, one after the other, under one embedder."""
+
+    def __init__(self, store: ChunkStore, embedder: str, chunks: Sequence[_Chunk]) -> None:
+        self._store = store
+        self._embedder = embedder
+        self._chunks = chunks
 
     def missing(self) -> list[int]:
-        """The chunks without a vector: all of a new document, the rest of an interrupted one."""
-        stored = set(self._collection.get(include=[])["ids"])
-        return [i for i in range(len(self._spans)) if str(i) not in stored]
+        """Those without a vector: all of a new document, the rest of an interrupted one."""
+        stored: set[str] = set()
+        with self._store.collection(self._embedder) as collection:
+            for batch in batched(self._chunks, _AT_ONCE):
+                stored.update(collection.get(ids=[chunk.id for chunk in batch], include=[])["ids"])
+        return [i for i, chunk in enumerate(self._chunks) if chunk.id not in stored]
 
     def text(self, chunk: int) -> str:
-        span = self._spans[chunk]
-        return self._text[span.start : span.end]
+        span = self._chunks[chunk].span
+        return self._chunks[chunk].text[span.start : span.end]
 
     def add(self, chunks: Sequence[int], vectors: Vectors) -> None:
         """Store the vectors ``[len(chunks), d]`` of these chunks; again is no harm.
@@ -43,95 +65,264 @@ class StoredDocument:
         Raises:
             ModelError: d is not that of the vectors that are there.
         """
-        with _one_length():
-            self._collection.upsert(
-                ids=[str(i) for i in chunks],
+        added = [self._chunks[i] for i in chunks]
+        with self._store.collection(self._embedder) as collection:
+            collection.upsert(
+                ids=[chunk.id for chunk in added],
                 embeddings=vectors,
-                documents=[self.text(i) for i in chunks],
                 metadatas=[
-                    {"start": self._spans[i].start, "end": self._spans[i].end} for i in chunks
+                    {"document": chunk.document, "start": chunk.span.start, "end": chunk.span.end}
+                    for chunk in added
                 ],
             )
 
-    def search(self, query: Vectors) -> list[tuple[Span, float]]:
-        """Every stored chunk with its cosine similarity to a unit vector ``[d]``, best first.
+    def cosines(self, query: Vectors) -> list[float]:
+        """The cosine similarity of each chunk, all of which are stored, to a unit vector ``[d]``.
+
+        Computed from the vectors themselves: Chroma's graph index can lose sight of chunks that
+        are nearly the same as many others, and searches one document of many slowly.
 
         Raises:
             ModelError: d is not that of the stored vectors.
         """
-        with _one_length():
-            found = self._collection.query(
-                query_embeddings=query[None], n_results=len(self._spans), include=["distances"]
+        cosines: dict[str, float] = {}
+        with self._store.collection(self._embedder) as collection:
+            for batch in batched(self._chunks, _AT_ONCE):
+                found = collection.get(ids=[chunk.id for chunk in batch], include=["embeddings"])
+                if not found["ids"]:
+                    continue
+                vectors = np.asarray(found["embeddings"], dtype=np.float32)
+                if vectors.shape[1] != len(query):
+                    raise _other_length(
+                        f"{vectors.shape[1]} numbers each there, {len(query)} the question's"
+                    )
+                cosines |= zip(found["ids"], (vectors @ query).tolist(), strict=True)
+        lost = [chunk for chunk in self._chunks if chunk.id not in cosines]
+        if lost:
+            raise InvalidParameterError(
+                f"{len(lost)} of {len(self._chunks)} vectors are gone from "
+                f"{self._store.place} while they were in use: ask again, and let nothing else "
+                "delete there"
             )
-        ids, distances = found["ids"][0], found["distances"][0]
-        scores = {int(i): 1 - distance for i, distance in zip(ids, distances, strict=True)}
-        # Chroma's graph index can lose sight of chunks that are nearly the same as many others.
-        unseen = [str(i) for i in range(len(self._spans)) if i not in scores]
-        if unseen:
-            rest = self._collection.get(ids=unseen, include=["embeddings"])
-            cosines = np.asarray(rest["embeddings"]) @ query
-            scores |= {int(i): float(s) for i, s in zip(rest["ids"], cosines, strict=True)}
-        ranked = sorted(scores.items(), key=lambda item: -item[1])
-        return [(self._spans[i], max(-1.0, min(1.0, score))) for i, score in ranked]
+        return [max(-1.0, min(1.0, cosines[chunk.id])) for chunk in self._chunks]
 
 
 class ChunkStore:
-    """Documents in a Chroma database.
+    """Vectors of documents' chunks in a Chroma database, one collection an embedder.
+
+    Threads and processes may share it. What is used of it stays small however many documents
+    there are: a few open files, and memory for the vectors of the embedders in use.
 
     Args:
-        directory: where Chroma keeps it; None keeps it in memory, shared by the whole process.
+        directory: where Chroma keeps it, made if need be, for its owner only; None keeps it in
+            memory, shared by the whole process.
 
     Raises:
         InvalidParameterError: Chroma cannot open the directory.
+        MissingDependencyError: Chroma is not installed.
     """
 
     def __init__(self, directory: str | Path | None = None) -> None:
-        try:
-            self._server = _server(Path(directory).expanduser().resolve() if directory else None)
-        except Exception as error:  # Chroma raises its own, sqlite's and Rust's types
-            raise InvalidParameterError(
-                f"store={str(directory)!r} cannot be opened ({error}): "
-                "give a writable folder that is empty or a Chroma database"
-            ) from error
+        self._directory = Path(directory).expanduser().resolve() if directory else None
+        _database(self._directory)
 
-    def open(self, text: str, spans: Sequence[Span], embedder: str) -> StoredDocument:
-        """The place of a document's chunks, found by text, borders and the embedder's name."""
+    @property
+    def place(self) -> str:
+        return _place(self._directory)
+
+    def open(self, documents: Mapping[str, Sequence[Span]], embedder: str) -> StoredChunks:
+        """The place of documents' chunks, found by text, borders and the embedder's name."""
+        chunks = []
+        for text, spans in documents.items():
+            key = _key(text, spans, embedder)
+            chunks += [_Chunk(f"{key}-{i}", key, text, span) for i, span in enumerate(spans)]
+        return StoredChunks(self, embedder, chunks)
+
+    @contextmanager
+    def collection(self, embedder: str) -> Iterator[Collection]:
+        """An embedder's collection, for one piece of work, alone.
+
+        Raises:
+            InvalidParameterError: Chroma fails, or another process does not let go of the folder.
+            ModelError: vectors of another length are there.
+        """
+        # Looked up each time: those used least are closed.
+        with _database(self._directory).collection(embedder) as collection:
+            yield collection
+
+
+def _key(text: str, spans: Sequence[Span], embedder: str) -> str:
+    key = hashlib.sha256(embedder.encode() + b"\0")
+    key.update(repr([(span.start, span.end) for span in spans]).encode() + b"\0")
+    key.update(text.encode())
+    return key.hexdigest()[:32]
+
+
+def _place(directory: Path | None) -> str:
+    return "the memory of this process" if directory is None else f"store='{directory}'"
+
+
+def _other_length(reason: str) -> ModelError:
+    return ModelError(
+        f"the embedder's vectors differ in length from those stored under its name ({reason}): "
+        "give other vectors another name"
+    )
+
+
+class _Database:
+    """A Chroma database, for one thread of one process at a time.
+
+    Chroma does not see what other processes write: it holds parts of an index in memory, and
+    writes those over what is there. So a folder is locked for each piece of work, and what
+    another process has had in between is read anew.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._me = uuid.uuid4().hex
+        self._thread = RLock()
+        self._system: Any = None
+        self._collections: dict[str, Collection] = {}
+        self._process: Any = None
+        chromadb = import_extra("chromadb", "retrieval", "a store of vectors")
+        self._errors = (
+            chromadb.errors.InvalidArgumentError,
+            chromadb.errors.InvalidDimensionException,
+        )
+        with self._failures():
+            if directory is not None:
+                # Not another's to read: it tells which texts are in it, and Chroma unpickles.
+                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                filelock = import_extra("filelock", "retrieval", "a folder of vectors")
+                # Asked for often: a process that writes much leaves it free for moments only.
+                self._process = filelock.FileLock(
+                    directory / "rapid-llm.lock",
+                    timeout=LOCK_SECONDS,
+                    mode=0o600,
+                    poll_interval=0.005,
+                )
+            with self._alone() as server:
+                self._name_former(server)
+
+    @contextmanager
+    def collection(self, embedder: str) -> Iterator[Collection]:
         from chromadb.api.models.Collection import Collection
 
-        key = hashlib.sha256(embedder.encode() + b"\0")
-        key.update(repr([(span.start, span.end) for span in spans]).encode() + b"\0")
-        key.update(text.encode())
-        model = self._server.get_or_create_collection(
-            f"rapid-{key.hexdigest()[:32]}",
-            metadata={"embedder": embedder},
-            configuration={"hnsw": {"space": "cosine", "ef_search": max(100, len(spans))}},
+        with self._failures(), self._alone() as server:
+            if embedder not in self._collections:
+                model = server.get_or_create_collection(
+                    _COLLECTION + hashlib.sha256(embedder.encode()).hexdigest()[:32],
+                    metadata={"embedder": embedder},
+                    configuration={"hnsw": {"space": "cosine"}},
+                )
+                # The vectors are the embedder's: Chroma's own embedding function stays out.
+                self._collections[embedder] = Collection(server, model, embedding_function=None)
+            yield self._collections[embedder]
+
+    @contextmanager
+    def _alone(self) -> Iterator[ServerAPI]:
+        with ExitStack() as held:
+            held.enter_context(self._thread)
+            if self._directory is not None:
+                held.enter_context(self._process)
+                last = self._directory / "rapid-llm.last"
+                if not last.exists() or last.read_text() != self._me:
+                    self.close()
+                    last.write_text(self._me)
+            if self._system is None:
+                self._system = _start(self._directory)
+            yield self._system.instance(_server_api())
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except RapidError:
+            raise
+        except self._errors as error:
+            raise _other_length(first_line(error)) from error
+        except TimeoutError as error:
+            raise InvalidParameterError(
+                f"{_place(self._directory)} has been held by another process for {LOCK_SECONDS} "
+                "seconds: end that process, or give this one another folder"
+            ) from error
+        except Exception as error:  # Chroma raises its own, sqlite's and Rust's types
+            self.close()  # the next call reads the folder anew
+            raise InvalidParameterError(
+                f"{_place(self._directory)} cannot be opened or used ({first_line(error)}): give a "
+                "writable folder that is empty or a Chroma database; one that is damaged can be "
+                "deleted, and its documents are embedded again"
+            ) from error
+
+    def close(self) -> None:
+        """Let go of its files and memory; the next piece of work opens it again."""
+        with self._thread:
+            self._collections.clear()
+            system, self._system = self._system, None
+            if system is not None:
+                system.stop()
+
+    def _name_former(self, server: ServerAPI) -> None:
+        former = [
+            collection.name
+            for collection in server.list_collections()
+            if collection.name.startswith(_FORMER) and not collection.name.startswith(_COLLECTION)
+        ]
+        if former:
+            warnings.warn(
+                f"{_place(self._directory)} holds {len(former)} documents as version 0.1.0 stored "
+                "them, which are no longer read: documents are embedded again; delete the folder "
+                "to have its space back",
+                stacklevel=6,
+            )
+
+
+_databases: OrderedDict[Path | None, _Database] = OrderedDict()
+_opening = Lock()
+_forked_from: list[object] = []  # what the parent of this process had open; never closed here
+
+
+def _database(directory: Path | None) -> _Database:
+    """One a folder, of those used last, and one in memory."""
+    if _forked_from:
+        raise InvalidParameterError(
+            f"{_place(directory)} cannot be used in this process: it was forked from one that had "
+            "used Chroma, whose threads are not here. Start processes by 'spawn' "
+            "(multiprocessing.set_start_method), or make the ContextBuilder after the fork"
         )
-        # The vectors are the embedder's, so Chroma's own embedding function stays out.
-        collection = Collection(client=self._server, model=model, embedding_function=None)
-        return StoredDocument(collection, text, spans)
+    with _opening:
+        database = _databases.get(directory) or _Database(directory)
+        _databases[directory] = database
+        _databases.move_to_end(directory)
+        folders = [folder for folder in _databases if folder is not None]
+        unused = [_databases.pop(folder) for folder in folders[:-_MOST_OPEN]]
+    for other in unused:
+        other.close()
+    return database
 
 
-@contextmanager
-def _one_length() -> Iterator[None]:
-    from chromadb.errors import InvalidArgumentError
-
-    try:
-        yield
-    except InvalidArgumentError as error:
-        raise ModelError(
-            f"the embedder's vectors differ in length from those stored under its name ({error}): "
-            "give other vectors another name"
-        ) from error
+def _after_fork() -> None:
+    # Chroma would wait for ever for threads that the child does not have, in closing too.
+    if _databases:
+        _forked_from.append(dict(_databases))
 
 
-@cache
-def _server(directory: Path | None) -> ServerAPI:
-    """One Chroma a directory, and one in memory.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
-    They are built without Chroma's client registry: it has a single in-memory database a process
+
+def _server_api() -> type[ServerAPI]:
+    from chromadb.api import ServerAPI
+
+    return ServerAPI
+
+
+def _start(directory: Path | None) -> Any:
+    """A Chroma of our own.
+
+    It is built without Chroma's client registry: it has a single in-memory database a process
     and refuses other settings than its first user's, who may be our caller.
     """
-    from chromadb.api import ServerAPI
     from chromadb.config import Settings, System
 
     system = System(
@@ -141,6 +332,6 @@ def _server(directory: Path | None) -> ServerAPI:
             persist_directory=str(directory or ""),
         )
     )
-    server = system.instance(ServerAPI)
+    system.instance(_server_api())
     system.start()
-    return server
+    return system

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 class Reader(NamedTuple):
@@ -142,3 +147,18 @@ def kv_nbytes(config: Any, dtype: torch.dtype, capacity: int) -> int:
     """Bytes that a cache for ``capacity`` tokens will take once it is allocated."""
     layers, heads, dim = kv_shape(config)
     return layers * 2 * heads * dim * capacity * dtype.itemsize
+
+
+def cache_argument(takes_a_cache: Callable[..., Any]) -> str:
+    """What a function (a model's ``forward``, ``generate``) calls the KV cache it is given.
+
+    transformers 5.24 renamed ``past_key_values`` to ``cache``; models that are not its own may
+    have the name that they had. A function that only passes its arguments on gets the name by
+    which ``generate`` would call it.
+    """
+    for function in (takes_a_cache, GenerationMixin.prepare_inputs_for_generation):
+        parameters = signature(function).parameters
+        for name in _CACHE_NAMES:
+            if name in parameters:
+                return name
+    raise AssertionError("transformers' generate has no cache")

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from rapid_llm.engine.identity import ModelState
-from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.kv_cache import KVCache, cache_argument
 
 
 class OwnPass:
@@ -39,9 +39,9 @@ class OwnPass:
             output = self._model(
                 input_ids=ids[None],
                 position_ids=positions[None, : len(ids)],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                **{cache_argument(self._model.forward): cache},
             )
         logits: Tensor = output.logits[0]
         return logits
