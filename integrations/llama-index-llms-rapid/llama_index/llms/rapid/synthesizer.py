@@ -37,8 +37,8 @@ from llama_index.llms.rapid.grounding import Retrieved, ground_nodes
 from llama_index.llms.rapid.llm import RapidLLM
 from llama_index.llms.rapid.templates import Context
 from rapid_llm.config import OnEmpty, RetrievalConfig
-from rapid_llm.options import require
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import require
 from rapid_llm.stats import NOTHING_RETRIEVED
 
 dispatcher = get_dispatcher(__name__)

@@ -17,6 +17,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
 
 from llama_index.llms.rapid.grounding import Retrieved
+from llama_index.llms.rapid.statistics import Report
 from rapid_llm.errors import RapidError
 
 
@@ -37,11 +38,11 @@ class Context(str):
     """
 
     retrieved: Retrieved
-    report: dict[str, Any]
+    report: Report
 
     def __new__(cls, retrieved: Retrieved) -> Context:
         self = super().__new__(cls, retrieved.grounding.draft)
-        self.retrieved, self.report = retrieved, {}
+        self.retrieved, self.report = retrieved, Report()
         return self
 
 
