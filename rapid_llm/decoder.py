@@ -33,6 +33,7 @@ from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
     ContextWindowError,
+    GenerationTimeoutError,
     InvalidParameterError,
     NumericalError,
     TokenizerMismatchError,
@@ -386,6 +387,8 @@ class RapidDecoder:
                 out, and ``stats.draft_skipped`` says that.
             TokenizerMismatchError: the prompt to be answered has a token that its model has not.
             NumericalError: a model produced NaN (raised while streaming).
+            GenerationTimeoutError: ``sampling.timeout`` seconds have passed since the call (raised
+                while streaming, between two chunks of the prefill or after a round).
         """
         started = time.perf_counter()
         request = self._prepare(
@@ -631,14 +634,20 @@ class RapidDecoder:
         """Rounds until the answer ends. Only the steps run in inference mode, never the caller."""
         sampling = request.sampling
         text = TextStream(self.tokenizer, sampling.stop)
+
+        def report(whose: Literal["draft", "target"], done: int, total: int) -> None:
+            _require_time(sampling, started, 0)
+            if progress is not None:
+                progress(whose, done, total)
+
         with self._open(request) as generation:
             stats = generation.stats
             stats.max_new_tokens = sampling.max_new_tokens
             try:
-                generation.prefill(progress)
+                generation.prefill(report)
             except torch.OutOfMemoryError:
                 self.clear_cache()
-                generation.prefill(progress)  # goes on where it stopped
+                generation.prefill(report)  # goes on where it stopped
 
             finish: FinishReason | None = None
             while finish is None:
@@ -663,6 +672,8 @@ class RapidDecoder:
                 generation.keep(new)
                 if stats.time_to_first_token is None:
                     stats.time_to_first_token = time.perf_counter() - started
+                if finish is None:
+                    _require_time(sampling, started, stats.completion_tokens)
                 yield Chunk("".join(pieces), tuple(new), finish, replace(stats))
 
     def _resolve(self, quantization: str | None) -> FewBits | None:
@@ -886,6 +897,15 @@ def _log_likelihood(session: Session, prompt: list[int], continuation: list[int]
     logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))
     wanted = torch.tensor(continuation, device=device)
     return -F.cross_entropy(logits, wanted, reduction="sum").item()
+
+
+def _require_time(sampling: SamplingParams, started: float, tokens: int) -> None:
+    if sampling.timeout is not None and time.perf_counter() - started > sampling.timeout:
+        raise GenerationTimeoutError(
+            f"timeout={sampling.timeout:g} s passed after {tokens} of at most "
+            f"{sampling.max_new_tokens} tokens: raise the timeout, lower max_new_tokens, or "
+            "shorten the prompt"
+        )
 
 
 def _name_of(model: PreTrainedModel) -> str:

@@ -29,6 +29,10 @@ class TokenizerMismatchError(ModelError, ValueError):
     """Drafter and target do not share a tokenizer, so draft tokens would mean other text."""
 
 
+class GenerationTimeoutError(RapidError, TimeoutError):
+    """``SamplingParams.timeout`` seconds passed before the answer was finished."""
+
+
 class NumericalError(RapidError, ArithmeticError):
     """A model produced NaN logits."""
 

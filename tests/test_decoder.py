@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import time
 import weakref
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import (
     ContextWindowError,
+    GenerationTimeoutError,
     InvalidParameterError,
     MissingDependencyError,
     ModelError,
@@ -541,6 +544,34 @@ def test_an_interrupt_leaves_nothing_behind(decoder, expected, monkeypatch, at, 
         context.setattr(PreallocatedLayer, "update", interrupted)
         with pytest.raises(error):
             decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
+    assert decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY).token_ids == expected
+
+
+def test_a_timeout_while_reading_the_prompt_leaves_the_decoder_usable(decoder, expected):
+    hurried = replace(GREEDY, timeout=1e-9)
+    with pytest.raises(GenerationTimeoutError, match=r"timeout=1e-09 s passed after 0 of .* 40 "):
+        decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=hurried)
+    assert decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY).token_ids == expected
+
+
+def test_a_timeout_ends_a_stream_after_the_round_and_not_a_finished_answer(
+    decoder, expected, monkeypatch
+):
+    clock, late = time.perf_counter, []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 700 * len(late))
+    sampling = replace(GREEDY, timeout=600)
+    stream = decoder.stream(TARGET_PROMPT, sampling=sampling)
+    next(stream)
+    late.append(True)
+    with pytest.raises(GenerationTimeoutError, match="after 2 of at most 40 tokens"):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+    late.clear()
+    stream = decoder.stream(TARGET_PROMPT, sampling=replace(sampling, max_new_tokens=2))
+    next(stream)
+    late.append(True)
+    assert next(stream).finish_reason == "length"
     assert decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY).token_ids == expected
 
 
