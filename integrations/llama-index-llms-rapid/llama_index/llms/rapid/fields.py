@@ -79,9 +79,7 @@ def options_of_call(fields: object, call: Mapping[str, Any]) -> Options:
     variables = _variables(merged["chat_template_kwargs"])
     given = by_name(call, {n: each for n, each in KNOWN.items() if each.option.per_call})
     variables |= _variables(given.pop("chat_template_kwargs", None))
-    return Options(
-        *sorted_into({**merged, **given, "chat_template_kwargs": variables}, *_GROUPS)
-    )
+    return Options(*sorted_into({**merged, **given, "chat_template_kwargs": variables}, *_GROUPS))
 
 
 def _variables(given: Any) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class RapidLLM(OptionFields, LLM):
     def __getstate__(self) -> dict[str, Any]:
         bare = self.model_copy()  # a pickle names the models, and loads them where it is opened
         bare._loaded, bare._known = {}, None
-        return cast(dict[str, Any], super(RapidLLM, bare).__getstate__())
+        return super(RapidLLM, bare).__getstate__()
 
     @classmethod
     def class_name(cls) -> str:
