@@ -9,7 +9,7 @@ import pickle
 from typing import Any
 
 import pytest
-from llama_index.core import VectorStoreIndex
+from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.chat_engine import CondenseQuestionChatEngine, ContextChatEngine
@@ -20,9 +20,9 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.retrievers import BaseRetriever
-from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.core.schema import NodeWithScore
 
-from llama_index.llms.rapid import PipelineError, RapidLLM, RapidSynthesizer
+from llama_index.llms.rapid import RapidLLM, RapidSynthesizer
 from rapid_llm.context.confidence import confidence
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.stats import Stats
@@ -109,11 +109,13 @@ def test_a_plain_engines_response_adds_up_its_calls(index, llm, spy, mode, metho
     assert pickle.loads(pickle.dumps(report)) == copy.deepcopy(report) == report
 
 
-def test_what_was_cut_and_cached_is_shown(make_decoder, documents, index):
+def test_what_was_cut_and_cached_is_shown(make_decoder):
+    text = "\n\n".join(f"Keeper {i} kept a diary of {i} storms, all of them." for i in range(99))
+    documents = [Document(text=text, id_="diary")]
     llm = RapidLLM(
-        decoder=make_decoder(window=1000), max_tokens=4, documents=documents, truncate="middle"
+        decoder=make_decoder(window=3000), max_tokens=4, documents=documents, truncate="middle"
     )
-    engine = index.as_query_engine(llm=llm, similarity_top_k=1)
+    engine = RetrieverQueryEngine.from_args(Scored(documents, (0.5,)), llm=llm)
     first, second = (engine.query(QUESTION).metadata["rapid"] for _ in range(2))
     assert first["omitted_tokens"] == second["omitted_tokens"] > 0
     assert second["cached_tokens"] > first["cached_tokens"] == 0
@@ -167,12 +169,6 @@ def test_a_failed_answer_leaves_nothing_open(index, decoder, documents, asynchro
     assert response.metadata["rapid"]["completion_tokens"] == 4
 
 
-def test_an_error_of_the_pipeline_is_still_one(make_decoder, documents, index):
-    llm = RapidLLM(decoder=make_decoder(window=700), max_tokens=4, documents=documents)
-    with pytest.raises(PipelineError, match="window"):
-        index.as_query_engine(llm=llm).query(QUESTION)
-
-
 # --- chat engines --------------------------------------------------------------------------------
 
 
@@ -188,7 +184,7 @@ def test_a_chat_engines_response_shows_its_answer_alone(index, llm, spy, mode, m
     assert report["prompt_tokens"] == len(spy.target_ids())
     assert report["draft_prompt_tokens"] == len(spy.draft_ids())
     assert report["completion_tokens"] == 6
-    assert report["document_ids"] == ["lighthouse"]
+    assert len(report["document_ids"]) == 1
 
 
 @pytest.mark.parametrize("method", ["chat", "achat"])
@@ -263,11 +259,11 @@ def test_a_doubtful_retrieval_transfers_less_where_eta_is_dynamic(decoder, docum
     template = PromptTemplate("{context_str}\n{query_str}")
 
     def text(score, **options):
-        llm = RapidLLM(decoder=decoder, max_tokens=24, gamma=3, eta=50, **options)
-        synthesizer = RapidSynthesizer(llm, documents="A text.", text_qa_template=template)
-        node = NodeWithScore(node=TextNode(text="Another one."), score=score)
+        options = {"mode": "augmented", "gamma": 3, "eta": 50, **options}
+        llm = RapidLLM(decoder=decoder, max_tokens=24, **options)
+        synthesizer = RapidSynthesizer(llm, documents=documents, text_qa_template=template)
+        (node,) = Scored(documents[:1], (score,)).retrieve("?")
         return str(synthesizer.synthesize("?", [node]))
 
     assert text(0.0, dynamic_eta=True) == text(0.9, mode="exact")
-    assert text(0.0, dynamic_eta=False) == text(0.9, dynamic_eta=False)
-    assert text(0.0, dynamic_eta=False) != text(0.9, mode="exact")
+    assert text(0.0) == text(0.9) != text(0.9, mode="exact")

@@ -371,7 +371,7 @@ class RapidLLM(OptionFields, LLM):
             return Call(decoder, writer.from_engine(prompt), None, chosen)
         draft = None if draft_prompt is None else writer.from_text(draft_prompt, formatted)
         target = writer.from_text(prompt, formatted)
-        return Call(decoder, target, draft, chosen, reports=reports())
+        return Call(decoder, target, draft, chosen)
 
     def _chat_call(
         self,
@@ -399,7 +399,7 @@ class RapidLLM(OptionFields, LLM):
             draft,
             chosen,
             notes={"dropped_messages": dropped(whole, target)},
-            # A filled template without a context condenses, reranks or extracts; it answers none.
+            # A template without a context, or a text, condenses, reranks or extracts.
             reports=() if isinstance(messages, FilledMessages) else reports(),
         )
 

@@ -1,19 +1,21 @@
 """What an answer cost, as query and chat engines show it: ``response.metadata["rapid"]``.
 
 A response synthesizer hands the LLM text and keeps the response to itself. LlamaIndex's spans tell
-when a synthesizer or chat engine begins, with which nodes, and what it returns: the calls between
-belong to this response.
+when a synthesizer or chat engine begins, with which nodes, and what it returns: the calls between,
+and those that are made while a streaming response is read, belong to this response.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.chat_engine.types import BaseChatEngine
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.span_handlers import NullSpanHandler
@@ -41,6 +43,7 @@ class Report(dict[str, Any]):
     def __init__(self) -> None:
         super().__init__()
         self._calls: dict[int, tuple[Stats, Mapping[str, Any]]] = {}
+        self._response: Any = None  # that does not show it yet
 
     def record(self, call: int, stats: Stats, notes: Mapping[str, Any]) -> None:
         """Put a call's running totals in the place of its earlier ones.
@@ -53,6 +56,20 @@ class Report(dict[str, Any]):
         with _recording:
             self._calls[call] = stats, notes
             self.update(summary(list(self._calls.values())))
+            self._show()
+
+    def show_in(self, response: Any) -> None:
+        """Be ``metadata["rapid"]`` of a response, from the first call on that is recorded."""
+        self._response = response
+        if self:
+            self._show()
+
+    def _show(self) -> None:
+        if self._response is not None:
+            # A StreamingAgentChatResponse has no such field of itself.
+            known = getattr(self._response, "metadata", None) or {}
+            self._response.metadata = {"rapid": self, **known}
+            self._response = None
 
 
 def summary(calls: Sequence[tuple[Stats, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -131,11 +148,15 @@ class _AnswerSpans(NullSpanHandler):
         result: Any | None = None,
         **kwargs: Any,
     ) -> None:
+        answers = _open.get()
         answer = self._closed(id_)
-        if answer is not None and answer.report:
-            # A StreamingAgentChatResponse has no such field of itself.
-            known = getattr(result, "metadata", None) or {}
-            result.metadata = {"rapid": answer.report, **known}  # type: ignore[union-attr]
+        if answer is None or result is None:
+            return
+        answer.report.show_in(result)
+        if isinstance(result, StreamingResponse) and result.response_gen is not None:
+            result.response_gen = _read_within(answers, result.response_gen)
+        elif isinstance(result, AsyncStreamingResponse):
+            result.response_gen = _aread_within(answers, result.response_gen)
 
     def span_drop(
         self,
@@ -155,6 +176,40 @@ class _AnswerSpans(NullSpanHandler):
                 _open.set(answers[:depth])
                 return answer
         return None
+
+
+@contextmanager
+def _within(answers: tuple[_Answer, ...]) -> Generator[None, None, None]:
+    token = _open.set(answers)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
+def _read_within(
+    answers: tuple[_Answer, ...], texts: Generator[str, None, None]
+) -> Generator[str, None, None]:
+    """A stream whose steps, and the calls that they make, belong to answers."""
+    with closing(texts):
+        while True:
+            with _within(answers):
+                text = next(texts, None)
+            if text is None:
+                return
+            yield text
+
+
+async def _aread_within(
+    answers: tuple[_Answer, ...], texts: AsyncGenerator[str, None]
+) -> AsyncGenerator[str, None]:
+    async with aclosing(texts):
+        while True:
+            with _within(answers):
+                text = await anext(texts, None)
+            if text is None:
+                return
+            yield text
 
 
 def watch_engines() -> None:
