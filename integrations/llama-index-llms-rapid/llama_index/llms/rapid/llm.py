@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,7 +35,6 @@ from llama_index.llms.rapid.catalog import DocumentKey
 from llama_index.llms.rapid.counting import count_with
 from llama_index.llms.rapid.documents import Library
 from llama_index.llms.rapid.fields import (
-    KNOWN,
     WORDS,
     OptionFields,
     Options,
@@ -44,6 +42,13 @@ from llama_index.llms.rapid.fields import (
     options_of_call,
 )
 from llama_index.llms.rapid.grounding import ground_text
+from llama_index.llms.rapid.loading import (
+    hub_access,
+    load,
+    not_for_loaded,
+    of_models,
+    require_loaded,
+)
 from llama_index.llms.rapid.messages import PromptWriter
 from llama_index.llms.rapid.statistics import reports, retrieval_confidence, watch_engines
 from llama_index.llms.rapid.templates import (
@@ -142,20 +147,19 @@ class RapidLLM(OptionFields, LLM):
     ) -> None:
         fields |= {"model": model, "drafter": drafter}
         options = {name: fields.pop(name) for name in WORDS & fields.keys()}
-        if by_themselves := fields.keys() - type(self).model_fields.keys():
-            from rapid_llm.models import HUB_ACCESS
-
-            hub = {name: fields.pop(name) for name in HUB_ACCESS & by_themselves}
-            if hub and decoder is not None:
-                raise _not_for_loaded(min(hub))
+        by_themselves = hub_access(fields.keys() - type(self).model_fields.keys())
+        if by_themselves and decoder is not None:
+            raise not_for_loaded(min(by_themselves))
+        if by_themselves:
+            hub = {name: fields.pop(name) for name in by_themselves}
             options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
         given = as_fields(options)
         if decoder is not None:
-            _require_loaded(decoder, given)
+            require_loaded(decoder, given)
             given["model"] = decoder.target.name
         super().__init__(**fields, **given)
         if decoder is not None:
-            self._loaded = {self.model: (_of_models(self._options({}).engine), decoder)}
+            self._loaded = {self.model: (of_models(self._options({}).engine), decoder)}
         if isinstance(self.documents, BaseDocumentStore):
             raise InvalidParameterError(
                 "a docstore cannot be RapidLLM(documents=...), which looks for the retrieved text "
@@ -189,27 +193,13 @@ class RapidLLM(OptionFields, LLM):
         return self._decoder_for(self._options({}).engine)
 
     def _decoder_for(self, engine: EngineConfig) -> RapidDecoder:
-        """The models of a call, loaded when first asked for and when what they depend on changes.
-
-        What says how to reach a hub counts for a call's own ``model`` too; other ``hub_options``
-        do not.
-        """
-        wanted = _of_models(engine)
+        """The models of a call, loaded when first asked for and when their options change."""
+        wanted = of_models(engine)
         loaded, decoder = self._loaded.get(wanted.model, (None, None))
-        if loaded == wanted:
-            return cast("RapidDecoder", decoder)
-        from rapid_llm.decoder import RapidDecoder
-        from rapid_llm.models import HUB_ACCESS
-
-        own, config = wanted.model == self.model, wanted
-        if not own:
-            hub = {k: v for k, v in wanted.hub_options.items() if k in HUB_ACCESS}
-            config = replace(wanted, hub_options=hub)
-        decoder = RapidDecoder.from_config(config)
-        if own:
-            count_with(decoder.tokenizer)
-        self._loaded = {**self._loaded, wanted.model: (wanted, decoder)}
-        return decoder
+        if loaded != wanted:
+            decoder = load(wanted, own=wanted.model == self.model)
+            self._loaded = {**self._loaded, wanted.model: (wanted, decoder)}
+        return cast("RapidDecoder", decoder)
 
     @property
     def _library(self) -> Library:
@@ -417,28 +407,3 @@ class RapidLLM(OptionFields, LLM):
         on_empty, sure = options.retrieval.on_empty, retrieval_confidence()
         retrieved = ground_text(context, self._library, on_empty, sure)
         return grounded_call(retrieved, render, decoder, options, reports())
-
-
-def _of_models(engine: EngineConfig) -> EngineConfig:
-    """What loaded models depend on: all but the template's variables, which each call brings."""
-    return replace(engine, chat_template_kwargs={})
-
-
-def _require_loaded(decoder: RapidDecoder, given: Mapping[str, Any]) -> None:
-    """Raises InvalidParameterError for options that a loaded decoder cannot follow any more."""
-    name = str(given.get("model", decoder.target.name))
-    if name != decoder.target.name:
-        raise InvalidParameterError(
-            f"model={name!r} cannot be used for a loaded decoder of {decoder.target.name!r}: give "
-            "either model= (a name) or decoder= (a loaded RapidDecoder)"
-        )
-    for option, value in given.items():
-        known = KNOWN.get(option)
-        if known and not known.option.per_call and known.checked(value) != known.default:
-            raise _not_for_loaded(option)
-
-
-def _not_for_loaded(option: str) -> InvalidParameterError:
-    return InvalidParameterError(
-        f"{option} cannot be used for a loaded decoder: give it to RapidDecoder.from_pretrained"
-    )

@@ -32,6 +32,7 @@ _ANSWERING = (
 """The spans that end with a response."""
 
 _recording = threading.Lock()
+_END = object()
 
 
 class Report(dict[str, Any]):
@@ -194,8 +195,8 @@ def _read_within(
     with closing(texts):
         while True:
             with _within(answers):
-                text = next(texts, None)
-            if text is None:
+                text: Any = next(texts, _END)
+            if text is _END:
                 return
             yield text
 
@@ -206,8 +207,8 @@ async def _aread_within(
     async with aclosing(texts):
         while True:
             with _within(answers):
-                text = await anext(texts, None)
-            if text is None:
+                text: Any = await anext(texts, _END)
+            if text is _END:
                 return
             yield text
 
