@@ -269,9 +269,13 @@ def test_copies_have_every_option(loaded, called):
 
 
 def test_a_deep_copy_answers_with_the_same_models(decoder):
-    llm = RapidLLM(decoder=decoder, max_tokens=4)
-    assert copy.deepcopy(llm).decoder is decoder
-    assert copy.deepcopy(llm).complete("a").text == llm.complete("a").text
+    llm = RapidLLM(decoder=decoder, max_tokens=4, chat_template_kwargs={"a": 1})
+    copied = copy.deepcopy(llm)
+    assert copied.decoder is decoder
+    assert copied.complete("a").text == llm.complete("a").text
+    copied.chat_template_kwargs["a"] = 2
+    copied.max_tokens = 1
+    assert (llm.chat_template_kwargs, llm.max_tokens) == ({"a": 1}, 4)
 
 
 # --- a guest -------------------------------------------------------------------------------------

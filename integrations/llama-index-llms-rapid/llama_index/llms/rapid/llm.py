@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,25 +31,13 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.storage.docstore import BaseDocumentStore
 from llama_index.core.types import TokenAsyncGen
 
+from llama_index.llms.rapid import loading
 from llama_index.llms.rapid.calls import Call, alast_of, last_of
 from llama_index.llms.rapid.catalog import DocumentKey
 from llama_index.llms.rapid.counting import count_with
 from llama_index.llms.rapid.documents import Library
-from llama_index.llms.rapid.fields import (
-    WORDS,
-    OptionFields,
-    Options,
-    as_fields,
-    options_of_call,
-)
+from llama_index.llms.rapid.fields import WORDS, OptionFields, Options, as_fields, options_of_call
 from llama_index.llms.rapid.grounding import ground_text
-from llama_index.llms.rapid.loading import (
-    hub_access,
-    load,
-    not_for_loaded,
-    of_models,
-    require_loaded,
-)
 from llama_index.llms.rapid.messages import PromptWriter
 from llama_index.llms.rapid.statistics import reports, retrieval_confidence, watch_engines
 from llama_index.llms.rapid.templates import (
@@ -102,6 +91,7 @@ class RapidLLM(OptionFields, LLM):
 
     Every response has in ``raw``: ``usage`` (tokens of the target), ``finish_reason``, and
     ``rapid`` (see :class:`rapid_llm.Stats`; in engines also ``chunk_ids`` and ``document_ids``).
+    With ``documents=``, an engine's response has the latter in ``metadata["rapid"]``.
 
     Args:
         model: the target; by default the packaged model.
@@ -147,19 +137,17 @@ class RapidLLM(OptionFields, LLM):
     ) -> None:
         fields |= {"model": model, "drafter": drafter}
         options = {name: fields.pop(name) for name in WORDS & fields.keys()}
-        by_themselves = hub_access(fields.keys() - type(self).model_fields.keys())
-        if by_themselves and decoder is not None:
-            raise not_for_loaded(min(by_themselves))
-        if by_themselves:
-            hub = {name: fields.pop(name) for name in by_themselves}
-            options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
+        hub = loading.take_hub_access(fields, type(self).model_fields)
+        if hub and decoder is not None:
+            raise loading.not_for_loaded(min(hub))
+        options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
         given = as_fields(options)
         if decoder is not None:
-            require_loaded(decoder, given)
+            loading.require_loaded(decoder, given)
             given["model"] = decoder.target.name
         super().__init__(**fields, **given)
         if decoder is not None:
-            self._loaded = {self.model: (of_models(self._options({}).engine), decoder)}
+            self._loaded = {self.model: (loading.of_models(self._options({}).engine), decoder)}
         if isinstance(self.documents, BaseDocumentStore):
             raise InvalidParameterError(
                 "a docstore cannot be RapidLLM(documents=...), which looks for the retrieved text "
@@ -171,7 +159,8 @@ class RapidLLM(OptionFields, LLM):
         watch_engines()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> RapidLLM:
-        return self.model_copy()  # the weights are shared
+        options = {name: getattr(self, name) for name in OptionFields.model_fields}
+        return self.model_copy(update=copy.deepcopy(options))  # weights and documents are shared
 
     def __getstate__(self) -> dict[str, Any]:
         bare = self.model_copy()  # a pickle names the models, and loads them where it is opened
@@ -194,10 +183,10 @@ class RapidLLM(OptionFields, LLM):
 
     def _decoder_for(self, engine: EngineConfig) -> RapidDecoder:
         """The models of a call, loaded when first asked for and when their options change."""
-        wanted = of_models(engine)
+        wanted = loading.of_models(engine)
         loaded, decoder = self._loaded.get(wanted.model, (None, None))
         if loaded != wanted:
-            decoder = load(wanted, own=wanted.model == self.model)
+            decoder = loading.load(wanted, own=wanted.model == self.model)
             self._loaded = {**self._loaded, wanted.model: (wanted, decoder)}
         return cast("RapidDecoder", decoder)
 
@@ -246,8 +235,7 @@ class RapidLLM(OptionFields, LLM):
             prompt: sent as one user message if the model has a chat template.
             formatted: send the prompt as it is: it already holds the model's control tokens, and
                 whatever in it looks like one is one.
-            kwargs: ``draft_prompt`` (treated as the prompt is), ``chat_template_kwargs``, and any
-                option of a generation.
+            kwargs: ``draft_prompt`` (treated as the prompt is), and options of a call.
         """
         with not_swallowed(prompt):
             return last_of(self._completion_call(prompt, formatted, **kwargs).stream())
@@ -288,7 +276,7 @@ class RapidLLM(OptionFields, LLM):
             messages: of text. A model without a template gets them through
                 ``messages_to_prompt``; one given to the constructor always goes first, and writes
                 a finished prompt. The last one may be the assistant's, to be continued.
-            kwargs: ``draft_messages``, ``chat_template_kwargs``, and any option of a generation.
+            kwargs: ``draft_messages``, and options of a call.
         """
         with not_swallowed(messages):
             last = last_of(self._chat_call(messages, **kwargs).stream())
@@ -320,13 +308,13 @@ class RapidLLM(OptionFields, LLM):
     # --- predict, as engines call it -----------------------------------------------------------
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        """``LLM.apredict``, which would load the model in the event loop."""
+        """Fill a template and answer it; the model is loaded in a thread, not in the event loop."""
         await asyncio.to_thread(lambda: self.decoder)
         # Unwrapped, because this method has its instrumentation span already.
         return cast(str, await inspect.unwrap(LLM.apredict)(self, prompt, **prompt_args))
 
     async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
-        """``LLM.astream``, which would load the model in the event loop."""
+        """:meth:`apredict` as a stream of texts."""
         await asyncio.to_thread(lambda: self.decoder)
         return cast(TokenAsyncGen, await inspect.unwrap(LLM.astream)(self, prompt, **prompt_args))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +43,19 @@ def load(engine: EngineConfig, *, own: bool) -> RapidDecoder:
     return decoder
 
 
-def hub_access(names: set[str]) -> set[str]:
-    """Which of these names say how to reach a hub (``token``, ``revision``, …)."""
+def take_hub_access(arguments: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Take out of arguments those that say how to reach a hub (``token``, ``revision``, …).
+
+    Args:
+        arguments: of the constructor.
+        known: those of them that are something else.
+    """
+    names = arguments.keys() - set(known)
     if not names:
-        return set()  # and torch is not imported
+        return {}  # and torch is not imported
     from rapid_llm.models import HUB_ACCESS
 
-    return names & HUB_ACCESS
+    return {name: arguments.pop(name) for name in names & HUB_ACCESS}
 
 
 def require_loaded(decoder: RapidDecoder, given: Mapping[str, Any]) -> None:

@@ -22,15 +22,15 @@ from rapid_llm.errors import RapidError
 
 
 class PipelineError(RapidError, RuntimeError):
-    """``predict`` or one of its kin, which engines call, failed; ``__cause__`` is the error itself.
+    """A call that an engine made of the LLM failed; ``__cause__`` is the error itself.
 
     LlamaIndex's compact and refine modes take a ``ValueError``, as most of ours are, for a
-    malformed answer, and return "Empty Response". This error is none.
+    malformed answer, and return "Empty Response". This error is no ``ValueError``, so it arrives.
     """
 
 
 class Context(str):
-    """The retrieved text, knowing where it is from.
+    """The retrieved text, with the documents that it is from.
 
     Attributes:
         retrieved: the passages and the documents.
