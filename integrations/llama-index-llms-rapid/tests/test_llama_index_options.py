@@ -211,6 +211,14 @@ def test_a_call_may_name_another_model(loaded, decoder):
     assert llm.decoder is decoder
 
 
+def test_telling_of_itself_loads_no_model(loaded):
+    llm = RapidLLM("one", max_tokens=1)
+    for _ in range(2):
+        assert llm.to_payload() == {"class_name": "RapidLLM", "model_name": "one"}
+        llm.complete("a", model="other")
+    assert [config.model for config in loaded] == ["other"]
+
+
 def test_what_says_how_to_reach_a_hub_counts_for_a_calls_own_model(loaded):
     llm = RapidLLM("one", token="t", hub_options={"variant": "fp16"})
     llm.complete("a", max_tokens=1)

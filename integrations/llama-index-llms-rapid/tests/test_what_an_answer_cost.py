@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
@@ -82,12 +83,15 @@ def answers(engine, method, question=QUESTION):
 # --- query engines -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize", "accumulate"])
+@pytest.mark.parametrize(
+    ("mode", "streaming"),
+    [
+        *product(("compact", "refine", "tree_summarize"), (False, True)),
+        ("accumulate", False),  # which LlamaIndex does not stream
+    ],
+)
 @pytest.mark.parametrize("method", ["query", "aquery"])
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
 def test_a_plain_engines_response_adds_up_its_calls(index, llm, spy, mode, method, streaming):
-    if streaming and mode == "accumulate":
-        pytest.skip("LlamaIndex does not stream it")
     engine = index.as_query_engine(
         llm=llm, similarity_top_k=2, response_mode=ResponseMode(mode), streaming=streaming
     )

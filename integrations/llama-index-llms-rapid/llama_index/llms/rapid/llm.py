@@ -221,7 +221,9 @@ class RapidLLM(OptionFields, LLM):
 
     def to_payload(self) -> dict[str, Any]:
         """What callbacks and events are told about this LLM."""
-        if not self._loaded:  # they must not load the model, least of all in an event loop
+        loaded, _ = self._loaded.get(self.model, (None, None))
+        if loaded != loading.of_models(self._options({}).engine):
+            # They must not load the model, least of all in an event loop.
             return {"class_name": self.class_name(), "model_name": self.model}
         return super().to_payload()
 
