@@ -159,15 +159,19 @@ def sorted_into(options: Mapping[str, Any], *groups: type) -> tuple[Any, ...]:
         InvalidParameterError: an unknown name, an option given twice, or a value outside its range.
     """
     known = options_of(*groups)
-    given = _by_name(options, known)
+    given = by_name(options, known)
     return tuple(
         group(**{name: value for name, value in given.items() if known[name].group is group})
         for group in groups
     )
 
 
-def _by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[str, Any]:
-    """Options under their own names, without those that are None and cannot be."""
+def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[str, Any]:
+    """Options under their own names, without those that are None and cannot be.
+
+    Raises:
+        InvalidParameterError: an unknown name, or an option given twice.
+    """
     names = {alias: each.name for each in known.values() for alias in each.option.aliases}
     given: dict[str, Any] = {}
     for word, value in options.items():
@@ -198,7 +202,7 @@ def changed(settings: _Settings, options: Mapping[str, Any]) -> _Settings:
     None is a value where the option takes it, and else leaves what there is.
     """
     group = type(settings)
-    given = _by_name(options, options_of(group))
+    given = by_name(options, options_of(group))
     return replace(settings, **given)
 
 

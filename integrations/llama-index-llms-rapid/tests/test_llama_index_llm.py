@@ -173,9 +173,8 @@ def test_the_constructor_checks_its_arguments(decoder):
         RapidLLM(decoder=decoder, top_p=0)
     with pytest.raises(ValueError, match="max_token"):
         RapidLLM(decoder=decoder, max_token=5)
-    for both in ({}, {"model": "smollm2-135m", "decoder": decoder}):
-        with pytest.raises(InvalidParameterError, match="either model="):
-            RapidLLM(**both)
+    with pytest.raises(InvalidParameterError, match="either model="):
+        RapidLLM("smollm2-135m", decoder=decoder)
     with pytest.raises(InvalidParameterError, match="RapidDecoder"):
         RapidLLM(decoder=decoder, drafter="other")
     with pytest.raises(InvalidParameterError, match="documents of type int"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, closing
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any, cast
 
 from llama_index.core.base.llms.types import (
     CompletionResponse,
@@ -13,18 +15,16 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
 )
 
-from rapid_llm.config import SamplingParams, SpeculationConfig
-from rapid_llm.decoder import Chunk
-from rapid_llm.encoding import Prompt
+from llama_index.llms.rapid.fields import Options
+from llama_index.llms.rapid.statistics import Report, summary
+from rapid_llm.stats import Stats
+
+if TYPE_CHECKING:
+    from rapid_llm.decoder import Chunk, RapidDecoder
+    from rapid_llm.encoding import Prompt
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to generate: what a call's flat options are sorted into."""
-
-    sampling: SamplingParams
-    speculation: SpeculationConfig
-    chat_template_kwargs: Mapping[str, Any]
+_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -32,49 +32,65 @@ class Call:
     """What goes to the decoder, and what goes into the response beside its answer.
 
     Attributes:
+        decoder: the models.
         target: the target's prompt.
         draft: the drafter's; None without one.
         options: how to generate.
-        notes: added to ``raw["rapid"]``; a reason for having no draft goes before the decoder's.
-        report: gets what ``raw["rapid"]`` gets.
+        confidence: of the retrieval, in [0, 1].
+        draft_skipped: why there is no draft, where the pipeline knows; else the decoder says it.
+        omitted_tokens: tokens of the documents that ``truncate`` left out.
+        notes: what ``raw["rapid"]`` shows beside the statistics.
+        reports: of the engines' answers that this call belongs to.
+        number: tells it from other calls in a report.
     """
 
+    decoder: RapidDecoder
     target: Prompt
     draft: Prompt | None
     options: Options
-    notes: dict[str, Any] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
+    confidence: float = 1.0
+    draft_skipped: str | None = None
+    omitted_tokens: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    reports: tuple[Report, ...] = ()
+    number: int = field(default_factory=partial(next, _numbers))
+
+    def stream(self) -> CompletionResponseGen:
+        """A response a round. Errors of the prompts do not wait for the first one."""
+        self._record(Stats())
+        return self._responses(self.decoder.stream(self.target, self.draft, **self._arguments))
+
+    def astream(self) -> CompletionResponseAsyncGen:
+        """:meth:`stream` for asyncio."""
+        self._record(Stats())
+        return self._aresponses(self.decoder.astream(self.target, self.draft, **self._arguments))
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the decoder's ``stream`` and ``astream``."""
+    def _arguments(self) -> dict[str, Any]:
         return {
             "sampling": self.options.sampling,
             "speculation": self.options.speculation,
-            "chat_template_kwargs": self.options.chat_template_kwargs,
+            "confidence": self.confidence,
+            "chat_template_kwargs": self.options.engine.chat_template_kwargs,
         }
 
-    def responses(self, chunks: Iterator[Chunk]) -> CompletionResponseGen:
-        """A response a chunk."""
+    def _responses(self, chunks: Iterator[Chunk]) -> CompletionResponseGen:
         text = ""
         with closing(cast(Any, chunks)):
             for chunk in chunks:
                 text += chunk.text
                 yield self._response(text, chunk)
 
-    async def aresponses(self, chunks: AsyncIterator[Chunk]) -> CompletionResponseAsyncGen:
-        """A response a chunk."""
+    async def _aresponses(self, chunks: AsyncIterator[Chunk]) -> CompletionResponseAsyncGen:
         text = ""
-        async with aclosing(cast(AsyncGenerator[Chunk, None], chunks)):
+        async with aclosing(cast(AsyncGenerator["Chunk", None], chunks)):
             async for chunk in chunks:
                 text += chunk.text
                 yield self._response(text, chunk)
 
     def _response(self, text: str, chunk: Chunk) -> CompletionResponse:
         """The answer so far, after a chunk."""
-        stats = chunk.stats
-        self.report.update(stats.as_dict() | self.notes)
-        self.report["draft_skipped"] = self.notes.get("draft_skipped") or stats.draft_skipped
+        stats = self._record(chunk.stats)
         return CompletionResponse(
             text=text,
             delta=chunk.text,
@@ -86,9 +102,20 @@ class Call:
                     "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
                 },
                 "finish_reason": chunk.finish_reason,
-                "rapid": dict(self.report),
+                "rapid": summary([(stats, self.notes)]),
             },
         )
+
+    def _record(self, stats: Stats) -> Stats:
+        """The decoder's statistics with what the pipeline knows, put into the reports."""
+        stats = replace(
+            stats,
+            draft_skipped=self.draft_skipped or stats.draft_skipped,
+            omitted_tokens=self.omitted_tokens,
+        )
+        for report in self.reports:
+            report.record(self.number, stats, self.notes)
+        return stats
 
 
 def last_of(responses: CompletionResponseGen) -> CompletionResponse:

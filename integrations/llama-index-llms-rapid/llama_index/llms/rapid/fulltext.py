@@ -87,7 +87,7 @@ class FullText:
 
 
 def telling(passage: str, document: FullText) -> bool:
-    """Whether a passage that only this document holds says that it is from there.
+    """Whether a passage is long enough to tell that it is from this document.
 
     A few words may stand in a document by chance; they do not open it to the target, unless they
     are all that there is in it.

@@ -10,6 +10,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from llama_index.llms.rapid.documents import Library
 from llama_index.llms.rapid.fulltext import FullText, lines_around, lines_of
 from llama_index.llms.rapid.passages import locate
+from llama_index.llms.rapid.statistics import confidence_of
 from rapid_llm.config import OnEmpty
 from rapid_llm.context.retrieved import SEPARATOR, Grounding, Passage, ground
 from rapid_llm.errors import DocumentError
@@ -24,11 +25,13 @@ class Retrieved:
         beside: what the target reads after the documents, as it says more than they do: labels of
             sources, summaries, answers to sub-questions; empty if there is nothing of the kind.
         documents: the ids of what was read whole.
+        confidence: of the retrieval, in [0, 1].
     """
 
     grounding: Grounding
     beside: str
     documents: tuple[str, ...]
+    confidence: float
 
     @property
     def empty(self) -> bool:
@@ -84,11 +87,13 @@ def ground_nodes(
         )
     ]
     named = (name for name in grounding.document_ids if name and name not in own)
-    return Retrieved(grounding, SEPARATOR.join(beside), tuple(named))
+    return Retrieved(grounding, SEPARATOR.join(beside), tuple(named), confidence_of(nodes))
 
 
-def ground_text(context: str, library: Library, on_empty: OnEmpty = "empty") -> Retrieved:
-    """The contexts where only the retrieved text is known.
+def ground_text(
+    context: str, library: Library, on_empty: OnEmpty = "empty", confidence: float = 1.0
+) -> Retrieved:
+    """The contexts where only the retrieved text is known, and the confidence of the retrieval.
 
     The target reads the documents that hold a passage of it; those of a function, which is called
     with ``context``, in any case. Text that is in no document stays as it is.
@@ -107,13 +112,13 @@ def ground_text(context: str, library: Library, on_empty: OnEmpty = "empty") -> 
                 "read: return the text of the document that the retrieved text is from"
             )
         grounding = ground([Passage(context, "")], {"": FullText("", (text,)).shown})
-        return Retrieved(grounding, "", ())
+        return Retrieved(grounding, "", (), confidence)
     documents = {document.name: document for document in library.all()}
     passages, whole = locate(context, list(documents.values()))
     texts = {p.document_id: documents[p.document_id or ""].shown for p in passages}
     grounding = replace(ground(passages, texts), draft=context, empty_reason=None)
     named = tuple(name for name in grounding.document_ids if name)
-    return Retrieved(grounding, "" if whole else context, named)
+    return Retrieved(grounding, "" if whole else context, named, confidence)
 
 
 def _passage(node: BaseNode, shown: str, source: FullText) -> Passage:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from llama_index.core.base.llms.generic_utils import (
     astream_completion_response_to_chat_response,
     completion_response_to_chat_response,
     stream_completion_response_to_chat_response,
-)
-from llama_index.core.base.llms.generic_utils import (
-    messages_to_prompt as default_messages_to_prompt,
 )
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -28,17 +26,20 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM, default_completion_to_prompt
+from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.storage.docstore import BaseDocumentStore
 from llama_index.core.types import TokenAsyncGen
 
-from llama_index.llms.rapid.calls import Call, Options, alast_of, last_of
+from llama_index.llms.rapid import loading
+from llama_index.llms.rapid.calls import Call, alast_of, last_of
 from llama_index.llms.rapid.catalog import DocumentKey
 from llama_index.llms.rapid.counting import count_with
 from llama_index.llms.rapid.documents import Library
+from llama_index.llms.rapid.fields import WORDS, OptionFields, Options, as_fields, options_of_call
 from llama_index.llms.rapid.grounding import ground_text
-from llama_index.llms.rapid.messages import as_dict, literal
+from llama_index.llms.rapid.messages import PromptWriter
+from llama_index.llms.rapid.statistics import reports, retrieval_confidence, watch_engines
 from llama_index.llms.rapid.templates import (
     Context,
     FilledMessages,
@@ -47,38 +48,23 @@ from llama_index.llms.rapid.templates import (
     refillable,
 )
 from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns, template_variables
-from rapid_llm.chat import checked_variables
-from rapid_llm.config import (
-    Mode,
-    OnEmpty,
-    Quantization,
-    SamplingParams,
-    SpeculationConfig,
-    from_options,
-)
-from rapid_llm.decoder import RapidDecoder
-from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
+from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.models import HUB_ACCESS
 
-_OPTIONS = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "stop",
-    "seed",
-    "gamma",
-    "eta",
-    "alpha",
-    "mode",
-)
-"""The fields that are options of a generation; any of them may be given per call."""
+if TYPE_CHECKING:
+    from rapid_llm.decoder import RapidDecoder
+    from rapid_llm.encoding import Prompt
 
 
-class RapidLLM(LLM):
+class RapidLLM(OptionFields, LLM):
     """A target that reads whole documents, and a drafter that reads what was retrieved from them.
+
+    Its fields are the options of :class:`rapid_llm.SamplingParams`,
+    :class:`rapid_llm.SpeculationConfig` and :class:`rapid_llm.EngineConfig`, and ``truncate`` and
+    ``on_empty`` of :class:`rapid_llm.RetrievalConfig`; arguments of ``from_pretrained`` that say
+    how to reach a hub (``token``, ``revision``, ``cache_dir``, …) may be given by themselves. A
+    call may be given any of them but those that belong to loaded models; None leaves the field's
+    value, but where None is a value (``seed``, ``repetition_penalty``, ``timeout``, ``truncate``).
 
     The model is loaded at its first use (a call, or ``metadata``, which query engines ask for when
     they are built), once for all objects that name it.
@@ -105,116 +91,40 @@ class RapidLLM(LLM):
 
     Every response has in ``raw``: ``usage`` (tokens of the target), ``finish_reason``, and
     ``rapid`` (see :class:`rapid_llm.Stats`; in engines also ``chunk_ids`` and ``document_ids``).
+    With ``documents=``, an engine's response has the latter in ``metadata["rapid"]``.
+
+    Args:
+        model: the target; by default the packaged model.
+        drafter: another model that drafts.
+        decoder: loaded models in the place of those named. Options that belong to loaded models,
+            and the name of another model, cannot be given beside it.
+        fields: the other fields, by name.
 
     Raises:
-        InvalidParameterError: neither ``model`` nor ``decoder`` is given, or both; a value outside
-            its range; an unknown option of a call.
+        InvalidParameterError: an option that cannot be used with ``decoder``, or that a call does
+            not have; a value outside its range.
         ContextWindowError: a prompt does not fit (in engines: :class:`PipelineError` from it).
         ModelError: the model cannot be loaded.
     """
 
     model_config = ConfigDict(extra="forbid")  # a misspelt parameter must not pass unseen
 
-    model: str | None = Field(
-        default=None,
-        description="The target: hub id, folder, GGUF file, or smollm2-135m (packaged).",
-    )
-    drafter: str | None = Field(
-        default=None, description="The drafter, of the same tokenizer; None: the target drafts."
-    )
     documents: Any = Field(
         default=None,
         exclude=True,
         repr=False,
-        description="What the target reads in query and chat engines: one text or Document, "
-        "several Documents or a mapping (read are those that hold a retrieved passage), or a "
-        "function of the retrieved text.",
+        description="What the target reads in query and chat engines: one text or Document; "
+        "several Documents or a mapping, of which it reads those that hold a retrieved passage; "
+        "or a function of the retrieved text.",
     )
     document_key: Any = Field(
         default=None,
         exclude=True,
-        description="Which Documents are parts of one document: those of one value of this "
-        "metadata key, or of a function of a Document; None: those of one file_path.",
-    )
-    on_empty: OnEmpty = Field(
-        default="empty",
-        description="Where nothing was retrieved: empty does what LlamaIndex does, read_all lets "
-        "the target read all documents.",
-    )
-    max_tokens: int = Field(default=256, description="Tokens to generate at most.")
-    temperature: float = Field(
-        default=SamplingParams.temperature, description="0 decodes greedily."
-    )
-    top_p: float = Field(default=SamplingParams.top_p, description="Nucleus mass in (0, 1].")
-    top_k: int = Field(
-        default=SamplingParams.top_k, description="Most likely tokens kept; 0 keeps all."
-    )
-    repetition_penalty: float | None = Field(
-        default=SamplingParams.repetition_penalty,
-        description="1 is none; None is what the model's generation_config says.",
-    )
-    stop: str | list[str] | None = Field(
-        default=None, description="Strings that end the answer; they are cut from the text."
-    )
-    seed: int | None = Field(
-        default=SamplingParams.seed, description="Seeds each call; None draws afresh."
-    )
-    gamma: int | Literal["auto"] = Field(
-        default=SpeculationConfig.gamma,
-        description="Tokens drafted a round; auto follows the measured costs and the acceptance.",
-    )
-    eta: float = Field(
-        default=SpeculationConfig.eta, description="Strength of the knowledge transfer."
-    )
-    alpha: float = Field(
-        default=SpeculationConfig.alpha,
-        description="Tail protection: tokens with q < alpha * max(q) get no transfer.",
-    )
-    mode: Mode = Field(
-        default=SpeculationConfig.mode,
-        description="exact (the target's own distribution), augmented or paper.",
-    )
-    truncate: Literal["middle"] | None = Field(
-        default=None,
-        description="In engines: middle cuts documents that do not fit into the context window, "
-        "around what was retrieved from them; None refuses them.",
-    )
-    dtype: str = Field(default="auto", description="Of both models; auto is the checkpoint's.")
-    device: str | None = Field(
-        default=None, description="Of the target; None takes CUDA if there is one."
-    )
-    drafter_device: str | None = Field(
-        default=None, description="Of the drafter; None puts it beside the target."
-    )
-    drafter_quantization: Quantization | None = Field(
-        default="auto",
-        description="int8 drafts with int8 weights; auto does so where it pays; None never.",
-    )
-    kv_cache_bytes: int | None = Field(
-        default=None,
-        ge=0,
-        description="Of prompts' KV kept between calls; None is a quarter of the device's memory, "
-        "0 is none.",
-    )
-    kv_cache_dir: str | None = Field(
-        default=None,
-        description="A folder that keeps the KV of long prompts across processes; None keeps it in "
-        "memory only.",
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        default=None,
-        description="Variables of the model's chat template, such as enable_thinking; a call's own "
-        "are added to them.",
-    )
-    hub_options: dict[str, Any] = Field(
-        default_factory=dict,
-        exclude=True,  # there may be a token in it
-        repr=False,
-        description="Options of from_pretrained, such as token, revision and cache_dir, of the "
-        "target and of a drafter loaded by name.",
+        description="Metadata key, or function of a Document, whose value is common to the "
+        "Documents that are one; by default file_path.",
     )
 
-    _decoder: RapidDecoder | None = PrivateAttr(default=None)
+    _loaded: dict[str, tuple[EngineConfig, Any]] = PrivateAttr(default_factory=dict)
     _known: tuple[Any, DocumentKey | None, Library] | None = PrivateAttr(default=None)
 
     def __init__(
@@ -223,33 +133,21 @@ class RapidLLM(LLM):
         drafter: str | Path | None = None,
         *,
         decoder: RapidDecoder | None = None,
-        kv_cache_dir: str | Path | None = None,
         **fields: Any,
     ) -> None:
-        if (model is None) == (decoder is None):
-            raise InvalidParameterError(
-                "give either model= (a name) or decoder= (a loaded RapidDecoder), not both or none"
-            )
+        fields |= {"model": model, "drafter": drafter}
+        options = {name: fields.pop(name) for name in WORDS & fields.keys()}
+        hub = loading.take_hub_access(fields, type(self).model_fields)
+        if hub and decoder is not None:
+            raise loading.not_for_loaded(min(hub))
+        options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
+        given = as_fields(options)
         if decoder is not None:
-            if drafter is not None:
-                raise InvalidParameterError(
-                    f"drafter={str(drafter)!r} cannot be added to a loaded decoder: give the "
-                    "drafter to RapidDecoder"
-                )
-            model = decoder.target.name
-            if named := sorted(HUB_ACCESS & fields.keys()):
-                raise InvalidParameterError(
-                    f"{named[0]} cannot be used for a loaded decoder: give it to "
-                    "RapidDecoder.from_pretrained"
-                )
-        hub = {name: fields.pop(name) for name in HUB_ACCESS & fields.keys()}
-        if hub:
-            fields["hub_options"] = {**(fields.get("hub_options") or {}), **hub}
-        paths = {"model": model, "drafter": drafter, "kv_cache_dir": kv_cache_dir}
-        fields |= {name: None if path is None else str(path) for name, path in paths.items()}
-        super().__init__(**fields)
-        self._decoder = decoder
-        self._options({})
+            loading.require_loaded(decoder, given)
+            given["model"] = decoder.target.name
+        super().__init__(**fields, **given)
+        if decoder is not None:
+            self._loaded = {self.model: (loading.of_models(self._options({}).engine), decoder)}
         if isinstance(self.documents, BaseDocumentStore):
             raise InvalidParameterError(
                 "a docstore cannot be RapidLLM(documents=...), which looks for the retrieved text "
@@ -258,9 +156,16 @@ class RapidLLM(LLM):
             )
         if self.documents is not None:
             Library(self.documents, self.document_key)
+        watch_engines()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> RapidLLM:
-        return self.model_copy()  # the weights are shared
+        options = {name: getattr(self, name) for name in OptionFields.model_fields}
+        return self.model_copy(update=copy.deepcopy(options))  # weights and documents are shared
+
+    def __getstate__(self) -> dict[str, Any]:
+        bare = self.model_copy()  # a pickle names the models, and loads them where it is opened
+        bare._loaded, bare._known = {}, None
+        return super(RapidLLM, bare).__getstate__()
 
     @classmethod
     def class_name(cls) -> str:
@@ -274,21 +179,16 @@ class RapidLLM(LLM):
         Raises:
             ModelError: a model cannot be loaded.
         """
-        if self._decoder is None:
-            assert self.model is not None
-            self._decoder = RapidDecoder.from_pretrained(
-                self.model,
-                self.drafter,
-                dtype=self.dtype,
-                device=self.device,
-                drafter_device=self.drafter_device,
-                drafter_quantization=self.drafter_quantization,
-                kv_cache_bytes=self.kv_cache_bytes,
-                kv_cache_dir=self.kv_cache_dir,
-                **self.hub_options,
-            )
-            count_with(self._decoder.tokenizer)
-        return self._decoder
+        return self._decoder_for(self._options({}).engine)
+
+    def _decoder_for(self, engine: EngineConfig) -> RapidDecoder:
+        """The models of a call, loaded when first asked for and when their options change."""
+        wanted = loading.of_models(engine)
+        loaded, decoder = self._loaded.get(wanted.model, (None, None))
+        if loaded != wanted:
+            decoder = loading.load(wanted, own=wanted.model == self.model)
+            self._loaded = {**self._loaded, wanted.model: (wanted, decoder)}
+        return cast("RapidDecoder", decoder)
 
     @property
     def _library(self) -> Library:
@@ -308,19 +208,23 @@ class RapidLLM(LLM):
         they keep free of the window: ``max_tokens``, but never more than half of it, and what the
         chat template adds.
         """
-        count_with(self.decoder.tokenizer)
-        window = self.decoder.target.context_window
+        decoder = self.decoder
+        count_with(decoder.tokenizer)
+        window, writer = decoder.target.context_window, self._writer(decoder)
+        beside = writer.template_tokens(template_variables(decoder, self._options({})))
         return LLMMetadata(
             context_window=window,
-            num_output=min(self.max_tokens, window // 2) + self._template_tokens,
-            is_chat_model=self._has_chat_template,
-            model_name=str(self.model),
+            num_output=min(self.max_tokens, window // 2) + beside,
+            is_chat_model=writer.has_template,
+            model_name=self.model,
         )
 
     def to_payload(self) -> dict[str, Any]:
         """What callbacks and events are told about this LLM."""
-        if self._decoder is None:  # they must not load the model, least of all in an event loop
-            return {"class_name": self.class_name(), "model_name": str(self.model)}
+        loaded, _ = self._loaded.get(self.model, (None, None))
+        if loaded != loading.of_models(self._options({}).engine):
+            # They must not load the model, least of all in an event loop.
+            return {"class_name": self.class_name(), "model_name": self.model}
         return super().to_payload()
 
     # --- complete ------------------------------------------------------------------------------
@@ -333,11 +237,10 @@ class RapidLLM(LLM):
             prompt: sent as one user message if the model has a chat template.
             formatted: send the prompt as it is: it already holds the model's control tokens, and
                 whatever in it looks like one is one.
-            kwargs: ``draft_prompt`` (treated as the prompt is), ``chat_template_kwargs``, and any
-                option of a generation.
+            kwargs: ``draft_prompt`` (treated as the prompt is), and options of a call.
         """
         with not_swallowed(prompt):
-            return last_of(self._stream(self._completion_call(prompt, formatted, **kwargs)))
+            return last_of(self._completion_call(prompt, formatted, **kwargs).stream())
 
     @llm_completion_callback()
     def stream_complete(
@@ -345,7 +248,7 @@ class RapidLLM(LLM):
     ) -> CompletionResponseGen:
         """:meth:`complete`, a response a round; closing the generator stops the model."""
         with not_swallowed(prompt):
-            return self._stream(self._completion_call(prompt, formatted, **kwargs))
+            return self._completion_call(prompt, formatted, **kwargs).stream()
 
     @llm_completion_callback()
     async def acomplete(
@@ -354,7 +257,7 @@ class RapidLLM(LLM):
         """:meth:`complete` without blocking the event loop."""
         with not_swallowed(prompt):
             call = await asyncio.to_thread(self._completion_call, prompt, formatted, **kwargs)
-            return await alast_of(self._astream(call))
+            return await alast_of(call.astream())
 
     @llm_completion_callback()
     async def astream_complete(
@@ -363,7 +266,7 @@ class RapidLLM(LLM):
         """:meth:`stream_complete` without blocking the event loop."""
         with not_swallowed(prompt):
             call = await asyncio.to_thread(self._completion_call, prompt, formatted, **kwargs)
-        return self._astream(call)
+        return call.astream()
 
     # --- chat ----------------------------------------------------------------------------------
 
@@ -375,17 +278,17 @@ class RapidLLM(LLM):
             messages: of text. A model without a template gets them through
                 ``messages_to_prompt``; one given to the constructor always goes first, and writes
                 a finished prompt. The last one may be the assistant's, to be continued.
-            kwargs: ``draft_messages``, ``chat_template_kwargs``, and any option of a generation.
+            kwargs: ``draft_messages``, and options of a call.
         """
         with not_swallowed(messages):
-            last = last_of(self._stream(self._chat_call(messages, **kwargs)))
+            last = last_of(self._chat_call(messages, **kwargs).stream())
         return completion_response_to_chat_response(last)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """:meth:`chat`, a response a round; closing the generator stops the model."""
         with not_swallowed(messages):
-            responses = self._stream(self._chat_call(messages, **kwargs))
+            responses = self._chat_call(messages, **kwargs).stream()
         return stream_completion_response_to_chat_response(responses)
 
     @llm_chat_callback()
@@ -393,7 +296,7 @@ class RapidLLM(LLM):
         """:meth:`chat` without blocking the event loop."""
         with not_swallowed(messages):
             call = await asyncio.to_thread(self._chat_call, messages, **kwargs)
-            return completion_response_to_chat_response(await alast_of(self._astream(call)))
+            return completion_response_to_chat_response(await alast_of(call.astream()))
 
     @llm_chat_callback()
     async def astream_chat(
@@ -402,18 +305,18 @@ class RapidLLM(LLM):
         """:meth:`stream_chat` without blocking the event loop."""
         with not_swallowed(messages):
             call = await asyncio.to_thread(self._chat_call, messages, **kwargs)
-        return astream_completion_response_to_chat_response(self._astream(call))
+        return astream_completion_response_to_chat_response(call.astream())
 
     # --- predict, as engines call it -----------------------------------------------------------
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        """``LLM.apredict``, which would load the model in the event loop."""
+        """Fill a template and answer it; the model is loaded in a thread, not in the event loop."""
         await asyncio.to_thread(lambda: self.decoder)
         # Unwrapped, because this method has its instrumentation span already.
         return cast(str, await inspect.unwrap(LLM.apredict)(self, prompt, **prompt_args))
 
     async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
-        """``LLM.astream``, which would load the model in the event loop."""
+        """:meth:`apredict` as a stream of texts."""
         await asyncio.to_thread(lambda: self.decoder)
         return cast(TokenAsyncGen, await inspect.unwrap(LLM.astream)(self, prompt, **prompt_args))
 
@@ -427,48 +330,28 @@ class RapidLLM(LLM):
 
     # --- from LlamaIndex's arguments to the decoder's ------------------------------------------
 
-    @property
-    def _has_chat_template(self) -> bool:
-        return bool(self.decoder.tokenizer.chat_template)
+    def _options(self, call: Mapping[str, Any]) -> Options:
+        return options_of_call(self, call)
 
-    @property
-    def _template_tokens(self) -> int:
-        """What the chat template adds to a user's message, alone or after the system's."""
-        if not self._has_chat_template:
-            return 0
-        tokenizer = self.decoder.tokenizer
-        variables = template_variables(self.decoder, self._options({}))
-        system, user = ({"role": role, "content": "a"} for role in ("system", "user"))
-        content = len(encode_literal("a", tokenizer))
-        return max(
-            len(encode_prompt(chat, tokenizer, variables)) - content * len(chat)
-            for chat in ([user], [system, user])
-        )
-
-    def _options(self, given: Mapping[str, Any]) -> Options:
-        call = dict(given)
-        variables = checked_variables(self.chat_template_kwargs)
-        variables |= checked_variables(call.pop("chat_template_kwargs", None))
-        own = {name: getattr(self, name) for name in _OPTIONS}
-        chosen = own | {k: v for k, v in call.items() if v is not None or k == "seed"}
-        return Options(*from_options(chosen), variables)
+    def _writer(self, decoder: RapidDecoder) -> PromptWriter:
+        return PromptWriter(decoder.tokenizer, self.messages_to_prompt, self.completion_to_prompt)
 
     def _completion_call(
         self, prompt: str, formatted: bool, *, draft_prompt: str | None = None, **options: Any
     ) -> Call:
         chosen = self._options(options)
+        decoder = self._decoder_for(chosen.engine)
+        writer = self._writer(decoder)
         if isinstance(prompt, FilledPrompt) and prompt.context is not None:
             fill = prompt.fill
             return self._grounded_call(
-                lambda text: self._from_engine(fill(text)), prompt.context, chosen
+                lambda text: writer.from_engine(fill(text)), prompt.context, decoder, chosen
             )
         if isinstance(prompt, FilledPrompt):  # an engine says formatted=True of any prompt
-            return Call(self._from_engine(prompt), None, chosen)
-        return Call(
-            target=self._from_text(prompt, formatted),
-            draft=None if draft_prompt is None else self._from_text(draft_prompt, formatted),
-            options=chosen,
-        )
+            return Call(decoder, writer.from_engine(prompt), None, chosen)
+        draft = None if draft_prompt is None else writer.from_text(draft_prompt, formatted)
+        target = writer.from_text(prompt, formatted)
+        return Call(decoder, target, draft, chosen)
 
     def _chat_call(
         self,
@@ -478,58 +361,39 @@ class RapidLLM(LLM):
         **options: Any,
     ) -> Call:
         chosen = self._options(options)
+        decoder = self._decoder_for(chosen.engine)
+        writer = self._writer(decoder)
         if isinstance(messages, FilledMessages) and messages.context is not None:
             fill = messages.fill
             return self._grounded_call(
-                lambda text: self._from_messages(fill(text)), messages.context, chosen
+                lambda text: writer.from_messages(fill(text)), messages.context, decoder, chosen
             )
-        decoder = self.decoder
-        whole, draft = self._from_messages(messages), None
+        whole, draft = writer.from_messages(messages), None
         target = latest_turns(whole, decoder, decoder.target, chosen)
         if draft_messages is not None:
-            draft = self._from_messages(draft_messages)
+            draft = writer.from_messages(draft_messages)
             draft = latest_turns(draft, decoder, decoder.drafter, chosen)
-        return Call(target, draft, chosen, notes={"dropped_messages": dropped(whole, target)})
+        return Call(
+            decoder,
+            target,
+            draft,
+            chosen,
+            notes={"dropped_messages": dropped(whole, target)},
+            # A template without a context, or a text, condenses, reranks or extracts.
+            reports=() if isinstance(messages, FilledMessages) else reports(),
+        )
 
     def _grounded_call(
-        self, render: Callable[[str], Prompt], context: str, options: Options
+        self,
+        render: Callable[[str], Prompt],
+        context: str,
+        decoder: RapidDecoder,
+        options: Options,
     ) -> Call:
         """The prompt with the documents for the target, with the retrieved text for the drafter."""
         if isinstance(context, Context):
-            retrieved, report = context.retrieved, context.report
-        else:
-            retrieved, report = ground_text(context, self._library, self.on_empty), {}
-        return grounded_call(retrieved, render, self.decoder, options, self.truncate, report)
-
-    def _from_text(self, prompt: str, formatted: bool) -> Prompt:
-        if formatted:
-            return prompt
-        own = self.completion_to_prompt
-        if own is not None and own is not default_completion_to_prompt:
-            return own(prompt)
-        if self._has_chat_template:
-            return [{"role": "user", "content": prompt}]
-        return literal(prompt, self.decoder.tokenizer)
-
-    def _from_engine(self, prompt: str) -> Prompt:
-        """What an engine wrote; only one's own functions write control tokens into it."""
-        own = (self.completion_to_prompt, self.messages_to_prompt)
-        defaults = (None, default_completion_to_prompt, default_messages_to_prompt)
-        if all(function in defaults for function in own):
-            return literal(prompt, self.decoder.tokenizer)
-        return str(prompt)
-
-    def _from_messages(self, messages: Sequence[ChatMessage]) -> Prompt:
-        own = self.messages_to_prompt or default_messages_to_prompt
-        if own is not default_messages_to_prompt:
-            return own(messages)
-        if self._has_chat_template:
-            return [as_dict(message) for message in messages]
-        return literal(own(messages), self.decoder.tokenizer)
-
-    def _stream(self, call: Call) -> CompletionResponseGen:
-        # The decoder checks the prompts in this call, so errors do not wait for the first token.
-        return call.responses(self.decoder.stream(call.target, call.draft, **call.arguments))
-
-    def _astream(self, call: Call) -> CompletionResponseAsyncGen:
-        return call.aresponses(self.decoder.astream(call.target, call.draft, **call.arguments))
+            answers = (context.report, *reports())
+            return grounded_call(context.retrieved, render, decoder, options, answers)
+        on_empty, sure = options.retrieval.on_empty, retrieval_confidence()
+        retrieved = ground_text(context, self._library, on_empty, sure)
+        return grounded_call(retrieved, render, decoder, options, reports())

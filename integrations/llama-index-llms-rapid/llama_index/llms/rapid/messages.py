@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from llama_index.core.base.llms.generic_utils import (
+    messages_to_prompt as default_messages_to_prompt,
+)
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ThinkingBlock
-from transformers import PreTrainedTokenizerBase
+from llama_index.core.llms.llm import default_completion_to_prompt
 
-from rapid_llm.encoding import Prompt, encode_literal
 from rapid_llm.surrogates import without_surrogates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rapid_llm.encoding import Prompt
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -19,8 +27,81 @@ _ROLES = {
 """Other providers' roles, by the names that chat templates know."""
 
 
+class PromptWriter:
+    """Writes the prompts of one model.
+
+    Args:
+        tokenizer: the model's.
+        messages_to_prompt: the user's function from messages to a finished prompt; None or
+            LlamaIndex's default leave it to the model's chat template.
+        completion_to_prompt: the same from a text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages_to_prompt: Callable[[Sequence[ChatMessage]], str] | None = None,
+        completion_to_prompt: Callable[[str], str] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._of_messages = _own(messages_to_prompt, default_messages_to_prompt)
+        self._of_text = _own(completion_to_prompt, default_completion_to_prompt)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model has a chat template."""
+        return bool(self._tokenizer.chat_template)
+
+    def template_tokens(self, variables: Mapping[str, Any]) -> int:
+        """Tokens that the chat template adds to a user's message, alone or after the system's.
+
+        Args:
+            variables: of the template.
+        """
+        if not self.has_template:
+            return 0
+        from rapid_llm.encoding import encode_literal, encode_prompt
+
+        tokenizer = self._tokenizer
+        system, user = ({"role": role, "content": "a"} for role in ("system", "user"))
+        content = len(encode_literal("a", tokenizer))
+        return max(
+            len(encode_prompt(chat, tokenizer, variables)) - content * len(chat)
+            for chat in ([user], [system, user])
+        )
+
+    def from_text(self, text: str, formatted: bool = False) -> Prompt:
+        """The prompt of a completion; a formatted one is taken with its control tokens."""
+        if formatted:
+            return text
+        if self._of_text is not None:
+            return self._of_text(text)
+        if self.has_template:
+            return [{"role": "user", "content": text}]
+        return literal(text, self._tokenizer)
+
+    def from_engine(self, text: str) -> Prompt:
+        """The text an engine wrote; only the user's functions write control tokens into it."""
+        if self._of_text is None and self._of_messages is None:
+            return literal(text, self._tokenizer)
+        return str(text)
+
+    def from_messages(self, messages: Sequence[ChatMessage]) -> Prompt:
+        """The prompt of a chat."""
+        if self._of_messages is not None:
+            return self._of_messages(messages)
+        if self.has_template:
+            return [as_dict(message) for message in messages]
+        return literal(default_messages_to_prompt(messages), self._tokenizer)
+
+
+def _own(function: Callable[..., str] | None, default: object) -> Callable[..., str] | None:
+    """The user's function; LlamaIndex fills in its default where there is none."""
+    return None if function is default else function
+
+
 def as_dict(message: ChatMessage) -> dict[str, Any]:
-    """A message for the chat template; parts that are no text are refused there."""
+    """A message for the chat template, which refuses parts other than text."""
     role = _ROLES.get(message.role, message.role.value)
     if all(isinstance(block, TextBlock) for block in message.blocks):
         return {"role": role, "content": message.content or ""}
@@ -37,6 +118,8 @@ def _part(block: Any) -> dict[str, Any]:
 
 def literal(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """A prompt for a model without a chat template; control tokens in it are ordinary text."""
+    from rapid_llm.encoding import encode_literal
+
     text = without_surrogates(text)
     ids = encode_literal(text, tokenizer)
     if ids == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:

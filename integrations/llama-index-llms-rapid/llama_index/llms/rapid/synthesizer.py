@@ -58,6 +58,9 @@ class RapidSynthesizer(BaseSynthesizer):
     found. A node of none is read as it is, in its place among them, and where a node says more than
     its document (a citation's label, a summary), the target reads it after the documents.
 
+    With ``dynamic_eta``, the nodes' scores tell how sure the retrieval was, where all of them are
+    within [-1, 1], as cosine similarities are.
+
     If nothing was retrieved the answer is LlamaIndex's "Empty Response", and no model is asked.
 
     The response has the nodes in ``source_nodes`` and their metadata in ``metadata``, as every
@@ -65,17 +68,17 @@ class RapidSynthesizer(BaseSynthesizer):
     streaming response: complete when the stream has ended).
 
     Args:
-        llm: the models; None takes ``Settings.llm``.
+        llm: a RapidLLM; None takes ``Settings.llm``.
         documents: the full texts: one text, a list of Documents, a mapping from document ids to
             texts or Documents, a docstore that holds the documents, or a function of the id. The
-            id is a node's ``ref_doc_id``. Of one text is whatever was retrieved.
+            id is a node's ``ref_doc_id``. A single text is the document of every node.
         document_key: the metadata key, or a function of a Document or node, whose value is common
             to the Documents that are one; None joins those of one file.
         on_empty: ``read_all`` lets the target read all documents, without a draft, if nothing was
             retrieved and they can be listed; None takes the LLM's.
-        text_qa_template: with ``context_str`` and ``query_str``; LlamaIndex's own by default.
-        streaming: answer with a streaming response. It must be set here: ``as_query_engine``
-            does not pass it on to a given synthesizer.
+        text_qa_template: template with ``context_str`` and ``query_str``; LlamaIndex's by default.
+        streaming: whether responses stream. It must be set here: ``as_query_engine`` does not pass
+            it on to a given synthesizer.
         callback_manager: as for every synthesizer.
 
     Raises:

@@ -17,19 +17,20 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
 
 from llama_index.llms.rapid.grounding import Retrieved
+from llama_index.llms.rapid.statistics import Report
 from rapid_llm.errors import RapidError
 
 
 class PipelineError(RapidError, RuntimeError):
-    """``predict`` or one of its kin, which engines call, failed; ``__cause__`` is the error itself.
+    """A call that an engine made of the LLM failed; ``__cause__`` is the error itself.
 
     LlamaIndex's compact and refine modes take a ``ValueError``, as most of ours are, for a
-    malformed answer, and return "Empty Response". This error is none.
+    malformed answer, and return "Empty Response". This error is no ``ValueError``, so it arrives.
     """
 
 
 class Context(str):
-    """The retrieved text, knowing where it is from.
+    """The retrieved text, with the documents that it is from.
 
     Attributes:
         retrieved: the passages and the documents.
@@ -37,11 +38,11 @@ class Context(str):
     """
 
     retrieved: Retrieved
-    report: dict[str, Any]
+    report: Report
 
     def __new__(cls, retrieved: Retrieved) -> Context:
         self = super().__new__(cls, retrieved.grounding.draft)
-        self.retrieved, self.report = retrieved, {}
+        self.retrieved, self.report = retrieved, Report()
         return self
 
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from llama_index.llms.rapid.calls import Call, Options
+from llama_index.llms.rapid.calls import Call
+from llama_index.llms.rapid.fields import Options
 from llama_index.llms.rapid.grounding import Retrieved
-from rapid_llm.context.prompts import Fitted, Truncate, fit_documents
+from llama_index.llms.rapid.statistics import Report
 from rapid_llm.context.retrieved import SEPARATOR
-from rapid_llm.decoder import RapidDecoder
-from rapid_llm.encoding import Message, Prompt, drop_oldest_turns
-from rapid_llm.engine.forward import Forward
 from rapid_llm.errors import ContextWindowError
+
+if TYPE_CHECKING:
+    from rapid_llm.context.prompts import Fitted
+    from rapid_llm.decoder import RapidDecoder
+    from rapid_llm.encoding import Message, Prompt
+    from rapid_llm.engine.forward import Forward
 
 
 def template_variables(decoder: RapidDecoder, options: Options) -> dict[str, Any]:
     """The variables that the decoder will give the chat template: its own, then the call's."""
-    return {**decoder.chat_template_kwargs, **options.chat_template_kwargs}
+    return {**decoder.chat_template_kwargs, **options.engine.chat_template_kwargs}
 
 
 def latest_turns(prompt: Prompt, decoder: RapidDecoder, model: Forward, options: Options) -> Prompt:
     """A chat without its oldest turns, as many as do not fit; any other prompt as it is."""
     if not _is_chat(prompt):
         return prompt
+    from rapid_llm.encoding import drop_oldest_turns
+
     return drop_oldest_turns(
-        cast(Sequence[Message], prompt),
+        cast("Sequence[Message]", prompt),
         decoder.tokenizer,
         model.context_window,
         options.sampling.max_new_tokens,
@@ -38,8 +44,7 @@ def grounded_call(
     render: Callable[[str], Prompt],
     decoder: RapidDecoder,
     options: Options,
-    truncate: Truncate | None,
-    report: dict[str, Any],
+    reports: tuple[Report, ...],
 ) -> Call:
     """The call that answers from documents, drafted from what was retrieved of them.
 
@@ -51,13 +56,14 @@ def grounded_call(
         render: makes a prompt around a context.
         decoder: the models.
         options: how to generate.
-        truncate: see :func:`rapid_llm.context.prompts.fit_documents`.
-        report: filled while the model answers.
+        reports: of the answers that the call belongs to.
 
     Raises:
         ContextWindowError: the target's prompt does not fit.
     """
-    grounding = retrieved.grounding
+    from rapid_llm.context.prompts import fit_documents
+
+    grounding, truncate = retrieved.grounding, options.retrieval.truncate
 
     def whole(documents: Sequence[str]) -> Prompt:
         return render(SEPARATOR.join([*documents, *filter(None, [retrieved.beside])]))
@@ -87,22 +93,24 @@ def grounded_call(
     if grounding.empty_reason is None:
         draft = latest_turns(render(grounding.draft), decoder, decoder.drafter, options)
     return Call(
-        target=target.prompt,
-        draft=draft,
-        options=options,
+        decoder,
+        target.prompt,
+        draft,
+        options,
+        confidence=retrieved.confidence,
+        draft_skipped=grounding.empty_reason,
+        omitted_tokens=target.omitted_tokens,
         notes={
             "chunk_ids": [p.id for p in grounding.passages if p.id is not None],
             "document_ids": list(retrieved.documents),
-            "draft_skipped": grounding.empty_reason,
-            "omitted_tokens": target.omitted_tokens,
             "dropped_messages": dropped(render(""), target.prompt),
         },
-        report=report,
+        reports=reports,
     )
 
 
 def dropped(whole: Prompt, kept: Prompt) -> int:
-    """How many messages of a chat were left out."""
+    """The number of messages of a chat that were left out."""
     return len(whole) - len(kept) if _is_chat(whole) and _is_chat(kept) else 0
 
 

@@ -1,0 +1,90 @@
+"""The options that a RapidLLM has as fields and takes in its calls, as rapid_llm declares them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llama_index.core.bridge.pydantic import create_model
+
+from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.options import by_name, options_of, pydantic_fields, sorted_into
+
+_GROUPS = (SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig)
+
+_LEFT_OUT = options_of(RetrievalConfig).keys() - {"truncate", "on_empty"}
+"""What the pipeline's own index and retriever decide."""
+
+_FIELD_NAMES = {"max_new_tokens": "max_tokens"}
+"""Fields that LlamaIndex calls otherwise."""
+
+KNOWN = {name: each for name, each in options_of(*_GROUPS).items() if name not in _LEFT_OUT}
+"""The options by rapid_llm's names."""
+
+WORDS = frozenset(KNOWN) | {word for each in KNOWN.values() for word in each.option.aliases}
+"""Every word by which one of them is taken."""
+
+# Any: mypy knows no base class that is made at run time.
+OptionFields: Any = create_model(
+    "OptionFields",
+    __module__=__name__,
+    **pydantic_fields(*_GROUPS, leave_out=_LEFT_OUT, names=_FIELD_NAMES),
+)
+"""The options as fields of a pydantic model."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer one call.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        speculation: how drafts are made and judged.
+        engine: the models; ``chat_template_kwargs`` are the object's and the call's.
+        retrieval: of it ``truncate`` and ``on_empty``.
+    """
+
+    sampling: SamplingParams
+    speculation: SpeculationConfig
+    engine: EngineConfig
+    retrieval: RetrievalConfig
+
+
+def as_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked options under the names of :data:`OptionFields`.
+
+    Raises:
+        InvalidParameterError: an unknown name, an option given twice, or a value outside its range.
+    """
+    given = by_name(options, KNOWN)
+    sorted_into(given, *_GROUPS)
+    if given.get("chat_template_kwargs"):
+        given["chat_template_kwargs"] = _variables(given["chat_template_kwargs"])
+    return {_FIELD_NAMES.get(name, name): value for name, value in given.items()}
+
+
+def options_of_call(fields: object, call: Mapping[str, Any]) -> Options:
+    """The options of an object with :data:`OptionFields`, and a call's before them.
+
+    Args:
+        fields: the object.
+        call: by name. None leaves the object's value, but where None is a value (``seed``,
+            ``repetition_penalty``, ``timeout``, ``truncate``).
+
+    Raises:
+        InvalidParameterError: as :func:`as_fields`; or an option belongs to loaded models.
+    """
+    merged = {name: getattr(fields, _FIELD_NAMES.get(name, name)) for name in KNOWN}
+    variables = _variables(merged["chat_template_kwargs"])
+    given = by_name(call, {n: each for n, each in KNOWN.items() if each.option.per_call})
+    variables |= _variables(given.pop("chat_template_kwargs", None))
+    return Options(*sorted_into({**merged, **given, "chat_template_kwargs": variables}, *_GROUPS))
+
+
+def _variables(given: Any) -> dict[str, Any]:
+    if given is None or given == {}:
+        return {}
+    from rapid_llm.chat import checked_variables
+
+    return checked_variables(given)

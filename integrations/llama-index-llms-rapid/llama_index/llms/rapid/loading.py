@@ -1,0 +1,87 @@
+"""The models of a RapidLLM: loaded by name, or given as a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llama_index.llms.rapid.counting import count_with
+from llama_index.llms.rapid.fields import KNOWN
+from rapid_llm.config import EngineConfig
+from rapid_llm.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from rapid_llm.decoder import RapidDecoder
+
+
+def of_models(engine: EngineConfig) -> EngineConfig:
+    """What loaded models depend on: all but the template's variables, which each call brings."""
+    return replace(engine, chat_template_kwargs={})
+
+
+def load(engine: EngineConfig, *, own: bool) -> RapidDecoder:
+    """The models of a config.
+
+    Args:
+        engine: the config.
+        own: whether they are the object's own, in whose tokens LlamaIndex is to count. For a call's
+            own ``model``, only those ``hub_options`` count that say how to reach a hub.
+
+    Raises:
+        ModelError: a model cannot be loaded.
+    """
+    from rapid_llm.decoder import RapidDecoder
+    from rapid_llm.models import HUB_ACCESS
+
+    if not own:
+        access = {k: v for k, v in engine.hub_options.items() if k in HUB_ACCESS}
+        engine = replace(engine, hub_options=access)
+    decoder = RapidDecoder.from_config(engine)
+    if own:
+        count_with(decoder.tokenizer)
+    return decoder
+
+
+def take_hub_access(arguments: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Take out of arguments those that say how to reach a hub (``token``, ``revision``, …).
+
+    Args:
+        arguments: of the constructor.
+        known: those of them that are something else.
+    """
+    names = arguments.keys() - set(known)
+    if not names:
+        return {}  # and torch is not imported
+    from rapid_llm.models import HUB_ACCESS
+
+    return {name: arguments.pop(name) for name in names & HUB_ACCESS}
+
+
+def require_loaded(decoder: RapidDecoder, given: Mapping[str, Any]) -> None:
+    """Refuse options that a loaded decoder cannot follow.
+
+    Args:
+        decoder: loaded models.
+        given: options, checked.
+
+    Raises:
+        InvalidParameterError: there is one, or the name of another model.
+    """
+    name = str(given.get("model", decoder.target.name))
+    if name != decoder.target.name:
+        raise InvalidParameterError(
+            f"model={name!r} cannot be used for a loaded decoder of {decoder.target.name!r}: give "
+            "either model= (a name) or decoder= (a loaded RapidDecoder)"
+        )
+    for option, value in given.items():
+        known = KNOWN.get(option)
+        if known and not known.option.per_call and known.checked(value) != known.default:
+            raise not_for_loaded(option)
+
+
+def not_for_loaded(option: str) -> InvalidParameterError:
+    """The error of an option that a loaded decoder cannot follow."""
+    return InvalidParameterError(
+        f"{option} cannot be used for a loaded decoder: give it to RapidDecoder.from_pretrained"
+    )
