@@ -28,7 +28,7 @@ from rapid_llm.stats import Stats
 if TYPE_CHECKING:
     from rapid_llm.context import ContextBuilder, RetrievalContext, read_document
     from rapid_llm.context.prompts import build_messages
-    from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
+    from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
     from rapid_llm.models import LoadedModel, load_model
     from rapid_llm.pipeline import Answer, Conversation, RapidPipeline
 
@@ -39,7 +39,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 _LAZY = {
     "Answer": "rapid_llm.pipeline",
-    "Chunk": "rapid_llm.decoder",
+    "Delta": "rapid_llm.decoder",
     "ContextBuilder": "rapid_llm.context",
     "Conversation": "rapid_llm.pipeline",
     "GenerationResult": "rapid_llm.decoder",
@@ -52,15 +52,15 @@ _LAZY = {
     "read_document": "rapid_llm.context",
 }
 
-_RENAMED = {"Inquiry": "RapidPipeline"}
+_RENAMED = {"Chunk": "Delta", "Inquiry": "RapidPipeline"}
 
 __all__ = [
     "Answer",
-    "Chunk",
     "ContextBuilder",
     "ContextWindowError",
     "Conversation",
     "DataError",
+    "Delta",
     "DocumentError",
     "EngineConfig",
     "GenerationResult",

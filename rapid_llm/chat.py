@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rapid_llm.errors import InvalidParameterError, RapidError
-from rapid_llm.literal import Controls, controls_of, twin_of
+from rapid_llm.literal import Controls, controls_of, copy_of
 from rapid_llm.surrogates import nested_without_surrogates
 
 Message: TypeAlias = Mapping[str, Any]
@@ -78,7 +78,7 @@ def encode_chat(
         template = tokenizer.get_chat_template(tools=settings.get("tools"))
         settings["chat_template"] = controls.comparing(template)
         text = _render(quoted, settings, tokenizer, controls)
-        ids = twin_of(tokenizer).encode_rendered(text)
+        ids = copy_of(tokenizer).encode_rendered(text)
     if not ids:
         raise InvalidParameterError("the messages have no tokens: pass at least one with content")
     return ids

@@ -22,7 +22,7 @@ from rapid_llm.config import EngineConfig, Quantization, SamplingParams, Specula
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import ROOM
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
@@ -33,7 +33,7 @@ from rapid_llm.errors import (
 )
 from rapid_llm.generation import (
     DRAFTED,
-    Chunk,
+    Delta,
     FinishReason,
     Generation,
     GenerationResult,
@@ -44,14 +44,14 @@ from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_devi
 from rapid_llm.options import options_of, real, sorted_into
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
-from rapid_llm.speculation.drafters.lookup import CERTAIN, LookupDrafter
+from rapid_llm.speculation.drafters.lookup import CERTAIN, PromptLookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler, generation_config, least_new_tokens
 from rapid_llm.stats import NO_DRAFT_PROMPT, Method
 from rapid_llm.text import TextStream
 from rapid_llm.vocabulary import unreadable, unshared_tokens
 
-__all__ = ["Chunk", "FinishReason", "GenerationResult", "Memory", "Progress", "RapidDecoder"]
+__all__ = ["Delta", "FinishReason", "GenerationResult", "Memory", "Progress", "RapidDecoder"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Memory:
 
     Attributes:
         target_weights: of the target.
-        drafter_weights: beside those: another model's, a quantized twin's, or 0 where shared.
+        drafter_weights: beside those: another model's, a quantized copy's, or 0 where shared.
         kept_kv: keys and values of prompts, kept for later ones.
     """
 
@@ -81,7 +81,7 @@ class RapidDecoder:
     came. It is put into evaluation mode.
 
     Args:
-        target: a loaded transformers model, or a PeftModel.
+        model: the target: a loaded transformers model, or a PeftModel.
         tokenizer: the target's.
         drafter: a loaded model with the same tokenizer; None lets the target draft as well
             (self-speculation: shared weights, two caches).
@@ -115,7 +115,7 @@ class RapidDecoder:
 
     def __init__(
         self,
-        target: PreTrainedModel,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         drafter: PreTrainedModel | None = None,
         *,
@@ -131,11 +131,11 @@ class RapidDecoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template_kwargs = checked_variables(chat_template_kwargs)
-        self.target = Forward(target, name or _name_of(target), attn_implementation, cuda_graphs)
+        self.target = ModelRunner(model, name or _name_of(model), attn_implementation, cuda_graphs)
         self.drafter = self.target
         self._unshared: frozenset[int] = frozenset()
-        if drafter is not None and drafter is not target:
-            self.drafter = Forward(
+        if drafter is not None and drafter is not model:
+            self.drafter = ModelRunner(
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
             self._unshared = unshared_tokens(
@@ -144,7 +144,7 @@ class RapidDecoder:
         self._few_bits = self.drafter.few_bits(
             drafter_quantization, auto=self.drafter is self.target
         )
-        self._twin: Forward | None = None
+        self._quantized: ModelRunner | None = None
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
         self._prefixes = PrefixCache(
@@ -230,34 +230,34 @@ class RapidDecoder:
         )
 
     @property
-    def draft_forward(self) -> Forward:
-        """What drafts: the drafter, or its twin of few bits, quantized when first asked for.
+    def draft_runner(self) -> ModelRunner:
+        """What drafts: the drafter, or its quantized copy, made when first asked for.
 
-        The twin is of the drafter as it is now: it is made anew when weights or adapters changed,
+        The copy is of the drafter as it is now: it is made anew when weights or adapters changed,
         and there is none of a model with hooks or replaced methods.
         """
         if self._few_bits is None or not self.drafter.copyable:
             return self.drafter
-        model = self.drafter.twin(self._few_bits)
-        if self._twin is None or self._twin.model is not model:
-            if self._twin is not None:
-                self._prefixes.forget(self._twin)
-            self._twin = Forward(
+        model = self.drafter.quantized(self._few_bits)
+        if self._quantized is None or self._quantized.model is not model:
+            if self._quantized is not None:
+                self._prefixes.forget(self._quantized)
+            self._quantized = ModelRunner(
                 model,
                 f"{self.drafter.name} ({self._few_bits})",
                 self.drafter.attn_implementation,
                 self.drafter.cuda_graphs,
             )
-        return self._twin
+        return self._quantized
 
     @property
     def memory(self) -> Memory:
         """What the models and the kept KV take right now; a running generation's KV not counted."""
         own = 0 if self.drafter is self.target else _weight_bytes(self.drafter.model)
-        twin = self._twin  # not draft_forward: asking must not quantize
+        quantized = self._quantized  # not draft_runner: asking must not quantize
         return Memory(
             target_weights=_weight_bytes(self.target.model),
-            drafter_weights=own + (0 if twin is None else quantized_nbytes(twin.model)),
+            drafter_weights=own + (0 if quantized is None else quantized_nbytes(quantized.model)),
             kept_kv=self._prefixes.nbytes,
         )
 
@@ -300,7 +300,7 @@ class RapidDecoder:
             progress=progress,
             chat_template_kwargs=chat_template_kwargs,
         )
-        return GenerationResult.from_chunks(list(chunks))
+        return GenerationResult.from_deltas(list(chunks))
 
     def stream(
         self,
@@ -312,7 +312,7 @@ class RapidDecoder:
         confidence: float = 1.0,
         progress: Progress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[Delta]:
         """Answer a prompt, a chunk a round.
 
         Args:
@@ -363,22 +363,22 @@ class RapidDecoder:
             ContextWindowError: both together exceed the model's window.
             NumericalError: the model produced NaN.
         """
-        forward = self.drafter if drafter else self.target
+        runner = self.drafter if drafter else self.target
         tokens = encode_literal(continuation, self.tokenizer)
         if not tokens:
             raise InvalidParameterError(
                 f"continuation={continuation!r} has no tokens; give some text"
             )
         ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
-        self._require_readable([*ids, *tokens], forward)
-        if len(tokens) > (room := self._room(ids, forward)):
+        self._require_readable([*ids, *tokens], runner)
+        if len(tokens) > (room := self._room(ids, runner)):
             raise ContextWindowError(
                 f"the prompt of {len(ids)} tokens leaves room for {room} in the context window of "
-                f"{forward.name}, {forward.context_window} tokens, and the continuation has "
+                f"{runner.name}, {runner.context_window} tokens, and the continuation has "
                 f"{len(tokens)}; shorten one of them"
             )
-        with self._prefixes.lease(forward, ids, len(ids) + len(tokens)) as lease:
-            return log_likelihood(Session(forward, lease.cache, ids), ids, tokens)
+        with self._prefixes.lease(runner, ids, len(ids) + len(tokens)) as lease:
+            return log_likelihood(Session(runner, lease.cache, ids), ids, tokens)
 
     async def astream(
         self,
@@ -390,14 +390,14 @@ class RapidDecoder:
         confidence: float = 1.0,
         progress: Progress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[Delta]:
         """:meth:`stream` for asyncio: the models run in a thread, the event loop stays free.
 
         Cancelling the task or closing the iterator stops the generation after the round (or the
         chunk of the prefill) that is under way. ``progress`` is called in that thread.
         """
 
-        def start(check: Callable[[], None]) -> Iterator[Chunk]:
+        def start(check: Callable[[], None]) -> Iterator[Delta]:
             def report(whose: Literal["draft", "target"], done: int, total: int) -> None:
                 check()
                 if progress is not None:
@@ -433,21 +433,21 @@ class RapidDecoder:
             )
         config = speculation or SpeculationConfig()
         method: Method = "lc"
-        forward, own_prompt = self.target, config.drafting == "rag"
+        runner, own_prompt = self.target, config.drafting == "rag"
         if target_prompt is None:
             if draft_prompt is None:
                 raise InvalidParameterError(
                     "target_prompt and draft_prompt are both None; give at least one prompt"
                 )
-            method, forward = "rag", self.drafter
+            method, runner = "rag", self.drafter
             target_prompt, draft_prompt = draft_prompt, None
         elif draft_prompt is not None or not own_prompt:
             method = "rapid" if config.transfer_strength > 0 else "sd"
         if method in DRAFTED and config.drafting in compressed.DRAFTERS:
-            compressed.require_compressible(forward, config.drafting)
+            compressed.require_compressible(runner, config.drafting)
         prompt = encode_prompt(target_prompt, self.tokenizer, chat_template_kwargs)
-        self._require_readable(prompt, forward)
-        new = min(sampling.max_new_tokens, self._room(prompt, forward))
+        self._require_readable(prompt, runner)
+        new = min(sampling.max_new_tokens, self._room(prompt, runner))
         draft: list[int] = []
         draft_skipped = NO_DRAFT_PROMPT if method == "lc" else None
         if draft_prompt is not None and own_prompt:
@@ -460,14 +460,14 @@ class RapidDecoder:
             if draft_skipped is not None:
                 draft_skipped = f"the draft prompt {draft_skipped}"
                 draft, method = [], "lc"
-        settings = generation_config(forward.model)
+        settings = generation_config(runner.model)
         stop = settings.stop_strings or ()
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         return _Request(
             prompt=prompt,
             draft_prompt=draft,
             draft_skipped=draft_skipped,
-            forward=forward,
+            runner=runner,
             sampling=replace(sampling, max_new_tokens=new, stop=(*sampling.stop, *stop)),
             ends=frozenset() if sampling.ignore_eos else self._ends(settings),
             least_new_tokens=least_new_tokens(settings, len(prompt)),
@@ -481,17 +481,17 @@ class RapidDecoder:
         """Sessions for a request, which begin with what was read before and are kept after it."""
         with ExitStack() as leases:
 
-            def lease(forward: Forward, prompt: Sequence[int]) -> tuple[Session, Lease]:
+            def lease(runner: ModelRunner, prompt: Sequence[int]) -> tuple[Session, Lease]:
                 length, new = len(prompt), request.sampling.max_new_tokens
-                capacity = max(min(length + new, forward.context_window), length + ROOM)
+                capacity = max(min(length + new, runner.context_window), length + ROOM)
                 borrowed = leases.enter_context(
-                    self._prefixes.lease(forward, prompt, forward.capacity_for(capacity))
+                    self._prefixes.lease(runner, prompt, runner.capacity_for(capacity))
                 )
-                return Session(forward, borrowed.cache, prompt), borrowed
+                return Session(runner, borrowed.cache, prompt), borrowed
 
-            target, kept = lease(request.forward, request.prompt)
-            forward = request.forward
-            sampler = Sampler(request.sampling, request.prompt, forward.device, forward.model)
+            target, kept = lease(request.runner, request.prompt)
+            runner = request.runner
+            sampler = Sampler(request.sampling, request.prompt, runner.device, runner.model)
             yield Generation(
                 target=target,
                 prompt=request.prompt,
@@ -512,27 +512,27 @@ class RapidDecoder:
         request: _Request,
         target: Session,
         sampler: Sampler,
-        lease: Callable[[Forward, Sequence[int]], tuple[Session, Lease]],
+        lease: Callable[[ModelRunner, Sequence[int]], tuple[Session, Lease]],
     ) -> list[Drafter]:
         """None, one, or two to choose from in each round."""
-        config, forward = request.config, request.forward
+        config, runner = request.config, request.runner
         if request.method not in DRAFTED:
             return []
         if config.drafting == "rest":
-            return [LookupDrafter(request.prompt, forward.vocab_size, forward.device)]
+            return [PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device)]
         if config.drafting in compressed.DRAFTERS:
-            own = self.draft_forward if self.drafter is self.target else forward
+            own = self.draft_runner if self.drafter is self.target else runner
             drafter = compressed.DRAFTERS[config.drafting]
             return [drafter(target, own, request.prompt, sampler, config)]
-        session, _ = lease(self.draft_forward, request.draft_prompt)
-        if self.drafter.device != forward.device:
-            device, model = self.drafter.device, forward.model
+        session, _ = lease(self.draft_runner, request.draft_prompt)
+        if self.drafter.device != runner.device:
+            device, model = self.drafter.device, runner.model
             sampler = Sampler(request.sampling, request.prompt, device, model, stream=1)
         rag = RagDrafter(
             session,
             request.draft_prompt,
             sampler,
-            forward.vocab_size,
+            runner.vocab_size,
             config,
             request.prompt,
             self._unshared,
@@ -540,7 +540,7 @@ class RapidDecoder:
         if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
             return [rag]
         # Where nothing is transferred, any guess will do that the target accepts.
-        lookup = LookupDrafter(request.prompt, forward.vocab_size, forward.device, CERTAIN)
+        lookup = PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device, CERTAIN)
         return [lookup, rag]
 
     def _ends(self, settings: GenerationConfig) -> frozenset[int]:
@@ -550,33 +550,33 @@ class RapidDecoder:
         ids += [self.tokenizer.eos_token_id, self._end_of_turn]
         return frozenset(i for i in ids if i is not None)
 
-    def _unreadable(self, prompt: Sequence[int], forward: Forward) -> str | None:
-        unshared = self._unshared if forward is not self.target else frozenset()
-        return unreadable(prompt, forward, self.tokenizer, unshared)
+    def _unreadable(self, prompt: Sequence[int], runner: ModelRunner) -> str | None:
+        unshared = self._unshared if runner is not self.target else frozenset()
+        return unreadable(prompt, runner, self.tokenizer, unshared)
 
-    def _require_readable(self, prompt: Sequence[int], forward: Forward) -> None:
-        if (reason := self._unreadable(prompt, forward)) is not None:
+    def _require_readable(self, prompt: Sequence[int], runner: ModelRunner) -> None:
+        if (reason := self._unreadable(prompt, runner)) is not None:
             raise TokenizerMismatchError(
                 f"the prompt {reason}; take it out of the prompt, or take a model that was given "
                 "embeddings for all tokens of the tokenizer (resize_token_embeddings)"
             )
 
-    def _room(self, prompt: Sequence[int], forward: Forward) -> int:
+    def _room(self, prompt: Sequence[int], runner: ModelRunner) -> int:
         """Tokens that a model's window leaves for the answer, at least 1."""
-        window = forward.context_window
+        window = runner.context_window
         if len(prompt) >= window:
             raise ContextWindowError(
-                f"the prompt has {len(prompt)} tokens, the context window of {forward.name} "
+                f"the prompt has {len(prompt)} tokens, the context window of {runner.name} "
                 f"{window}, and the answer needs at least one; shorten the prompt by "
                 f"{len(prompt) + 1 - window} tokens, or truncate the document"
             )
         return window - len(prompt)
 
-    def _run(self, request: _Request, started: float, progress: Progress | None) -> Iterator[Chunk]:
+    def _run(self, request: _Request, started: float, progress: Progress | None) -> Iterator[Delta]:
         text = TextStream(self.tokenizer, request.sampling.stop)
         with self._open(request, started) as generation:
             generation.prefill(progress)
-            yield from generation.chunks(text, request.ends, request.least_new_tokens)
+            yield from generation.deltas(text, request.ends, request.least_new_tokens)
 
 
 class _Request(NamedTuple):
@@ -588,7 +588,7 @@ class _Request(NamedTuple):
     prompt: list[int]
     draft_prompt: list[int]
     draft_skipped: str | None
-    forward: Forward
+    runner: ModelRunner
     sampling: SamplingParams
     ends: frozenset[int]
     least_new_tokens: int

@@ -45,16 +45,16 @@ Progress = Callable[[Literal["draft", "target"], int, int], None]
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Delta:
     """What one round added.
 
     Attributes:
         text: final text; empty while a character or a stop string may still be incomplete.
         token_ids: the round's tokens.
-        finish_reason: set on the last chunk: ``stop`` (an end-of-sequence token of the model or the
+        finish_reason: set on the last delta: ``stop`` (an end-of-sequence token of the model or the
             tokenizer, the chat template's end of a turn, or a stop string) or ``length``
             (``max_new_tokens``).
-        stats: running totals, complete on the last chunk.
+        stats: running totals, complete on the last delta.
     """
 
     text: str
@@ -80,13 +80,13 @@ class GenerationResult:
     stats: Stats
 
     @classmethod
-    def from_chunks(cls, chunks: Sequence[Chunk]) -> GenerationResult:
+    def from_deltas(cls, deltas: Sequence[Delta]) -> GenerationResult:
         """The answer that a stream, read to its end, has given."""
-        last = chunks[-1]
+        last = deltas[-1]
         assert last.finish_reason is not None
         return cls(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=[token for chunk in chunks for token in chunk.token_ids],
+            text="".join(delta.text for delta in deltas),
+            token_ids=[token for delta in deltas for token in delta.token_ids],
             finish_reason=last.finish_reason,
             stats=last.stats,
         )
@@ -100,7 +100,7 @@ class _Source:
     schedule: Schedule
     drafted: int = 0
 
-    def missed(self, said: int) -> int:
+    def lag(self, said: int) -> int:
         """Tokens of the answer after that draft, all of which the drafter must read first."""
         return max(0, said - self.drafted)
 
@@ -133,7 +133,7 @@ class Generation:
         self._prompt = list(prompt)
         self._output: list[int] = []
         self._drafter_name = drafter_name
-        self._judge = Judge.of(sampler, config, target.forward.vocab_size)
+        self._judge = Judge.of(sampler, config, target.runner.vocab_size)
         self._drafters = drafters
         self._sources: list[_Source] = []
         self.stats = Stats(
@@ -150,7 +150,7 @@ class Generation:
         """Read both prompts, all but their last tokens: the first round reads those."""
         started = time.perf_counter()
         self._with_memory(partial(self._prefill, progress))  # goes on where it stopped
-        self.target.forward.synchronize()  # or the first round would be charged with the prefill
+        self.target.runner.synchronize()  # or the first round would be charged with the prefill
         self.stats.prefill_seconds = time.perf_counter() - started
 
     def _prefill(self, progress: Progress | None) -> None:
@@ -169,14 +169,14 @@ class Generation:
         elif self._drafters:
             cost, always = pass_cost(self.target), self.config.transfer_strength > 0
             schedules = [
-                AdaptiveSchedule(cost, drafter.cost(), drafter.belief, always=always)
+                AdaptiveSchedule(cost, drafter.cost(), drafter.prior, always=always)
                 for drafter in self._drafters
             ]
         self._sources = list(map(_Source, self._drafters, schedules))
 
-    def chunks(
+    def deltas(
         self, text: TextStream, ends: Collection[int], least_new_tokens: int
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[Delta]:
         """Rounds until the answer ends. Only the steps run in inference mode, never the caller.
 
         Args:
@@ -214,7 +214,7 @@ class Generation:
                 stats.time_to_first_token = time.perf_counter() - self._started
             if finish is None:
                 self._require_time()
-            yield Chunk("".join(pieces), tuple(new), finish, replace(stats))
+            yield Delta("".join(pieces), tuple(new), finish, replace(stats))
 
     @torch.inference_mode()
     def round(self) -> list[int]:
@@ -226,7 +226,7 @@ class Generation:
         judged = self._with_memory(partial(self._verify, draft))
         verdict = Verdict.read(judged)  # the one host sync
         if verdict.target_nan or verdict.drafter_nan:
-            name = self.target.forward.name if verdict.target_nan else self._drafter_name
+            name = self.target.runner.name if verdict.target_nan else self._drafter_name
             raise NumericalError(_NAN.format(name=name))
         drafted, n = verdict.drafted, verdict.accepted
         self.stats.rounds += 1
@@ -246,7 +246,7 @@ class Generation:
 
         It is empty, and of no schedule, without a drafter or where none is worth its time.
         """
-        device = self.target.forward.device
+        device = self.target.runner.device
         # Even the last token is drafted, so that every one follows the mode's law.
         remaining = self.sampler.params.max_new_tokens - len(self._output)
         # Not across a length at which all would be read again, and once more if it is rejected.
@@ -255,10 +255,10 @@ class Generation:
         said = len(self._output)
 
         def promise(source: _Source) -> float:
-            return source.schedule.speedup(source.missed(said))
+            return source.schedule.speedup(source.lag(said))
 
         for source in sorted(self._sources, key=promise, reverse=True):
-            gamma = min(source.schedule.next(source.missed(said)), remaining)
+            gamma = min(source.schedule.next(source.lag(said)), remaining)
             if gamma + look_ahead == 0:
                 continue
             draft = source.drafter.draft(self._output, gamma, look_ahead=look_ahead)
@@ -267,14 +267,14 @@ class Generation:
                 q = draft.probabilities.to(device)
                 return Draft(draft.tokens.to(device), q, draft.passes), source.schedule
         nothing = torch.empty(0, dtype=torch.long, device=device)
-        vocab_size = self.target.forward.vocab_size
+        vocab_size = self.target.runner.vocab_size
         q = torch.empty(0, vocab_size, dtype=torch.float32, device=device)
         return Draft(nothing, q, passes=0), None
 
     def _verify(self, draft: Draft) -> Tensor:
         """One pass of the target over the draft, and what it makes of it: a :class:`Verdict`."""
         # The last token was not read. Position i is judged by the logits that follow token i - 1.
-        pending = self.target.forward.tensor(self._output[-1:] or self._prompt[-1:])
+        pending = self.target.runner.tensor(self._output[-1:] or self._prompt[-1:])
         tokens, q = torch.cat([pending, draft.tokens]), draft.probabilities
         strength = self.config.transfer_strength
         eta: Tensor | None = None
@@ -330,10 +330,10 @@ def log_likelihood(session: Session, prompt: list[int], continuation: list[int])
         NumericalError: the model produced NaN.
     """
     session.prefill(prompt[:-1])
-    device = session.forward.device
+    device = session.runner.device
     logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))
     wanted = torch.tensor(continuation, device=device)
     total = -F.cross_entropy(logits, wanted, reduction="sum").item()
     if isnan(total):
-        raise NumericalError(_NAN.format(name=session.forward.name))
+        raise NumericalError(_NAN.format(name=session.runner.name))
     return total

@@ -42,7 +42,7 @@ def literal_encoding(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
         encoding = tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
         if controls.contents.keys().isdisjoint(encoding.ids):  # a normalizer may make some
             return encoding
-    return twin_of(tokenizer).encode(text)
+    return copy_of(tokenizer).encode(text)
 
 
 class Controls:
@@ -192,7 +192,7 @@ class Controls:
         return _ROLES | {word for word in words if not self.pattern.search(word)}
 
 
-class LiteralTwin:
+class LiteralTokenizer:
     """A copy of a tokenizer to which control tokens are ordinary text.
 
     The whole text is encoded in one pass, so nothing but the control tokens changes: encoding it
@@ -262,7 +262,7 @@ class LiteralTwin:
 
 
 _controls: WeakKeyDictionary[PreTrainedTokenizerBase, Controls] = WeakKeyDictionary()
-_twins: WeakKeyDictionary[PreTrainedTokenizerBase, LiteralTwin] = WeakKeyDictionary()
+_copies: WeakKeyDictionary[PreTrainedTokenizerBase, LiteralTokenizer] = WeakKeyDictionary()
 
 
 def controls_of(tokenizer: PreTrainedTokenizerBase) -> Controls:
@@ -274,10 +274,10 @@ def controls_of(tokenizer: PreTrainedTokenizerBase) -> Controls:
     return known
 
 
-def twin_of(tokenizer: PreTrainedTokenizerBase) -> LiteralTwin:
+def copy_of(tokenizer: PreTrainedTokenizerBase) -> LiteralTokenizer:
     """The copy of a tokenizer that reads control tokens as text; made when first asked for."""
     controls = controls_of(tokenizer)
-    twin = _twins.get(tokenizer)
-    if twin is None or twin.controls is not controls:
-        twin = _twins[tokenizer] = LiteralTwin(tokenizer, controls)
-    return twin
+    literal = _copies.get(tokenizer)
+    if literal is None or literal.controls is not controls:
+        literal = _copies[tokenizer] = LiteralTokenizer(tokenizer, controls)
+    return literal

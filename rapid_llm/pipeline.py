@@ -17,7 +17,7 @@ from rapid_llm.context.embedding import Embedder
 from rapid_llm.context.prompts import Fitted, build_messages, fit_documents
 from rapid_llm.context.retrieved import SEPARATOR, Passage
 from rapid_llm.context.validation import require_documents, require_text
-from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
+from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Message, Prompt, encode_prompt
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import changed
@@ -98,9 +98,9 @@ class RapidPipeline:
         """The answer to a question; arguments and errors are those of :meth:`stream`."""
         return self.answer_of(question, method, list(self.stream(question, method, **call)))
 
-    def answer_of(self, question: str, method: Method, deltas: Sequence[Chunk]) -> Answer:
+    def answer_of(self, question: str, method: Method, deltas: Sequence[Delta]) -> Answer:
         """What a stream, read to its end, has given."""
-        result = GenerationResult.from_chunks(deltas)
+        result = GenerationResult.from_deltas(deltas)
         question = require_text("the question", question)
         context = None if method == "lc" else self._contexts.get(question)
         return Answer(**vars(result), question=question, context=context)
@@ -125,7 +125,7 @@ class RapidPipeline:
         speculation: SpeculationConfig | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[Delta]:
         """Answer a question, a delta a round.
 
         Args:
@@ -157,7 +157,7 @@ class RapidPipeline:
         skipped = context.empty_reason if context is not None else None
         if skipped is not None and self.retrieval.on_empty == "empty":
             stats = Stats(method="rag" if method == "rag" else "lc")
-            return _explained(iter([Chunk("", (), "stop", stats)]), skipped, 0)
+            return _explained(iter([Delta("", (), "stop", stats)]), skipped, 0)
         prompts = self._prompts("lc" if skipped is not None else method, call, context)
         exact = replace(call.speculation, mode="exact")
         deltas = self.decoder.stream(
@@ -254,7 +254,7 @@ class Conversation:
         self._remember(question, answer.text)
         return answer
 
-    def stream(self, question: str, **call: Any) -> Iterator[Chunk]:
+    def stream(self, question: str, **call: Any) -> Iterator[Delta]:
         """:meth:`ask`, a delta a round."""
         said = ""
         deltas = self._pipeline.stream(question, self._method, history=self.messages, **call)
@@ -307,8 +307,8 @@ def require_method(method: str) -> None:
 
 
 def _explained(
-    deltas: Iterator[Chunk], skipped: str | None, omitted_tokens: int
-) -> Iterator[Chunk]:
+    deltas: Iterator[Delta], skipped: str | None, omitted_tokens: int
+) -> Iterator[Delta]:
     for delta in deltas:
         delta.stats.draft_skipped = skipped or delta.stats.draft_skipped
         delta.stats.omitted_tokens = omitted_tokens

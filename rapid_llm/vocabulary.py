@@ -7,13 +7,13 @@ from collections.abc import Collection, Sequence
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import TokenizerMismatchError
 
 
 def unshared_tokens(
-    target: Forward,
-    drafter: Forward,
+    target: ModelRunner,
+    drafter: ModelRunner,
     tokenizer: PreTrainedTokenizerBase,
     drafter_tokenizer: PreTrainedTokenizerBase | None,
 ) -> frozenset[int]:
@@ -53,14 +53,14 @@ def unshared_tokens(
 
 def unreadable(
     prompt: Sequence[int],
-    forward: Forward,
+    runner: ModelRunner,
     tokenizer: PreTrainedTokenizerBase,
     unshared: Collection[int],
 ) -> str | None:
     """Which token of a prompt a model does not have, for messages; None if it has all."""
-    embedded = forward.model.get_input_embeddings().weight.shape[0]
+    embedded = runner.model.get_input_embeddings().weight.shape[0]
     unknown = (i for i in prompt if i >= embedded or i in unshared)
     if (found := next(unknown, None)) is None:
         return None
     token = tokenizer.convert_ids_to_tokens(found)
-    return f"holds {token!r}, which {forward.name} does not have"
+    return f"holds {token!r}, which {runner.name} does not have"

@@ -11,7 +11,7 @@ from conftest import tiny_model, tiny_tokenizer
 
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import InvalidParameterError
 
 PROMPT, DRAFT = [5, 9, 31, 7, 44, 12], [31, 7]
@@ -27,14 +27,14 @@ def decoder() -> RapidDecoder:
 def slow_passes(monkeypatch) -> list[int]:
     """Forward passes that take 20 ms, and how many tokens each has read."""
     passes: list[int] = []
-    original = Forward.__call__
+    original = ModelRunner.__call__
 
-    def slow(forward, tokens, cache, *args):
+    def slow(runner, tokens, cache, *args):
         passes.append(len(tokens))
         time.sleep(0.02)
-        return original(forward, tokens, cache, *args)
+        return original(runner, tokens, cache, *args)
 
-    monkeypatch.setattr(Forward, "__call__", slow)
+    monkeypatch.setattr(ModelRunner, "__call__", slow)
     return passes
 
 

@@ -19,8 +19,8 @@ from rapid_llm.bench import harness
 from rapid_llm.bench.method_bench import MethodBench, Run, our_methods, peer_methods
 from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload, stretched
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import cache_argument
+from rapid_llm.engine.model_runner import ModelRunner
 
 TARGET = [3 + i * i % 61 for i in range(200)]
 WORK = Workload("quoting", 200, TARGET, TARGET[50:90])
@@ -162,8 +162,8 @@ def test_a_stretched_model_shares_its_weights_and_reads_more() -> None:
     model = tiny_model()
     assert stretched(model, 512) is model
     longer = stretched(model, 1500)
-    assert Forward(longer, "longer").context_window == 1536
-    assert Forward(model, "model").context_window == 512
+    assert ModelRunner(longer, "longer").context_window == 1536
+    assert ModelRunner(model, "model").context_window == 512
     weights = {p.data_ptr() for p in model.parameters()}
     assert {p.data_ptr() for p in longer.parameters()} == weights
     ids = torch.tensor([TARGET])

@@ -14,7 +14,7 @@ from rapid_llm.engine.cpu.compiled import MAX_TOKENS, CompiledPass
 from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.cpu.products import fast_dtype
 from rapid_llm.engine.cpu.quantizers import quantized_copy
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ModelError
 
@@ -71,24 +71,24 @@ def bfloat16_model(name="llama", **changes):
     return model, exact
 
 
-def compiled_pass_of(forward):
-    return next((each for each in forward.passes if isinstance(each, CompiledPass)), None)
+def compiled_pass_of(runner):
+    return next((each for each in runner.passes if isinstance(each, CompiledPass)), None)
 
 
-def is_compiled(forward):
-    return compiled_pass_of(forward) is not None
+def is_compiled(runner):
+    return compiled_pass_of(runner) is not None
 
 
 def uncompiled(model):
     """By PyTorch's operators alone."""
-    forward = Forward(model, "plain")
-    forward._passes = [each for each in forward._passes if not isinstance(each, CompiledPass)]
-    return forward
+    runner = ModelRunner(model, "plain")
+    runner._passes = [each for each in runner._passes if not isinstance(each, CompiledPass)]
+    return runner
 
 
-def run(forward, ids, sizes):
+def run(runner, ids, sizes):
     """Logits of passes of so many tokens, after a prefill of the rest."""
-    session = Session(forward, forward.new_cache(len(ids) + 8))
+    session = Session(runner, runner.new_cache(len(ids) + 8))
     with torch.inference_mode():
         session.prefill(ids[: len(ids) - sum(sizes)].tolist())
         rows = [session.extend(part) for part in ids[len(ids) - sum(sizes) :].split(sizes)]
@@ -107,9 +107,9 @@ def test_a_pass_is_as_near_to_float32_as_pytorch_is(build, name):
     with torch.inference_mode():
         expected = exact(ids[None]).logits[0, -sum(sizes) :]
     plain = uncompiled(model)
-    forward = Forward(model, "native")
-    assert is_compiled(forward)
-    by_pytorch, by_kernels = run(plain, ids, sizes), run(forward, ids, sizes)
+    runner = ModelRunner(model, "native")
+    assert is_compiled(runner)
+    by_pytorch, by_kernels = run(plain, ids, sizes), run(runner, ids, sizes)
     assert error(by_kernels[0], expected) < 1.1 * error(by_pytorch[0], expected)
     assert error(by_pytorch[0], expected) < 0.1 * expected.std()
     for ours, theirs in zip(by_kernels[1].cache.layers, by_pytorch[1].cache.layers, strict=True):
@@ -120,7 +120,7 @@ def test_a_pass_is_as_near_to_float32_as_pytorch_is(build, name):
 
 
 def test_few_tokens_never_reach_pytorch_and_many_do(build, monkeypatch):
-    forward = Forward(bfloat16_model()[0], "model")
+    runner = ModelRunner(bfloat16_model()[0], "model")
     seen = []
     lean = lean_module.lean_logits
     monkeypatch.setattr(
@@ -128,27 +128,27 @@ def test_few_tokens_never_reach_pytorch_and_many_do(build, monkeypatch):
         "lean_logits",
         lambda m, ids, *rest: seen.append(len(ids)) or lean(m, ids, *rest),
     )
-    run(forward, torch.arange(60), [1, 2, 3, 4])
+    run(runner, torch.arange(60), [1, 2, 3, 4])
     assert seen == [50]
-    run(forward, torch.arange(60), [MAX_TOKENS + 1, MAX_TOKENS - 10])
+    run(runner, torch.arange(60), [MAX_TOKENS + 1, MAX_TOKENS - 10])
     assert seen == [50, 5, MAX_TOKENS + 1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_of_threads_says_the_same(build, count):
-    forward = Forward(bfloat16_model()[0], "model")
+    runner = ModelRunner(bfloat16_model()[0], "model")
     ids = torch.randint(3, 60, (150,), generator=torch.Generator().manual_seed(2))
-    expected, _ = run(forward, ids, [1, 6])
+    expected, _ = run(runner, ids, [1, 6])
     with threads(count):
-        logits, _ = run(forward, ids, [1, 6])
+        logits, _ = run(runner, ids, [1, 6])
     assert error(logits, expected) < 0.02 * expected.std()
 
 
 def test_whichever_thread_takes_a_part_of_the_keys_the_logits_are_the_same(build):
     model, exact = bfloat16_model(max_position_embeddings=4096)
     ids = torch.randint(3, 60, (2500,), generator=torch.Generator().manual_seed(3))
-    forward = Forward(model, "model")
-    logits, session = run(forward, ids, [5])
+    runner = ModelRunner(model, "model")
+    logits, session = run(runner, ids, [5])
     with torch.inference_mode():
         for _ in range(10):
             session.rollback(len(ids) - 5)
@@ -185,54 +185,54 @@ def test_a_twin_multiplies_with_its_blocks(build, monkeypatch, name, bits):
     assert [layer.bits for layer in layers] == [bits] * 7 * len(twin.model.layers) + [8]
     ids = torch.randint(3, 60, (80,), generator=torch.Generator().manual_seed(3))
     plain = uncompiled(twin)
-    forward, own = Forward(twin, "twin"), Forward(model, "model")
-    assert is_compiled(forward)
+    runner, own = ModelRunner(twin, "twin"), ModelRunner(model, "model")
+    assert is_compiled(runner)
     for sizes in ([1, 2, 8], [3, 4], [5, 6], [MAX_TOKENS]):
-        logits, expected = run(forward, ids, sizes)[0], run(plain, ids, sizes)[0]
+        logits, expected = run(runner, ids, sizes)[0], run(plain, ids, sizes)[0]
         assert error(logits, expected) < 0.03 * expected.std()
         assert error(logits, run(own, ids, sizes)[0]) < 0.05 * expected.std()
         for layer in layers:
             layer.blocks[..., 64:] ^= 255  # it is these that are read
-        assert error(run(forward, ids, sizes)[0], expected) > 0.3 * expected.std()
+        assert error(run(runner, ids, sizes)[0], expected) > 0.3 * expected.std()
         for layer in layers:
             layer.blocks[..., 64:] ^= 255
 
 
 def test_what_is_done_to_the_weights_is_followed(build):
     model, _ = bfloat16_model()
-    forward = Forward(model, "model")
+    runner = ModelRunner(model, "model")
     ids = torch.randint(3, 60, (40,), generator=torch.Generator().manual_seed(4))
-    first, _ = run(forward, ids, [2])
+    first, _ = run(runner, ids, [2])
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)  # in place
-    second, _ = run(forward, ids, [2])
+    second, _ = run(runner, ids, [2])
     torch.testing.assert_close(second, first * 0.5)
     model.lm_head.weight.data = model.lm_head.weight.data * 2  # elsewhere in memory
-    third, _ = run(forward, ids, [2])
+    third, _ = run(runner, ids, [2])
     torch.testing.assert_close(third, first)
     head = torch.nn.Linear(64, 65, bias=False, dtype=torch.bfloat16)
     model.lm_head = head
-    fourth, _ = run(forward, ids, [2])
-    assert is_compiled(forward)
+    fourth, _ = run(runner, ids, [2])
+    assert is_compiled(runner)
     assert not torch.allclose(fourth, first, atol=0.1)
     model.float()
-    fifth, _ = run(forward, ids, [2])
-    assert not is_compiled(forward)
+    fifth, _ = run(runner, ids, [2])
+    assert not is_compiled(runner)
     torch.testing.assert_close(fifth, fourth, rtol=0.05, atol=0.1)
 
 
 def test_what_the_kernels_do_not_take_runs_without_them(build):
     for changes in ({"head_dim": 16}, {"intermediate_size": 72}):
         model, exact = bfloat16_model(**changes)
-        forward = Forward(model, "model")
-        assert not is_compiled(forward)
+        runner = ModelRunner(model, "model")
+        assert not is_compiled(runner)
         ids = torch.arange(3, 50)
         with torch.inference_mode():
             expected = exact(ids[None]).logits[0, -3:]
-        assert error(run(forward, ids, [3])[0], expected) < 0.2
-    assert not is_compiled(Forward(bfloat16_model()[1], "float32"))
+        assert error(run(runner, ids, [3])[0], expected) < 0.2
+    assert not is_compiled(ModelRunner(bfloat16_model()[1], "float32"))
     assert not is_compiled(
-        Forward(quantized_copy(bfloat16_model()[0], Int8Linear), "PyTorch's int8")
+        ModelRunner(quantized_copy(bfloat16_model()[0], Int8Linear), "PyTorch's int8")
     )
 
 
@@ -257,51 +257,51 @@ def odd_strides(model):
 @pytest.mark.parametrize("change", [odd_epsilon, odd_scaling, odd_strides])
 def test_what_the_tables_cannot_say_runs_without_them(build, change):
     model, exact = bfloat16_model()
-    forward = Forward(model, "model")
-    assert is_compiled(forward)
+    runner = ModelRunner(model, "model")
+    assert is_compiled(runner)
     for each in (model, exact):
         change(each)
-    assert not is_compiled(forward)
+    assert not is_compiled(runner)
     ids = torch.arange(3, 50)
     with torch.inference_mode():
         expected = exact(ids[None]).logits[0, -3:]
-    assert error(run(forward, ids, [3])[0], expected) < 0.2
+    assert error(run(runner, ids, [3])[0], expected) < 0.2
 
 
 def test_a_rotary_embedding_that_is_too_narrow_is_an_error(build):
     model, _ = bfloat16_model()
     odd_rotary(model)
-    forward = Forward(model, "model")
+    runner = ModelRunner(model, "model")
     with pytest.raises((ModelError, RuntimeError)):
-        run(forward, torch.arange(3, 50), [3])
+        run(runner, torch.arange(3, 50), [3])
 
 
 def test_a_cache_of_another_kind_is_not_touched_by_the_kernels(build):
-    forward = Forward(bfloat16_model()[0], "model")
+    runner = ModelRunner(bfloat16_model()[0], "model")
     ids = torch.arange(3, 33)
-    expected, _ = run(forward, ids, [4])
+    expected, _ = run(runner, ids, [4])
     for change in (torch.Tensor.float, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)):
-        cache = forward.new_cache(64)
+        cache = runner.new_cache(64)
         with torch.inference_mode():
-            forward(ids[:-4], cache, 1)
+            runner(ids[:-4], cache, 1)
             for layer in cache.layers:
                 layer.keys, layer.values = change(layer.keys), change(layer.values)
-            assert is_compiled(forward)
-            assert not compiled_pass_of(forward).serves(ids[-4:], cache, 4)
-    cache = forward.new_cache(64)
+            assert is_compiled(runner)
+            assert not compiled_pass_of(runner).serves(ids[-4:], cache, 4)
+    cache = runner.new_cache(64)
     with torch.inference_mode():
-        forward(ids[:-4], cache, 1)
-        assert compiled_pass_of(forward).serves(ids[-4:], cache, 4)
-        assert not compiled_pass_of(forward).serves(ids[-4:].int(), cache, 4)
-        assert not compiled_pass_of(forward).serves(ids[-4:], cache, 5)
-        assert not compiled_pass_of(forward).serves(ids[:0], cache, 0)
-        torch.testing.assert_close(forward(ids[-4:], cache, 4), expected)
+        runner(ids[:-4], cache, 1)
+        assert compiled_pass_of(runner).serves(ids[-4:], cache, 4)
+        assert not compiled_pass_of(runner).serves(ids[-4:].int(), cache, 4)
+        assert not compiled_pass_of(runner).serves(ids[-4:], cache, 5)
+        assert not compiled_pass_of(runner).serves(ids[:0], cache, 0)
+        torch.testing.assert_close(runner(ids[-4:], cache, 4), expected)
 
 
 def test_a_twin_of_which_a_layer_stays_whole_runs_without_the_kernels(build):
     twin = quantized_copy(bfloat16_model(intermediate_size=80)[0], Int8Blocks)
-    assert not is_compiled(Forward(twin, "twin"))
-    assert run(Forward(twin, "twin"), torch.arange(3, 50), [3])[0].isfinite().all()
+    assert not is_compiled(ModelRunner(twin, "twin"))
+    assert run(ModelRunner(twin, "twin"), torch.arange(3, 50), [3])[0].isfinite().all()
 
 
 def test_attention_of_other_tensors_is_not_for_the_kernels(build):
@@ -321,8 +321,8 @@ class Loud(torch.Tensor):
 
 
 def test_an_error_is_that_of_pytorch_and_leaves_the_cache_as_it_was(build):
-    forward = Forward(bfloat16_model()[0], "model")
-    session = Session(forward, forward.new_cache(12))
+    runner = ModelRunner(bfloat16_model()[0], "model")
+    session = Session(runner, runner.new_cache(12))
     with torch.inference_mode():
         session.prefill(list(range(3, 13)))
         for wrong in ([65], [-1], [3, 4, 5]):  # no such token, twice; no room
@@ -336,7 +336,7 @@ def test_a_nan_is_not_hidden(build):
     model, _ = bfloat16_model()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    assert run(Forward(model, "model"), torch.arange(3, 40), [2])[0].isnan().all()
+    assert run(ModelRunner(model, "model"), torch.arange(3, 40), [2])[0].isnan().all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -350,9 +350,9 @@ def test_products_of_few_bits_do_not_hide_a_nan(build, wrong, bits):
     )
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 5] = float(wrong)
-    forward = Forward(twin, "twin")
-    assert is_compiled(forward)
-    logits, _ = run(forward, torch.tensor([7, 8, 3, 4]), [1, 1, 1])
+    runner = ModelRunner(twin, "twin")
+    assert is_compiled(runner)
+    logits, _ = run(runner, torch.tensor([7, 8, 3, 4]), [1, 1, 1])
     assert logits[0].isfinite().all()
     assert logits[1:].isnan().all()
 
@@ -366,13 +366,13 @@ def test_whole_numbers_keep_what_bfloat16_does_beside_an_outlier(build):
     ids = torch.randint(3, 60, (60,), generator=torch.Generator().manual_seed(5))
     plain = uncompiled(twin)
     expected = run(plain, ids, [1, 3, 8])[0]
-    logits = run(Forward(twin, "twin"), ids, [1, 3, 8])[0]
+    logits = run(ModelRunner(twin, "twin"), ids, [1, 3, 8])[0]
     assert error(logits, expected) < 0.05 * expected.std()
 
 
 def test_the_environment_can_leave_the_work_to_pytorch(monkeypatch):
     monkeypatch.setenv("RAPID_LLM_NATIVE", "0")
-    assert not is_compiled(Forward(bfloat16_model()[0], "model"))
+    assert not is_compiled(ModelRunner(bfloat16_model()[0], "model"))
 
 
 @pytest.mark.parametrize("window", [None, 1, 40, 300])

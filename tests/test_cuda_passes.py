@@ -9,8 +9,8 @@ from torch import nn
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError, NumericalError, OutdatedKVError
 from rapid_llm.speculation.acceptance import dynamic_eta
@@ -28,7 +28,7 @@ from rapid_llm.engine.cuda.graphs import MAX_TOKENS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has these")
 
-FAMILY = [name for name in ARCHITECTURES if Forward(tiny_model(name), name).lean]
+FAMILY = [name for name in ARCHITECTURES if ModelRunner(tiny_model(name), name).lean]
 IDS = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
 HERE = torch.device("cpu")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -67,10 +67,10 @@ def live(monkeypatch):
     return Live
 
 
-def spoilt(forward: Forward, tokens: torch.Tensor, capacity: int = 64) -> KVCache:
+def spoilt(runner: ModelRunner, tokens: torch.Tensor, capacity: int = 64) -> KVCache:
     """A cache that holds tokens, in buffers that are full of what is no number."""
-    cache = forward.new_cache(capacity)
-    forward(tokens, cache, keep_logits=1)
+    cache = runner.new_cache(capacity)
+    runner(tokens, cache, keep_logits=1)
     for layer in cache.layers:
         layer.keys[:, :, layer.length :] = torch.nan
         layer.values[:, :, layer.length :] = torch.nan
@@ -89,7 +89,7 @@ def assert_same_kv(ours: KVCache, theirs: KVCache) -> None:
 @torch.inference_mode()
 def test_passes_of_any_few_tokens_give_what_the_lean_pass_gives(live, architecture):
     model = tiny_model(architecture)
-    plain, ours = Forward(model, "plain", cuda_graphs=False), Forward(model, "captured")
+    plain, ours = ModelRunner(model, "plain", cuda_graphs=False), ModelRunner(model, "captured")
     expected, cache = spoilt(plain, IDS[:8]), spoilt(ours, IDS[:8])
     for first, last in ((8, 9), (9, 10), (10, 14)):
         tokens = IDS[first:last]
@@ -105,7 +105,7 @@ def test_passes_of_any_few_tokens_give_what_the_lean_pass_gives(live, architectu
 @torch.inference_mode()
 def test_a_pass_of_seventeen_tokens_is_captured_and_one_of_more_is_not(live):
     model = tiny_model()
-    plain, ours = Forward(model, "plain", cuda_graphs=False), Forward(model, "captured")
+    plain, ours = ModelRunner(model, "plain", cuda_graphs=False), ModelRunner(model, "captured")
     expected, cache = spoilt(plain, IDS[:8]), spoilt(ours, IDS[:8])
     tokens = IDS[8 : 8 + MAX_TOKENS]
     logits = ours(tokens, cache, MAX_TOKENS)
@@ -118,7 +118,7 @@ def test_a_pass_of_seventeen_tokens_is_captured_and_one_of_more_is_not(live):
 @torch.inference_mode()
 def test_one_graph_serves_every_cache_and_a_cache_that_has_grown(live):
     model = tiny_model()
-    plain, ours = Forward(model, "plain", cuda_graphs=False), Forward(model, "captured")
+    plain, ours = ModelRunner(model, "plain", cuda_graphs=False), ModelRunner(model, "captured")
     one, other = spoilt(ours, IDS[:8]), spoilt(ours, IDS[20:33], capacity=40)
     first, second = spoilt(plain, IDS[:8]), spoilt(plain, IDS[20:33], capacity=40)
     for token in IDS[40:43].split(1):
@@ -127,38 +127,38 @@ def test_one_graph_serves_every_cache_and_a_cache_that_has_grown(live):
             torch.testing.assert_close(logits, plain(token, expected, 1), **CLOSE)
         other.grow(other.capacity + 3)
     assert live.made == 1
-    one.skipped = first.skipped = 3
+    one.position_offset = first.position_offset = 3
     torch.testing.assert_close(ours(IDS[:1], one, 1), plain(IDS[:1], first, 1), **CLOSE)
 
 
 @torch.inference_mode()
 def test_logits_outlive_the_next_pass(live):
-    forward = Forward(tiny_model(), "captured")
-    cache = spoilt(forward, IDS[:8])
-    forward(IDS[8:9], cache, 1)
-    logits = forward(IDS[9:10], cache, 1)
+    runner = ModelRunner(tiny_model(), "captured")
+    cache = spoilt(runner, IDS[:8])
+    runner(IDS[8:9], cache, 1)
+    logits = runner(IDS[9:10], cache, 1)
     before = logits.clone()
-    forward(IDS[10:11], cache, 1)
+    runner(IDS[10:11], cache, 1)
     assert torch.equal(logits, before)
 
 
 @torch.inference_mode()
 def test_nothing_is_written_beyond_the_end_of_a_cache(live):
-    forward = Forward(tiny_model(), "captured")
-    cache = spoilt(forward, IDS[:8], capacity=10)
+    runner = ModelRunner(tiny_model(), "captured")
+    cache = spoilt(runner, IDS[:8], capacity=10)
     with pytest.raises(AssertionError):
-        forward(IDS[:3], cache, 1)
+        runner(IDS[:3], cache, 1)
     assert cache.length == 8
     assert all(layer.keys[:, :, 8:].isnan().all() for layer in cache.layers)
-    forward(IDS[:2], cache, 1)
+    runner(IDS[:2], cache, 1)
     assert cache.length == 10
 
 
 @torch.inference_mode()
 def test_a_prompt_is_read_by_the_same_kernels(live):
     model = tiny_model("qwen3")
-    plain, ours = Forward(model, "plain", cuda_graphs=False), Forward(model, "captured")
-    sessions = [Session(forward, forward.new_cache(64)) for forward in (plain, ours)]
+    plain, ours = ModelRunner(model, "plain", cuda_graphs=False), ModelRunner(model, "captured")
+    sessions = [Session(runner, runner.new_cache(64)) for runner in (plain, ours)]
     for session in sessions:
         session.prefill(IDS[:20].tolist())
     assert live.made == 0
@@ -183,16 +183,16 @@ def test_fused_weights_are_stored_once_and_followed():
 def test_a_pass_launched_before_a_change_was_seen_is_not_used(live):
     """The model is looked at while the device works."""
     model = tiny_model()
-    forward = Forward(model, "m")
-    cache = spoilt(forward, torch.arange(3, 20))
-    before = forward(torch.tensor([20]), cache, 1)
+    runner = ModelRunner(model, "m")
+    cache = spoilt(runner, torch.arange(3, 20))
+    before = runner(torch.tensor([20]), cache, 1)
     cache.rollback(17)
     made = live.made
     model.model.norm.weight.mul_(2.0)
     with pytest.raises(OutdatedKVError):
-        forward(torch.tensor([20]), cache, 1)
+        runner(torch.tensor([20]), cache, 1)
     assert cache.length == 17
-    session = Session(forward, cache, list(range(3, 20)))
+    session = Session(runner, cache, list(range(3, 20)))
     torch.testing.assert_close(session.extend(torch.tensor([20])), 2 * before)
     assert live.made > made
 
@@ -200,7 +200,7 @@ def test_a_pass_launched_before_a_change_was_seen_is_not_used(live):
 @torch.inference_mode()
 def test_weights_that_change_are_those_that_answer(live):
     model = tiny_model("qwen2")
-    plain, ours = Forward(model, "plain", cuda_graphs=False), Forward(model, "captured")
+    plain, ours = ModelRunner(model, "plain", cuda_graphs=False), ModelRunner(model, "captured")
     spoilt(ours, IDS[:8])
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.mul_(2.0)
@@ -222,7 +222,7 @@ SAMPLINGS = [
 @torch.inference_mode()
 def test_a_draft_loop_draws_what_single_steps_draw(live, params, pending):
     model = tiny_model()
-    plain, ours = Forward(model, "plain", cuda_graphs=False), Forward(model, "captured")
+    plain, ours = ModelRunner(model, "plain", cuda_graphs=False), ModelRunner(model, "captured")
     expected, cache = spoilt(plain, IDS[:8]), spoilt(ours, IDS[:8])
     fit = Fit(66, frozenset([5, 9]), HERE)  # a target of another width, without these tokens
     sampler, stepwise = (Sampler(params, [3], HERE, model) for _ in range(2))
@@ -242,9 +242,9 @@ def test_a_draft_loop_draws_what_single_steps_draw(live, params, pending):
 
 @torch.inference_mode()
 def test_a_draft_ends_with_the_loop_or_is_left_to_passes_where_there_is_no_room(live):
-    forward = Forward(tiny_model(), "captured")
-    session = Session(forward, spoilt(forward, IDS[:8]))
-    sampler = Sampler(SamplingParams(temperature=1.0), [3], HERE, forward.model)
+    runner = ModelRunner(tiny_model(), "captured")
+    session = Session(runner, spoilt(runner, IDS[:8]))
+    sampler = Sampler(SamplingParams(temperature=1.0), [3], HERE, runner.model)
     choice = sampler.choice(Fit(64, frozenset(), HERE))
     tokens, rows = session.draft(IDS[8:9], 30, choice, sampler.generator)
     assert (len(tokens), len(rows)) == (MAX_TOKENS, MAX_TOKENS)
@@ -302,9 +302,9 @@ WAYS = {
 VOCABULARY = 64
 
 
-def judged_by_steps(forward, cache, tokens, q, eta, config, sampler):
+def judged_by_steps(runner, cache, tokens, q, eta, config, sampler):
     """A pass, processors and acceptance, one after the other."""
-    logits = forward(tokens, cache, len(tokens))
+    logits = runner(tokens, cache, len(tokens))
     s = sampler.scores(logits, tokens[1:])
     draws = None if sampler.params.greedy else sampler.generator
     return verify(logits, s, tokens[1:], q, eta, config, draws)
@@ -321,7 +321,7 @@ def judged_by_steps(forward, cache, tokens, q, eta, config, sampler):
 @torch.inference_mode()
 def test_a_verification_says_what_its_steps_say(live, way, params, gamma):
     model, config = tiny_model(num_hidden_layers=1, initializer_range=0.3), WAYS[way]
-    ours = Forward(model, "captured")
+    ours = ModelRunner(model, "captured")
     expected, cache = spoilt(ours, IDS[:8]), spoilt(ours, IDS[:8])
     sampler, stepwise = (Sampler(params, [3], HERE, model) for _ in range(2))
     judge = Judge.of(sampler, config, VOCABULARY)
@@ -351,11 +351,11 @@ def test_a_verification_says_what_its_steps_say(live, way, params, gamma):
 
 @torch.inference_mode()
 def test_a_verification_is_captured_once_for_each_size_and_way(live):
-    forward = Forward(tiny_model(num_hidden_layers=1), "captured")
-    session = Session(forward, spoilt(forward, IDS[:8]))
+    runner = ModelRunner(tiny_model(num_hidden_layers=1), "captured")
+    session = Session(runner, spoilt(runner, IDS[:8]))
 
     def judge(**params):
-        sampler = Sampler(SamplingParams(**params), [3], HERE, forward.model)
+        sampler = Sampler(SamplingParams(**params), [3], HERE, runner.model)
         return Judge.of(sampler, SpeculationConfig(), VOCABULARY), sampler.generator
 
     def captured_anew(how, gamma, rows, eta=None):
@@ -381,10 +381,10 @@ def test_a_verification_is_captured_once_for_each_size_and_way(live):
 
 @torch.no_grad()
 def test_what_cannot_be_verified_in_one_launch_is_left_to_passes(live):
-    forward = Forward(tiny_model(), "captured")
-    cache = spoilt(forward, IDS[:8], capacity=30)
-    session = Session(forward, cache, IDS[:8].tolist())
-    sampler = Sampler(SamplingParams(temperature=1.0), [3], HERE, forward.model)
+    runner = ModelRunner(tiny_model(), "captured")
+    cache = spoilt(runner, IDS[:8], capacity=30)
+    session = Session(runner, cache, IDS[:8].tolist())
+    sampler = Sampler(SamplingParams(temperature=1.0), [3], HERE, runner.model)
     judge = Judge.of(sampler, SpeculationConfig(), VOCABULARY)
     drawn = sampler.generator.get_state()
 
@@ -393,12 +393,12 @@ def test_what_cannot_be_verified_in_one_launch_is_left_to_passes(live):
         return session.verify(IDS[:n], q, None, judge, sampler.generator)
 
     assert verdict(session, MAX_TOKENS + 1) is None  # too many for a captured pass
-    assert verdict(Session(forward, forward.new_cache(30)), 3) is None  # nothing was read
+    assert verdict(Session(runner, runner.new_cache(30)), 3) is None  # nothing was read
     session.extend(IDS[8:28])
     assert verdict(session, 3) is None  # no room
     session.rollback(8)
     with torch.no_grad():
-        forward.model.model.norm.weight.mul_(2.0)
+        runner.model.model.norm.weight.mul_(2.0)
     assert verdict(session, 3) is None  # other weights than those that have read the cache
     assert cache.length == 8
     assert torch.equal(drawn, sampler.generator.get_state())
@@ -407,7 +407,7 @@ def test_what_cannot_be_verified_in_one_launch_is_left_to_passes(live):
     assert verdict(session, 3) is not None
     assert (
         Judge.of(
-            Sampler(SamplingParams(repetition_penalty=1.2), [3], HERE, forward.model),
+            Sampler(SamplingParams(repetition_penalty=1.2), [3], HERE, runner.model),
             SpeculationConfig(),
             VOCABULARY,
         )
@@ -419,21 +419,21 @@ def test_what_cannot_be_verified_in_one_launch_is_left_to_passes(live):
 def test_a_model_that_changes_while_it_verifies_answers_as_it_is_now(live, monkeypatch):
     """It is looked at while the device works: draws of what is thrown away are made again."""
     model = tiny_model()
-    forward = Forward(model, "captured")
+    runner = ModelRunner(model, "captured")
     sampler, stepwise = (
         Sampler(SamplingParams(temperature=1.0, seed=3), [3], HERE, model) for _ in range(2)
     )
     config = SpeculationConfig(mode="exact")
     judge = Judge.of(sampler, config, VOCABULARY)
     q = torch.full((3, VOCABULARY), 1 / VOCABULARY)
-    cache = spoilt(forward, IDS[:8])
+    cache = spoilt(runner, IDS[:8])
     # A look that was due already: the pass is launched, then found to be of another number.
-    monkeypatch.setattr(forward, "_chosen", -1)
-    verdict = forward.verify(IDS[8:12], q, None, cache, judge, sampler.generator)
+    monkeypatch.setattr(runner, "_chosen", -1)
+    verdict = runner.verify(IDS[8:12], q, None, cache, judge, sampler.generator)
     assert verdict is not None
     assert cache.length == 12
-    fresh = spoilt(forward, IDS[:8])
-    expected = judged_by_steps(forward, fresh, IDS[8:12], q, None, config, stepwise)
+    fresh = spoilt(runner, IDS[:8])
+    expected = judged_by_steps(runner, fresh, IDS[8:12], q, None, config, stepwise)
     assert torch.equal(verdict, expected)
     assert torch.equal(sampler.generator.get_state(), stepwise.generator.get_state())
 
@@ -574,14 +574,14 @@ def test_a_capture_that_fails_is_an_error_where_graphs_are_asked_for(live, fail,
 
 
 def test_the_switch_is_automatic_refuses_or_is_off():
-    assert Forward(tiny_model(), "on a CPU")._replayed is None
-    assert Forward(tiny_model(), "on a CPU", cuda_graphs=False)._replayed is None
+    assert ModelRunner(tiny_model(), "on a CPU")._replayed is None
+    assert ModelRunner(tiny_model(), "on a CPU", cuda_graphs=False)._replayed is None
     with pytest.raises(InvalidParameterError, match=r"cuda_graphs=True.*m on cpu"):
-        Forward(tiny_model(), "m", cuda_graphs=True)
+        ModelRunner(tiny_model(), "m", cuda_graphs=True)
 
 
 def test_an_embedding_that_asks_for_lengths_is_not_captured(live):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    forward = Forward(tiny_model(rope_parameters=rope), "dynamic")
-    assert forward.lean
-    assert forward._replayed is None
+    runner = ModelRunner(tiny_model(rope_parameters=rope), "dynamic")
+    assert runner.lean
+    assert runner._replayed is None

@@ -17,10 +17,10 @@ from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer, transformers_gre
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import Memory, RapidDecoder
-from rapid_llm.engine import forward as forward_module
+from rapid_llm.engine import model_runner as runner_module
 from rapid_llm.engine import reuse
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import (
     ContextWindowError,
@@ -218,14 +218,14 @@ class CountedForward:
     def __init__(self, monkeypatch) -> None:
         self.passes: list[int] = []
         self.caches = {}
-        original = Forward.__call__
+        original = ModelRunner.__call__
 
-        def spy(forward, tokens, cache, *args):
+        def spy(runner, tokens, cache, *args):
             self.passes.append(len(tokens))
             self.caches[id(cache)] = cache
-            return original(forward, tokens, cache, *args)
+            return original(runner, tokens, cache, *args)
 
-        monkeypatch.setattr(Forward, "__call__", spy)
+        monkeypatch.setattr(ModelRunner, "__call__", spy)
 
 
 @pytest.mark.parametrize("lookup", [False, True])
@@ -378,15 +378,15 @@ class FailingForward:
 
     def __init__(self, monkeypatch, at: int, error: type[BaseException]) -> None:
         self.tokens = 0
-        original, calls = Forward.__call__, iter(range(10_000))
+        original, calls = ModelRunner.__call__, iter(range(10_000))
 
-        def fail_once(forward, tokens, cache, *args):
+        def fail_once(runner, tokens, cache, *args):
             if next(calls) == at:
                 raise error
             self.tokens += len(tokens)
-            return original(forward, tokens, cache, *args)
+            return original(runner, tokens, cache, *args)
 
-        monkeypatch.setattr(Forward, "__call__", fail_once)
+        monkeypatch.setattr(ModelRunner, "__call__", fail_once)
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -418,7 +418,7 @@ def test_memory_that_stays_short_is_an_error(decoder, monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as context:
-        context.setattr(Forward, "__call__", no_memory)
+        context.setattr(ModelRunner, "__call__", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             ask(decoder, QUESTIONS[0])
     assert ask(decoder, QUESTIONS[0]).token_ids == ask(forgetful(), QUESTIONS[0]).token_ids
@@ -429,13 +429,13 @@ class SeenCaches:
 
     def __init__(self, monkeypatch) -> None:
         self._seen: weakref.WeakSet = weakref.WeakSet()
-        original = Forward.__call__
+        original = ModelRunner.__call__
 
-        def spy(forward, tokens, cache, *args):
+        def spy(runner, tokens, cache, *args):
             self._seen.add(cache)
-            return original(forward, tokens, cache, *args)
+            return original(runner, tokens, cache, *args)
 
-        monkeypatch.setattr(Forward, "__call__", spy)
+        monkeypatch.setattr(ModelRunner, "__call__", spy)
 
     def __len__(self) -> int:
         gc.collect()
@@ -889,7 +889,7 @@ def test_what_is_not_on_this_machine_is_named(tmp_path, monkeypatch):
         RapidDecoder.from_pretrained("smollm2-135m", device="cuda:7")
     with pytest.raises(InvalidParameterError, match=r"drafter_device='meta'.*name one"):
         RapidDecoder.from_pretrained("smollm2-135m", device="cpu", drafter_device="meta")
-    monkeypatch.setattr(forward_module, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(runner_module, "is_flash_attn_2_available", lambda: False)
     with pytest.raises(MissingDependencyError, match=r"flash-attn.*'sdpa'"):
         RapidDecoder(tiny_model(), tiny_tokenizer(), attn_implementation="flash_attention_2")
 
@@ -910,7 +910,7 @@ def test_memory_is_told(monkeypatch):
     decoder.generate(TARGET_PROMPT, DRAFT_PROMPT, sampling=GREEDY)
     # 2 layers, keys and values, 2 KV heads of 8 float32: two prompts and what may follow them.
     kept = 2 * 2 * 2 * 8 * 4 * (len(TARGET_PROMPT) + len(DRAFT_PROMPT) + 2 * 40)
-    int8 = quantized_nbytes(decoder.draft_forward.model)
+    int8 = quantized_nbytes(decoder.draft_runner.model)
     assert decoder.memory == Memory(weights, int8, kept)
     assert 0 < int8 < weights / 3
     decoder.clear_cache()

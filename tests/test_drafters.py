@@ -15,9 +15,9 @@ from torch import Tensor
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import PassCost
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
-from rapid_llm.engine.quantized import FEW_ROWS
+from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.acceptance import verify_guess
@@ -29,7 +29,7 @@ from rapid_llm.speculation.drafters.compressed import (
     streaming,
     triforce,
 )
-from rapid_llm.speculation.drafters.lookup import LookupDrafter, NgramIndex
+from rapid_llm.speculation.drafters.lookup import NgramIndex, PromptLookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 
@@ -109,7 +109,7 @@ def test_guesses_of_a_growing_text_are_those_found_by_hand(parts, tail, limit):
 
 
 def test_lookup_alone_drafts_what_followed():
-    drafter = LookupDrafter([3, 4, 5, 6, 7], 10, CPU)
+    drafter = PromptLookupDrafter([3, 4, 5, 6, 7], 10, CPU)
     assert (drafter.prompt_tokens, drafter.cost().seconds(5)) == (0, 0)
     draft = drafter.draft([8, 4, 5], 4, look_ahead=False)
     assert draft.tokens.tolist() == [6, 7, 8, 4]
@@ -184,9 +184,9 @@ def rag_drafter(
     document: Sequence[int] = (),
     **config,
 ) -> RagDrafter:
-    forward = Forward(model, "tiny")
+    runner = ModelRunner(model, "tiny")
     drafter = RagDrafter(
-        Session(forward, forward.new_cache(len(prompt) + 100)),
+        Session(runner, runner.new_cache(len(prompt) + 100)),
         prompt,
         Sampler(sampling, prompt, CPU, model),
         vocab_size,
@@ -221,7 +221,7 @@ def test_greedy_drafts_are_the_same_with_and_without_guesses(gamma):
             assert theirs.passes == gamma
             assert 1 <= ours.passes <= gamma
             saved += theirs.passes - ours.passes
-            guessed_wrong |= ours.passes > 1 + gamma // FEW_ROWS
+            guessed_wrong |= ours.passes > 1 + gamma // MAX_QUANTIZED_ROWS
             # The target keeps a part, and says something of its own.
             output += [*ours.tokens.tolist()[: gamma // 2 + 1], 3 + len(output) % 50]
     assert (saved > 0) == (gamma > 1)
@@ -423,14 +423,14 @@ def test_triforce_keeps_a_short_prompt_whole(small_budget):
 
 
 def compressed_drafter(
-    forward: Forward, kind: type[CompressedDrafter], prompt: Sequence[int], **config
+    runner: ModelRunner, kind: type[CompressedDrafter], prompt: Sequence[int], **config
 ) -> CompressedDrafter:
-    target = Session(forward, forward.new_cache(len(prompt) + 60))
+    target = Session(runner, runner.new_cache(len(prompt) + 60))
     drafter = kind(
         target,
-        forward,
+        runner,
         prompt,
-        Sampler(GREEDY, prompt, CPU, forward.model),
+        Sampler(GREEDY, prompt, CPU, runner.model),
         SpeculationConfig(**config),
     )
     with torch.inference_mode():
@@ -442,7 +442,7 @@ def compressed_drafter(
 def test_what_follows_a_gap_has_its_own_position(small_budget):
     """The reference: transformers with a mask that hides what was left out from the new tokens."""
     model = tiny_model()
-    drafter = compressed_drafter(Forward(model, "tiny"), StreamingDrafter, PROMPT, lookup=False)
+    drafter = compressed_drafter(ModelRunner(model, "tiny"), StreamingDrafter, PROMPT, lookup=False)
     with torch.inference_mode():
         draft = drafter.draft([], 6, look_ahead=True)
         again = drafter.draft(draft.tokens.tolist()[:2], 4, look_ahead=True)  # after a rollback
@@ -461,8 +461,8 @@ def test_what_follows_a_gap_has_its_own_position(small_budget):
 
 
 def test_the_targets_own_cache_is_not_touched(small_budget):
-    forward = Forward(tiny_model(), "tiny")
-    drafter = compressed_drafter(forward, TriforceDrafter, PROMPT)
+    runner = ModelRunner(tiny_model(), "tiny")
+    drafter = compressed_drafter(runner, TriforceDrafter, PROMPT)
     before = [layer.keys.clone() for layer in drafter._target.cache.layers]
     with torch.inference_mode():
         drafter.draft([], 6, look_ahead=True)
@@ -556,7 +556,7 @@ def test_compressed_drafts_use_the_int8_twin_of_the_target_only(small_budget):
         decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter, drafter_quantization="int8")
         result = decoder.generate(PROMPT, sampling=GREEDY, speculation=config)
         assert result.token_ids == reference
-        assert (decoder._twin is not None) == (drafter is None)
+        assert (decoder._quantized is not None) == (drafter is None)
 
 
 @pytest.mark.parametrize("drafting", ["streaming", "triforce"])

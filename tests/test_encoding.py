@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rapid_llm.encoding import encode_literal, encode_prompt, literal_encoding
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.literal import Controls, LiteralTwin, twin_of
+from rapid_llm.literal import Controls, LiteralTwin, copy_of
 
 CORPUS = [
     "The lamp on the pier was lit at seven, and the keeper wrote the hour in his book.",
@@ -365,7 +365,7 @@ def test_the_rest_of_a_literal_chat_is_encoded_as_ever() -> None:
         chat = [*user("The lamp  was\n\nlit."), {"role": "assistant", "content": " At seven. "}]
         chat += user("Who wrote the hour?")
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        assert twin_of(tokenizer).encode_rendered(text) == plain_template(chat, tokenizer), kind
+        assert copy_of(tokenizer).encode_rendered(text) == plain_template(chat, tokenizer), kind
 
 
 def test_tokens_that_the_template_writes_are_control_tokens_even_if_not_marked_special() -> None:

@@ -13,8 +13,8 @@ from transformers import (
     MambaConfig,
 )
 
-from rapid_llm.engine.forward import ATTENTION, SUPPORTED, Forward
 from rapid_llm.engine.kv_cache import cache_argument
+from rapid_llm.engine.model_runner import ATTENTION, SUPPORTED, ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ModelError
 
@@ -24,9 +24,9 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
 
 
-def run_as_decoder(forward: Forward, ids: torch.Tensor) -> torch.Tensor:
+def run_as_decoder(runner: ModelRunner, ids: torch.Tensor) -> torch.Tensor:
     """Chunked prefill, one token, a rejected draft, a verification, a chunk: logits from 40 on."""
-    session = Session(forward, forward.new_cache(len(ids)))
+    session = Session(runner, runner.new_cache(len(ids)))
     with torch.inference_mode():
         session.prefill(ids[:40].tolist())
         first = session.extend(ids[40:41])
@@ -60,7 +60,7 @@ def test_logits_equal_the_models_own_forward(architecture, implementation, monke
     ids = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = model(ids[None]).logits[0, 40:]
-    logits = run_as_decoder(Forward(model, architecture, implementation), ids)
+    logits = run_as_decoder(ModelRunner(model, architecture, implementation), ids)
     torch.testing.assert_close(logits, expected, **TOLERANCE)
 
 
@@ -75,7 +75,7 @@ def test_multimodal_gemma3_runs_its_text_model(monkeypatch):
     ids = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = model(ids[None]).logits[0, 40:]
-    logits = run_as_decoder(Forward(model, "gemma3"), ids)
+    logits = run_as_decoder(ModelRunner(model, "gemma3"), ids)
     torch.testing.assert_close(logits, expected, **TOLERANCE)
 
 
@@ -104,29 +104,29 @@ def test_every_supported_type_is_compared():
 def test_other_architectures_are_refused_by_name(config):
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ModelError, match=f"'{config.model_type}'.*not supported.*llama"):
-        Forward(model, "some-model")
+        ModelRunner(model, "some-model")
 
 
 def test_bidirectional_gemma_is_refused():
     model = tiny_model("gemma3_text", use_bidirectional_attention=True)
     with pytest.raises(ModelError, match="both directions"):
-        Forward(model, "some-model")
+        ModelRunner(model, "some-model")
 
 
 def test_the_lean_pass_is_for_plain_models_of_the_family_only():
     for architecture in ARCHITECTURES:
         family = architecture.split("-")[0] in {"llama", "mistral", "qwen2", "qwen3"}
         model = tiny_model(architecture)
-        assert Forward(model, "x").lean == family
-        assert not Forward(model, "x", "sdpa").lean
+        assert ModelRunner(model, "x").lean == family
+        assert not ModelRunner(model, "x", "sdpa").lean
     hooked = tiny_model()
     hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert not Forward(hooked, "x").lean
+    assert not ModelRunner(hooked, "x").lean
     adapted = tiny_model()
     adapted.lm_head = torch.nn.Sequential(adapted.lm_head)
     adapted.model.layers[1].mlp.up_proj = type("Adapter", (torch.nn.Linear,), {})(32, 48)
-    assert not Forward(adapted, "x").lean
-    assert not Forward(tiny_model(hidden_act="gelu"), "x").lean
+    assert not ModelRunner(adapted, "x").lean
+    assert not ModelRunner(tiny_model(hidden_act="gelu"), "x").lean
 
 
 @pytest.mark.parametrize("changes", [
@@ -146,29 +146,29 @@ def test_the_lean_pass_follows_the_config(changes):
     ids = torch.randint(3, 64, (60,))
     with torch.inference_mode():
         expected = model(ids[None]).logits[0, 40:]
-    forward = Forward(model, "x")
-    assert forward.lean
-    torch.testing.assert_close(run_as_decoder(forward, ids), expected, **TOLERANCE)
+    runner = ModelRunner(model, "x")
+    assert runner.lean
+    torch.testing.assert_close(run_as_decoder(runner, ids), expected, **TOLERANCE)
 
 
 def test_unknown_attention_is_refused():
     with pytest.raises(ModelError, match=r"'fast' is unknown.*rapid, sdpa"):
-        Forward(tiny_model(), "some-model", "fast")
+        ModelRunner(tiny_model(), "some-model", "fast")
 
 
 def test_the_callers_model_is_left_as_it_was():
     model = tiny_model("gemma3_text")
     before = model.config._attn_implementation
     ids = torch.randint(3, 64, (60,))
-    run_as_decoder(Forward(model, "x"), ids)
+    run_as_decoder(ModelRunner(model, "x"), ids)
     assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_a_failed_pass_leaves_the_cache_as_it_was(architecture, monkeypatch):
     model = tiny_model(architecture)
-    forward = Forward(model, "x")
-    session = Session(forward, forward.new_cache(20))
+    runner = ModelRunner(model, "x")
+    session = Session(runner, runner.new_cache(20))
     ids = torch.arange(3, 13)
     with torch.inference_mode():
         session.prefill(ids[:5].tolist())
@@ -184,8 +184,8 @@ def test_a_failed_pass_leaves_the_cache_as_it_was(architecture, monkeypatch):
 
 def test_cache_is_allocated_once_and_its_bytes_follow_the_formula():
     model = tiny_model("gemma3_text")  # a sliding layer keeps the whole sequence too
-    forward = Forward(model, "x")
-    session = Session(forward, forward.new_cache(300))
+    runner = ModelRunner(model, "x")
+    session = Session(runner, runner.new_cache(300))
     with torch.inference_mode():
         session.prefill(list(range(3, 60)))
         layer = session.cache.layers[0]
@@ -202,17 +202,17 @@ def test_cache_is_allocated_once_and_its_bytes_follow_the_formula():
 
 
 def test_context_window_counts_yarn():
-    plain = Forward(tiny_model(), "x")
+    plain = ModelRunner(tiny_model(), "x")
     assert plain.context_window == 512
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512,
             "rope_theta": 10000.0}  # fmt: skip
-    assert Forward(tiny_model(rope_parameters=yarn), "x").context_window == 2048
+    assert ModelRunner(tiny_model(rope_parameters=yarn), "x").context_window == 2048
 
 
 def test_prefill_reports_progress_after_every_pass(monkeypatch):
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
-    forward = Forward(tiny_model(), "x")
-    session = Session(forward, forward.new_cache(40))
+    runner = ModelRunner(tiny_model(), "x")
+    session = Session(runner, runner.new_cache(40))
     seen: list[tuple[int, int]] = []
     with torch.inference_mode():
         session.prefill([5] * 25, lambda *tokens: seen.append(tokens))

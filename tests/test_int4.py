@@ -11,15 +11,15 @@ from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.cuda import int4
 from rapid_llm.engine.cuda.int4 import (
-    FEW_ROWS,
     GROUP,
+    MAX_QUANTIZED_ROWS,
     Int4Linear,
     Int4Together,
     dequantize,
     int4_copy,
     quantize,
 )
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import InvalidParameterError
 
@@ -60,14 +60,14 @@ def test_equal_weights_have_a_step_all_the_same():
     torch.testing.assert_close(dequantize(*quantize(weight)), weight)
 
 
-@pytest.mark.parametrize("n", [1, 3, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("n", [1, 3, MAX_QUANTIZED_ROWS, MAX_QUANTIZED_ROWS + 1])
 @pytest.mark.parametrize("bias", [True, False])
 def test_few_tokens_meet_four_bits_and_many_the_whole_weights(n, bias):
     torch.manual_seed(0)
     layers = [nn.Linear(128, out, bias=bias) for out in (48, 16)]
     x = torch.randn(n, 128)
     for layer in layers:
-        weight = layer.weight if n > FEW_ROWS else dequantize(*quantize(layer.weight))
+        weight = layer.weight if n > MAX_QUANTIZED_ROWS else dequantize(*quantize(layer.weight))
         expected = nn.functional.linear(x, weight, layer.bias)
         torch.testing.assert_close(Int4Linear(layer)(x), expected, rtol=1e-4, atol=1e-5)
     apart = [Int4Linear(layer)(x) for layer in layers]
@@ -83,11 +83,11 @@ def test_a_copy_computes_the_same_whether_its_products_are_fused_or_not(architec
     model = tiny_model(architecture, **SIZES)
     logits = []
     for lean in (True, False):
-        forward = Forward(int4_copy(model, lean=lean), "int4")
-        assert forward.lean  # it is the model that it was made of
-        cache = forward.new_cache(64)
-        forward(IDS[:12], cache, 1)
-        logits.append(forward(IDS[12:17], cache, 5))
+        runner = ModelRunner(int4_copy(model, lean=lean), "int4")
+        assert runner.lean  # it is the model that it was made of
+        cache = runner.new_cache(64)
+        runner(IDS[:12], cache, 1)
+        logits.append(runner(IDS[12:17], cache, 5))
     torch.testing.assert_close(*logits)
 
 
@@ -116,19 +116,19 @@ def test_int4_is_refused_where_it_would_not_run():
 def test_auto_takes_no_int4_on_a_cpu():
     decoder = RapidDecoder(tiny_model(**SIZES), tiny_tokenizer())
     decoder.generate([3, 4, 5], [3, 4], sampling=SamplingParams(max_new_tokens=2))
-    assert decoder.draft_forward is decoder.target
+    assert decoder.draft_runner is decoder.target
 
 
 def test_auto_takes_int4_for_large_models_on_a_gpu_only(monkeypatch):
     model = tiny_model(**SIZES)
     monkeypatch.setattr(int4, "runs_on", lambda model: True)
-    forward = Forward(model, "m")
-    assert forward.cheapest is None
+    runner = ModelRunner(model, "m")
+    assert runner.cheapest is None
     monkeypatch.setattr(int4, "_LARGE", sum(p.nbytes for p in model.parameters()))
-    assert forward.cheapest == "int4"
+    assert runner.cheapest == "int4"
     decoder = RapidDecoder(model, tiny_tokenizer())
-    assert type(decoder.draft_forward.model.lm_head) is Int4Linear
-    assert decoder.draft_forward is decoder.draft_forward
-    assert decoder.memory.drafter_weights == quantized_nbytes(decoder.draft_forward.model)
+    assert type(decoder.draft_runner.model.lm_head) is Int4Linear
+    assert decoder.draft_runner is decoder.draft_runner
+    assert decoder.memory.drafter_weights == quantized_nbytes(decoder.draft_runner.model)
     result = decoder.generate([3, 4, 5], [3, 4], sampling=SamplingParams(max_new_tokens=4))
     assert len(result.token_ids) == 4

@@ -78,7 +78,7 @@ class Law:
         return self._scores(before).softmax(-1)
 
     def q(self, *before: int) -> Tensor:
-        model = self.decoder.draft_forward.model
+        model = self.decoder.draft_runner.model
         return self._next(model, [*self.prompts.draft, *before]).softmax(-1)
 
     def p_hat(self, *before: int) -> Tensor:
@@ -193,7 +193,7 @@ def test_guesses_change_no_law(decoder, mode):
 @pytest.mark.slow
 def test_an_int8_drafters_own_distribution_is_what_counts():
     decoder = make_decoder(drafter_quantization="int8")
-    assert isinstance(decoder.draft_forward.model.lm_head, Int8Linear)
+    assert isinstance(decoder.draft_runner.model.lm_head, Int8Linear)
     law = expected(Law(decoder, 0.8, ETA, REPETITIVE), "augmented", 2)
     run = sample(decoder, FEWER_SAMPLES, REPETITIVE, mode="augmented", gamma=2)
     assert p_value(run.table, law) > 1e-3

@@ -27,9 +27,9 @@ from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.cpu.blocks import Int8Blocks
 from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.cpu.quantizers import quantized_copy
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_files import fingerprint, mixed
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError, ModelError, OutdatedKVError
 
@@ -59,9 +59,9 @@ def two_adapters():
     return tuned.eval()
 
 
-def as_decoder(forward):
+def as_decoder(runner):
     """Logits from token 40 on: a prefill in chunks, a draft that is taken back, two passes."""
-    session = Session(forward, forward.new_cache(len(IDS)))
+    session = Session(runner, runner.new_cache(len(IDS)))
     with torch.inference_mode():
         session.prefill(IDS[:40].tolist())
         session.extend((IDS[40:46] + 1) % 60)
@@ -364,15 +364,15 @@ CHANGES = {
 def test_logits_are_those_of_the_changed_model(change, dtype, when):
     changed = tiny_model(**WIDE if dtype == torch.bfloat16 else {}).to(dtype)
     before = own(changed)
-    forward = Forward(changed, "x")
+    runner = ModelRunner(changed, "x")
     if when == "after":
-        as_decoder(forward)
+        as_decoder(runner)
     torch.manual_seed(1)
     replaced = CHANGES[change](changed)
     if replaced is not None or when == "before":
         changed = changed if replaced is None else replaced
-        forward = Forward(changed, "x")
-    ours, expected = as_decoder(forward), own(changed)
+        runner = ModelRunner(changed, "x")
+    ours, expected = as_decoder(runner), own(changed)
     assert expected.shape != before.shape or (expected - before).norm() > 0.02 * before.norm()
     assert ours.shape == expected.shape
     tolerance = 1e-4 if dtype == torch.float32 else 0.06
@@ -382,35 +382,35 @@ def test_logits_are_those_of_the_changed_model(change, dtype, when):
 @pytest.mark.parametrize("name", ["forward", "apply_rotary_pos_emb"])
 def test_what_is_replaced_in_the_library_counts(monkeypatch, name):
     changed = tiny_model()
-    forward = Forward(changed, "x")
-    before = as_decoder(forward)
+    runner = ModelRunner(changed, "x")
+    before = as_decoder(runner)
     if name == "forward":
-        original = modeling_llama.LlamaMLP.forward
+        original = modeling_llama.LlamaMLP.runner
         monkeypatch.setattr(
             modeling_llama.LlamaMLP, "forward", lambda self, x: original(self, x) * 1.5
         )
     else:
         monkeypatch.setattr(modeling_llama, name, lambda query, key, *_, **__: (query, key))
-    assert not forward.lean
-    after = as_decoder(forward)
+    assert not runner.lean
+    after = as_decoder(runner)
     assert not torch.allclose(after, before, atol=0.1)
     torch.testing.assert_close(after, own(changed), rtol=1e-4, atol=1e-4)
     monkeypatch.undo()
-    assert forward.lean
-    torch.testing.assert_close(as_decoder(forward), before)
+    assert runner.lean
+    torch.testing.assert_close(as_decoder(runner), before)
 
 
 def test_a_hook_on_all_modules_counts():
     changed = tiny_model()
-    forward = Forward(changed, "x")
+    runner = ModelRunner(changed, "x")
     hook = nn.modules.module.register_module_forward_hook(
         lambda module, args, output: output * 1.2 if isinstance(module, nn.Linear) else None
     )
     try:
-        torch.testing.assert_close(as_decoder(forward), own(changed), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(as_decoder(runner), own(changed), rtol=1e-4, atol=1e-4)
     finally:
         hook.remove()
-    torch.testing.assert_close(as_decoder(forward), own(changed), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(as_decoder(runner), own(changed), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -418,15 +418,15 @@ def test_a_hook_on_all_modules_counts():
 def test_weights_that_torchao_quantized(dtype, when):
     quantization = installed("torchao.quantization")
     changed = tiny_model(**WIDE).to(dtype)
-    forward = Forward(changed, "x")
+    runner = ModelRunner(changed, "x")
     if when == "after":
-        as_decoder(forward)
+        as_decoder(runner)
     quantization.quantize_(changed, quantization.Int8WeightOnlyConfig())
     if when == "before":
-        forward = Forward(changed, "x")
-    assert not forward.lean
+        runner = ModelRunner(changed, "x")
+    assert not runner.lean
     expected = own(changed)
-    assert (as_decoder(forward) - expected).norm() < 0.05 * expected.norm()
+    assert (as_decoder(runner) - expected).norm() < 0.05 * expected.norm()
     decoder = RapidDecoder(changed, tiny_tokenizer())
     result = decoder.generate(PROMPT[:40], PROMPT[4:40], sampling=GREEDY)
     assert len(result.token_ids) == NEW
@@ -435,12 +435,12 @@ def test_weights_that_torchao_quantized(dtype, when):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_that_nobody_touched_is_plain_and_stays_the_same(architecture):
     untouched = tiny_model(architecture)
-    forward = Forward(untouched, "x")
-    number = forward.state.number
-    assert forward.state.plain
-    as_decoder(forward)
+    runner = ModelRunner(untouched, "x")
+    number = runner.state.number
+    assert runner.state.plain
+    as_decoder(runner)
     own(untouched)
-    assert forward.state.take_samples() == number
+    assert runner.state.take_samples() == number
 
 
 def test_what_a_module_keeps_of_each_pass_is_no_change():
@@ -451,8 +451,8 @@ def test_what_a_module_keeps_of_each_pass_is_no_change():
         module.last = output
 
     layer(changed).mlp.register_forward_hook(count)
-    forward = Forward(changed, "x")
-    torch.testing.assert_close(as_decoder(forward), own(changed), rtol=1e-4, atol=1e-4)
+    runner = ModelRunner(changed, "x")
+    torch.testing.assert_close(as_decoder(runner), own(changed), rtol=1e-4, atol=1e-4)
     # 3 chunks, the draft, and 3 passes: nothing was read again. Then the model's own.
     assert layer(changed).mlp.calls == 7 + 1
 
@@ -655,13 +655,13 @@ def test_an_adapter_chosen_during_an_answer_reads_it_all_again():
 
 def test_kv_that_cannot_be_read_again_is_refused():
     changed = tiny_model()
-    forward = Forward(changed, "some-model")
-    cache = forward.new_cache(60)
+    runner = ModelRunner(changed, "some-model")
+    cache = runner.new_cache(60)
     with torch.inference_mode():
-        forward(IDS[:20], cache, 1)
+        runner(IDS[:20], cache, 1)
         written_in_place(changed)
         with pytest.raises(OutdatedKVError, match=r"some-model has changed.*20 tokens"):
-            forward(IDS[20:], cache, 1)
+            runner(IDS[20:], cache, 1)
         assert cache.length == 20
 
 
@@ -804,8 +804,8 @@ def test_kv_of_one_side_of_the_switch_is_not_taken_on_the_other(tmp_path):
 
 def test_verification_across_the_switch_gives_each_row_its_own_embedding():
     scaled = switching()
-    forward = Forward(scaled, "x")
-    session = Session(forward, forward.new_cache(400))
+    runner = ModelRunner(scaled, "x")
+    session = Session(runner, runner.new_cache(400))
     ids = torch.tensor(LONG[: SWITCH + 8])
     with torch.inference_mode():
         session.prefill(ids[: SWITCH - 4].tolist())
@@ -818,12 +818,12 @@ def test_verification_across_the_switch_gives_each_row_its_own_embedding():
 
 
 def test_dynamic_scaling_is_refused_where_each_token_changes_all():
-    forward = Forward(switching("llama", "dynamic"), "some-model")
-    session = Session(forward, forward.new_cache(2100))
+    runner = ModelRunner(switching("llama", "dynamic"), "some-model")
+    session = Session(runner, runner.new_cache(2100))
     ids = torch.randint(3, 64, (2050,))
     with torch.inference_mode():
         session.prefill(ids[:2000].tolist())
-        expected = forward.model(ids[None, :2001]).logits[0, -1:]
+        expected = runner.model(ids[None, :2001]).logits[0, -1:]
         torch.testing.assert_close(session.extend(ids[2000:2001]), expected, rtol=1e-4, atol=1e-4)
         with pytest.raises(ModelError, match=r"some-model.*dynamically.*2048 tokens.*yarn"):
             session.extend(ids[2001:])
@@ -842,7 +842,7 @@ def test_a_twin_has_the_adapter_and_leaves_tiny_layers_alone(rank, hidden):
     torch.manual_seed(1)
     base = tiny_model(**WIDE | {"hidden_size": hidden, "intermediate_size": 100})
     tuned = get_peft_model(base, lora(r=rank, lora_alpha=rank)).bfloat16()
-    twin = Forward(quantized_copy(tuned, Int8Linear), "twin")
+    twin = ModelRunner(quantized_copy(tuned, Int8Linear), "twin")
     inner = {m.weight.shape[1] for m in twin.model.modules() if isinstance(m, Int8Linear)}
     assert inner == {size for size in (hidden, rank, 128) if size % 16 == 0}
     assert difference(as_decoder(twin), own(tuned)) < 0.15
@@ -854,11 +854,11 @@ def test_a_twin_has_the_adapter_and_leaves_tiny_layers_alone(rank, hidden):
 def test_the_twin_is_made_anew_of_a_changed_model(edit):
     changed = tiny_model(**WIDE).bfloat16()
     decoder = RapidDecoder(changed, tiny_tokenizer())
-    first = decoder.draft_forward
-    assert decoder.draft_forward is first is not decoder.drafter
+    first = decoder.draft_runner
+    assert decoder.draft_runner is first is not decoder.drafter
     edit(changed)
-    assert difference(as_decoder(decoder.draft_forward), own(changed)) < 0.1
-    assert decoder.draft_forward is not first
+    assert difference(as_decoder(decoder.draft_runner), own(changed)) < 0.1
+    assert decoder.draft_runner is not first
 
 
 def test_the_twin_follows_the_adapter():
@@ -870,7 +870,7 @@ def test_the_twin_follows_the_adapter():
     decoder = RapidDecoder(tuned, tiny_tokenizer())
     for name in ("a", "b", "a"):
         tuned.set_adapter(name)
-        twin = decoder.draft_forward
+        twin = decoder.draft_runner
         assert twin is not decoder.drafter
         assert difference(as_decoder(twin), own(tuned)) < 0.2
 
@@ -879,7 +879,7 @@ def test_there_is_no_twin_of_hooks_and_the_model_drafts_itself():
     changed = tiny_model(**WIDE, eos_token_id=None).bfloat16()
     decoder = RapidDecoder(changed, tiny_tokenizer())
     hook("mlp")(changed)
-    assert decoder.draft_forward is decoder.drafter
+    assert decoder.draft_runner is decoder.drafter
     with pytest.raises(InvalidParameterError, match=r"hooks.*drafter_quantization"):
         quantized_copy(changed, Int8Linear)
 
@@ -891,7 +891,7 @@ def test_layers_that_a_product_would_read_beyond_are_not_quantized(kind, inner):
     twin = quantized_copy(odd, kind)
     mlp = twin.model.layers[0].mlp
     assert (type(mlp.up_proj), type(mlp.down_proj)) == (kind, nn.Linear)
-    assert difference(as_decoder(Forward(twin, "twin")), own(odd)) < 0.2
+    assert difference(as_decoder(ModelRunner(twin, "twin")), own(odd)) < 0.2
 
 
 # --- vocabularies of two widths -------------------------------------------------------------------

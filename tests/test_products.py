@@ -8,7 +8,7 @@ from conftest import tiny_model
 
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.cpu import products
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 
 
@@ -70,7 +70,7 @@ def test_a_prompt_read_so_is_nearer_to_float32(monkeypatch):
         expected = exact(ids[None]).logits[0].log_softmax(-1)
         for multiplies in (True, False):
             monkeypatch.setattr(products, "_multiplies", lambda dtype, known=multiplies: known)
-            forward = Forward(model, "model")
-            logits = Session(forward, forward.new_cache(200)).extend(ids)
+            runner = ModelRunner(model, "model")
+            logits = Session(runner, runner.new_cache(200)).extend(ids)
             errors.append((logits.log_softmax(-1) - expected).norm())
     assert errors[1] < errors[0]

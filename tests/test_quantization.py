@@ -23,8 +23,8 @@ from rapid_llm.engine.cpu.blocks import (
 )
 from rapid_llm.engine.cpu.int8 import Int8Linear, Int8Projections
 from rapid_llm.engine.cpu.quantizers import CPUQuantizer, quantized_copy
-from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.quantized import FEW_ROWS, quantized_nbytes
+from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS, quantized_nbytes
 from rapid_llm.errors import InvalidParameterError
 
 FAMILY = [name for name in ARCHITECTURES if name.split("-")[0] in {"llama", "mistral", "qwen2"}]
@@ -134,11 +134,11 @@ def test_few_rows_are_multiplied_with_blocks_and_many_with_the_full_weights(bits
     layer = (Int4Blocks if bits == 4 else Int8Blocks)(linear)
     assert layer.bits == bits
     assert (layer.weight is linear.weight, layer.bias is linear.bias) == (True, True)
-    for shape in ((FEW_ROWS,), (2, 4)):
+    for shape in ((MAX_QUANTIZED_ROWS,), (2, 4)):
         x = torch.randn(*shape, 64)
         assert torch.equal(layer(x), F.linear(x, unpacked(layer.blocks, bits)[:40], linear.bias))
         assert not torch.equal(layer(x), linear(x))
-    x = torch.randn(FEW_ROWS + 1, 64)
+    x = torch.randn(MAX_QUANTIZED_ROWS + 1, 64)
     assert torch.equal(layer(x), linear(x))
 
 
@@ -167,7 +167,7 @@ def test_quantizing_leaves_the_weights_as_they_were(dtype):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1,), (FEW_ROWS,), (1, 3), (2, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (MAX_QUANTIZED_ROWS,), (1, 3), (2, 4)], ids=str)
 def test_few_rows_are_multiplied_with_int8_weights(shape, bias):
     linear = make_linear(bias)
     layer = Int8Linear(linear)
@@ -179,7 +179,7 @@ def test_few_rows_are_multiplied_with_int8_weights(shape, bias):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(FEW_ROWS + 1,), (1, 20), (3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(MAX_QUANTIZED_ROWS + 1,), (1, 20), (3, 3)], ids=str)
 def test_many_rows_are_multiplied_with_the_full_weights(shape, bias):
     linear = make_linear(bias)
     x = torch.randn(*shape, 32)
@@ -196,7 +196,7 @@ def test_a_row_of_zeros_gives_the_bias():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, MAX_QUANTIZED_ROWS, MAX_QUANTIZED_ROWS + 1])
 def test_projections_together_are_those_apart(rows, bias):
     torch.manual_seed(0)
     layers = [Int8Linear(nn.Linear(32, out, bias=bias)) for out in (48, 16, 16)]
@@ -249,10 +249,10 @@ def test_a_twin_for_the_kernels_has_blocks_of_4_bits_where_the_weights_have_no_m
 @torch.inference_mode()
 def logits_after(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Of the last 8 tokens, read in one pass of few rows."""
-    forward = Forward(model, "tiny")
-    cache = forward.new_cache(len(ids))
-    forward(ids[:-8], cache, keep_logits=1)
-    return forward(ids[-8:], cache, keep_logits=8)
+    runner = ModelRunner(model, "tiny")
+    cache = runner.new_cache(len(ids))
+    runner(ids[:-8], cache, keep_logits=1)
+    return runner(ids[-8:], cache, keep_logits=8)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -260,7 +260,11 @@ def test_the_twin_of_every_architecture_is_close_to_the_model(architecture):
     model = tiny_model(architecture)
     twin = quantized_copy(model, Int8Linear)
     assert int8_layers(twin)
-    assert Forward(twin, "twin").lean == Forward(model, "model").lean == (architecture in FAMILY)
+    assert (
+        ModelRunner(twin, "twin").lean
+        == ModelRunner(model, "model").lean
+        == (architecture in FAMILY)
+    )
     ids = torch.randint(3, 64, (40,), generator=torch.Generator().manual_seed(1))
     before, after = logits_after(model, ids), logits_after(twin, ids)
     error = (after - before).norm() / before.norm()
@@ -310,9 +314,9 @@ def test_a_model_has_one_twin_and_takes_it_along():
 
 
 def drafts_in_int8(decoder: RapidDecoder) -> bool:
-    quantized = bool(int8_layers(decoder.draft_forward.model))
-    assert quantized == decoder.draft_forward.name.endswith(" (int8)")
-    assert quantized != (decoder.draft_forward is decoder.drafter)
+    quantized = bool(int8_layers(decoder.draft_runner.model))
+    assert quantized == decoder.draft_runner.name.endswith(" (int8)")
+    assert quantized != (decoder.draft_runner is decoder.drafter)
     assert not int8_layers(decoder.target.model)
     return quantized
 
@@ -347,7 +351,7 @@ def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
 def test_other_devices_are_refused_with_the_remedy():
     with torch.device("meta"):
         elsewhere = tiny_model()
-    assert Forward(elsewhere.to(torch.bfloat16), "elsewhere").cheapest is None
+    assert ModelRunner(elsewhere.to(torch.bfloat16), "elsewhere").cheapest is None
     remedy = r"int8.*does not serve on meta.*quantization_config.*drafter="
     with pytest.raises(InvalidParameterError, match=remedy):
         RapidDecoder(tiny_model(), tiny_tokenizer(), elsewhere, drafter_quantization="int8")
@@ -365,7 +369,7 @@ def test_an_unknown_quantization_is_named():
 def rows(monkeypatch) -> list[int]:
     """How many rows each int8 layer was given."""
     seen: list[int] = []
-    original = Int8Linear.forward
+    original = Int8Linear.runner
 
     def spy(layer, x):
         seen.append(x.shape.numel() // x.shape[-1])
@@ -398,4 +402,4 @@ def test_no_guess_is_so_long_that_its_pass_leaves_the_int8_weights(rows):
     )
     # The first time all words are drafted one by one, then by guesses.
     assert result.stats.drafted_tokens > 1.5 * result.stats.draft_passes
-    assert max(rows) == FEW_ROWS
+    assert max(rows) == MAX_QUANTIZED_ROWS

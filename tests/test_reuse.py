@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import rapid_llm.engine.kv_files as kv_files
 from rapid_llm.engine.cpu.int8 import Int8Linear
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import kv_nbytes
 from rapid_llm.engine.kv_files import KVFiles, fingerprint
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
@@ -39,12 +39,12 @@ OTHER = text(60, seed=2)
 LONG = text(1500, seed=3)
 
 
-def make_forward(seed: int = 0, **changes) -> Forward:
-    return Forward(tiny_model(seed=seed, max_position_embeddings=4096, **changes), "tiny")
+def make_forward(seed: int = 0, **changes) -> ModelRunner:
+    return ModelRunner(tiny_model(seed=seed, max_position_embeddings=4096, **changes), "tiny")
 
 
 @pytest.fixture
-def forward() -> Forward:
+def forward() -> ModelRunner:
     return make_forward()
 
 
@@ -62,35 +62,35 @@ def _warnings_are_errors() -> Iterator[None]:
 
 @torch.inference_mode()
 def read(
-    forward: Forward, prompt: Sequence[int], lease: Lease, until: int | None = None
+    runner: ModelRunner, prompt: Sequence[int], lease: Lease, until: int | None = None
 ) -> torch.Tensor:
     """Read what the lease lacks of its prompt; logits ``[vocab]`` after the last token.
 
     ``until``: be interrupted when so many tokens were read.
     """
-    session = Session(forward, lease.cache)
+    session = Session(runner, lease.cache)
     session.prefill(prompt[:-1] if until is None else prompt[:until])
     return session.extend(torch.tensor(prompt[-1:]))[0] if until is None else torch.empty(0)
 
 
 @torch.inference_mode()
-def say(forward: Forward, lease: Lease, tokens: list[int]) -> None:
+def say(runner: ModelRunner, lease: Lease, tokens: list[int]) -> None:
     """Decode them, whether they are kept or not."""
-    forward(torch.tensor(tokens), lease.cache, keep_logits=1)
+    runner(torch.tensor(tokens), lease.cache, keep_logits=1)
 
 
-def fresh(forward: Forward, prompt: Sequence[int]) -> torch.Tensor:
-    return read(forward, prompt, Lease(forward.new_cache(len(prompt)), 0))
+def fresh(runner: ModelRunner, prompt: Sequence[int]) -> torch.Tensor:
+    return read(runner, prompt, Lease(runner.new_cache(len(prompt)), 0))
 
 
 def ask(
-    cache: PrefixCache, forward: Forward, prompt: list[int], capacity: int | None = None
+    cache: PrefixCache, runner: ModelRunner, prompt: list[int], capacity: int | None = None
 ) -> int:
     """Read a prompt through the cache, compare with a fresh prefill; tokens that were reused."""
-    with cache.lease(forward, prompt, capacity or len(prompt)) as lease:
+    with cache.lease(runner, prompt, capacity or len(prompt)) as lease:
         assert lease.cache.capacity >= (capacity or len(prompt))
         assert lease.cache.length == lease.reused
-        assert torch.equal(read(forward, prompt, lease), fresh(forward, prompt))
+        assert torch.equal(read(runner, prompt, lease), fresh(runner, prompt))
         return lease.reused
 
 
@@ -99,38 +99,38 @@ def ask(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_next_question_reads_only_itself(architecture, monkeypatch):
-    forward = Forward(tiny_model(architecture), "tiny")
+    runner = ModelRunner(tiny_model(architecture), "tiny")
     cache = PrefixCache(AMPLE)
-    assert ask(cache, forward, [*DOCUMENT, 5, 6, 7]) == 0
+    assert ask(cache, runner, [*DOCUMENT, 5, 6, 7]) == 0
     passes = []
-    original = Forward.__call__
+    original = ModelRunner.__call__
 
-    def spy(forward, tokens, cache, *args):
+    def spy(runner, tokens, cache, *args):
         passes.append(len(tokens))
-        return original(forward, tokens, cache, *args)
+        return original(runner, tokens, cache, *args)
 
-    monkeypatch.setattr(Forward, "__call__", spy)
-    with cache.lease(forward, [*DOCUMENT, 8, 9], 70) as lease:
-        logits = read(forward, [*DOCUMENT, 8, 9], lease)
+    monkeypatch.setattr(ModelRunner, "__call__", spy)
+    with cache.lease(runner, [*DOCUMENT, 8, 9], 70) as lease:
+        logits = read(runner, [*DOCUMENT, 8, 9], lease)
     assert passes == [1, 1]
-    assert torch.equal(logits, fresh(forward, [*DOCUMENT, 8, 9]))
+    assert torch.equal(logits, fresh(runner, [*DOCUMENT, 8, 9]))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_planned_bytes_are_those_allocated(architecture):
-    forward = Forward(tiny_model(architecture), "tiny")
+    runner = ModelRunner(tiny_model(architecture), "tiny")
     cache = PrefixCache(AMPLE)
-    ask(cache, forward, DOCUMENT, capacity=75)
-    assert cache.nbytes == kv_nbytes(forward.config, forward.model.dtype, 75)
+    ask(cache, runner, DOCUMENT, capacity=75)
+    assert cache.nbytes == kv_nbytes(runner.config, runner.model.dtype, 75)
 
 
-def test_all_but_the_last_token_is_reused_if_the_same_passes_would_read_it(forward):
+def test_all_but_the_last_token_is_reused_if_the_same_passes_would_read_it(runner):
     """Of the last one the logits are wanted."""
     cache = PrefixCache(AMPLE)
-    assert ask(cache, forward, [*DOCUMENT, 5, 6]) == 0
+    assert ask(cache, runner, [*DOCUMENT, 5, 6]) == 0
     for length, reused in ((62, 61), (61, 60), (60, 50), (51, 50), (50, 40), (12, 10), (10, 0)):
-        assert ask(cache, forward, [*DOCUMENT, 5, 6][:length]) == reused
-        ask(cache, forward, [*DOCUMENT, 5, 6])  # a shorter prompt keeps less
+        assert ask(cache, runner, [*DOCUMENT, 5, 6][:length]) == reused
+        ask(cache, runner, [*DOCUMENT, 5, 6])  # a shorter prompt keeps less
 
 
 @pytest.fixture
@@ -139,35 +139,35 @@ def pieces(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("pieces")
-def test_the_pieces_after_the_last_whole_chunk_are_reused_too(forward):
+def test_the_pieces_after_the_last_whole_chunk_are_reused_too(runner):
     """Passes of 10 tokens, then at most two of 4, one of 2 and one of 1."""
     cache = PrefixCache(AMPLE)
-    assert ask(cache, forward, [*DOCUMENT[:58], 5]) == 0  # 50 | 54 | 58
-    assert ask(cache, forward, [*DOCUMENT[:58], 6, 7]) == 58  # 50 | 54 | 58 | 59
-    assert ask(cache, forward, [*DOCUMENT[:56], 8, 9]) == 54  # 50 | 54 | 56 | 57
+    assert ask(cache, runner, [*DOCUMENT[:58], 5]) == 0  # 50 | 54 | 58
+    assert ask(cache, runner, [*DOCUMENT[:58], 6, 7]) == 58  # 50 | 54 | 58 | 59
+    assert ask(cache, runner, [*DOCUMENT[:56], 8, 9]) == 54  # 50 | 54 | 56 | 57
     # A whole chunk in place of the pieces, and pieces in the place of a whole chunk.
-    assert ask(cache, forward, [*DOCUMENT, 5, 6]) == 50
-    assert ask(cache, forward, [*DOCUMENT[:58], 5]) == 50
+    assert ask(cache, runner, [*DOCUMENT, 5, 6]) == 50
+    assert ask(cache, runner, [*DOCUMENT[:58], 5]) == 50
 
 
 @pytest.mark.usefixtures("pieces")
-def test_prompts_of_any_lengths_get_the_logits_of_a_fresh_prefill(forward):
+def test_prompts_of_any_lengths_get_the_logits_of_a_fresh_prefill(runner):
     cache, generator = PrefixCache(3 * 70 * BYTES_PER_TOKEN), random.Random(0)
     reused = []
     for _ in range(80):
         shared, new = generator.randrange(50, 62), generator.randrange(1, 4)
         prompt = [*DOCUMENT, *OTHER][:shared] + text(new, seed=generator.randrange(3))
-        reused.append(ask(cache, forward, prompt))
+        reused.append(ask(cache, runner, prompt))
     assert {n % CHUNK for n in reused} > {0, 4, 8}
 
 
 @pytest.mark.usefixtures("pieces")
-def test_an_interrupted_prefill_leaves_what_its_own_passes_read(forward, monkeypatch):
+def test_an_interrupted_prefill_leaves_what_its_own_passes_read(runner, monkeypatch):
     """54 tokens of a prompt of 59, then of one of 55: 50 | 54 both."""
     cache = PrefixCache(AMPLE)
     prompt = [*DOCUMENT[:58], 5, 6]
-    with cache.lease(forward, prompt, 70) as lease:
-        session = Session(forward, lease.cache)
+    with cache.lease(runner, prompt, 70) as lease:
+        session = Session(runner, lease.cache)
         original = Session._read
 
         def fail(session, tokens, *args):
@@ -179,271 +179,271 @@ def test_an_interrupted_prefill_leaves_what_its_own_passes_read(forward, monkeyp
             context.setattr(Session, "_read", fail)
             with pytest.raises(torch.OutOfMemoryError):
                 session.prefill(prompt[:-1])
-    assert ask(cache, forward, DOCUMENT[:56]) == 54
+    assert ask(cache, runner, DOCUMENT[:56]) == 54
 
 
 @pytest.mark.usefixtures("pieces")
-def test_kv_that_had_to_be_read_again_is_that_of_a_prefill(forward):
+def test_kv_that_had_to_be_read_again_is_that_of_a_prefill(runner):
     """The model was changed during an answer: the prompt's own passes read it, not the length's."""
     cache, prompt, answer = PrefixCache(AMPLE), DOCUMENT[:58], text(8, seed=5)
-    with cache.lease(forward, prompt, 70) as lease, torch.inference_mode():
-        session = Session(forward, lease.cache, prompt)
+    with cache.lease(runner, prompt, 70) as lease, torch.inference_mode():
+        session = Session(runner, lease.cache, prompt)
         session.prefill(prompt[:-1])
         session.extend(torch.tensor([prompt[-1], *answer[:3]]))
-        forward.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        runner.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
         session.extend(torch.tensor(answer[3:]))
         assert session.length == len(prompt) + len(answer)
-    assert ask(cache, forward, [*DOCUMENT[:56], 7, 8]) == 56
-    assert ask(cache, forward, [*DOCUMENT[:55], 7, 8]) == 54
+    assert ask(cache, runner, [*DOCUMENT[:56], 7, 8]) == 56
+    assert ask(cache, runner, [*DOCUMENT[:55], 7, 8]) == 54
 
 
 @pytest.mark.usefixtures("pieces")
-def test_the_last_token_read_is_not_copied_from_a_cache_in_use(forward):
+def test_the_last_token_read_is_not_copied_from_a_cache_in_use(runner):
     """A drafter may be reading it again."""
     cache = PrefixCache(AMPLE)
-    with cache.lease(forward, [*DOCUMENT, 5], 70) as busy:
-        read(forward, [*DOCUMENT, 5], busy)
+    with cache.lease(runner, [*DOCUMENT, 5], 70) as busy:
+        read(runner, [*DOCUMENT, 5], busy)
         with torch.inference_mode():
             busy.cache.layers[0].keys[:, :, 59] = 0
-        assert ask(cache, forward, [*DOCUMENT, 5]) == 50
-        assert ask(cache, forward, [*DOCUMENT, 5], capacity=70) == 60
+        assert ask(cache, runner, [*DOCUMENT, 5]) == 50
+        assert ask(cache, runner, [*DOCUMENT, 5], capacity=70) == 60
 
 
-def test_what_departs_within_a_chunk_is_read_from_its_beginning(forward):
+def test_what_departs_within_a_chunk_is_read_from_its_beginning(runner):
     cache = PrefixCache(AMPLE)
-    ask(cache, forward, [*DOCUMENT, 5, 6])
-    assert ask(cache, forward, [*DOCUMENT[:47], *OTHER]) == 40
+    ask(cache, runner, [*DOCUMENT, 5, 6])
+    assert ask(cache, runner, [*DOCUMENT[:47], *OTHER]) == 40
 
 
-def test_an_answer_is_read_again_in_the_next_turn_as_it_would_be_in_a_fresh_prefill(forward):
+def test_an_answer_is_read_again_in_the_next_turn_as_it_would_be_in_a_fresh_prefill(runner):
     """It was read token by token, or with drafts, and rounded otherwise."""
     cache = PrefixCache(AMPLE)
     answer = text(30, seed=4)
     for said in ([answer[:3], answer[3:]], [[token] for token in answer]):
-        with cache.lease(forward, [*DOCUMENT, 5], 100) as lease:
-            read(forward, [*DOCUMENT, 5], lease)
+        with cache.lease(runner, [*DOCUMENT, 5], 100) as lease:
+            read(runner, [*DOCUMENT, 5], lease)
             for tokens in said:
-                say(forward, lease, tokens)
-        assert ask(cache, forward, [*DOCUMENT, 5, *answer, 6, 7]) == len(DOCUMENT)
+                say(runner, lease, tokens)
+        assert ask(cache, runner, [*DOCUMENT, 5, *answer, 6, 7]) == len(DOCUMENT)
 
 
-def test_an_idle_cache_is_taken_over_in_place_and_grows_when_it_must(forward):
+def test_an_idle_cache_is_taken_over_in_place_and_grows_when_it_must(runner):
     cache = PrefixCache(AMPLE)
-    with cache.lease(forward, [*DOCUMENT, 5], 80) as first:
-        read(forward, [*DOCUMENT, 5], first)
+    with cache.lease(runner, [*DOCUMENT, 5], 80) as first:
+        read(runner, [*DOCUMENT, 5], first)
     buffer = first.cache.layers[0].keys.data_ptr()
-    with cache.lease(forward, [*DOCUMENT, 6], 80) as second:
+    with cache.lease(runner, [*DOCUMENT, 6], 80) as second:
         assert second.cache is first.cache
         assert second.cache.layers[0].keys.data_ptr() == buffer
-        read(forward, [*DOCUMENT, 6], second)
+        read(runner, [*DOCUMENT, 6], second)
     assert cache.nbytes == 80 * BYTES_PER_TOKEN
-    assert ask(cache, forward, [*DOCUMENT, *OTHER[:40]]) == len(DOCUMENT)
+    assert ask(cache, runner, [*DOCUMENT, *OTHER[:40]]) == len(DOCUMENT)
     assert cache.nbytes == 100 * BYTES_PER_TOKEN
 
 
-def test_documents_behind_one_system_prompt_are_both_kept(forward):
+def test_documents_behind_one_system_prompt_are_both_kept(runner):
     system, cache = text(20, seed=9), PrefixCache(AMPLE)
     one, two = [*system, *DOCUMENT], [*system, *OTHER]
-    assert ask(cache, forward, one) == 0
-    assert ask(cache, forward, two) == len(system)
-    assert ask(cache, forward, [*one, 5, 6]) == len(one) - CHUNK
-    assert ask(cache, forward, [*two, 5, 6]) == len(two) - CHUNK
+    assert ask(cache, runner, one) == 0
+    assert ask(cache, runner, two) == len(system)
+    assert ask(cache, runner, [*one, 5, 6]) == len(one) - CHUNK
+    assert ask(cache, runner, [*two, 5, 6]) == len(two) - CHUNK
     assert cache.nbytes == (len(one) + len(two) + 4) * BYTES_PER_TOKEN
 
 
-def test_a_cache_in_use_is_copied_as_far_as_it_has_been_read(forward):
+def test_a_cache_in_use_is_copied_as_far_as_it_has_been_read(runner):
     cache = PrefixCache(AMPLE)
-    with cache.lease(forward, DOCUMENT, 70) as busy:
-        with cache.lease(forward, DOCUMENT, 70) as early:
+    with cache.lease(runner, DOCUMENT, 70) as busy:
+        with cache.lease(runner, DOCUMENT, 70) as early:
             assert early.reused == 0
-        read(forward, DOCUMENT, busy, until=30)
-        assert ask(cache, forward, [*DOCUMENT, 5]) == 30
-        assert torch.equal(read(forward, DOCUMENT, busy), fresh(forward, DOCUMENT))
-        say(forward, busy, [7, 8])
+        read(runner, DOCUMENT, busy, until=30)
+        assert ask(cache, runner, [*DOCUMENT, 5]) == 30
+        assert torch.equal(read(runner, DOCUMENT, busy), fresh(runner, DOCUMENT))
+        say(runner, busy, [7, 8])
         cache.clear()  # or the idle one would be the better source
         # The owner has read the prompt's last tokens in a smaller pass, its answer in others.
-        assert ask(cache, forward, [*DOCUMENT, 7, 8, 9], capacity=70) == 50
+        assert ask(cache, runner, [*DOCUMENT, 7, 8, 9], capacity=70) == 50
     # These were states of one document: the latest remains.
     assert cache.nbytes == 70 * BYTES_PER_TOKEN
-    assert ask(cache, forward, [*DOCUMENT, 7, 8, 9, 10]) == 50
+    assert ask(cache, runner, [*DOCUMENT, 7, 8, 9, 10]) == 50
 
 
-def test_without_a_budget_nothing_is_copied_from_a_cache_in_use(forward):
+def test_without_a_budget_nothing_is_copied_from_a_cache_in_use(runner):
     cache = PrefixCache(0)
-    with cache.lease(forward, DOCUMENT, 70) as busy:
-        read(forward, DOCUMENT, busy)
-        assert ask(cache, forward, DOCUMENT) == 0
+    with cache.lease(runner, DOCUMENT, 70) as busy:
+        read(runner, DOCUMENT, busy)
+        assert ask(cache, runner, DOCUMENT) == 0
 
 
-def test_passes_that_round_otherwise_share_nothing(forward):
+def test_passes_that_round_otherwise_share_nothing(runner):
     cache = PrefixCache(AMPLE)
-    ask(cache, forward, DOCUMENT)
+    ask(cache, runner, DOCUMENT)
     with (
         threads(torch.get_num_threads() + 1),
-        cache.lease(forward, DOCUMENT, len(DOCUMENT)) as lease,
+        cache.lease(runner, DOCUMENT, len(DOCUMENT)) as lease,
     ):
         assert lease.reused == 0
-    assert ask(cache, forward, DOCUMENT) == 59
+    assert ask(cache, runner, DOCUMENT) == 59
 
 
-def test_what_was_read_before_an_error_is_reused(forward):
+def test_what_was_read_before_an_error_is_reused(runner):
     cache = PrefixCache(AMPLE)
 
     def interrupted() -> None:
-        with cache.lease(forward, DOCUMENT, 70) as lease:
-            read(forward, DOCUMENT, lease, until=20)
+        with cache.lease(runner, DOCUMENT, 70) as lease:
+            read(runner, DOCUMENT, lease, until=20)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert ask(cache, forward, DOCUMENT) == 20
+    assert ask(cache, runner, DOCUMENT) == 20
 
 
-def test_a_pass_that_fails_between_layers_leaves_what_was_before(forward, monkeypatch):
+def test_a_pass_that_fails_between_layers_leaves_what_was_before(runner, monkeypatch):
     cache = PrefixCache(AMPLE)
-    with cache.lease(forward, DOCUMENT, 70) as lease:
-        read(forward, DOCUMENT, lease, until=20)
+    with cache.lease(runner, DOCUMENT, 70) as lease:
+        read(runner, DOCUMENT, lease, until=20)
         with monkeypatch.context() as context:
             context.setattr(lease.cache.layers[1], "update", None)
             with pytest.raises(TypeError):
-                read(forward, DOCUMENT, lease)
+                read(runner, DOCUMENT, lease)
         assert lease.cache.length == 20
-    assert ask(cache, forward, DOCUMENT) == 20
+    assert ask(cache, runner, DOCUMENT) == 20
 
 
-def test_a_layer_that_is_ahead_during_a_pass_is_not_copied(forward, monkeypatch):
+def test_a_layer_that_is_ahead_during_a_pass_is_not_copied(runner, monkeypatch):
     cache, seen = PrefixCache(AMPLE), []
-    with cache.lease(forward, DOCUMENT, 70) as lease:
-        read(forward, DOCUMENT, lease, until=20)
+    with cache.lease(runner, DOCUMENT, 70) as lease:
+        read(runner, DOCUMENT, lease, until=20)
         update = lease.cache.layers[1].update
 
         def meanwhile(*args):
-            with cache.lease(forward, DOCUMENT, 70) as other:
+            with cache.lease(runner, DOCUMENT, 70) as other:
                 seen.append(other.reused)
             return update(*args)
 
         monkeypatch.setattr(lease.cache.layers[1], "update", meanwhile)
-        assert torch.equal(read(forward, DOCUMENT, lease), fresh(forward, DOCUMENT))
+        assert torch.equal(read(runner, DOCUMENT, lease), fresh(runner, DOCUMENT))
     assert seen == [20, 30, 40, 50, 50]
 
 
-def test_a_kept_cache_may_be_used_in_or_out_of_inference_mode(forward):
+def test_a_kept_cache_may_be_used_in_or_out_of_inference_mode(runner):
     cache = PrefixCache(AMPLE)
-    ask(cache, forward, DOCUMENT)
+    ask(cache, runner, DOCUMENT)
     with torch.inference_mode():
-        assert ask(cache, forward, [*DOCUMENT, 5, 6]) == 50  # grown in inference mode
-    assert ask(cache, forward, [*DOCUMENT[:-1], 5, 6]) == 50
-    assert ask(cache, forward, [*DOCUMENT, 5, 6, 7]) == 50
+        assert ask(cache, runner, [*DOCUMENT, 5, 6]) == 50  # grown in inference mode
+    assert ask(cache, runner, [*DOCUMENT[:-1], 5, 6]) == 50
+    assert ask(cache, runner, [*DOCUMENT, 5, 6, 7]) == 50
 
 
-def test_an_abandoned_stream_gives_its_cache_back(forward):
+def test_an_abandoned_stream_gives_its_cache_back(runner):
     cache = PrefixCache(AMPLE)
 
     def stream():
-        with cache.lease(forward, DOCUMENT, 70) as lease:
-            read(forward, DOCUMENT, lease)
+        with cache.lease(runner, DOCUMENT, 70) as lease:
+            read(runner, DOCUMENT, lease)
             yield
 
     chunks = stream()
     next(chunks)
     del chunks
     gc.collect()
-    assert ask(cache, forward, DOCUMENT) == 59
+    assert ask(cache, runner, DOCUMENT) == 59
 
 
-def test_a_cache_that_was_never_filled_is_not_kept(forward):
+def test_a_cache_that_was_never_filled_is_not_kept(runner):
     cache = PrefixCache(AMPLE)
-    with cache.lease(forward, DOCUMENT, 70):
+    with cache.lease(runner, DOCUMENT, 70):
         pass
     assert cache.nbytes == 0
-    assert ask(cache, forward, DOCUMENT) == 0
+    assert ask(cache, runner, DOCUMENT) == 0
 
 
-def test_the_least_recently_used_document_goes_first(forward):
+def test_the_least_recently_used_document_goes_first(runner):
     documents = [text(60, seed) for seed in (10, 11, 12)]
     cache = PrefixCache(2 * 70 * BYTES_PER_TOKEN)
     for document in documents[:2]:
-        ask(cache, forward, document, capacity=70)
-    assert ask(cache, forward, documents[0], capacity=70) == 59
-    with cache.lease(forward, documents[2], 70) as lease:
+        ask(cache, runner, document, capacity=70)
+    assert ask(cache, runner, documents[0], capacity=70) == 59
+    with cache.lease(runner, documents[2], 70) as lease:
         # Room is made before the new KV is allocated, not after.
         assert cache.nbytes == 70 * BYTES_PER_TOKEN
-        read(forward, documents[2], lease)
+        read(runner, documents[2], lease)
     assert cache.nbytes == 2 * 70 * BYTES_PER_TOKEN
-    assert ask(cache, forward, documents[0], capacity=70) == 59
-    assert ask(cache, forward, documents[1], capacity=70) == 0
+    assert ask(cache, runner, documents[0], capacity=70) == 59
+    assert ask(cache, runner, documents[1], capacity=70) == 0
     assert cache.nbytes == 2 * 70 * BYTES_PER_TOKEN
 
 
-def test_what_exceeds_the_budget_is_not_kept_and_drives_nothing_out(forward):
+def test_what_exceeds_the_budget_is_not_kept_and_drives_nothing_out(runner):
     cache = PrefixCache(70 * BYTES_PER_TOKEN)
-    ask(cache, forward, DOCUMENT, capacity=70)
-    assert ask(cache, forward, OTHER, capacity=71) == 0
-    assert ask(cache, forward, OTHER, capacity=71) == 0
-    assert ask(cache, forward, DOCUMENT, capacity=70) == 59
+    ask(cache, runner, DOCUMENT, capacity=70)
+    assert ask(cache, runner, OTHER, capacity=71) == 0
+    assert ask(cache, runner, OTHER, capacity=71) == 0
+    assert ask(cache, runner, DOCUMENT, capacity=70) == 59
     nothing = PrefixCache(0)
-    assert [ask(nothing, forward, DOCUMENT) for _ in range(2)] == [0, 0]
+    assert [ask(nothing, runner, DOCUMENT) for _ in range(2)] == [0, 0]
     assert nothing.nbytes == 0
     with pytest.raises(InvalidParameterError, match="kv_cache_bytes=-1"):
         PrefixCache(-1)
 
 
-def test_clear_frees_what_is_idle(forward):
+def test_clear_frees_what_is_idle(runner):
     cache = PrefixCache(AMPLE)
-    ask(cache, forward, OTHER)
-    with cache.lease(forward, DOCUMENT, 70) as busy:
-        read(forward, DOCUMENT, busy, until=30)
+    ask(cache, runner, OTHER)
+    with cache.lease(runner, DOCUMENT, 70) as busy:
+        read(runner, DOCUMENT, busy, until=30)
         cache.clear()
         assert cache.nbytes == 0
-        assert torch.equal(read(forward, DOCUMENT, busy), fresh(forward, DOCUMENT))
-    assert ask(cache, forward, OTHER) == 0
-    assert ask(cache, forward, DOCUMENT) == 59
+        assert torch.equal(read(runner, DOCUMENT, busy), fresh(runner, DOCUMENT))
+    assert ask(cache, runner, OTHER) == 0
+    assert ask(cache, runner, DOCUMENT) == 59
 
 
 def no_memory(*_: object) -> None:
     raise torch.OutOfMemoryError
 
 
-def test_a_cache_that_cannot_grow_is_read_anew(forward, monkeypatch):
+def test_a_cache_that_cannot_grow_is_read_anew(runner, monkeypatch):
     cache = PrefixCache(AMPLE)
-    ask(cache, forward, OTHER)
-    ask(cache, forward, DOCUMENT)
+    ask(cache, runner, OTHER)
+    ask(cache, runner, DOCUMENT)
     with monkeypatch.context() as context:
         context.setattr("rapid_llm.engine.kv_cache.KVCache.grow", no_memory)
-        assert ask(cache, forward, DOCUMENT, capacity=90) == 0
+        assert ask(cache, runner, DOCUMENT, capacity=90) == 0
     assert cache.nbytes == 90 * BYTES_PER_TOKEN  # what was idle had to go
-    assert ask(cache, forward, DOCUMENT, capacity=90) == 59
+    assert ask(cache, runner, DOCUMENT, capacity=90) == 59
 
 
-def test_a_lease_that_finds_no_memory_spoils_nothing(forward, monkeypatch):
+def test_a_lease_that_finds_no_memory_spoils_nothing(runner, monkeypatch):
     cache = PrefixCache(AMPLE)
-    with cache.lease(forward, DOCUMENT, 70) as busy:
-        read(forward, DOCUMENT, busy, until=30)
+    with cache.lease(runner, DOCUMENT, 70) as busy:
+        read(runner, DOCUMENT, busy, until=30)
         with monkeypatch.context() as context:
             context.setattr("rapid_llm.engine.kv_cache.KVCache.copy_prefix", no_memory)
             with pytest.raises(torch.OutOfMemoryError):
-                ask(cache, forward, DOCUMENT)
-        assert ask(cache, forward, DOCUMENT) == 30
-        assert torch.equal(read(forward, DOCUMENT, busy), fresh(forward, DOCUMENT))
+                ask(cache, runner, DOCUMENT)
+        assert ask(cache, runner, DOCUMENT) == 30
+        assert torch.equal(read(runner, DOCUMENT, busy), fresh(runner, DOCUMENT))
 
 
-def test_models_do_not_share(forward):
+def test_models_do_not_share(runner):
     drafter = make_forward(seed=7)
     cache = PrefixCache(AMPLE)
     for _ in range(2):
-        for model in (forward, drafter):
+        for model in (runner, drafter):
             ask(cache, model, DOCUMENT)
     assert ask(cache, drafter, DOCUMENT) == 59
     assert cache.nbytes == 2 * len(DOCUMENT) * BYTES_PER_TOKEN
 
 
-def test_threads_get_the_logits_that_they_get_alone(forward):
+def test_threads_get_the_logits_that_they_get_alone(runner):
     system = text(20, seed=20)
     documents = [[*system, *text(20 + 15 * i, seed=i)] for i in range(4)]
     expected = {}
     for i, document in enumerate(documents):
         for question in range(4):
-            expected[i, question] = fresh(forward, [*document, 5 + question])
+            expected[i, question] = fresh(runner, [*document, 5 + question])
     cache = PrefixCache(2 * 90 * BYTES_PER_TOKEN)
     errors: list[BaseException] = []
 
@@ -453,14 +453,14 @@ def test_threads_get_the_logits_that_they_get_alone(forward):
             for _ in range(40):
                 i, question = generator.randrange(4), generator.randrange(4)
                 prompt = [*documents[i], 5 + question]
-                with cache.lease(forward, prompt, 90) as lease:
+                with cache.lease(runner, prompt, 90) as lease:
                     until = generator.randrange(lease.reused, len(prompt), CHUNK)
-                    read(forward, prompt, lease, until=until)
+                    read(runner, prompt, lease, until=until)
                     if generator.random() < 0.3:
                         continue
-                    logits = read(forward, prompt, lease)
+                    logits = read(runner, prompt, lease)
                     assert torch.equal(logits, expected[i, question])
-                    say(forward, lease, [seed + 3])
+                    say(runner, lease, [seed + 3])
         except BaseException as error:
             errors.append(error)
 
@@ -477,10 +477,10 @@ def test_threads_get_the_logits_that_they_get_alone(forward):
 
 
 @pytest.fixture
-def saved(forward, tmp_path):
+def saved(runner, tmp_path):
     """The one file that a long prompt leaves."""
     folder = tmp_path / "new" / "kv"
-    assert ask(PrefixCache(AMPLE, folder), forward, [*LONG, 5, 6]) == 0
+    assert ask(PrefixCache(AMPLE, folder), runner, [*LONG, 5, 6]) == 0
     (path,) = folder.iterdir()
     assert path.suffix == ".safetensors"
     assert folder.stat().st_mode & 0o077 == 0
@@ -493,9 +493,9 @@ def later(path) -> PrefixCache:
 
 
 def test_another_process_reads_only_the_new_question(saved):
-    cache, forward = later(saved), make_forward()
-    assert ask(cache, forward, [*LONG, 6, 7, 8]) == len(LONG)
-    assert ask(cache, forward, [*LONG[:700], *OTHER]) == 700
+    cache, runner = later(saved), make_forward()
+    assert ask(cache, runner, [*LONG, 6, 7, 8]) == len(LONG)
+    assert ask(cache, runner, [*LONG[:700], *OTHER]) == 700
     assert list(saved.parent.iterdir()) == [saved]
 
 
@@ -504,19 +504,17 @@ def test_a_file_holds_every_architecture(architecture, tmp_path, monkeypatch):
     monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_SAVING", 40)
     monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_LOADING", 20)
     for reused in (0, len(DOCUMENT)):
-        forward = Forward(tiny_model(architecture), "tiny")
-        assert (
-            ask(PrefixCache(AMPLE, tmp_path), forward, [*DOCUMENT, 5 + bool(reused), 5]) == reused
-        )
+        runner = ModelRunner(tiny_model(architecture), "tiny")
+        assert ask(PrefixCache(AMPLE, tmp_path), runner, [*DOCUMENT, 5 + bool(reused), 5]) == reused
 
 
 def test_bfloat16_comes_back_as_it_was(tmp_path):
     model = tiny_model(max_position_embeddings=4096).to(torch.bfloat16)
     caches = []
     for _ in range(2):
-        forward = Forward(model, "tiny")
-        with PrefixCache(AMPLE, tmp_path).lease(forward, LONG, len(LONG)) as lease:
-            read(forward, LONG, lease)
+        runner = ModelRunner(model, "tiny")
+        with PrefixCache(AMPLE, tmp_path).lease(runner, LONG, len(LONG)) as lease:
+            read(runner, LONG, lease)
         caches.append(lease.cache)
     assert lease.reused == len(LONG) - 1
     for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
@@ -524,46 +522,46 @@ def test_bfloat16_comes_back_as_it_was(tmp_path):
         assert torch.equal(a.values[:, :, : lease.reused], b.values[:, :, : lease.reused])
 
 
-def test_only_whole_long_prompts_that_no_file_covers_are_written(forward, saved):
+def test_only_whole_long_prompts_that_no_file_covers_are_written(runner, saved):
     def files() -> int:
         return len(list(saved.parent.iterdir()))
 
-    assert ask(later(saved), forward, text(1000, seed=30)) == 0
+    assert ask(later(saved), runner, text(1000, seed=30)) == 0
     assert files() == 1
-    assert ask(later(saved), forward, [*LONG, *text(150, seed=31)]) == len(LONG)
+    assert ask(later(saved), runner, [*LONG, *text(150, seed=31)]) == len(LONG)
     assert files() == 1
     half = text(2500, seed=32)
-    with later(saved).lease(forward, half, 2500) as lease:
-        read(forward, half, lease, until=2000)
+    with later(saved).lease(runner, half, 2500) as lease:
+        read(runner, half, lease, until=2000)
     assert files() == 1
-    assert ask(later(saved), forward, [*LONG, *text(1100, seed=33)]) == len(LONG)
+    assert ask(later(saved), runner, [*LONG, *text(1100, seed=33)]) == len(LONG)
     assert files() == 2
 
 
-def test_two_readers_of_one_document_write_it_once(forward, tmp_path):
+def test_two_readers_of_one_document_write_it_once(runner, tmp_path):
     cache = PrefixCache(AMPLE, tmp_path)
     with (
-        cache.lease(forward, [*LONG, 5, 6], 1502) as one,
-        cache.lease(forward, [*LONG, 6, 7], 1502) as b,
+        cache.lease(runner, [*LONG, 5, 6], 1502) as one,
+        cache.lease(runner, [*LONG, 6, 7], 1502) as b,
     ):
-        read(forward, [*LONG, 5, 6], one)
-        read(forward, [*LONG, 6, 7], b)
+        read(runner, [*LONG, 5, 6], one)
+        read(runner, [*LONG, 6, 7], b)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_memory_wins_over_a_file_that_has_little_more(forward, saved, monkeypatch):
+def test_memory_wins_over_a_file_that_has_little_more(runner, saved, monkeypatch):
     cache = later(saved)
-    assert ask(cache, forward, LONG[:1300]) == 1290
+    assert ask(cache, runner, LONG[:1300]) == 1290
     monkeypatch.setattr(KVFiles, "load", None)
-    assert ask(cache, forward, LONG) == 1290
+    assert ask(cache, runner, LONG) == 1290
 
 
-def test_a_file_wins_over_memory_that_has_much_less(forward, saved):
+def test_a_file_wins_over_memory_that_has_much_less(runner, saved):
     cache = PrefixCache(AMPLE, saved.parent)
-    with cache.lease(forward, LONG[:200], 200) as lease:
-        read(forward, LONG[:200], lease)
+    with cache.lease(runner, LONG[:200], 200) as lease:
+        read(runner, LONG[:200], lease)
     assert lease.reused == 0  # too short to be worth loading
-    assert ask(cache, forward, LONG) == len(LONG) - CHUNK
+    assert ask(cache, runner, LONG) == len(LONG) - CHUNK
     assert cache.nbytes == len(LONG) * BYTES_PER_TOKEN  # and replaces it there
 
 
@@ -584,32 +582,32 @@ def damage(path, at: int) -> None:
     ],
     ids=["truncated", "empty", "garbage", "flipped inside", "flipped at the end"],
 )
-def test_a_damaged_file_is_named_ignored_and_replaced(forward, saved, harm):
+def test_a_damaged_file_is_named_ignored_and_replaced(runner, saved, harm):
     harm(saved)
     with pytest.warns(UserWarning, match=rf"{saved.name} is damaged.*delete it"):
-        assert ask(later(saved), forward, [*LONG, 5, 6]) == 0
-    assert ask(later(saved), forward, [*LONG, 5, 6]) == len(LONG) + 1
+        assert ask(later(saved), runner, [*LONG, 5, 6]) == 0
+    assert ask(later(saved), runner, [*LONG, 5, 6]) == len(LONG) + 1
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_flipped_byte_anywhere_never_changes_an_answer(forward, tmp_path, monkeypatch):
+def test_a_flipped_byte_anywhere_never_changes_an_answer(runner, tmp_path, monkeypatch):
     """``ask`` compares the logits; whether a file is used or warned about may differ."""
     monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_SAVING", 40)
     monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_LOADING", 20)
     prompt = [*DOCUMENT, 5]
-    ask(PrefixCache(AMPLE, tmp_path), forward, prompt)
+    ask(PrefixCache(AMPLE, tmp_path), runner, prompt)
     (path,) = tmp_path.iterdir()
     before = path.read_bytes()
     for at in [*range(0, 700, 23), *range(700, len(before), 499)]:
         damage(path, at)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ask(PrefixCache(AMPLE, tmp_path), forward, prompt)
+            ask(PrefixCache(AMPLE, tmp_path), runner, prompt)
         path.write_bytes(before)
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "layers", "tokens"])
-def test_a_file_that_contradicts_the_model_is_refused(forward, saved, change):
+def test_a_file_that_contradicts_the_model_is_refused(runner, saved, change):
     """Even with a right checksum: no file of ours looks so."""
     tensors = load_file(saved)
     with safe_open(saved, "pt") as file:
@@ -628,10 +626,10 @@ def test_a_file_that_contradicts_the_model_is_refused(forward, saved, change):
         sha.update(kv_files._bytes_of(tensors[name]))
     save_file(tensors, saved, metadata | {"sha256": sha.hexdigest()})
     with pytest.warns(UserWarning, match="is damaged"):
-        assert ask(later(saved), forward, [*LONG, 5, 6]) == 0
+        assert ask(later(saved), runner, [*LONG, 5, 6]) == 0
 
 
-def test_files_of_other_models_dtypes_and_formats_are_passed_over(forward, saved, monkeypatch):
+def test_files_of_other_models_dtypes_and_formats_are_passed_over(runner, saved, monkeypatch):
     finetuned = make_forward()
     with torch.no_grad():
         finetuned.model.model.layers[1].mlp.up_proj.weight += 0.01
@@ -640,7 +638,7 @@ def test_files_of_other_models_dtypes_and_formats_are_passed_over(forward, saved
         make_forward(seed=1),
         finetuned,
         make_forward(rope_parameters=rope),
-        Forward(make_forward().model.to(torch.bfloat16), "tiny"),
+        ModelRunner(make_forward().model.to(torch.bfloat16), "tiny"),
     ]
     for other in others:
         with later(saved).lease(other, [*LONG, 6, 7], 1502) as lease:
@@ -653,21 +651,21 @@ def test_files_of_other_models_dtypes_and_formats_are_passed_over(forward, saved
         assert lease.reused == 0
     renamed.rename(saved)
     monkeypatch.setattr(kv_files, "FORMAT", "rapid-llm-kv/0")
-    with later(saved).lease(forward, [*LONG, 6, 7], 1502) as lease:
+    with later(saved).lease(runner, [*LONG, 6, 7], 1502) as lease:
         assert lease.reused == 0
 
 
-def test_a_file_of_passes_that_round_otherwise_is_passed_over(forward, saved):
+def test_a_file_of_passes_that_round_otherwise_is_passed_over(runner, saved):
     with (
         threads(torch.get_num_threads() + 1),
-        later(saved).lease(forward, [*LONG, 6, 7], 1502) as lease,
+        later(saved).lease(runner, [*LONG, 6, 7], 1502) as lease,
     ):
         assert lease.reused == 0
-    assert ask(later(saved), forward, [*LONG, 6, 7]) == len(LONG)
+    assert ask(later(saved), runner, [*LONG, 6, 7]) == len(LONG)
 
 
-def test_int8_layers_over_the_same_weights_are_another_model(forward):
-    model = forward.model.to(torch.bfloat16)
+def test_int8_layers_over_the_same_weights_are_another_model(runner):
+    model = runner.model.to(torch.bfloat16)
     before, mlp = fingerprint(model), model.model.layers[1].mlp
     mlp.up_proj = Int8Linear(mlp.up_proj)
     assert fingerprint(model) != before
@@ -675,15 +673,15 @@ def test_int8_layers_over_the_same_weights_are_another_model(forward):
 
 def test_weights_that_are_elsewhere_have_no_files(saved):
     with torch.device("meta"):
-        forward = make_forward()
-    assert fingerprint(forward.model) is None
+        runner = make_forward()
+    assert fingerprint(runner.model) is None
     assert KVFiles(saved.parent).find(
-        forward, torch.tensor(LONG).int().numpy(), forward.reader(1502)
+        runner, torch.tensor(LONG).int().numpy(), runner.origin(1502)
     ) == (None, 0)
 
 
 @pytest.mark.parametrize("what", ["os.replace", "rapid_llm.engine.kv_files.save_file"])
-def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(forward, tmp_path, monkeypatch, what):
+def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(runner, tmp_path, monkeypatch, what):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -691,39 +689,39 @@ def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(forward, tmp_path,
     with monkeypatch.context() as context:
         context.setattr(what, full)
         with pytest.warns(UserWarning, match=rf"{tmp_path}.*No space left.*free some space"):
-            assert ask(cache, forward, LONG) == 0
+            assert ask(cache, runner, LONG) == 0
     assert list(tmp_path.iterdir()) == []
-    assert ask(cache, forward, LONG) == len(LONG) - 1
+    assert ask(cache, runner, LONG) == len(LONG) - 1
 
 
-def test_a_directory_that_cannot_be_one_is_a_warning(forward, tmp_path):
+def test_a_directory_that_cannot_be_one_is_a_warning(runner, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="could not be written"):
-        assert ask(PrefixCache(AMPLE, tmp_path / "file"), forward, LONG) == 0
+        assert ask(PrefixCache(AMPLE, tmp_path / "file"), runner, LONG) == 0
 
 
-def test_warnings_as_errors_still_give_the_cache_back(forward, tmp_path):
+def test_warnings_as_errors_still_give_the_cache_back(runner, tmp_path):
     (tmp_path / "file").write_text("")
     cache = PrefixCache(AMPLE, tmp_path / "file")
     with pytest.raises(UserWarning, match="could not be written"):
-        ask(cache, forward, LONG)
+        ask(cache, runner, LONG)
     assert cache.nbytes == len(LONG) * BYTES_PER_TOKEN
 
 
-def test_a_file_deleted_meanwhile_is_read_anew(forward, saved):
+def test_a_file_deleted_meanwhile_is_read_anew(runner, saved):
     cache = later(saved)
     assert cache._files is not None
-    assert cache._files.find(forward, torch.tensor(LONG).int().numpy(), forward.reader(1502)) == (
+    assert cache._files.find(runner, torch.tensor(LONG).int().numpy(), runner.origin(1502)) == (
         saved,
         len(LONG),
     )
     saved.unlink()
-    assert ask(cache, forward, LONG) == 0
+    assert ask(cache, runner, LONG) == 0
 
 
-def test_headers_are_read_once(forward, saved, monkeypatch):
+def test_headers_are_read_once(runner, saved, monkeypatch):
     cache = later(saved)
-    ask(cache, forward, LONG)
+    ask(cache, runner, LONG)
     monkeypatch.setattr(kv_files, "_read_header", None)
     cache.clear()
-    assert ask(cache, forward, LONG) == len(LONG) - CHUNK
+    assert ask(cache, runner, LONG) == len(LONG) - CHUNK

@@ -22,7 +22,7 @@ import rapid_llm.speculation.drafters.compressed as compressed
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.cpu.compiled import CompiledPass
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.speculation.sampling import Sampler
 
 CHUNK, PIECES = 40, (20, 10)  # the smaller are read by the compiled kernels, the others not
@@ -161,14 +161,14 @@ def closed_half_way(case: Case, decoder: RapidDecoder, question: list[int]) -> N
 
 def failed_half_way(case: Case, decoder: RapidDecoder, question: list[int], at: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        original, calls = Forward.__call__, iter(range(10_000))
+        original, calls = ModelRunner.__call__, iter(range(10_000))
 
         def fail(*args: Any, **options: Any) -> torch.Tensor:
             if next(calls) >= at:
                 raise torch.OutOfMemoryError
             return original(*args, **options)
 
-        patch.setattr(Forward, "__call__", fail)
+        patch.setattr(ModelRunner, "__call__", fail)
         with pytest.raises(torch.OutOfMemoryError):
             case.ask(decoder, question)
 

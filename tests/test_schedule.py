@@ -23,15 +23,15 @@ from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import PassCost, pass_cost
 from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.cpu.quantizers import quantized_copy
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.speculation.schedule import (
     GUESS,
     MAX_GAMMA,
     MODEL,
     AdaptiveSchedule,
-    Belief,
     FixedSchedule,
+    Prior,
     believed_tokens,
     expected_tokens,
 )
@@ -129,11 +129,11 @@ def speedup_over_plain(answer: str, target: PassCost, drafter: PassCost) -> floa
     said = drafted = 0
     spent = 0.0
     while said < len(answer):
-        missed = max(0, said - drafted)
-        gamma = min(schedule.next(missed), len(answer) - said)
+        lag = max(0, said - drafted)
+        gamma = min(schedule.next(lag), len(answer) - said)
         if gamma > 0:
             drafted = said + gamma
-            spent += gamma * drafter.first + missed * drafter.row
+            spent += gamma * drafter.first + lag * drafter.row
         accepted = len(re.match(r"\+*", answer[said : said + gamma])[0])
         spent += target.seconds(gamma + 1)
         said += accepted + 1
@@ -204,15 +204,15 @@ def test_an_empty_draft_teaches_nothing():
 
 def plain_rounds(schedule: AdaptiveSchedule, probes: int, accepted: int = 0) -> list[int]:
     """Plain rounds before each probe, at most 1000; a probe goes as told."""
-    waits, missed = [], 0
-    while len(waits) < probes and missed < 1000:
-        gamma = schedule.next(missed)
+    waits, lag = [], 0
+    while len(waits) < probes and lag < 1000:
+        gamma = schedule.next(lag)
         schedule.record(gamma, min(gamma, accepted), gamma)
         if gamma == 0:
-            missed += 1
+            lag += 1
         else:
             assert gamma == 1
-            waits, missed = [*waits, missed], 0
+            waits, lag = [*waits, lag], 0
     return waits
 
 
@@ -234,43 +234,43 @@ def test_where_a_drafter_would_have_to_read_too_much_it_is_not_probed():
 
 def test_what_a_drafter_missed_is_shared_by_its_next_rounds():
     schedule = AdaptiveSchedule(TARGET, CHEAP)
-    gammas = [schedule.next(missed) for missed in range(0, 3000, 100)]
+    gammas = [schedule.next(lag) for lag in range(0, 3000, 100)]
     assert gammas[0] > 1
     assert gammas[-1] == 1  # at last a probe only
-    speedups = [schedule.speedup(missed) for missed in range(0, 3000, 100)]
+    speedups = [schedule.speedup(lag) for lag in range(0, 3000, 100)]
     assert speedups == sorted(speedups, reverse=True)
     assert speedups[0] > 1.05
     assert speedups[-1] == 1
     # 4 rounds share it: E / (γ c + v + missed r / 4)
-    for missed in (0, 100):
+    for lag in (0, 100):
         best = max(
-            tokens / (gamma * CHEAP.first + TARGET.seconds(gamma + 1) + missed * CHEAP.row / 4)
+            tokens / (gamma * CHEAP.first + TARGET.seconds(gamma + 1) + lag * CHEAP.row / 4)
             for gamma, tokens in enumerate(islice(believed_tokens(*MODEL), MAX_GAMMA), start=1)
         )
-        assert schedule.speedup(missed) == pytest.approx(best)
+        assert schedule.speedup(lag) == pytest.approx(best)
 
 
 def test_a_gain_within_the_errors_of_the_costs_is_not_drafted_for():
     """At a = 0.8 and free drafts of one token, E = 1.8."""
     for row, speedup in ((0.7, 1.8 / 1.7), (0.73, 1.0)):
-        schedule = AdaptiveSchedule(PassCost(1.0, row), PassCost(0.0, 0.0), Belief(80, 100))
+        schedule = AdaptiveSchedule(PassCost(1.0, row), PassCost(0.0, 0.0), Prior(80, 100))
         assert schedule.speedup(0) == pytest.approx(speedup)
         assert schedule.next(0) == (speedup > 1)
 
 
 def test_a_guess_is_trusted_less_than_a_model():
-    model, guess = (AdaptiveSchedule(TARGET, CHEAP, belief) for belief in (MODEL, GUESS))
+    model, guess = (AdaptiveSchedule(TARGET, CHEAP, prior) for prior in (MODEL, GUESS))
     assert 0 < guess.next(0) < model.next(0)
 
 
 def test_probes_find_out_when_drafting_pays_again():
     schedule = AdaptiveSchedule(TARGET, CHEAP)
     assert steady(schedule, 8, 0) == 0
-    drafted, missed = [], 0
+    drafted, lag = [], 0
     for _ in range(200):
-        gamma = schedule.next(missed)
+        gamma = schedule.next(lag)
         schedule.record(gamma, gamma, gamma)
-        missed = 1 if gamma else missed + 1
+        lag = 1 if gamma else lag + 1
         drafted.append(gamma)
     assert 0 in drafted[:5]
     assert min(drafted[-20:]) > 2
@@ -281,12 +281,12 @@ def test_probes_find_out_when_drafting_pays_again():
 )
 def test_any_history_gives_an_allowed_length(rounds: Sequence[tuple[int, int, int, int]]):
     schedule, again = (AdaptiveSchedule(TARGET, CHEAP) for _ in range(2))
-    for drafted, accepted, passes, missed in rounds:
+    for drafted, accepted, passes, lag in rounds:
         for one in (schedule, again):
             one.record(drafted, min(drafted, accepted), max(1, min(drafted, passes)))
-        gamma = schedule.next(missed)
+        gamma = schedule.next(lag)
         assert 0 <= gamma <= MAX_GAMMA
-        assert again.next(missed) == gamma
+        assert again.next(lag) == gamma
 
 
 # --- costs -----------------------------------------------------------------------------------
@@ -296,53 +296,53 @@ def test_any_history_gives_an_allowed_length(rounds: Sequence[tuple[int, int, in
 def measured(monkeypatch) -> list[int]:
     """The rows of each forward pass."""
     rows: list[int] = []
-    original = Forward.__call__
+    original = ModelRunner.__call__
 
-    def spy(forward, tokens, cache, *args):
+    def spy(runner, tokens, cache, *args):
         rows.append(len(tokens))
-        return original(forward, tokens, cache, *args)
+        return original(runner, tokens, cache, *args)
 
-    monkeypatch.setattr(Forward, "__call__", spy)
+    monkeypatch.setattr(ModelRunner, "__call__", spy)
     return rows
 
 
 @torch.inference_mode()
-def session_of(forward: Forward, length: int, capacity: int = 500) -> Session:
-    session = Session(forward, forward.new_cache(capacity))
+def session_of(runner: ModelRunner, length: int, capacity: int = 500) -> Session:
+    session = Session(runner, runner.new_cache(capacity))
     session.prefill([5 + i % 50 for i in range(length)])
     return session
 
 
 def test_costs_are_measured_once_for_lengths_within_a_factor(measured):
-    forward = Forward(tiny_model(), "tiny")
-    first = session_of(forward, 100)
+    runner = ModelRunner(tiny_model(), "tiny")
+    first = session_of(runner, 100)
     measured.clear()
     with torch.inference_mode():
         cost = pass_cost(first)
         assert sorted(measured) == [1] * 10 + [5] * 10
         assert pass_cost(first) is cost
-        assert pass_cost(session_of(forward, 105)) is cost
+        assert pass_cost(session_of(runner, 105)) is cost
         measured.clear()
-        assert pass_cost(session_of(Forward(forward.model, "again"), 100)) is cost
+        assert pass_cost(session_of(ModelRunner(runner.model, "again"), 100)) is cost
         assert measured == [100]  # the prefill
         for session in (
-            session_of(forward, 145),  # √2 longer
-            session_of(Forward(tiny_model(hidden_size=64), "wider"), 100),
-            session_of(Forward(tiny_model().bfloat16(), "another dtype"), 100),
-            session_of(Forward(quantized_copy(forward.model, Int8Linear), "quantized"), 100),
-            session_of(Forward(forward.model, "tiny", "sdpa"), 100),
+            session_of(runner, 145),  # √2 longer
+            session_of(ModelRunner(tiny_model(hidden_size=64), "wider"), 100),
+            session_of(ModelRunner(tiny_model().bfloat16(), "another dtype"), 100),
+            session_of(ModelRunner(quantized_copy(runner.model, Int8Linear), "quantized"), 100),
+            session_of(ModelRunner(runner.model, "tiny", "sdpa"), 100),
         ):
             measured.clear()
             assert pass_cost(session) is not cost
             assert len(measured) == 20
         measured.clear()
-        assert pass_cost(session_of(Forward(tiny_model(seed=1), "other weights"), 100)) is cost
+        assert pass_cost(session_of(ModelRunner(tiny_model(seed=1), "other weights"), 100)) is cost
         assert measured == [100]
 
 
 def test_measuring_leaves_the_session_as_it_was(measured):
-    forward = Forward(tiny_model(), "tiny")
-    session = session_of(forward, 60)
+    runner = ModelRunner(tiny_model(), "tiny")
+    session = session_of(runner, 60)
     with torch.inference_mode():
         before = [layer.keys[:, :, :60].clone() for layer in session.cache.layers]
         pass_cost(session)
@@ -351,7 +351,7 @@ def test_measuring_leaves_the_session_as_it_was(measured):
         for layer, keys in zip(session.cache.layers, before, strict=True):
             assert torch.equal(layer.keys[:, :, :60], keys)
         next_token = torch.tensor([9])
-        again = session_of(forward, 60).extend(next_token)
+        again = session_of(runner, 60).extend(next_token)
         assert torch.equal(session.extend(next_token), again)
 
 
@@ -360,7 +360,7 @@ def test_a_row_never_costs_less_than_nothing(monkeypatch, times):
     clock = iter([at for took in times * 10 for at in (0, took)])
     monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
     with torch.inference_mode():
-        cost = costs.measure(session_of(Forward(tiny_model(), "tiny"), 20))
+        cost = costs.measure(session_of(ModelRunner(tiny_model(), "tiny"), 20))
     assert cost == PassCost(times[0], max(0.0, (times[1] - times[0]) / 4))
 
 
@@ -369,7 +369,7 @@ def test_the_least_of_a_few_measurements_counts(monkeypatch):
     clock = iter([at for pair in zip(one, five, strict=True) for took in pair for at in (0, took)])
     monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
     with torch.inference_mode():
-        cost = costs.measure(session_of(Forward(tiny_model(), "tiny"), 20))
+        cost = costs.measure(session_of(ModelRunner(tiny_model(), "tiny"), 20))
     assert cost == PassCost(1, (5 - 1) / 4)
 
 
@@ -383,11 +383,11 @@ def test_the_least_answer_leaves_room_to_measure(measured):
 # --- kept for every process ------------------------------------------------------------------
 
 
-def in_another_process(monkeypatch, forward: Forward, length: int = 20) -> PassCost:
+def in_another_process(monkeypatch, runner: ModelRunner, length: int = 20) -> PassCost:
     """What is remembered is what the files say."""
     monkeypatch.setattr(costs, "_known", {})
     with torch.inference_mode():
-        return pass_cost(session_of(forward, length))
+        return pass_cost(session_of(runner, length))
 
 
 def files() -> list[Path]:
@@ -395,26 +395,26 @@ def files() -> list[Path]:
 
 
 def test_another_process_takes_the_costs_that_the_first_has_measured(monkeypatch, measured):
-    forward = Forward(tiny_model(), "tiny")
-    cost = in_another_process(monkeypatch, forward)
+    runner = ModelRunner(tiny_model(), "tiny")
+    cost = in_another_process(monkeypatch, runner)
     assert len(measured) == 21
     measured.clear()
-    assert in_another_process(monkeypatch, Forward(tiny_model(seed=3), "tiny")) == cost
+    assert in_another_process(monkeypatch, ModelRunner(tiny_model(seed=3), "tiny")) == cost
     assert measured == [20]
     assert len(files()) == 1
 
 
 def test_of_two_that_measure_at_once_the_first_to_write_counts(monkeypatch):
-    forward = Forward(tiny_model(), "tiny")
+    runner = ModelRunner(tiny_model(), "tiny")
     measure, first = costs.measure, PassCost(3.0, 1.0)
 
     def meanwhile(session: Session) -> PassCost:
         monkeypatch.setattr(costs, "measure", lambda session: first)
-        assert in_another_process(monkeypatch, forward) == first
+        assert in_another_process(monkeypatch, runner) == first
         return measure(session)
 
     monkeypatch.setattr(costs, "measure", meanwhile)
-    assert in_another_process(monkeypatch, forward) == first
+    assert in_another_process(monkeypatch, runner) == first
     assert len(files()) == 1
 
 
@@ -433,14 +433,14 @@ def test_of_two_that_measure_at_once_the_first_to_write_counts(monkeypatch):
     ],
 )
 def test_a_damaged_file_is_named_once_and_not_used(monkeypatch, content):
-    forward = Forward(tiny_model(), "tiny")
-    in_another_process(monkeypatch, forward)
+    runner = ModelRunner(tiny_model(), "tiny")
+    in_another_process(monkeypatch, runner)
     (path,) = files()
     path.write_text(content)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for _ in range(3):
-            assert in_another_process(monkeypatch, forward).first > 0
+            assert in_another_process(monkeypatch, runner).first > 0
     assert [str(path.parent) in str(one.message) for one in warned] == [True]
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rapid_llm.bench.speed_model import ModelSize
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import kv_shape
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import ModelError
 from rapid_llm.models import load_config
 
@@ -39,7 +39,7 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
             f"{name}: architecture {config.model_type!r} is no decoder-only language model; "
             "choose a causal one, such as Llama or Qwen"
         ) from error
-    forward = Forward(model, name)  # refuses what could not be decoded with
+    runner = ModelRunner(model, name)  # refuses what could not be decoded with
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     lookup = 0 if embedding is head else embedding.numel()
     # transformers stacks the routed experts of a layer: [experts, out, in].
@@ -61,5 +61,5 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden_size=text.hidden_size,
-        context_window=forward.context_window,
+        context_window=runner.context_window,
     )

@@ -27,14 +27,14 @@ from rapid_llm.bench.timing import Stamps, Stopwatch, host_calls, wait_for
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.costs import pass_cost
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import cache_argument
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import device_memory, resolve_device
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
-from rapid_llm.speculation.schedule import AdaptiveSchedule, Belief
+from rapid_llm.speculation.schedule import AdaptiveSchedule, Prior
 
 SIMULATED = "simulated by a coin in rows marked *, as random weights accept at random"
 
@@ -114,12 +114,12 @@ class ShapeBench(Bench):
 
     def _draft_steps(self) -> Iterator[Row]:
         """A step of the drafter over its context, sampler included, in each precision."""
-        forwards: dict[str, Forward | None] = {}
+        forwards: dict[str, ModelRunner | None] = {}
         for name in (self.report.facts["dtype"], "int8", "int4"):
             kind: Any = None if name not in ("int8", "int4") else name
             try:
                 decoder = RapidDecoder(self._model, self._tokenizer, drafter_quantization=kind)
-                forwards[name] = decoder.draft_forward
+                forwards[name] = decoder.draft_runner
             except InvalidParameterError:
                 forwards[name] = None
         drafters = {name: self._drafter(each) for name, each in forwards.items() if each}
@@ -128,10 +128,10 @@ class ShapeBench(Bench):
             for name, drafter in drafters.items():
                 with watch(name):
                     drafter.draft([], _STEPS, look_ahead=False)
-        samples, chosen = watch.samples(), self._decoder.draft_forward.model
-        for name, forward in forwards.items():
-            note = "" if forward else "refused on this device"
-            if forward and forward.model is chosen:
+        samples, chosen = watch.samples(), self._decoder.draft_runner.model
+        for name, runner in forwards.items():
+            note = "" if runner else "refused on this device"
+            if runner and runner.model is chosen:
                 note = "what the decoder takes"
             ms = [1000 * s / _STEPS for s in samples.get(name, [])]
             yield Row(f"draft_{name}", f"draft step, {name}", "ms", ms, note)
@@ -140,9 +140,9 @@ class ShapeBench(Bench):
         """Blocks of plain rounds and of RAPID's, in turns; a round ends with its host sync."""
         with self._open(context, draft=False) as generation:
             cost = pass_cost(generation.target)
-        draft_cost = self._drafter(self._decoder.draft_forward).cost()
+        draft_cost = self._drafter(self._decoder.draft_runner).cost()
         chosen = {
-            a: AdaptiveSchedule(cost, draft_cost, Belief(a * _SURE, _SURE)).next(0)
+            a: AdaptiveSchedule(cost, draft_cost, Prior(a * _SURE, _SURE)).next(0)
             for a in self._acceptances
         }
         plain: list[float] = []
@@ -219,12 +219,12 @@ class ShapeBench(Bench):
 
     # --- how ---------------------------------------------------------------------------------
 
-    def _drafter(self, forward: Forward) -> RagDrafter:
+    def _drafter(self, runner: ModelRunner) -> RagDrafter:
         """Draws without lookup: nothing in random tokens is worth a guess."""
         prompt = self._prompt(self._draft_tokens)
-        session = Session(forward, forward.new_cache(self._draft_tokens + _ROOM))
+        session = Session(runner, runner.new_cache(self._draft_tokens + _ROOM))
         self._fill(session, prompt[:-1])
-        sampler = Sampler(self._sampling, prompt, forward.device, forward.model)
+        sampler = Sampler(self._sampling, prompt, runner.device, runner.model)
         config = SpeculationConfig(lookup=False)
         return RagDrafter(session, prompt, sampler, self._vocabulary, config)
 

@@ -11,7 +11,7 @@ from rapid_llm.bench.model_size import size_of
 from rapid_llm.bench.shapes import make_config, random_model
 from rapid_llm.bench.speed_model import Device, ModelSize, flops, prefill_flops
 from rapid_llm.engine.costs import PassCost, measure
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.models import device_memory, resolve_device
 
@@ -43,13 +43,13 @@ def measure_device(size: ModelSize, context: int) -> Device:
     width, length = min(size.hidden_size, _WIDTH[place.type]), min(max(context, 2048), _LONG)
     weights = width * (2 * size.head_dim * (size.heads + size.kv_heads) + 12 * width)
     layers = min(max(2, _COLD[place.type] // (2 * weights)), _MOST_LAYERS)
-    forward = _forward(width, 4 * width, layers, size.heads, size.kv_heads, size.head_dim)
-    small = size_of(forward.config, forward.name)
-    short, long = (_cost(forward, tokens) for tokens in (_SHORT, length))
+    runner = _forward(width, 4 * width, layers, size.heads, size.kv_heads, size.head_dim)
+    small = size_of(runner.config, runner.name)
+    short, long = (_cost(runner, tokens) for tokens in (_SHORT, length))
     least = short.first / 10  # noise must not make a difference negative
     reading = max(least, short.first - short.row - layers * layer - once)
     reading_kv = max(least, (long.first - long.row) - (short.first - short.row))
-    prefill = _prefill_flops(forward, small)
+    prefill = _prefill_flops(runner, small)
     load = f", load average: {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
     return Device(
         name=torch.cuda.get_device_name(place) if on_gpu else "this CPU",
@@ -66,29 +66,31 @@ def measure_device(size: ModelSize, context: int) -> Device:
     )
 
 
-def _forward(*shape: int) -> Forward:
+def _forward(*shape: int) -> ModelRunner:
     config = make_config("llama", 64, *shape, positions=2 * _LONG)
-    return Forward(random_model(config, torch.bfloat16, resolve_device(None)), "of random weights")
+    return ModelRunner(
+        random_model(config, torch.bfloat16, resolve_device(None)), "of random weights"
+    )
 
 
-def _cost(forward: Forward, tokens: int) -> PassCost:
+def _cost(runner: ModelRunner, tokens: int) -> PassCost:
     """Of passes after so many cached tokens."""
-    session, config = Session(forward, forward.new_cache(tokens + _SHORT)), forward.config
+    session, config = Session(runner, runner.new_cache(tokens + _SHORT)), runner.config
     session.prefill([0])
     shape = 1, config.num_key_value_heads, tokens, config.head_dim
-    ones = torch.ones(shape, dtype=torch.bfloat16, device=forward.device)
+    ones = torch.ones(shape, dtype=torch.bfloat16, device=runner.device)
     for layer in session.cache.layers:
         layer.update(ones, ones)
     return measure(session)
 
 
-def _prefill_flops(forward: Forward, size: ModelSize) -> float:
+def _prefill_flops(runner: ModelRunner, size: ModelSize) -> float:
     """Operations/s of a prefill's first chunk: the best of two, after one to warm up."""
-    tokens, times = forward.prefill_sizes[0], []
+    tokens, times = runner.prefill_sizes[0], []
     for _ in range(3):
-        session = Session(forward, forward.new_cache(tokens))
+        session = Session(runner, runner.new_cache(tokens))
         started = time.perf_counter()
         session.prefill([0] * tokens)
-        forward.synchronize()
+        runner.synchronize()
         times.append(time.perf_counter() - started)
     return prefill_flops(size, tokens) / min(times[1:])

@@ -81,24 +81,26 @@ def measure(session: Session) -> PassCost:
 
     The least of a few measurements counts, since whatever disturbs one only adds to it.
     """
-    forward, cache, device = session.forward, session.cache, session.forward.device
+    runner, cache, device = session.runner, session.cache, session.runner.device
     held, expected = cache.length, cache.expected
     times: dict[int, list[float]] = {1: [], ROOM: []}
     back = min(ROOM, session.length)
-    cache.skipped -= back  # to positions of this sequence: further ones may be turned otherwise
+    cache.position_offset -= (
+        back  # to positions of this sequence: further ones may be turned otherwise
+    )
     # As the end of a sequence, which passes that decode read, unless its KV is of a longer one.
-    cache.expected = session.length + back + 1 if forward.switches else 0
+    cache.expected = session.length + back + 1 if runner.switches else 0
     try:
-        with forward.lock:  # or the passes of other threads would be measured too
+        with runner.lock:  # or the passes of other threads would be measured too
             for n in (1, ROOM) * _REPEATS:
                 tokens = torch.zeros(n, dtype=torch.long, device=device)
                 started = time.perf_counter()
-                forward(tokens, cache, n)
-                forward.synchronize()
+                runner(tokens, cache, n)
+                runner.synchronize()
                 times[n].append(time.perf_counter() - started)
                 cache.rollback(held)
     finally:
-        cache.skipped += back
+        cache.position_offset += back
         cache.expected = expected
     one, several = min(times[1]), min(times[ROOM])
     return PassCost(one, max(0.0, several - one) / (ROOM - 1))
@@ -106,14 +108,14 @@ def measure(session: Session) -> PassCost:
 
 def _key(session: Session) -> str:
     """Names what a cost depends on; never the run that happens to need it."""
-    forward, length = session.forward, session.cache.length
+    runner, length = session.runner, session.cache.length
     bucket = round(2 * log2(length + 1))
-    told = f"{_architecture(forward.model)} {rounding(forward)} {bucket}"
+    told = f"{_architecture(runner.model)} {rounding(runner)} {bucket}"
     return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _architecture(model: PreTrainedModel) -> str:
-    """Of modules, shapes and dtypes: a quantized twin is another one, other weights are not."""
+    """Of modules, shapes and dtypes: a quantized copy is another one, other weights are not."""
     told = []
     for name, module in model.named_modules():
         told.append(f"{name} {type(module).__name__}")

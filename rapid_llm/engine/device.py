@@ -2,7 +2,7 @@
 
 :class:`Device` is any that PyTorch knows, by PyTorch's operators. Those with code of their own have
 a folder each, ``engine/cpu`` and ``engine/cuda``, and are registered in
-:mod:`rapid_llm.engine.forward`.
+:mod:`rapid_llm.engine.model_runner`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rapid_llm.engine.kv_cache import KVCache
     from rapid_llm.engine.quantized import Quantizer
 
-FewBits = Literal["int8", "int4"]
+QuantizedWeights = Literal["int8", "int4"]
 """Kinds of weights that a draft step reads faster than a model's own."""
 
 FEW_TOKENS = 16
@@ -52,7 +52,7 @@ class Pass(Protocol):
         """
 
 
-class Choice(Protocol):
+class TokenSampler(Protocol):
     """How a draft step goes from logits to a token, where no history counts. Hashable.
 
     Attributes:
@@ -117,7 +117,7 @@ class ReplayedPass(Pass, Protocol):
     Positions follow from the cache, on the device; those that are passed on are not read.
     """
 
-    def loop(self, choice: Choice) -> DraftLoop:
+    def loop(self, choice: TokenSampler) -> DraftLoop:
         """Draft steps that feed one another without the host."""
 
     def verification(self, judge: Judge) -> Verification:
@@ -135,7 +135,7 @@ class Device:
             see :mod:`rapid_llm.engine.chunks`.
     """
 
-    quantizers: ClassVar[Mapping[FewBits, Quantizer]] = {}
+    quantizers: ClassVar[Mapping[QuantizedWeights, Quantizer]] = {}
     prefill_chunk = 512
     prefill_pieces: tuple[int, ...] = ()
 

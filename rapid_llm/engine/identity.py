@@ -138,7 +138,7 @@ class ModelState:
         Its modules and tensors have exactly the types and shapes that they are made with. There
         are no hooks, adapters, parametrizations, or methods replaced on instances or classes. A
         pass of ours that does what the class does then gives what the model's own forward gives;
-        otherwise nobody knows. A twin of :mod:`rapid_llm.engine.quantization` is what it was made
+        otherwise nobody knows. A copy of :mod:`rapid_llm.engine.quantized` is what it was made
         of in this.
         """
         return self._last.plain

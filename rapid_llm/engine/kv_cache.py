@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 _CACHE_NAMES = ("cache", "past_key_values")
 
 
-class Reader(NamedTuple):
+class KVOrigin(NamedTuple):
     """What computes keys and values: a model as it was, and how it turned them.
 
     Attributes:
@@ -76,12 +76,12 @@ class KVCache(Cache):
     """The preallocated layers of one sequence (batch size 1).
 
     Attributes:
-        skipped: tokens of the sequence that it left out on purpose; those that follow keep
+        position_offset: tokens of the sequence that it left out on purpose; those that follow keep
             their own positions.
         expected: tokens of the sequence whose next part is read, where that is not its end; some
             kinds of rotary embedding depend on it.
-        reader: what computed what it holds (:meth:`rapid_llm.engine.forward.Forward.reader`);
-            None if nothing did yet, or if it is not known.
+        origin: what computed what it holds (see ``ModelRunner.origin``); None if nothing did yet,
+            or if it is not known.
     """
 
     layers: list[PreallocatedLayer]
@@ -89,9 +89,9 @@ class KVCache(Cache):
     def __init__(self, num_layers: int, capacity: int) -> None:
         super().__init__(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
         self.capacity = capacity
-        self.skipped = 0
+        self.position_offset = 0
         self.expected = 0
-        self.reader: Reader | None = None
+        self.origin: KVOrigin | None = None
 
     @property
     def length(self) -> int:
@@ -120,7 +120,7 @@ class KVCache(Cache):
     def copy_prefix(self, length: int, capacity: int) -> KVCache:
         """A new cache for ``capacity`` tokens that begins with the first ``length`` of this one."""
         copied = KVCache(len(self.layers), capacity)
-        copied.reader = self.reader
+        copied.origin = self.origin
         for old, new in zip(self.layers, copied.layers, strict=True):
             new.update(old.keys[:, :, :length], old.values[:, :, :length])
         return copied

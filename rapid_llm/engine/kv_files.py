@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid_llm.engine.chunks import common_end, pass_ends
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.identity import ModelState
-from rapid_llm.engine.kv_cache import KVCache, Reader, kv_shape
+from rapid_llm.engine.kv_cache import KVCache, KVOrigin, kv_shape
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.rounding import rounding
 
 FORMAT = "rapid-llm-kv/1"
@@ -74,20 +74,22 @@ class KVFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._contents: WeakKeyDictionary[Forward, dict[int, str | None]] = WeakKeyDictionary()
+        self._contents: WeakKeyDictionary[ModelRunner, dict[int, str | None]] = WeakKeyDictionary()
         # The version of each file that was looked at (mtime, size), and what it claims to hold;
         # None if it is of no use.
         self._seen: dict[Path, tuple[tuple[int, int], _Header | None]] = {}
 
-    def find(self, forward: Forward, tokens: TokenIds, reader: Reader) -> tuple[Path | None, int]:
+    def find(
+        self, runner: ModelRunner, tokens: TokenIds, origin: KVOrigin
+    ) -> tuple[Path | None, int]:
         """The file that serves most of a prefill of ``tokens``, and how many of them.
 
         See :func:`rapid_llm.engine.chunks.common_end`.
         """
-        sizes = forward.prefill_sizes
+        sizes = runner.prefill_sizes
         ends = pass_ends(len(tokens), sizes)
         best, most = None, 0
-        model = self._model(forward, reader)
+        model = self._model(runner, origin)
         if model is not None:
             for path in self._directory.glob(f"{model[:16]}-*.safetensors"):
                 header = self._header(path)
@@ -99,32 +101,32 @@ class KVFiles:
         return best, most
 
     def load(
-        self, path: Path, forward: Forward, reader: Reader, length: int, capacity: int
+        self, path: Path, runner: ModelRunner, origin: KVOrigin, length: int, capacity: int
     ) -> KVCache | None:
         """The first ``length`` tokens of a file that :meth:`find` has found; None if damaged.
 
         None as well if the model is not what it was when it was read for :meth:`find`.
         """
         version, header = self._seen[path]
-        if header is None or not self._is_unchanged(forward, reader):
+        if header is None or not self._is_unchanged(runner, origin):
             return None
         try:
-            return _read(path, header, forward, reader, length, capacity)
+            return _read(path, header, runner, origin, length, capacity)
         except (SafetensorError, OSError, ValueError) as error:
             self._reject(path, version, error)
             return None
 
-    def save(self, forward: Forward, tokens: TokenIds, cache: KVCache) -> None:
+    def save(self, runner: ModelRunner, tokens: TokenIds, cache: KVCache) -> None:
         """Write the KV of a prefill's tokens, all of which a cache begins with.
 
         Not if a file has most of it.
         """
-        assert cache.reader is not None
-        model = self._model(forward, cache.reader)
+        assert cache.origin is not None
+        model = self._model(runner, cache.origin)
         if (
             model is None
-            or self.find(forward, tokens, cache.reader)[1] >= COVERED * len(tokens)
-            or not self._is_unchanged(forward, cache.reader)
+            or self.find(runner, tokens, cache.origin)[1] >= COVERED * len(tokens)
+            or not self._is_unchanged(runner, cache.origin)
         ):
             return
         content = hashlib.sha256(model.encode() + tokens.tobytes())
@@ -168,25 +170,23 @@ class KVFiles:
             stacklevel=2,
         )
 
-    def _model(self, forward: Forward, reader: Reader) -> str | None:
+    def _model(self, runner: ModelRunner, origin: KVOrigin) -> str | None:
         """What reads a model's files; None if it has none.
 
         Others round otherwise, turn otherwise, or read a prompt in other passes.
         """
-        known = self._contents.setdefault(forward, {})
-        if reader.number not in known:
-            known[reader.number] = fingerprint(forward.model, forward.state)
-        name = known[reader.number]
-        return (
-            name and f"{name} beyond {reader.scale}, {rounding(forward)}, {forward.prefill_sizes}"
-        )
+        known = self._contents.setdefault(runner, {})
+        if origin.number not in known:
+            known[origin.number] = fingerprint(runner.model, runner.state)
+        name = known[origin.number]
+        return name and f"{name} beyond {origin.scale}, {rounding(runner)}, {runner.prefill_sizes}"
 
-    def _is_unchanged(self, forward: Forward, reader: Reader) -> bool:
+    def _is_unchanged(self, runner: ModelRunner, origin: KVOrigin) -> bool:
         """Whether the model is what it was when it got its name: edits may have gone unseen."""
-        now = fingerprint(forward.model, forward.state)
-        if self._contents[forward][reader.number] == now:
+        now = fingerprint(runner.model, runner.state)
+        if self._contents[runner][origin.number] == now:
             return True
-        forward.state.renew()
+        runner.state.renew()
         return False
 
 
@@ -258,14 +258,14 @@ def _read_header(path: Path) -> _Header | None:
 
 
 def _read(
-    path: Path, header: _Header, forward: Forward, reader: Reader, length: int, capacity: int
+    path: Path, header: _Header, runner: ModelRunner, origin: KVOrigin, length: int, capacity: int
 ) -> KVCache:
     """The cache, once every tensor has the right shape and all of them the right checksum."""
-    layers, heads, dim = kv_shape(forward.config)
-    shape, dtype = (1, heads, len(header.tokens), dim), forward.model.dtype
-    cache = forward.new_cache(capacity)
+    layers, heads, dim = kv_shape(runner.config)
+    shape, dtype = (1, heads, len(header.tokens), dim), runner.model.dtype
+    cache = runner.new_cache(capacity)
     sha = hashlib.sha256(header.tokens.tobytes())
-    devices = [next(layer.parameters()).device for layer in forward.model.get_decoder().layers]
+    devices = [next(layer.parameters()).device for layer in runner.model.get_decoder().layers]
     with safe_open(path, "pt") as file:
         if len(file.keys()) != 1 + 2 * layers:
             raise ValueError(f"it has {len(file.keys())} tensors, not {1 + 2 * layers}")
@@ -282,7 +282,7 @@ def _read(
             layer.update(keys, values)
     if sha.hexdigest() != header.checksum:
         raise ValueError("its checksum does not match")
-    cache.reader = reader
+    cache.origin = origin
     return cache
 
 

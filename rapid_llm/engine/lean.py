@@ -18,7 +18,7 @@ from rapid_llm.engine.attention import attend
 from rapid_llm.engine.device import device_of
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
-from rapid_llm.engine.quantized import FewBitLinear
+from rapid_llm.engine.quantized import QuantizedLinear
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -93,7 +93,7 @@ def window_of(attention: Any) -> int | None:
 
 
 def _projections(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, ``[n, heads * dim]`` each; a quantized twin's in one product."""
+    """Queries, keys and values, ``[n, heads * dim]`` each; a quantized copy's in one product."""
     together: Any = getattr(module, "qkv_proj", None)
     if together is not None:
         return together.forward(x)
@@ -116,7 +116,7 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, module: Any) -> Tensor:
-    if isinstance(module, FewBitLinear):
+    if isinstance(module, QuantizedLinear):
         return module.forward(x)
     return device_of(x.device).linear(x, module.weight, module.bias)
 

@@ -21,7 +21,7 @@ from rapid_llm.errors import InvalidParameterError
 if TYPE_CHECKING:
     from rapid_llm.engine.device import Pass
 
-FEW_ROWS = 8
+MAX_QUANTIZED_ROWS = 8
 """Tokens up to which a layer multiplies with its weights of few bits; more are computed as fast
 with its own."""
 
@@ -35,7 +35,7 @@ class Quantizer(Protocol):
     def pays(self, model: PreTrainedModel, passes: Sequence[Pass]) -> bool:
         """Whether a step of this model becomes cheaper."""
 
-    def twin(
+    def copy(
         self, model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]
     ) -> PreTrainedModel:
         """The copy: every weight of the model's own is shared.
@@ -50,11 +50,11 @@ class Quantizer(Protocol):
         """
 
 
-class FewBits(nn.Module):
+class QuantizedWeights(nn.Module):
     """A module whose buffers are weights of few bits, beside those that it was made from."""
 
 
-class FewBitLinear(FewBits):
+class QuantizedLinear(QuantizedWeights):
     """A linear layer that multiplies few tokens with weights of few bits, many with its own.
 
     Attributes:
@@ -75,18 +75,18 @@ class FewBitLinear(FewBits):
 
 
 @dataclass(frozen=True)
-class _Twin:
+class _Copy:
     """A quantized copy, and what it was made of."""
 
     model: PreTrainedModel
     made_of: tuple[Any, ...]
 
 
-_twins: WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Twin]] = WeakKeyDictionary()
+_copies: WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Copy]] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def twin_of(
+def copy_of(
     model: PreTrainedModel,
     state: ModelState,
     kind: Hashable,
@@ -106,13 +106,13 @@ def twin_of(
                 "drafter_quantization out"
             )
         made_of = state.contents
-        twins = _twins.setdefault(model, {})
-        if kind not in twins or twins[kind].made_of != made_of:
-            twins[kind] = _Twin(make(model), made_of)
-        return twins[kind].model
+        copies = _copies.setdefault(model, {})
+        if kind not in copies or copies[kind].made_of != made_of:
+            copies[kind] = _Copy(make(model), made_of)
+        return copies[kind].model
 
 
 def quantized_nbytes(model: PreTrainedModel) -> int:
-    """Bytes that a twin takes beside the model's own weights."""
-    layers = [module for module in model.modules() if isinstance(module, FewBits)]
+    """Bytes that a copy takes beside the model's own weights."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedWeights)]
     return sum(buffer.nbytes for layer in layers for buffer in layer.buffers())

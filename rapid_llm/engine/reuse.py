@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from rapid_llm.engine.chunks import common_end, pass_ends
-from rapid_llm.engine.forward import Forward
-from rapid_llm.engine.kv_cache import KVCache, Reader, kv_nbytes
+from rapid_llm.engine.kv_cache import KVCache, KVOrigin, kv_nbytes
 from rapid_llm.engine.kv_files import KVFiles, TokenIds, common_prefix
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.rounding import rounding
 from rapid_llm.errors import InvalidParameterError
 
@@ -50,17 +50,17 @@ class Lease:
 class _Reading(NamedTuple):
     """What is to read a prompt: a model as it is now, with passes that round as they do now.
 
-    ``reader`` is None where what it reads must not be kept.
+    ``origin`` is None where what it reads must not be kept.
     """
 
-    forward: Forward
-    reader: Reader | None
+    runner: ModelRunner
+    origin: KVOrigin | None
     rounding: str
 
     @classmethod
-    def now(cls, forward: Forward, length: int) -> _Reading:
+    def now(cls, runner: ModelRunner, length: int) -> _Reading:
         """Of a sequence of so many tokens."""
-        return cls(forward, forward.kept_reader(length), rounding(forward))
+        return cls(runner, runner.kept_origin(length), rounding(runner))
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class _Entry:
     the tokens of an idle entry.
     """
 
-    forward: Forward
+    runner: ModelRunner
     rounding: str
     cache: KVCache
     tokens: TokenIds
@@ -82,9 +82,9 @@ class _Entry:
     def read_as(self, reading: _Reading) -> bool:
         """Whether its KV is, bit for bit, what would be read now."""
         return (
-            self.forward is reading.forward
+            self.runner is reading.runner
             and self.rounding == reading.rounding
-            and self.cache.reader == reading.reader is not None
+            and self.cache.origin == reading.origin is not None
         )
 
     def held(self) -> int:
@@ -144,19 +144,19 @@ class PrefixCache:
         with self._lock:
             self._entries = [entry for entry in self._entries if entry.busy]
 
-    def forget(self, forward: Forward) -> None:
+    def forget(self, runner: ModelRunner) -> None:
         """Free what a model has read that is not used any more."""
         with self._lock:
-            self._entries = [e for e in self._entries if e.busy or e.forward is not forward]
+            self._entries = [e for e in self._entries if e.busy or e.runner is not runner]
 
-    def keep_only(self, forward: Forward, prompt: Sequence[int]) -> int:
+    def keep_only(self, runner: ModelRunner, prompt: Sequence[int]) -> int:
         """Free everything that no generation uses, but for what a lease of a prompt would reuse.
 
         What a later lease finds then depends on this prompt alone, not on what was read after it.
         Returns how many of the prompt's tokens are kept.
         """
-        reading, ids = _Reading.now(forward, len(prompt)), _token_ids(prompt[:-1])
-        ends = pass_ends(len(ids), forward.prefill_sizes)
+        reading, ids = _Reading.now(runner, len(prompt)), _token_ids(prompt[:-1])
+        ends = pass_ends(len(ids), runner.prefill_sizes)
         with self._lock:
             idle = [entry for entry in self._entries if not entry.busy and entry.read_as(reading)]
             best = max(idle, key=lambda entry: entry.shared(ids, ends), default=None)
@@ -168,20 +168,20 @@ class PrefixCache:
             return shared
 
     @contextmanager
-    def lease(self, forward: Forward, prompt: Sequence[int], capacity: int) -> Iterator[Lease]:
+    def lease(self, runner: ModelRunner, prompt: Sequence[int], capacity: int) -> Iterator[Lease]:
         """A cache that holds the longest prefix of a prompt that was read before.
 
         When the context ends, in whatever way, what was read of the prompt is kept for later ones.
 
         Args:
-            forward: the model that reads the prompt.
+            runner: the model that reads the prompt.
             prompt: token ids, at least one.
             capacity: tokens to make room for, at least ``len(prompt)``.
 
         Raises:
             torch.OutOfMemoryError: no room for a copy, even with all idle KV freed.
         """
-        entry = self._acquire(forward, _token_ids(prompt), capacity)
+        entry = self._acquire(runner, _token_ids(prompt), capacity)
         reused = entry.cache.length
         try:
             yield Lease(entry.cache, reused)
@@ -191,51 +191,51 @@ class PrefixCache:
             finally:
                 self._release(entry)
 
-    def _acquire(self, forward: Forward, prompt: TokenIds, capacity: int) -> _Entry:
+    def _acquire(self, runner: ModelRunner, prompt: TokenIds, capacity: int) -> _Entry:
         try:
-            return self._find(forward, prompt, capacity)
+            return self._find(runner, prompt, capacity)
         except torch.OutOfMemoryError:
             self.clear()
-            return self._find(forward, prompt, capacity)
+            return self._find(runner, prompt, capacity)
 
-    def _find(self, forward: Forward, prompt: TokenIds, capacity: int) -> _Entry:
-        cache = self._from_file(forward, prompt, capacity)
-        reading = _Reading.now(forward, len(prompt))  # a file tells whether the model has changed
+    def _find(self, runner: ModelRunner, prompt: TokenIds, capacity: int) -> _Entry:
+        cache = self._from_file(runner, prompt, capacity)
+        reading = _Reading.now(runner, len(prompt))  # a file tells whether the model has changed
         with self._lock:
             if cache is None:
                 cache = self._from_memory(reading, prompt[:-1], capacity)
-            ends = pass_ends(len(prompt) - 1, forward.prefill_sizes)
-            entry = _Entry(forward, reading.rounding, cache, prompt[:-1], ends)
+            ends = pass_ends(len(prompt) - 1, runner.prefill_sizes)
+            entry = _Entry(runner, reading.rounding, cache, prompt[:-1], ends)
             if self._budget > 0:
                 self._entries.append(entry)
             return entry
 
-    def _from_file(self, forward: Forward, prompt: TokenIds, capacity: int) -> KVCache | None:
+    def _from_file(self, runner: ModelRunner, prompt: TokenIds, capacity: int) -> KVCache | None:
         """The prefix in a file, if it is much longer than the one in memory.
 
         Outside the lock, since it takes long: nobody else sees this cache yet.
         """
         if self._files is None:
             return None
-        reading, wanted = _Reading.now(forward, len(prompt)), prompt[:-1]
-        reader = reading.reader
+        reading, wanted = _Reading.now(runner, len(prompt)), prompt[:-1]
+        origin = reading.origin
         with self._lock:
             _, held = self._longest(reading, wanted)
-        if reader is None or len(wanted) < held + WORTH_LOADING:
+        if origin is None or len(wanted) < held + WORTH_LOADING:
             return None
-        path, stored = self._files.find(forward, wanted, reader)
+        path, stored = self._files.find(runner, wanted, origin)
         if path is None or stored < held + WORTH_LOADING:
             return None
-        self._make_room(_planned(forward, capacity))
-        return self._files.load(path, forward, reader, stored, capacity)
+        self._make_room(_planned(runner, capacity))
+        return self._files.load(path, runner, origin, stored, capacity)
 
     def _from_memory(self, reading: _Reading, prompt: TokenIds, capacity: int) -> KVCache:
         """The prefix in memory: taken over where nobody loses by it, else copied."""
         entry, shared = self._longest(reading, prompt)
-        planned = _planned(reading.forward, capacity)
+        planned = _planned(reading.runner, capacity)
         if entry is None:
             self._make_room(planned)
-            return reading.forward.new_cache(capacity)
+            return reading.runner.new_cache(capacity)
         if entry.busy or not entry.same_document(shared):
             self._make_room(planned)
             # Under the lock: the owner could otherwise give it back, and a third take it over.
@@ -250,7 +250,7 @@ class PrefixCache:
     def _longest(self, reading: _Reading, prompt: TokenIds) -> tuple[_Entry | None, int]:
         """The entry that shares most tokens with a prompt, the latest of equals; how many."""
         best, most = None, 0
-        ends = pass_ends(len(prompt), reading.forward.prefill_sizes)
+        ends = pass_ends(len(prompt), reading.runner.prefill_sizes)
         for entry in reversed(self._entries):
             if entry.read_as(reading):
                 shared = entry.shared(prompt, ends)
@@ -266,19 +266,19 @@ class PrefixCache:
             self._files is not None
             and tokens - reused >= WORTH_SAVING
             and entry.held() == tokens
-            and entry.read_as(_Reading.now(entry.forward, entry.cache.length))
+            and entry.read_as(_Reading.now(entry.runner, entry.cache.length))
         ):
-            self._files.save(entry.forward, entry.tokens, entry.cache)
+            self._files.save(entry.runner, entry.tokens, entry.cache)
 
     def _release(self, entry: _Entry) -> None:
         """Keep what was read of a prompt, in place of earlier states of the same document."""
         with self._lock:
             self._forget(entry)
             held, nbytes = entry.held(), entry.cache.nbytes
-            if held == 0 or nbytes > self._budget or not entry.forward.state.traceable:
+            if held == 0 or nbytes > self._budget or not entry.runner.state.traceable:
                 return
             entry.tokens, entry.nbytes, entry.busy = entry.tokens[:held], nbytes, False
-            as_this = _Reading(entry.forward, entry.cache.reader, entry.rounding)
+            as_this = _Reading(entry.runner, entry.cache.origin, entry.rounding)
             for other in list(self._entries):
                 if (
                     other.read_as(as_this)
@@ -311,5 +311,5 @@ def _token_ids(tokens: Sequence[int]) -> TokenIds:
     return np.asarray(tokens, dtype=np.int32)
 
 
-def _planned(forward: Forward, capacity: int) -> int:
-    return kv_nbytes(forward.config, forward.model.dtype, capacity)
+def _planned(runner: ModelRunner, capacity: int) -> int:
+    return kv_nbytes(runner.config, runner.model.dtype, capacity)

@@ -9,18 +9,18 @@ from __future__ import annotations
 import torch
 
 from rapid_llm.engine.device import device_of
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 
 
-def rounding(forward: Forward) -> str:
+def rounding(runner: ModelRunner) -> str:
     """Names what decides the roundings of a model's passes in this thread, at this moment."""
-    device = forward.device
+    device = runner.device
     return " | ".join(
         [
             f"torch {torch.__version__}",
             device_of(device).rounding(device),
             f"{torch.get_float32_matmul_precision()} precision",
-            f"attention {forward.attn_implementation}",
-            " ".join(type(each).__name__ for each in forward.passes),
+            f"attention {runner.attn_implementation}",
+            " ".join(type(each).__name__ for each in runner.passes),
         ]
     )

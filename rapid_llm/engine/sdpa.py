@@ -28,36 +28,35 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: in
         return F.scaled_dot_product_attention(
             query[None], key[None], value[None], mask, scale=scaling, enable_gqa=True
         )[0]
-    hidden = hidden_keys(n, length, window, query.device)
+    mask = causal_mask(n, length, window, query.device)
     if n > FEW_QUERIES:
-        visible = None if hidden is None else ~hidden
         return F.scaled_dot_product_attention(
-            query[None], key[None], value[None], visible, scale=scaling, enable_gqa=True
+            query[None], key[None], value[None], mask, scale=scaling, enable_gqa=True
         )[0]
-    return _attend_packed(query, key, value, scaling, None if hidden is None else ~hidden)
+    return _attend_packed(query, key, value, scaling, mask)
 
 
 def _attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, visible: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None
 ) -> Tensor:
     heads, n, dim = query.shape
     kv_heads = key.shape[0]
     group = heads // kv_heads
-    mask = None if visible is None else visible.repeat(group, 1)
+    mask = None if mask is None else mask.repeat(group, 1)
     packed = query.reshape(1, kv_heads, group * n, dim)
     out = F.scaled_dot_product_attention(packed, key[None], value[None], mask, scale=scaling)
     return out.reshape(heads, n, -1)
 
 
-def hidden_keys(n: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a query must not look: bool ``[n, keys]``, or None if every key is seen.
+def causal_mask(n: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Mask of the keys that a query attends to: bool ``[n, keys]``; None where it is all of them.
 
     The last query stands at the last key.
     """
     if n == 1 and (window is None or keys <= window):
         return None
     ones = torch.ones(n, keys, dtype=torch.bool, device=device)
-    hidden = ones.triu(keys - n + 1)
+    mask = ones.tril(keys - n)
     if window is not None:
-        hidden |= ones.tril(keys - n - window)
-    return hidden
+        mask &= ones.triu(keys - n - window + 1)
+    return mask

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine.chunks import pass_ends
-from rapid_llm.engine.device import Choice, Judge
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.device import Judge, TokenSampler
 from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import OutdatedKVError
 
 PrefillProgress = Callable[[int, int], None]
@@ -25,31 +25,31 @@ class Session:
     chosen or the sequence has outgrown what a rotary embedding was made for, it is read again.
 
     Args:
-        forward: the model.
+        runner: the model.
         cache: made for it; may hold the beginning of the sequence.
         tokens: begin with what the cache holds.
     """
 
-    def __init__(self, forward: Forward, cache: KVCache, tokens: Sequence[int] = ()) -> None:
-        self.forward = forward
+    def __init__(self, runner: ModelRunner, cache: KVCache, tokens: Sequence[int] = ()) -> None:
+        self.runner = runner
         self.cache = cache
         self._ends: list[int] = []  # of the passes of its prefill
-        self._tokens = torch.empty(cache.capacity, dtype=torch.long, device=forward.device)
-        self._knows = cache.skipped == 0 and len(tokens) >= cache.length
+        self._tokens = torch.empty(cache.capacity, dtype=torch.long, device=runner.device)
+        self._knows = cache.position_offset == 0 and len(tokens) >= cache.length
         if self._knows:
             held = torch.tensor(tokens[: cache.length], dtype=torch.long, device="cpu")
             # Of tokens that the model has not, its last one was read: see RagDrafter.
-            self._tokens[: cache.length] = held.clamp(max=forward.vocab_size - 1)
+            self._tokens[: cache.length] = held.clamp(max=runner.vocab_size - 1)
 
     @property
     def length(self) -> int:
         """Tokens of the sequence that were read."""
-        return self.cache.skipped + self.cache.length
+        return self.cache.position_offset + self.cache.length
 
     @property
     def room(self) -> int:
         """Tokens that can be read before the cache is full or the rotary embedding switches."""
-        ends = [at for at in self.forward.switches if at > self.length]
+        ends = [at for at in self.runner.switches if at > self.length]
         return min([self.cache.capacity - self.cache.length, *(at - self.length for at in ends)])
 
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
@@ -58,13 +58,13 @@ class Session:
         Another token is to follow them. The cache holds what the first of these passes read, so
         that all are those of a prefill from the beginning: :mod:`rapid_llm.engine.chunks`.
         """
-        self._ends = pass_ends(len(tokens), self.forward.prefill_sizes)
+        self._ends = pass_ends(len(tokens), self.runner.prefill_sizes)
         held = self.length
         assert held in (0, *self._ends)
         for start, end in pairwise((held, *(end for end in self._ends if end > held))):
             if progress is not None:
                 progress(start, len(tokens))
-            part = self.forward.tensor(tokens[start:end])
+            part = self.runner.tensor(tokens[start:end])
             self._read(part, 1, len(tokens) + 1)
         if progress is not None:
             progress(len(tokens), len(tokens))
@@ -75,7 +75,7 @@ class Session:
         ``keep``: only those of the last so many tokens.
         """
         start, n = self.length, tokens.shape[0]
-        ends = [at - start for at in sorted(self.forward.switches) if start < at < start + n]
+        ends = [at - start for at in sorted(self.runner.switches) if start < at < start + n]
         if not ends:
             return self._read(tokens, keep or n, start + n)
         rows = [
@@ -89,12 +89,12 @@ class Session:
         start = self.cache.length
         self.cache.expected = length
         try:
-            logits = self.forward(tokens, self.cache, keep)
+            logits = self.runner(tokens, self.cache, keep)
         except OutdatedKVError:
             if not self._knows:
                 raise
             self._read_again()
-            logits = self.forward(tokens, self.cache, keep)
+            logits = self.runner(tokens, self.cache, keep)
         if self._knows:  # noted while the device works
             self._tokens[start : self.cache.length] = tokens
         return logits
@@ -104,13 +104,13 @@ class Session:
         held = self._tokens[: self.cache.length]
         ends = [end for end in self._ends if end <= len(held)]
         prompt = max(ends, default=0)
-        rest = pass_ends(len(held) - prompt, self.forward.prefill_sizes)
+        rest = pass_ends(len(held) - prompt, self.runner.prefill_sizes)
         self.cache.rollback(0)
         for start, end in pairwise((0, *ends, *(prompt + end for end in rest))):
-            self.forward(held[start:end], self.cache, 1)
+            self.runner(held[start:end], self.cache, 1)
 
     def draft(
-        self, pending: Tensor, steps: int, choice: Choice, generator: torch.Generator
+        self, pending: Tensor, steps: int, choice: TokenSampler, generator: torch.Generator
     ) -> tuple[Tensor, Tensor] | None:
         """Read the pending tokens and draft after them without the host, where that can be done.
 
@@ -123,7 +123,7 @@ class Session:
         if start == 0 or room < len(pending) + steps - 1:
             return None
         try:
-            drafted = self.forward.draft(pending, steps, self.cache, choice, generator)
+            drafted = self.runner.draft(pending, steps, self.cache, choice, generator)
         except OutdatedKVError:
             return None  # for a pass to read it again
         if drafted is None:
@@ -155,7 +155,7 @@ class Session:
             return None
         self.cache.expected = self.length + n
         try:
-            verdict = self.forward.verify(tokens, q, eta, self.cache, judge, generator)
+            verdict = self.runner.verify(tokens, q, eta, self.cache, judge, generator)
         except OutdatedKVError:
             return None  # for a pass to read it again
         if verdict is not None and self._knows:
@@ -164,4 +164,4 @@ class Session:
 
     def rollback(self, length: int) -> None:
         """Keep the first ``length`` tokens at most."""
-        self.cache.rollback(length - self.cache.skipped)
+        self.cache.rollback(length - self.cache.position_offset)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from rapid_llm.config import SamplingParams
 from rapid_llm.context import RetrievalContext
 from rapid_llm.context.prompts import Fitted, fit_documents
-from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
+from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
 from rapid_llm.encoding import encode_prompt
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.evaluation import speculative_rag
 from rapid_llm.evaluation.journal import Journal
 from rapid_llm.evaluation.methods import DRAFTER_ALONE, MethodSpec
@@ -186,10 +186,10 @@ class _Evaluation:
         self,
         render: Callable[[str], list[Message]],
         context: str,
-        forward: Forward,
+        runner: ModelRunner,
         max_new_tokens: int,
     ) -> Fitted:
-        tokenizer, window = self._decoder.tokenizer, forward.context_window
+        tokenizer, window = self._decoder.tokenizer, runner.context_window
         return fit_documents(
             [context],
             lambda texts: render(texts[0]),
@@ -214,7 +214,7 @@ class _Evaluation:
             confidence=1.0 if read is None else read.confidence,
         )
         chunks = list(stream)
-        result = GenerationResult.from_chunks(chunks)
+        result = GenerationResult.from_deltas(chunks)
         result.stats.omitted_tokens = 0 if alone else turn.omitted_tokens
         return _Answer(result.text, result.stats, accepted_at(chunks))
 
@@ -230,7 +230,7 @@ class _Evaluation:
         )
 
 
-def accepted_at(chunks: Sequence[Chunk]) -> tuple[tuple[int, int], ...]:
+def accepted_at(chunks: Sequence[Delta]) -> tuple[tuple[int, int], ...]:
     """For each position of the drafts in a stream: (times judged, times accepted)."""
     rounds = []
     drafted = accepted = 0

@@ -125,12 +125,14 @@ class Sampler:
         rowwise = all(isinstance(processor, _ROWWISE) for processor in self.processors)
         self._history = None if rowwise else torch.tensor(prompt, device=device)
 
-    def choice(self, fit: Fit) -> Choice | None:
+    def choice(self, fit: Fit) -> TokenSampler | None:
         """How to draw from what a model says; None where more counts than its last logits."""
         settings = self.settings
         if settings is None:
             return None
-        return Choice((settings, fit.unknown), fit.width, fit, self.processors, self.params.greedy)
+        return TokenSampler(
+            (settings, fit.unknown), fit.width, fit, self.processors, self.params.greedy
+        )
 
     @property
     def settings(self) -> tuple[Any, ...] | None:
@@ -242,7 +244,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenSampler:
     """A sampler without a history, for draft steps that run without the host.
 
     Attributes:

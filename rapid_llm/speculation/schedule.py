@@ -73,7 +73,7 @@ def best_draft(
     return best
 
 
-class Belief(NamedTuple):
+class Prior(NamedTuple):
     """What is thought of a drafter before its first round, as if seen.
 
     Strong enough to outlast a beginning that goes amiss, as answers in other words do.
@@ -83,8 +83,8 @@ class Belief(NamedTuple):
     tried: float
 
 
-MODEL = Belief(10.0, 12.5)
-GUESS = Belief(3.0, 5.0)
+MODEL = Prior(10.0, 12.5)
+GUESS = Prior(3.0, 5.0)
 """Of what followed the same n-gram elsewhere."""
 
 
@@ -94,10 +94,10 @@ class Schedule(Protocol):
     ``missed`` is how many tokens were said since the drafter drafted last: it must read them first.
     """
 
-    def speedup(self, missed: int) -> float:
+    def speedup(self, lag: int) -> float:
         """Over plain decoding, as expected of the next round."""
 
-    def next(self, missed: int) -> int:
+    def next(self, lag: int) -> int:
         """γ of the next round; 0 is a plain step."""
 
     def record(self, drafted: int, accepted: int, passes: int) -> None:
@@ -110,10 +110,10 @@ class FixedSchedule:
 
     gamma: int
 
-    def speedup(self, missed: int) -> float:
+    def speedup(self, lag: int) -> float:
         return 1.0  # not known: there is no choice to be made
 
-    def next(self, missed: int) -> int:
+    def next(self, lag: int) -> int:
         return self.gamma
 
     def record(self, drafted: int, accepted: int, passes: int) -> None:
@@ -137,32 +137,32 @@ class AdaptiveSchedule:
         self,
         target: PassCost,
         drafter: PassCost,
-        belief: Belief = MODEL,
+        prior: Prior = MODEL,
         *,
         always: bool = False,
     ) -> None:
         self._target, self._drafter, self._always = target, drafter, always
-        self._accepted, self._tried = belief
-        self._passes, self._drafted = belief.accepted, belief.accepted
+        self._accepted, self._tried = prior
+        self._passes, self._drafted = prior.accepted, prior.accepted
 
-    def speedup(self, missed: int) -> float:
-        return self._best(missed)[1]
+    def speedup(self, lag: int) -> float:
+        return self._best(lag)[1]
 
-    def _best(self, missed: int) -> tuple[int, float]:
+    def _best(self, lag: int) -> tuple[int, float]:
         passes = self._passes / self._drafted  # below 1 where lookup saves some
         # A pass over guesses reads more rows, together one for each token.
         draft = passes * self._drafter.first + (1 - passes) * self._drafter.row
-        missing = missed * self._drafter.row / _RUN
+        missing = lag * self._drafter.row / _RUN
         verify = (missing + self._target.seconds(gamma + 1) for gamma in range(1, MAX_GAMMA + 1))
         tokens = believed_tokens(self._accepted, self._tried)
         best = best_draft(tokens, self._target.first, draft, verify, always=self._always)
         return best if self._always or best[1] > _WORTH else (0, 1.0)
 
-    def next(self, missed: int) -> int:
-        gamma, _ = self._best(missed)
+    def next(self, lag: int) -> int:
+        gamma, _ = self._best(lag)
         if gamma == 0:
-            probe = self._drafter.seconds(_PROBE + missed) + _PROBE * self._target.row
-            return _PROBE if probe <= _PROBING * missed * self._target.first else 0
+            probe = self._drafter.seconds(_PROBE + lag) + _PROBE * self._target.row
+            return _PROBE if probe <= _PROBING * lag * self._target.first else 0
         return gamma
 
     def record(self, drafted: int, accepted: int, passes: int) -> None:

@@ -13,7 +13,7 @@ from gpu_models import DEVICE, GRAPHS, PASSES, cuda_only, exact_products, model_
 from transformers import PreTrainedModel
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
-from rapid_llm.decoder import Chunk, RapidDecoder
+from rapid_llm.decoder import Delta, RapidDecoder
 from rapid_llm.engine.cuda.graphs import GraphCapture
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
@@ -203,7 +203,7 @@ def test_an_int4_drafter_drafts(own, graphs):
 ROUNDS = 10
 
 
-def waits_and_replays(stream: Iterator[Chunk], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+def waits_and_replays(stream: Iterator[Delta], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Host synchronisations, and graphs launched, in ``ROUNDS`` rounds of an answer."""
     for _ in range(5):  # whatever is made once
         next(stream)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 
 pytestmark = on_gpu
 
@@ -45,13 +45,13 @@ def forgetful(seed: int, dtype: torch.dtype = torch.float32, **changes):
     return model
 
 
-def after_each(forward: Forward) -> Tensor:
+def after_each(runner: ModelRunner) -> Tensor:
     """Scaled logits after each token: float64 ``[vocab, vocab]``, on the CPU."""
     rows = []
     with torch.inference_mode():
-        for token in range(forward.vocab_size):
+        for token in range(runner.vocab_size):
             tokens = torch.tensor([token, token])
-            rows.append(forward(tokens, forward.new_cache(4), keep_logits=1)[0].double().cpu())
+            rows.append(runner(tokens, runner.new_cache(4), keep_logits=1)[0].double().cpu())
     return torch.stack(rows) / TEMPERATURE
 
 
@@ -60,7 +60,7 @@ class Law:
 
     def __init__(self, decoder: RapidDecoder) -> None:
         s = after_each(decoder.target)
-        self.p, self.q = s.softmax(-1), after_each(decoder.draft_forward).softmax(-1)
+        self.p, self.q = s.softmax(-1), after_each(decoder.draft_runner).softmax(-1)
         step = ETA * (self.q - self.p)
         step[self.q < ALPHA * self.q.amax(-1, keepdim=True)] = 0.0
         self.p_hat = (s + step).softmax(-1)

@@ -21,7 +21,7 @@ from gpu_models import (
 )
 from transformers import PreTrainedModel
 
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 
 pytestmark = on_gpu
@@ -39,9 +39,9 @@ def _exact() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def as_decoded(forward: Forward, ids: torch.Tensor, prompt: int = PROMPT) -> torch.Tensor:
+def as_decoded(runner: ModelRunner, ids: torch.Tensor, prompt: int = PROMPT) -> torch.Tensor:
     """Logits from the prompt on: passes of all sizes, rejected drafts, a long pass at the end."""
-    session = Session(forward, forward.new_cache(len(ids)))
+    session = Session(runner, runner.new_cache(len(ids)))
     session.prefill(ids[:prompt].tolist())
     ids = ids.to(DEVICE)
     rows = []
@@ -58,8 +58,8 @@ def as_decoded(forward: Forward, ids: torch.Tensor, prompt: int = PROMPT) -> tor
 
 
 def check(model: PreTrainedModel, ids: torch.Tensor, prompt: int, graphs: bool) -> None:
-    forward = Forward(model, "m", cuda_graphs=graphs)
-    assert_as_good(as_decoded(forward, ids, prompt), model, ids, slice(prompt, None))
+    runner = ModelRunner(model, "m", cuda_graphs=graphs)
+    assert_as_good(as_decoded(runner, ids, prompt), model, ids, slice(prompt, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,9 +102,9 @@ def test_prompts_of_several_chunks(heads):
 def test_a_pass_of_any_few_tokens_at_any_length(n):
     """Lengths around the borders of blocks, one cache for all: nothing of a longer past is seen."""
     model = with_heads("64, group 1", torch.float32)
-    forward = Forward(model, "m", cuda_graphs=CAPTURED)
+    runner = ModelRunner(model, "m", cuda_graphs=CAPTURED)
     ids = torch.randint(3, 64, (300,), generator=torch.Generator().manual_seed(n))
-    session = Session(forward, forward.new_cache(300))
+    session = Session(runner, runner.new_cache(300))
     session.prefill(ids[:280].tolist())
     for length in (256, 255, 129, 128, 127, 65, 64, 63, 1):
         session.rollback(length)
@@ -116,8 +116,8 @@ def test_a_pass_of_any_few_tokens_at_any_length(n):
 def test_logits_are_the_callers_to_keep():
     """A captured pass writes into the same memory again and again."""
     model = model_on_device()
-    forward = Forward(model, "m", cuda_graphs=CAPTURED)
-    session = Session(forward, forward.new_cache(60))
+    runner = ModelRunner(model, "m", cuda_graphs=CAPTURED)
+    session = Session(runner, runner.new_cache(60))
     session.prefill(IDS[:20].tolist())
     first = session.extend(IDS[20:21])
     before = first.clone()
@@ -128,8 +128,8 @@ def test_logits_are_the_callers_to_keep():
 @torch.inference_mode()
 def test_two_caches_of_one_model_do_not_meet():
     model = model_on_device()
-    forward = Forward(model, "m", cuda_graphs=CAPTURED)
-    one, other = (Session(forward, forward.new_cache(size)) for size in (60, 90))
+    runner = ModelRunner(model, "m", cuda_graphs=CAPTURED)
+    one, other = (Session(runner, runner.new_cache(size)) for size in (60, 90))
     one.prefill(IDS[:20].tolist())
     other.prefill(IDS[50:80].tolist())
     ours, theirs = [], []
@@ -143,8 +143,8 @@ def test_two_caches_of_one_model_do_not_meet():
 @torch.inference_mode()
 def test_a_cache_that_grows_goes_on():
     model = model_on_device()
-    forward = Forward(model, "m", cuda_graphs=CAPTURED)
-    session = Session(forward, forward.new_cache(24))
+    runner = ModelRunner(model, "m", cuda_graphs=CAPTURED)
+    session = Session(runner, runner.new_cache(24))
     session.prefill(IDS[:20].tolist())
     session.extend(IDS[20:21])
     session.cache.grow(100)

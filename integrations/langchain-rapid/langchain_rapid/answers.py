@@ -8,7 +8,7 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from rapid_llm.stats import NOTHING_RETRIEVED
 
 if TYPE_CHECKING:
-    from rapid_llm.decoder import Chunk
+    from rapid_llm.decoder import Delta
     from rapid_llm.stats import Stats
 
     from langchain_rapid.options import Call
@@ -24,7 +24,7 @@ def usage(stats: Stats) -> UsageMetadata:
     )
 
 
-def response_metadata(chunk: Chunk, call: Call) -> dict[str, Any]:
+def response_metadata(chunk: Delta, call: Call) -> dict[str, Any]:
     """The metadata of a finished answer, all of its counts and seconds under ``rapid``.
 
     Args:

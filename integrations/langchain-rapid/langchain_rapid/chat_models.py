@@ -36,7 +36,7 @@ from langchain_rapid.runs import beside, child_of
 from langchain_rapid.settings import VERSION, RapidModel
 
 if TYPE_CHECKING:
-    from rapid_llm.decoder import Chunk
+    from rapid_llm.decoder import Delta
 
 
 class ChatRapid(RapidModel, BaseChatModel):
@@ -273,7 +273,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         return super().get_num_tokens_from_messages(messages)
 
 
-def _generation_chunk(chunk: Chunk, call: Call) -> ChatGenerationChunk:
+def _generation_chunk(chunk: Delta, call: Call) -> ChatGenerationChunk:
     if chunk.finish_reason is None:
         return ChatGenerationChunk(message=AIMessageChunk(content=chunk.text))
     return ChatGenerationChunk(

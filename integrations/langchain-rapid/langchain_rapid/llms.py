@@ -26,7 +26,7 @@ from langchain_rapid.runs import child_of
 from langchain_rapid.settings import VERSION, RapidModel
 
 if TYPE_CHECKING:
-    from rapid_llm.decoder import Chunk
+    from rapid_llm.decoder import Delta
 
 
 class RapidLLM(RapidModel, BaseLLM):
@@ -238,7 +238,7 @@ class RapidLLM(RapidModel, BaseLLM):
         return draft, self._call(stop, options)._replace(formatted=self._is_formatted(kwargs))
 
 
-def _generation_chunk(chunk: Chunk, call: Call) -> GenerationChunk:
+def _generation_chunk(chunk: Delta, call: Call) -> GenerationChunk:
     if chunk.finish_reason is None:
         return GenerationChunk(text=chunk.text)
     info = response_metadata(chunk, call) | {"usage_metadata": usage(chunk.stats)}

@@ -36,7 +36,7 @@ from langchain_rapid.options import (
 from langchain_rapid.window import Place, encoded, places_of
 
 if TYPE_CHECKING:
-    from rapid_llm.decoder import Chunk, RapidDecoder
+    from rapid_llm.decoder import Delta, RapidDecoder
 else:  # importing them would import torch
     RapidDecoder = Any
 
@@ -193,7 +193,7 @@ class RapidModel(OptionFields):
         draft: Written | None,
         call: Call,
         check: Callable[[], None] = lambda: None,
-    ) -> Iterator[Chunk]:
+    ) -> Iterator[Delta]:
         """Generate; ``check`` is called during prefill and may stop it by raising."""
         decoder = self._decoder_for(call.engine.model)
         prompts = encoded(target, draft, decoder, call)
@@ -210,7 +210,7 @@ class RapidModel(OptionFields):
 
     async def _arun(
         self, target: Written, draft: Written | None, call: Call
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncIterator[Delta]:
         """The same in worker threads, loading included; cancelled within one round."""
         async for chunk in iterate_in_thread(lambda check: self._run(target, draft, call, check)):
             yield chunk

@@ -14,7 +14,7 @@ import torch
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.embeddings import Embeddings
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.models import LoadedModel, load_model
 from tiny import save_tiny_model, tiny_decoder
 
@@ -68,14 +68,14 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def slow_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Forward passes that take 20 ms, and how many tokens each has read."""
     passes: list[int] = []
-    original = Forward.__call__
+    original = ModelRunner.__call__
 
-    def slow(forward: Any, tokens: Any, cache: Any, *args: Any) -> Any:
+    def slow(runner: Any, tokens: Any, cache: Any, *args: Any) -> Any:
         passes.append(len(tokens))
         time.sleep(0.02)
-        return original(forward, tokens, cache, *args)
+        return original(runner, tokens, cache, *args)
 
-    monkeypatch.setattr(Forward, "__call__", slow)
+    monkeypatch.setattr(ModelRunner, "__call__", slow)
     return passes
 
 

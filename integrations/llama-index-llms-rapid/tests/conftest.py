@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.encoding import encode_prompt
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -151,14 +151,14 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 def slow_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Forward passes that take 20 ms more, and how many tokens each has read."""
     passes: list[int] = []
-    original = Forward.__call__
+    original = ModelRunner.__call__
 
-    def slow(self: Forward, tokens: Any, cache: Any, *args: Any) -> Any:
+    def slow(self: ModelRunner, tokens: Any, cache: Any, *args: Any) -> Any:
         passes.append(len(tokens))
         time.sleep(0.02)
         return original(self, tokens, cache, *args)
 
-    monkeypatch.setattr(Forward, "__call__", slow)
+    monkeypatch.setattr(ModelRunner, "__call__", slow)
     return passes
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rapid_llm.engine import sdpa
 from rapid_llm.engine.cpu import kernels
 from rapid_llm.engine.cpu.products import fast_dtype
-from rapid_llm.engine.sdpa import FEW_QUERIES, hidden_keys
+from rapid_llm.engine.sdpa import FEW_QUERIES, causal_mask
 
 # On a CPU, where each number was the best of its neighbours in bfloat16:
 _QUERY_BLOCK = 64  # bounds the score matrix to [group * 64, keys]
@@ -54,9 +54,9 @@ def _attend_batched(
     scores = torch.baddbmm(
         packed.new_empty(1, 1, 1), packed, key.transpose(1, 2), beta=0, alpha=scaling
     )
-    hidden = hidden_keys(n, length, window, query.device)
-    if hidden is not None:
-        scores.view(kv_heads, -1, n, length).masked_fill_(hidden, float("-inf"))
+    mask = causal_mask(n, length, window, query.device)
+    if mask is not None:
+        scores.view(kv_heads, -1, n, length).masked_fill_(mask.logical_not_(), float("-inf"))
     return torch.bmm(scores.softmax(dim=-1), value).view(heads, n, -1)
 
 
@@ -80,7 +80,8 @@ def _attend_products(
         first = 0 if window is None else max(0, length - n + start - window + 1)
         # Without a window only the block's own keys can be ahead of its queries.
         masked = stop - start if window is None else last - first
-        hidden = hidden_keys(stop - start, masked, window, query.device)
+        mask = causal_mask(stop - start, masked, window, query.device)
+        hidden = None if mask is None else mask.logical_not_()
         for head in range(kv_heads):
             rows = packed[head, :, start:stop].reshape(-1, dim)
             scores = torch.addmm(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rapid_llm.engine.cpu.products import linear
-from rapid_llm.engine.quantized import FEW_ROWS, FewBitLinear
+from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS, QuantizedLinear
 
 GROUP = 32
 """Weights of a row that share a scale in a block."""
@@ -31,7 +31,7 @@ before they were rounded to bfloat16 have 0.02."""
 _TINY = 2.0**-24  # the smallest float16
 
 
-class BlockLinear(FewBitLinear):
+class BlockLinear(QuantizedLinear):
     """A linear layer that multiplies few tokens with blocks of few bits, many with its own weights.
 
     The compiled kernels do so; here the weights are made whole again, which saves nothing.
@@ -52,7 +52,7 @@ class BlockLinear(FewBitLinear):
         self.register_buffer("blocks", blocks, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() // x.shape[-1] <= FEW_ROWS
+        few = x.numel() // x.shape[-1] <= MAX_QUANTIZED_ROWS
         weight = unpacked(self.blocks, self.bits)[: self.weight.shape[0]] if few else self.weight
         return linear(x, weight.to(x.dtype), self.bias)
 

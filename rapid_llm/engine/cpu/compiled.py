@@ -17,7 +17,7 @@ from rapid_llm.engine.cpu.blocks import BLOCK_BYTES, GROUP, ROWS, BlockLinear
 from rapid_llm.engine.identity import is_plain_tensor
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
-from rapid_llm.engine.quantized import FewBitLinear
+from rapid_llm.engine.quantized import QuantizedLinear
 from rapid_llm.errors import ModelError
 
 MAX_TOKENS = 32
@@ -93,7 +93,7 @@ def _linear(module: Any, out: int, into: int) -> _Linear:
         shape = -(-out // ROWS), into // GROUP, BLOCK_BYTES[module.bits]
         weight = _numbers(module.blocks, *shape, dtype=torch.uint8)
         return _Linear(weight, bias, out, into, module.bits)
-    _require(not isinstance(module, FewBitLinear))  # others' scales are a row's
+    _require(not isinstance(module, QuantizedLinear))  # others' scales are a row's
     return _Linear(_numbers(module.weight, out, into), bias, out, into, 16)
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rapid_llm.engine.cpu.products import linear
-from rapid_llm.engine.quantized import FEW_ROWS, FewBitLinear
+from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS, QuantizedLinear
 
 
-class Int8Linear(FewBitLinear):
+class Int8Linear(QuantizedLinear):
     """A linear layer that multiplies few tokens with int8 weights, many with its own.
 
     Attributes:
@@ -35,7 +35,7 @@ class Int8Linear(FewBitLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] > FEW_ROWS:
+        if rows.shape[0] > MAX_QUANTIZED_ROWS:
             return linear(x, self.weight, self.bias)
         out = torch.ops.aten._weight_int8pack_mm(rows, self.int8, self.scale)
         if self.bias is not None:
@@ -63,7 +63,7 @@ class Int8Projections(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[n, hidden]`` in, one ``[n, out]`` a layer."""
-        if x.shape[0] > FEW_ROWS:
+        if x.shape[0] > MAX_QUANTIZED_ROWS:
             return tuple(layer(x) for layer in self._layers)
         product = torch.ops.aten._weight_int8pack_mm(x, self._int8, self._scale)
         parts = product.split(self._sizes, dim=-1)

@@ -14,7 +14,7 @@ from rapid_llm.engine.cpu.compiled import CompiledPass
 from rapid_llm.engine.cpu.int8 import Int8Linear, Int8Projections
 from rapid_llm.engine.device import Pass
 from rapid_llm.engine.identity import ModelState
-from rapid_llm.engine.quantized import FewBitLinear, twin_of
+from rapid_llm.engine.quantized import QuantizedLinear, copy_of
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
 
@@ -45,7 +45,7 @@ class CPUQuantizer:
             return False
         return self._bits == 8 or (_is_compiled(passes) and _holds_four_bits(model))
 
-    def twin(
+    def copy(
         self, model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]
     ) -> PreTrainedModel:
         blocks = Int4Blocks if self._bits == 4 else Int8Blocks
@@ -53,7 +53,7 @@ class CPUQuantizer:
 
 
 def quantized_copy(
-    model: PreTrainedModel, kind: type[FewBitLinear], state: ModelState | None = None
+    model: PreTrainedModel, kind: type[QuantizedLinear], state: ModelState | None = None
 ) -> PreTrainedModel:
     """The same model with quantized linear layers; every weight of its own is shared, not copied.
 
@@ -69,10 +69,10 @@ def quantized_copy(
         InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
     """
     state = ModelState(model) if state is None else state
-    return twin_of(model, state, kind.__name__, lambda model: _copy(model, kind))
+    return copy_of(model, state, kind.__name__, lambda model: _copy(model, kind))
 
 
-def _copy(model: PreTrainedModel, kind: type[FewBitLinear]) -> PreTrainedModel:
+def _copy(model: PreTrainedModel, kind: type[QuantizedLinear]) -> PreTrainedModel:
     copy = sharing_copy(model)
     with torch.inference_mode(False):  # or the quantized weights would be of use there only
         for parent in list(copy.modules()):

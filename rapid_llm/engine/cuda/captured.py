@@ -22,7 +22,7 @@ from rapid_llm.engine.cuda.verification import Verification
 from rapid_llm.engine.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from rapid_llm.engine.device import Choice, Judge
+    from rapid_llm.engine.device import Judge, TokenSampler
 
 _KEPT = 4  # draft loops, one for each way of sampling; and as many ways of verifying
 
@@ -53,7 +53,7 @@ class CapturedPasses:
             layers = len(model.model.layers)
             self.state = torch.zeros(size_of(layers), dtype=torch.long, device=device)
         self._graphs = Graphs(self.record, device)
-        self._loops: OrderedDict[Choice, DraftLoop] = OrderedDict()
+        self._loops: OrderedDict[TokenSampler, DraftLoop] = OrderedDict()
         self._verifications: OrderedDict[Judge, Verification] = OrderedDict()
 
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
@@ -78,7 +78,7 @@ class CapturedPasses:
         cache.advance(ids.shape[0])
         return logits
 
-    def loop(self, choice: Choice) -> DraftLoop:
+    def loop(self, choice: TokenSampler) -> DraftLoop:
         """The draft loop that samples so."""
         return _latest(self._loops, choice, lambda: DraftLoop(self, choice))
 

@@ -16,7 +16,7 @@ from rapid_llm.engine.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from rapid_llm.engine.cuda.captured import CapturedPasses
-    from rapid_llm.engine.device import Choice
+    from rapid_llm.engine.device import TokenSampler
 
 _PENDING = 2  # tokens that the first step may read: after a draft that was kept whole there are two
 
@@ -29,7 +29,7 @@ class DraftLoop:
         choice: what becomes of the logits.
     """
 
-    def __init__(self, passes: CapturedPasses, choice: Choice) -> None:
+    def __init__(self, passes: CapturedPasses, choice: TokenSampler) -> None:
         self._passes = passes
         self._choice = choice
         device = passes.tokens.device

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.cuda.attention import attend_cached
 from rapid_llm.engine.cuda.elementwise import add_rms_norm, rotate_and_store, silu_times
-from rapid_llm.engine.cuda.state import PAST, SKIPPED
+from rapid_llm.engine.cuda.state import PAST, POSITION_OFFSET
 from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
 from rapid_llm.engine.lean import window_of
 
@@ -79,7 +79,7 @@ class FusedPass:
         """
         n = tokens.shape[0]
         x = F.embedding(tokens, self._embedding)
-        first = state[PAST] + state[SKIPPED]
+        first = state[PAST] + state[POSITION_OFFSET]
         positions = first + torch.arange(n, device=tokens.device)
         cosine, sine = self._rotary(x, position_ids=positions[None])
         rotary = cosine[0].contiguous(), sine[0].contiguous()
@@ -156,7 +156,7 @@ def _product(module: Any) -> Product:
 
 
 def _together(parent: Any, name: str, names: Sequence[str]) -> Product:
-    """One product in the place of several: a quantized twin's own, or of fused weights."""
+    """One product in the place of several: a quantized copy's own, or of fused weights."""
     quantized = getattr(parent, name, None)
     if quantized is not None:
         return _product(quantized)

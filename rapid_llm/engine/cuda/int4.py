@@ -15,7 +15,12 @@ from transformers import PreTrainedModel
 from rapid_llm.engine.device import Pass
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.lean import LeanPass
-from rapid_llm.engine.quantized import FEW_ROWS, FewBitLinear, FewBits, twin_of
+from rapid_llm.engine.quantized import (
+    MAX_QUANTIZED_ROWS,
+    QuantizedLinear,
+    QuantizedWeights,
+    copy_of,
+)
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
 
@@ -82,7 +87,7 @@ class _Packed(nn.Module):
         return _multiply(x, self.packed, self.scales)
 
 
-class Int4Linear(FewBitLinear):
+class Int4Linear(QuantizedLinear):
     """A linear layer that multiplies few tokens with 4-bit weights, many with its own."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -91,7 +96,7 @@ class Int4Linear(FewBitLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """``[n, in]`` to ``[n, out]``."""
-        if x.shape[0] > FEW_ROWS:
+        if x.shape[0] > MAX_QUANTIZED_ROWS:
             return F.linear(x, self.weight, self.bias)
         out: Tensor = self.few(x)
         return out if self.bias is None else out + self.bias
@@ -100,7 +105,7 @@ class Int4Linear(FewBitLinear):
         return self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
-class Int4Together(FewBits):
+class Int4Together(QuantizedWeights):
     """Linear layers of one input as one product with 4-bit weights, where tokens are few.
 
     The layers themselves stay what they were, for many tokens.
@@ -116,7 +121,7 @@ class Int4Together(FewBits):
 
     def product(self, x: Tensor) -> Tensor:
         """``[n, in]`` to the layers' outputs side by side."""
-        if x.shape[0] > FEW_ROWS:
+        if x.shape[0] > MAX_QUANTIZED_ROWS:
             return torch.cat(self._many(x), dim=1)
         out: Tensor = self.few(x)
         biases: list[Tensor] = [each.bias for each in self._linears if each.bias is not None]
@@ -124,7 +129,7 @@ class Int4Together(FewBits):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[n, in]`` in, one ``[n, out]`` a layer."""
-        if x.shape[0] > FEW_ROWS:
+        if x.shape[0] > MAX_QUANTIZED_ROWS:
             return self._many(x)
         return self.product(x).split(self._sizes, dim=-1)
 
@@ -159,10 +164,10 @@ def int4_copy(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
     return copy
 
 
-def twin(model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]) -> PreTrainedModel:
-    """As :meth:`rapid_llm.engine.quantized.Quantizer.twin`."""
+def copy(model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]) -> PreTrainedModel:
+    """As :meth:`rapid_llm.engine.quantized.Quantizer.copy`."""
     lean = any(isinstance(each, LeanPass) for each in passes)
-    return twin_of(model, state, ("int4", lean), lambda model: int4_copy(model, lean=lean))
+    return copy_of(model, state, ("int4", lean), lambda model: int4_copy(model, lean=lean))
 
 
 def require(model: PreTrainedModel, name: str, passes: Sequence[Pass]) -> None:

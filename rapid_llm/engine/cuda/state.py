@@ -15,7 +15,7 @@ from rapid_llm.engine.kv_cache import KVCache
 PAST = 0
 """Tokens that the cache holds before the pass."""
 
-SKIPPED = 1
+POSITION_OFFSET = 1
 """Positions of the sequence that it left out."""
 
 CAPACITY = 2
@@ -36,4 +36,4 @@ def size_of(layers: int) -> int:
 def describe(cache: KVCache) -> Tensor:
     """The state of an allocated cache: int64 ``[size_of(layers)]`` on the host."""
     buffers = [t.data_ptr() for layer in cache.layers for t in (layer.keys, layer.values)]
-    return torch.tensor([cache.length, cache.skipped, cache.capacity, 0, *buffers])
+    return torch.tensor([cache.length, cache.position_offset, cache.capacity, 0, *buffers])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.session import PrefillProgress
-from rapid_llm.speculation.schedule import Belief
+from rapid_llm.speculation.schedule import Prior
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Drafter(Protocol):
         """Read the prompt, once, before the first draft."""
 
     @property
-    def belief(self) -> Belief:
+    def prior(self) -> Prior:
         """How many of its tokens will be accepted, as far as one knows beforehand."""
 
     def cost(self) -> PassCost:

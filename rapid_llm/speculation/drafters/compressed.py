@@ -20,10 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.attention import attend
-from rapid_llm.engine.forward import Forward
 from rapid_llm.engine.kv_cache import PreallocatedLayer
-from rapid_llm.engine.own import OwnPass
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import PrefillProgress, Session
+from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
@@ -64,12 +64,12 @@ def triforce(layer: PreallocatedLayer, query: Tensor) -> Tensor:
     return (first[:, :, None] + torch.arange(_CHUNK, device=keys.device)).flatten(1)
 
 
-def require_compressible(forward: Forward, drafting: str) -> None:
+def require_compressible(runner: ModelRunner, drafting: str) -> None:
     """Raises InvalidParameterError if a part of this model's KV would not do."""
-    if not forward.lean or forward.slides:
+    if not runner.lean or runner.slides:
         raise InvalidParameterError(
             f"drafting={drafting!r} needs a model of the Llama family that runs our attention and "
-            f"has no sliding window, which {forward.name} is not; use drafting='rag' or 'rest'"
+            f"has no sliding window, which {runner.name} is not; use drafting='rag' or 'rest'"
         )
 
 
@@ -78,7 +78,7 @@ class CompressedDrafter(RagDrafter, ABC):
 
     Args:
         target: the target's session; its prompt must be read before this drafter's prefill.
-        forward: the target's model, or its quantized twin.
+        runner: the target's model, or its quantized copy.
         prompt: the target's.
         sampler, config: as for :class:`RagDrafter`.
     """
@@ -86,18 +86,18 @@ class CompressedDrafter(RagDrafter, ABC):
     def __init__(
         self,
         target: Session,
-        forward: Forward,
+        runner: ModelRunner,
         prompt: Sequence[int],
         sampler: Sampler,
         config: SpeculationConfig,
     ) -> None:
         room = target.cache.capacity - len(prompt)
-        cache = forward.new_cache(min(len(prompt), BUDGET) + room)
+        cache = runner.new_cache(min(len(prompt), BUDGET) + room)
         super().__init__(
-            Session(forward, cache),
+            Session(runner, cache),
             prompt,
             sampler,
-            forward.vocab_size,
+            runner.vocab_size,
             config,
         )
         self._target = target
@@ -120,7 +120,7 @@ class CompressedDrafter(RagDrafter, ABC):
             index = positions[None, :, :, None]
             tensors = layer.keys, layer.values
             part.update(*(t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in tensors))
-        kept.skipped = whole.length - kept.length
+        kept.position_offset = whole.length - kept.length
 
 
 class StreamingDrafter(CompressedDrafter):
@@ -142,15 +142,15 @@ class TriforceDrafter(CompressedDrafter):
 
     def _queries(self) -> list[Tensor]:
         """Of each layer, rotated: ``[heads, dim]``. The target's cache is left as it was."""
-        forward, cache = self._target.forward, self._target.cache
+        runner, cache = self._target.runner, self._target.cache
         last = cache.length - 1
         tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         before = [t[:, :, last].clone() for t in tensors]
-        run = OwnPass(forward.model, forward.state, _RECORDING)
-        with forward.lock, _recording() as queries:
+        run = TransformersPass(runner.model, runner.state, _RECORDING)
+        with runner.lock, _recording() as queries:
             cache.rollback(last)
-            position = torch.tensor([last], device=forward.device)
-            run(forward.tensor(self._prompt[last : last + 1]), position, cache, 1)
+            position = torch.tensor([last], device=runner.device)
+            run(runner.tensor(self._prompt[last : last + 1]), position, cache, 1)
         for tensor, value in zip(tensors, before, strict=True):
             tensor[:, :, last] = value  # a pass of another size has rounded otherwise
         return queries

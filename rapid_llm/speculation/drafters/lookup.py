@@ -78,7 +78,7 @@ class NgramIndex:
         return list(islice(cycle(rest), limit))
 
 
-class LookupDrafter:
+class PromptLookupDrafter:
     """Drafts by lookup alone; each token's q is a point mass. No model, so no cost.
 
     Args:
@@ -88,7 +88,7 @@ class LookupDrafter:
         sizes: of the n-grams, the longest first.
     """
 
-    belief = GUESS
+    prior = GUESS
 
     def __init__(
         self,

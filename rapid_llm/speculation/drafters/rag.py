@@ -11,7 +11,7 @@ from torch import Tensor
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import PassCost, pass_cost
 from rapid_llm.engine.device import FEW_TOKENS
-from rapid_llm.engine.quantized import FEW_ROWS
+from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS
 from rapid_llm.engine.session import PrefillProgress, Session
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
@@ -50,7 +50,7 @@ class RagDrafter:
             once the output holds one nothing more is drafted; nor is anything beyond the window.
     """
 
-    belief = MODEL
+    prior = MODEL
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class RagDrafter:
         self._prompt = list(prompt)
         self._sampler = sampler
         self._vocab_size = vocab_size
-        self._embedded = session.forward.model.get_input_embeddings().weight.shape[0]
+        self._embedded = session.runner.model.get_input_embeddings().weight.shape[0]
         self._unknown = frozenset(unknown)
-        self._fit = Fit(vocab_size, self._unknown, session.forward.device)
+        self._fit = Fit(vocab_size, self._unknown, session.runner.device)
         self._choice = sampler.choice(self._fit)
         self._read_output = 0  # tokens of it that can be read
         self._index = NgramIndex([*document, *prompt]) if config.lookup else None
@@ -83,7 +83,7 @@ class RagDrafter:
 
     def prefill(self, progress: PrefillProgress | None) -> None:
         # All but the last token, which the first draft feeds: its logits are needed only then.
-        last = self._session.forward.vocab_size - 1
+        last = self._session.runner.vocab_size - 1
         self._session.prefill([min(token, last) for token in self._prompt[:-1]], progress)
 
     def cost(self) -> PassCost:
@@ -104,10 +104,10 @@ class RagDrafter:
         """See :class:`Drafter`; at most γ (or γ+1) forward passes, none where it cannot go on."""
         sequence = [*self._prompt, *output]
         # The last drafted token is not read, unless what follows it is wanted.
-        room = self._session.forward.context_window - len(sequence) + (not look_ahead)
+        room = self._session.runner.context_window - len(sequence) + (not look_ahead)
         gamma = min(gamma, room)
         if not self._can_read(output) or gamma + look_ahead <= 0:
-            device = self._session.forward.device
+            device = self._session.runner.device
             nothing = torch.empty(0, dtype=torch.long, device=device)
             q = torch.empty(0, self._vocab_size, dtype=torch.float32, device=device)
             return Draft(nothing, q, passes=0)
@@ -115,7 +115,7 @@ class RagDrafter:
         self._session.rollback(len(sequence) - 1)
         if self._index is not None:
             self._index.extend(output[len(self._index) - self._given :])
-        pending = self._session.forward.tensor(sequence[self._session.length :])
+        pending = self._session.runner.tensor(sequence[self._session.length :])
         while len(pending) > FEW_TOKENS:  # many rounds went without a draft
             self._extend(pending[:FEW_TOKENS], 1)
             pending = pending[FEW_TOKENS:]
@@ -124,7 +124,7 @@ class RagDrafter:
         passes, drafted, unsure = 0, 0, False
         while drafted < gamma and not unsure:
             # A longer guess would take the pass from the weights of few bits to the full ones.
-            limit = min(gamma - drafted - 1, FEW_ROWS - len(pending))
+            limit = min(gamma - drafted - 1, MAX_QUANTIZED_ROWS - len(pending))
             guess = self._guess(sequence, tokens, limit)
             looped = None if len(guess) else self._loop(pending, gamma - drafted)
             if looped is not None:
@@ -169,7 +169,7 @@ class RagDrafter:
             guess = guess[: self._guesses.next(max(0, place - self._guessed))]
         if guess:
             self._guessed = place
-        return self._session.forward.tensor(guess)
+        return self._session.runner.tensor(guess)
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
         """Distributions q after each of the last ``keep`` tokens, float32 ``[keep, vocab]``."""
@@ -182,7 +182,7 @@ class RagDrafter:
     def _readable(self, tokens: Tensor) -> Tensor:
         # A token of the target's padding that this model has not: it reads its own last one. What
         # it reads is its affair, as long as q is what it then draws from.
-        own = self._session.forward.vocab_size
+        own = self._session.runner.vocab_size
         return tokens if own >= self._vocab_size else tokens.clamp(max=own - 1)
 
     def _check(self, q: Tensor, guess: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from llama_index.llms.rapid.statistics import Report, summary
 from rapid_llm.stats import Stats
 
 if TYPE_CHECKING:
-    from rapid_llm.decoder import Chunk, RapidDecoder
+    from rapid_llm.decoder import Delta, RapidDecoder
     from rapid_llm.encoding import Prompt
 
 
@@ -74,21 +74,21 @@ class Call:
             "chat_template_kwargs": self.options.engine.chat_template_kwargs,
         }
 
-    def _responses(self, chunks: Iterator[Chunk]) -> CompletionResponseGen:
+    def _responses(self, chunks: Iterator[Delta]) -> CompletionResponseGen:
         text = ""
         with closing(cast(Any, chunks)):
             for chunk in chunks:
                 text += chunk.text
                 yield self._response(text, chunk)
 
-    async def _aresponses(self, chunks: AsyncIterator[Chunk]) -> CompletionResponseAsyncGen:
+    async def _aresponses(self, chunks: AsyncIterator[Delta]) -> CompletionResponseAsyncGen:
         text = ""
-        async with aclosing(cast(AsyncGenerator["Chunk", None], chunks)):
+        async with aclosing(cast(AsyncGenerator["Delta", None], chunks)):
             async for chunk in chunks:
                 text += chunk.text
                 yield self._response(text, chunk)
 
-    def _response(self, text: str, chunk: Chunk) -> CompletionResponse:
+    def _response(self, text: str, chunk: Delta) -> CompletionResponse:
         """The answer so far, after a chunk."""
         stats = self._record(chunk.stats)
         return CompletionResponse(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rapid_llm.context.prompts import Fitted
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.encoding import Message, Prompt
-    from rapid_llm.engine.forward import Forward
+    from rapid_llm.engine.model_runner import ModelRunner
 
 
 def template_variables(decoder: RapidDecoder, options: Options) -> dict[str, Any]:
@@ -24,7 +24,9 @@ def template_variables(decoder: RapidDecoder, options: Options) -> dict[str, Any
     return {**decoder.chat_template_kwargs, **options.engine.chat_template_kwargs}
 
 
-def latest_turns(prompt: Prompt, decoder: RapidDecoder, model: Forward, options: Options) -> Prompt:
+def latest_turns(
+    prompt: Prompt, decoder: RapidDecoder, model: ModelRunner, options: Options
+) -> Prompt:
     """A chat without its oldest turns, as many as do not fit; any other prompt as it is."""
     if not _is_chat(prompt):
         return prompt

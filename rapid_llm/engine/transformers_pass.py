@@ -16,7 +16,7 @@ from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, cache_argument
 
 
-class OwnPass:
+class TransformersPass:
     """Calls the model, whatever it is; see :class:`rapid_llm.engine.device.Pass`.
 
     Args:
@@ -41,7 +41,7 @@ class OwnPass:
                 position_ids=positions[None, : len(ids)],
                 use_cache=True,
                 logits_to_keep=keep,
-                **{cache_argument(self._model.forward): cache},
+                **{cache_argument(self._model.runner): cache},
             )
         logits: Tensor = output.logits[0]
         return logits

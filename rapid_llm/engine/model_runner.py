@@ -18,11 +18,19 @@ from rapid_llm.config import Quantization
 from rapid_llm.engine import attention
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
-from rapid_llm.engine.device import Choice, FewBits, Judge, Pass, ReplayedPass, device_of, register
+from rapid_llm.engine.device import (
+    Judge,
+    Pass,
+    QuantizedWeights,
+    ReplayedPass,
+    TokenSampler,
+    device_of,
+    register,
+)
 from rapid_llm.engine.identity import ModelState
-from rapid_llm.engine.kv_cache import KVCache, Reader
+from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
-from rapid_llm.engine.own import OwnPass
+from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import (
     InvalidParameterError,
     MissingDependencyError,
@@ -66,7 +74,7 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
-class Forward:
+class ModelRunner:
     """Runs a model over our cache: a lean forward pass where there is one, or its own.
 
     The model is what it is at each call: see :class:`rapid_llm.engine.identity.ModelState`, which
@@ -144,7 +152,7 @@ class Forward:
         if self._lean:
             own = device_of(self.device).passes(self.model, self.state, self.cuda_graphs)
             self._passes += [*own, LeanPass(self.model)]
-        self._passes.append(OwnPass(self.model, self.state, self.attn_implementation))
+        self._passes.append(TransformersPass(self.model, self.state, self.attn_implementation))
         replayed = (each for each in self._passes if isinstance(each, ReplayedPass))
         self._replayed: ReplayedPass | None = next(replayed, None)
         self._chosen = self.state.number
@@ -266,7 +274,7 @@ class Forward:
         nested = [each for each in rope.values() if isinstance(each, dict) and "rope_type" in each]
         return nested or [rope]
 
-    def reader(self, length: int) -> Reader:
+    def origin(self, length: int) -> KVOrigin:
         """What reads a sequence of so many tokens now: KV that another one read is of no use.
 
         Raises:
@@ -275,7 +283,7 @@ class Forward:
         """
         with self._lock:
             self._follow()
-            return Reader(self.state.number, self._scale(length))
+            return KVOrigin(self.state.number, self._scale(length))
 
     def _scale(self, length: int) -> int:
         window = int(self.config.max_position_embeddings)
@@ -287,7 +295,7 @@ class Forward:
             )
         return sum(length > switch for switch in self.switches)
 
-    def kept_reader(self, length: int) -> Reader | None:
+    def kept_origin(self, length: int) -> KVOrigin | None:
         """As :meth:`reader`, for KV that is kept between calls.
 
         Looks at the weights more closely. None where KV must not be kept: what the model computes
@@ -295,10 +303,10 @@ class Forward:
         """
         with self._lock:
             self.state.take_samples()
-            reader = self.reader(length)
-            return reader if self.state.traceable else None
+            origin = self.origin(length)
+            return origin if self.state.traceable else None
 
-    def require(self, kind: FewBits) -> None:
+    def require(self, kind: QuantizedWeights) -> None:
         """Raises InvalidParameterError where this model cannot have weights of so few bits."""
         quantizers = device_of(self.device).quantizers
         if kind not in quantizers:
@@ -311,7 +319,7 @@ class Forward:
             )
         quantizers[kind].require(self.model, self.name, self.passes)
 
-    def few_bits(self, quantization: Quantization | None, *, auto: bool) -> FewBits | None:
+    def few_bits(self, quantization: Quantization | None, *, auto: bool) -> QuantizedWeights | None:
         """The kind of weights to draft with, None for the model's own.
 
         Args:
@@ -333,15 +341,15 @@ class Forward:
         return quantization
 
     @property
-    def cheapest(self) -> FewBits | None:
+    def cheapest(self) -> QuantizedWeights | None:
         """The kind of weights with which a draft step takes least, None for its own."""
         quantizers, passes = device_of(self.device).quantizers, self.passes
         return next((k for k, each in quantizers.items() if each.pays(self.model, passes)), None)
 
-    def twin(self, kind: FewBits) -> PreTrainedModel:
+    def quantized(self, kind: QuantizedWeights) -> PreTrainedModel:
         """The model over weights of few bits, made for what it is now and freed with it."""
         quantizer = device_of(self.device).quantizers[kind]
-        return quantizer.twin(self.model, self.state, self.passes)
+        return quantizer.copy(self.model, self.state, self.passes)
 
     def capacity_for(self, tokens: int) -> int:
         """Tokens that a cache for so many is best made for."""
@@ -377,7 +385,7 @@ class Forward:
             ModelError: an adapter was added that is not supported.
         """
         ids = tokens.to(self.device, non_blocking=True)
-        length = max(cache.expected, cache.length + cache.skipped + ids.shape[0])
+        length = max(cache.expected, cache.length + cache.position_offset + ids.shape[0])
 
         with self._lock:
             replayed, logits = self._replayed, None
@@ -395,7 +403,7 @@ class Forward:
         pending: Tensor,
         steps: int,
         cache: KVCache,
-        choice: Choice,
+        choice: TokenSampler,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor] | None:
         """Draft steps that feed one another on the device.
@@ -454,7 +462,7 @@ class Forward:
             result = self._ahead(cache, partial(launch, replayed))
             if result is None:
                 generator.set_state(drawn)
-                with self._reading(cache, cache.length + cache.skipped + tokens):
+                with self._reading(cache, cache.length + cache.position_offset + tokens):
                     if self._replayed is not None:
                         result = launch(self._replayed)
             return result
@@ -465,7 +473,7 @@ class Forward:
         None, and nothing was appended, if the model is no longer what was captured.
         """
         start = cache.length
-        if cache.reader != Reader(self.state.number, 0):
+        if cache.origin != KVOrigin(self.state.number, 0):
             return None
         try:
             with torch.autocast(self.device.type, enabled=False):  # a capture is for all that come
@@ -486,13 +494,14 @@ class Forward:
         """
         start = cache.length
         with self._lock:
-            reader = self.reader(length)
+            origin = self.origin(length)
             if start == 0:
-                cache.reader = reader
-            elif cache.reader not in (None, reader):
+                cache.origin = origin
+            elif cache.origin not in (None, origin):
                 raise OutdatedKVError(
-                    f"{self.name} has changed since it read the first {start + cache.skipped} "
-                    "tokens; read them again with the weights and the adapter that it has now"
+                    f"{self.name} has changed since it read the first "
+                    f"{start + cache.position_offset} tokens; read them again with the weights and "
+                    "the adapter that it has now"
                 )
             try:
                 with torch.autocast(self.device.type, enabled=False):
@@ -506,7 +515,7 @@ class Forward:
 
     def _positions(self, ids: Tensor, cache: KVCache, length: int) -> Tensor:
         """Of the tokens; the sequence's last follows where a rotary embedding goes by that."""
-        first = cache.length + cache.skipped
+        first = cache.length + cache.position_offset
         end = first + ids.shape[0]
         positions = torch.arange(first, end, device=self.device)
         if self._scale(length) == self._scale(end):
