@@ -141,7 +141,7 @@ class RapidDecoder:
             self._unshared = unshared_tokens(
                 self.target, self.drafter, tokenizer, drafter_tokenizer
             )
-        self._few_bits = self.drafter.few_bits(
+        self._weight_kind = self.drafter.drafter_weights(
             drafter_quantization, auto=self.drafter is self.target
         )
         self._quantized: ModelRunner | None = None
@@ -236,15 +236,15 @@ class RapidDecoder:
         The copy is of the drafter as it is now: it is made anew when weights or adapters changed,
         and there is none of a model with hooks or replaced methods.
         """
-        if self._few_bits is None or not self.drafter.copyable:
+        if self._weight_kind is None or not self.drafter.copyable:
             return self.drafter
-        model = self.drafter.quantized(self._few_bits)
+        model = self.drafter.quantized(self._weight_kind)
         if self._quantized is None or self._quantized.model is not model:
             if self._quantized is not None:
                 self._prefixes.forget(self._quantized)
             self._quantized = ModelRunner(
                 model,
-                f"{self.drafter.name} ({self._few_bits})",
+                f"{self.drafter.name} ({self._weight_kind})",
                 self.drafter.attn_implementation,
                 self.drafter.cuda_graphs,
             )

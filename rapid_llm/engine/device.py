@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rapid_llm.engine.kv_cache import KVCache
     from rapid_llm.engine.quantized import Quantizer
 
-QuantizedWeights = Literal["int8", "int4"]
+WeightKind = Literal["int8", "int4"]
 """Kinds of weights that a draft step reads faster than a model's own."""
 
 FEW_TOKENS = 16
@@ -135,7 +135,7 @@ class Device:
             see :mod:`rapid_llm.engine.chunks`.
     """
 
-    quantizers: ClassVar[Mapping[QuantizedWeights, Quantizer]] = {}
+    quantizers: ClassVar[Mapping[WeightKind, Quantizer]] = {}
     prefill_chunk = 512
     prefill_pieces: tuple[int, ...] = ()
 

@@ -21,9 +21,9 @@ from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.device import (
     Judge,
     Pass,
-    QuantizedWeights,
     ReplayedPass,
     TokenSampler,
+    WeightKind,
     device_of,
     register,
 )
@@ -306,7 +306,7 @@ class ModelRunner:
             origin = self.origin(length)
             return origin if self.state.traceable else None
 
-    def require(self, kind: QuantizedWeights) -> None:
+    def require(self, kind: WeightKind) -> None:
         """Raises InvalidParameterError where this model cannot have weights of so few bits."""
         quantizers = device_of(self.device).quantizers
         if kind not in quantizers:
@@ -319,7 +319,9 @@ class ModelRunner:
             )
         quantizers[kind].require(self.model, self.name, self.passes)
 
-    def few_bits(self, quantization: Quantization | None, *, auto: bool) -> QuantizedWeights | None:
+    def drafter_weights(
+        self, quantization: Quantization | None, *, auto: bool
+    ) -> WeightKind | None:
         """The kind of weights to draft with, None for the model's own.
 
         Args:
@@ -341,12 +343,12 @@ class ModelRunner:
         return quantization
 
     @property
-    def cheapest(self) -> QuantizedWeights | None:
+    def cheapest(self) -> WeightKind | None:
         """The kind of weights with which a draft step takes least, None for its own."""
         quantizers, passes = device_of(self.device).quantizers, self.passes
         return next((k for k, each in quantizers.items() if each.pays(self.model, passes)), None)
 
-    def quantized(self, kind: QuantizedWeights) -> PreTrainedModel:
+    def quantized(self, kind: WeightKind) -> PreTrainedModel:
         """The model over weights of few bits, made for what it is now and freed with it."""
         quantizer = device_of(self.device).quantizers[kind]
         return quantizer.copy(self.model, self.state, self.passes)

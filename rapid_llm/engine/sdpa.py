@@ -24,9 +24,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: in
     """The same through PyTorch's fused kernels (FlashAttention and its kin on a GPU)."""
     n, length = query.shape[1], key.shape[1]
     if n > FEW_QUERIES and window is None:
-        mask = causal_lower_right(n, length)
+        bias = causal_lower_right(n, length)
         return F.scaled_dot_product_attention(
-            query[None], key[None], value[None], mask, scale=scaling, enable_gqa=True
+            query[None], key[None], value[None], bias, scale=scaling, enable_gqa=True
         )[0]
     mask = causal_mask(n, length, window, query.device)
     if n > FEW_QUERIES:
