@@ -42,8 +42,7 @@ from rapid_llm.errors import (
     InvalidParameterError,
     RapidError,
 )
-from rapid_llm.evaluation.command import evaluate
-from rapid_llm.evaluation.report_command import report
+from rapid_llm.evaluation.command import evaluate, report
 from rapid_llm.stats import Method, Stats
 
 if TYPE_CHECKING:
