@@ -258,13 +258,15 @@ def test_bad_options_are_refused_before_a_model_is_loaded(
 
 
 def test_packages_of_the_extra_that_are_missing_are_named_with_the_remedy(
-    run: Any, monkeypatch: pytest.MonkeyPatch
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = command.find_spec
     monkeypatch.setattr(
         command, "find_spec", lambda name: (name != "scipy" and there(name)) or None
     )
-    assert_refused(run(), "needs scipy", 'pip install "rapid-llm[eval]"')
+    assert_refused(run(), "eval needs scipy", 'pip install "rapid-llm[eval]"')
+    status = cli.main(["report", "runs"])
+    assert_refused(Outcome(status, *capsys.readouterr()), "report needs scipy")
 
 
 def test_a_folder_s_checksum_follows_its_files(tmp_path: Path) -> None:

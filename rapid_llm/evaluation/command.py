@@ -34,7 +34,7 @@ _Numbers = list[int] | None
 _Folder = Path | None
 
 _SWEPT = "; may be repeated, and methods with another than the first are named by it."
-_PACKAGES = ("openai", "rouge_score", "scipy", "sklearn")
+_PACKAGES = ("openai", "pydantic", "rouge_score", "scipy", "sklearn")
 _KEPT = (
     *("model", "drafter", "layers", "context_tokens", "seed", "dtype", "drafter_device"),
     *("judge_url", "judge_model"),
@@ -111,11 +111,7 @@ def evaluate(
                 f"--layers {layers} makes the whole model the drafter, so that {option} {value} "
                 "has no place: leave one of them out"
             )
-    if missing := [package for package in _PACKAGES if find_spec(package) is None]:
-        raise MissingDependencyError(
-            f"rapid-llm eval needs {', '.join(missing)}, which is not installed: install it with "
-            'pip install "rapid-llm[eval]"'
-        )
+    _require_packages("eval")
     checksum = None if data is None else _checksum(data)
     shown = sys.stderr.isatty() and not as_json
     with status(f"loading {model}" + (f" and {drafter}" if drafter else ""), shown):
@@ -194,9 +190,18 @@ def report(
     out: Annotated[_Folder, Option(help="Where to write; by default the first folder.")] = None,
 ) -> None:
     """Write report.md on runs of rapid-llm eval: tables, the paper's figures, what is missing."""
+    _require_packages("report")
     from rapid_llm.evaluation.report import write_report
 
     print(write_report(folders, out or folders[0]))
+
+
+def _require_packages(command: str) -> None:
+    if missing := [package for package in _PACKAGES if find_spec(package) is None]:
+        raise MissingDependencyError(
+            f"rapid-llm {command} needs {', '.join(missing)}, which is not installed: use "
+            'pip install "rapid-llm[eval]"'
+        )
 
 
 def _upward(model: str, layers: int, dtype: str, device: str | None) -> RapidDecoder:
