@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from rapid_llm import RapidDecoder, cli
 from rapid_llm.evaluation import command, retrieval, runner, tasks
-from rapid_llm.evaluation.records import SETTINGS, read_records
-from rapid_llm.evaluation.tasks.base import Benchmark, Item
+from rapid_llm.evaluation.journal import SETTINGS, Journal, read_records
+from rapid_llm.evaluation.tasks.base import Item, Source, Task
 
 LENGTHS = ("short", "long")
 
@@ -38,8 +38,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What ``load_task`` was called with; it gives a made task."""
     seen: dict[str, Any] = {}
 
-    def load_task(name: str, data: Path | None, *, limit: int | None, **options: Any) -> Any:
-        seen.update(options, name=name, data=data, limit=limit)
+    def load_task(name: str, source: Source) -> Task:
+        seen.update(vars(source), name=name)
         items = [
             item(
                 str(i),
@@ -49,7 +49,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             )
             for i in range(3)
         ]
-        return Benchmark(name, {"contains": "rate", "f1": "mean"}, items[:limit], score)
+        return Task(name, {"contains": "rate", "f1": "mean"}, items[: source.limit], score)
 
     monkeypatch.setattr(tasks, "load_task", load_task)
     return seen
@@ -82,11 +82,10 @@ def test_a_table_is_printed_and_answers_are_kept(run: Any, tmp_path: Path) -> No
     assert str(tmp_path / "out") in err
     assert [r.method for r in records[:4]] == ["lc", "rag", "sd", "rapid η=10"]
     assert len(records) == 12
-    for part in ("3 items", "contains", "f1", "− lc", "tokens/s", "÷ lc", "by length"):
+    for part in ("items", "contains", "f1", "− lc", "tokens/s", "÷ lc"):
         assert part in out
     for method in ("lc", "rag", "sd", "rapid η=10"):
-        assert out.count(f"\n  {method} ") == 3  # scores, speed, and scores by length
-    assert all(length in out for length in LENGTHS)
+        assert out.count(f"\n  {method} ") == 2  # scores and speed
 
 
 def test_json_is_one_object(run: Any, tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_options_are_swept(run: Any) -> None:
         "eta": 5.0,
         "mode": "paper",
         "dynamic_eta": False,
-        "context_tokens": 32,
+        "retrieval_tokens": 32,
         "chunk_tokens": 32,
         "retriever": "bm25",
         "embedder": None,
@@ -192,12 +191,13 @@ def test_the_first_layers_can_be_the_target(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[RapidDecoder] = []
-    evaluate = runner.evaluate
-    monkeypatch.setattr(
-        runner,
-        "evaluate",
-        lambda decoder, *rest, **o: (seen.append(decoder), evaluate(decoder, *rest, **o)),
-    )
+    run_all = runner.Evaluation.run
+
+    def spy(self: runner.Evaluation, *arguments: Any) -> None:
+        seen.append(self.decoder)
+        run_all(self, *arguments)
+
+    monkeypatch.setattr(runner.Evaluation, "run", spy)
     assert run("--layers", 1, "--method", "rapid", "--limit", 1).status == 0
     (decoder,) = seen
     assert decoder.target.config.num_hidden_layers == 1
@@ -209,17 +209,17 @@ def test_the_first_layers_can_be_the_target(
 def test_an_interrupt_leaves_a_folder_to_go_on_with(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = runner.evaluate
+    run_all = runner.Evaluation.run
 
-    def interrupted(*arguments: Any, **options: Any) -> None:
+    def interrupted(self: runner.Evaluation, journal: Journal, _: object) -> None:
         def progress(done: int, total: int) -> None:
             if done == 5:
                 raise KeyboardInterrupt
 
-        evaluate(*arguments, **options | {"progress": progress})
+        run_all(self, journal, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "evaluate", interrupted)
+        patch.setattr(runner.Evaluation, "run", interrupted)
         status, out, err = run()
     assert (status, out) == (130, "")
     assert "after 5 answers" in err
@@ -252,8 +252,21 @@ def test_an_interrupt_leaves_a_folder_to_go_on_with(
 def test_bad_options_are_refused_before_a_model_is_loaded(
     run: Any, monkeypatch: pytest.MonkeyPatch, options: list[str], mentions: list[str]
 ) -> None:
-    monkeypatch.setattr(command, "_decoder", None)
+    monkeypatch.setattr(RapidDecoder, "from_pretrained", None)
+    monkeypatch.setattr(command, "_upward", None)
     assert_refused(run(*options), *mentions)
+
+
+def test_packages_of_the_extra_that_are_missing_are_named_with_the_remedy(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = command.find_spec
+    monkeypatch.setattr(
+        command, "find_spec", lambda name: (name != "scipy" and there(name)) or None
+    )
+    assert_refused(run(), "eval needs scipy", 'pip install "rapid-llm[eval]"')
+    status = cli.main(["report", "runs"])
+    assert_refused(Outcome(status, *capsys.readouterr()), "report needs scipy")
 
 
 def test_a_folder_s_checksum_follows_its_files(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,20 +18,20 @@ import torch
 from conftest import tiny_model
 from test_eval_methods import WordCounts, item, tokenizer, words
 
-from rapid_llm import DocumentError, InvalidParameterError, RapidDecoder, Stats
+from rapid_llm import InvalidParameterError, RapidDecoder, Stats
+from rapid_llm.errors import DataError
 from rapid_llm.evaluation import retrieval as retrieval_module
-from rapid_llm.evaluation.journal import Journal
+from rapid_llm.evaluation.journal import RESULTS, SETTINGS, Journal, Record, read_records
 from rapid_llm.evaluation.methods import Sweep
-from rapid_llm.evaluation.records import RESULTS, SETTINGS, Record, read_records
 from rapid_llm.evaluation.retrieval import Retrieval
-from rapid_llm.evaluation.runner import accepted_at, evaluate
+from rapid_llm.evaluation.runner import Evaluation, accepted_at
 from rapid_llm.evaluation.speculative_rag import RATIONALE_TOKENS
-from rapid_llm.evaluation.tasks.base import Benchmark, Item
+from rapid_llm.evaluation.tasks.base import Item, Task
 
 SWEEP = Sweep(
     gamma=(3,),
     eta=(10,),
-    context_tokens=(64,),
+    retrieval_tokens=(64,),
     chunk_tokens=(32,),
     retriever=("bm25",),
     embedder=("words",),
@@ -41,7 +41,7 @@ METHODS = ("lc", "rag", "sd", "rapid", "rest", "streaming", "speculative-rag")
 SETTINGS_OF_THE_RUN = {"model": "tiny", "seed": 0}
 
 
-def make_task(items: int = 3, **changes: Any) -> Benchmark:
+def make_task(items: int = 3, **changes: Any) -> Task:
     made = [
         item(
             str(i),
@@ -52,7 +52,7 @@ def make_task(items: int = 3, **changes: Any) -> Benchmark:
         )
         for i in range(items)
     ]
-    return Benchmark("made", {"first": "rate"}, made, score)
+    return Task("made", {"first": "rate"}, made, score)
 
 
 def score(item: Item, answer: str) -> dict[str, float]:
@@ -70,7 +70,7 @@ def _words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(
     folder: Path,
-    task: Benchmark,
+    task: Task,
     methods: Any = METHODS,
     *,
     decoder: RapidDecoder | None = None,
@@ -82,8 +82,8 @@ def run(
     decoder = decoder or make_decoder()
     wanted = dict.fromkeys(spec.retrieval for spec in specs if spec.retrieval is not None)
     made = Retrieval(decoder.tokenizer, wanted)
-    with Journal(folder, settings) as journal:
-        evaluate(decoder, task, specs, made, journal, **options)
+    journal = Journal(folder, settings)
+    Evaluation(decoder, task, specs, made).run(journal, **options)
     return read_records(folder)
 
 
@@ -91,7 +91,7 @@ def untimed(records: list[Record]) -> list[dict[str, Any]]:
     """Everything but how long it took."""
     timed = {"time_to_first_token", "tokens_per_second"}
     return [
-        asdict(record)
+        record.model_dump()
         | {
             "stats": {
                 name: value
@@ -174,7 +174,7 @@ def test_target_and_drafter_read_their_own_context(tmp_path: Path) -> None:
 
 def test_a_document_too_long_loses_its_middle(tmp_path: Path) -> None:
     long = " ".join(f"w{10 + i % 50}" for i in range(900))
-    task = Benchmark("made", {"first": "rate"}, [item("1", long)], score)
+    task = Task("made", {"first": "rate"}, [item("1", long)], score)
     (record,) = run(tmp_path, task, ("lc",))
     assert 495 <= record.stats["prompt_tokens"] <= 504
     assert 390 <= record.stats["omitted_tokens"] < 500
@@ -183,7 +183,7 @@ def test_a_document_too_long_loses_its_middle(tmp_path: Path) -> None:
 def test_nothing_retrieved_is_recorded(tmp_path: Path) -> None:
     sweep = replace(SWEEP, retriever=("dense",), irrelevant=False)
     context = words(30, 60)
-    task = Benchmark("made", {"first": "rate"}, [item("1", context, references=("w30",))], score)
+    task = Task("made", {"first": "rate"}, [item("1", context, references=("w30",))], score)
     records = run(tmp_path, task, ("lc", "rag", "rapid", "speculative-rag"), sweep=sweep)
     lc, *others = records
     for record in others:
@@ -267,7 +267,7 @@ def be_killed(folder: Path) -> None:
     """For each point, a process that is killed there by SIGKILL."""
     torch.set_num_threads(1)  # threads do not survive a fork
     retrieval_module.load_embedder = lambda name, device: WordCounts(name)  # type: ignore
-    as_line = Record.as_line
+    as_line = Record.model_dump_json
     for point in POINTS:
         child = os.fork()
         if child == 0:
@@ -277,11 +277,11 @@ def be_killed(folder: Path) -> None:
                 line = as_line(self)
                 if next(counter) == at[0]:
                     with (folder / str(at[0]) / RESULTS).open("ab") as file:
-                        file.write(line.encode()[: at[1]])
+                        file.write(f"{line}\n".encode()[: at[1]])
                     os.kill(os.getpid(), signal.SIGKILL)
                 return line
 
-            Record.as_line = torn  # type: ignore[method-assign]
+            Record.model_dump_json = torn  # type: ignore[method-assign]
             run(folder / str(point[0]), make_task())
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
@@ -355,7 +355,7 @@ def test_other_settings_are_refused(
 
 
 def test_a_setting_that_is_gone_is_refused(tmp_path: Path) -> None:
-    Journal(tmp_path, SETTINGS_OF_THE_RUN | {"old": 1}).__exit__(None, None, None)
+    Journal(tmp_path, SETTINGS_OF_THE_RUN | {"old": 1})
     with pytest.raises(InvalidParameterError, match="old=1"):
         Journal(tmp_path, SETTINGS_OF_THE_RUN)
 
@@ -363,17 +363,16 @@ def test_a_setting_that_is_gone_is_refused(tmp_path: Path) -> None:
 def test_settings_are_compared_as_json_has_them(tmp_path: Path) -> None:
     settings = {"lengths": (1, 2), "threshold": 0.3, "name": "η"}
     for _ in range(2):
-        with Journal(tmp_path, settings):
-            pass
+        Journal(tmp_path, settings)
     assert json.loads((tmp_path / SETTINGS).read_text(encoding="utf-8"))["lengths"] == [1, 2]
 
 
 def test_folders_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DocumentError, match=r"file.*--out"):
+    with pytest.raises(DataError, match=r"file.*--out"):
         Journal(tmp_path / "file", {})
     (tmp_path / RESULTS).write_text("{}\n")
-    with pytest.raises(DocumentError, match=f"without its {SETTINGS}"):
+    with pytest.raises(DataError, match=f"without {SETTINGS}"):
         Journal(tmp_path, {})
 
 
@@ -387,12 +386,12 @@ def test_what_was_answered_before_an_error_is_kept(tmp_path: Path) -> None:
 
     def failing(item: Item, answer: str) -> dict[str, float]:
         if next(calls) == 2:
-            raise DocumentError("the judge is out")
+            raise DataError("the judge is out")
         return score(item, answer)
 
     task = make_task()
-    task.scorer = failing
-    with pytest.raises(DocumentError, match="the judge is out"):
+    task.score = failing
+    with pytest.raises(DataError, match="the judge is out"):
         run(tmp_path, task, ("lc", "sd"))
     assert len(read_records(tmp_path)) == 2
     assert len(run(tmp_path, task, ("lc", "sd"))) == 9

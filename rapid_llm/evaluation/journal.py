@@ -1,60 +1,92 @@
-"""The folder of a run: every answer is kept as soon as it is there, and never asked for twice."""
+"""The folder of a run: its settings, and every answer, kept as soon as it is there."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rapid_llm.errors import DocumentError, InvalidParameterError
-from rapid_llm.evaluation.records import (
-    RESULTS,
-    SETTINGS,
-    Record,
-    read_records,
-    read_settings,
-)
+from pydantic import BaseModel, TypeAdapter
+
+from rapid_llm.errors import DataError, InvalidParameterError
+from rapid_llm.evaluation.checked import parse
+
+RESULTS = "results.jsonl"
+SETTINGS = "run.json"
+
+Positions = tuple[tuple[int, int], ...]
+"""For each position of a draft, 1st, 2nd, …: (times judged, times accepted)."""
+
+
+class Record(BaseModel, frozen=True, extra="forbid"):
+    """One answer, a line of ``results.jsonl``."""
+
+    task: str
+    item: str  # its id
+    method: str  # with its options, such as "rapid η=10, irrelevant"
+    base: str  # the method without options, such as "rapid"
+    options: Mapping[str, Any]
+    answer: str  # the text that was scored
+    scores: Mapping[str, float]  # by metric
+    groups: Mapping[str, str] = {}  # the item's
+    stats: Mapping[str, Any] = {}  # of the generation (Stats.as_dict())
+    accepted_at: Positions = ()  # of its drafts
+    retrieved: bool | None = None  # whether a reference was; None if nothing was, or none could be
+
+
+def add_positions(counts: Iterable[Positions]) -> Positions:
+    """The sum, position by position."""
+    each = zip_longest(*counts, fillvalue=(0, 0))
+    return tuple((sum(n for n, _ in at), sum(k for _, k in at)) for at in each)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run; ``metrics`` among them, the task's, its headline first."""
+    path = folder / SETTINGS
+    return parse(TypeAdapter(dict[str, Any]), _read(path), str(path))
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Every answer of a run, in the order in which they were given.
+
+    A last line without an end is one whose writing was interrupted, and is left out. Raises
+    DataError, with line and field, where another is no record.
+    """
+    path, record = folder / RESULTS, TypeAdapter(Record)
+    lines = _read(path).split(b"\n")[:-1]
+    return [parse(record, line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
 
 
 class Journal:
-    """Opens a run's folder to go on with it, or makes a new one. Use as a context manager.
-
-    Args:
-        folder: where ``results.jsonl`` and ``run.json`` are kept.
-        settings: whatever the answers depend on; JSON values.
-
-    Attributes:
-        records: those of the run so far.
+    """Opens a run's folder to go on with it, or makes a new one; ``records`` are those so far.
 
     Raises:
-        InvalidParameterError: the folder holds a run with other settings; names the first.
-        DocumentError: the folder cannot be written, or its files are damaged.
+        InvalidParameterError: it holds a run with other settings (what the answers depend on).
+        DataError: the folder cannot be written, or its files are damaged.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._path = folder / RESULTS
         settings = json.loads(json.dumps(settings))  # as they will be read again
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if (self._folder / SETTINGS).exists():
-                _require_same(self._folder, settings)
-            elif (self._folder / RESULTS).exists():
-                raise DocumentError(
-                    f"{self._folder} holds {RESULTS} without its {SETTINGS}: give another --out"
-                )
-            else:
-                _replace(self._folder / SETTINGS, settings)
-            (self._folder / RESULTS).touch()
-            _drop_torn_line(self._folder / RESULTS)
-            self.records = read_records(self._folder)
-            self._file = (self._folder / RESULTS).open("ab")
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / SETTINGS).exists():
+                _require_same(folder, settings)
+            elif self._path.exists():
+                raise DataError(f"{folder} has {RESULTS} without {SETTINGS}: give another --out")
+            else:  # it is there whole or not at all
+                _write(folder / "run.new", json.dumps(settings, indent=2, ensure_ascii=False))
+                (folder / "run.new").replace(folder / SETTINGS)
+            with self._path.open("ab") as file:  # drop the line that was cut off by a kill
+                file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
         except OSError as error:
-            raise DocumentError(
-                f"{self._folder} cannot be written ({error}): give another folder with --out"
+            raise DataError(
+                f"{folder} cannot be written ({error}): give another folder with --out"
             ) from error
+        self.records = read_records(folder)
         self._done = {(record.item, record.method) for record in self.records}
 
     def __contains__(self, asked: tuple[str, str]) -> bool:
@@ -63,22 +95,9 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Keep an answer: when this returns, it is on the disk."""
-        self._file.write(record.as_line().encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        _write(self._path, record.model_dump_json())
         self.records.append(record)
         self._done.add((record.item, record.method))
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
 
 
 def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -93,19 +112,18 @@ def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _replace(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
-    new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error}): give the folder that 'rapid-llm eval --out' wrote"
+        ) from error
+
+
+def _write(path: Path, line: str) -> None:
+    """Add a line to a file's end; it is on the disk when this returns."""
+    with path.open("ab") as file:
+        file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    new.replace(path)
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut what follows the last line end: the line that was being written when a run was killed."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)

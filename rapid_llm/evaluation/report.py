@@ -1,261 +1,144 @@
-"""``report.md`` and its plots: our figures in parts, the paper's beside them, what is missing."""
+"""Tables of a run's summary, and ``report.md``: these, what is missing, and the paper's own."""
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from rapid_llm.evaluation import paper
-from rapid_llm.evaluation.markdown import NONE, number, table
-from rapid_llm.evaluation.methods import BASES
-from rapid_llm.evaluation.runs import Run
-from rapid_llm.evaluation.sections import (
-    LEAST_JUDGED,
-    Section,
-    context_length,
-    dynamic_eta,
-    eta_sweep,
-    positions,
-    quality_and_speed,
-)
-from rapid_llm.evaluation.tasks import CONTEXT_TOKENS
+from rich.box import MARKDOWN, SIMPLE_HEAD, Box
+from rich.console import Console
+from rich.table import Table
 
-REPORT = "report.md"
+from rapid_llm.errors import DataError
+from rapid_llm.evaluation.journal import RESULTS, SETTINGS, Record, read_records, read_settings
+from rapid_llm.evaluation.methods import METHODS
+from rapid_llm.evaluation.summary import BASELINE, summarize
 
-_HOW_TO_READ = """\
-In brackets: 95 % intervals, Wilson's of rates and the bootstrap's of means. *− lc* is the mean
-difference to `lc`, the target alone over the whole context, on the items that both answered, in
-points; where its interval holds 0, the run does not tell which is better. *tokens/s* are all tokens
-÷ all seconds of decoding (reading the prompts is left out), *÷ lc* the same ÷ `lc`'s on the items
-that both answered. *accepted* are accepted ÷ drafted tokens, *a* is how likely a token is accepted
-if those before it were, *retrieved* how often an answer stood in what the drafter read, *fell back*
-the number of items for which nothing was retrieved, so that `lc` answered.
-
-What is headed **Paper** was published by its authors for other models, data and hardware than ours;
-no figure of ours is among it."""
-
-_REPEATED = (
+REPEATED = (
     "model", "drafter", "layers", "data", "context_tokens", "gamma", "mode", "retrieval_tokens",
     "chunk_tokens", "retriever", "embedder", "seed", "dtype", "device", "drafter_device",
     "judge_url", "judge_model",
 )  # fmt: skip
 """The settings that are options of ``rapid-llm eval``: a run goes on with the same ones only."""
 
-_ANOTHER_LENGTH = "--context-tokens N --out ANOTHER"
+
+def tables(rows: Sequence[Mapping[str, Any]], box: Box = SIMPLE_HEAD) -> tuple[Table, Table]:
+    """A row a method: its scores in percent and the difference to ``lc``; its speed."""
+    metrics = list(rows[0]["scores"]) if rows else []
+    change = f"{metrics[0] if metrics else ''} − {BASELINE}"
+    scores = _table(box, "method", "items", *metrics, change)
+    speeds = _table(
+        box, "method", "tokens/s", f"÷ {BASELINE}", "accepted", "a", "tokens a round", "retrieved",
+        "fell back",
+    )  # fmt: skip
+    for row in rows:
+        values = [_percent(row["scores"][name]) for name in metrics]
+        scores.add_row(row["method"], str(row["items"]), *values, _percent(row["difference"], "+"))
+        speeds.add_row(
+            row["method"],
+            _number(row["tokens_per_second"], 1),
+            *(_number(row[name], 2) for name in ("speedup", "acceptance_ratio", "acceptance_rate")),
+            _number(row["tokens_per_round"], 1),
+            _number(row["retrieved"], 2),
+            str(row["fell_back"]),
+        )
+    return scores, speeds
 
 
-class _Chapter(NamedTuple):
-    """A part of the report.
+def write_report(folders: Iterable[Path], out: Path) -> Path:
+    """Write ``report.md`` on the runs in these folders, or in those directly below them.
 
-    Attributes:
-        slug: ends the names of its plots.
-        note: how to read it.
-        sections: by the name of their run.
-        options: of ``rapid-llm eval``, that bring its data where there are none.
-        published: what the paper has to set beside it.
+    Raises DataError if a folder holds no run, or one that is damaged or has no answer.
     """
-
-    title: str
-    slug: str
-    note: str
-    sections: dict[str, Section | None]
-    options: str
-    published: str
-
-
-def write_report(runs: Sequence[Run], out: Path) -> Path:
-    """Write ``report.md`` and its plots into ``out``; returns the path of the former.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    named = _named(runs)
-    chapters = _chapters(named)
+    runs: dict[Path, tuple[dict[str, Any], list[Record]]] = {}
+    for folder in folders:
+        below = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
+        found = [folder] if (folder / RESULTS).exists() else below
+        if not found:
+            raise DataError(
+                f"{folder} holds no {RESULTS}, nor does a folder directly below it: give a folder "
+                "that 'rapid-llm eval --out' wrote"
+            )
+        runs |= {one: read_run(one) for one in found}
+    parts: list[str | Table] = ["# Evaluation"]
+    missing: list[str] = []
+    for folder, (settings, records) in runs.items():
+        rows = summarize(records, settings["metrics"])["rows"]
+        known = {name: settings.get(name) for name in ("task", *REPEATED)}
+        shown = ", ".join(f"`{name}={value}`" for name, value in known.items() if value is not None)
+        parts += [f"## {folder.resolve().name}", shown, *tables(rows, MARKDOWN)]
+        missing += _missing(folder, settings, rows)
+    parts += ["## What is missing", "\n".join(missing) or "Nothing."]
+    parts += [(resources.files("rapid_llm") / "data" / "report.md").read_text("utf-8")]
     out.mkdir(parents=True, exist_ok=True)
-    text = ["# Evaluation", _HOW_TO_READ, "## Runs", _overview(named)]
-    for title, slug, note, sections, _, published in chapters:
-        text += [f"## {title}", note]
-        for name, section in sections.items():
-            if section is not None:
-                section.figure.savefig(out / f"{name}-{slug}.png")
-                text += [f"### {name}", section.text, f"![{title}: {name}]({name}-{slug}.png)"]
-        if not any(sections.values()):
-            text.append("Not measured: see [what is missing](#what-is-missing).")
-        text.append(published)
-    text += ["## What is missing", "\n".join(_missing(named, chapters)) or "Nothing."]
-    report = out / REPORT
-    report.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    return report
+    with (out / "report.md").open("w", encoding="utf-8") as file:
+        console = Console(file=file, width=1000, color_system=None, markup=False, highlight=False)
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, str), end="\n\n")
+    return out / "report.md"
 
 
-def _chapters(named: dict[str, Run]) -> tuple[_Chapter, ...]:
-    alike: dict[str, dict[str, Run]] = defaultdict(dict)
-    for name, run in named.items():
-        alike[run.title][name] = run
-    return (
-        _Chapter(
-            "Quality and speed",
-            "methods",
-            "`a` and the tokens a round are of the methods that draft.",
-            {name: quality_and_speed(run) for name, run in named.items()},
-            "",
-            f"{_paper_main()}\n\n{_paper_dialogue()}",
-        ),
-        _Chapter(
-            "Knowledge transfer: η",
-            "eta",
-            "η = 0 is `sd`. *accepted* is here the mean over items of accepted ÷ drafted tokens; "
-            "above, the tokens of all items are taken together.",
-            {name: eta_sweep(run) for name, run in named.items()},
-            "--method rapid --eta 0 --eta 5 --eta 10 --eta 20 --eta 40",
-            _paper_unrelated(),
-        ),
-        _Chapter(
-            "Context length",
-            "length",
-            "By what the target read, the median over items.",
-            {"+".join(some): context_length([*some.values()]) for some in alike.values()},
-            _ANOTHER_LENGTH,
-            f"**Paper**: {paper.CONTEXT_LENGTH}.",
-        ),
-        _Chapter(
-            "Acceptance by position in the draft",
-            "positions",
-            "In brackets: how often a token at this position was judged, those before it having "
-            f"been accepted; fewer than {LEAST_JUDGED} times is not shown. The intervals take the "
-            "tokens of one answer for independent, which they are not quite.",
-            {name: positions(run) for name, run in named.items()},
-            "--method rapid",
-            "**Paper**: has nothing on positions.",
-        ),
-        _Chapter(
-            "Dynamic η",
-            "dynamic",
-            "η that follows the retrieval's confidence and the position, beside constant η.",
-            {name: dynamic_eta(run) for name, run in named.items()},
-            "--method rapid --dynamic-eta",
-            "**Paper**: all its figures are of a constant η.",
-        ),
-    )
+def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The settings and the answers of a run; DataError if they are damaged or there is none."""
+    settings, records = read_settings(folder), read_records(folder)
+    metrics = settings.get("metrics")
+    if not isinstance(metrics, dict) or not metrics:
+        raise DataError(f"{folder / SETTINGS} has no 'metrics', the task's: restore the file")
+    if not records:
+        raise DataError(f"{folder / RESULTS} holds no answer yet: run 'rapid-llm eval' first")
+    for record in records:
+        for name in metrics.keys() - record.scores.keys():
+            raise DataError(
+                f"{folder / RESULTS}: item {record.item!r} of method {record.method!r} has no "
+                f"score {name!r}: remove its line and run 'rapid-llm eval' again"
+            )
+    return settings, records
 
 
-def _named(runs: Sequence[Run]) -> dict[str, Run]:
-    """The runs by their folders' names, numbered where these are the same; good for files."""
-    named: dict[str, Run] = {}
-    for run in runs:
-        name = re.sub(r"[^\w.-]+", "-", run.folder.resolve().name)
-        same = sum(known.partition("~")[0] == name for known in named)
-        named[f"{name}~{same + 1}" if same else name] = run
-    return named
-
-
-def _overview(named: dict[str, Run]) -> str:
-    return table(
-        named.items(),
-        ("run", lambda run: run[0]),
-        ("of", lambda run: run[1].title),
-        ("items", lambda run: str(max(row.items for row in run[1].summary.rows))),
-        ("target reads, tokens (median)", lambda run: f"{run[1].prompt_tokens:,}"),
-        (
-            "settings",
-            lambda run: ", ".join(
-                f"`{name}={value}`"
-                for name, value in run[1].settings.items()
-                if isinstance(value, str | int | float) and not name.endswith("_sha256")
-            ),
-        ),
-    )
-
-
-# --- the paper's ---------------------------------------------------------------------------------
-
-
-def _paper_main() -> str:
-    return (
-        f"**Paper**, Table 1 ({paper.SOURCE}; {paper.HARDWARE}; `streaming` is its MagicDec):\n\n"
-        + table(
-            paper.MAIN_RESULTS,
-            ("target", lambda row: row.target),
-            ("method", lambda row: row.method),
-            ("drafter", lambda row: row.drafter or NONE),
-            ("∞Bench En.QA, F1, %", lambda row: f"{row.qa:.2f}"),
-            ("En.MC, accuracy, %", lambda row: f"{row.choice:.2f}"),
-            ("En.Sum, ROUGE-L-Sum, %", lambda row: f"{row.summary:.2f}"),
-            ("average", lambda row: f"{row.average:.2f}"),
-            ("LongBench v2, CoT, accuracy, %", lambda row: number(row.longbench, 1)),
-            ("÷ lc", lambda row: number(row.speedup, 2)),
-        )
-    )
-
-
-def _paper_dialogue() -> str:
-    return (
-        "**Paper**, Table 2 (LLaMA-3.1-8B drafting for itself, dialogues of 122K tokens made from "
-        "MT-Bench-101, judged from 1 to 10 by GPT-4-Turbo-1106):\n\n"
-        + table(
-            paper.DIALOGUE,
-            ("method", lambda row: row.method),
-            ("quality", lambda row: f"{row.quality:.2f}"),
-            ("accepted, %", lambda row: number(row.acceptance, 2)),
-            ("tokens/s", lambda row: f"{row.tokens_per_second:.2f}"),
-        )
-    )
-
-
-def _paper_unrelated() -> str:
-    return (
-        "**Paper**, Table 3 (irrelevant retrieval; target LLaMA-3.1-8B, LongBench v2, long, CoT; "
-        "accuracy in points; hardware as for Table 1):\n\n"
-        + table(
-            paper.UNRELATED_RETRIEVAL,
-            ("η", lambda row: str(row.eta)),
-            ("accuracy − lc, 8B drafter", lambda row: f"{row.change[0]:+.1f}"),
-            ("70B drafter", lambda row: f"{row.change[1]:+.1f}"),
-            ("÷ lc, 8B drafter", lambda row: f"{row.speedup[0]:.2f}"),
-            ("70B drafter", lambda row: f"{row.speedup[1]:.2f}"),
-        )
-    )
-
-
-# --- what is missing -----------------------------------------------------------------------------
-
-
-def _missing(named: dict[str, Run], chapters: Sequence[_Chapter]) -> Iterator[str]:
+def _missing(
+    folder: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
     """A line each, with the command that brings it."""
-    for name, run in named.items():
-        rows = run.summary.rows
-        most = max(row.items for row in rows)
-        for row in rows:
-            if row.items < most:
-                command = _command(run, f"--method {row.base}")
-                yield f"- {name}: `{row.method}` answered {row.items} of {most} items. {command}"
-        lacking = [method for method in BASES if method not in {row.base for row in rows}]
-        if lacking:
-            command = _command(run, *(f"--method {method}" for method in lacking))
-            yield f"- {name}: {', '.join(f'`{method}`' for method in lacking)}. {command}"
-        if all(not row.options.get("irrelevant") for row in rows):
-            command = _command(run, "--method rapid", "--irrelevant")
-            yield f"- {name}: irrelevant retrieval. {command}"
-    for chapter in chapters:
-        for name, section in chapter.sections.items():
-            run = named[name.partition("+")[0]]
-            made_to_length = run.task in CONTEXT_TOKENS
-            if section is None and (chapter.options != _ANOTHER_LENGTH or made_to_length):
-                yield f"- {name}: {chapter.title}. {_command(run, chapter.options)}"
-
-
-def _command(run: Run, *options: str) -> str:
-    """With the run's own settings and folder, where the options do not give others."""
-    own = {name: run.settings.get(name) for name in _REPEATED}
-    own |= {"limit": len({record.item for record in run.records}), "out": run.folder}
-    given = " ".join(options).split()
-    settings = [
-        f"{option} {shlex.quote(str(value))}"
+    most = max(row["items"] for row in rows)
+    own = {name: settings.get(name) for name in REPEATED} | {"limit": most, "out": folder}
+    repeated = " ".join(
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
         for name, value in own.items()
-        if value is not None and (option := f"--{name.replace('_', '-')}") not in given
+        if value is not None
+    )
+    lacking = [
+        (f"`{row['method']}` answered {row['items']} of {most} items", f"--method {row['base']}")
+        for row in rows
+        if row["items"] < most
     ]
-    return f"`{' '.join(['rapid-llm eval', run.task, *options, *settings])}`"
+    run = {row["base"] for row in rows}
+    lacking += [(f"`{one}`", f"--method {one}") for one in METHODS if one not in run]
+    for option, what in (("irrelevant", "irrelevant retrieval"), ("dynamic_eta", "dynamic η")):
+        if not any(row["options"].get(option) for row in rows):
+            lacking.append((what, f"--method rapid --{option.replace('_', '-')}"))
+    for what, options in lacking:
+        task = settings["task"]
+        yield f"- {folder.resolve().name}: {what}. `rapid-llm eval {task} {options} {repeated}`"
+
+
+def _table(box: Box, first: str, *others: str) -> Table:
+    table = Table(box=box)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _percent(interval: Mapping[str, float | None] | None, sign: str = "") -> str:
+    """With the bounds where they are known: ``42.8 (38.1, 47.6)``."""
+    if interval is None:
+        return "–"
+    value, low, high = (None if x is None else f"{100 * x:{sign}.1f}" for x in interval.values())
+    return str(value) if low is None else f"{value} ({low}, {high})"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from random import Random
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -17,17 +17,7 @@ from rapid_llm.evaluation.tasks.base import Item
 
 
 class Retrieval:
-    """Retrieves for a run's items.
-
-    Args:
-        tokenizer: the target's.
-        specs: the ways in which it may be asked to retrieve.
-        device: of the embedders.
-
-    Raises:
-        InvalidParameterError: a value in a spec is outside its range.
-        ModelError, MissingDependencyError: an embedder cannot be loaded.
-    """
+    """Retrieves for a run's items, as ``specs`` say; ``tokenizer`` is the target's."""
 
     def __init__(
         self,
@@ -35,50 +25,52 @@ class Retrieval:
         specs: Iterable[RetrievalSpec],
         device: str | None = None,
     ) -> None:
-        self._embedders: dict[str | None, Embedder] = {}
-        self._builders: dict[RetrievalSpec, ContextBuilder] = {}
-        for spec in specs:
-            if spec.embedder is not None and spec.embedder not in self._embedders:
-                self._embedders[spec.embedder] = load_embedder(spec.embedder, device)
-            self._builders[spec] = ContextBuilder(
+        embedder = cache(partial(load_embedder, device=device))
+        self._embedders: dict[RetrievalSpec, Embedder | None] = {
+            spec: None if spec.embedder is None else embedder(spec.embedder) for spec in specs
+        }
+        self._builders = {
+            spec: ContextBuilder(
                 tokenizer,
-                self._embedders.get(spec.embedder),
+                embedder,
                 retriever=spec.retriever,
                 chunk_tokens=spec.chunk_tokens,
-                retrieval_tokens=spec.context_tokens,
+                min_budget_tokens=spec.retrieval_tokens,
                 # Hardly a chunk of another document is similar, and yet something is to be read.
                 threshold=-1 if spec.irrelevant else PAPER_THRESHOLD,
             )
-        self._build = lru_cache(maxsize=2 * len(self._builders) + 1)(self._retrieve)
+            for spec, embedder in self._embedders.items()
+        }
 
-    def context(self, spec: RetrievalSpec, text: str, query: str) -> RetrievalContext:
-        """What of a text belongs to a query. Raises DocumentError if one of them is empty."""
-        return self._build(spec, text, query)
+        @lru_cache(maxsize=2 * len(self._builders) + 1)
+        def context(spec: RetrievalSpec, text: str, query: str) -> RetrievalContext:
+            """What of a text belongs to a query."""
+            return self._builders[spec].build(text, query)
+
+        self.context = context
 
     def embed(self, spec: RetrievalSpec, texts: Sequence[str]) -> Vectors:
         """Unit vectors ``[len(texts), d]`` by the spec's embedder, which it must have."""
-        return self._embedders[spec.embedder].embed_documents(texts)
-
-    def _retrieve(self, spec: RetrievalSpec, text: str, query: str) -> RetrievalContext:
-        return self._builders[spec].build(text, query)
+        embedder = self._embedders[spec]
+        assert embedder is not None
+        return embedder.embed_documents(texts)
 
 
 def other_context(items: Sequence[Item], index: int, seed: int) -> str:
     """The context of another item, to retrieve what is irrelevant to item ``index``.
 
     It is drawn from the items before this one, so that more items change nothing; the first ones
-    take the next.
-
-    Raises:
-        InvalidParameterError: all items have the same context.
+    take the next. Raises InvalidParameterError if all items have the same context.
     """
     item = items[index]
-    before = [other for other in items[:index] if other.context != item.context]
+    before, after = (
+        [other.context for other in some if other.context != item.context]
+        for some in (items[:index], items[index + 1 :])
+    )
     if before:
-        return Random(f"{seed}/{item.id}").choice(before).context
-    for other in items[index + 1 :]:
-        if other.context != item.context:
-            return other.context
+        return Random(f"{seed}/{item.id}").choice(before)
+    if after:
+        return after[0]
     raise InvalidParameterError(
         f"the {len(items)} items share one context, so that none is irrelevant: raise --limit, or "
         "leave --irrelevant out"

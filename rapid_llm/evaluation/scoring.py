@@ -10,10 +10,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
-
-from rapid_llm.errors import MissingDependencyError
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -40,38 +36,17 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
     """F1 of the normalised words in common with the reference that gives the most."""
-    return max(_f1(normalise(answer).split(), normalise(r).split()) for r in references)
+    said = Counter(normalise(answer).split())
+    words = [Counter(normalise(reference).split()) for reference in references]
+    return max(2 * (said & own).total() / ((said + own).total() or 1) for own in words)
 
 
-def _f1(answer: list[str], reference: list[str]) -> float:
-    common = (Counter(answer) & Counter(reference)).total()
-    return 2 * common / (len(answer) + len(reference)) if common else 0.0
+def rouge(kind: str, answer: str, references: Sequence[str]) -> float:
+    """F of a ROUGE, best of the references.
 
-
-def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """F of the longest common subsequence of words, best of the references."""
-    return _rouge("rougeL", answer, references)
-
-
-def rouge_lsum(answer: str, references: Sequence[str]) -> float:
-    """F of the union of the sentences' longest common subsequences, best of the references.
-
-    A sentence is a line, as in the ``evaluate`` library's ROUGE, which ∞Bench uses.
+    ``rougeL`` has the longest common subsequence of words; ``rougeLsum`` the union of the lines'
+    own, a line being a sentence, as in the ``evaluate`` library's ROUGE, which ∞Bench uses.
     """
-    return _rouge("rougeLsum", answer, references)
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second to import
 
-
-def _rouge(kind: str, answer: str, references: Sequence[str]) -> float:
-    return float(_rouge_scorer(kind).score_multi(list(references), answer)[kind].fmeasure)
-
-
-@cache
-def _rouge_scorer(kind: str) -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise MissingDependencyError(
-            "ROUGE needs the package rouge-score, which is not installed: "
-            'install it with pip install "rapid-llm[eval]"'
-        ) from error
-    return RougeScorer([kind])
+    return float(RougeScorer([kind]).score_multi(list(references), answer)[kind].fmeasure)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -32,25 +32,17 @@ INSTRUCTION = (
     "First write 'Rationale:' and, in a sentence or two, what in the text supports the answer. "
     "Then write 'Answer:' and the answer alone."
 )
-REFLECTION = "Do you think the explanation supports the answers? (Yes or No)"
-"""The paper's own statement (its appendix C)."""
+REFLECTION = "Do you think the explanation supports the answers? (Yes or No)"  # its appendix C
 
 _ANSWER = re.compile(r"\banswer\W*:\W*", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Draft:
-    """``rationale`` with the word that introduces the answer, empty where there was none."""
-
-    rationale: str
-    answer: str
-
-    @classmethod
-    def parse(cls, text: str) -> Draft:
-        found = _ANSWER.search(text)
-        if found is None or not text[found.end() :].strip():
-            return cls("", text)
-        return cls(text[: found.end()], text[found.end() :])
+def split(text: str) -> tuple[str, str]:
+    """Rationale, with the word that introduces the answer, and answer; "" where there is none."""
+    found = _ANSWER.search(text)
+    if found is None or not text[found.end() :].strip():
+        return "", text
+    return text[: found.end()], text[found.end() :]
 
 
 def draw_subsets(vectors: Vectors, seed: int) -> list[list[int]]:
@@ -73,70 +65,45 @@ def answer(
     vectors: Vectors,
     sampling: SamplingParams,
 ) -> tuple[str, Stats]:
-    """The draft that scores best.
+    """The answer of the draft that scores best, with the seconds of all drafts and scores.
 
-    Args:
-        decoder: its drafter drafts, its target judges.
-        render: the question's messages around a context.
-        chunks: what was retrieved, at least one.
-        vectors: theirs, ``[len(chunks), d]``.
-        sampling: of an answer; a rationale may take ``RATIONALE_TOKENS`` more.
-
-    Returns:
-        The answer, without its rationale, and the seconds of all drafts and scores with the tokens
-        of that draft.
+    ``render`` makes the question's messages around a context; ``vectors`` are the chunks',
+    ``[len(chunks), d]``; a rationale may take ``RATIONALE_TOKENS`` more than ``sampling`` says.
     """
     longer = replace(sampling, max_new_tokens=sampling.max_new_tokens + RATIONALE_TOKENS)
-    stats: list[Stats] = []
-    drafts: list[Draft] = []
-    scores: list[float] = []
+    drafts: list[tuple[float, str, Stats]] = []
     for subset in draw_subsets(vectors, sampling.seed or 0):
-        prompt = _instructed(render("\n\n".join(chunks[i] for i in subset)))
+        *rest, last = render("\n\n".join(chunks[i] for i in subset))
+        prompt = [*rest, last | {"content": f"{last['content']}\n\n{INSTRUCTION}"}]
         result = decoder.generate(None, prompt, sampling=longer)
-        drafts.append(Draft.parse(result.text))
+        rationale, said = split(result.text)
         started = time.perf_counter()
-        scores.append(_confidence(decoder, prompt, render(""), drafts[-1]))
+        score = _confidence(decoder, prompt, render(""), rationale, said)
         result.stats.decode_seconds += time.perf_counter() - started
-        stats.append(result.stats)
-    best = max(range(len(scores)), key=scores.__getitem__)
-    total = replace(Stats.together(stats), completion_tokens=stats[best].completion_tokens)
-    return drafts[best].answer.strip(), total
+        drafts.append((score, said.strip(), result.stats))
+    _, best, stats = max(drafts, key=lambda draft: draft[0])
+    total = Stats.together([stats for _, _, stats in drafts])
+    return best, replace(total, completion_tokens=stats.completion_tokens)
 
 
 def _confidence(
-    decoder: RapidDecoder, prompt: list[Message], question: list[Message], draft: Draft
+    decoder: RapidDecoder, prompt: list[Message], question: list[Message], *draft: str
 ) -> float:
     """The logarithm of the paper's product of three probabilities (its section 3.3)."""
-    text = draft.rationale + draft.answer
+    text = "".join(draft)
     if not text.strip():
         return float("-inf")
-    reflection = [
-        *question,
-        {"role": "assistant", "content": text.strip()},
-        {"role": "user", "content": REFLECTION},
-    ]
-    return (
-        _drafting(decoder, prompt, draft)
-        + decoder.log_likelihood(question, text)
-        + decoder.log_likelihood(reflection, "Yes")
-    )
+    answered = {"role": "assistant", "content": text.strip()}
+    reflection = [*question, answered, {"role": "user", "content": REFLECTION}]
+    itself = decoder.log_likelihood(question, text) + decoder.log_likelihood(reflection, "Yes")
+    return drafting(decoder, prompt, *draft) + itself
 
 
-def _drafting(decoder: RapidDecoder, prompt: list[Message], draft: Draft) -> float:
+def drafting(decoder: RapidDecoder, prompt: list[Message], rationale: str, said: str) -> float:
     """log (P(rationale | chunks) + P(answer | chunks, rationale)), by the drafter."""
-    if not draft.rationale:
-        return decoder.log_likelihood(prompt, draft.answer, drafter=True)
+    if not rationale:
+        return decoder.log_likelihood(prompt, said, drafter=True)
     tokenizer = decoder.tokenizer
-    before = [*encode_prompt(prompt, tokenizer), *encode_literal(draft.rationale, tokenizer)]
-    return float(
-        np.logaddexp(
-            decoder.log_likelihood(prompt, draft.rationale, drafter=True),
-            decoder.log_likelihood(before, draft.answer, drafter=True),
-        )
-    )
-
-
-def _instructed(messages: list[Message]) -> list[Message]:
-    """The messages, the last of which also asks for a rationale."""
-    *rest, last = messages
-    return [*rest, last | {"content": f"{last['content']}\n\n{INSTRUCTION}"}]
+    before = [*encode_prompt(prompt, tokenizer), *encode_literal(rationale, tokenizer)]
+    first = decoder.log_likelihood(prompt, rationale, drafter=True)
+    return float(np.logaddexp(first, decoder.log_likelihood(before, said, drafter=True)))

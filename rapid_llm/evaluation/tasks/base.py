@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.errors import DataError
+from rapid_llm.evaluation.judge import Judge
 
-CONTEXT = "{context}"
-"""Stands in an item's messages for the long context (for the drafter: what was retrieved)."""
-
-ANSWER = "{answer}"
-"""Stands in :attr:`Item.follow_up` where the first answer goes."""
+# Stand in an item's messages for its context (the drafter's: what was retrieved), and in its
+# follow-up for the first answer.
+CONTEXT, ANSWER = "{context}", "{answer}"
 
 SHORT_ANSWER = "Answer the question with a few words from the text above."
 """The instruction of tasks that have none of their own."""
@@ -25,74 +28,52 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Item:
-    """One question on one long context.
+    """One question on one long context."""
 
-    Attributes:
-        id: unique within the task, and the same in every run.
-        context: the whole long text; cut in its middle where the target's window is too small.
-        query: what is retrieved for.
-        messages: chat messages with ``{context}`` once in one of them.
-        references: acceptable answers, at least one.
-        max_new_tokens: of an answer, as the benchmark has it.
-        follow_up: a second prompt (LongBench v2 with CoT): one user message with ``{answer}``,
-            and ``{context}`` if it repeats the text; the answer to it is what is scored.
-        follow_up_tokens: ``max_new_tokens`` of that second answer.
-        groups: what the summary splits by, such as length or difficulty.
-        meta: whatever else the task's scorer needs.
-    """
-
-    id: str
-    context: str
-    query: str
-    messages: tuple[Message, ...]
-    references: tuple[str, ...]
-    max_new_tokens: int
+    id: str  # unique within the task, and the same in every run
+    context: str  # whole; cut in its middle where the target's window is too small
+    query: str  # what is retrieved for
+    messages: tuple[Message, ...]  # with {context} once in one of them
+    references: tuple[str, ...]  # acceptable answers, at least one
+    max_new_tokens: int  # of an answer, as the benchmark has it
+    # A second user message with {answer}, and {context} if it repeats the text (LongBench v2 with
+    # CoT): the answer to it is what is scored.
     follow_up: str | None = None
     follow_up_tokens: int = 128
-    groups: Mapping[str, str] = field(default_factory=dict)
-    meta: Mapping[str, str] = field(default_factory=dict)
-
-
-class Task(Protocol):
-    """A list of items with their scorer.
-
-    Attributes:
-        name: as on the command line.
-        metrics: the scores by name; the first is the task's headline.
-        items: in a fixed order.
-    """
-
-    name: str
-    metrics: Mapping[str, MetricKind]
-    items: Sequence[Item]
-
-    def score(self, item: Item, answer: str) -> dict[str, float]:
-        """A number in [0, 1] for every metric."""
-        ...
+    groups: Mapping[str, str] = field(default_factory=dict)  # such as length or difficulty
+    meta: Mapping[str, str] = field(default_factory=dict)  # what else the scorer needs
 
 
 @dataclass
-class Benchmark:
-    """A :class:`Task`: its items, and a function that scores an answer.
+class Task:
+    """Items with their scorer.
 
     Raises:
         DataError: two items have the same id.
     """
 
-    name: str
-    metrics: Mapping[str, MetricKind]
+    name: str  # as on the command line
+    metrics: Mapping[str, MetricKind]  # of the scores; the first is the task's headline
     items: Sequence[Item]
-    scorer: Callable[[Item, str], dict[str, float]]
+    score: Callable[[Item, str], dict[str, float]]  # in [0, 1] for every metric
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for item in self.items:
-            if item.id in seen:
-                raise DataError(
-                    f"the data of {self.name} holds the id {item.id!r} twice: give each item an "
-                    "id of its own"
-                )
-            seen.add(item.id)
+        (most, times), *_ = Counter(item.id for item in self.items).most_common(1) or [("", 0)]
+        if times > 1:
+            raise DataError(
+                f"the data of {self.name} holds the id {most!r} twice: give each item its own"
+            )
 
-    def score(self, item: Item, answer: str) -> dict[str, float]:
-        return self.scorer(item, answer)
+
+@dataclass(frozen=True)
+class Source:
+    """What the items of a task are made from."""
+
+    tokenizer: PreTrainedTokenizerBase  # the target's fast tokenizer
+    # The benchmark's file, or the folder with it; None downloads it where the hub has it (∞Bench,
+    # LongBench v2). needle takes any text.
+    data: Path | None = None
+    context_tokens: int | None = None  # of contexts made to a length; None is the task's own
+    limit: int | None = None  # number of items; None takes all (of needle, 100)
+    seed: int = 0  # of what is drawn at random
+    judge: Judge | None = None  # of mtbench101's answers

@@ -1,105 +1,96 @@
 """∞Bench (Zhang et al. 2024, arXiv 2402.13718): books of 100K tokens and more.
 
-Prompts, lengths of answers and scores are those of its repository, OpenBMB/InfiniteBench (of its
-prompts the chat ones); local files are its own, such as ``longbook_qa_eng.jsonl``.
+Prompts (the chat ones), lengths of answers and scores are those of its repository,
+OpenBMB/InfiniteBench; local files are its own, such as ``longbook_qa_eng.jsonl``.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import resources
 from itertools import islice
-from pathlib import Path
+from typing import Annotated, Any
 
-from rapid_llm.evaluation.scoring import rouge_lsum, token_f1
-from rapid_llm.evaluation.tasks.base import CONTEXT, Benchmark, Item, Message, MetricKind
-from rapid_llm.evaluation.tasks.data import Row, locate, read_rows
+from pydantic import BaseModel, Field, model_validator
+
+from rapid_llm.evaluation.scoring import rouge, token_f1
+from rapid_llm.evaluation.tasks.base import CONTEXT, Item, Source, Task
+from rapid_llm.evaluation.tasks.data import Text, Texts, locate, read_rows
 
 REPOSITORY = "xinrongzhang2022/InfiniteBench"
 LETTERS = "ABCD"
-
-_HIDDEN = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it{}. I will quiz "
-    "you about the important information there."
+PARTS: dict[str, dict[str, Any]] = json.loads(
+    (resources.files("rapid_llm") / "data" / "infinitebench.json").read_text("utf-8")
 )
-_BOOK = "Read the book below and answer a question."
-_CHOICE = (
-    "Only one of the following options is correct, tell me the answer using one single letter "
-    "(A, B, C, or D). Don't say anything else.\n{options}"
-)
+"""Of each of the benchmark's tasks its file, prompt, length of an answer and metric."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One of the benchmark's tasks.
-
-    Attributes:
-        file: without its suffix.
-        max_new_tokens: of an answer.
-        before: what the user's message says before the context.
-        after: what it says after it, with ``{input}`` and ``{options}`` where they go.
-        metric: its name and kind.
-        score: of an answer.
-    """
-
-    file: str
-    max_new_tokens: int
-    before: str
-    after: str
-    metric: tuple[str, MetricKind]
-    score: Callable[[Item, str], float]
+class _Book(BaseModel):
+    context: Text
+    answer: Texts
+    options: tuple[Text, ...] = ()
 
 
-def load(name: str, data: Path | None, limit: int | None) -> Benchmark:
-    """The first ``limit`` items of one of :data:`PARTS`.
+class _Question(_Book):
+    input: Text
 
-    Raises:
-        DataError: the file is missing, or lacks what it should hold.
-    """
+
+class _Choice(_Question):
+    options: Annotated[tuple[Text, ...], Field(min_length=4, max_length=4)]
+
+    @model_validator(mode="after")
+    def _holds_the_answer(self) -> _Choice:
+        if set(self.answer).isdisjoint(self.options):
+            raise ValueError("no 'answer' is one of the 'options'")
+        return self
+
+
+def load(name: str, source: Source) -> Task:
+    """The first items of one of :data:`PARTS`."""
     part = PARTS[name]
-    rows = islice(read_rows(locate(data, f"{part.file}.jsonl", REPOSITORY)), limit)
-    metric, kind = part.metric
-    return Benchmark(
+    path = locate(source.data, f"{part['file']}.jsonl", REPOSITORY)
+    kinds: dict[str, type[_Book]] = {"sum": _Book, "mc": _Choice}
+    rows = read_rows(path, kinds.get(name, _Question))
+    items = [_item(part, number, row) for number, row in enumerate(islice(rows, source.limit), 1)]
+    metric = part["metric"]
+    return Task(
         f"infinitebench-{name}",
-        {metric: kind},
-        [_item(part, number, row) for number, row in enumerate(rows, 1)],
-        lambda item, answer: {metric: float(part.score(item, answer))},
+        {metric: "rate" if metric == "accuracy" else "mean"},
+        items,
+        lambda item, answer: {metric: float(_score(name, item, answer))},
     )
 
 
-def _item(part: _Part, number: int, row: Row) -> Item:
-    question = row.text("input") if "{input}" in part.after else ""
-    options = _options(row) if "{options}" in part.after else []
-    answers = row.texts("answer")
-    right = [answer for answer in answers if answer in options]
-    if options and not right:
-        raise row.wrong("answer", "is none of the field 'options'")
-    listed = "\n".join(f"{letter}. {o}" for letter, o in zip(LETTERS, options, strict=False))
-    after = part.after.replace("{options}", listed).replace("{input}", question)
+def _item(part: dict[str, Any], number: int, row: _Book) -> Item:
+    question = row.input if isinstance(row, _Question) else ""
+    right = [answer for answer in row.answer if answer in row.options]
+    listed = "\n".join(f"{letter}. {o}" for letter, o in zip(LETTERS, row.options, strict=False))
+    after = part["after"].replace("{options}", listed).replace("{input}", question)
+    content = f"{part['before']}\n\n{CONTEXT}\n\n{after}".rstrip("\n")
     return Item(
         id=str(number),
-        context=row.text("context"),
-        query=question or part.before,
-        messages=_messages(f"{part.before}\n\n{CONTEXT}\n\n{after}".rstrip("\n")),
-        references=tuple(right) or answers,
-        max_new_tokens=part.max_new_tokens,
-        meta={"letter": LETTERS[options.index(right[0])]} if right else {},
+        context=row.context,
+        query=question or part["before"],
+        messages=(
+            {"role": "system", "content": "You are a helpful assistant"},
+            {"role": "user", "content": content},
+        ),
+        references=tuple(right) or row.answer,
+        max_new_tokens=part["max_new_tokens"],
+        meta={"letter": LETTERS[row.options.index(right[0])]} if right else {},
     )
 
 
-def _messages(content: str) -> tuple[Message, ...]:
-    return (
-        {"role": "system", "content": "You are a helpful assistant"},
-        {"role": "user", "content": content},
-    )
-
-
-def _options(row: Row) -> list[str]:
-    options = list(row.texts("options"))
-    if len(options) != len(LETTERS):
-        raise row.wrong("options", f"has {len(options)} texts, not {len(LETTERS)}")
-    return options
+def _score(name: str, item: Item, answer: str) -> float:
+    if name == "qa":
+        return token_f1(answer, item.references)
+    if name == "sum":
+        return rouge("rougeLsum", answer, item.references)
+    if name == "mc":
+        return chose(answer, item.meta["letter"], item.references[0])
+    read = values(answer) if name == "kv" else [first_number(answer)]
+    return item.references[0] in read
 
 
 def chose(answer: str, letter: str, option: str) -> bool:
@@ -116,8 +107,7 @@ def chose(answer: str, letter: str, option: str) -> bool:
     words = re.sub(" +", " ", re.sub(r"[\n\"'.,?!{}]", " ", answer))
     for prefix in ("answer is:", "answer:", "answer is", "option is"):
         if prefix in words:
-            after = words.partition(prefix)[2][1:]
-            return after.startswith((letter, option))
+            return words.partition(prefix)[2][1:].startswith((letter, option))
     return next((word for word in words.split() if word in LETTERS), None) == letter
 
 
@@ -130,59 +120,3 @@ def first_number(answer: str) -> str | None:
 def values(answer: str) -> list[str]:
     """The words of an answer, as the benchmark looks for a value among them."""
     return re.sub(r"[\n:\"'.,?!{}]", " ", answer).split()
-
-
-def _number_found(item: Item, answer: str) -> float:
-    return first_number(answer) == item.references[0]
-
-
-PARTS = {
-    "qa": _Part(
-        "longbook_qa_eng",
-        40,
-        _BOOK,
-        "Question: {input}\n\nBe very concise.",
-        ("f1", "mean"),
-        lambda item, answer: token_f1(answer, item.references),
-    ),
-    "mc": _Part(
-        "longbook_choice_eng",
-        40,
-        "Read the book and answer the question.",
-        "Question: {input}\n\n" + _CHOICE,
-        ("accuracy", "rate"),
-        lambda item, answer: chose(answer, item.meta["letter"], item.references[0]),
-    ),
-    "sum": _Part(
-        "longbook_sum_eng",
-        1200,
-        "Summarize the following book.",
-        "",
-        ("rouge_lsum", "mean"),
-        lambda item, answer: rouge_lsum(answer, item.references),
-    ),
-    "passkey": _Part(
-        "passkey",
-        6,
-        _HIDDEN.format(" and memorize them"),
-        "{input}",
-        ("accuracy", "rate"),
-        _number_found,
-    ),
-    "number": _Part(
-        "number_string",
-        12,
-        _HIDDEN.format(""),
-        "{input}",
-        ("accuracy", "rate"),
-        _number_found,
-    ),
-    "kv": _Part(
-        "kv_retrieval",
-        50,
-        "Extract the value corresponding to the specified key in the JSON object below.",
-        "{input}",
-        ("accuracy", "rate"),
-        lambda item, answer: item.references[0] in values(answer),
-    ),
-}

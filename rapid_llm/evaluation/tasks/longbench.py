@@ -8,70 +8,71 @@ from __future__ import annotations
 
 import re
 from itertools import islice
-from pathlib import Path
+from typing import Literal
 
-from rapid_llm.evaluation.tasks.base import ANSWER, CONTEXT, Benchmark, Item
-from rapid_llm.evaluation.tasks.data import Row, locate, read_rows
+from pydantic import BaseModel, Field
+
+from rapid_llm.evaluation.tasks.base import ANSWER, CONTEXT, Item, Source, Task
+from rapid_llm.evaluation.tasks.data import Text, locate, read_rows
 
 REPOSITORY = "THUDM/LongBench-v2"
-LETTERS = "ABCD"
-LENGTHS = ("short", "medium", "long")
-DIFFICULTIES = ("easy", "hard")
 
+_READ = "Please read the following text and answer the question"
+_TEXT = f"<text>\n{CONTEXT}\n</text>"
 _FORMAT = 'Format your response as follows: "The correct answer is (insert answer here)".'
 _THINK = "Let\u2019s think step by step:"
+PROMPT = f"{_READ} below.\n\n{_TEXT}\n\n{{asked}}\n\n{_FORMAT}"
+THINKING_PROMPT = f"{_READ}s below.\n\n{_TEXT}\n\n{{asked}}\n\n{_THINK}"
+# Its authors leave the text out of the second prompt: the thoughts stand for it.
+SECOND_PROMPT = (
+    f"{_READ}s below.\n\nThe text is too long and omitted here.\n\n{{asked}}\n\n{_THINK} {ANSWER}"
+    f"\n\nBased on the above, what is the single, most likely answer choice? {_FORMAT}"
+)
 
 
-def load(name: str, data: Path | None, limit: int | None) -> Benchmark:
-    """The first ``limit`` items, asked for the answer or (``longbench-v2-cot``) for thoughts first.
+class _Row(BaseModel):
+    id: Text = Field(alias="_id")
+    question: Text
+    choice_a: Text = Field(alias="choice_A")
+    choice_b: Text = Field(alias="choice_B")
+    choice_c: Text = Field(alias="choice_C")
+    choice_d: Text = Field(alias="choice_D")
+    answer: Literal["A", "B", "C", "D"]
+    context: Text
+    length: Literal["short", "medium", "long"]
+    difficulty: Literal["easy", "hard"]
 
-    Raises:
-        DataError: the file is missing, or lacks what it should hold.
-    """
-    rows = islice(read_rows(locate(data, "data.json", REPOSITORY)), limit)
-    thinks = name.endswith("-cot")
-    return Benchmark(name, {"accuracy": "rate"}, [_item(row, thinks) for row in rows], _score)
+
+def load(name: str, source: Source) -> Task:
+    """The first items, asked for the answer or (``longbench-v2-cot``) for thoughts first."""
+    rows = islice(read_rows(locate(source.data, "data.json", REPOSITORY), _Row), source.limit)
+    items = [_item(row, thinks=name.endswith("-cot")) for row in rows]
+    return Task(name, {"accuracy": "rate"}, items, _score)
 
 
-def _item(row: Row, thinks: bool) -> Item:
-    question = row.text("question").strip()
-    choices = {letter: row.text(f"choice_{letter}").strip() for letter in LETTERS}
-    letter = row.choice("answer", LETTERS)
+def _item(row: _Row, thinks: bool) -> Item:
+    question = row.question.strip()
+    texts = (row.choice_a, row.choice_b, row.choice_c, row.choice_d)
+    choices = {letter: text.strip() for letter, text in zip("ABCD", texts, strict=True)}
     listed = "\n".join(f"({letter}) {choice}" for letter, choice in choices.items())
     asked = f"What is the correct answer to this question: {question}\nChoices:\n{listed}"
-    text = f"<text>\n{CONTEXT}\n</text>"
-    read = "Please read the following text and answer the question"
-    if thinks:
-        prompt = f"{read}s below.\n\n{text}\n\n{asked}\n\n{_THINK}"
-        # Its authors leave the text out of the second prompt: the thoughts stand for it.
-        follow_up = (
-            f"{read}s below.\n\nThe text is too long and omitted here.\n\n{asked}\n\n"
-            f"{_THINK} {ANSWER}\n\nBased on the above, what is the single, most likely answer "
-            f"choice? {_FORMAT}"
-        )
-    else:
-        prompt, follow_up = f"{read} below.\n\n{text}\n\n{asked}\n\n{_FORMAT}", None
+    prompt = (THINKING_PROMPT if thinks else PROMPT).replace("{asked}", asked)
     return Item(
-        id=row.text("_id"),
-        context=row.text("context").strip(),
+        id=row.id,
+        context=row.context.strip(),
         query=question,
         messages=({"role": "user", "content": prompt},),
-        references=(choices[letter],),
+        references=(choices[row.answer],),
         max_new_tokens=1024 if thinks else 128,
-        follow_up=follow_up,
-        follow_up_tokens=128,
-        groups={
-            "length": row.choice("length", LENGTHS),
-            "difficulty": row.choice("difficulty", DIFFICULTIES),
-        },
-        meta={"letter": letter},
+        follow_up=SECOND_PROMPT.replace("{asked}", asked) if thinks else None,
+        groups={"length": row.length, "difficulty": row.difficulty},
+        meta={"letter": row.answer},
     )
 
 
 def extract_choice(answer: str) -> str | None:
     """The letter after "The correct answer is", as the benchmark reads it; None without one."""
-    text = answer.replace("*", "")
-    stated = "The correct answer is "
+    text, stated = answer.replace("*", ""), "The correct answer is "
     match = re.search(rf"{stated}\(([A-D])\)", text) or re.search(f"{stated}([A-D])", text)
     return match and match[1]
 

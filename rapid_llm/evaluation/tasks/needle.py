@@ -6,12 +6,12 @@ answer occur nowhere else, so no other sentence answers the question.
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
-from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -20,7 +20,7 @@ from rapid_llm.context.prompts import build_messages
 from rapid_llm.encoding import encode_literal, literal_encoding
 from rapid_llm.errors import DataError, InvalidParameterError
 from rapid_llm.evaluation.scoring import contains, normalise
-from rapid_llm.evaluation.tasks.base import CONTEXT, SHORT_ANSWER, Benchmark, Item
+from rapid_llm.evaluation.tasks.base import CONTEXT, SHORT_ANSWER, Item, Source, Task
 from rapid_llm.evaluation.tasks.passages import DEPTHS, depth_group
 
 DEFAULT_LIMIT = 100
@@ -29,60 +29,18 @@ FACTS = 4
 # Where a sentence ends, but no abbreviation such as "n." or "adj." does.
 _SENTENCE_END = re.compile(r"(?<=\w{4}[.!?])\s+(?=[\"'(]?[A-Z])")
 
-# The fact, the question, and which of the names in it is the answer.
-PATTERNS = (
-    ("{person} of {town} keeps the {thing} in the {room}.",
-     "In which room does {person} of {town} keep the {thing}?", "room"),
-    ("The {thing} of {town} was made by {person}.",
-     "Who made the {thing} of {town}?", "person"),
-    ("{person} paid {number} crowns for the {thing}.",
-     "How many crowns did {person} pay for the {thing}?", "number"),
-    ("The {thing} that {person} lost was found at {town}.",
-     "Where was the {thing} that {person} lost found?", "town"),
-    ("The password of {person}, the clerk of {town}, is {number}.",
-     "What is the password of {person}, the clerk of {town}?", "number"),
-    ("{person} travelled to {town} to sell the {thing}.",
-     "What did {person} travel to {town} to sell?", "thing"),
-    ("The house of {person} in {town} has the number {number}.",
-     "What number has the house of {person} in {town}?", "number"),
-    ("Every evening {person} feeds the {animal} of {town}.",
-     "Which animal of {town} does {person} feed every evening?", "animal"),
-)  # fmt: skip
-NAMES = {
-    "person": (
-        ("Adela", "Bruno", "Cosima", "Dmitri", "Edda", "Florian", "Greta", "Hanno", "Ilse",
-         "Jorin", "Katya", "Lorenz", "Mirela", "Nestor", "Odile", "Pavel"),
-        ("Arkwright", "Bellweather", "Castellan", "Drumgold", "Eversley", "Fennimore",
-         "Grimsdale", "Hollander", "Ivanko", "Jesperson", "Kettering", "Lindqvist", "Marchbanks",
-         "Novotny", "Ostrander", "Pemberley"),
-    ),
-    "town": (
-        ("Alder", "Birken", "Cold", "Dun", "Elm", "Fern", "Gorse", "Hazel", "Ivel", "Kil", "Lin",
-         "Maple", "Nether", "Otter", "Raven", "Thorn"),
-        ("bridge", "combe", "dale", "ford", "gate", "haven", "holm", "leigh", "mere", "minster",
-         "mouth", "stead", "thwaite", "wick"),
-    ),
-    "thing": (
-        ("copper", "crimson", "ebony", "gilded", "ivory", "jade", "lacquered", "marble", "pewter",
-         "porcelain", "silver", "turquoise", "velvet", "walnut"),
-        ("accordion", "barometer", "bracelet", "candelabrum", "chessboard", "clock", "compass",
-         "goblet", "harpsichord", "lantern", "sextant", "snuffbox", "telescope", "umbrella"),
-    ),
-    "room": (
-        ("blue", "eastern", "green", "lower", "northern", "southern", "upper", "western"),
-        ("attic", "cellar", "conservatory", "gallery", "laundry", "library", "nursery",
-         "pantry", "scullery", "stable"),
-    ),
-    "animal": (
-        ("brindled", "freckled", "lame", "one-eyed", "piebald", "shaggy", "spotted", "tame"),
-        ("badger", "buzzard", "ferret", "heron", "lynx", "marmot", "otter", "pelican", "tortoise",
-         "weasel"),
-    ),
-}  # fmt: skip
+
+def _packaged(name: str) -> str:
+    return (resources.files("rapid_llm") / "data" / name).read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Fact:
+# A fact, the question, and which of the names in it is the answer; words that names are made of.
+_WORDS = json.loads(_packaged("needle.json"))
+PATTERNS: list[tuple[str, str, str]] = _WORDS["patterns"]
+NAMES: dict[str, list[list[str]]] = _WORDS["names"]
+
+
+class Fact(NamedTuple):
     """A sentence to hide, the question that it answers, and the answer."""
 
     sentence: str
@@ -90,58 +48,38 @@ class Fact:
     answer: str
 
 
-def load(
-    data: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    context_tokens: int,
-    limit: int | None,
-    seed: int,
-) -> Benchmark:
-    """``limit`` items (100), which ask at the five fifths of the context by turns.
+def load(source: Source) -> Task:
+    """Items which ask at the five fifths of the context by turns.
 
-    An item's facts depend on the seed and its number alone, whatever the length of the context.
-
-    Args:
-        data: a document of prose; None takes the bundled excerpt of The Devil's Dictionary.
-        tokenizer: the target's fast tokenizer.
-        context_tokens: of the text with its facts, which is at most so long.
-        limit: number of items.
-        seed: of the facts and their places.
-
-    Raises:
-        DocumentError: the document cannot be read.
-        DataError: it has no sentences.
-        InvalidParameterError: ``context_tokens`` leaves no room for the text.
+    The text is a document of prose, or the packaged excerpt of The Devil's Dictionary. An item's
+    facts depend on the seed and its number alone, whatever the length of the context.
     """
-    text = read_document(data) if data else bundled()
-    haystack = _Haystack(text.strip(), str(data), tokenizer)
+    text = read_document(source.data) if source.data else _packaged("devils-dictionary.txt")
+    haystack = _Haystack(text.strip(), str(source.data), source.tokenizer)
     plain = f" {normalise(text)} "
     items = []
-    for number in range(limit if limit is not None else DEFAULT_LIMIT):
-        rng = Random(f"{seed}/{number}")
+    for number in range(DEFAULT_LIMIT if source.limit is None else source.limit):
+        rng = Random(f"{source.seed}/{number}")
         facts = draw_facts(rng, plain)
         depths = [(number % len(DEPTHS) + rng.random()) / len(DEPTHS)]
         depths += [rng.random() for _ in facts[1:]]
-        context = haystack.hide([f.sentence for f in facts], depths, context_tokens, rng.random())
-        asked = facts[0]
-        items.append(
-            Item(
-                id=str(number + 1),
-                context=context,
-                query=asked.question,
-                messages=tuple(build_messages(CONTEXT, asked.question, instruction=SHORT_ANSWER)),
-                references=(asked.answer,),
-                max_new_tokens=32,
-                groups={"depth": depth_group(context.index(asked.sentence) / len(context))},
-            )
+        sentences, asked = [fact.sentence for fact in facts], facts[0]
+        context = haystack.hide(sentences, depths, source.context_tokens or 0, rng.random())
+        item = Item(
+            id=str(number + 1),
+            context=context,
+            query=asked.question,
+            messages=tuple(build_messages(CONTEXT, asked.question, instruction=SHORT_ANSWER)),
+            references=(asked.answer,),
+            max_new_tokens=32,
+            groups={"depth": depth_group(context.index(asked.sentence) / len(context))},
         )
-    return Benchmark("needle", {"contains": "rate"}, items, _score)
+        items.append(item)
 
+    def score(item: Item, answer: str) -> dict[str, float]:
+        return {"contains": contains(answer, item.references)}
 
-def bundled() -> str:
-    """The excerpt that the package carries, about 7,000 tokens."""
-    path = resources.files("rapid_llm") / "data" / "devils-dictionary.txt"
-    return path.read_text(encoding="utf-8")
+    return Task("needle", {"contains": "rate"}, items, score)
 
 
 def draw_facts(rng: Random, text: str) -> list[Fact]:
@@ -150,8 +88,7 @@ def draw_facts(rng: Random, text: str) -> list[Fact]:
     facts = []
     for _ in range(FACTS):
         sentence, question, kind = rng.choice(PATTERNS)
-        names = {"number": _draw(rng, "number", text, used)}
-        names |= {name: _draw(rng, name, text, used) for name in NAMES}
+        names = {name: _draw(rng, name, text, used) for name in ("number", *NAMES)}
         facts.append(Fact(sentence.format(**names), question.format(**names), names[kind]))
     return facts
 
@@ -172,25 +109,21 @@ def _draw(rng: Random, kind: str, text: str, used: set[str]) -> str:
 class _Haystack:
     """A text that is repeated or cut to a length, and in which sentences are hidden."""
 
-    def __init__(self, text: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, text: str, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self._text = text
         self._tokenizer = tokenizer
         self._tokens = len(encode_literal(text, tokenizer))
         self._starts = [0, *(match.end() for match in _SENTENCE_END.finditer(text))]
         if len(self._starts) < 2 * FACTS:
             raise DataError(
-                f"{source} has {len(self._starts)} sentences to hide {FACTS} facts between: give "
+                f"{path} has {len(self._starts)} sentences to hide {FACTS} facts between: give "
                 "a longer text of prose with --data PATH"
             )
 
     def hide(self, sentences: list[str], depths: list[float], max_tokens: int, start: float) -> str:
-        """The text from the sentence at ``start`` on, with each sentence at its depth.
+        """The text from ``start`` on (0 to 1), cut to ``max_tokens`` with its hidden sentences.
 
-        Args:
-            sentences: to hide.
-            depths: from 0 to 1, one a sentence; it goes between the two sentences next to it.
-            max_tokens: of the result, which is hardly shorter.
-            start: from 0 to 1.
+        Each goes between the two sentences next to its depth, from 0 to 1.
         """
         at = self._starts[int(start * len(self._starts))]
         turned = f"{self._text[at:]}\n\n{self._text[:at]}".strip()
@@ -215,7 +148,3 @@ def _insert(text: str, sentences: list[str], depths: list[float]) -> str:
     for place, sentence in sorted(zip(places, sentences, strict=True), reverse=True):
         text = f"{text[:place]} {sentence}{text[place:]}"
     return text
-
-
-def _score(item: Item, answer: str) -> dict[str, float]:
-    return {"contains": contains(answer, item.references)}

@@ -7,16 +7,13 @@ repository, nelson-liu/lost-in-the-middle; a local file is its ``nq-open-oracle.
 
 from __future__ import annotations
 
-from pathlib import Path
-from random import Random
-
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from pydantic import BaseModel, model_validator
 
 from rapid_llm.evaluation.scoring import normalise
 from rapid_llm.evaluation.tasks import squad
-from rapid_llm.evaluation.tasks.base import CONTEXT, Benchmark, Item
-from rapid_llm.evaluation.tasks.data import Row, locate, read_rows
-from rapid_llm.evaluation.tasks.passages import Filled, Passages
+from rapid_llm.evaluation.tasks.base import CONTEXT, Item, Source, Task
+from rapid_llm.evaluation.tasks.data import Text, Texts, locate, read_rows
+from rapid_llm.evaluation.tasks.passages import Passages
 
 PROMPT = (
     "Write a high-quality answer for the given question using only the provided search results "
@@ -24,56 +21,51 @@ PROMPT = (
 )
 
 
-def load(
-    data: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    context_tokens: int,
-    limit: int | None,
-    seed: int,
-) -> Benchmark:
-    """The first ``limit`` questions of the file.
+class _Passage(BaseModel):
+    title: Text
+    text: Text
+    isgold: bool | None = None
 
-    Raises:
-        DataError: the file is missing, lacks a field, or is too short for ``context_tokens``.
-        InvalidParameterError: ``context_tokens`` is too short for a passage.
-    """
-    path = locate(data, "nq-open-oracle.jsonl.gz")
-    rows = list(read_rows(path))
-    texts = [_gold(row) for row in rows]
-    passages = Passages(str(path), texts, tokenizer)
+
+class _Row(BaseModel):
+    question: Text
+    answers: Texts
+    ctxs: list[_Passage]
+
+    @model_validator(mode="after")
+    def _has_gold(self) -> _Row:
+        alone = len(self.ctxs) == 1  # and then it need not be marked
+        self.ctxs = [one for one in self.ctxs if (alone if one.isgold is None else one.isgold)]
+        if not self.ctxs:
+            raise ValueError("'ctxs' has no passage with isgold")
+        return self
+
+
+def load(source: Source) -> Task:
+    """The first questions of the file."""
+    path = locate(source.data, "nq-open-oracle.jsonl.gz")
+    rows = list(read_rows(path, _Row))
+    gold = [row.ctxs[0] for row in rows]
+    texts = [f"Document [{{}}](Title: {one.title}) {one.text}" for one in gold]
     plain = [normalise(text) for text in texts]
+    passages = Passages(path, texts, source)
     items = []
-    for number, row in enumerate(rows[:limit]):
-        answers = [normalise(answer) for answer in row.texts("answers")]
+    for number, row in enumerate(rows[: source.limit]):
+        answers = [normalise(answer) for answer in row.answers]
         telling = {i for i, text in enumerate(plain) if any(answer in text for answer in answers)}
-        rng = Random(f"{seed}/{number}")
-        filled = passages.fill([texts[number]], context_tokens, rng, telling | {number})
-        items.append(_item(number, row, filled))
-    return Benchmark("nq", squad.METRICS, items, _score)
-
-
-def _gold(row: Row) -> str:
-    """The passage with the answer, as the benchmark writes it but for its number."""
-    passages = row.rows("ctxs")
-    gold = [p for p in passages if p.fields.get("isgold", len(passages) == 1)]
-    if not gold:
-        raise row.wrong("ctxs", "has no passage with isgold")
-    return f"Document [{{}}](Title: {gold[0].text('title')}) {gold[0].text('text')}"
-
-
-def _item(number: int, row: Row, filled: Filled) -> Item:
-    question = row.text("question")
-    content = f"{PROMPT}\n\n{CONTEXT}\n\nQuestion: {question}\nAnswer:"
-    documents = [text.replace("{}", str(i), 1) for i, text in enumerate(filled.texts, 1)]
-    return Item(
-        id=str(number + 1),
-        context="\n".join(documents),
-        query=question,
-        messages=({"role": "user", "content": content},),
-        references=row.texts("answers"),
-        max_new_tokens=100,
-        groups={"depth": filled.depth},
-    )
+        filled, depth = passages.fill([texts[number]], telling | {number}, str(number))
+        content = f"{PROMPT}\n\n{CONTEXT}\n\nQuestion: {row.question}\nAnswer:"
+        item = Item(
+            id=str(number + 1),
+            context="\n".join(text.replace("{}", str(i), 1) for i, text in enumerate(filled, 1)),
+            query=row.question,
+            messages=({"role": "user", "content": content},),
+            references=row.answers,
+            max_new_tokens=100,
+            groups={"depth": depth},
+        )
+        items.append(item)
+    return Task("nq", squad.METRICS, items, _score)
 
 
 def _score(item: Item, answer: str) -> dict[str, float]:
