@@ -13,7 +13,8 @@ from test_eval_methods import WordCounts, item, words
 from transformers.utils import logging
 
 from rapid_llm import RapidDecoder, cli
-from rapid_llm.evaluation import command, retrieval, runner, tasks
+from rapid_llm.cli import evaluate as command
+from rapid_llm.cli import retrieval, runner, tasks
 from rapid_llm.evaluation.journal import SETTINGS, Journal, read_records
 from rapid_llm.evaluation.tasks.base import Item, Source, Task
 

@@ -35,7 +35,7 @@ class Retrieval:
                 embedder,
                 retriever=spec.retriever,
                 chunk_tokens=spec.chunk_tokens,
-                min_budget_tokens=spec.retrieval_tokens,
+                retrieval_tokens=spec.retrieval_tokens,
                 # Hardly a chunk of another document is similar, and yet something is to be read.
                 threshold=-1 if spec.irrelevant else PAPER_THRESHOLD,
             )

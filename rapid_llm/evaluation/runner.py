@@ -16,9 +16,9 @@ from typing import NamedTuple
 from rapid_llm.config import SamplingParams
 from rapid_llm.context import RetrievalContext
 from rapid_llm.context.prompts import Fitted, fit_documents
-from rapid_llm.decoder import Chunk, GenerationResult, RapidDecoder
+from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
 from rapid_llm.encoding import encode_prompt
-from rapid_llm.engine.forward import Forward
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.evaluation import speculative_rag
 from rapid_llm.evaluation.journal import Journal, Positions, Record, add_positions
 from rapid_llm.evaluation.methods import DRAFTER_ALONE, MethodSpec
@@ -142,7 +142,7 @@ class Evaluation:
         prompt = encode_prompt(whole.prompt, self.decoder.tokenizer)
         return _Turn(render, prompt, whole.omitted_tokens, sampling)
 
-    def _fit(self, render: Render, context: str, reader: Forward, new: int) -> Fitted:
+    def _fit(self, render: Render, context: str, reader: ModelRunner, new: int) -> Fitted:
         tokenizer, window = self.decoder.tokenizer, reader.context_window
         # As the long-context benchmarks shorten documents: without a mark.
         fit = partial(fit_documents, truncate="middle", mark="")
@@ -163,7 +163,7 @@ class Evaluation:
             confidence=1.0 if read is None else read.confidence,
         )
         chunks = list(stream)
-        result = GenerationResult.from_chunks(chunks)
+        result = GenerationResult.from_deltas(chunks)
         result.stats.omitted_tokens = 0 if alone else turn.omitted_tokens
         return _Answer(result.text, result.stats, accepted_at(chunks))
 
@@ -178,7 +178,7 @@ class Evaluation:
         return _Answer(*speculative_rag.answer(self.decoder, render, chunks, vectors, sampling))
 
 
-def accepted_at(chunks: Sequence[Chunk]) -> Positions:
+def accepted_at(chunks: Sequence[Delta]) -> Positions:
     """Of the drafts in a stream."""
     rounds = []
     drafted = accepted = 0

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from rapid_llm.cli.app import app
+from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.console import (
-    PACKAGED_MODEL,
     Bars,
     Dtype,
-    default_embedder,
     parse_gamma,
     show,
     status,
 )
+from rapid_llm.context.embedding import default_embedder
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ _KEPT = (
 """The options that answers depend on, but for those that are swept."""
 
 
+@app.command("eval")
 def evaluate(
     ctx: typer.Context,
     task: Annotated[str, Argument(help="needle, squad, nq, …; another name lists all.")],
@@ -182,6 +184,7 @@ def evaluate(
     show(f"Answers are in {folder}; with what is missing: rapid-llm report {folder}", stderr=True)
 
 
+@app.command()
 def report(
     folders: Annotated[
         list[Path],
