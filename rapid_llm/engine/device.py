@@ -7,7 +7,7 @@ a folder each, ``engine/cpu`` and ``engine/cuda``, and are registered in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 from rapid_llm.engine import sdpa
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rapid_llm.engine.identity import ModelState
     from rapid_llm.engine.kv_cache import KVCache
-    from rapid_llm.engine.quantized import Quantizer
 
 WeightKind = Literal["int8", "int4"]
 """Kinds of weights that a draft step reads faster than a model's own."""
@@ -122,6 +123,30 @@ class ReplayedPass(Pass, Protocol):
 
     def verification(self, judge: Judge) -> Verification:
         """Passes that end with a verdict on what they read, without the host."""
+
+
+class Quantizer(Protocol):
+    """Makes copies of models with one kind of weights of few bits."""
+
+    def require(self, model: PreTrainedModel, name: str, passes: Sequence[Pass]) -> None:
+        """Raises InvalidParameterError where it cannot; ``name`` is what errors call the model."""
+
+    def pays(self, model: PreTrainedModel, passes: Sequence[Pass]) -> bool:
+        """Whether a step of this model becomes cheaper."""
+
+    def copy(
+        self, model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]
+    ) -> PreTrainedModel:
+        """The copy: every weight of the model's own is shared.
+
+        Args:
+            model: that :meth:`require` accepts, on a device of the quantizer's kind.
+            state: the model's.
+            passes: what can run it, the fastest first.
+
+        Raises:
+            InvalidParameterError: the model has hooks or replaced methods, which it alone has.
+        """
 
 
 class Device:

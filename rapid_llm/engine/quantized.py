@@ -7,9 +7,9 @@ What the layers are is a device's own: :mod:`rapid_llm.engine.cpu.int8`, :mod:`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -18,36 +18,9 @@ from transformers import PreTrainedModel
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.errors import InvalidParameterError
 
-if TYPE_CHECKING:
-    from rapid_llm.engine.device import Pass
-
 MAX_QUANTIZED_ROWS = 8
 """Tokens up to which a layer multiplies with its weights of few bits; more are computed as fast
 with its own."""
-
-
-class Quantizer(Protocol):
-    """Makes copies of models with one kind of weights of few bits."""
-
-    def require(self, model: PreTrainedModel, name: str, passes: Sequence[Pass]) -> None:
-        """Raises InvalidParameterError where it cannot; ``name`` is what errors call the model."""
-
-    def pays(self, model: PreTrainedModel, passes: Sequence[Pass]) -> bool:
-        """Whether a step of this model becomes cheaper."""
-
-    def copy(
-        self, model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]
-    ) -> PreTrainedModel:
-        """The copy: every weight of the model's own is shared.
-
-        Args:
-            model: that :meth:`require` accepts, on a device of the quantizer's kind.
-            state: the model's.
-            passes: what can run it, the fastest first.
-
-        Raises:
-            InvalidParameterError: the model has hooks or replaced methods, which it alone has.
-        """
 
 
 class QuantizedWeights(nn.Module):

@@ -40,7 +40,7 @@ _FIELDS = {
 """Fields by the names that a call may use for them."""
 
 if TYPE_CHECKING:
-    from langchain_rapid.window import Place
+    from langchain_rapid.places import Place
 
     class OptionFields(BaseModel):
         """What a type checker sees: options of any name and type."""

@@ -33,7 +33,8 @@ from langchain_rapid.options import (
     settings,
     with_fields,
 )
-from langchain_rapid.window import Place, encoded, places_of
+from langchain_rapid.places import Place
+from langchain_rapid.window import encoded, places_of
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import Delta, RapidDecoder

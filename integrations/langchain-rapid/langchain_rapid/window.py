@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple
 
 from rapid_llm.errors import ContextWindowError
 
 from langchain_rapid.encoding import Encoder, Written
+from langchain_rapid.places import Place
 
 if TYPE_CHECKING:
     from rapid_llm.context.prompts import Fitted
@@ -17,22 +18,6 @@ if TYPE_CHECKING:
 
     from langchain_rapid.grounding import Source
     from langchain_rapid.options import Call
-
-
-class Place(TypedDict):
-    """Where a document stands in a prompt. Plain values, as it passes through LangChain's runs.
-
-    Attributes:
-        message: index of the message; 0 in a text.
-        start, end: the document's characters in it.
-        passages: what was retrieved from it: characters of the document, or a text that is not
-            found there.
-    """
-
-    message: int
-    start: int
-    end: int
-    passages: list[tuple[int, int] | str]
 
 
 def places_of(

@@ -20,7 +20,7 @@ from rapid_llm.models import sharing_copy
 
 
 class CPUQuantizer:
-    """See :class:`rapid_llm.engine.quantized.Quantizer`.
+    """See :class:`rapid_llm.engine.device.Quantizer`.
 
     Args:
         bits: 8 for any weights; 4 for a checkpoint that holds no more, as GGUF's Q4_1 does, whose

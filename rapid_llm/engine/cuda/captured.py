@@ -6,28 +6,16 @@ model: see :mod:`rapid_llm.engine.cuda.state`. Everything but the capture itself
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapid_llm.engine.cuda.draft_loop import DraftLoop
 from rapid_llm.engine.cuda.fused import FusedPass
 from rapid_llm.engine.cuda.graphs import MAX_TOKENS, Graphs, Recorder
 from rapid_llm.engine.cuda.state import describe, size_of
-from rapid_llm.engine.cuda.verification import Verification
 from rapid_llm.engine.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from rapid_llm.engine.device import Judge, TokenSampler
-
-_KEPT = 4  # draft loops, one for each way of sampling; and as many ways of verifying
-
-_Key = TypeVar("_Key")
-_Kept = TypeVar("_Kept")
 
 
 class CapturedPasses:
@@ -53,15 +41,13 @@ class CapturedPasses:
             layers = len(model.model.layers)
             self.state = torch.zeros(size_of(layers), dtype=torch.long, device=device)
         self._graphs = Graphs(self.record, device)
-        self._loops: OrderedDict[TokenSampler, DraftLoop] = OrderedDict()
-        self._verifications: OrderedDict[Judge, Verification] = OrderedDict()
 
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
         """Whether a captured pass can append the tokens: few, to a cache in use."""
         return ids.shape[0] <= MAX_TOKENS and cache.length > 0
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        """See :class:`rapid_llm.engine.device.ReplayedPass`."""
+        """See :class:`rapid_llm.engine.device.Pass`; positions follow from the cache."""
         n = ids.shape[0]
         self.begin(ids, cache, n)
         logits = self._graphs(n, partial(self.fused, self.tokens[:n], self.state))
@@ -78,14 +64,6 @@ class CapturedPasses:
         cache.advance(ids.shape[0])
         return logits
 
-    def loop(self, choice: TokenSampler) -> DraftLoop:
-        """The draft loop that samples so."""
-        return _latest(self._loops, choice, lambda: DraftLoop(self, choice))
-
-    def verification(self, judge: Judge) -> Verification:
-        """What verifies drafts so."""
-        return _latest(self._verifications, judge, lambda: Verification(self, judge))
-
     def begin(self, ids: Tensor, cache: KVCache, room: int) -> None:
         """Tell the device what to read and where the cache stands, without waiting for it.
 
@@ -101,15 +79,6 @@ class CapturedPasses:
         self.state.copy_(state, non_blocking=True)
         if len(ids) > 0:
             self.tokens[: len(ids)].copy_(ids)
-
-
-def _latest(kept: OrderedDict[_Key, _Kept], key: _Key, make: Callable[[], _Kept]) -> _Kept:
-    """What is kept under a key: made when first asked for. The latest few stay."""
-    value = kept.pop(key) if key in kept else make()
-    kept[key] = value
-    if len(kept) > _KEPT:
-        kept.popitem(last=False)
-    return value
 
 
 class EagerPass:

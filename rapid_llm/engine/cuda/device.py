@@ -28,9 +28,10 @@ class CUDA(Device):
         if cuda_graphs is False or not has_kernels(place) or not has_fixed_rotary(model):
             return []
         # Triton, which may be missing:
-        from rapid_llm.engine.cuda.captured import CapturedPasses, EagerPass
+        from rapid_llm.engine.cuda.captured import EagerPass
+        from rapid_llm.engine.cuda.replayed import ReplayedPasses
 
-        captured = CapturedPasses(model, insist=cuda_graphs is True)
+        captured = ReplayedPasses(model, insist=cuda_graphs is True)
         state.look()  # projections were fused: their weights have moved
         return [captured, EagerPass(captured)]
 

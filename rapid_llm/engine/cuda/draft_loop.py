@@ -5,18 +5,14 @@ The host launches a graph for each step and waits for none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from rapid_llm.engine.cuda.captured import CapturedPasses
 from rapid_llm.engine.cuda.graphs import MAX_TOKENS, DrawingGraphs
 from rapid_llm.engine.cuda.state import PAST, SLOT
+from rapid_llm.engine.device import TokenSampler
 from rapid_llm.engine.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from rapid_llm.engine.cuda.captured import CapturedPasses
-    from rapid_llm.engine.device import TokenSampler
 
 _PENDING = 2  # tokens that the first step may read: after a draft that was kept whole there are two
 

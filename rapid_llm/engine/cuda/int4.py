@@ -165,7 +165,7 @@ def int4_copy(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
 
 
 def copy(model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]) -> PreTrainedModel:
-    """As :meth:`rapid_llm.engine.quantized.Quantizer.copy`."""
+    """As :meth:`rapid_llm.engine.device.Quantizer.copy`."""
     lean = any(isinstance(each, LeanPass) for each in passes)
     return copy_of(model, state, ("int4", lean), lambda model: int4_copy(model, lean=lean))
 

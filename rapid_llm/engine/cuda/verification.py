@@ -5,17 +5,13 @@ The host launches it, and waits only for the verdict.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from rapid_llm.engine.cuda.captured import CapturedPasses
 from rapid_llm.engine.cuda.graphs import MAX_TOKENS, DrawingGraphs
+from rapid_llm.engine.device import Judge
 from rapid_llm.engine.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from rapid_llm.engine.cuda.captured import CapturedPasses
-    from rapid_llm.engine.device import Judge
 
 
 class Verification:

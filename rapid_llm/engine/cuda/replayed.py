@@ -1,0 +1,43 @@
+"""All that CUDA graphs do for a model: passes, draft loops and verification."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rapid_llm.engine.cuda.captured import CapturedPasses
+from rapid_llm.engine.cuda.draft_loop import DraftLoop
+from rapid_llm.engine.cuda.verification import Verification
+from rapid_llm.engine.device import Judge, TokenSampler
+
+_KEPT = 4  # draft loops, one for each way of sampling; and as many ways of verifying
+
+_Key = TypeVar("_Key")
+_Kept = TypeVar("_Kept")
+
+
+class ReplayedPasses(CapturedPasses):
+    """See :class:`rapid_llm.engine.device.ReplayedPass`."""
+
+    def __init__(self, model: Any, insist: bool) -> None:
+        super().__init__(model, insist)
+        self._loops: OrderedDict[TokenSampler, DraftLoop] = OrderedDict()
+        self._verifications: OrderedDict[Judge, Verification] = OrderedDict()
+
+    def loop(self, choice: TokenSampler) -> DraftLoop:
+        """The draft loop that samples so."""
+        return _latest(self._loops, choice, lambda: DraftLoop(self, choice))
+
+    def verification(self, judge: Judge) -> Verification:
+        """What verifies drafts so."""
+        return _latest(self._verifications, judge, lambda: Verification(self, judge))
+
+
+def _latest(kept: OrderedDict[_Key, _Kept], key: _Key, make: Callable[[], _Kept]) -> _Kept:
+    """What is kept under a key: made when first asked for. The latest few stay."""
+    value = kept.pop(key) if key in kept else make()
+    kept[key] = value
+    if len(kept) > _KEPT:
+        kept.popitem(last=False)
+    return value
