@@ -243,8 +243,8 @@ class EngineConfig:
     dtype: Annotated[
         str,
         Option(
-            "Data type of both models: auto (the checkpoint's own; bfloat16 for the packaged "
-            "model), bfloat16, float16 or float32.",
+            "Data type of both models: auto (the checkpoint's own; bfloat16 for GGUF files), "
+            "bfloat16, float16 or float32.",
             per_call=False,
         ),
     ] = "auto"

@@ -71,7 +71,8 @@ def load_model(
 
     Args:
         source: a hub id, a folder in transformers' format, a ``.gguf`` file, or ``smollm2-135m``.
-        dtype: ``auto`` (the checkpoint's own), or a torch dtype or its name.
+        dtype: ``auto`` (the checkpoint's own; bfloat16 for a GGUF file, which has none), or a torch
+            dtype or its name.
         device: where to; None takes CUDA if there is one.
         hub_options: passed to ``from_pretrained`` of both (``revision``, ``token``, …).
 
@@ -81,7 +82,7 @@ def load_model(
         InvalidParameterError: an unknown dtype or device.
     """
     name = str(source)
-    resolved = _resolve_dtype(dtype)
+    resolved = _resolve_dtype(name, dtype)
     place = resolve_device(device)
     key = (name, str(resolved), str(place), repr(sorted(hub_options.items())))
     with _loading:
@@ -219,7 +220,9 @@ def device_memory(device: torch.device) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def _resolve_dtype(name: str, dtype: str | torch.dtype) -> str | torch.dtype:
+    if dtype == "auto" and (name == PACKAGED_MODEL or name.endswith(".gguf")):
+        return torch.bfloat16
     if dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype
     resolved = getattr(torch, dtype, None)

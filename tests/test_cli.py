@@ -19,6 +19,7 @@ import pytest
 from conftest import tiny_model, tiny_tokenizer
 from transformers.utils import logging
 
+import rapid_llm
 from rapid_llm import ContextBuilder, RapidDecoder, cli
 from rapid_llm.cli import demo
 from rapid_llm.cli.answers import COMPARED
@@ -604,3 +605,54 @@ def test_the_demo_s_question_finds_its_passage(smollm2_float32: LoadedModel) -> 
     best = max(context.chunks, key=lambda chunk: chunk.score)
     assert best.text.startswith("PROPHECY, n.  The art and practice")
     assert context.tokens <= demo.DEMO_RETRIEVAL_TOKENS
+
+
+FOO = """
+import dataclasses, sys
+from typing import Annotated
+from rapid_llm import config
+from rapid_llm.options import Option, check
+
+@dataclasses.dataclass(frozen=True)
+class SpeculationConfig(config.SpeculationConfig):
+    foo: Annotated[int, Option("Number of foos.", "at least 1", lambda n: n >= 1)] = 7
+
+config.SpeculationConfig = SpeculationConfig
+from rapid_llm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["ask", "--help"], ["--foo", "Number of foos.", "[default: 7]"]),
+        (["ask", "nowhere.txt", "-q", "w5", "--foo", "0"], ["foo=0 is not allowed", "at least 1"]),
+    ],
+    ids=["help", "check"],
+)
+def test_an_option_that_is_declared_is_an_option_here(
+    arguments: list[str], told: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FOO, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    for part in told:
+        assert part in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("--target", "--model"), ("--embed-model", "--embedder"), ("--kv-cache", "--kv-cache-dir")],
+)
+def test_an_old_option_names_the_new_one(ask: Any, old: str, new: str) -> None:
+    assert_refused(ask(old, "x"), f"{old} is now {new}")
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == rapid_llm.__version__

@@ -9,10 +9,11 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import rapid_llm
 from rapid_llm.errors import RapidError
 
 app = typer.Typer(
@@ -21,6 +22,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if version:
+        print(rapid_llm.__version__)
+        raise typer.Exit
+
 
 _RENAMED = {
     "--attention": "--attn-implementation",
