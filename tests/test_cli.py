@@ -223,7 +223,7 @@ def test_every_option_reaches_the_decoder(ask: Any, monkeypatch: pytest.MonkeyPa
     stream = RapidDecoder.stream
 
     def spy(self: RapidDecoder, *prompts: Any, **options: Any) -> Any:
-        seen.update(options, attention=self.target.attn_implementation)
+        seen.update(options, attn_implementation=self.target.attn_implementation)
         return stream(self, *prompts, **options)
 
     monkeypatch.setattr(RapidDecoder, "stream", spy)
@@ -237,7 +237,10 @@ def test_every_option_reaches_the_decoder(ask: Any, monkeypatch: pytest.MonkeyPa
         "top-k": 20,
         "seed": 11,
         "stop": "w9 w9",
-        "attention": "eager",
+        "attn-implementation": "eager",
+        "timeout": 100,
+        "min-confidence": 0.1,
+        "repetition-penalty": 1.1,
     }
     outcome = ask(*(part for name, value in options.items() for part in (f"--{name}", value)))
 
@@ -269,7 +272,7 @@ def test_documents_are_read_by_format_and_from_stdin(
 
 
 def test_a_store_keeps_the_vectors(ask: Any, tmp_path: Path) -> None:
-    embedder = _load_embedder("all-minilm-l6-v2", None)
+    embedder = _load_embedder("all-minilm-l6-v2", "cpu")
     embedded: list[int] = []
     embed = embedder.embed_documents
 
@@ -349,7 +352,7 @@ def test_variables_of_the_chat_template_are_json_or_text(
         (["--max-new-tokens", "0"], ["max_new_tokens", "0", "at least 1"]),
         (["--max-new-tokens", "1e3"], ["max-new-tokens", "1e3"]),
         (["--stop", ""], ["stop"]),
-        (["--chunk-tokens", "31"], ["chunk-tokens", "31", "32"]),
+        (["--chunk-tokens", "31"], ["chunk_tokens", "31", "32"]),
         (["--threshold", "1.5"], ["threshold", "1.5", "1"]),
         (["--retrieval-tokens", "31"], ["retrieval_tokens", "31", "32"]),
         (["--compression", "0.5"], ["compression", "0.5", "1"]),
@@ -583,8 +586,8 @@ def test_the_demo_answers_by_every_method(
     run: Any, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builder, "load_embedder", _load_embedder)
-    monkeypatch.setattr(cli, "PACKAGED_MODEL", model)
-    monkeypatch.setattr(cli, "_demo_text", lambda: f"What is w5? {TEXT}")
+    monkeypatch.setattr(demo, "PACKAGED_MODEL", model)
+    monkeypatch.setattr(demo, "demo_text", lambda: f"What is w5? {TEXT}")
     status, out, err = run("demo")
 
     assert (status, err) == (0, "")
@@ -595,7 +598,7 @@ def test_the_demo_answers_by_every_method(
 
 
 def test_the_demo_s_question_finds_its_passage(smollm2_float32: LoadedModel) -> None:
-    embedder = _load_embedder("all-minilm-l6-v2", None)
+    embedder = _load_embedder("all-minilm-l6-v2", "cpu")
     context = ContextBuilder(
         smollm2_float32.tokenizer,
         embedder,

@@ -174,7 +174,7 @@ def four_bits(model):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen2"])
 def test_a_twin_multiplies_with_its_blocks(build, monkeypatch, name, bits):
-    monkeypatch.setattr(blocks, "FEW_ROWS", MAX_TOKENS)  # for PyTorch to do the same
+    monkeypatch.setattr(blocks, "MAX_QUANTIZED_ROWS", MAX_TOKENS)  # for PyTorch to do the same
     model = bfloat16_model(name, intermediate_size=224)[0]
     twin = (
         quantized_copy(four_bits(model), Int4Blocks)

@@ -385,7 +385,7 @@ def test_what_is_replaced_in_the_library_counts(monkeypatch, name):
     runner = ModelRunner(changed, "x")
     before = as_decoder(runner)
     if name == "forward":
-        original = modeling_llama.LlamaMLP.runner
+        original = modeling_llama.LlamaMLP.forward
         monkeypatch.setattr(
             modeling_llama.LlamaMLP, "forward", lambda self, x: original(self, x) * 1.5
         )

@@ -369,7 +369,7 @@ def test_an_unknown_quantization_is_named():
 def rows(monkeypatch) -> list[int]:
     """How many rows each int8 layer was given."""
     seen: list[int] = []
-    original = Int8Linear.runner
+    original = Int8Linear.forward
 
     def spy(layer, x):
         seen.append(x.shape.numel() // x.shape[-1])

@@ -41,7 +41,7 @@ class TransformersPass:
                 position_ids=positions[None, : len(ids)],
                 use_cache=True,
                 logits_to_keep=keep,
-                **{cache_argument(self._model.runner): cache},
+                **{cache_argument(self._model.forward): cache},
             )
         logits: Tensor = output.logits[0]
         return logits
