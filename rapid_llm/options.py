@@ -16,6 +16,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from rapid_llm.errors import InvalidParameterError
 
+_RENAMED = {
+    "attention": "attn_implementation",
+    "embed_model": "embedder",
+    "min_budget_tokens": "retrieval_tokens",
+    "persist_directory": "store",
+    "target": "model",
+}
+
 _Number = TypeVar("_Number", int, float)
 _Settings = TypeVar("_Settings", bound=Any)
 
@@ -170,12 +178,14 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
     """Options under their own names, without those that are None and cannot be.
 
     Raises:
-        InvalidParameterError: an unknown name, or an option given twice.
+        InvalidParameterError: an unknown or an old name, or an option given twice.
     """
     names = {alias: each.name for each in known.values() for alias in each.option.aliases}
     given: dict[str, Any] = {}
     for word, value in options.items():
         name = names.get(word, word)
+        if _RENAMED.get(word) in known:
+            raise InvalidParameterError(f"{word!r} is now {_RENAMED[word]!r}")
         if name not in known:
             raise InvalidParameterError(
                 f"unknown option {word!r}; known are {', '.join(sorted({*known, *names}))}"

@@ -41,6 +41,13 @@ def test_unknown_and_bad_options() -> None:
         sorted_into({"max_new_tokens": 3, "max_tokens": 4}, *BOTH)
 
 
+def test_an_old_name_names_the_new_one() -> None:
+    with pytest.raises(
+        InvalidParameterError, match="'min_budget_tokens' is now 'retrieval_tokens'"
+    ):
+        changed(RetrievalConfig(), {"min_budget_tokens": 64})
+
+
 def test_other_values_leave_the_rest() -> None:
     settings = SamplingParams(temperature=0.5, seed=3)
     assert changed(settings, {"max_tokens": 9}) == SamplingParams(0.5, max_new_tokens=9, seed=3)

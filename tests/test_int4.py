@@ -9,7 +9,9 @@ from torch import nn
 
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda import int4
+from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.cuda.int4 import (
     GROUP,
     MAX_QUANTIZED_ROWS,
@@ -109,7 +111,7 @@ def test_a_layer_that_the_operators_do_not_take_stays_as_it_is():
 
 
 def test_int4_is_refused_where_it_would_not_run():
-    with pytest.raises(InvalidParameterError, match=r"int4.*bfloat16.*cpu"):
+    with pytest.raises(InvalidParameterError, match=r"int4.*on a CPU.*4-bit weights.*use 'int8'"):
         RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int4")
 
 
@@ -122,6 +124,7 @@ def test_auto_takes_no_int4_on_a_cpu():
 def test_auto_takes_int4_for_large_models_on_a_gpu_only(monkeypatch):
     model = tiny_model(**SIZES)
     monkeypatch.setattr(int4, "runs_on", lambda model: True)
+    monkeypatch.setattr(CPU, "quantizers", CUDA.quantizers)
     runner = ModelRunner(model, "m")
     assert runner.cheapest is None
     monkeypatch.setattr(int4, "_LARGE", sum(p.nbytes for p in model.parameters()))
