@@ -6,6 +6,7 @@ the target verifies them in one pass, against its own distribution enriched by t
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -129,7 +130,22 @@ class RapidDecoder:
         kv_cache_dir: str | Path | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self._made_of: Any = (
+            (model, tokenizer, drafter),
+            {
+                "drafter_tokenizer": drafter_tokenizer,
+                "name": name,
+                "drafter_name": drafter_name,
+                "attn_implementation": attn_implementation,
+                "cuda_graphs": cuda_graphs,
+                "drafter_quantization": drafter_quantization,
+                "kv_cache_bytes": kv_cache_bytes,
+                "kv_cache_dir": kv_cache_dir,
+                "chat_template_kwargs": chat_template_kwargs,
+            },
+        )
+        # A copy: the caller may let theirs cut or pad, which a fast tokenizer remembers.
+        self.tokenizer = copy.deepcopy(tokenizer)
         self.chat_template_kwargs = checked_variables(chat_template_kwargs)
         self.target = ModelRunner(model, name or _name_of(model), attn_implementation, cuda_graphs)
         self.drafter = self.target
@@ -203,7 +219,7 @@ class RapidDecoder:
             )
         hub = dict(config.hub_options)
         loaded = load_model(config.model, dtype=config.dtype, device=place, **hub)
-        tokenizer, name = None, None
+        tokenizer, name, draft_by_name = None, None, drafter is None
         own = config.drafter != config.model or draft_place != place or config.drafter_options
         if config.drafter is not None and own:
             shared = {k: v for k, v in hub.items() if k in HUB_ACCESS}
@@ -214,7 +230,7 @@ class RapidDecoder:
                 **shared | dict(config.drafter_options),
             )
             drafter, tokenizer, name = other.model, other.tokenizer, other.name
-        return cls(
+        decoder = cls(
             loaded.model,
             loaded.tokenizer,
             drafter,
@@ -228,6 +244,20 @@ class RapidDecoder:
             kv_cache_dir=config.kv_cache_dir,
             chat_template_kwargs=config.chat_template_kwargs,
         )
+        if draft_by_name:
+            decoder._made_of = config
+        return decoder
+
+    def __copy__(self) -> RapidDecoder:
+        return self
+
+    def __deepcopy__(self, memo: object) -> RapidDecoder:
+        """The decoder itself: a copy would share the weights and read documents anew."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the names that it was loaded by, or as its models; never with kept KV."""
+        return _unpickled, (type(self), self._made_of)
 
     @property
     def draft_runner(self) -> ModelRunner:
@@ -595,6 +625,13 @@ class _Request(NamedTuple):
     config: SpeculationConfig
     confidence: float
     method: Method
+
+
+def _unpickled(cls: type[RapidDecoder], made_of: Any) -> RapidDecoder:
+    if isinstance(made_of, EngineConfig):
+        return cls.from_config(made_of)
+    models, options = made_of
+    return cls(*models, **options)
 
 
 def _name_of(model: PreTrainedModel) -> str:

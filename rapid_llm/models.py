@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
+from rapid_llm.limits import host_memory
 
 HUB_ACCESS = frozenset(
     {
@@ -212,12 +212,13 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory that a device has in all; None where the system does not tell."""
+    """Bytes of memory that a device has, or that the process may use of the host's, in all.
+
+    None where the system does not tell.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    if not hasattr(os, "sysconf"):  # Windows
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host_memory()
 
 
 def _resolve_dtype(name: str, dtype: str | torch.dtype) -> str | torch.dtype:

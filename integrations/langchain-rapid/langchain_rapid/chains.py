@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 from langchain_core.documents import Document
@@ -19,6 +19,7 @@ from langchain_core.runnables import (
 )
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import DynamicRunnable
+from rapid_llm.aio import in_thread
 from rapid_llm.config import OnEmpty, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import require
@@ -155,7 +156,7 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
     async def ainvoke(
         self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
     ) -> Any:
-        llm, prompt = await asyncio.to_thread(self._grounded, input)
+        llm, prompt = await in_thread(partial(self._grounded, input))
         return await llm.ainvoke(prompt, config, **kwargs)
 
     def stream(
@@ -167,7 +168,7 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
     async def astream(
         self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        llm, prompt = await asyncio.to_thread(self._grounded, input)
+        llm, prompt = await in_thread(partial(self._grounded, input))
         async for chunk in llm.astream(prompt, config, **kwargs):
             yield chunk
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import (
@@ -25,6 +25,7 @@ from langchain_core.messages import AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableConfig
 from pydantic import ConfigDict, model_validator
+from rapid_llm.aio import in_thread
 from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
@@ -227,7 +228,7 @@ class ChatRapid(RapidModel, BaseChatModel):
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
         question = text_of(messages[last_question(messages)])
         chunks = await self._aretrieve(question, config)
-        return await asyncio.to_thread(self._with_contexts, messages, chunks, arguments)
+        return await in_thread(partial(self._with_contexts, messages, chunks, arguments))
 
     def _with_contexts(
         self, messages: list[BaseMessage], chunks: list[Document], arguments: Mapping[str, Any]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import (
@@ -17,6 +17,7 @@ from langchain_core.documents import Document
 from langchain_core.language_models import BaseLLM, LangSmithParams
 from langchain_core.outputs import GenerationChunk, LLMResult
 from pydantic import ConfigDict, PrivateAttr, model_validator
+from rapid_llm.aio import in_thread
 from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
@@ -196,8 +197,8 @@ class RapidLLM(RapidModel, BaseLLM):
         if self._retrieves(kwargs):
             child = child_of(run_manager, AsyncCallbackManager)
             found_chunks = await self._aretrieve(prompt, child)
-            prompt, found = await asyncio.to_thread(
-                self._with_contexts, prompt, found_chunks, kwargs
+            prompt, found = await in_thread(
+                partial(self._with_contexts, prompt, found_chunks, kwargs)
             )
             kwargs = kwargs | found
         draft, call = self._draft_and_call(stop, kwargs)

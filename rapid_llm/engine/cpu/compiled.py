@@ -223,7 +223,7 @@ class CompiledPass:
             kernels.pointer(cosine),
             kernels.pointer(sine),
             ctypes.c_int64(keep),
-            ctypes.c_int64(torch.get_num_threads()),
+            ctypes.c_int64(kernels.threads()),
             kernels.pointer(logits),
         )
         cache.advance(n)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rapid_llm.engine.cpu.products import fast_dtype
 from rapid_llm.engine.identity import is_plain_tensor
+from rapid_llm.limits import processors
 
 _PREFERRED = ("_kernels_avx512bf16", "_kernels_avx2")
 UNLIMITED = 1 << 62
@@ -89,10 +90,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: in
         *map(ctypes.c_int64, (heads, kv_heads, n, length - n, dim, key.stride(0))),
         ctypes.c_int64(UNLIMITED if window is None else window),
         ctypes.c_float(scaling),
-        ctypes.c_int64(torch.get_num_threads()),
+        ctypes.c_int64(threads()),
         pointer(out),
     )
     return out
+
+
+def threads() -> int:
+    """Threads of a kernel: as many as PyTorch's, but none that would wait for a processor."""
+    return min(torch.get_num_threads(), processors())
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,6 +48,7 @@ from llama_index.llms.rapid.templates import (
     refillable,
 )
 from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns, template_variables
+from rapid_llm.aio import in_thread
 from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError
 
@@ -125,6 +126,7 @@ class RapidLLM(OptionFields, LLM):
     )
 
     _loaded: dict[str, tuple[EngineConfig, Any]] = PrivateAttr(default_factory=dict)
+    _was_given: bool = PrivateAttr(default=False)
     _known: tuple[Any, DocumentKey | None, Library] | None = PrivateAttr(default=None)
 
     def __init__(
@@ -147,6 +149,7 @@ class RapidLLM(OptionFields, LLM):
             given["model"] = decoder.target.name
         super().__init__(**fields, **given)
         if decoder is not None:
+            self._was_given = True
             self._loaded = {self.model: (loading.of_models(self._options({}).engine), decoder)}
         if isinstance(self.documents, BaseDocumentStore):
             raise InvalidParameterError(
@@ -163,8 +166,10 @@ class RapidLLM(OptionFields, LLM):
         return self.model_copy(update=copy.deepcopy(options))  # weights and documents are shared
 
     def __getstate__(self) -> dict[str, Any]:
-        bare = self.model_copy()  # a pickle names the models, and loads them where it is opened
-        bare._loaded, bare._known = {}, None
+        bare = self.model_copy()
+        bare._known = None
+        if not self._was_given:  # the pickle names the models, and loads them where it is opened
+            bare._loaded = {}
         return super(RapidLLM, bare).__getstate__()
 
     @classmethod
@@ -256,7 +261,7 @@ class RapidLLM(OptionFields, LLM):
     ) -> CompletionResponse:
         """:meth:`complete` without blocking the event loop."""
         with not_swallowed(prompt):
-            call = await asyncio.to_thread(self._completion_call, prompt, formatted, **kwargs)
+            call = await in_thread(partial(self._completion_call, prompt, formatted, **kwargs))
             return await alast_of(call.astream())
 
     @llm_completion_callback()
@@ -265,7 +270,7 @@ class RapidLLM(OptionFields, LLM):
     ) -> CompletionResponseAsyncGen:
         """:meth:`stream_complete` without blocking the event loop."""
         with not_swallowed(prompt):
-            call = await asyncio.to_thread(self._completion_call, prompt, formatted, **kwargs)
+            call = await in_thread(partial(self._completion_call, prompt, formatted, **kwargs))
         return call.astream()
 
     # --- chat ----------------------------------------------------------------------------------
@@ -295,7 +300,7 @@ class RapidLLM(OptionFields, LLM):
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """:meth:`chat` without blocking the event loop."""
         with not_swallowed(messages):
-            call = await asyncio.to_thread(self._chat_call, messages, **kwargs)
+            call = await in_thread(partial(self._chat_call, messages, **kwargs))
             return completion_response_to_chat_response(await alast_of(call.astream()))
 
     @llm_chat_callback()
@@ -304,20 +309,20 @@ class RapidLLM(OptionFields, LLM):
     ) -> ChatResponseAsyncGen:
         """:meth:`stream_chat` without blocking the event loop."""
         with not_swallowed(messages):
-            call = await asyncio.to_thread(self._chat_call, messages, **kwargs)
+            call = await in_thread(partial(self._chat_call, messages, **kwargs))
         return astream_completion_response_to_chat_response(call.astream())
 
     # --- predict, as engines call it -----------------------------------------------------------
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         """Fill a template and answer it; the model is loaded in a thread, not in the event loop."""
-        await asyncio.to_thread(lambda: self.decoder)
+        await in_thread(lambda: self.decoder)
         # Unwrapped, because this method has its instrumentation span already.
         return cast(str, await inspect.unwrap(LLM.apredict)(self, prompt, **prompt_args))
 
     async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
         """:meth:`apredict` as a stream of texts."""
-        await asyncio.to_thread(lambda: self.decoder)
+        await in_thread(lambda: self.decoder)
         return cast(TokenAsyncGen, await inspect.unwrap(LLM.astream)(self, prompt, **prompt_args))
 
     def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:

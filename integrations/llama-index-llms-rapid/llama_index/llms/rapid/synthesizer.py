@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from llama_index.core.base.response.schema import RESPONSE_TYPE
@@ -36,6 +36,7 @@ from llama_index.llms.rapid.documents import DocumentSource, Library
 from llama_index.llms.rapid.grounding import Retrieved, ground_nodes
 from llama_index.llms.rapid.llm import RapidLLM
 from llama_index.llms.rapid.templates import Context
+from rapid_llm.aio import in_thread
 from rapid_llm.config import OnEmpty, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import require
@@ -151,7 +152,7 @@ class RapidSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """:meth:`synthesize` without blocking the event loop."""
         with self._events(query) as (query_str, finish):
-            context = Context(await asyncio.to_thread(self._ground, nodes))
+            context = Context(await in_thread(partial(self._ground, nodes)))
             text = await self._aanswer(query_str, context, **response_kwargs)
             return finish(text, context, [*nodes, *(additional_source_nodes or ())])
 
@@ -169,7 +170,7 @@ class RapidSynthesizer(BaseSynthesizer):
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """:meth:`get_response` without blocking the event loop."""
-        context = Context(await asyncio.to_thread(self._ground, self._as_nodes(text_chunks)))
+        context = Context(await in_thread(partial(self._ground, self._as_nodes(text_chunks))))
         return await self._aanswer(query_str, context, **response_kwargs)
 
     def _as_nodes(self, texts: Sequence[str]) -> list[NodeWithScore]:
