@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def host_memory() -> int | None:
@@ -52,7 +53,7 @@ def _numbers(controller: str, file: str, column: int) -> list[int]:
 def _groups(controller: str) -> Iterator[Path]:
     """The folders of a controller's groups, from the process's own to the outermost."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = _MEMBERSHIP.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import random
 import threading
 import time
 import weakref
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -919,3 +922,41 @@ def test_memory_is_told(monkeypatch):
     other = tiny_model("qwen3", seed=1)
     pair = RapidDecoder(tiny_model(), tiny_tokenizer(), other)
     assert pair.memory.drafter_weights == sum(p.nbytes for p in other.parameters())
+
+
+# --- a guest in other programs -----------------------------------------------------------------
+
+
+def test_a_copy_of_a_decoder_is_the_decoder() -> None:
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
+    assert copy.deepcopy(decoder) is copy.copy(decoder) is decoder
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_pickled_decoder_answers_as_the_first(asked: bool) -> None:
+    decoder = RapidDecoder(
+        tiny_model(), tiny_tokenizer(), tiny_model(seed=1), drafter_quantization="int8"
+    )
+    sampling = SamplingParams(max_new_tokens=8)
+    if asked:
+        decoder.generate(TARGET_PROMPT, [5, 6], sampling=sampling)
+    opened = pickle.loads(pickle.dumps(decoder))
+    expected = decoder.generate(TARGET_PROMPT, [5, 6], sampling=sampling)
+    assert opened.generate(TARGET_PROMPT, [5, 6], sampling=sampling).token_ids == expected.token_ids
+
+
+def test_a_decoder_that_was_loaded_by_name_is_pickled_as_the_name(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    decoder = RapidDecoder.from_pretrained(tmp_path, dtype="float32")
+    pickled = pickle.dumps(decoder)
+    assert len(pickled) < 2000
+    assert pickle.loads(pickled).target.model is decoder.target.model  # weights are shared
+
+
+def test_what_a_caller_does_to_the_tokenizer_is_not_the_decoders() -> None:
+    tokenizer = tiny_tokenizer()
+    decoder = RapidDecoder(tiny_model(), tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    result = decoder.generate("w5 w6 w7 w8 w9", sampling=SamplingParams(max_new_tokens=1))
+    assert result.stats.prompt_tokens >= 5
