@@ -167,7 +167,7 @@ def test_the_papers_threshold_belongs_to_its_embedder() -> None:
 
 @pytest.mark.parametrize("retriever", ["bm25", "hybrid", "dense"])
 def test_a_question_of_unknown_words_still_finds_something(retriever: Any) -> None:
-    context = ContextBuilder(smollm2(), Cosines("words"), retriever=retriever).build(
+    context = ContextBuilder(smollm2(), Cosines("words of kept back"), retriever=retriever).build(
         [*SCORED, " "], "zebrawood"
     )
     assert len(context.chunks) == 3
@@ -234,7 +234,7 @@ def test_blank_documents_change_nothing(decoder: RapidDecoder) -> None:
         answers = [
             Asked(
                 decoder,
-                ContextBuilder(decoder.tokenizer, Words("words")),
+                ContextBuilder(decoder.tokenizer, Words("words of kept back")),
                 documents,
                 "w5",
                 sampling=ANSWER,

@@ -184,7 +184,7 @@ def test_a_window_without_room_for_any_of_the_document_is_refused(window: int) -
 
 def test_an_unknown_truncation_is_refused() -> None:
     truncate: Any = "end"
-    with pytest.raises(InvalidParameterError, match=r"truncate='end'.*'middle' or None"):
+    with pytest.raises(InvalidParameterError, match=r"truncate='end'.*middle or None"):
         fit_documents([PARAGRAPH], asked, smollm2(), 500, 10, truncate)
 
 

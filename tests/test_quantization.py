@@ -228,13 +228,13 @@ def test_projections_together_are_one_product_and_store_nothing_twice():
 # --- a model ---------------------------------------------------------------------------------
 
 
-def test_a_twin_for_the_kernels_has_blocks_of_4_bits_where_the_weights_have_no_more():
+def test_a_copy_for_the_kernels_has_blocks_of_4_bits_where_the_weights_have_no_more():
     model = tiny_model(intermediate_size=96).bfloat16()
     up = model.model.layers[1].mlp.up_proj.weight
     up.data = four_bit_weights(*up.shape).bfloat16()
-    eight, blocks = quantized_copy(model, Int8Linear), quantized_copy(model, Int8Blocks)
+    eight, blocks = quantized_copy(model, Int8Linear), quantized_copy(model, Int4Blocks)
     assert quantized_copy(model, Int8Linear) is eight
-    assert quantized_copy(model, Int8Blocks) is blocks
+    assert quantized_copy(model, Int4Blocks) is blocks
     layers = {n: m for n, m in blocks.named_modules() if isinstance(m, BlockLinear)}
     assert layers.keys() == int8_layers(eight).keys()
     assert [n for n, m in layers.items() if m.bits == 4] == ["model.layers.1.mlp.up_proj"]
@@ -339,7 +339,7 @@ def test_auto_is_for_a_bfloat16_target_that_drafts_for_itself():
 
 def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
-    monkeypatch.setattr(CPUQuantizer, "twin", lambda *_: 1 / 0)
+    monkeypatch.setattr(CPUQuantizer, "copy", lambda *_: 1 / 0)
     reference = transformers_greedy(tiny_model(eos_token_id=None), PROMPT, 40)
     # Where the drafter answers alone, it does so with its full weights.
     for prompts in ((PROMPT, None), (None, PROMPT)):

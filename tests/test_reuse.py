@@ -44,7 +44,7 @@ def make_forward(seed: int = 0, **changes) -> ModelRunner:
 
 
 @pytest.fixture
-def forward() -> ModelRunner:
+def runner() -> ModelRunner:
     return make_forward()
 
 

@@ -48,7 +48,7 @@ class Chunk:
         start: first character.
         end: one past the last character.
         score: what it was ranked by, the more the better: ``dense``, cosine similarity to the
-            question, in [-1, 1]; ``bm25``, the BM25 score, at least 0; ``hybrid``, the sum of the
+            question, in [-1, 1]; ``bm25``, the BM25 score, above 0; ``hybrid``, the sum of the
             reciprocal ranks by both, in (0, 2/61].
         tokens: tokens of ``text`` in the target's tokenizer.
         document: index of the document it comes from.
@@ -237,7 +237,7 @@ class ContextBuilder:
         question: str,
         progress: Progress | None,
     ) -> list[Chunk]:
-        """Every chunk of every text, the best first."""
+        """Every chunk that the retriever finds, the best first."""
         places = [
             (number, text, span)
             for number, text in enumerate(texts)
@@ -257,6 +257,7 @@ class ContextBuilder:
             Chunk(piece, span.start, span.end, score, span.tokens, number)
             for (number, _, span), piece, score in zip(places, pieces, scores, strict=True)
         ]
+        ranked = [chunk for chunk in ranked if chunk.score > -inf]
         return sorted(ranked, key=lambda chunk: (-chunk.score, chunk.document, chunk.start))
 
     def _search(
