@@ -165,7 +165,7 @@ def test_the_papers_threshold_belongs_to_its_embedder() -> None:
     assert packaged.threshold is None
 
 
-@pytest.mark.parametrize("retriever", ["bm25", "hybrid", "dense"])
+@pytest.mark.parametrize("retriever", ["hybrid", "dense"])
 def test_a_question_of_unknown_words_still_finds_something(retriever: Any) -> None:
     context = ContextBuilder(smollm2(), Cosines("words of kept back"), retriever=retriever).build(
         [*SCORED, " "], "zebrawood"
