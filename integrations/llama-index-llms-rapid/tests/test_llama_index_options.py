@@ -298,3 +298,9 @@ RapidSynthesizer(RapidLLM(), documents="a text")
 print([name for name in ("torch", "transformers") if name in sys.modules])
 """)
     assert found.strip() == "[]"
+
+
+def test_a_pickle_brings_the_decoder_that_was_given(decoder: RapidDecoder) -> None:
+    llm = RapidLLM(decoder=decoder, max_tokens=4)
+    expected = llm.complete("w3 w4").text
+    assert pickle.loads(pickle.dumps(llm)).complete("w3 w4").text == expected

@@ -24,7 +24,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
@@ -171,6 +171,10 @@ class RapidLLM(OptionFields, LLM):
         if not self._was_given:  # the pickle names the models, and loads them where it is opened
             bare._loaded = {}
         return super(RapidLLM, bare).__getstate__()
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        # LlamaIndex's would make the object anew from its fields, without its decoder.
+        BaseModel.__setstate__(self, state)
 
     @classmethod
     def class_name(cls) -> str:
