@@ -16,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -24,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
+from rapid_llm.gguf import load_gguf
 from rapid_llm.limits import host_memory
 
 HUB_ACCESS = frozenset(
@@ -112,14 +112,13 @@ def _load(
     name: str, dtype: str | torch.dtype, device: torch.device, hub_options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     location, gguf = _locate(name)
-    options = hub_options | gguf
-    model_options: dict[str, Any] = {"dtype": dtype}
-    if gguf:
-        # Packed GGUF weights would be multiplied in float32, slower than plain bfloat16.
-        model_options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        model = AutoModelForCausalLM.from_pretrained(location, **options, **model_options)
+        if gguf:
+            assert isinstance(dtype, torch.dtype)
+            model, tokenizer = load_gguf(Path(location, gguf["gguf_file"]), dtype, hub_options)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(location, **hub_options)
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **hub_options)
     except _LOADING_ERRORS as error:
         raise _not_loaded(name, error) from error
     return model.to(device).eval(), tokenizer

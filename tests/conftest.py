@@ -76,10 +76,26 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests keep GGUF files that were converted."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder in the run's own
+        base = base.parent
+    folder = base / "gguf"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def _measured_for_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _measured_for_this_test(
+    tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What passes cost is measured anew, and kept out of the user's cache folder."""
-    monkeypatch.setenv("RAPID_LLM_CACHE", str(tmp_path / "rapid-llm-cache"))
+    cache = tmp_path / "rapid-llm-cache"
+    cache.mkdir()
+    (cache / "gguf").symlink_to(converted)
+    monkeypatch.setenv("RAPID_LLM_CACHE", str(cache))
 
 
 def installed(package: str) -> Any:

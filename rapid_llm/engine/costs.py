@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rapid_llm.engine.rounding import rounding
+from rapid_llm.folders import cache_folder
 
 if TYPE_CHECKING:
     from rapid_llm.engine.session import Session
@@ -67,13 +68,6 @@ def pass_cost(session: Session) -> PassCost:
         with _guard:
             known = _known.setdefault(path, found)
     return known
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept: ``RAPID_LLM_CACHE``, or the user's cache folder for us."""
-    if given := os.environ.get("RAPID_LLM_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rapid-llm")
 
 
 def measure(session: Session) -> PassCost:

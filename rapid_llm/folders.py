@@ -1,0 +1,13 @@
+"""Where this library keeps what it has measured and converted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """``RAPID_LLM_CACHE``, or the user's cache folder for us."""
+    if given := os.environ.get("RAPID_LLM_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rapid-llm")

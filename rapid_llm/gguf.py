@@ -1,0 +1,99 @@
+"""GGUF files, converted once: later loads read safetensors from a cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rapid_llm.folders import cache_folder
+
+_CHECKSUMS = "checksums.json"
+_BLOCK = 1 << 24  # bytes read at a time
+
+
+def load_gguf(
+    path: Path, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of a GGUF file.
+
+    Converting takes many times as long as loading. So what it gave is kept in the folder ``gguf``
+    of :func:`rapid_llm.folders.cache_folder`, under the checksum of every byte of the file, and is
+    checked before it is used. Where it cannot be kept, a warning says so.
+
+    Args:
+        path: of the file.
+        dtype: of the weights.
+        options: for ``from_pretrained`` of both.
+
+    Raises:
+        Exception: whatever transformers raises for a file that it cannot read.
+    """
+    name = f"{_checksum(path)}-{str(dtype).removeprefix('torch.')}-{transformers.__version__}"
+    folder = cache_folder() / "gguf" / name
+    if _is_whole(folder):
+        return (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options),
+            AutoTokenizer.from_pretrained(folder, **options),
+        )
+    packed = {"gguf_file": path.name, **options}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **packed)
+    # Packed weights would be multiplied in float32, slower than plain bfloat16.
+    whole = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, dtype=dtype, quantization_config=whole, **packed
+    )
+    _keep(folder, model, tokenizer)
+    return model, tokenizer
+
+
+def _keep(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a folder that is there as a whole or not at all."""
+    new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        new.mkdir(parents=True)
+        size = sum(tensor.nbytes for tensor in model.parameters())
+        if shutil.disk_usage(new).free < 2 * size:
+            raise OSError(f"less than {2 * size / 2**30:.1f} GiB are free")
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        sums = {file.name: _checksum(file) for file in new.iterdir()}
+        (new / _CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        os.replace(new, folder)
+    except OSError as error:
+        if not _is_whole(folder):  # else another process was first
+            warnings.warn(
+                f"the converted GGUF file cannot be kept in {folder.parent} ({error}), so that it "
+                "is converted at each start: set RAPID_LLM_CACHE to a folder with room for it",
+                stacklevel=2,
+            )
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds what was written to it."""
+    try:
+        sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+        return bool(sums) and all(_checksum(folder / name) == each for name, each in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _checksum(path: Path) -> str:
+    total = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            total.update(block)
+    return total.hexdigest()
