@@ -1,4 +1,4 @@
-"""A blocking iterator as an asynchronous one, cancelled within one step."""
+"""Run a blocking iterator in a thread as an asynchronous one that can be cancelled."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ _END = object()
 
 
 class _AbandonedError(Exception):
-    """Nobody waits for the iterator any more. Never seen by callers."""
+    """The asynchronous iterator was closed or cancelled. Callers never see this error."""
 
 
 async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) -> AsyncIterator[T]:
     """Run an iterator in worker threads, one step at a time, in order.
 
     Args:
-        start: makes the iterator, in a thread too. It is given a function that a long step may
-            call now and then: it raises once the asynchronous iterator was closed or cancelled.
+        start: function that makes the iterator, also called in a thread. Its argument is a check
+            that a long step may call now and then; it raises once the asynchronous iterator was
+            closed or cancelled, which ends the step.
 
     Raises:
-        Exception: whatever the iterator raises.
+        Exception: any error that the iterator raises.
     """
     abandoned = threading.Event()
 
@@ -38,7 +39,7 @@ async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) 
         iterator = await asyncio.to_thread(start, check)
         while True:
             step = asyncio.ensure_future(asyncio.to_thread(next, iterator, _END))
-            # Shielded: a thread cannot be cancelled, and must be known to have ended.
+            # Shielded, because a thread cannot be cancelled: we need to know when it has ended.
             item = await asyncio.shield(step)
             if item is _END:
                 return
@@ -54,5 +55,5 @@ async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) 
 
 def _close(step: asyncio.Future[object], iterator: Generator[object, None, None]) -> None:
     if not step.cancelled():
-        step.exception()  # retrieved, or asyncio would log it as lost
+        step.exception()  # retrieve it, or asyncio logs it as never retrieved
     iterator.close()

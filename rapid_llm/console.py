@@ -1,4 +1,4 @@
-"""What the commands share: models by default, options that need parsing, and what is shown."""
+"""Console output shared by the commands: tables, status lines and progress bars."""
 
 from __future__ import annotations
 
