@@ -266,7 +266,7 @@ class Conversation:
         self.messages: list[Message] = []
 
     def ask(self, question: str, **call: Any) -> Answer:
-        """Answer a question and record both; arguments are those of :meth:`RapidPipeline.stream`."""
+        """Answer a question and record both; arguments as for :meth:`RapidPipeline.stream`."""
         answer = self._pipeline.ask(question, self._method, history=self.messages, **call)
         self._remember(question, answer.text)
         return answer
