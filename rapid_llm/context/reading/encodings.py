@@ -182,7 +182,7 @@ def _binary(name: str) -> DocumentError:
 
 
 def _informative(data: bytes) -> bytes:
-    """A sample with the bytes that identify an encoding, for a detector that reads a prefix only."""
+    """Sample with the bytes that identify an encoding, as the detector reads a prefix only."""
     if len(data) <= _SAMPLE or b"\0" in data:
         return data
     if match := _ISO_2022.search(data):
