@@ -150,8 +150,8 @@ def _checked_message(message: Any) -> dict[str, Any]:
             f"message content of type {type(content).__name__} is not allowed: content is text or "
             "a list of text parts"
         )
-    said = [part for part in parts if not _is_reasoning(part)]
-    checked = {**message, "content": "\n".join(map(_part_text, said))}
+    answers = [part for part in parts if not _is_reasoning(part)]
+    checked = {**message, "content": "\n".join(map(_part_text, answers))}
     thoughts = [thought for part in parts if _is_reasoning(part) if (thought := _thought(part))]
     if thoughts and message["role"] == "assistant":
         checked.setdefault("reasoning_content", "\n".join(thoughts))

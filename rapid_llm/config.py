@@ -207,7 +207,7 @@ class SpeculationConfig:
 
     @property
     def transfer_strength(self) -> float:
-        """η as it is applied: 0 in ``exact`` mode."""
+        """η in effect: 0 in mode ``exact``."""
         return 0.0 if self.applied_mode == "exact" else self.eta
 
     @property

@@ -36,7 +36,7 @@ _NAN = "{name} produced NaN logits; check its weights, or load it in another dty
 DRAFTED: tuple[Method, ...] = ("rapid", "sd")
 """Methods in which the target verifies drafts."""
 
-_TRIES = 4  # per step that runs out of memory: it may capture several graphs, each of which can
+_TRIES = 4  # attempts at a step after running out of memory: it may capture several graphs
 
 _T = TypeVar("_T")
 
@@ -213,15 +213,15 @@ class Generation:
             pieces: list[str] = []
             for token in self.round():
                 new.append(token)
-                said = stats.completion_tokens + len(new)
-                if token in ends and said > least_new_tokens:
+                length = stats.completion_tokens + len(new)
+                if token in ends and length > least_new_tokens:
                     finish = "stop"
                     break
                 pieces.append(text.push(token))
                 if text.stopped:
                     finish = "stop"
                     break
-                if said == limit:
+                if length == limit:
                     finish = "length"
                     break
             if finish is not None:
@@ -242,7 +242,7 @@ class Generation:
         self.stats.draft_seconds += time.perf_counter() - started
 
         judged = self._with_memory(partial(self._verify, draft))
-        verdict = Verdict.read(judged)  # the one host sync
+        verdict = Verdict.read(judged)  # the only host synchronisation of the round
         if verdict.target_nan or verdict.drafter_nan:
             name = self.target.runner.name if verdict.target_nan else self._drafter_name
             raise NumericalError(_NAN.format(name=name))

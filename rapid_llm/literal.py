@@ -191,7 +191,7 @@ class Controls:
 
     @cached_property
     def _roles(self) -> frozenset[str]:
-        """Common roles and the words in the template's code: these are not quoted as names."""
+        """Common roles and words in the template's code, which are not quoted as names."""
         blocks = _BLOCK.findall(self._template)
         words = {s["string"][1:-1] for block in blocks for s in _STRING.finditer(block)}
         return _ROLES | {word for word in words if not self.pattern.search(word)}

@@ -273,12 +273,12 @@ class Conversation:
 
     def stream(self, question: str, **call: Any) -> Iterator[Delta]:
         """Like :meth:`ask`, but yield one delta per round."""
-        said = ""
+        text = ""
         deltas = self._pipeline.stream(question, self._method, history=self.messages, **call)
         for delta in deltas:
-            said += delta.text
+            text += delta.text
             if delta.finish_reason is not None:
-                self._remember(question, said)
+                self._remember(question, text)
             yield delta
 
     def _remember(self, question: str, text: str) -> None:

@@ -117,16 +117,16 @@ def _key(session: Session) -> str:
     """Hash of everything that a cost depends on."""
     runner, length = session.runner, session.cache.length
     bucket = round(2 * log2(length + 1))
-    told = f"{_architecture(runner.model)} {rounding(runner)} {bucket}"
-    return hashlib.sha256(told.encode()).hexdigest()
+    description = f"{_architecture(runner.model)} {rounding(runner)} {bucket}"
+    return hashlib.sha256(description.encode()).hexdigest()
 
 
 def _architecture(model: PreTrainedModel) -> str:
     """Description of a model's modules, shapes and dtypes, without its weights."""
-    told = []
+    lines = []
     for name, module in model.named_modules():
-        told.append(f"{name} {type(module).__name__}")
-        told += [
+        lines.append(f"{name} {type(module).__name__}")
+        lines += [
             f"{tuple(tensor.shape)} {tensor.dtype}"
             for tensor in chain(module._parameters.values(), module._buffers.values())
             if tensor is not None
@@ -134,7 +134,7 @@ def _architecture(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "layer_types")]
     heads = [config.num_attention_heads, config.num_key_value_heads]
-    return "\n".join([*told, str(windows), str(heads)])
+    return "\n".join([*lines, str(windows), str(heads)])
 
 
 def _from_file(path: Path, session: Session) -> PassCost:

@@ -116,7 +116,7 @@ class Recorder:
         self._device = device
         self._insist = insist
         self._capture = GraphCapture(device)
-        self._short = self._told = False
+        self._short = self._warned = False
 
     def __call__(
         self, run: Replay, changes: Sequence[Tensor], generator: torch.Generator | None
@@ -143,11 +143,11 @@ class Recorder:
                     f"cuda_graphs=True, but a pass on {self._device} could not be captured "
                     f"({error}); leave cuda_graphs out, and it is launched kernel by kernel"
                 ) from error
-            if not self._told:
+            if not self._warned:
                 _log.warning(
                     "a pass on %s could not be captured (%s), so it is slower", self._device, error
                 )
-                self._told = True
+                self._warned = True
             return None
         self._short = False
         return replay
