@@ -1,6 +1,6 @@
-"""RAPID: long-context answers, drafted by a model that reads only what was retrieved.
+"""RAPID: long-context answers by retrieval-augmented speculative decoding (arXiv 2502.20330).
 
-The names are imported at first use, so that importing the package does not import torch.
+Most names are imported at first use, so that importing the package does not import torch.
 """
 
 from __future__ import annotations

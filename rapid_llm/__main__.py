@@ -1,4 +1,4 @@
-"""``python -m rapid_llm`` is ``rapid-llm``."""
+"""Entry point of ``python -m rapid_llm``, the same command as ``rapid-llm``."""
 
 import sys
 

@@ -17,7 +17,7 @@ _END = object()
 
 
 class _AbandonedError(Exception):
-    """Nobody waits for the iterator any more. Never seen by callers."""
+    """The asynchronous iterator was closed or cancelled. Callers never see this error."""
 
 
 class _Worker:
@@ -77,7 +77,7 @@ async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) 
             call now and then: it raises once the asynchronous iterator was closed or cancelled.
 
     Raises:
-        Exception: whatever the iterator raises.
+        Exception: any error that the iterator raises.
     """
     abandoned = threading.Event()
 
@@ -92,7 +92,7 @@ async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) 
         iterator = await worker(partial(start, check))
         while True:
             step = worker(partial(cast("Callable[..., object]", next), iterator, _END))
-            # Shielded: a thread cannot be cancelled, and must be known to have ended.
+            # Shielded, because a thread cannot be cancelled: we need to know when it has ended.
             item = await asyncio.shield(step)
             if item is _END:
                 return
@@ -109,5 +109,5 @@ async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) 
 
 def _close(step: asyncio.Future[object], iterator: Generator[object, None, None]) -> None:
     if not step.cancelled():
-        step.exception()  # retrieved, or asyncio would log it as lost
+        step.exception()  # retrieve it, or asyncio logs it as never retrieved
     iterator.close()

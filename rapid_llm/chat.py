@@ -1,4 +1,7 @@
-"""Chat messages through the model's chat template, also where it is strict about them."""
+"""Render chat messages with the model's chat template and encode them.
+
+Templates that refuse system messages or repeated roles get an equivalent chat that they accept.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ _RESERVED = frozenset(
 )
 _REFUSALS = (TemplateError, TypeError, ValueError)
 
-# What the answer goes on from ends here. The space tells whether the template trims what it writes.
+# Marks the end of an answer that is to be continued. A space after it shows whether the template
+# strips the content of messages.
 _END = token_hex(16)
 
 
@@ -48,12 +52,17 @@ def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a chat, up to where the answer begins.
+    """Encode a chat, with the opening of the assistant's answer.
+
+    A last message of the assistant is continued.
 
     Args:
-        messages: dicts with a role and a content.
-        tokenizer: with a chat template.
-        variables: of the template.
+        messages: chat messages, dicts with a role and a content.
+        tokenizer: tokenizer with a chat template.
+        variables: extra variables for the chat template.
+
+    Returns:
+        Token ids of the prompt.
 
     Raises:
         InvalidParameterError: a message or a variable is malformed, or the template refuses them.
@@ -85,10 +94,11 @@ def encode_chat(
 
 
 def checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Variables of a chat template.
+    """Validate variables for a chat template and return them as a dict.
 
     Raises:
-        InvalidParameterError: they are no mapping with names, or one of them is ours to set.
+        InvalidParameterError: the value is not a mapping with string keys, or one of the names is
+            reserved.
     """
     if variables is None:
         return {}
@@ -106,7 +116,7 @@ def checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The control token that the chat template ends an answer with; None if there is none."""
+    """Id of the control token that ends an answer in the chat template; None if there is none."""
     if not tokenizer.chat_template:
         return None
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _END}]
@@ -140,8 +150,8 @@ def _checked_message(message: Any) -> dict[str, Any]:
             f"message content of type {type(content).__name__} is not allowed: content is text or "
             "a list of text parts"
         )
-    said = [part for part in parts if not _is_reasoning(part)]
-    checked = {**message, "content": "\n".join(map(_part_text, said))}
+    answers = [part for part in parts if not _is_reasoning(part)]
+    checked = {**message, "content": "\n".join(map(_part_text, answers))}
     thoughts = [thought for part in parts if _is_reasoning(part) if (thought := _thought(part))]
     if thoughts and message["role"] == "assistant":
         checked.setdefault("reasoning_content", "\n".join(thoughts))
@@ -179,9 +189,9 @@ def _render(
     tokenizer: PreTrainedTokenizerBase,
     controls: Controls,
 ) -> str:
-    """The chat as the template writes it, or the first of its likes that it does not refuse."""
+    """Render the chat, or else its first variant that the template accepts."""
     refusals = []
-    for history in _histories(chat):
+    for history in _variants(chat):
         text = _attempt(history, variables, tokenizer)
         if isinstance(text, str):
             return text
@@ -198,7 +208,7 @@ def _render(
 def _attempt(
     chat: list[dict[str, Any]], variables: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> str | Exception:
-    """The rendered chat, or why the template refuses it."""
+    """The rendered chat, or the error with which the template refuses it."""
     try:
         return _apply(chat, variables, tokenizer)
     except RapidError:
@@ -229,17 +239,17 @@ def _apply(
     return text.removesuffix(content[len(content.rstrip()) :]) if trims else text
 
 
-def _histories(chat: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """A chat, and what says the same to a template that knows few roles or wants them in turn."""
+def _variants(chat: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The chat, then variants with alternating roles, with and without a system message."""
     yield chat
     yield _alternating(chat, keep_system=True)
     yield _alternating(chat, keep_system=False)
 
 
 def _alternating(chat: Sequence[dict[str, Any]], *, keep_system: bool) -> list[dict[str, Any]]:
-    """User and assistant in turn, after one system message at most.
+    """A chat with alternating user and assistant messages after at most one system message.
 
-    Other system messages are the user's words at their place; messages of one role are joined.
+    Later system messages become user messages; neighbouring messages of one role are joined.
     """
     first = next((i for i, m in enumerate(chat) if m["role"] not in SYSTEM_ROLES), len(chat))
     system = [{**m, "role": "system"} for m in chat[:first]] if keep_system else []

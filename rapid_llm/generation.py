@@ -1,8 +1,8 @@
-"""RAPID's algorithm: draft, verify, accept.
+"""The generation loop of RAPID: draft, verify, accept.
 
-A generation is the target's session, its drafters, a sampler and the output so far. It reads the
-prompts, then goes on in rounds: a drafter proposes γ tokens, the target verifies them in one pass,
-and the round ends with the longest prefix that the target accepts and one token after it.
+A generation holds the target's session, its drafters, a sampler and the output so far. It reads the
+prompts, then runs rounds. In each round a drafter proposes γ tokens and the target verifies them in
+one pass; the output grows by the longest accepted prefix and one token after it.
 """
 
 from __future__ import annotations
@@ -36,25 +36,26 @@ _NAN = "{name} produced NaN logits; check its weights, or load it in another dty
 DRAFTED: tuple[Method, ...] = ("rapid", "sd")
 """Methods in which the target verifies drafts."""
 
-_TRIES = 4  # for memory: a step may need several graphs, each of which may ask for it
+_TRIES = 4  # attempts at a step after running out of memory: it may capture several graphs
 
 _T = TypeVar("_T")
 
 Progress = Callable[[Literal["draft", "target"], int, int], None]
-"""Called during prefill with (whose prompt, tokens read, tokens to read)."""
+"""Callback during prefill, called with (model whose prompt is read, tokens read, total tokens)."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one round added.
+    """The part of an answer that one round added.
 
     Attributes:
-        text: final text; empty while a character or a stop string may still be incomplete.
-        token_ids: the round's tokens.
-        finish_reason: set on the last delta: ``stop`` (an end-of-sequence token of the model or the
-            tokenizer, the chat template's end of a turn, or a stop string) or ``length``
-            (``max_new_tokens``).
-        stats: running totals, complete on the last delta.
+        text: new text that will not change; empty while a character or a stop string may still be
+            incomplete.
+        token_ids: ids of the round's tokens.
+        finish_reason: None but on the last delta: ``stop`` (an end-of-sequence token of the model
+            or the tokenizer, the chat template's end of a turn, or a stop string) or ``length``
+            (``max_new_tokens`` reached).
+        stats: totals so far, complete on the last delta.
     """
 
     text: str
@@ -68,10 +69,10 @@ class GenerationResult:
     """A finished answer.
 
     Attributes:
-        text: without special tokens, cut before a stop string.
-        token_ids: every token generated, the ending one included.
-        finish_reason: ``stop`` or ``length``.
-        stats: counts and seconds.
+        text: the answer without special tokens, cut before a stop string.
+        token_ids: ids of all generated tokens, including the token that ended the answer.
+        finish_reason: ``stop`` or ``length``, see :class:`Delta`.
+        stats: counts and times of the generation.
     """
 
     text: str
@@ -81,7 +82,7 @@ class GenerationResult:
 
     @classmethod
     def from_deltas(cls, deltas: Sequence[Delta]) -> GenerationResult:
-        """The answer that a stream, read to its end, has given."""
+        """Join all deltas of a finished stream."""
         last = deltas[-1]
         assert last.finish_reason is not None
         return cls(
@@ -93,20 +94,35 @@ class GenerationResult:
 
 
 @dataclass
-class _Source:
-    """A drafter, how many tokens are to be had of it, and where its last draft ended."""
+class _DrafterState:
+    """A drafter, its schedule of draft lengths, and the output length after its last draft."""
 
     drafter: Drafter
     schedule: Schedule
     drafted: int = 0
 
-    def lag(self, said: int) -> int:
-        """Tokens of the answer after that draft, all of which the drafter must read first."""
-        return max(0, said - self.drafted)
+    def lag(self, output_length: int) -> int:
+        """Number of output tokens after its last draft, which the drafter must read first."""
+        return max(0, output_length - self.drafted)
 
 
 class Generation:
-    """One generation: the target's session, its drafters, and the output so far."""
+    """The state of one generation, and its rounds.
+
+    Args:
+        target: session of the model that answers.
+        prompt: token ids of the prompt to answer.
+        cached: number of prompt tokens whose KV was reused.
+        drafters: drafters to choose from in each round; empty for plain decoding.
+        drafter_name: name of the drafter in errors.
+        sampler: logits processors and random numbers.
+        config: speculation options.
+        confidence: confidence of the retrieval, in [0, 1].
+        method: method to report once something was drafted.
+        draft_skipped: reason why nothing can be drafted; None where drafting is possible.
+        started: time of the call (``time.perf_counter``), from which the timeout counts.
+        free_memory: function that frees idle memory, called when a step runs out of it.
+    """
 
     def __init__(
         self,
@@ -135,7 +151,7 @@ class Generation:
         self._drafter_name = drafter_name
         self._judge = Judge.of(sampler, config, target.runner.vocab_size)
         self._drafters = drafters
-        self._sources: list[_Source] = []
+        self._drafter_states: list[_DrafterState] = []
         self.stats = Stats(
             method="lc" if method in DRAFTED else method,
             prompt_tokens=len(self._prompt),
@@ -147,10 +163,10 @@ class Generation:
 
     @torch.inference_mode()
     def prefill(self, progress: Progress | None) -> None:
-        """Read both prompts, all but their last tokens: the first round reads those."""
+        """Read both prompts except their last tokens, which the first round reads."""
         started = time.perf_counter()
-        self._with_memory(partial(self._prefill, progress))  # goes on where it stopped
-        self.target.runner.synchronize()  # or the first round would be charged with the prefill
+        self._with_memory(partial(self._prefill, progress))  # a retry goes on where it stopped
+        self.target.runner.synchronize()  # so that the prefill's time is not the first round's
         self.stats.prefill_seconds = time.perf_counter() - started
 
     def _prefill(self, progress: Progress | None) -> None:
@@ -172,17 +188,19 @@ class Generation:
                 AdaptiveSchedule(cost, drafter.cost(), drafter.prior, always=always)
                 for drafter in self._drafters
             ]
-        self._sources = list(map(_Source, self._drafters, schedules))
+        self._drafter_states = list(map(_DrafterState, self._drafters, schedules))
 
     def deltas(
         self, text: TextStream, ends: Collection[int], least_new_tokens: int
     ) -> Iterator[Delta]:
-        """Rounds until the answer ends. Only the steps run in inference mode, never the caller.
+        """Run rounds until the answer ends, and yield one delta per round.
+
+        Only the rounds run in inference mode, not the caller's code between them.
 
         Args:
-            text: of the answer.
-            ends: tokens that end it.
-            least_new_tokens: tokens that none of them may end before.
+            text: detokenizer of the answer.
+            ends: ids of tokens that end the answer.
+            least_new_tokens: minimum length of the answer, in tokens, before they end it.
 
         Raises:
             GenerationTimeoutError: the sampling's ``timeout`` has passed.
@@ -195,15 +213,15 @@ class Generation:
             pieces: list[str] = []
             for token in self.round():
                 new.append(token)
-                said = stats.completion_tokens + len(new)
-                if token in ends and said > least_new_tokens:
+                length = stats.completion_tokens + len(new)
+                if token in ends and length > least_new_tokens:
                     finish = "stop"
                     break
                 pieces.append(text.push(token))
                 if text.stopped:
                     finish = "stop"
                     break
-                if said == limit:
+                if length == limit:
                     finish = "length"
                     break
             if finish is not None:
@@ -218,13 +236,13 @@ class Generation:
 
     @torch.inference_mode()
     def round(self) -> list[int]:
-        """Draft, verify, accept: one pass of the target; between 1 and γ+1 tokens."""
+        """Run one round with one pass of the target; returns its 1 to γ+1 new tokens."""
         started = time.perf_counter()
         draft, schedule = self._with_memory(self._draft)
         self.stats.draft_seconds += time.perf_counter() - started
 
         judged = self._with_memory(partial(self._verify, draft))
-        verdict = Verdict.read(judged)  # the one host sync
+        verdict = Verdict.read(judged)  # the only host synchronisation of the round
         if verdict.target_nan or verdict.drafter_nan:
             name = self.target.runner.name if verdict.target_nan else self._drafter_name
             raise NumericalError(_NAN.format(name=name))
@@ -242,38 +260,41 @@ class Generation:
         return [*drafted[:n], verdict.token]
 
     def _draft(self) -> tuple[Draft, Schedule | None]:
-        """A proposal, on the target's device, of the drafter that promises most and has one.
+        """Draft with the drafter of the highest expected speedup that has something to propose.
 
-        It is empty, and of no schedule, without a drafter or where none is worth its time.
+        Returns:
+            The draft on the target's device and the drafter's schedule; an empty draft and None
+            without drafters, or where no draft is worth its time.
         """
         device = self.target.runner.device
-        # Even the last token is drafted, so that every one follows the mode's law.
+        # Even the last token is drafted, so that all tokens follow the mode's distribution.
         remaining = self.sampler.params.max_new_tokens - len(self._output)
-        # Not across a length at which all would be read again, and once more if it is rejected.
+        # A draft must not cross a length at which the rotary embedding switches: the sequence would
+        # be read again, and once more if the draft is rejected.
         remaining = min(remaining, max(1, self.target.room - 1))
         look_ahead = self.config.applied_mode == "augmented"
-        said = len(self._output)
+        length = len(self._output)
 
-        def promise(source: _Source) -> float:
-            return source.schedule.speedup(source.lag(said))
+        def speedup(state: _DrafterState) -> float:
+            return state.schedule.speedup(state.lag(length))
 
-        for source in sorted(self._sources, key=promise, reverse=True):
-            gamma = min(source.schedule.next(source.lag(said)), remaining)
+        for state in sorted(self._drafter_states, key=speedup, reverse=True):
+            gamma = min(state.schedule.next(state.lag(length)), remaining)
             if gamma + look_ahead == 0:
                 continue
-            draft = source.drafter.draft(self._output, gamma, look_ahead=look_ahead)
+            draft = state.drafter.draft(self._output, gamma, look_ahead=look_ahead)
             if len(draft.probabilities) > 0:
-                source.drafted = said + len(draft.tokens)
+                state.drafted = length + len(draft.tokens)
                 q = draft.probabilities.to(device)
-                return Draft(draft.tokens.to(device), q, draft.passes), source.schedule
+                return Draft(draft.tokens.to(device), q, draft.passes), state.schedule
         nothing = torch.empty(0, dtype=torch.long, device=device)
         vocab_size = self.target.runner.vocab_size
         q = torch.empty(0, vocab_size, dtype=torch.float32, device=device)
         return Draft(nothing, q, passes=0), None
 
     def _verify(self, draft: Draft) -> Tensor:
-        """One pass of the target over the draft, and what it makes of it: a :class:`Verdict`."""
-        # The last token was not read. Position i is judged by the logits that follow token i - 1.
+        """Run the target over the draft and judge it; the result is read by :class:`Verdict`."""
+        # The last output token is not in the cache yet. The logits after token i - 1 judge token i.
         pending = self.target.runner.tensor(self._output[-1:] or self._prompt[-1:])
         tokens, q = torch.cat([pending, draft.tokens]), draft.probabilities
         strength = self.config.transfer_strength
@@ -291,9 +312,9 @@ class Generation:
         return verify(logits, s, draft.tokens, q, eta, self.config, draws)
 
     def _with_memory(self, step: Callable[[], _T]) -> _T:
-        """A step; where memory runs out, what is idle is freed and the step is tried again."""
+        """Run a step; when memory runs out, free idle memory and run the step again."""
         for _ in range(_TRIES):
-            with suppress(torch.OutOfMemoryError):  # whose traceback would hold what was allocated
+            with suppress(torch.OutOfMemoryError):  # its traceback would keep tensors alive
                 return step()
             self.target.rollback(self._read)
             self._free_memory()
@@ -311,11 +332,11 @@ class Generation:
 
     @property
     def _read(self) -> int:
-        """Tokens that the target has read between rounds: all but the last."""
+        """Number of tokens in the target's cache between rounds: all but the last."""
         return len(self._prompt) + len(self._output) - 1
 
     def keep(self, tokens: Sequence[int]) -> None:
-        """Append a round's tokens, as many as the answer takes, and forget the rest."""
+        """Append the tokens of a round to the output and roll the target back to them."""
         self._output += tokens
         self.stats.completion_tokens = len(self._output)
         self.sampler.commit(tokens)
@@ -324,7 +345,12 @@ class Generation:
 
 @torch.inference_mode()
 def log_likelihood(session: Session, prompt: list[int], continuation: list[int]) -> float:
-    """The natural logarithm of the probability that a model continues a prompt so.
+    """Natural logarithm of the probability of a continuation given a prompt.
+
+    Args:
+        session: session of the model that scores.
+        prompt: token ids of the prompt, at least one.
+        continuation: token ids of the continuation, at least one.
 
     Raises:
         NumericalError: the model produced NaN.

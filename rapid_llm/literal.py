@@ -1,4 +1,4 @@
-"""Control tokens in a text as ordinary text: what somebody wrote never steers the model."""
+"""Encode control tokens inside a text as ordinary text, so that data never steers the model."""
 
 from __future__ import annotations
 
@@ -26,36 +26,37 @@ _STRING = re.compile(
         (?P<within>\s+(?:not\s+)?in\b)?""",
     re.VERBOSE | re.DOTALL,
 )
-"""A string in a block of a Jinja template, and whether it is looked for in another string."""
+"""A string literal in a block of a Jinja template, with the test or method that searches for it."""
 
 
 def encode_literal(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of ``text`` as ordinary text: no BOS, and no control token whatever it holds."""
+    """Token ids of a text without BOS, with control tokens in it encoded as ordinary text."""
     return literal_encoding(text, tokenizer).ids
 
 
 def literal_encoding(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
-    """``encode_literal`` with each token's character range in ``text`` (``.ids``, ``.offsets``)."""
+    """:func:`encode_literal` with character offsets of the tokens (``.ids``, ``.offsets``)."""
     text = without_surrogates(text)
     controls = controls_of(tokenizer)
     if not controls.pattern.search(text):
         encoding = tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
-        if controls.contents.keys().isdisjoint(encoding.ids):  # a normalizer may make some
+        if controls.contents.keys().isdisjoint(encoding.ids):  # a normalizer can produce some
             return encoding
     return copy_of(tokenizer).encode(text)
 
 
 class Controls:
-    """The tokens that steer a model, and secret names for those that somebody else wrote.
+    """The control tokens of a tokenizer, and how to quote them in a text.
 
-    They are the tokenizer's special tokens, and those that its chat template writes: some models
-    mark the delimiters of their template as ordinary added tokens.
+    Control tokens are the tokenizer's special tokens, and added tokens that its chat template
+    writes: some models mark the delimiters of their template as ordinary added tokens. Quoting
+    replaces each of them in a text by a secret name, which no chat template writes.
 
     Attributes:
-        tokens: in the tokenizer's order.
-        contents: what each is written as, by its id. Without the unknown token, which any
-            character may become.
-        mark: begins the secret names. It is drawn here, so that no text can hold one.
+        tokens: control tokens in the tokenizer's order.
+        contents: text of each control token by its id, except the unknown token, which can stand
+            for any character.
+        mark: random prefix of the secret names, so that no text contains one by chance.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -79,20 +80,21 @@ class Controls:
         self.mark = token_hex(16)
 
     def same_as(self, other: Controls) -> bool:
-        """Whether both are of a tokenizer that did not change in between."""
+        """Whether the tokenizer's control tokens and template are unchanged."""
         return (self.tokens, self._template) == (other.tokens, other._template)
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Finds any of them, the longest first."""
+        """Pattern of any control token, longer ones first."""
         longest_first = sorted((token.content for token in self.tokens), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
 
     def quote_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message in which no string can become a control token, nor a part of one.
+        """Quote a message so that no string in it can become a control token or a part of one.
 
-        What the assistant said is quoted so that :meth:`comparing` templates still find in it what
-        they look for, as its reasoning; nothing is found in what others said.
+        Control tokens in the assistant's messages get names that templates rewritten by
+        :meth:`comparing` can find, such as the delimiters of reasoning; those in other messages
+        get names that no template finds.
         """
         kind = "a" if message["role"] == "assistant" else "q"
         return {
@@ -103,13 +105,13 @@ class Controls:
         }
 
     def quote(self, value: Any, kind: str = "q") -> Any:
-        """A string, or all strings of a nested value, with secret names for control tokens."""
+        """Replace control tokens by secret names in a string, or in all strings of a value."""
         if isinstance(value, str):
             quoted = self.pattern.sub(lambda t: self._secret(kind, t[0]), value)
             core = value.strip()
             sides = range(1, min(len(core), self._longest) + 1)
             if any(core[:n] in self._ends or core[-n:] in self._beginnings for n in sides):
-                return self._apart(quoted)
+                return self._fenced(quoted)
             return quoted
         if isinstance(value, Mapping):
             return {self.quote(k, kind): self.quote(v, kind) for k, v in value.items()}
@@ -118,22 +120,22 @@ class Controls:
         return value
 
     def _quote_name(self, text: str, kind: str) -> str:
-        """A role or other short string, which a template may write inside of a control token."""
+        """Quote a role or other short string, which a template may write inside a control token."""
         if text in self._roles:
             return text
         quoted: str = self.quote(text, kind)
         core = text.strip()
         inside = bool(core) and any(core in token.content for token in self.tokens)
-        return self._apart(quoted) if inside else quoted
+        return self._fenced(quoted) if inside else quoted
 
     def unquote(self, text: str) -> str:
-        """A text with what was quoted in it as it was."""
+        """Restore the quoted control tokens of a text."""
         return self._names.sub(lambda t: self.tokens[int(t[1])].content if t[1] else "", text)
 
     def comparing(self, template: str) -> str:
-        """A chat template that finds quoted control tokens where it looks for them in a text.
+        """Rewrite a chat template so that its string searches find quoted control tokens.
 
-        Those that it writes itself are left alone.
+        The control tokens that the template writes are not changed.
         """
 
         def string(found: re.Match[str]) -> str:
@@ -144,9 +146,9 @@ class Controls:
         return _BLOCK.sub(lambda block: _STRING.sub(string, block[0]), template)
 
     def written_out(self, encoding: Encoding, text: str) -> bool:
-        """Whether each control token of an encoding stands in its text as such.
+        """Whether all control tokens of an encoding are written out in its text.
 
-        A tokenizer that normalizes may make one of other characters, of full-width ones for one.
+        A tokenizer that normalizes can make one from other characters, such as full-width ones.
         """
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         return all(
@@ -158,8 +160,11 @@ class Controls:
     def _secret(self, kind: str, content: str) -> str:
         return f"{self.mark}{kind}{self._index[content]}x"
 
-    def _apart(self, text: str) -> str:
-        """A text that what stands beside it cannot complete; spaces around it may be trimmed."""
+    def _fenced(self, text: str) -> str:
+        """Put marks around a text, so that its neighbours cannot complete a control token in it.
+
+        Spaces stay outside of the marks, as templates may trim them.
+        """
         core = text.strip()
         return text.replace(core, f"{self.mark}b{core}{self.mark}b", 1)
 
@@ -186,18 +191,18 @@ class Controls:
 
     @cached_property
     def _roles(self) -> frozenset[str]:
-        """Words that the template knows, or any: it may write them as it likes."""
+        """Common roles and words in the template's code, which are not quoted as names."""
         blocks = _BLOCK.findall(self._template)
         words = {s["string"][1:-1] for block in blocks for s in _STRING.finditer(block)}
         return _ROLES | {word for word in words if not self.pattern.search(word)}
 
 
 class LiteralTokenizer:
-    """A copy of a tokenizer to which control tokens are ordinary text.
+    """A copy of a tokenizer that encodes control tokens as ordinary text.
 
-    The whole text is encoded in one pass, so nothing but the control tokens changes: encoding it
-    in pieces would break merges at their borders and, in SentencePiece-like tokenizers, add a space
-    to each. The control tokens that the template itself writes pass under secret names.
+    The whole text is encoded in one pass, so only the control tokens change: encoding it in pieces
+    would break merges at their borders and, in SentencePiece-like tokenizers, add a space to each.
+    The control tokens that a chat template writes are passed in under secret names.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: Controls) -> None:
@@ -227,8 +232,8 @@ class LiteralTokenizer:
                 for token in controls.tokens
             ]
         )
-        # The model's own vocabulary may hold a control token too (Unigram, WordPiece): no piece
-        # that reaches it may contain one whole.
+        # The vocabulary itself can contain a control token (Unigram, WordPiece), so the text is
+        # split within each one before the tokenizer's model sees it.
         inner = "|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in contents if len(t) > 1)
         steps = [backend.pre_tokenizer, pre_tokenizers.Split(Regex(inner), "isolated")]
         backend.pre_tokenizer = pre_tokenizers.Sequence([step for step in steps if step])
@@ -239,10 +244,10 @@ class LiteralTokenizer:
         }
 
     def encode(self, text: str) -> Encoding:
-        """``text`` without control tokens.
+        """Encode a text without control tokens.
 
         Raises:
-            InvalidParameterError: the tokenizer makes one of it all the same.
+            InvalidParameterError: the tokenizer still produces a control token.
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
         contents = self.controls.contents
@@ -255,7 +260,7 @@ class LiteralTokenizer:
         return encoding
 
     def encode_rendered(self, text: str) -> list[int]:
-        """A rendered chat: with the template's control tokens, and what was quoted as text."""
+        """Encode a rendered chat: the template's control tokens as such, quoted ones as text."""
         named = self.controls.pattern.sub(lambda t: self._names[t[0]], text)
         ids = self.encode(self.controls.unquote(named)).ids
         return [self._control_ids.get(i, i) for i in ids]
@@ -266,7 +271,7 @@ _copies: WeakKeyDictionary[PreTrainedTokenizerBase, LiteralTokenizer] = WeakKeyD
 
 
 def controls_of(tokenizer: PreTrainedTokenizerBase) -> Controls:
-    """A tokenizer's control tokens as they are now."""
+    """Control tokens of a tokenizer, cached while it does not change."""
     now = Controls(tokenizer)
     known = _controls.get(tokenizer)
     if known is None or not now.same_as(known):
@@ -275,7 +280,7 @@ def controls_of(tokenizer: PreTrainedTokenizerBase) -> Controls:
 
 
 def copy_of(tokenizer: PreTrainedTokenizerBase) -> LiteralTokenizer:
-    """The copy of a tokenizer that reads control tokens as text; made when first asked for."""
+    """The copy of a tokenizer that encodes control tokens as text, made at the first use."""
     controls = controls_of(tokenizer)
     literal = _copies.get(tokenizer)
     if literal is None or literal.controls is not controls:

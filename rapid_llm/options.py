@@ -1,7 +1,7 @@
-"""Options: declared once, as annotated fields of a dataclass, and derived from there everywhere.
+"""Declare options as annotated dataclass fields, and derive parameters, help and checks from them.
 
-The command line, both integrations and the server make their parameters, help and checks from
-:func:`options_of`; nobody else declares an option of :mod:`rapid_llm.config` again.
+The options themselves are in :mod:`rapid_llm.config`. The command line, both integrations and the
+server build theirs from :func:`options_of` and do not declare any option again.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ _Settings = TypeVar("_Settings", bound=Any)
 
 @dataclass(frozen=True)
 class Option:
-    """What is declared of a field beside its type and default.
+    """Metadata of an option, beside the type and default of its field.
 
     Attributes:
-        help: a noun phrase, with its unit and what special values mean.
-        limit: what a value must be, for errors: "``name`` must be …". Derived from the type where
-            that says all.
-        allowed: whether a value of the right type is within the limit.
-        metavar: what help shows in the place of a value.
-        private: whether errors, traces, logs and saved settings leave it out, as it may hold a
-            secret.
-        aliases: other names by which it is taken.
-        per_call: whether a call may override it; the others belong to loaded models.
+        help: description, a noun phrase with its unit and the meaning of special values.
+        limit: description of the allowed values, for the error "``name`` must be …"; None derives
+            it from the type.
+        allowed: predicate of the allowed values, for values of the right type.
+        metavar: placeholder for the value in help texts.
+        private: whether the option may hold a secret, and is left out of errors, traces, logs and
+            saved settings.
+        aliases: other accepted names.
+        per_call: whether a single call may override it; other options are fixed once models are
+            loaded.
     """
 
     help: str
@@ -55,14 +56,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Declared:
-    """An option as a surface sees it.
+    """A declared option, as the command line, the integrations and the server see it.
 
     Attributes:
-        name: of the field.
-        type: without the annotation.
-        default: a value, or what a factory makes.
-        option: what else was declared.
-        group: the dataclass.
+        name: name of the field.
+        type: type of the field, without the annotation.
+        default: default value.
+        option: other metadata of the option.
+        group: dataclass that declares it.
     """
 
     name: str
@@ -73,18 +74,18 @@ class Declared:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that are allowed; empty where others are."""
+        """Allowed literal words; empty where the type has none."""
         return tuple(word for part in self._parts if get_origin(part) is Literal
                      for word in get_args(part))  # fmt: skip
 
     @property
     def optional(self) -> bool:
-        """Whether None is a value."""
+        """Whether None is an allowed value."""
         return NoneType in self._parts
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The types of its values, but for words and None."""
+        """Allowed types, except literal words and None."""
         return tuple(p for p in self._parts if p is not NoneType and get_origin(p) is not Literal)
 
     @property
@@ -93,10 +94,10 @@ class Declared:
         return get_args(self.type) if union else (self.type,)
 
     def checked(self, value: Any) -> Any:
-        """A value as Python's own.
+        """Validate a value and convert it to a plain Python value.
 
         Raises:
-            InvalidParameterError: it is not of the type, or outside the limit.
+            InvalidParameterError: the value has another type, or is outside the limit.
         """
         if value is None and self.optional:
             return None
@@ -123,7 +124,7 @@ class Declared:
 
 
 def options_of(*groups: type) -> Mapping[str, Declared]:
-    """The options of dataclasses by name, in the order in which they are declared."""
+    """All options that dataclasses declare, by name, in the order of declaration."""
     declared: dict[str, Declared] = {}
     for group in groups:
         declared |= _declared(group)
@@ -147,20 +148,21 @@ def _declared(group: Any) -> Mapping[str, Declared]:
 
 
 def check(settings: Any) -> None:
-    """Make every option of a frozen dataclass Python's own value, or raise; see :class:`Declared`.
+    """Validate and convert all options of a frozen dataclass; to be called in ``__post_init__``.
 
-    To be called in ``__post_init__``.
+    Raises:
+        InvalidParameterError: a value is outside its range, see :meth:`Declared.checked`.
     """
     for name, declared in options_of(type(settings)).items():
         object.__setattr__(settings, name, declared.checked(getattr(settings, name)))
 
 
 def sorted_into(options: Mapping[str, Any], *groups: type) -> tuple[Any, ...]:
-    """Flat options, as frameworks pass them, as instances of the dataclasses that declare them.
+    """Build instances of option dataclasses from one flat mapping of options.
 
     Args:
-        options: by the options' names or aliases. None leaves the default, but where None is a
-            value and the default another one.
+        options: values by option name or alias. None leaves the default, except for options that
+            allow None.
         groups: the dataclasses.
 
     Raises:
@@ -175,7 +177,11 @@ def sorted_into(options: Mapping[str, Any], *groups: type) -> tuple[Any, ...]:
 
 
 def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[str, Any]:
-    """Options under their own names, without those that are None and cannot be.
+    """Replace aliases by option names, and drop None where an option does not allow it.
+
+    Args:
+        options: values by option name or alias.
+        known: the declared options by name.
 
     Raises:
         InvalidParameterError: an unknown or an old name, or an option given twice.
@@ -201,15 +207,25 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
 
 
 def require(group: type, **values: Any) -> None:
-    """Raises InvalidParameterError where a value is not one of the option of that name."""
+    """Validate values by the options of the same names.
+
+    Raises:
+        InvalidParameterError: a value is outside its range.
+    """
     for name, value in values.items():
         options_of(group)[name].checked(value)
 
 
 def changed(settings: _Settings, options: Mapping[str, Any]) -> _Settings:
-    """A copy of a frozen dataclass with other values; names and errors as of :func:`sorted_into`.
+    """A copy of an option dataclass with some values replaced.
 
-    None is a value where the option takes it, and else leaves what there is.
+    Args:
+        settings: the frozen dataclass.
+        options: new values by option name or alias. None keeps the current value, except for
+            options that allow None.
+
+    Raises:
+        InvalidParameterError: an unknown name, an option given twice, or a value outside its range.
     """
     group = type(settings)
     given = by_name(options, options_of(group))
@@ -222,13 +238,14 @@ def pydantic_fields(
     defaults: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The options as fields of a pydantic model, for ``pydantic.create_model``.
+    """Fields of a pydantic model for options, to pass to ``pydantic.create_model``.
 
     Args:
         groups: dataclasses that declare options.
-        leave_out: names of options that the model does not have.
-        defaults: in the place of those declared, where a framework has others.
-        names: what a framework calls an option; the option's own name is taken too.
+        leave_out: names of options to leave out.
+        defaults: defaults that differ from the declared ones, by option name.
+        names: field names that differ from the option names, by option name; the option name
+            becomes an alias.
     """
     from pydantic import AliasChoices, BeforeValidator, Field
 
@@ -253,20 +270,20 @@ def pydantic_fields(
 
 
 def whole(value: Any) -> int | None:
-    """The whole number that a value is, as Python's own; None for anything else, a bool too."""
-    if type(value) is int:  # most are, and a prompt has many
+    """Convert an integer value to a Python int; None for anything else, including a bool."""
+    if type(value) is int:  # fast path: most token ids are
         return value
     return None if _is_no_scalar(value) else _converted(operator.index, value)
 
 
 def real(value: Any) -> float | None:
-    """The finite number that a value is, as Python's own; None for anything else, a bool too."""
+    """Convert a finite number to a Python float; None for anything else, including a bool."""
     number = None if _is_no_scalar(value) else _converted(float, value)
     return number if number is not None and isfinite(number) else None
 
 
 def _is_no_scalar(value: Any) -> bool:
-    """Whether it is no number, of Python, NumPy or torch, although it may convert to one."""
+    """Whether a value is not a number of Python, NumPy or torch, even if it converts to one."""
     kind = str(getattr(value, "dtype", ""))
     return isinstance(value, bool | str | bytes) or "bool" in kind or getattr(value, "ndim", 0) > 0
 
@@ -279,14 +296,14 @@ def _converted(convert: Callable[[Any], _Number], value: Any) -> _Number | None:
 
 
 def _text(value: Any) -> str | None:
-    """A string, the path of a file, or the name of torch's dtype or device."""
+    """Convert a string, a path, or a torch dtype or device to a str; None for anything else."""
     if type(value).__module__ == "torch":
         return str(value).removeprefix("torch.")
     return str(value) if isinstance(value, str) or hasattr(value, "__fspath__") else None
 
 
 def _texts(value: Any) -> tuple[str, ...] | None:
-    """Non-empty strings; one alone is a list of itself, None an empty list."""
+    """Convert to a tuple of non-empty strings, from one string, several, or None for none."""
     values = (value,) if isinstance(value, str) else value or ()
     if not isinstance(values, Iterable):
         return None

@@ -1,4 +1,4 @@
-"""Questions about documents: retrieval, both prompts, and an answer by any of four methods."""
+"""Question answering over documents: retrieval, prompts, and an answer by any of four methods."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from rapid_llm.stats import Method, Stats
 METHODS: tuple[Method, ...] = get_args(Method)
 Stage = Literal["embed", "draft", "target"]
 Progress = Callable[[Stage, int, int], None]
-"""Called with (stage, done, total): chunks embedded, or tokens of a prompt read."""
+"""Callback, called with (stage, done, total): chunks embedded, or prompt tokens read."""
 
-_CONTEXTS = 64  # retrievals kept: to compare methods on a question it is retrieved for once
+_CONTEXTS = 64  # retrievals kept, so that comparing methods on a question retrieves only once
 
 
 @dataclass(frozen=True)
 class Answer(GenerationResult):
-    """An answer, and what was retrieved for it.
+    """An answer with its question and retrieval context.
 
     Attributes:
-        question: that was asked.
-        context: what the drafter read; None for ``lc``, which retrieves nothing.
+        question: the question asked.
+        context: the retrieval context that the drafter read; None for ``lc``, which retrieves
+            nothing.
     """
 
     question: str = ""
@@ -45,19 +46,21 @@ class Answer(GenerationResult):
 
 
 class RapidPipeline:
-    """Documents, retrieval and models in one object that answers questions.
+    """Answers questions about documents.
 
-    The target reads the documents whole; the drafter reads what was retrieved for a question.
+    The target reads the whole documents; the drafter reads the passages retrieved for a question.
 
     Args:
         decoder: the models.
-        documents: one text or several; the target reads them in this order, but for blank ones.
-        embedder: what :func:`rapid_llm.context.load_embedder` takes; by default the config's.
-        builder: the retrieval, ready-made, in the place of one by ``embedder`` and ``retrieval``.
-        retrieval: how to retrieve and what to leave out; its options may be given by name instead
-            (``chunk_tokens=…``).
-        sampling: how tokens are drawn, where a question does not say otherwise.
-        speculation: how drafts are made and judged, likewise.
+        documents: one text or several, which the target reads in this order, without blank ones.
+        embedder: embedding model in any form that :func:`rapid_llm.context.load_embedder` takes;
+            by default the config's.
+        builder: ready-made retriever, used instead of ``embedder`` and ``retrieval``.
+        retrieval: retrieval options.
+        sampling: default sampling options.
+        speculation: default speculation options.
+        options: single retrieval options by name (``chunk_tokens=…``), which override those in
+            ``retrieval``.
 
     Raises:
         DocumentError: a document is not text, or all are blank.
@@ -86,7 +89,7 @@ class RapidPipeline:
 
     @cached_property
     def builder(self) -> ContextBuilder:
-        """The retrieval, made when first needed: ``lc`` needs none."""
+        """The retriever, built at the first use; ``lc`` needs none."""
         return self._builder or ContextBuilder(
             self.decoder.tokenizer,
             self._embedder,
@@ -95,11 +98,17 @@ class RapidPipeline:
         )
 
     def ask(self, question: str, method: Method = "rapid", **call: Any) -> Answer:
-        """The answer to a question; arguments and errors are those of :meth:`stream`."""
+        """Answer a question; arguments and errors are those of :meth:`stream`."""
         return self.answer_of(question, method, list(self.stream(question, method, **call)))
 
     def answer_of(self, question: str, method: Method, deltas: Sequence[Delta]) -> Answer:
-        """What a stream, read to its end, has given."""
+        """Join all deltas of a finished stream.
+
+        Args:
+            question: the question asked.
+            method: the method that answered it.
+            deltas: all deltas of the stream.
+        """
         result = GenerationResult.from_deltas(deltas)
         question = require_text("the question", question)
         context = None if method == "lc" else self._contexts.get(question)
@@ -108,11 +117,11 @@ class RapidPipeline:
     def ask_many(
         self, questions: Iterable[str], method: Method = "rapid", **call: Any
     ) -> list[Answer]:
-        """The answers to several questions, in their order; the documents are read once."""
+        """Answer several questions in order; the documents are read once."""
         return [self.ask(question, method, **call) for question in questions]
 
     def chat(self, method: Method = "rapid") -> Conversation:
-        """A conversation about the documents, in which each question knows those before it."""
+        """Begin a conversation about the documents; each question sees the earlier ones."""
         return Conversation(self, method)
 
     def stream(
@@ -126,23 +135,23 @@ class RapidPipeline:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Delta]:
-        """Answer a question, a delta a round.
+        """Answer a question and yield one delta per round.
 
         Args:
-            question: what is asked about the documents.
+            question: question about the documents.
             method: ``rapid``; ``sd``, speculation without knowledge transfer; ``lc``, the target
-                alone; ``rag``, the drafter alone. Where nothing was retrieved, all but ``lc`` do
-                what ``on_empty`` says, and ``stats.draft_skipped`` says why.
+                alone; ``rag``, the drafter alone. Where nothing was retrieved, all but ``lc``
+                follow ``on_empty``, and ``stats.draft_skipped`` gives the reason.
             history: earlier questions and answers, as chat messages that begin with a user's.
-            sampling, speculation: for this question.
-            chat_template_kwargs: variables of the chat template, before the decoder's own.
-            progress: told how far embedding and reading have come.
+            sampling, speculation: options for this question; by default the pipeline's.
+            chat_template_kwargs: variables of the chat template; they override the decoder's.
+            progress: callback for the progress of embedding and prefill.
 
         Raises:
             InvalidParameterError: the method is unknown.
             DocumentError: the question is empty, or not text.
             ContextWindowError: a prompt is too long for its model.
-            RapidError: whatever else :meth:`retrieve` and :meth:`RapidDecoder.stream` raise.
+            RapidError: any other error of :meth:`retrieve` and :meth:`RapidDecoder.stream`.
         """
         require_method(method)
         question = require_text("the question", question)
@@ -172,12 +181,16 @@ class RapidPipeline:
         return _explained(deltas, skipped, prompts.omitted_tokens)
 
     def retrieve(self, question: str, *, progress: Progress | None = None) -> RetrievalContext:
-        """What the drafter reads for a question.
+        """Retrieve the drafter's context for a question.
+
+        Args:
+            question: question about the documents.
+            progress: callback for the progress of embedding.
 
         Raises:
             DocumentError: the question is empty, or not text.
-            ModelError, MissingDependencyError: the embedder cannot be loaded, or gives vectors
-                that are none.
+            ModelError: the embedder cannot be loaded, or gives invalid vectors.
+            MissingDependencyError: a package of the embedder or retriever is not installed.
         """
         question = require_text("the question", question)
         variables = self.decoder.chat_template_kwargs
@@ -198,7 +211,7 @@ class RapidPipeline:
         return context
 
     def _room(self, call: _Call) -> int:
-        """Tokens that both models have for what is retrieved."""
+        """Number of tokens that both context windows leave for the retrieved text."""
         decoder = self.decoder
         window = min(decoder.target.context_window, decoder.drafter.context_window)
         answer = min(call.sampling.max_new_tokens, window // 2)
@@ -216,7 +229,7 @@ class RapidPipeline:
         return _Prompts(whole.prompt, draft, whole.omitted_tokens)
 
     def _fitted(self, call: _Call, passages: Sequence[Sequence[Passage]]) -> Fitted:
-        """The target's prompt."""
+        """The target's prompt, with documents cut to its context window if ``truncate`` says so."""
 
         def render(texts: Sequence[str]) -> list[Message]:
             return call.messages(SEPARATOR.join(text for text in texts if text.strip()))
@@ -236,10 +249,14 @@ class RapidPipeline:
 class Conversation:
     """Questions and answers about a pipeline's documents.
 
-    What fails, or whose stream is closed, is not part of it.
+    A question that failed, or whose stream was closed early, is not recorded.
+
+    Args:
+        pipeline: the pipeline that answers.
+        method: method of all answers.
 
     Attributes:
-        messages: what was said, as chat messages without the documents.
+        messages: questions and answers so far, as chat messages without the documents.
     """
 
     def __init__(self, pipeline: RapidPipeline, method: Method = "rapid") -> None:
@@ -249,19 +266,19 @@ class Conversation:
         self.messages: list[Message] = []
 
     def ask(self, question: str, **call: Any) -> Answer:
-        """Answer, and remember; arguments as of :meth:`RapidPipeline.stream`."""
+        """Answer a question and record both; arguments as for :meth:`RapidPipeline.stream`."""
         answer = self._pipeline.ask(question, self._method, history=self.messages, **call)
         self._remember(question, answer.text)
         return answer
 
     def stream(self, question: str, **call: Any) -> Iterator[Delta]:
-        """:meth:`ask`, a delta a round."""
-        said = ""
+        """Like :meth:`ask`, but yield one delta per round."""
+        text = ""
         deltas = self._pipeline.stream(question, self._method, history=self.messages, **call)
         for delta in deltas:
-            said += delta.text
+            text += delta.text
             if delta.finish_reason is not None:
-                self._remember(question, said)
+                self._remember(question, text)
             yield delta
 
     def _remember(self, question: str, text: str) -> None:
@@ -273,7 +290,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _Call:
-    """One question and how it is to be answered."""
+    """A question with its history and options.
+
+    Attributes:
+        question: the question.
+        history: earlier chat messages.
+        sampling: sampling options.
+        speculation: speculation options.
+        variables: variables of the chat template.
+    """
 
     question: str
     history: tuple[Message, ...]
@@ -282,7 +307,7 @@ class _Call:
     variables: Mapping[str, Any]
 
     def messages(self, text: str) -> list[Message]:
-        """The conversation about a text, which stands in its first message."""
+        """Chat messages of the conversation, with a text in the first one."""
         if not self.history:
             return [*build_messages(text, self.question)]
         first, *later = self.history
@@ -291,7 +316,7 @@ class _Call:
 
 
 class _Prompts(NamedTuple):
-    """What both models read; None is what does not take part."""
+    """Prompts of both models; None for a model that does not take part."""
 
     target: Prompt | None
     draft: Prompt | None
@@ -299,7 +324,11 @@ class _Prompts(NamedTuple):
 
 
 def require_method(method: str) -> None:
-    """Raises InvalidParameterError if there is no such method."""
+    """Validate the name of a method.
+
+    Raises:
+        InvalidParameterError: the method is unknown.
+    """
     if method not in METHODS:
         raise InvalidParameterError(
             f"method={method!r} is unknown; choose one of {', '.join(METHODS)}"

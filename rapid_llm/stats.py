@@ -1,4 +1,4 @@
-"""What one generation cost and what speculation brought."""
+"""Statistics of a generation: token counts, times, acceptance."""
 
 from __future__ import annotations
 
@@ -9,44 +9,43 @@ from typing import Any, Literal
 Method = Literal["rapid", "sd", "lc", "rag"]
 
 NOTHING_RETRIEVED = "the retriever returned nothing"
-"""``Stats.draft_skipped`` where a pipeline's own retriever left the drafter without a context."""
+"""``Stats.draft_skipped`` where an external retriever found nothing for the drafter."""
 
 NO_DRAFT_PROMPT = "no draft prompt was given"
-"""The same where the target was asked alone."""
+"""``Stats.draft_skipped`` where the call had no draft prompt."""
 
 NOTHING_PAID = "no draft was found that promised to save time"
-"""The same where ``gamma="auto"`` or a lookup drafted in no round."""
+"""``Stats.draft_skipped`` where ``gamma="auto"`` or a lookup drafted in no round."""
 
 
 @dataclass
 class Stats:
-    """Counts and seconds of one generation.
+    """Counts and times of one generation.
 
     Attributes:
-        method: what happened: ``rapid`` (drafts, η > 0), ``sd`` (drafts, η = 0), ``lc`` (nothing
-            was drafted so far: the target alone over its whole prompt), or ``rag`` (the drafter
+        method: method that ran: ``rapid`` (drafts, η > 0), ``sd`` (drafts, η = 0), ``lc`` (the
+            target alone over its whole prompt, nothing drafted so far), or ``rag`` (the drafter
             alone over the retrieval context).
-        prompt_tokens: tokens of the target's prompt.
-        cached_tokens: of these, those whose KV was kept from an earlier call and not read again.
-        draft_prompt_tokens: tokens of the drafter's prompt; 0 without a draft.
-        max_new_tokens: tokens the answer could have at most: what was asked for, or what the
-            context window had left.
-        completion_tokens: tokens generated, an end-of-sequence token included.
-        rounds: verification passes of the target.
-        drafted_tokens: tokens the drafter proposed.
-        accepted_tokens: proposed tokens that the target accepted.
-        rejections: rounds in which a proposed token was rejected.
-        draft_passes: forward passes of the drafter; fewer than ``drafted_tokens`` where it checked
-            guesses.
+        prompt_tokens: number of tokens in the prompt that was answered.
+        cached_tokens: number of those tokens whose KV was reused from an earlier call.
+        draft_prompt_tokens: number of tokens in the drafter's prompt; 0 without a drafter.
+        max_new_tokens: limit of the answer in tokens: the requested one, or the room in the
+            context window if that is less.
+        completion_tokens: number of generated tokens, including an end-of-sequence token.
+        rounds: number of verification passes of the target.
+        drafted_tokens: number of tokens that the drafter proposed.
+        accepted_tokens: number of proposed tokens that the target accepted.
+        rejections: number of rounds in which a proposed token was rejected.
+        draft_passes: number of forward passes of the drafter; less than ``drafted_tokens`` where
+            it verified lookup guesses.
         prefill_seconds: wall time of reading the prompts and, the first time at a context length,
-            of measuring what passes cost there.
-        decode_seconds: wall time of the rounds that followed.
-        draft_seconds: of these, spent drafting; on a GPU, where drafts are launched and not waited
-            for, what the host spent.
-        time_to_first_token: seconds from the call to the first round's tokens; None before it.
-        draft_skipped: where the method is ``lc``, why nothing was drafted; where nothing was
-            retrieved, why that is; else None.
-        omitted_tokens: tokens of the documents that ``truncate`` left out.
+            of measuring the cost of passes.
+        decode_seconds: wall time of all rounds.
+        draft_seconds: part of ``decode_seconds`` spent drafting; on a GPU, where the host does not
+            wait for drafts, the host's time only.
+        time_to_first_token: seconds from the call to the first round's tokens; None before that.
+        draft_skipped: reason why nothing was drafted (method ``lc``) or retrieved; None otherwise.
+        omitted_tokens: number of document tokens that ``truncate`` left out.
     """
 
     method: Method = "lc"
@@ -69,28 +68,30 @@ class Stats:
 
     @property
     def acceptance_ratio(self) -> float:
-        """Accepted ÷ drafted tokens (the paper's "acceptance rate"); 0 if none was drafted."""
+        """Accepted ÷ drafted tokens (the paper's "acceptance rate"); 0 without drafts."""
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
 
     @property
     def acceptance_rate(self) -> float:
-        """a: how likely a drafted token is accepted once those before it were; 0 if none was
-        drafted."""
+        """Estimated probability that a drafted token is accepted, given that those before it were.
+
+        This is a in the speed model; 0 without drafts.
+        """
         judged = self.accepted_tokens + self.rejections
         return self.accepted_tokens / judged if judged else 0.0
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens kept per verification pass of the target."""
+        """Generated tokens per verification pass of the target."""
         return self.completion_tokens / self.rounds if self.rounds else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed: completion tokens ÷ ``decode_seconds`` (prefill left out)."""
+        """Decoding speed: ``completion_tokens`` ÷ ``decode_seconds``, without the prefill."""
         return self.completion_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Every count, second and ratio under its name, ready for JSON."""
+        """All counts, times and ratios by name, ready for JSON."""
         return asdict(self) | {
             "acceptance_ratio": self.acceptance_ratio,
             "acceptance_rate": self.acceptance_rate,
@@ -100,10 +101,10 @@ class Stats:
 
     @classmethod
     def together(cls, parts: Sequence[Stats]) -> Stats:
-        """Of several generations, one after the other: counts and seconds add up.
+        """Sum the statistics of consecutive generations.
 
-        The method is the first one that drafted, ``draft_skipped`` the first reason that there is;
-        what else cannot be added is the first's.
+        Counts and seconds are added. The method is that of the first part with drafts,
+        ``draft_skipped`` the first reason given; other fields are those of the first part.
         """
         totals = {
             field.name: sum(getattr(part, field.name) for part in parts)

@@ -1,4 +1,4 @@
-"""Lone surrogates: code points of a broken text that no encoding and no tokenizer takes."""
+"""Replace lone surrogates, code points in broken strings that tokenizers and UTF-8 reject."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _REPLACEMENT = "\ufffd"
 
 
 def without_surrogates(text: str) -> str:
-    """The text with U+FFFD for each surrogate, so that positions in it stay what they are."""
+    """Replace each surrogate in a text by U+FFFD; character positions do not change."""
     return _SURROGATE.sub(_REPLACEMENT, text)
 
 
 def nested_without_surrogates(value: Any) -> Any:
-    """A value with :func:`without_surrogates` of every string in its mappings, lists and tuples."""
+    """Apply :func:`without_surrogates` to all strings in nested mappings, lists and tuples."""
     if isinstance(value, str):
         return without_surrogates(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""From token ids to text while they arrive: whole characters only, cut at stop strings."""
+"""Incremental detokenizer: token ids to text in whole characters, cut at stop strings."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from itertools import compress
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-# A decoder turns tokens into text with regard to their neighbours only: a space before the first
-# token, at most 3 bytes of a character that a later token completes. So a few tokens are context
-# enough, and the cost of a token does not grow with the output.
+# The text of a token depends on its neighbours only: a space before the first token, at most 3
+# bytes of a character that a later token completes. So decoding a token needs only a few tokens
+# before it, and its cost does not grow with the output.
 _CONTEXT_TOKENS = 8
 _REPLACEMENT = "\ufffd"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class TextStream:
-    """The text of a growing sequence of tokens, special tokens skipped.
+    """Decodes a growing sequence of tokens to text, without special tokens.
 
-    All returned pieces together equal ``tokenizer.decode`` of all tokens (special tokens skipped,
-    spaces not cleaned up), cut before the stop string that is completed first; of those completed
+    The returned pieces together equal ``tokenizer.decode`` of all tokens (special tokens skipped,
+    spaces not cleaned up), cut before the stop string that is completed first; of several completed
     by the same character, before the one that starts first.
 
     Args:
         tokenizer: the model's tokenizer.
-        stop: non-empty strings that end the text. A special token that is one of them, or part
-            of one, counts where it is said, though it is never returned.
+        stop: non-empty strings that end the text. A special token that is a stop string, or part
+            of one, is matched but never returned.
 
     Attributes:
-        stopped: a stop string is complete. The text before it has been returned; from now on
-            ``push`` and ``finish`` return nothing.
+        stopped: whether a stop string was completed. The text before it has been returned;
+            ``push`` and ``finish`` return nothing more.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
@@ -42,21 +42,21 @@ class TextStream:
         contents = dict(zip(special, tokenizer.convert_ids_to_tokens(list(special)), strict=True))
         self._hidden = {i for i in special if any(contents[i] in s for s in self._stop)}
         self._skipped = special - self._hidden
-        self._context: list[int] = []  # the last tokens of those decoded
-        self._context_length = 0  # characters that they decode to
-        self._bytes: list[int] = []  # a run of byte tokens, not yet decoded
-        self._incomplete = ""  # decoded, but perhaps only the beginning of a character
-        self._held = ""  # characters that may turn out to begin a stop string
-        self._shown: list[bool] = []  # which of them are text, and not of a special token
+        self._context: list[int] = []  # last decoded tokens
+        self._context_length = 0  # number of characters that they decode to
+        self._bytes: list[int] = []  # run of byte tokens, not yet decoded
+        self._incomplete = ""  # U+FFFD where the last character may be incomplete
+        self._held = ""  # characters that may be the beginning of a stop string
+        self._shown: list[bool] = []  # for each held character, False if of a special token
         self._pieces: list[str] = []
 
     @property
     def text(self) -> str:
-        """Everything returned so far."""
+        """All text returned so far."""
         return "".join(self._pieces)
 
     def push(self, token_id: int) -> str:
-        """Add a token; the text that became final with it, often "" and never half a character."""
+        """Add a token and return the new text that is final: whole characters, possibly none."""
         if self.stopped or token_id in self._skipped:
             return ""
         if token_id in self._hidden:
@@ -64,16 +64,16 @@ class TextStream:
             hidden = "" if self.stopped else self._return(self._content(token_id), shown=False)
             return piece + hidden
         token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token is None:  # models pad their vocabulary with ids that have no text
+        if token is None:  # a padding id of the vocabulary, which has no text
             return ""
         if _BYTE.fullmatch(token):
-            # One invalid byte makes a whole run of byte tokens unreadable: wait for its end.
+            # One invalid byte makes the whole run of byte tokens undecodable: wait for its end.
             self._bytes.append(token_id)
             return ""
         return self._return(self._decode([*self._bytes, token_id]))
 
     def finish(self) -> str:
-        """What is still held back. An incomplete character becomes U+FFFD."""
+        """Return the text that is still held back; an incomplete character becomes U+FFFD."""
         if self.stopped:
             return ""
         piece = self._return(self._rest())
@@ -85,13 +85,13 @@ class TextStream:
         return piece
 
     def _rest(self) -> str:
-        """What was decoded in part, as it is without another token."""
+        """Text of pending bytes and of an incomplete character, as if no token followed."""
         last = self._decode(self._bytes) if self._bytes else ""
         last, self._incomplete = last + self._incomplete, ""
         return last
 
     def _content(self, special: int) -> str:
-        """A special token as it reads after the last tokens, with the space before it."""
+        """Text of a special token after the last tokens, including a space before it."""
         text = self._tokenizer.decode(
             [*self._context, special],
             skip_special_tokens=False,
@@ -100,7 +100,7 @@ class TextStream:
         return text[self._context_length :]
 
     def _decode(self, new: list[int]) -> str:
-        """The characters that ``new`` completes."""
+        """Decode new tokens and return the characters that they complete."""
         window = self._context + new
         text = self._text_of(window)
         fresh = text[self._context_length - len(self._incomplete) :]
@@ -117,7 +117,7 @@ class TextStream:
         )
 
     def _return(self, fresh: str, *, shown: bool = True) -> str:
-        """Pass on what can no longer become part of a stop string."""
+        """Add new text, and return the text that can no longer be part of a stop string."""
         text, mask = self._held + fresh, [*self._shown, *[shown] * len(fresh)]
         found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
@@ -131,7 +131,7 @@ class TextStream:
         return piece
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of ``text`` with which a stop string begins."""
+        """Length of the longest suffix of ``text`` that is a prefix of a stop string."""
         longest = max((len(s) - 1 for s in self._stop), default=0)
         return next(
             (

@@ -1,4 +1,4 @@
-"""Which tokens a model has, and which two models share."""
+"""Compare the vocabularies of target and drafter, and check that a model has a prompt's tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def unshared_tokens(
     """Ids of added tokens that only one of two models has.
 
     Args:
-        target, drafter: two models.
-        tokenizer: the target's.
-        drafter_tokenizer: the drafter's; without it the sizes of the vocabularies are compared.
+        target, drafter: the two models.
+        tokenizer: the target's tokenizer.
+        drafter_tokenizer: the drafter's tokenizer; without it only the sizes of the vocabularies
+            are compared.
 
     Raises:
-        TokenizerMismatchError: they differ in more than added tokens.
+        TokenizerMismatchError: the vocabularies differ in more than added tokens.
     """
     if drafter_tokenizer is None:
         if drafter.vocab_size != target.vocab_size:
@@ -38,7 +39,7 @@ def unshared_tokens(
     ours, theirs = tokenizer.get_vocab(), drafter_tokenizer.get_vocab()
     if ours == theirs:
         return frozenset()
-    either = dict(ours.items() ^ theirs.items())  # tokens that not both have, at one id
+    either = dict(ours.items() ^ theirs.items())  # tokens that do not have one id in both
     added = tokenizer.get_added_vocab() | drafter_tokenizer.get_added_vocab()
     ids = Counter((ours | theirs).values())
     for token, i in either.items():
@@ -57,7 +58,14 @@ def unreadable(
     tokenizer: PreTrainedTokenizerBase,
     unshared: Collection[int],
 ) -> str | None:
-    """Which token of a prompt a model does not have, for messages; None if it has all."""
+    """Message naming the first token of a prompt that a model lacks; None if it has all.
+
+    Args:
+        prompt: token ids.
+        runner: the model.
+        tokenizer: tokenizer of the prompt.
+        unshared: ids of tokens that the model lacks, see :func:`unshared_tokens`.
+    """
     embedded = runner.model.get_input_embeddings().weight.shape[0]
     unknown = (i for i in prompt if i >= embedded or i in unshared)
     if (found := next(unknown, None)) is None:

@@ -1,4 +1,4 @@
-"""The drafter's context: reading, chunking, embedding, storing and retrieving documents."""
+"""Read, chunk, embed, store and retrieve documents: the drafter's context."""
 
 from rapid_llm.config import PACKAGED_EMBEDDER
 from rapid_llm.context.builder import Chunk, ContextBuilder, RetrievalContext

@@ -1,4 +1,4 @@
-"""The drafter's context: the chunks of a document that are most similar to the question."""
+"""Retrieve the drafter's context: the chunks of documents most relevant to a question."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 _SEPARATOR = "\n\n"
-_KEPT_SPANS = 100_000  # of all texts that need not be split again: about 20 MB
+_KEPT_SPANS = 100_000  # spans cached for texts that were split before: about 20 MB
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Chunk:
     """A retrieved passage.
 
     Attributes:
-        text: ``documents[document][start:end]``.
-        start: first character.
-        end: one past the last character.
-        score: what it was ranked by, the more the better: ``dense``, cosine similarity to the
-            question, in [-1, 1]; ``bm25``, the BM25 score, above 0; ``hybrid``, the sum of the
-            reciprocal ranks by both, in (0, 2/61].
-        tokens: tokens of ``text`` in the target's tokenizer.
-        document: index of the document it comes from.
+        text: text of the chunk, ``documents[document][start:end]``.
+        start: offset of its first character in the document.
+        end: offset one past its last character.
+        score: ranking score, higher is better: cosine similarity to the question, in [-1, 1]
+            (``dense``); BM25 score, above 0 (``bm25``); sum of the reciprocal ranks by both, in
+            (0, 2/61] (``hybrid``).
+        tokens: number of tokens of ``text`` in the target's tokenizer.
+        document: index of its document.
     """
 
     text: str
@@ -64,17 +64,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RetrievalContext:
-    """What the drafter reads instead of the documents.
+    """The retrieved text that the drafter reads instead of the documents.
 
     Attributes:
-        text: the chunks in document order, joined by blank lines; empty without chunks.
-        chunks: the retrieved passages in document order.
-        tokens: tokens of ``text`` in the target's tokenizer, at most ``budget``.
-        budget: max(``retrieval_tokens``, tokens of all documents ÷ ``compression``), or the room
-            that there is if that is less.
-        empty_reason: why there are no chunks, or None when there are some.
-        confidence: in [0, 1], how sure the retrieval is (see ``context.confidence``); 1 where it
-            knows no similarities, that is but for ``dense``.
+        text: chunks in document order, joined by blank lines; empty without chunks.
+        chunks: retrieved chunks in document order.
+        tokens: number of tokens of ``text`` in the target's tokenizer, at most ``budget``.
+        budget: retrieval budget in tokens: max(``retrieval_tokens``, tokens of all documents ÷
+            ``compression``), or the available room if that is less.
+        empty_reason: reason why there are no chunks; None when there are some.
+        confidence: confidence of the retrieval, in [0, 1], from the cosine similarities (see
+            :mod:`rapid_llm.context.confidence`); 1 for retrievers other than ``dense``.
     """
 
     text: str
@@ -87,11 +87,11 @@ class RetrievalContext:
 
 class _Split(NamedTuple):
     spans: list[Span]
-    tokens: int  # of the whole text
+    tokens: int  # number of tokens of the whole text
 
 
 class _Splits:
-    """How the texts that were read last were split. The texts themselves are not kept."""
+    """Cache of the spans of recently split texts, keyed by a hash of the text."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[bytes, int], _Split] = OrderedDict()
@@ -123,21 +123,24 @@ class ContextBuilder:
     """Retrieves the drafter's context from long documents.
 
     Documents are cut into chunks, embedded, stored in Chroma and searched by cosine similarity, or
-    ranked by the words that they share with the question, or by both. One builder may
-    be called from several threads, one at a time embedding.
+    ranked by the words that they share with the question, or by both. A builder may be called from
+    several threads; one at a time embeds.
 
     Args:
-        tokenizer: the target's transformers tokenizer; all token counts are in its tokens. Control
-            tokens inside a document count as ordinary text.
-        embedder: what ``load_embedder`` takes, in the place of the config's; loaded at the first
-            ``build`` (not for ``bm25``). No chunk is longer than it reads.
-        config: how to retrieve; its options may be given by name instead (``chunk_tokens=…``).
-        device: where the embedder is put when it is loaded by name.
+        tokenizer: the target's transformers tokenizer, in whose tokens all lengths are counted.
+            Control tokens inside a document count as ordinary text.
+        embedder: embedding model in any form that :func:`load_embedder` takes; by default the
+            config's. It is loaded at the first :meth:`build` (not for ``bm25``), and no chunk is
+            longer than its maximum input.
+        config: retrieval options.
+        device: device of an embedder that is loaded by name.
+        options: single retrieval options by name (``chunk_tokens=…``), which override those in
+            ``config``.
 
     Raises:
         InvalidParameterError: an unknown option, a value outside its range, or Chroma cannot open
             the store.
-        MissingDependencyError: Chroma is not installed, and the retriever needs it.
+        MissingDependencyError: the retriever needs Chroma, which is not installed.
     """
 
     def __init__(
@@ -157,12 +160,12 @@ class ContextBuilder:
         self._source = embedder or config.embedder or default_embedder()
         self._device = None if device is None else str(device)
         self._embedder: Embedder | None = None
-        self._lock = Lock()  # loads once, and lets a second thread find the first one's vectors
+        self._lock = Lock()  # so that threads do not load a model or embed a text twice
         self._splits = _Splits()
 
     @property
     def embedder_name(self) -> str:
-        """What the embedder is called: as it was named, or as it names itself."""
+        """Name of the embedder: the name it is loaded by, or its own if it was passed loaded."""
         return str(self._source) if isinstance(self._source, str | Path) else self._source.name
 
     def build(
@@ -173,23 +176,23 @@ class ContextBuilder:
         room: int | None = None,
         progress: Progress | None = None,
     ) -> RetrievalContext:
-        """Retrieve what of the documents belongs to the question.
+        """Retrieve the chunks of the documents that are most relevant to the question.
 
-        Chunks (``dense``: of at least the threshold's similarity) are taken, the best first, until
-        the budget is filled; one that no longer fits is passed over for smaller ones.
+        Chunks are taken from the best on until the budget is filled; a chunk that no longer fits is
+        skipped for smaller ones. ``dense`` takes only chunks above the similarity threshold.
 
         Args:
-            documents: one document or several; blank ones among them hold nothing.
-            question: what the retrieved chunks should be similar to.
-            room: tokens that the model which reads them has for them; the budget is not larger,
-                and nor is a chunk. At least 32.
-            progress: called as ``progress(done, total)``, chunks embedded so far, first with 0; not
-                called when the vectors of all chunks are stored already.
+            documents: one document or several; blank ones are ignored.
+            question: question to retrieve for.
+            room: number of tokens that the reading model has for the retrieved text, at least 32;
+                an upper limit of the budget and of each chunk. None sets no limit.
+            progress: callback ``progress(done, total)`` with the number of chunks embedded, first
+                with 0; not called when the vectors of all chunks are stored already.
 
         Raises:
             DocumentError: a document or the question is not text, the question is empty, or all
                 documents are.
-            ModelError: the embedding model cannot be loaded, or gives vectors that are none.
+            ModelError: the embedding model cannot be loaded, or gives invalid vectors.
             MissingDependencyError: the embedding model or the retriever needs a package that is
                 not installed.
         """
@@ -237,7 +240,7 @@ class ContextBuilder:
         question: str,
         progress: Progress | None,
     ) -> list[Chunk]:
-        """Every chunk that the retriever finds, the best first."""
+        """All chunks that the retriever finds, the best first."""
         places = [
             (number, text, span)
             for number, text in enumerate(texts)
@@ -267,7 +270,7 @@ class ContextBuilder:
         question: str,
         progress: Progress | None,
     ) -> dict[str, list[float]]:
-        """The cosine similarity to the question, of every chunk of every text."""
+        """Cosine similarities to the question of the chunks of each text, embedded if need be."""
         embedder = self._load_embedder()
         stored = store.open({text: parts.spans for text, parts in split.items()}, embedder.name)
         with self._lock:
@@ -277,7 +280,7 @@ class ContextBuilder:
         return {text: list(islice(cosines, len(parts.spans))) for text, parts in split.items()}
 
     def _similar(self, ranked: Sequence[Chunk]) -> Sequence[Chunk]:
-        """Those above the threshold."""
+        """Chunks above the similarity threshold; all for retrievers other than ``dense``."""
         if self._config.retriever != "dense":
             return ranked
         if self._config.threshold is not None:
@@ -295,7 +298,7 @@ class ContextBuilder:
             if used + chunk.tokens > budget:
                 continue
             together = sorted([*chosen, chunk], key=lambda c: (c.document, c.start))
-            # Counted as a whole: tokens of the parts and of the blank lines do not simply add up.
+            # Count the joined text: its tokens are not the sum of the parts' tokens.
             tokens = self._count(_join(together))
             if tokens <= budget:
                 chosen, used = together, tokens
@@ -309,7 +312,7 @@ class ContextBuilder:
 
 
 def _embed(stored: StoredChunks, embedder: Embedder, progress: Progress | None) -> None:
-    """Embed and store what is missing, batch by batch, so that an interrupt loses one batch."""
+    """Embed and store missing chunks in batches, so that an interrupt loses one batch only."""
     missing = stored.missing()
     report = progress or (lambda done, total: None)
     for done, batch in zip(count(0, EMBEDDING_BATCH), batched(missing, EMBEDDING_BATCH)):
@@ -321,7 +324,7 @@ def _embed(stored: StoredChunks, embedder: Embedder, progress: Progress | None) 
 
 
 def _window(embedder: Embedder | None) -> Window | None:
-    """What an embedder reads of a text, if it tells; of less than 32 tokens no chunks are made."""
+    """Maximum input of an embedder, at least 32 tokens; None if it does not declare one."""
     most: int | None = getattr(embedder, "max_tokens", None)
     count_tokens = getattr(embedder, "count_tokens", None)
     if most is None or count_tokens is None:

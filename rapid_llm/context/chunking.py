@@ -1,4 +1,4 @@
-"""Cutting a document into chunks that fit a token limit, with exact character offsets."""
+"""Cut a document into chunks within a token limit, with exact character offsets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rapid_llm.errors import InvalidParameterError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# One character can take several tokens (bytes, decomposed letters); it is never cut in two.
 MIN_CHUNK_TOKENS = 32
+"""Smallest chunk limit: one character, which is never cut, can take several tokens."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """``text[start:end]``, characters of a document, and its number of tokens on its own."""
+    """A part of a text, ``text[start:end]``, and its number of tokens when encoded alone."""
 
     start: int
     end: int
@@ -27,14 +27,14 @@ class Span:
 
 
 class Window(NamedTuple):
-    """What another model reads of a text: ``count(text)`` of its own tokens, at most ``most``."""
+    """Maximum input of another model: at most ``most`` of its tokens, as ``count(text)`` counts."""
 
     count: Callable[[str], int]
     most: int
 
 
 def count_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of document text: control tokens in it count as the ordinary text they will be."""
+    """Number of tokens of a text, with control tokens in it encoded as ordinary text."""
     from rapid_llm.encoding import encode_literal  # here, because it imports torch
 
     return len(encode_literal(text, tokenizer))
@@ -51,12 +51,12 @@ def split_text(
     Args:
         text: the document.
         tokenizer: the target's tokenizer.
-        max_tokens: the limit of each chunk, at least 32.
-        window: that of another model, into which each chunk is to fit as well.
+        max_tokens: maximum length of a chunk in tokens, at least 32.
+        window: maximum input of another model, which each chunk must fit as well.
 
     Returns:
-        Spans in document order. They do not overlap, and only white space lies between them;
-        a text of white space alone has none.
+        Spans in document order, without overlap and with only white space between them; none for
+        a blank text.
 
     Raises:
         InvalidParameterError: ``max_tokens`` or ``window.most`` is below 32.
@@ -68,14 +68,14 @@ def split_text(
             raise InvalidParameterError(
                 f"{name}={value} is too small for a chunk: give at least {MIN_CHUNK_TOKENS}"
             )
-    # A callback, because the splitter's own tokenizer support takes control tokens for one token.
+    # A callback, because the splitter's own tokenizer support encodes control tokens as such.
     count = partial(count_tokens, tokenizer=tokenizer)
 
-    # The splitter takes a piece of no more bytes than its limit to fit: it gets the smaller limit.
+    # The smaller limit, because the splitter accepts any piece of no more bytes than its limit.
     limit = min(limits.values())
 
     def size(piece: str) -> int:
-        """At most ``limit`` if and only if the piece is within both limits."""
+        """Size that is at most ``limit`` if and only if the piece is within both limits."""
         tokens = -(-count(piece) * limit // max_tokens)  # rounded up
         if window is None or tokens > limit:
             return tokens

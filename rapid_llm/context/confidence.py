@@ -1,18 +1,18 @@
-"""How sure a retrieval was, for a dynamic η."""
+"""Confidence of a retrieval from its cosine similarities, for a dynamic η."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 LOW, HIGH = 0.2, 0.6
-"""Cosine similarities at and below which nothing is believed, and at and above which all is."""
+"""Cosine similarities that give confidence 0 (and below) and 1 (and above)."""
 
 
 def confidence(scores: Sequence[float]) -> float:
-    """Where the best chunk's cosine similarity lies between ``LOW`` and ``HIGH``, in [0, 1].
+    """Confidence in [0, 1]: position of the best similarity between ``LOW`` and ``HIGH``.
 
     Args:
-        scores: cosine similarities of the retrieved chunks to the question; none give 0.
+        scores: cosine similarities of the retrieved chunks to the question; 0 if there are none.
     """
     if not scores:
         return 0.0

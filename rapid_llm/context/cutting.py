@@ -1,4 +1,4 @@
-"""Leaving out of a document what is far from its ends and from what was retrieved from it."""
+"""Shorten a document: keep its beginning, its end and retrieved passages, cut the text between."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from rapid_llm.context.retrieved import SEPARATOR, Passage
 from rapid_llm.encoding import encode_literal, literal_encoding
 
 OMISSION = "\n[...]\n"
-"""Stands where text was left out."""
+"""Default mark where text was left out."""
 
 
 class Part(NamedTuple):
-    """What is left of a document, and how many of its tokens are not."""
+    """A shortened document and the number of tokens left out."""
 
     text: str
     omitted_tokens: int
 
 
 class CuttableDocument:
-    """A document that can be made shorter.
+    """A document that can be shortened.
 
-    Kept are its beginning, its end and every passage. Passages that cannot be found in it, white
-    space aside, are put at its end.
+    Its beginning, its end and all passages are kept. Passages that are not found in it, ignoring
+    white space, are appended.
 
     Args:
         text: the document.
-        passages: what was retrieved from it.
-        tokenizer: a fast tokenizer, whose tokens are counted.
-        mark: stands where text was left out.
+        passages: passages retrieved from it.
+        tokenizer: fast tokenizer, in whose tokens lengths are counted.
+        mark: text that stands where something was left out.
     """
 
     def __init__(
@@ -57,23 +57,23 @@ class CuttableDocument:
 
     @property
     def tokens(self) -> int:
-        """Those of the whole document, with the passages at its end."""
+        """Number of tokens of the whole document with appended passages."""
         return len(self._starts)
 
     @property
     def own_tokens(self) -> int:
-        """Those of the document as it was given."""
+        """Number of tokens of the document without appended passages."""
         return self.tokens - self._added_tokens
 
     @cached_property
     def least(self) -> int:
-        """Tokens that are kept in any case: those of the passages, and one more of each part."""
+        """Minimum length in tokens: the passages with marks, and one more token for each part."""
         return self._size(1)
 
     def cut(self, tokens: int) -> Part:
-        """The document in at most that many tokens, but at least in ``least``.
+        """Shorten the document to at most ``tokens`` tokens, but not below ``least``.
 
-        The tokens are counted where they stand: the parts can meet in a few others.
+        Tokens are counted in the whole document; encoding the joined parts can give a few more.
         """
         reach = bisect_right(range(1, 2 * self.tokens + 1), tokens, key=self._size)
         kept = self._kept(max(1, reach))
@@ -81,15 +81,15 @@ class CuttableDocument:
         return Part(text, self.tokens - sum(end - start for start, end in kept))
 
     def _size(self, reach: int) -> int:
-        """Tokens of what is kept, marks included; never less for a longer reach."""
+        """Number of kept tokens including marks; it does not decrease with ``reach``."""
         kept = self._kept(reach)
         return sum(end - start for start, end in kept) + self._mark_tokens * (len(kept) - 1)
 
     def _kept(self, reach: int) -> list[tuple[int, int]]:
-        """Ranges of tokens: both ends and the passages, with ``reach`` tokens around each.
+        """Token ranges to keep: both ends and the passages, with ``reach`` tokens around each.
 
-        The first begins with the document and the last ends with it; one of them may be empty.
-        A gap no longer than its mark would be is kept as well.
+        The first range begins at the document's start and the last ends at its end; one of them may
+        be empty. A gap no longer than a mark is kept as well.
         """
         before, after, last = reach // 2, (reach + 1) // 2, self.tokens
         kept = [(0, min(after, last))]
@@ -103,15 +103,15 @@ class CuttableDocument:
         return kept
 
     def _between(self, start: int, end: int) -> str:
-        """Whole characters only: one that has several tokens, not all of them in, is left out."""
+        """Text of a range of tokens, without characters that are only partly in it."""
         first = self._ends[start - 1] if start else 0
         return self._text[first : self._starts[end] if end < self.tokens else None]
 
 
 def share_out(documents: Sequence[CuttableDocument], tokens: int) -> list[Part]:
-    """Documents cut to that many tokens in all.
+    """Shorten documents to ``tokens`` tokens in total.
 
-    Each gets the same, but for those that need less, or whose passages need more.
+    Each document gets the same share, except those that need less or whose passages need more.
     """
 
     def shares(level: int) -> list[int]:
@@ -122,7 +122,7 @@ def share_out(documents: Sequence[CuttableDocument], tokens: int) -> list[Part]:
 
 
 def _located(text: str, passages: Sequence[Passage]) -> tuple[str, list[tuple[int, int]]]:
-    """Where the passages stand, in the text with those at its end that are not in it."""
+    """The text with passages that it lacks appended, and the character range of each passage."""
     search = _Search(text)
     spans = []
     for passage in passages:
@@ -138,28 +138,28 @@ def _located(text: str, passages: Sequence[Passage]) -> tuple[str, list[tuple[in
 
 
 class _Search:
-    """Finds passages in a text, also where their white space is another."""
+    """Finds passages in a text, ignoring differences in white space."""
 
     def __init__(self, text: str) -> None:
         self._text = text
 
     @cached_property
-    def _inked(self) -> list[int]:
+    def _visible(self) -> list[int]:
         return [i for i, character in enumerate(self._text) if not character.isspace()]
 
     @cached_property
-    def _squeezed(self) -> str:
-        return "".join(self._text[i] for i in self._inked)
+    def _without_space(self) -> str:
+        return "".join(self._text[i] for i in self._visible)
 
     def __call__(self, passage: str, start: int) -> tuple[int, int] | None:
-        """First and one past the last character, from ``start`` on or else anywhere."""
+        """Character range of a passage, searched from ``start``, then anywhere; None if absent."""
         for since in (start, 0):
             at = self._text.find(passage, since)
             if at >= 0:
                 return at, at + len(passage)
         words = "".join(passage.split())
-        for since in (bisect_left(self._inked, start), 0):
-            at = self._squeezed.find(words, since)
+        for since in (bisect_left(self._visible, start), 0):
+            at = self._without_space.find(words, since)
             if at >= 0:
-                return self._inked[at], self._inked[at + len(words) - 1] + 1
+                return self._visible[at], self._visible[at + len(words) - 1] + 1
         return None

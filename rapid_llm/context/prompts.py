@@ -1,4 +1,4 @@
-"""The prompt of target and drafter, and documents too long for the context window."""
+"""Build the prompts of target and drafter, and shorten documents that exceed the context window."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ INSTRUCTION = "Answer the question using only the text above."
 def build_messages(
     document: str, question: str, *, instruction: str = INSTRUCTION
 ) -> list[dict[str, str]]:
-    """One user message: the document, then the instruction and the question.
+    """Chat messages that ask a question about a document: one user message.
 
-    The document comes first, so that another question on it shares all tokens up to its end. The
-    drafter's prompt is the same, with the retrieved text in the place of the document.
+    The document comes first, so that prompts with other questions share all tokens up to its end.
+    The drafter's prompt has the retrieved text instead of the document.
+
+    Args:
+        document: whole document, or retrieved text.
+        question: question about it.
+        instruction: sentence between document and question.
 
     Raises:
         DocumentError: the document or the question is empty, or not text.
@@ -36,11 +41,11 @@ def build_messages(
 
 
 class Fitted(NamedTuple):
-    """A prompt that fits a window.
+    """A prompt that fits a context window.
 
     Attributes:
-        prompt: what the model reads.
-        omitted_tokens: tokens of the documents that it leaves out.
+        prompt: the prompt.
+        omitted_tokens: number of the documents' tokens that were left out.
     """
 
     prompt: Prompt
@@ -59,30 +64,29 @@ def fit_documents(
     mark: str = OMISSION,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Fitted:
-    """A prompt with documents that fits into a context window.
+    """Build a prompt with documents that fits a context window.
 
-    Documents that are too long are cut between their beginning, their end and the passages
-    retrieved from them, all of which are kept. The room is shared out evenly, but for documents
-    that need less or whose passages need more; within one, each of these parts gets as much of its
-    surroundings.
+    Documents that are too long are cut, but keep their beginning, their end and the passages
+    retrieved from them. All documents get the same share of the room, except those that need less
+    or whose passages need more. Within a document all kept parts get equal surroundings.
 
     Args:
-        documents: the whole documents.
-        render: makes the prompt around what it is given of each document, in their order.
+        documents: whole documents.
+        render: function that makes the prompt from the (shortened) texts of the documents.
         tokenizer: the target's fast tokenizer.
-        window: tokens that the target can hold.
-        max_new_tokens: tokens kept free for the answer where documents are cut, but no more than
-            half of the window, and fewer where the passages need the room, or where the rest of
-            the prompt does and nothing need be cut.
+        window: the target's context window in tokens.
+        max_new_tokens: number of tokens kept free for the answer where documents are cut, at most
+            half of the window. Fewer are kept free where the passages need the room, or where the
+            prompt fits without a cut.
         truncate: ``middle`` cuts documents that are too long; None refuses them.
-        passages: for each document what was retrieved from it. What cannot be found in its
-            document, white space aside, is put at the document's end.
-        mark: stands where text was left out.
-        chat_template_kwargs: variables of the chat template, where ``render`` gives messages.
+        passages: passages retrieved from each document. Passages that are not found in their
+            document, ignoring white space, are appended to it.
+        mark: text that stands where something was left out.
+        chat_template_kwargs: variables of the chat template, for a ``render`` that gives messages.
 
     Raises:
-        ContextWindowError: the documents do not fit (``truncate=None``), or the passages and the
-            rest of the prompt alone do not.
+        ContextWindowError: the documents do not fit (``truncate=None``), or even the passages and
+            the rest of the prompt do not.
         InvalidParameterError: ``truncate`` is unknown, or the prompt cannot be encoded.
     """
     require(RetrievalConfig, truncate=truncate)
@@ -103,7 +107,7 @@ def fit_documents(
     ]
     frame = tokens - sum(document.own_tokens for document in cuttable)
     least = sum(document.least for document in cuttable)
-    limit = window - 1 if any(passages) else room  # passages come before room for a long answer
+    limit = window - 1 if any(passages) else room  # passages matter more than a long answer
     keep = max(room - frame, least)
     while True:
         parts = share_out(cuttable, keep)
@@ -113,7 +117,7 @@ def fit_documents(
             return Fitted(prompt, sum(part.omitted_tokens for part in parts))
         if keep == least:
             break
-        # More than the excess of one attempt can be too much: the parts meet in other tokens.
+        # Joined parts can have other tokens than those counted, so cut again by the excess.
         keep = max(keep - (tokens - room), least)
     if whole_tokens < window:
         return Fitted(whole, 0)

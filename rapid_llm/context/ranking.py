@@ -1,4 +1,4 @@
-"""Rankings of chunks by their words, and one ranking made of two."""
+"""Rank chunks by BM25, and fuse rankings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rapid_llm.errors import MissingDependencyError
 _RANK_CONSTANT = 60  # Cormack et al. 2009
 
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+")
-# Scripts that put no space between words. Runs of one script, as it often changes where a word
-# ends: kanji before kana, a Latin name in Thai.
+# Runs of one script that puts no space between words. The script often changes where a word ends:
+# kanji before kana, a Latin name in Thai.
 _UNSPACED = regex.compile(
     "|".join(
         rf"[\p{{scx={script}}}&&[\p{{L}}\p{{M}}\p{{Nl}}]]+"
@@ -35,11 +35,11 @@ _IGNORABLE = regex.compile(r"[\u00ad\u200c\u200d\u2060\ufe00-\ufe0f]")  # soft h
 
 
 def bm25(texts: Sequence[str], question: str) -> list[float]:
-    """The BM25 score of each text (Robertson et al. 1994, in Lucene's variant), at least 0.
+    """BM25 score of each text (Robertson et al. 1994, in Lucene's variant), at least 0.
 
-    A text without a word of the question's has 0; English function words do not count. Where a
-    script puts no spaces between words, pairs of neighbouring characters stand for them, as in
-    Lucene's analyzer of Chinese, Japanese and Korean.
+    A text without any word of the question gets 0; English function words do not count. For
+    scripts without spaces between words, bigrams of characters are used, as in Lucene's analyzer
+    of Chinese, Japanese and Korean.
 
     Raises:
         MissingDependencyError: bm25s is not installed.
@@ -66,9 +66,15 @@ def bm25(texts: Sequence[str], question: str) -> list[float]:
 
 
 def fuse(*scores: Sequence[float]) -> list[float]:
-    """Reciprocal rank fusion (Cormack et al. 2009): Σ 1 / (60 + rank) over several scorings of the
-    same texts. Equal scores have one rank, the best that any of them could have; what a scoring
-    did not retrieve has −inf there, and gets nothing from it."""
+    """Reciprocal rank fusion (Cormack et al. 2009): Σ 1 / (60 + rank) over several scorings.
+
+    Args:
+        scores: several scorings of the same texts. Equal scores share the best of their ranks; a
+            score of -inf means not retrieved, and adds nothing.
+
+    Returns:
+        Fused score of each text.
+    """
     total = np.zeros(len(scores[0]))
     for some in scores:
         worst_first = -np.asarray(some)
@@ -78,11 +84,13 @@ def fuse(*scores: Sequence[float]) -> list[float]:
 
 
 def _terms(text: str, *, single: bool) -> Iterator[str]:
-    """What stands for the words of a text, spellings of one word made alike.
+    """Normalized index terms of a text.
 
     Args:
-        single: give each Chinese character too, beside its pairs. A question has those alone that
-            stand on their own, so that it is found by its words and not by their parts.
+        text: the text.
+        single: whether to give every single Chinese character beside the bigrams, as for indexed
+            texts. For a question only isolated characters are given, so that it matches by words
+            and not by their parts.
     """
     plain = unicodedata.normalize("NFKC", _IGNORABLE.sub("", text)).casefold()
     for word in _WORD.finditer(plain):
@@ -98,7 +106,7 @@ def _terms(text: str, *, single: bool) -> Iterator[str]:
 
 
 def _spaced(word: str) -> Iterator[str]:
-    # A letter alone is mostly what an apostrophe left over.
+    # Skip single letters, mostly left over from an apostrophe.
     if len(word) > 1 or word.isdigit():
         yield word
 

@@ -1,4 +1,4 @@
-"""What a pipeline's own retriever found: the drafter's context, and the documents behind it."""
+"""Passages from a pipeline's own retriever, and the full documents that they come from."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from rapid_llm.options import require
 from rapid_llm.stats import NOTHING_RETRIEVED
 
 Documents: TypeAlias = str | Mapping[Any, str] | Callable[[str], str | None]
-"""The full texts: one document, a mapping from document ids, or a function of the id."""
+"""Full texts: one document, a mapping from document ids, or a function of the id."""
 
 SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
 class Passage:
-    """One retrieved chunk.
+    """A retrieved chunk.
 
     Attributes:
-        text: what the drafter reads.
-        document_id: which document it was cut from; None if the pipeline does not say. Ids are
-            compared as text, so that a number or a path may be one.
-        id: the chunk's own id in the pipeline; None if it has none.
-        excerpt: what of ``text`` stands in the document, where the pipeline adds something to it,
-            such as metadata; None if all of it does.
-        start: the excerpt's first character in the document; None if that is not known.
+        text: text of the chunk, which the drafter reads.
+        document_id: id of its document; None if unknown. Ids are compared as text, so numbers and
+            paths are allowed.
+        id: id of the chunk in the pipeline; None if it has none.
+        excerpt: the part of ``text`` that is in the document, where the pipeline adds something
+            such as metadata; None if all of it is.
+        start: offset of the excerpt's first character in the document; None if unknown.
     """
 
     text: str
@@ -44,16 +44,16 @@ class Passage:
 
 @dataclass(frozen=True)
 class Grounding:
-    """The two contexts of one question.
+    """The drafter's and the target's context for one question.
 
     Attributes:
-        draft: the retrieved chunks, joined by blank lines, in the retriever's order; empty if
-            nothing was retrieved.
-        passages: the chunks without repetitions.
-        texts: the full documents, in the order of their first chunk. If nothing was retrieved,
-            none, or all of them where that was asked for.
-        document_ids: theirs; None stands for a single document without id.
-        empty_reason: why there is no draft, or None if there is one.
+        draft: retrieved chunks in the retriever's order, joined by blank lines; empty if nothing
+            was retrieved.
+        passages: retrieved chunks without repetitions.
+        texts: full documents in the order of their first chunk. If nothing was retrieved, none, or
+            all of them for ``read_all``.
+        document_ids: ids of ``texts``; None is the id of a single document without one.
+        empty_reason: reason why nothing was retrieved; None if something was.
     """
 
     draft: str
@@ -64,12 +64,12 @@ class Grounding:
 
     @property
     def target(self) -> str:
-        """What the target reads: the full documents, joined by blank lines."""
+        """The target's context: the full documents, joined by blank lines."""
         return SEPARATOR.join(self.texts)
 
     @property
     def cited(self) -> tuple[tuple[Passage, ...], ...]:
-        """For each of ``texts`` the passages retrieved from it."""
+        """Passages retrieved from each of ``texts``."""
         if self.document_ids == (None,):
             return (self.passages,)
         return tuple(_of(name, self.passages) for name in self.document_ids)
@@ -81,15 +81,15 @@ def ground(
     """Find the documents that passages come from.
 
     Args:
-        passages: what was retrieved, best first. Repeated ones (the same id or the same text, of
-            the same document) count once; empty ones not at all.
-        documents: where the full texts are. A blank one is passed over; where passages were
-            retrieved from it nevertheless, they stand in its place.
-        on_empty: ``read_all`` reads every document where nothing was retrieved.
+        passages: retrieved passages, best first. Repeated ones (the same id or the same text, of
+            the same document) count once; empty ones are ignored.
+        documents: source of the full texts. A blank document is skipped, or replaced by the
+            passages retrieved from it.
+        on_empty: action where nothing was retrieved: ``read_all`` reads every document.
 
     Raises:
-        DocumentError: a document id is missing, unknown or given twice, a document is no text, all
-            of them are blank, or every one is to be read and they cannot be listed.
+        DocumentError: a document id is missing, unknown or given twice, a document is not text, all
+            of them are blank, or all are to be read and they cannot be listed.
         InvalidParameterError: ``on_empty`` is unknown.
     """
     require(RetrievalConfig, on_empty=on_empty)
@@ -156,7 +156,7 @@ def _all_document_ids(documents: Documents) -> tuple[str | None, ...]:
 
 
 def _finder(documents: Documents) -> Callable[[str | None], str]:
-    """The text behind an id; see :func:`ground` for the errors."""
+    """Function that returns the text of a document id; see :func:`ground` for its errors."""
     if isinstance(documents, str):
         whole = documents
         return lambda name: whole
@@ -192,7 +192,7 @@ def _finder(documents: Documents) -> Callable[[str | None], str]:
 
 
 def _keyed(documents: Mapping[Any, str]) -> Callable[[str], str | None]:
-    """The mapping by its keys as text."""
+    """Lookup in a mapping by the text form of its keys."""
     keys: dict[str, Any] = {}
     for key in documents:
         if str(key) in keys:

@@ -1,4 +1,4 @@
-"""Chunks and their vectors in Chroma, kept so that no document is embedded twice."""
+"""Store the vectors of chunks in Chroma, so that no document is embedded twice."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from chromadb.api.models.Collection import Collection
 
 LOCK_SECONDS = 300
-"""For how long another process is waited for: each holds the folder for one piece of work."""
+"""Time limit for the lock of a folder, which a process holds for one operation at a time."""
 
-_AT_ONCE = 256  # chunks whose vectors are in memory beside Chroma's own
-_MOST_OPEN = 8  # folders; each takes about 20 open files
-_COLLECTION, _FORMER = "rapid-llm-", "rapid-"  # of an embedder; of a document, in version 0.1.0
+_AT_ONCE = 256  # chunks per query, whose vectors are in memory beside Chroma's own
+_MOST_OPEN = 8  # folders kept open; each takes about 20 open files
+# Name prefixes of collections: one per embedder; in version 0.1.0 one per document.
+_COLLECTION, _OLD_COLLECTION = "rapid-llm-", "rapid-"
 
 
 class _Chunk(NamedTuple):
@@ -40,7 +41,7 @@ class _Chunk(NamedTuple):
 
 
 class StoredChunks:
-    """The chunks of some documents, one after the other, under one embedder."""
+    """Chunks of some documents in document order, and their stored vectors of one embedder."""
 
     def __init__(self, store: ChunkStore, embedder: str, chunks: Sequence[_Chunk]) -> None:
         self._store = store
@@ -48,7 +49,7 @@ class StoredChunks:
         self._chunks = chunks
 
     def missing(self) -> list[int]:
-        """Those without a vector: all of a new document, the rest of an interrupted one."""
+        """Indices of chunks without a stored vector."""
         stored: set[str] = set()
         with self._store.collection(self._embedder) as collection:
             for batch in batched(self._chunks, _AT_ONCE):
@@ -60,10 +61,14 @@ class StoredChunks:
         return self._chunks[chunk].text[span.start : span.end]
 
     def add(self, chunks: Sequence[int], vectors: Vectors) -> None:
-        """Store the vectors ``[len(chunks), d]`` of these chunks; again is no harm.
+        """Store vectors of chunks, replacing any that are there.
+
+        Args:
+            chunks: indices of the chunks.
+            vectors: float32 ``[len(chunks), d]``.
 
         Raises:
-            ModelError: d is not that of the vectors that are there.
+            ModelError: the stored vectors have another d.
         """
         added = [self._chunks[i] for i in chunks]
         with self._store.collection(self._embedder) as collection:
@@ -77,13 +82,17 @@ class StoredChunks:
             )
 
     def cosines(self, query: Vectors) -> list[float]:
-        """The cosine similarity of each chunk, all of which are stored, to a unit vector ``[d]``.
+        """Cosine similarities of all chunks to a query; the vectors of all must be stored.
 
-        Computed from the vectors themselves: Chroma's graph index can lose sight of chunks that
-        are nearly the same as many others, and searches one document of many slowly.
+        They are computed from the vectors themselves: Chroma's graph index can miss chunks that
+        are nearly the same as many others, and is slow for one document of many.
+
+        Args:
+            query: unit vector, float32 ``[d]``.
 
         Raises:
-            ModelError: d is not that of the stored vectors.
+            ModelError: the stored vectors have another d.
+            InvalidParameterError: vectors were deleted meanwhile.
         """
         cosines: dict[str, float] = {}
         with self._store.collection(self._embedder) as collection:
@@ -108,14 +117,14 @@ class StoredChunks:
 
 
 class ChunkStore:
-    """Vectors of documents' chunks in a Chroma database, one collection an embedder.
+    """Vectors of documents' chunks in a Chroma database, with one collection per embedder.
 
-    Threads and processes may share it. What is used of it stays small however many documents
-    there are: a few open files, and memory for the vectors of the embedders in use.
+    Threads and processes may share a store. However many documents it has, it takes a few open
+    files, and memory for the vectors of the embedders in use.
 
     Args:
-        directory: where Chroma keeps it, made if need be, for its owner only; None keeps it in
-            memory, shared by the whole process.
+        directory: folder of the database, created if need be with access for its owner only; None
+            keeps the vectors in memory, shared by the whole process.
 
     Raises:
         InvalidParameterError: Chroma cannot open the directory.
@@ -131,7 +140,12 @@ class ChunkStore:
         return _place(self._directory)
 
     def open(self, documents: Mapping[str, Sequence[Span]], embedder: str) -> StoredChunks:
-        """The place of documents' chunks, found by text, borders and the embedder's name."""
+        """Stored chunks of documents, keyed by text, spans and the embedder's name.
+
+        Args:
+            documents: spans of the chunks of each text.
+            embedder: name of the embedder.
+        """
         chunks = []
         for text, spans in documents.items():
             key = _key(text, spans, embedder)
@@ -140,13 +154,13 @@ class ChunkStore:
 
     @contextmanager
     def collection(self, embedder: str) -> Iterator[Collection]:
-        """An embedder's collection, for one piece of work, alone.
+        """An embedder's collection, with exclusive access for one operation.
 
         Raises:
-            InvalidParameterError: Chroma fails, or another process does not let go of the folder.
-            ModelError: vectors of another length are there.
+            InvalidParameterError: Chroma fails, or another process does not release the folder.
+            ModelError: the stored vectors have another length.
         """
-        # Looked up each time: those used least are closed.
+        # Look it up each time, because the least recently used databases are closed.
         with _database(self._directory).collection(embedder) as collection:
             yield collection
 
@@ -170,11 +184,11 @@ def _other_length(reason: str) -> ModelError:
 
 
 class _Database:
-    """A Chroma database, for one thread of one process at a time.
+    """A Chroma database with exclusive access for one thread of one process at a time.
 
-    Chroma does not see what other processes write: it holds parts of an index in memory, and
-    writes those over what is there. So a folder is locked for each piece of work, and what
-    another process has had in between is read anew.
+    Chroma does not see what other processes write: it holds parts of an index in memory, and would
+    overwrite their changes. So the folder is locked for each operation, and is opened again after
+    another process has used it.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -191,36 +205,36 @@ class _Database:
         )
         with self._failures():
             if directory is not None:
-                # Not another's to read: it tells which texts are in it, and Chroma unpickles.
+                # Owner only: the folder tells which texts are in it, and Chroma unpickles files.
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
                 filelock = import_extra("filelock", "retrieval", "a folder of vectors")
-                # Asked for often: a process that writes much leaves it free for moments only.
+                # Poll often: a process that writes much releases the lock for moments only.
                 self._process = filelock.FileLock(
                     directory / "rapid-llm.lock",
                     timeout=LOCK_SECONDS,
                     mode=0o600,
                     poll_interval=0.005,
                 )
-            with self._alone() as server:
-                self._name_former(server)
+            with self._exclusive() as server:
+                self._warn_of_old_format(server)
 
     @contextmanager
     def collection(self, embedder: str) -> Iterator[Collection]:
         from chromadb.api.models.Collection import Collection
 
-        with self._failures(), self._alone() as server:
+        with self._failures(), self._exclusive() as server:
             if embedder not in self._collections:
                 model = server.get_or_create_collection(
                     _COLLECTION + hashlib.sha256(embedder.encode()).hexdigest()[:32],
                     metadata={"embedder": embedder},
                     configuration={"hnsw": {"space": "cosine"}},
                 )
-                # The vectors are the embedder's: Chroma's own embedding function stays out.
+                # No embedding function of Chroma's: all vectors come from the embedder.
                 self._collections[embedder] = Collection(server, model, embedding_function=None)
             yield self._collections[embedder]
 
     @contextmanager
-    def _alone(self) -> Iterator[ServerAPI]:
+    def _exclusive(self) -> Iterator[ServerAPI]:
         with ExitStack() as held:
             held.enter_context(self._thread)
             if self._directory is not None:
@@ -246,8 +260,8 @@ class _Database:
                 f"{_place(self._directory)} has been held by another process for {LOCK_SECONDS} "
                 "seconds: end that process, or give this one another folder"
             ) from error
-        except Exception as error:  # Chroma raises its own, sqlite's and Rust's types
-            self.close()  # the next call reads the folder anew
+        except Exception as error:  # of Chroma, sqlite or Rust
+            self.close()  # the next call opens the folder again
             raise InvalidParameterError(
                 f"{_place(self._directory)} cannot be opened or used ({first_line(error)}): give a "
                 "writable folder that is empty or a Chroma database; one that is damaged can be "
@@ -255,18 +269,19 @@ class _Database:
             ) from error
 
     def close(self) -> None:
-        """Let go of its files and memory; the next piece of work opens it again."""
+        """Release files and memory; the next operation opens the database again."""
         with self._thread:
             self._collections.clear()
             system, self._system = self._system, None
             if system is not None:
                 system.stop()
 
-    def _name_former(self, server: ServerAPI) -> None:
+    def _warn_of_old_format(self, server: ServerAPI) -> None:
         former = [
             collection.name
             for collection in server.list_collections()
-            if collection.name.startswith(_FORMER) and not collection.name.startswith(_COLLECTION)
+            if collection.name.startswith(_OLD_COLLECTION)
+            and not collection.name.startswith(_COLLECTION)
         ]
         if former:
             warnings.warn(
@@ -279,11 +294,11 @@ class _Database:
 
 _databases: OrderedDict[Path | None, _Database] = OrderedDict()
 _opening = Lock()
-_forked_from: list[object] = []  # what the parent of this process had open; never closed here
+_forked_from: list[object] = []  # databases that the parent process had open; never closed here
 
 
 def _database(directory: Path | None) -> _Database:
-    """One a folder, of those used last, and one in memory."""
+    """The database of a folder, or the one in memory; the least recently used are closed."""
     if _forked_from:
         raise InvalidParameterError(
             f"{_place(directory)} cannot be used in this process: it was forked from one that had "
@@ -302,7 +317,7 @@ def _database(directory: Path | None) -> _Database:
 
 
 def _after_fork() -> None:
-    # Chroma would wait for ever for threads that the child does not have, in closing too.
+    # Chroma would wait forever for threads that the child does not have, even on closing.
     if _databases:
         _forked_from.append(dict(_databases))
 
@@ -318,10 +333,10 @@ def _server_api() -> type[ServerAPI]:
 
 
 def _start(directory: Path | None) -> Any:
-    """A Chroma of our own.
+    """Start a private Chroma system.
 
-    It is built without Chroma's client registry: it has a single in-memory database a process
-    and refuses other settings than its first user's, who may be our caller.
+    Chroma's client registry is not used: it has one in-memory database per process, and refuses
+    settings that differ from those of its first user, which may be our caller.
     """
     from chromadb.config import Settings, System
 

@@ -1,4 +1,4 @@
-"""What counts as text: of documents and of questions."""
+"""Validate that documents and questions are text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rapid_llm.surrogates import without_surrogates
 
 
 def require_documents(documents: str | Iterable[str]) -> tuple[str, ...]:
-    """One document or several, as several; lone surrogates in them become U+FFFD.
+    """Validate one document or several, and return a tuple; lone surrogates become U+FFFD.
 
     Raises:
-        DocumentError: they are no sequence, one is no text (see :func:`require_text`), or there is
-            nothing to read in any of them.
+        DocumentError: the value is not a list of texts, one is not text (see
+            :func:`require_text`), or all are blank.
     """
     if isinstance(documents, str):
         documents = (documents,)
@@ -39,14 +39,14 @@ def require_documents(documents: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def require_text(name: str, text: object) -> str:
-    """The text, with U+FFFD for lone surrogates; what holds nothing to read is refused.
+    """Validate a text and return it with U+FFFD for lone surrogates.
 
     Args:
-        name: what the error calls it, such as "the question".
-        text: has to be a string with more than white space in it.
+        name: name of the text in errors, such as "the question".
+        text: value that must be a string with more than white space.
 
     Raises:
-        DocumentError: it is no string, or is empty.
+        DocumentError: the value is not a string, or is blank.
     """
     if not isinstance(text, str):
         raise DocumentError(

@@ -1,1 +1,1 @@
-"""Running one model over one growing sequence: attention, KV cache, forward pass, session."""
+"""Inference engine for one sequence: model runner, attention, KV cache and session."""

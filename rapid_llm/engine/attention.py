@@ -1,8 +1,8 @@
-"""Causal attention that reads each KV head once, for 1, γ+1 or a chunk of query tokens.
+"""Causal attention, dispatched to the fastest kernel of the device.
 
 The query heads that share a KV head become rows of one matrix (GQA packing), so keys and values
-are never repeated. The causal mask is aligned to the lower right corner: the last query sees
-every key. Batch size is 1, without padding.
+are never repeated. The causal mask is aligned to the lower right corner: the last query attends to
+every key. The batch size is 1, without padding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rapid_llm.engine.device import device_of
 from rapid_llm.errors import ModelError
 
 NAME = "rapid"
-"""Under this name transformers knows our attention (``attn_implementation="rapid"``)."""
+"""Name of our attention in transformers (``attn_implementation="rapid"``)."""
 
 
 def attend(
@@ -30,11 +30,13 @@ def attend(
     """Softmax attention of the last ``n`` positions of a sequence of ``length`` tokens.
 
     Args:
-        query: ``[heads, n, dim]``, any float dtype.
-        key: ``[kv_heads, length, dim]``, the same dtype; ``heads`` is a multiple of ``kv_heads``.
-        value: ``[kv_heads, length, value_dim]``.
+        query: queries of the last n positions, ``[heads, n, dim]``, any float dtype.
+        key: keys of all positions, ``[kv_heads, length, dim]``, same dtype; ``heads`` is a
+            multiple of ``kv_heads``.
+        value: values of all positions, ``[kv_heads, length, value_dim]``.
         scaling: factor on the scores, usually ``dim ** -0.5``.
-        window: a query at position i sees the keys in ``(i - window, i]``; None sees all up to i.
+        window: size of the sliding window: a query at position i attends to the keys in
+            ``(i - window, i]``. None for full causal attention.
 
     Returns:
         ``[heads, n, value_dim]`` in the query's dtype.
@@ -57,7 +59,11 @@ def _rapid_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: ``[1, heads, n, dim]`` in, ``[1, n, heads, value_dim]`` out."""
+    """Attention function for transformers: ``[1, heads, n, dim]`` to ``[1, n, heads, value_dim]``.
+
+    Raises:
+        ModelError: the model uses a mask, soft-capping or attention sinks.
+    """
     if attention_mask is not None or softcap is not None or s_aux is not None:
         raise ModelError(
             f"{type(module).__name__} asks for an attention mask, soft-capping or sinks, which "
@@ -69,7 +75,7 @@ def _rapid_attention(
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The mask follows from the shapes, so transformers need not build one."""
+    """Mask function for transformers: no mask is built, as it follows from the shapes."""
     return
 
 

@@ -1,14 +1,12 @@
-"""The passes that read a prompt, and those that two prompts have in common.
+"""Divide a prefill into passes, and find the passes that two prefills have in common.
 
-What a pass computes depends, bit for bit, on what it reads, on what was read before it and on how
-many tokens each of these passes took: those of other sizes round otherwise. So the passes of a
-prefill follow from the prompt's length alone, and KV serves another prompt as far as its own
-prefill would run the same passes over the same tokens.
+The exact bits of KV depend on the tokens and on the sizes of all passes so far, because passes of
+other sizes round differently. So the passes of a prefill are a function of the prompt's length
+alone, and KV is reused for another prompt only as far as its own prefill would run the same passes
+over the same tokens.
 
-Most of a prompt is read in chunks, as large as the device is best used by. What is left of it is
-read in ever smaller pieces, so that a prompt of about the same length has all but the smallest in
-common. Where one prompt has a whole chunk and the other reads its tokens in pieces, both begin with
-the chunks before it.
+Most of a prompt is read in chunks of the size that is fastest on the device. The rest is read in
+smaller and smaller pieces, so that prompts of about the same length share all but the smallest.
 """
 
 from __future__ import annotations
@@ -17,11 +15,12 @@ from collections.abc import Sequence
 
 
 def pass_ends(tokens: int, sizes: Sequence[int]) -> list[int]:
-    """Where the passes of a prefill of so many tokens end, ascending; the last reads the last.
+    """End positions of the passes of a prefill, ascending.
 
     Args:
-        tokens: to be read, at least 0.
-        sizes: of passes, descending: there are as many of each as fit, and one for what is left.
+        tokens: number of tokens to read, at least 0.
+        sizes: sizes of passes, descending. As many of each as fit are run, then one smaller pass
+            for the rest.
     """
     ends: list[int] = []
     end = 0
@@ -33,11 +32,11 @@ def pass_ends(tokens: int, sizes: Sequence[int]) -> list[int]:
 
 
 def common_end(ends: Sequence[int], others: Sequence[int], tokens: int) -> int:
-    """Where the last of the first passes ends that two prefills have in common; 0 without any.
+    """End position of the last common pass at the beginning of two prefills; 0 if there is none.
 
     Args:
-        ends, others: of each prefill's passes, see :func:`pass_ends`.
-        tokens: with which both sequences begin.
+        ends, others: end positions of the passes of each prefill, see :func:`pass_ends`.
+        tokens: length of the common prefix of both sequences.
     """
     common = 0
     for end, other in zip(ends, others, strict=False):

@@ -1,8 +1,8 @@
-"""What a forward pass costs on this machine: measured once, and kept for every later process.
+"""Measure the cost of forward passes once per machine, and keep it in files.
 
-Draft lengths follow from these costs, and answers from draft lengths: where a draft moves the
-target, and where passes of another size round otherwise. So the first to measure a cost leaves it
-in a file, and all others take it from there.
+Draft lengths depend on these costs, and answers can depend on draft lengths: drafts transfer
+knowledge, and passes of other sizes round differently. So the first process to measure a cost
+writes it to a file, and all others read it from there, which makes answers repeatable.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ if TYPE_CHECKING:
     from rapid_llm.engine.session import Session
 
 ROOM = 5
-"""Tokens that a cache must have room for, for a pass to be measured."""
+"""Number of free tokens that a cache needs for a measurement."""
 
 _REPEATS = 10
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """Seconds of a forward pass over a cache of one length: ``first + row * (n - 1)``."""
+    """Seconds of a forward pass of n tokens at one context length: ``first + row * (n - 1)``.
+
+    Attributes:
+        first: seconds of a pass of one token.
+        row: seconds of each further token.
+    """
 
     first: float
     row: float
@@ -53,39 +58,41 @@ _guard = threading.Lock()
 
 
 def pass_cost(session: Session) -> PassCost:
-    """The cost of a pass of 1 and of a few tokens after what the session holds.
+    """Cost of passes at the session's context length, measured or read from a file.
 
-    One for each machine, architecture, dtype, device, number of threads, choice of kernels and
-    context length (within a factor of √2), in the folder ``pass-costs`` of :func:`cache_folder`.
-    Where that cannot be used, a warning says so, and the cost is this process's own. The session is
-    left as it was; it needs room for :data:`ROOM` tokens.
+    There is one file for each machine, architecture, dtype, device, number of threads, choice of
+    kernels and context length (within a factor of √2), in the folder ``pass-costs`` of
+    :func:`cache_folder`. Where that folder cannot be used, a warning says so, and the cost is
+    measured for this process only.
+
+    Args:
+        session: session with room for :data:`ROOM` more tokens; it does not change.
     """
     path = cache_folder() / "pass-costs" / f"{_key(session)}.json"
     with _guard:
         known = _known.get(path)
     if known is None:
-        found = _agreed(path, session)
+        found = _from_file(path, session)
         with _guard:
             known = _known.setdefault(path, found)
     return known
 
 
 def measure(session: Session) -> PassCost:
-    """The cost as the clock tells it now, in a pass of 1 token and of a few, in turns.
+    """Measure the cost of passes of 1 and of :data:`ROOM` tokens, alternating.
 
-    The least of a few measurements counts, since whatever disturbs one only adds to it.
+    The minimum of several measurements is taken, because disturbances only add time.
     """
     runner, cache, device = session.runner, session.cache, session.runner.device
     held, expected = cache.length, cache.expected
     times: dict[int, list[float]] = {1: [], ROOM: []}
     back = min(ROOM, session.length)
-    cache.position_offset -= (
-        back  # to positions of this sequence: further ones may be turned otherwise
-    )
-    # As the end of a sequence, which passes that decode read, unless its KV is of a longer one.
+    # Measure at positions that the sequence has reached: rotary scaling may change beyond them.
+    cache.position_offset -= back
+    # As at the end of a sequence, like passes that decode, unless its KV is of a longer one.
     cache.expected = session.length + back + 1 if runner.switches else 0
     try:
-        with runner.lock:  # or the passes of other threads would be measured too
+        with runner.lock:  # keep passes of other threads out of the measurement
             for n in (1, ROOM) * _REPEATS:
                 tokens = torch.zeros(n, dtype=torch.long, device=device)
                 started = time.perf_counter()
@@ -101,19 +108,19 @@ def measure(session: Session) -> PassCost:
 
 
 def _key(session: Session) -> str:
-    """Names what a cost depends on; never the run that happens to need it."""
+    """Hash of everything that a cost depends on."""
     runner, length = session.runner, session.cache.length
     bucket = round(2 * log2(length + 1))
-    told = f"{_architecture(runner.model)} {rounding(runner)} {bucket}"
-    return hashlib.sha256(told.encode()).hexdigest()
+    description = f"{_architecture(runner.model)} {rounding(runner)} {bucket}"
+    return hashlib.sha256(description.encode()).hexdigest()
 
 
 def _architecture(model: PreTrainedModel) -> str:
-    """Of modules, shapes and dtypes: a quantized copy is another one, other weights are not."""
-    told = []
+    """Description of a model's modules, shapes and dtypes, without its weights."""
+    lines = []
     for name, module in model.named_modules():
-        told.append(f"{name} {type(module).__name__}")
-        told += [
+        lines.append(f"{name} {type(module).__name__}")
+        lines += [
             f"{tuple(tensor.shape)} {tensor.dtype}"
             for tensor in chain(module._parameters.values(), module._buffers.values())
             if tensor is not None
@@ -121,24 +128,24 @@ def _architecture(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "layer_types")]
     heads = [config.num_attention_heads, config.num_key_value_heads]
-    return "\n".join([*told, str(windows), str(heads)])
+    return "\n".join([*lines, str(windows), str(heads)])
 
 
-def _agreed(path: Path, session: Session) -> PassCost:
-    """What the file says; where there is none, what the first process writes into it."""
+def _from_file(path: Path, session: Session) -> PassCost:
+    """The cost in a file; if there is none, measure and write it, unless another process does."""
     measured = None
     try:
         if not path.exists():
             measured = measure(session)
-            _propose(path, measured)
+            _write_if_absent(path, measured)
         return _read(path)
     except (OSError, ValueError) as error:
         _warn_once(path.parent, f"{type(error).__name__}: {error}")
         return measured or measure(session)
 
 
-def _propose(path: Path, cost: PassCost) -> None:
-    """Write a file that is whole from the moment it is there, unless another was quicker."""
+def _write_if_absent(path: Path, cost: PassCost) -> None:
+    """Write a file atomically, unless it exists by then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -151,7 +158,12 @@ def _propose(path: Path, cost: PassCost) -> None:
 
 
 def _read(path: Path) -> PassCost:
-    """Raises OSError or ValueError if the file cannot be read or makes no sense."""
+    """Read the cost in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: its content is invalid.
+    """
     content = path.read_text(encoding="utf-8")
     try:
         cost = PassCost(**{name: float(value) for name, value in json.loads(content).items()})

@@ -1,7 +1,7 @@
-"""What each kind of device does its own way.
+"""The interface of devices: passes, attention kernels, matrix products and quantizers.
 
-:class:`Device` is any that PyTorch knows, by PyTorch's operators. Those with code of their own have
-a folder each, ``engine/cpu`` and ``engine/cuda``, and are registered in
+:class:`Device` itself uses PyTorch's operators, and serves any device. Devices with code of their
+own are in ``engine/cpu`` and ``engine/cuda``, and are registered in
 :mod:`rapid_llm.engine.model_runner`.
 """
 
@@ -23,57 +23,65 @@ if TYPE_CHECKING:
     from rapid_llm.engine.kv_cache import KVCache
 
 WeightKind = Literal["int8", "int4"]
-"""Kinds of weights that a draft step reads faster than a model's own."""
+"""Formats of quantized weights for drafting."""
 
 FEW_TOKENS = 16
-"""Tokens that every device's passes for decoding take; more are read as a prompt is."""
+"""Number of tokens up to which all devices have passes for decoding."""
 
 
 class Pass(Protocol):
-    """One way to run a model over our cache, which gives what the model's own forward does.
+    """An implementation of a model's forward pass over our KV cache.
 
-    It belongs to the model as it was when the pass was made.
+    It computes what the model's own forward does, for the model as it was when the pass was made.
     """
 
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
-        """Whether it takes these arguments of a call."""
+        """Whether it supports a call with these arguments."""
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        """Append tokens to the cache.
+        """Run the model on new tokens and append their KV to the cache.
 
         Args:
-            ids: int64 ``[n]``, on the model's device.
-            positions: int64 ``[n]``; one more may follow, the last position of the sequence that
-                is being read, on which some kinds of rotary scaling depend.
-            cache: has room for n more tokens.
-            keep: for how many of the last tokens logits are computed, 1 to n.
+            ids: token ids, int64 ``[n]`` on the model's device.
+            positions: positions of the tokens, int64 ``[n]``. One more may follow: the last
+                position of the whole sequence, on which some kinds of rotary scaling depend.
+            cache: KV cache with room for n more tokens.
+            keep: number of last tokens for which logits are computed, 1 to n.
 
         Returns:
-            ``[keep, vocab]``, in float32 or the model's dtype.
+            Logits ``[keep, vocab]`` in float32 or the model's dtype.
         """
 
 
 class TokenSampler(Protocol):
-    """How a draft step goes from logits to a token, where no history counts. Hashable.
+    """Samples a token from the logits of a draft step, without history. Hashable.
 
     Attributes:
-        width: tokens that q is over.
+        width: vocabulary size of q.
     """
 
     @property
     def width(self) -> int: ...
 
     def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Float32 ``[1, vocab]`` to q, float32 ``[width]``, and an int64 scalar drawn from it."""
+        """Sample a token.
+
+        Args:
+            logits: float32 ``[1, vocab]``.
+            generator: random generator on their device.
+
+        Returns:
+            q, float32 ``[width]``, and a token drawn from it, an int64 scalar.
+        """
 
 
 class Judge(Protocol):
-    """How a target goes from logits to what it keeps of a draft, where no history counts. Hashable.
+    """Verifies a draft from the target's logits, without history. Hashable.
 
     It never waits for the device.
 
     Attributes:
-        width: tokens that logits and q are over.
+        width: vocabulary size of logits and q.
     """
 
     @property
@@ -87,77 +95,93 @@ class Judge(Protocol):
         eta: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
-        """What the host must know of a round.
+        """Verify a draft.
 
         Args:
-            logits: float32 ``[γ+1, vocab]``, at every drafted position and the one after them.
-            draft: int64 ``[γ]``; γ may be 0.
-            q: float32 ``[γ, vocab]`` or ``[γ+1, vocab]``.
-            eta: float32 ``[len(q), 1]``, η of each position where it is not always the same.
-            generator: draws.
+            logits: the target's logits at all drafted positions and the one after them, float32
+                ``[γ+1, vocab]``.
+            draft: drafted tokens, int64 ``[γ]``; γ may be 0.
+            q: probabilities of the drafter, float32 ``[γ, vocab]`` or ``[γ+1, vocab]``.
+            eta: η of each position, float32 ``[len(q), 1]``; None for a constant η.
+            generator: random generator on the logits' device.
 
         Returns:
-            int64, of a length that follows from the arguments' shapes.
+            The verdict for the host, int64, of a length that follows from the arguments' shapes.
         """
 
 
 DraftLoop = Callable[[Tensor, int, "KVCache", torch.Generator], tuple[Tensor, Tensor]]
-"""``(pending, steps, cache, generator)`` to the drafted tokens, int64 ``[at most steps]``, and the
-q that each was drawn from, float32 ``[…, width]``."""
+"""Function of ``(pending, steps, cache, generator)`` that drafts at most ``steps`` tokens.
+
+It returns the tokens, int64 ``[at most steps]``, and the q that each was drawn from, float32
+``[…, width]``.
+"""
 
 
 Verification = Callable[[Tensor, Tensor, Tensor | None, "KVCache", torch.Generator], Tensor]
-"""``(tokens, q, eta, cache, generator)`` to what a :class:`Judge` says; ``tokens`` are int64
-``[γ+1]``: one that was not read, and the draft after it."""
+"""Function of ``(tokens, q, eta, cache, generator)`` that returns the verdict of a :class:`Judge`.
+
+``tokens`` are int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
+"""
 
 
 @runtime_checkable
 class ReplayedPass(Pass, Protocol):
-    """A pass that is launched as one, so fast that the model is looked at while it runs.
+    """A pass replayed from a CUDA graph, with draft loops and verification on the device.
 
-    Positions follow from the cache, on the device; those that are passed on are not read.
+    It is so short that changes to the model are checked while it runs. Positions are derived from
+    the cache on the device; the argument ``positions`` is ignored.
     """
 
     def loop(self, choice: TokenSampler) -> DraftLoop:
-        """Draft steps that feed one another without the host."""
+        """The draft loop for a sampler: draft steps in sequence without the host."""
 
     def verification(self, judge: Judge) -> Verification:
-        """Passes that end with a verdict on what they read, without the host."""
+        """The verification for a judge: a pass over a draft and its verdict without the host."""
 
 
 class Quantizer(Protocol):
-    """Makes copies of models with one kind of weights of few bits."""
+    """Makes copies of models with one format of quantized weights."""
 
     def require(self, model: PreTrainedModel, name: str, passes: Sequence[Pass]) -> None:
-        """Raises InvalidParameterError where it cannot; ``name`` is what errors call the model."""
+        """Check that a model can be quantized.
+
+        Args:
+            model: the model.
+            name: name of the model in errors.
+            passes: passes that can run it, the fastest first.
+
+        Raises:
+            InvalidParameterError: the model or its device does not support the format.
+        """
 
     def pays(self, model: PreTrainedModel, passes: Sequence[Pass]) -> bool:
-        """Whether a step of this model becomes cheaper."""
+        """Whether quantization makes a step of this model faster."""
 
     def copy(
         self, model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]
     ) -> PreTrainedModel:
-        """The copy: every weight of the model's own is shared.
+        """Make a quantized copy that also shares all of the model's own weights.
 
         Args:
-            model: that :meth:`require` accepts, on a device of the quantizer's kind.
-            state: the model's.
-            passes: what can run it, the fastest first.
+            model: model that :meth:`require` accepts, on a device of the quantizer's kind.
+            state: state of the model.
+            passes: passes that can run it, the fastest first.
 
         Raises:
-            InvalidParameterError: the model has hooks or replaced methods, which it alone has.
+            InvalidParameterError: the model has hooks or replaced methods, which a copy would lack.
         """
 
 
 class Device:
-    """A kind of device.
+    """A kind of device; this one uses PyTorch's operators.
 
     Attributes:
-        quantizers: how a drafter is given weights of few bits, by their kind; the fastest first.
-        prefill_chunk: tokens that a prefill pass reads. It bounds the activations.
-        prefill_pieces: tokens that passes over the rest of a prompt read, descending; less than a
-            chunk. The smallest is about what the next question on a document reads again of it:
-            see :mod:`rapid_llm.engine.chunks`.
+        quantizers: quantizers for drafters by weight format, the fastest first.
+        prefill_chunk: number of tokens of a prefill pass, which bounds the memory of activations.
+        prefill_pieces: numbers of tokens of passes over the rest of a prompt, descending, less
+            than a chunk. About as many tokens as the smallest are read again for the next question
+            on a document, see :mod:`rapid_llm.engine.chunks`.
     """
 
     quantizers: ClassVar[Mapping[WeightKind, Quantizer]] = {}
@@ -165,21 +189,19 @@ class Device:
     prefill_pieces: tuple[int, ...] = ()
 
     def passes(self, model: Any, state: ModelState, cuda_graphs: bool | None) -> list[Pass]:
-        """Passes over a lean model's weights that are faster than :class:`.lean.LeanPass`.
-
-        The fastest first.
+        """Passes for a lean model that are faster than :class:`.lean.LeanPass`, the fastest first.
 
         Args:
-            model: lean, see :func:`rapid_llm.engine.lean.is_lean`.
-            state: the model's; to be told of what a pass does to the model.
-            cuda_graphs: whether passes may be captured; None where they can be.
+            model: lean model, see :func:`rapid_llm.engine.lean.is_lean`.
+            state: state of the model, to be updated if making a pass changes the model.
+            cuda_graphs: whether passes are captured in CUDA graphs; None where possible.
         """
         return []
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: int | None
     ) -> sdpa.Kernel:
-        """The fastest kernel for these arguments of :func:`rapid_llm.engine.attention.attend`."""
+        """Fastest kernel for these arguments of :func:`rapid_llm.engine.attention.attend`."""
         return sdpa.attend
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -187,22 +209,22 @@ class Device:
         return F.linear(x, weight, bias)
 
     def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which matrix products of several rows are fastest: the given, or float32."""
+        """Fastest dtype for matrix products of several rows: the given one, or float32."""
         return dtype
 
     def capacity_for(self, tokens: int) -> int:
-        """Tokens that a cache for so many is best made for."""
+        """Best capacity, in tokens, of a cache for at least ``tokens`` tokens."""
         return tokens
 
     def upload(self, tokens: Tensor, device: torch.device) -> Tensor:
-        """A tensor of the host on the device; the host does not wait."""
+        """Copy a tensor from the host to the device, without waiting."""
         return tokens.to(device)
 
     def synchronize(self, device: torch.device) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until all work on the device is done."""
 
     def rounding(self, device: torch.device) -> str:
-        """Names what decides how its passes round, beside the sizes of the passes."""
+        """Description of everything on which the rounding of passes depends, but their sizes."""
         return device.type
 
 
@@ -211,10 +233,10 @@ _any = Device()
 
 
 def register(kind: str, device: Device) -> None:
-    """Let tensors on devices of a kind (``torch.device.type``) be computed so."""
+    """Set the implementation for a kind of device (``torch.device.type``)."""
     _devices[kind] = device
 
 
 def device_of(place: torch.device) -> Device:
-    """How things are done there."""
+    """The implementation for a device."""
     return _devices.get(place.type, _any)

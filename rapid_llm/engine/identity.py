@@ -1,8 +1,8 @@
-"""What a model is right now: which weights and adapter answer, and whether a pass of ours may.
+"""Detect changes to a model (weights, adapters, hooks, methods), before each forward pass.
 
-A model belongs to its user, who adds adapters and hooks, replaces layers and methods, and edits
-weights, before and after a decoder was built around it. So it is looked at before each pass, which
-takes a tenth of a millisecond at 32 layers.
+A model belongs to its user, who may add adapters and hooks, replace layers and methods, and edit
+weights at any time, also after a decoder was built around it. Kept KV and our own passes are valid
+only for the model that they were made for. A check takes a tenth of a millisecond at 32 layers.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch.nn.modules import module as nn_module
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-_SAMPLES = 256  # values of each parameter that tell of edits which its version does not count
+_SAMPLES = 256  # values read of each parameter, to find edits that its version does not count
 
 _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _STANDARD = frozenset(vars(nn.Module()))
-_SAYS_NOTHING = frozenset(
+_IRRELEVANT = frozenset(
     {
         "_attn_implementation_internal",
         "_experts_implementation_internal",
@@ -43,9 +43,9 @@ _SAYS_NOTHING = frozenset(
         "transformers_version",
     }
 )
-"""Attributes of modules and configs on which no number depends."""
+"""Attributes of modules and configs that do not affect any result."""
 
-_IGNORED = _STANDARD | _SAYS_NOTHING
+_IGNORED = _STANDARD | _IRRELEVANT
 
 _INSTALLED = tuple(
     f"{Path(folder)}{os.sep}"
@@ -56,36 +56,36 @@ _INSTALLED = tuple(
         str(Path(__file__).parents[1]),
     )
 )
-"""Folders of code that somebody has published, and that does not change under us."""
+"""Folders of installed code, which is assumed not to change while the process runs."""
 
 
 class ModelState:
-    """Follows a model.
+    """Tracks changes to a model.
 
-    Seen are modules and tensors that were added, replaced or moved; tensors edited in place, where
-    ``Tensor._version`` counts that; attributes of modules and configs, such as the active adapter;
-    hooks; methods replaced on an instance or a class. Edits through ``.data``, through NumPy or of
-    what a tensor subclass wraps are not counted. :meth:`take_samples` finds those that change one
-    of the 256 values that it reads of each parameter, as an edit of the whole of it does.
+    It detects modules and tensors that were added, replaced or moved; tensors edited in place, if
+    ``Tensor._version`` counts it; attributes of modules and configs, such as the active adapter;
+    hooks; methods replaced on an instance or a class. It does not detect edits through ``.data`` or
+    NumPy, or inside a tensor subclass; :meth:`take_samples` detects those that change one of 256
+    sampled values of a parameter, as edits of a whole parameter do.
 
     Args:
-        model: put into evaluation mode, and again when that was ended or modules were added.
+        model: the model, which is put into evaluation mode, again after each change.
 
     Attributes:
-        number: of what the model was at the last look. If since then only attributes changed and
-            changed back, as when adapters are switched, it is the earlier number.
+        number: number of the model's state at the last check. A state that returns, as when
+            adapters are switched back, gets its earlier number.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._known: list[tuple[Any, int]] = []  # settings with these modules and weights
+        self._known: list[tuple[Any, int]] = []  # (settings, number) for the current weights
         self._samples: list[bytes] | None = None
         self._count = 0
         self._last = _Look(model.eval())
         self.number = self._number()
 
     def look(self) -> int:
-        """The number of what the model is now."""
+        """Check the model for changes; returns the number of its current state."""
         if self._last.outdated():
             if any(module.training for module in self.model.modules()):
                 self.model.eval()
@@ -96,7 +96,7 @@ class ModelState:
         return self.number
 
     def take_samples(self) -> int:
-        """As :meth:`look`, with a sample of the weights: a millisecond at 32 layers."""
+        """Like :meth:`look`, and compare a sample of the weights: a millisecond at 32 layers."""
         self.look()
         before, self._samples = self._samples, self._last.samples()
         if before not in (None, self._samples):
@@ -104,18 +104,18 @@ class ModelState:
         return self.number
 
     def renew(self) -> None:
-        """Give what the model is a new number: somebody knows that it changed unseen."""
+        """Give the current state a new number, after a change that was not detected."""
         self._known = []
         self.number = self._number()
 
     def absorb(self) -> None:
-        """To be called after a pass: what the model does to itself changes nothing.
+        """Accept changes that a forward pass made to the model itself; to be called after a pass.
 
-        So do scaled rotary embeddings with their frequencies, and modules that count their calls.
+        Scaled rotary embeddings change their frequencies, and some modules count their calls.
         """
         if self._last.outdated():
             look = _Look(self.model)
-            if look.followed_from(self._last):
+            if look.may_follow(self._last):
                 self._last = look
                 self._known = [
                     (look.settings if number == self.number else settings, number)
@@ -133,54 +133,53 @@ class ModelState:
 
     @property
     def plain(self) -> bool:
-        """Whether the model is what its class makes of its config.
+        """Whether the model is exactly what its class builds from its config.
 
-        Its modules and tensors have exactly the types and shapes that they are made with. There
-        are no hooks, adapters, parametrizations, or methods replaced on instances or classes. A
-        pass of ours that does what the class does then gives what the model's own forward gives;
-        otherwise nobody knows. A copy of :mod:`rapid_llm.engine.quantized` is what it was made
-        of in this.
+        Its modules and tensors have the types and shapes that the class gives them, and there are
+        no hooks, adapters, parametrizations or replaced methods. Only then is a pass of ours for
+        that class known to compute what the model's own forward does. A quantized copy (see
+        :mod:`rapid_llm.engine.quantized`) is plain if its original is.
         """
         return self._last.plain
 
     @property
     def copyable(self) -> bool:
-        """Whether a copy computes the same: no code is bound to this very object."""
+        """Whether a copy of the model computes the same, as no code is bound to this object."""
         return self._last.copyable
 
     @property
     def traceable(self) -> bool:
-        """Whether what is computed depends on nothing but what is seen.
+        """Whether results depend only on state that is tracked.
 
-        It may depend on more with hooks, replaced methods and classes of modules, unless they are
-        an installed package's.
+        They may depend on more where hooks, replaced methods or classes of modules come from code
+        outside of installed packages.
         """
         return self._last.traceable
 
     @property
     def portable(self) -> bool:
-        """Whether tensors and attributes tell another process what is computed."""
+        """Whether tensors and attributes determine the results in another process too."""
         return self._last.portable
 
     @property
     def settings(self) -> list[tuple[str, str, Any]]:
-        """(module, attribute, value) of the plain data that modules and configs hold."""
+        """Plain data in modules and configs, as (module, attribute, value)."""
         return self._last.settings
 
     @property
     def configs(self) -> list[PretrainedConfig]:
-        """Those that modules hold; a copied module has its own."""
+        """All configs that modules refer to; a copied module has its own."""
         return self._last.configs
 
     @property
     def contents(self) -> tuple[Any, ...]:
-        """What tells this state from others while its tensors live: compares with another's."""
+        """Value that is equal for equal states, valid while the tensors live."""
         tensors = list(zip(map(id, self._last.tensors), self._last.places, strict=True))
         return tensors, self._samples, self.settings
 
 
 class _Look:
-    """A model at one moment. Holds its modules and tensors, or others could get their addresses."""
+    """Snapshot of a model; it keeps modules and tensors alive, so that no address is reused."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -214,17 +213,17 @@ class _Look:
         self.functions = list(_functions(self.modules))
         self._function_owners = [owner for owner, _, _ in self.functions]
         self._function_names = [name for _, name, _ in self.functions]
-        self._seen = self._glance()
+        self._seen = self._tracked_values()
 
     def outdated(self) -> bool:
-        """Whether anything has changed since; sometimes True though it has not."""
+        """Whether anything has changed since; may be True without a change."""
         try:
-            return self._glance() != self._seen
-        except Exception:  # tensors and arrays do not compare: one took the place of another
+            return self._tracked_values() != self._seen
+        except Exception:  # comparing replaced tensors or arrays raises
             return True
 
-    def _glance(self) -> tuple[list[Any], ...]:
-        """All that is followed, in as few steps of the interpreter as can be."""
+    def _tracked_values(self) -> tuple[list[Any], ...]:
+        """All tracked state, collected in as few interpreter steps as possible."""
         return (
             [*map(type, self.modules)],
             [*chain.from_iterable(map(dict.values, self._attributes))],
@@ -237,30 +236,31 @@ class _Look:
         )
 
     def same_weights(self, other: _Look) -> bool:
-        """Whether the other had these modules, tensors, hooks and methods, with these contents."""
+        """Whether modules, tensors with their contents, hooks and methods are the same."""
         return (
             self._same_modules(other)
             and _same(self.others, other.others)
             and self.places == other.places
         )
 
-    def followed_from(self, before: _Look) -> bool:
-        """Whether a model that was so before a pass may have brought itself into this state."""
+    def may_follow(self, before: _Look) -> bool:
+        """Whether a forward pass in the state ``before`` can have led to this state."""
         return (
             self._same_modules(before)
-            and self._resting == before._resting
-            and self._choices == before._choices
+            and self._parameter_places == before._parameter_places
+            and self._non_numeric_settings == before._non_numeric_settings
         )
 
     @property
-    def _resting(self) -> list[tuple[Any, ...]]:
-        """The places of parameters, without the versions of those that passes write themselves.
+    def _parameter_places(self) -> list[tuple[Any, ...]]:
+        """Places of all parameters, without the versions of those that a pass itself writes.
 
-        PEFT parametrizes what ``target_parameters`` name for the time of a pass, and puts it back.
+        During a pass PEFT parametrizes the parameters named in ``target_parameters``, and restores
+        them.
         """
         wrappers: list[Any] = [m for m in self.modules if type(m).__name__ == "ParamWrapper"]
         wrapped = {id(wrapper.get_param()) for wrapper in wrappers}
-        placed = zip(self.parameters, self.places, strict=False)  # buffers follow
+        placed = zip(self.parameters, self.places, strict=False)  # places of buffers follow
         return [(at[0], *at[2:]) if id(t) in wrapped else at for t, at in placed]
 
     def _same_modules(self, other: _Look) -> bool:
@@ -268,8 +268,8 @@ class _Look:
             _same(self.modules, other.modules)
             and self._seen[0] == other._seen[0]
             and _same(self.parameters, other.parameters)
-            and self._put_in == other._put_in
-            and self._held == other._held
+            and self._injected == other._injected
+            and self._function_attributes == other._function_attributes
             and self.functions == other.functions
         )
 
@@ -283,16 +283,16 @@ class _Look:
         ]
 
     @property
-    def _choices(self) -> list[tuple[str, str, Any]]:
-        """Settings that no pass makes: all but bare numbers."""
+    def _non_numeric_settings(self) -> list[tuple[str, str, Any]]:
+        """Settings that a forward pass does not change: all but numbers."""
         return [each for each in self.settings if type(each[2]) not in (int, float)]
 
     def samples(self) -> list[bytes]:
-        """Some of the parameters' bytes, where these are in plain tensors, one after another."""
+        """Sampled bytes of all parameters that are contiguous plain tensors."""
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in filter(is_plain_tensor, self.parameters):
             if tensor.is_contiguous():
-                step = max(1, tensor.numel() // _SAMPLES) | 1  # odd, or it keeps to few columns
+                step = max(1, tensor.numel() // _SAMPLES) | 1  # odd, to reach all columns
                 some = tensor.detach().view(-1)[::step]
                 alike.setdefault((tensor.device, tensor.dtype), []).append(some)
         with torch.inference_mode(False):
@@ -301,8 +301,8 @@ class _Look:
             ]
 
     @cached_property
-    def _put_in(self) -> list[Any]:
-        """Hooks, and methods replaced on one module."""
+    def _injected(self) -> list[Any]:
+        """Hooks, and methods replaced on a module instance."""
         return [
             *chain.from_iterable(map(dict.values, self.hooks)),
             *(
@@ -314,8 +314,8 @@ class _Look:
         ]
 
     @cached_property
-    def _held(self) -> list[Any]:
-        """Functions among the attributes of modules."""
+    def _function_attributes(self) -> list[Any]:
+        """Functions in attributes of modules."""
         kinds = (FunctionType, MethodType, partial)
         return [value for value in self._own_values(configs=False) if isinstance(value, kinds)]
 
@@ -325,19 +325,19 @@ class _Look:
 
     @property
     def copyable(self) -> bool:
-        return not self._put_in and self.portable
+        return not self._injected and self.portable
 
     @cached_property
     def traceable(self) -> bool:
         written = (function for _, _, function in self.functions)
-        return all(map(_is_installed, (*self._put_in, *self._held, *written)))
+        return all(map(_is_installed, (*self._injected, *self._function_attributes, *written)))
 
     @cached_property
     def portable(self) -> bool:
         return self.traceable and all(map(is_plain_tensor, self.tensors))
 
     def _own_values(self, configs: bool = True) -> Iterator[Any]:
-        """Of the attributes that not every module has."""
+        """Values of attributes that not every module has."""
         for owner in (*self.modules, *(self.configs if configs else ())):
             for name, value in vars(owner).items():
                 if name not in _STANDARD:
@@ -356,7 +356,7 @@ def _configs(modules: Iterable[nn.Module]) -> Iterator[PretrainedConfig]:
 
 
 def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    """Lists, dicts and sets, with those inside of them."""
+    """Lists, dicts and sets, and those nested in them."""
     for value in values:
         if isinstance(value, (dict, list, set)):
             yield value
@@ -364,7 +364,7 @@ def _containers(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _frozen(value: Any) -> Any:
-    """Plain data as values that compare and print alike in every process; None of anything else."""
+    """Plain data as values that compare and print the same in all processes; None for others."""
     if isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (torch.dtype, torch.device)):
@@ -379,7 +379,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where the numbers of a tensor are, how they lie there, and how often they were written."""
+    """Address, version and layout of a tensor."""
     where = (
         tensor.data_ptr() if is_plain_tensor(tensor) else None,
         None if tensor.is_inference() else tensor._version,
@@ -388,7 +388,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor is numbers in memory, and nothing else."""
+    """Whether a tensor is a plain strided array in memory, and no subclass."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided
@@ -398,7 +398,7 @@ def is_plain_tensor(tensor: Tensor) -> bool:
 
 
 def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
-    """(class or file, name, function): what may run where these modules do."""
+    """Functions that modules may run, as (class or source module, name, function)."""
     classes = dict.fromkeys([*map(type, modules), nn.Module])
     for cls in classes:
         own = [name for name, value in vars(cls).items() if isinstance(value, FunctionType)]
@@ -415,7 +415,7 @@ def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _is_installed(function: Any) -> bool:
-    """Whether a function, and all that it wraps, is code of an installed package."""
+    """Whether a function, and all functions that it wraps, are from an installed package."""
     while function is not None:
         if isinstance(function, partial):
             function = function.func
@@ -436,18 +436,18 @@ def _file_of(cls: type) -> str:
 
 def _is_as_made(model: PreTrainedModel) -> bool:
     config = copy.deepcopy(model.config)
-    config._attn_implementation = "eager"  # the one that needs no package
+    config._attn_implementation = "eager"  # needs no other package
     make: Callable[[PretrainedConfig], PreTrainedModel] = type(model)
     try:
         with torch.device("meta"), no_init_weights():
             made = make(config)
-    except Exception:  # a class that is not made of a config alone
+    except Exception:  # a class whose constructor takes more than a config
         return False
     return _outline(made) == _outline(model)
 
 
 def _outline(model: nn.Module) -> dict[str, tuple[type, dict[str, torch.Size]]]:
-    """The type of each module, and the shapes of its tensors."""
+    """Type of each module, and the shapes of its tensors."""
     kinds = {
         name: (getattr(type(module), "stands_for", type(module)), module)
         for name, module in model.named_modules(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""A KV cache that is allocated once: writing is in place, and rolling back sets a length."""
+"""Preallocated KV cache: tokens are written in place, and a rollback only sets a length."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ _CACHE_NAMES = ("cache", "past_key_values")
 
 
 class KVOrigin(NamedTuple):
-    """What computes keys and values: a model as it was, and how it turned them.
+    """The state of a model that keys and values were computed with.
 
     Attributes:
-        number: :attr:`rapid_llm.engine.identity.ModelState.number`.
-        scale: how many of the lengths at which the rotary embedding changes the sequence exceeds.
+        number: number of the model's state, :attr:`rapid_llm.engine.identity.ModelState.number`.
+        scale: number of rotary switch lengths that the sequence exceeds, see
+            :attr:`rapid_llm.engine.model_runner.ModelRunner.switches`.
     """
 
     number: int
@@ -29,7 +30,7 @@ class KVOrigin(NamedTuple):
 class PreallocatedLayer(CacheLayerMixin):
     """Keys and values of one layer, ``[1, kv_heads, capacity, dim]``, filled up to ``length``.
 
-    A sliding-window layer keeps the whole sequence too, since a window that has dropped its
+    A sliding-window layer keeps the whole sequence too, because a window that has dropped its
     oldest keys could not be rolled back; the attention applies the window.
     """
 
@@ -41,7 +42,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Here, not in __init__: only now is it known on which device this layer runs.
+        # Not in __init__, where the device of this layer is not known yet.
         self.keys = key_states.new_empty(
             1, key_states.shape[1], self.capacity, key_states.shape[-1]
         )
@@ -53,7 +54,7 @@ class PreallocatedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append ``[1, kv_heads, n, dim]`` and return views of everything filled so far."""
+        """Append ``[1, kv_heads, n, dim]`` and return views of all keys and values so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
@@ -73,15 +74,20 @@ class PreallocatedLayer(CacheLayerMixin):
 
 
 class KVCache(Cache):
-    """The preallocated layers of one sequence (batch size 1).
+    """KV cache of one sequence (batch size 1), with preallocated layers.
+
+    Args:
+        num_layers: number of decoder layers.
+        capacity: maximum number of tokens.
 
     Attributes:
-        position_offset: tokens of the sequence that it left out on purpose; those that follow keep
-            their own positions.
-        expected: tokens of the sequence whose next part is read, where that is not its end; some
-            kinds of rotary embedding depend on it.
-        origin: what computed what it holds (see ``ModelRunner.origin``); None if nothing did yet,
-            or if it is not known.
+        capacity: maximum number of tokens.
+        position_offset: number of the sequence's tokens that are left out of the cache; added to
+            the positions of new tokens.
+        expected: length of the whole sequence while a part of it is read, in tokens; some kinds of
+            rotary scaling depend on it. 0 where the next pass ends the sequence.
+        origin: state of the model that computed the contents (see ``ModelRunner.origin``); None if
+            empty or unknown.
     """
 
     layers: list[PreallocatedLayer]
@@ -95,30 +101,30 @@ class KVCache(Cache):
 
     @property
     def length(self) -> int:
-        """Tokens that every layer holds: during a pass the first layers are ahead."""
+        """Number of tokens in all layers; during a pass the first layers have more."""
         return min(layer.length for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: ``layers * 2 * kv_heads * capacity * dim * itemsize``."""
+        """Allocated bytes: ``layers * 2 * kv_heads * capacity * dim * itemsize``."""
         tensors = [t for layer in self.layers for t in (layer.keys, layer.values)]
         return sum(t.nbytes for t in tensors if t is not None)
 
     def advance(self, tokens: int) -> None:
-        """Count tokens whose keys and values were written to the buffers behind what they hold."""
+        """Increase the length by tokens whose keys and values are already in the buffers."""
         assert self.length + tokens <= self.capacity
         for layer in self.layers:
             layer.length += tokens
 
     def rollback(self, length: int) -> None:
-        """Forget every token from position ``length`` on. Nothing is copied."""
+        """Drop all tokens from index ``length`` on; nothing is copied."""
         assert 0 <= length <= self.capacity
         for layer in self.layers:
-            # min: a forward pass that failed half-way leaves layers of unequal length.
+            # min, because a forward pass that failed half-way leaves layers of unequal length.
             layer.length = min(layer.length, length)
 
     def copy_prefix(self, length: int, capacity: int) -> KVCache:
-        """A new cache for ``capacity`` tokens that begins with the first ``length`` of this one."""
+        """Copy the first ``length`` tokens to a new cache for ``capacity`` tokens."""
         copied = KVCache(len(self.layers), capacity)
         copied.origin = self.origin
         for old, new in zip(self.layers, copied.layers, strict=True):
@@ -126,7 +132,7 @@ class KVCache(Cache):
         return copied
 
     def grow(self, capacity: int) -> None:
-        """Move to larger buffers, layer by layer: never are there two of the whole cache."""
+        """Move to larger buffers, layer by layer, so that the peak memory is one layer more."""
         for index, old in enumerate(self.layers):
             self.layers[index] = new = PreallocatedLayer(capacity)
             new.update(old.keys[:, :, : old.length], old.values[:, :, : old.length])
@@ -134,7 +140,7 @@ class KVCache(Cache):
 
 
 def kv_shape(config: Any) -> tuple[int, int, int]:
-    """(layers, KV heads, head size) of the model that has this text config."""
+    """(layers, KV heads, head size) of the model with this text config."""
     head_dim = getattr(config, "head_dim", None)
     return (
         config.num_hidden_layers,
@@ -144,17 +150,23 @@ def kv_shape(config: Any) -> tuple[int, int, int]:
 
 
 def kv_nbytes(config: Any, dtype: torch.dtype, capacity: int) -> int:
-    """Bytes that a cache for ``capacity`` tokens will take once it is allocated."""
+    """Bytes of an allocated cache for ``capacity`` tokens.
+
+    Args:
+        config: the model's text config.
+        dtype: dtype of keys and values.
+        capacity: maximum number of tokens.
+    """
     layers, heads, dim = kv_shape(config)
     return layers * 2 * heads * dim * capacity * dtype.itemsize
 
 
 def cache_argument(takes_a_cache: Callable[..., Any]) -> str:
-    """What a function (a model's ``forward``, ``generate``) calls the KV cache it is given.
+    """Name of the parameter for the KV cache in a function such as a model's ``forward``.
 
-    transformers 5.24 renamed ``past_key_values`` to ``cache``; models that are not its own may
-    have the name that they had. A function that only passes its arguments on gets the name by
-    which ``generate`` would call it.
+    transformers 5.24 renamed ``past_key_values`` to ``cache``; models outside of transformers may
+    have the old name. For a function that only forwards its arguments this is the name that
+    ``generate`` uses.
     """
     for function in (takes_a_cache, GenerationMixin.prepare_inputs_for_generation):
         parameters = signature(function).parameters

@@ -1,8 +1,8 @@
-"""KV on disk: one safetensors file a prompt, checked before it is believed.
+"""KV on disk: one safetensors file per prompt, verified by a checksum when it is loaded.
 
-A file holds ``tokens``, int32 ``[n]``, which are all that a prefill has read, and for each layer i
-``keys.i`` and ``values.i``, ``[1, kv_heads, n, dim]`` in the model's dtype. Its metadata names the
-format and the model, and gives a checksum of all tensors. Nothing is ever unpickled.
+A file contains ``tokens``, int32 ``[n]``, all tokens that a prefill has read, and for each layer i
+``keys.i`` and ``values.i``, ``[1, kv_heads, n, dim]`` in the model's dtype. Its metadata has the
+format, a fingerprint of the model and a checksum of all tensors. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from rapid_llm.engine.rounding import rounding
 FORMAT = "rapid-llm-kv/1"
 
 COVERED = 0.9
-"""Share of a prompt that a file must hold for another one not to be written."""
+"""Share of a prompt from which on an existing file is enough, and no other is written."""
 
-_CHUNK = 1 << 26  # bytes of a tensor that are mixed at a time on a device
+_CHUNK = 1 << 26  # bytes of a tensor that are hashed at a time on a device
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 
 
 def common_prefix(a: TokenIds, b: TokenIds) -> int:
-    """How many tokens two sequences, int32 ``[n]`` and ``[m]``, have in common at their start."""
+    """Length of the common prefix of two sequences, int32 ``[n]`` and ``[m]``."""
     n = min(len(a), len(b))
     differing = np.flatnonzero(a[:n] != b[:n])
     return int(differing[0]) if differing.size else n
@@ -52,7 +52,7 @@ def common_prefix(a: TokenIds, b: TokenIds) -> int:
 
 @dataclass(frozen=True)
 class _Header:
-    """What a file claims to hold."""
+    """Header of a file: fingerprint of the model, checksum and tokens."""
 
     model: str
     checksum: str
@@ -60,31 +60,37 @@ class _Header:
 
 
 class KVFiles:
-    """The KV files in a folder, of any number of models. Safe to use from several threads.
+    """KV files of any number of models in a folder; safe to use from several threads.
 
-    A damaged file is named in a warning and otherwise ignored, as is a failure to write one:
-    files only save time. They belong to the model whose every byte, adapter and setting was the
-    same. That is looked up in what was read of the weights once, and read again before a file is
-    written or believed. A model with offloaded weights, tensors of other kinds, hooks, or methods
-    and classes of the user's own has no files: they do not tell what they compute.
+    Damaged files and failures to write are reported in a warning and otherwise ignored. A file is
+    valid for a model with the same bytes of all weights, adapters and settings. Their fingerprint
+    is computed once, and again before a file is written or loaded. There are no files for models
+    with offloaded weights, tensor subclasses, hooks, or methods and classes of the user's own,
+    because their results do not follow from their tensors and settings.
 
     Args:
-        directory: made when the first file is written, readable by its owner only.
+        directory: the folder, created with the first file, with access for its owner only.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._contents: WeakKeyDictionary[ModelRunner, dict[int, str | None]] = WeakKeyDictionary()
-        # The version of each file that was looked at (mtime, size), and what it claims to hold;
-        # None if it is of no use.
+        # For each file its version (mtime, size) and header; None for a file that is not usable.
         self._seen: dict[Path, tuple[tuple[int, int], _Header | None]] = {}
 
     def find(
         self, runner: ModelRunner, tokens: TokenIds, origin: KVOrigin
     ) -> tuple[Path | None, int]:
-        """The file that serves most of a prefill of ``tokens``, and how many of them.
+        """Find the file that shares the longest reusable prefix with a prefill.
 
-        See :func:`rapid_llm.engine.chunks.common_end`.
+        Args:
+            runner: the model.
+            tokens: tokens of the prefill.
+            origin: current state of the model.
+
+        Returns:
+            The file and the length of the prefix in tokens, by
+            :func:`rapid_llm.engine.chunks.common_end`; None and 0 if there is none.
         """
         sizes = runner.prefill_sizes
         ends = pass_ends(len(tokens), sizes)
@@ -103,9 +109,17 @@ class KVFiles:
     def load(
         self, path: Path, runner: ModelRunner, origin: KVOrigin, length: int, capacity: int
     ) -> KVCache | None:
-        """The first ``length`` tokens of a file that :meth:`find` has found; None if damaged.
+        """Load the first ``length`` tokens of a file from :meth:`find` into a new cache.
 
-        None as well if the model is not what it was when it was read for :meth:`find`.
+        Args:
+            path: the file.
+            runner: the model.
+            origin: state of the model at the call of :meth:`find`.
+            length: number of tokens to load.
+            capacity: capacity of the cache in tokens.
+
+        Returns:
+            The cache; None if the file is damaged, or the model has changed.
         """
         version, header = self._seen[path]
         if header is None or not self._is_unchanged(runner, origin):
@@ -117,9 +131,12 @@ class KVFiles:
             return None
 
     def save(self, runner: ModelRunner, tokens: TokenIds, cache: KVCache) -> None:
-        """Write the KV of a prefill's tokens, all of which a cache begins with.
+        """Write the KV of a prefill to a file, unless an existing file has most of it.
 
-        Not if a file has most of it.
+        Args:
+            runner: the model.
+            tokens: tokens of the prefill.
+            cache: cache that begins with all of them.
         """
         assert cache.origin is not None
         model = self._model(runner, cache.origin)
@@ -132,13 +149,13 @@ class KVFiles:
         content = hashlib.sha256(model.encode() + tokens.tobytes())
         name = f"{model[:16]}-{content.hexdigest()[:16]}.safetensors"
         path = self._directory / name
-        # Readers never see half a file, and two writers do not mix.
+        # Write to a unique name, so that readers never see half a file, nor two writers mix.
         unfinished = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             _write(unfinished, model, tokens, cache)
             os.replace(unfinished, path)
-        except (SafetensorError, OSError, RuntimeError) as error:  # torch's if memory is short
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
             warnings.warn(
                 f"the KV of {len(tokens)} tokens could not be written to {path}: {error}; "
                 "free some space or choose another directory, or this prompt is read again in "
@@ -171,9 +188,10 @@ class KVFiles:
         )
 
     def _model(self, runner: ModelRunner, origin: KVOrigin) -> str | None:
-        """What reads a model's files; None if it has none.
+        """Key of files for a model; None if it cannot have files.
 
-        Others round otherwise, turn otherwise, or read a prompt in other passes.
+        It includes everything on which KV depends: the model's fingerprint, its rotary scale, the
+        rounding of its passes, and the sizes of prefill passes.
         """
         known = self._contents.setdefault(runner, {})
         if origin.number not in known:
@@ -182,7 +200,7 @@ class KVFiles:
         return name and f"{name} beyond {origin.scale}, {rounding(runner)}, {runner.prefill_sizes}"
 
     def _is_unchanged(self, runner: ModelRunner, origin: KVOrigin) -> bool:
-        """Whether the model is what it was when it got its name: edits may have gone unseen."""
+        """Whether the fingerprint still matches: some edits of weights are not detected."""
         now = fingerprint(runner.model, runner.state)
         if self._contents[runner][origin.number] == now:
             return True
@@ -191,11 +209,17 @@ class KVFiles:
 
 
 def fingerprint(model: PreTrainedModel, state: ModelState | None = None) -> str | None:
-    """Identifies what a model computes: its modules, every byte of its tensors, and its settings.
+    """Hash of everything that determines a model's results: modules, tensors and settings.
 
-    Settings are what its modules and configs hold of plain data, such as the active adapter. Of
-    scaled rotary embeddings the frequencies of the moment are left out. None if all that does not
-    tell (:attr:`ModelState.portable`).
+    Settings are the plain data in modules and configs, such as the active adapter. The current
+    frequencies of scaled rotary embeddings are left out, as they change from pass to pass.
+
+    Args:
+        model: the model.
+        state: its state, if there is one.
+
+    Returns:
+        The hash; None where it would not determine the results (:attr:`ModelState.portable`).
     """
     state = ModelState(model) if state is None else state
     if not state.portable:
@@ -214,16 +238,16 @@ def fingerprint(model: PreTrainedModel, state: ModelState | None = None) -> str 
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """A hash of all of a tensor's bytes: by xxh3, or computed where the tensor is."""
+    """Hash of a tensor's bytes: by xxh3 on a CPU, by :func:`mixed` on other devices."""
     if tensor.device.type == "cpu":
         return xxhash.xxh3_128(_bytes_of(tensor)).digest()
     return mixed(tensor).cpu().numpy().tobytes()
 
 
 def mixed(tensor: Tensor) -> Tensor:
-    """A hash of all of a tensor's bytes, int64 ``[1]``, computed on its device.
+    """Hash of a tensor's bytes, int64 ``[1]``, computed on its device.
 
-    Words of 64 bits and their places go through a mixing function, and are added up.
+    All 64-bit words are combined with their index by a mixing function, and summed.
     """
     flat = tensor.contiguous().view(-1).view(torch.uint8)
     total = torch.zeros(1, dtype=torch.long, device=tensor.device)
@@ -238,14 +262,18 @@ def mixed(tensor: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finalizer: a bijection in which every bit depends on every other."""
+    """The finalizer of splitmix64, a bijection in which every bit depends on every other."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def _read_header(path: Path) -> _Header | None:
-    """None for another format; ValueError or SafetensorError for a damaged file."""
+    """Read the header of a file; None for another format.
+
+    Raises:
+        ValueError, SafetensorError: the file is damaged.
+    """
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
@@ -253,14 +281,18 @@ def _read_header(path: Path) -> _Header | None:
         tokens = file.get_tensor("tokens")
     if tokens.dtype != torch.int32 or tokens.ndim != 1:
         raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}, not int32 [n]")
-    # A copy: the tensor would keep the whole file mapped.
+    # A copy, because the tensor would keep the whole file mapped.
     return _Header(metadata.get("model", ""), metadata.get("sha256", ""), tokens.numpy().copy())
 
 
 def _read(
     path: Path, header: _Header, runner: ModelRunner, origin: KVOrigin, length: int, capacity: int
 ) -> KVCache:
-    """The cache, once every tensor has the right shape and all of them the right checksum."""
+    """Read a file into a new cache, and verify shapes, dtypes and checksum.
+
+    Raises:
+        ValueError, SafetensorError, OSError: the file is damaged or unreadable.
+    """
     layers, heads, dim = kv_shape(runner.config)
     shape, dtype = (1, heads, len(header.tokens), dim), runner.model.dtype
     cache = runner.new_cache(capacity)
@@ -292,7 +324,7 @@ def _write(path: Path, model: str, tokens: TokenIds, cache: KVCache) -> None:
         for kind, buffer in (("keys", layer.keys), ("values", layer.values)):
             tensors[f"{kind}.{index}"] = buffer[:, :, : len(tokens)].cpu().contiguous()
     sha = hashlib.sha256()
-    for tensor in tensors.values():  # in the order in which they are read
+    for tensor in tensors.values():  # in the order of reading
         sha.update(_bytes_of(tensor))
     save_file(tensors, path, {"format": FORMAT, "model": model, "sha256": sha.hexdigest()})
 

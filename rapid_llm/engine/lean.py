@@ -1,8 +1,8 @@
-"""A lean forward pass of the Llama family, over the loaded model's own weights.
+"""Lean forward pass for the Llama family in plain PyTorch, over the loaded model's own weights.
 
-transformers' forward spends more time between the matrix products of a small step than in them.
-This one does the same arithmetic with a third of the calls. It is used for exactly the classes
-below, as they are made; anything else (adapted, hooked, of other tensors) runs its own forward.
+In a small step transformers' forward spends more time between the matrix products than in them.
+This pass does the same arithmetic with a third of the calls. It is used only for unmodified models
+of the classes below; all others (with adapters, hooks, tensor subclasses) run their own forward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausal
 
 
 def is_lean(state: ModelState) -> bool:
-    """Whether :func:`lean_logits` computes what this model's own forward would, as it is now."""
+    """Whether :func:`lean_logits` computes the same as the model's own forward, at this moment."""
     model = state.model
     return (
         type(model) in FAMILY
@@ -35,16 +35,16 @@ def is_lean(state: ModelState) -> bool:
     )
 
 
-_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # the others ask the device for a length
+_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # others depend on the sequence length
 
 
 def has_fixed_rotary(model: Any) -> bool:
-    """Whether a lean model's rotary embedding never waits for the device, nor changes itself."""
+    """Whether a lean model's rotary embedding is constant, and never waits for the device."""
     return getattr(model.model.rotary_emb, "rope_type", None) in _FIXED_ROTARY
 
 
 class LeanPass:
-    """:func:`lean_logits` of a model; see :class:`rapid_llm.engine.device.Pass`."""
+    """:func:`lean_logits` as a :class:`rapid_llm.engine.device.Pass`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -57,10 +57,10 @@ class LeanPass:
 
 
 def lean_logits(model: Any, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-    """Append tokens to the cache; arguments and result as of :class:`.device.Pass`."""
+    """Run a lean model; arguments and result as for :class:`.device.Pass`."""
     body = model.model
     x = F.embedding(ids, body.embed_tokens.weight)
-    # The model's own rotary module, so that every kind of scaling is right.
+    # The model's own rotary module, so that all kinds of scaling are right.
     cos, sin = body.rotary_emb(x, position_ids=positions[None])
     half = cos.shape[-1] // 2
     signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
@@ -88,12 +88,12 @@ def _attention(
 
 
 def window_of(attention: Any) -> int | None:
-    """How many keys a query of this attention layer sees; None: all up to its own."""
+    """Size of the sliding window of an attention layer; None for full causal attention."""
     return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
 
 def _projections(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, ``[n, heads * dim]`` each; a quantized copy's in one product."""
+    """Queries, keys and values, ``[n, heads * dim]`` each; one product in a quantized copy."""
     together: Any = getattr(module, "qkv_proj", None)
     if together is not None:
         return together.forward(x)

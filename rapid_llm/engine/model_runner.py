@@ -1,4 +1,4 @@
-"""A loaded model as a function: token ids and a cache in, logits out."""
+"""Model runner: runs a loaded model over a KV cache, by the fastest pass that is exact for it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SUPPORTED = frozenset(
         "smollm3",
     }
 )
-"""``config.model_type`` of the architectures that the tests compare with their own forward."""
+"""Supported values of ``config.model_type``: those that the tests compare with transformers."""
 
 _T = TypeVar("_T")
 
@@ -69,32 +69,32 @@ _locks_guard = threading.Lock()
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:
-    """One lock a model, however many decoders were built around it."""
+    """The lock of a model, shared by all runners of it."""
     with _locks_guard:
         return _locks.setdefault(model, threading.RLock())
 
 
 class ModelRunner:
-    """Runs a model over our cache: a lean forward pass where there is one, or its own.
+    """Runs a model over our KV cache, by our own passes where they are exact, or by its forward.
 
-    The model is what it is at each call: see :class:`rapid_llm.engine.identity.ModelState`, which
-    says what is followed, and what its user must say by :meth:`RapidDecoder.clear_cache`.
+    Changes to the model take effect at the next call, see
+    :class:`rapid_llm.engine.identity.ModelState`. After edits that are not detected the user calls
+    :meth:`RapidDecoder.clear_cache`.
 
     Args:
-        model: a decoder-only transformers model.
-        name: what errors and results call it.
-        attn_implementation: ``rapid`` (ours), or one of transformers' own, which always runs
-            the model's own forward pass.
-        cuda_graphs: whether passes of few tokens are replayed from CUDA graphs: None where they
-            can be (a lean pass, on Ampere or newer, with Triton), False nowhere. True insists:
-            a pass that could not be captured when it was first needed is an error then, and not
-            only slower.
+        model: decoder-only transformers model.
+        name: name of the model in errors and results.
+        attn_implementation: ``rapid`` (this library's), or one of transformers' own, with which the
+            model's own forward always runs.
+        cuda_graphs: whether passes of few tokens are replayed from CUDA graphs. None: where
+            possible (lean models on Ampere or newer, with Triton); False: never; True: where it is
+            not possible, or a capture fails, an error is raised instead of running more slowly.
 
     Raises:
         ModelError: the architecture, an adapter or the attention implementation is not supported.
-            Calls raise it too, as adapters may be added later.
+            Calls raise it too, because adapters may be added later.
         InvalidParameterError: ``cuda_graphs=True`` where passes cannot be captured. Calls raise it
-            where one could not be captured when it was first needed.
+            too, where a capture fails.
         MissingDependencyError: the attention implementation is not installed.
     """
 
@@ -132,7 +132,7 @@ class ModelRunner:
         self._lock = _lock_of(model)
         with self._lock:
             self.state = ModelState(model)
-            self._choose()
+            self._select_passes()
         if cuda_graphs and self._replayed is None:
             raise InvalidParameterError(
                 f"cuda_graphs=True, but passes of {name} on {self.device} cannot be captured: that "
@@ -140,15 +140,15 @@ class ModelRunner:
                 "or a newer one; leave cuda_graphs out to capture where it can be done"
             )
 
-    def _choose(self) -> None:
-        """Passes for the model as it is now, the fastest first; the last serves whatever comes."""
+    def _select_passes(self) -> None:
+        """Make the passes for the model's current state, the fastest first; the last serves all."""
         self._chosen: int | None = None
         self._require_layers_in_order()
         self._require_tokens_alike()
         self._passes: list[Pass] = []
         self._lean = self.attn_implementation == attention.NAME and is_lean(self.state)
-        # What a scaled rotary embedding does to itself in a pass is for :meth:`absorb`.
-        self._leaves_itself = self._lean and has_fixed_rotary(self.model)
+        # A model with scaled rotary embedding changes itself in a pass: see ModelState.absorb.
+        self._static = self._lean and has_fixed_rotary(self.model)
         if self._lean:
             own = device_of(self.device).passes(self.model, self.state, self.cuda_graphs)
             self._passes += [*own, LeanPass(self.model)]
@@ -157,13 +157,17 @@ class ModelRunner:
         self._replayed: ReplayedPass | None = next(replayed, None)
         self._chosen = self.state.number
 
-    def _follow(self) -> None:
-        """What was done to the model since the last call; under its lock."""
+    def _refresh(self) -> None:
+        """Select passes again if the model has changed; the caller has its lock."""
         if self.state.look() != self._chosen:
-            self._choose()
+            self._select_passes()
 
     def _require_layers_in_order(self) -> None:
-        """Refuses layers that were taken out or put in without telling them and the config."""
+        """Refuse a model whose layers were added or removed without adjusting indices and config.
+
+        Raises:
+            ModelError: ``layer_idx`` of the layers and ``config.num_hidden_layers`` do not agree.
+        """
         layers: Any = self.model.get_decoder().layers
         places = [getattr(layer.self_attn, "layer_idx", i) for i, layer in enumerate(layers)]
         if places != list(range(self.config.num_hidden_layers)):
@@ -174,12 +178,16 @@ class ModelRunner:
             )
 
     def _require_tokens_alike(self) -> None:
-        """Refuses what makes of a token something else where a sequence is read in parts."""
+        """Refuse adapters with which reading a sequence in parts gives another result.
+
+        Raises:
+            ModelError: such an adapter is active.
+        """
         adapters = getattr(self.model, "peft_config", None) or {}
         active: Any = getattr(self.model, "active_adapters", ())
         if not adapters or getattr(self.model, "_adapters_disabled", False):
             return
-        if callable(active):  # transformers' own, which knows no adapter that PEFT has put in
+        if callable(active):  # transformers' method, which does not know adapters added by PEFT
             active = active() if getattr(self.model, "_hf_peft_config_loaded", False) else adapters
         for name in active:
             config = adapters[name]
@@ -198,23 +206,23 @@ class ModelRunner:
 
     @property
     def lean(self) -> bool:
-        """Whether our own passes compute what the model does, as it is now."""
+        """Whether our own passes are exact for the model's current state."""
         with self._lock:
-            self._follow()
+            self._refresh()
             return self._lean
 
     @property
     def lock(self) -> threading.RLock:
-        """Held by a pass: whoever holds it has the model alone."""
+        """Lock of the model, held during each pass."""
         return self._lock
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in (a model may be spread over several devices)."""
+        """Device of the input embeddings (a model may be spread over several devices)."""
         return self.model.get_input_embeddings().weight.device
 
     def tensor(self, tokens: Sequence[int]) -> Tensor:
-        """Int64 ``[n]`` where token ids go in; the host does not wait for the device."""
+        """Token ids as int64 ``[n]`` on :attr:`device`; the host does not wait for the copy."""
         host = torch.tensor(tokens, dtype=torch.long, device="cpu")
         return device_of(self.device).upload(host, self.device)
 
@@ -226,7 +234,7 @@ class ModelRunner:
 
     @property
     def context_window(self) -> int:
-        """Positions that the model was made for, YaRN scaling included."""
+        """Context window in tokens, including YaRN scaling."""
         window = int(self.config.max_position_embeddings)
         rope = getattr(self.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "yarn":
@@ -236,7 +244,7 @@ class ModelRunner:
 
     @property
     def slides(self) -> bool:
-        """Whether some layer attends through a sliding window only."""
+        """Whether any layer has a sliding window."""
         types = getattr(self.config, "layer_types", None)
         if types is not None:
             return "sliding_attention" in types
@@ -244,23 +252,23 @@ class ModelRunner:
 
     @property
     def copyable(self) -> bool:
-        """Whether a copy of the model would compute what it does, as it is now."""
+        """Whether a copy of the model in its current state would compute the same."""
         with self._lock:
-            self._follow()
+            self._refresh()
             return self.state.copyable
 
     @property
     def passes(self) -> Sequence[Pass]:
-        """What can run the model as it is now, the fastest first."""
+        """Passes that can run the model in its current state, the fastest first."""
         with self._lock:
-            self._follow()
+            self._refresh()
             return tuple(self._passes)
 
     @property
     def switches(self) -> list[int]:
-        """Lengths beyond which the rotary embedding turns every position of a sequence otherwise.
+        """Sequence lengths beyond which the rotary embedding changes for all positions.
 
-        Longrope has one: KV of a sequence up to it is of no use beyond.
+        Longrope has one; KV of a shorter sequence is invalid beyond it.
         """
         return [
             int(rope["original_max_position_embeddings"])
@@ -269,20 +277,23 @@ class ModelRunner:
         ]
 
     def _ropes(self) -> list[dict[str, Any]]:
-        """The rotary embeddings' parameters: one set, or one for each type of layer."""
+        """Parameters of the rotary embeddings: one set, or one for each type of layer."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         nested = [each for each in rope.values() if isinstance(each, dict) and "rope_type" in each]
         return nested or [rope]
 
     def origin(self, length: int) -> KVOrigin:
-        """What reads a sequence of so many tokens now: KV that another one read is of no use.
+        """Origin of KV that the model's current state computes; other KV must not be used with it.
+
+        Args:
+            length: length of the whole sequence in tokens.
 
         Raises:
-            ModelError: the rotary embedding changes with every token at such lengths, or an adapter
+            ModelError: the rotary embedding changes with every token at this length, or an adapter
                 is not supported.
         """
         with self._lock:
-            self._follow()
+            self._refresh()
             return KVOrigin(self.state.number, self._scale(length))
 
     def _scale(self, length: int) -> int:
@@ -296,10 +307,9 @@ class ModelRunner:
         return sum(length > switch for switch in self.switches)
 
     def kept_origin(self, length: int) -> KVOrigin | None:
-        """As :meth:`reader`, for KV that is kept between calls.
+        """Like :meth:`origin`, for KV that is kept between calls; also samples the weights.
 
-        Looks at the weights more closely. None where KV must not be kept: what the model computes
-        depends on code that somebody has put in, and on what that code may read.
+        None where KV must not be kept, because results depend on injected code.
         """
         with self._lock:
             self.state.take_samples()
@@ -307,7 +317,14 @@ class ModelRunner:
             return origin if self.state.traceable else None
 
     def require(self, kind: WeightKind) -> None:
-        """Raises InvalidParameterError where this model cannot have weights of so few bits."""
+        """Check that the model can be quantized.
+
+        Args:
+            kind: weight format.
+
+        Raises:
+            InvalidParameterError: the model or its device does not support the format.
+        """
         quantizers = device_of(self.device).quantizers
         if kind not in quantizers:
             others = " or ".join(map(repr, sorted(quantizers)))
@@ -322,14 +339,14 @@ class ModelRunner:
     def drafter_weights(
         self, quantization: Quantization | None, *, auto: bool
     ) -> WeightKind | None:
-        """The kind of weights to draft with, None for the model's own.
+        """Weight format for drafting; None for the model's own weights.
 
         Args:
-            quantization: what was asked for.
-            auto: whether ``auto`` takes what is cheapest here.
+            quantization: requested quantization.
+            auto: whether ``auto`` takes the fastest format, rather than none.
 
         Raises:
-            InvalidParameterError: it is unknown, or this model cannot have such weights.
+            InvalidParameterError: the quantization is unknown, or not supported for this model.
         """
         if quantization not in (None, *get_args(Quantization)):
             raise InvalidParameterError(
@@ -344,47 +361,47 @@ class ModelRunner:
 
     @property
     def cheapest(self) -> WeightKind | None:
-        """The kind of weights with which a draft step takes least, None for its own."""
+        """Weight format with the fastest draft step; None for the model's own weights."""
         quantizers, passes = device_of(self.device).quantizers, self.passes
         return next((k for k, each in quantizers.items() if each.pays(self.model, passes)), None)
 
     def quantized(self, kind: WeightKind) -> PreTrainedModel:
-        """The model over weights of few bits, made for what it is now and freed with it."""
+        """Quantized copy of the model's current state, freed with the model."""
         quantizer = device_of(self.device).quantizers[kind]
         return quantizer.copy(self.model, self.state, self.passes)
 
     def capacity_for(self, tokens: int) -> int:
-        """Tokens that a cache for so many is best made for."""
+        """Best capacity, in tokens, of a cache for at least ``tokens`` tokens."""
         return device_of(self.device).capacity_for(tokens)
 
     @property
     def prefill_sizes(self) -> tuple[int, ...]:
-        """Tokens that passes of a prefill read, descending: see :mod:`rapid_llm.engine.chunks`."""
+        """Sizes of prefill passes in tokens, descending, see :mod:`rapid_llm.engine.chunks`."""
         device = device_of(self.device)
         return device.prefill_chunk, *device.prefill_pieces
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until all work on the device is done."""
         device_of(self.device).synchronize(self.device)
 
     def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for ``capacity`` tokens; its memory is taken at the first pass."""
+        """An empty cache for ``capacity`` tokens; memory is allocated by the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
 
     def __call__(self, tokens: Tensor, cache: KVCache, keep_logits: int) -> Tensor:
-        """Append tokens to the cache.
+        """Run the model on new tokens and append their KV to the cache.
 
         Args:
-            tokens: int64 ``[n]`` on any device; they follow what the cache holds.
-            cache: has room for n more tokens; left as it was if the pass fails.
-            keep_logits: for how many of the last positions logits are computed, 1 to n.
+            tokens: token ids after those in the cache, int64 ``[n]`` on any device.
+            cache: KV cache with room for n more tokens; it does not change if the pass fails.
+            keep_logits: number of last tokens for which logits are computed, 1 to n.
 
         Returns:
-            float32 ``[keep_logits, vocab_size]``.
+            Logits, float32 ``[keep_logits, vocab_size]``.
 
         Raises:
-            OutdatedKVError: what the cache holds is not what the model would compute now.
-            ModelError: an adapter was added that is not supported.
+            OutdatedKVError: the cached KV was computed with another state of the model.
+            ModelError: an unsupported adapter was added.
         """
         ids = tokens.to(self.device, non_blocking=True)
         length = max(cache.expected, cache.length + cache.position_offset + ids.shape[0])
@@ -392,9 +409,10 @@ class ModelRunner:
         with self._lock:
             replayed, logits = self._replayed, None
             if replayed is not None and replayed.serves(ids, cache, keep_logits):
-                logits = self._ahead(cache, partial(replayed, ids, ids, cache, keep_logits))
+                launch = partial(replayed, ids, ids, cache, keep_logits)
+                logits = self._launch_then_check(cache, launch)
             if logits is None:
-                with self._reading(cache, length):
+                with self._pass_context(cache, length):
                     positions = self._positions(ids, cache, length)
                     run = next(p for p in self._passes if p.serves(ids, cache, keep_logits))
                     logits = run(ids, positions, cache, keep_logits)
@@ -408,10 +426,10 @@ class ModelRunner:
         choice: TokenSampler,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor] | None:
-        """Draft steps that feed one another on the device.
+        """Draft several tokens on the device without the host.
 
-        See :class:`rapid_llm.engine.cuda.draft_loop.DraftLoop`, for the errors :meth:`__call__`.
-        None, and nothing is read, where the host must take part.
+        Arguments and result as for :class:`rapid_llm.engine.cuda.draft_loop.DraftLoop`, errors as
+        for :meth:`__call__`. None, with the cache unchanged, where this is not possible.
         """
 
         def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
@@ -428,10 +446,10 @@ class ModelRunner:
         judge: Judge,
         generator: torch.Generator,
     ) -> Tensor | None:
-        """A verdict on a draft that is read: pass and judge in one launch.
+        """Run the model over a draft and verify it on the device, in one launch.
 
-        See :class:`rapid_llm.engine.cuda.verification.Verification`, for the errors
-        :meth:`__call__`. None, and nothing is read, where the host must take part.
+        Arguments and result as for :class:`rapid_llm.engine.cuda.verification.Verification`, errors
+        as for :meth:`__call__`. None, with the cache unchanged, where this is not possible.
         """
         n = tokens.shape[0]
 
@@ -449,36 +467,39 @@ class ModelRunner:
         generator: torch.Generator,
         launch: Callable[[ReplayedPass], _T | None],
     ) -> _T | None:
-        """What is launched by the replayed pass of the model as it is now, if it has one.
+        """Launch work of the replayed pass for the model's current state; None without one.
 
         Args:
-            tokens: that are appended to the cache.
-            cache, generator: left as they were where nothing is launched.
-            launch: to be called again if the model is no longer what was captured.
+            tokens: number of tokens that are appended to the cache.
+            cache, generator: unchanged where nothing is launched.
+            launch: function that launches the work; called again if the model has changed.
         """
         with self._lock:
             replayed = self._replayed
             if replayed is None:
                 return None
             drawn = generator.get_state()
-            result = self._ahead(cache, partial(launch, replayed))
+            result = self._launch_then_check(cache, partial(launch, replayed))
             if result is None:
                 generator.set_state(drawn)
-                with self._reading(cache, cache.length + cache.position_offset + tokens):
+                with self._pass_context(cache, cache.length + cache.position_offset + tokens):
                     if self._replayed is not None:
                         result = launch(self._replayed)
             return result
 
-    def _ahead(self, cache: KVCache, launch: Callable[[], _T | None]) -> _T | None:
-        """What a captured pass gives; the model is looked at while the device works.
+    def _launch_then_check(self, cache: KVCache, launch: Callable[[], _T | None]) -> _T | None:
+        """Launch a captured pass, and check the model for changes while the device works.
 
-        None, and nothing was appended, if the model is no longer what was captured.
+        Returns:
+            The result; None, with the cache unchanged, if the model is not the captured one.
         """
         start = cache.length
         if cache.origin != KVOrigin(self.state.number, 0):
             return None
         try:
-            with torch.autocast(self.device.type, enabled=False):  # a capture is for all that come
+            with torch.autocast(
+                self.device.type, enabled=False
+            ):  # a capture serves later calls too
                 result = launch()
             if self.state.look() == self._chosen:
                 return result
@@ -489,10 +510,14 @@ class ModelRunner:
         return None
 
     @contextmanager
-    def _reading(self, cache: KVCache, length: int) -> Iterator[None]:
-        """A pass of the model as it is now, over a sequence of so many tokens.
+    def _pass_context(self, cache: KVCache, length: int) -> Iterator[None]:
+        """Context of a pass: checks the cache's origin, and restores the cache after an error.
 
-        In the dtypes of its weights, whatever the caller casts to: KV outlives the call.
+        Autocast is off, because KV outlives the caller's autocast context.
+
+        Args:
+            cache: KV cache.
+            length: length of the whole sequence in tokens.
         """
         start = cache.length
         with self._lock:
@@ -512,11 +537,11 @@ class ModelRunner:
                 cache.rollback(start)
                 raise
             finally:
-                if not self._leaves_itself:
+                if not self._static:
                     self.state.absorb()
 
     def _positions(self, ids: Tensor, cache: KVCache, length: int) -> Tensor:
-        """Of the tokens; the sequence's last follows where a rotary embedding goes by that."""
+        """Positions of new tokens, and the sequence's last one if rotary scaling depends on it."""
         first = cache.length + cache.position_offset
         end = first + ids.shape[0]
         positions = torch.arange(first, end, device=self.device)

@@ -1,6 +1,6 @@
-"""Copies of a model whose linear layers have weights of few bits, for drafting.
+"""Quantized copies of a model for drafting: base classes of layers, and one copy per model.
 
-What the layers are is a device's own: :mod:`rapid_llm.engine.cpu.int8`, :mod:`.cpu.blocks` and
+The layers are in :mod:`rapid_llm.engine.cpu.int8`, :mod:`rapid_llm.engine.cpu.blocks` and
 :mod:`rapid_llm.engine.cuda.int4`.
 """
 
@@ -19,22 +19,27 @@ from rapid_llm.engine.identity import ModelState
 from rapid_llm.errors import InvalidParameterError
 
 MAX_QUANTIZED_ROWS = 8
-"""Tokens up to which a layer multiplies with its weights of few bits; more are computed as fast
-with its own."""
+"""Number of tokens up to which a layer uses its quantized weights.
+
+For more tokens the original weights are as fast.
+"""
 
 
 class QuantizedWeights(nn.Module):
-    """A module whose buffers are weights of few bits, beside those that it was made from."""
+    """A module whose buffers are quantized weights, in addition to the original ones."""
 
 
 class QuantizedLinear(QuantizedWeights):
-    """A linear layer that multiplies few tokens with weights of few bits, many with its own.
+    """A linear layer with quantized weights for few tokens and the original ones for many.
+
+    Args:
+        linear: original layer.
 
     Attributes:
-        weight, bias: the layer's it was made from, shared; a prefill is faster with these.
-        stands_for: the type of that layer.
-        made_anew: the tensors that it did not have.
-        divides: how many inputs the product takes at a time: it reads beyond any other number.
+        weight, bias: tensors of the original layer, shared; faster for a prefill.
+        stands_for: type of the original layer.
+        made_anew: names of the tensors that the original layer lacks.
+        divides: required divisor of the number of inputs.
     """
 
     stands_for = nn.Linear
@@ -49,7 +54,7 @@ class QuantizedLinear(QuantizedWeights):
 
 @dataclass(frozen=True)
 class _Copy:
-    """A quantized copy, and what it was made of."""
+    """A quantized copy, and the state of the model that it was made from."""
 
     model: PreTrainedModel
     made_of: tuple[Any, ...]
@@ -65,10 +70,16 @@ def copy_of(
     kind: Hashable,
     make: Callable[[PreTrainedModel], PreTrainedModel],
 ) -> PreTrainedModel:
-    """A quantized copy of a model as it is: made once for each kind, freed with the model.
+    """Quantized copy of a model's current state, made once per kind and freed with the model.
+
+    Args:
+        model: original model.
+        state: state of the model.
+        kind: key of the kind of copy.
+        make: function that makes the copy.
 
     Raises:
-        InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
+        InvalidParameterError: the model has hooks or replaced methods, which a copy would lack.
     """
     with _making:
         state.take_samples()
@@ -86,6 +97,6 @@ def copy_of(
 
 
 def quantized_nbytes(model: PreTrainedModel) -> int:
-    """Bytes that a copy takes beside the model's own weights."""
+    """Bytes of a copy's quantized weights, without the shared original ones."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedWeights)]
     return sum(buffer.nbytes for layer in layers for buffer in layer.buffers())

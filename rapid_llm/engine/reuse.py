@@ -1,7 +1,7 @@
-"""KV reuse: a prompt is read from the pass on that departs from those of one read before.
+"""Prefix cache: keep the KV of prompts, and reuse it for prompts that begin the same.
 
-Only what the prompt's own prefill would have read by the same passes is reused, see
-:mod:`rapid_llm.engine.chunks`, never what decoding read: an answer. So every answer is that of a
+Only KV that the prompt's own prefill would compute by the same passes is reused, see
+:mod:`rapid_llm.engine.chunks`, and never KV of answers. So an answer with reuse equals that of a
 fresh prefill, bit for bit.
 """
 
@@ -25,10 +25,10 @@ from rapid_llm.engine.rounding import rounding
 from rapid_llm.errors import InvalidParameterError
 
 WORTH_LOADING = 256
-"""Tokens by which a file's prefix must be longer than the one in memory."""
+"""Minimum number of tokens by which a prefix in a file must exceed the one in memory."""
 
 WORTH_SAVING = 1024
-"""Prompt tokens that must have been read anew before a file is written."""
+"""Minimum number of newly read prompt tokens for which a file is written."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,24 @@ class Lease:
     """A cache in use for one prompt.
 
     Attributes:
-        cache: holds the prompt's first ``reused`` tokens; has room for the capacity asked for.
-            Read the rest of ``prompt[:-1]`` into it by :meth:`Session.prefill`, and change none of
-            these but the last: another lease may be copying them.
-        reused: tokens that need not be read: at most ``len(prompt) - 1``, as the logits that follow
-            the last token are wanted.
+        cache: KV cache with the prompt's first ``reused`` tokens and the requested capacity. The
+            rest of ``prompt[:-1]`` is read into it by :meth:`Session.prefill`. Of these tokens only
+            the last may be changed later, because another lease may be copying them.
+        reused: number of tokens that need not be read, at most ``len(prompt) - 1``, because the
+            last token must be read for its logits.
     """
 
     cache: KVCache
     reused: int
 
 
-class _Reading(NamedTuple):
-    """What is to read a prompt: a model as it is now, with passes that round as they do now.
+class _ReaderState(NamedTuple):
+    """Everything about a model that its KV depends on.
 
-    ``origin`` is None where what it reads must not be kept.
+    Attributes:
+        runner: the model.
+        origin: state of the model; None where its KV must not be kept.
+        rounding: description of the rounding of its passes.
     """
 
     runner: ModelRunner
@@ -58,17 +61,23 @@ class _Reading(NamedTuple):
     rounding: str
 
     @classmethod
-    def now(cls, runner: ModelRunner, length: int) -> _Reading:
-        """Of a sequence of so many tokens."""
+    def now(cls, runner: ModelRunner, length: int) -> _ReaderState:
+        """The current state, for a sequence of ``length`` tokens."""
         return cls(runner, runner.kept_origin(length), rounding(runner))
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A cache, and of which tokens it holds the KV, or will: those that a prefill reads.
+    """A cache and the tokens of its prefill.
 
-    The prefill's passes end at ``ends``; what of it was not done, or is not wanted, is not among
-    the tokens of an idle entry.
+    Attributes:
+        runner: model that computed the KV.
+        rounding: description of the rounding of its passes.
+        cache: KV cache.
+        tokens: tokens of the prefill; in an idle entry only those that were read and are kept.
+        ends: end positions of the passes of the prefill.
+        busy: whether a lease uses it.
+        nbytes: bytes of the cache; 0 while busy.
     """
 
     runner: ModelRunner
@@ -77,45 +86,51 @@ class _Entry:
     tokens: TokenIds
     ends: Sequence[int]
     busy: bool = True
-    nbytes: int = 0  # once it is idle
+    nbytes: int = 0
 
-    def read_as(self, reading: _Reading) -> bool:
-        """Whether its KV is, bit for bit, what would be read now."""
+    def read_by(self, reader: _ReaderState) -> bool:
+        """Whether a model in this state would compute the same KV, bit for bit."""
         return (
-            self.runner is reading.runner
-            and self.rounding == reading.rounding
-            and self.cache.origin == reading.origin is not None
+            self.runner is reader.runner
+            and self.rounding == reader.rounding
+            and self.cache.origin == reader.origin is not None
         )
 
     def held(self) -> int:
-        """How many of the tokens were read."""
+        """Number of its tokens that were read."""
         return min(len(self.tokens), self.cache.length)
 
     def shared(self, tokens: TokenIds, ends: Sequence[int]) -> int:
-        """How many of these a prefill of ``tokens`` in passes that end there would read alike."""
-        # While it is in use, a drafter may read the last token again.
+        """Number of its first tokens whose KV another prefill can reuse.
+
+        Args:
+            tokens: tokens of the other prefill.
+            ends: end positions of its passes.
+        """
+        # While the entry is busy, a drafter may read its last token again.
         settled = min(self.held(), len(self.tokens) - self.busy)
         return common_end(self.ends, ends, common_prefix(self.tokens[:settled], tokens))
 
     def same_document(self, shared: int) -> bool:
-        """Whether little is lost if this entry keeps only its first ``shared`` tokens.
+        """Whether a prompt that shares this many tokens is taken to be on the same document.
 
-        Two documents behind one system prompt share less than half, and both are kept.
+        The entry then keeps only the shared tokens. Two documents after one system prompt share
+        less than half, and both are kept.
         """
         return 2 * shared >= len(self.tokens)
 
 
 class PrefixCache:
-    """Keeps the KV of prompts that were read, for prompts that begin with the same tokens.
+    """Keeps the KV of prompts, for later prompts that begin with the same tokens.
 
-    Several threads, models and documents share one; the least recently used go first.
+    Threads, models and documents share one cache; the least recently used entries are evicted.
 
     Args:
-        budget_bytes: KV kept between generations; a generation that runs has its own memory.
-            0 keeps nothing, and shares nothing between generations that run side by side; a KV
-            larger than the budget is not kept.
-        directory: where to keep KV across processes as well; None does not. Files hold the
-            prompt's tokens, and there is no limit on them: delete the folder to free the space.
+        budget_bytes: maximum bytes of KV kept between generations, without the memory of running
+            generations. KV larger than the budget is not kept. 0 keeps nothing, and shares nothing
+            between concurrent generations.
+        directory: folder for KV that is kept across processes; None for none. Files contain the
+            prompt's tokens, and their total size is not limited: delete the folder to free space.
 
     Raises:
         InvalidParameterError: the budget is negative.
@@ -129,36 +144,40 @@ class PrefixCache:
         self._budget = budget_bytes
         self._files = None if directory is None else KVFiles(directory)
         self._entries: list[_Entry] = []  # least recently used first
-        # Reentrant: the garbage collector may close an abandoned stream, and so end its lease,
-        # in a thread that is inside the lock.
+        # Reentrant, because the garbage collector may close an abandoned stream, and so end its
+        # lease, in a thread that has the lock.
         self._lock = threading.RLock()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of KV kept between generations, at most the budget."""
+        """Bytes of kept KV, without that of running generations; at most the budget."""
         with self._lock:
             return sum(entry.nbytes for entry in self._entries if not entry.busy)
 
     def clear(self) -> None:
-        """Free everything that no generation uses right now. Files stay."""
+        """Free all KV that no generation uses right now; files stay."""
         with self._lock:
             self._entries = [entry for entry in self._entries if entry.busy]
 
     def forget(self, runner: ModelRunner) -> None:
-        """Free what a model has read that is not used any more."""
+        """Free all KV of a model that no generation uses right now."""
         with self._lock:
             self._entries = [e for e in self._entries if e.busy or e.runner is not runner]
 
     def keep_only(self, runner: ModelRunner, prompt: Sequence[int]) -> int:
-        """Free everything that no generation uses, but for what a lease of a prompt would reuse.
+        """Free all KV that no generation uses, except what a lease of one prompt would reuse.
 
-        What a later lease finds then depends on this prompt alone, not on what was read after it.
-        Returns how many of the prompt's tokens are kept.
+        Args:
+            runner: model that read the prompt.
+            prompt: token ids of the prompt.
+
+        Returns:
+            Number of the prompt's tokens whose KV is kept.
         """
-        reading, ids = _Reading.now(runner, len(prompt)), _token_ids(prompt[:-1])
+        reader, ids = _ReaderState.now(runner, len(prompt)), _token_ids(prompt[:-1])
         ends = pass_ends(len(ids), runner.prefill_sizes)
         with self._lock:
-            idle = [entry for entry in self._entries if not entry.busy and entry.read_as(reading)]
+            idle = [entry for entry in self._entries if not entry.busy and entry.read_by(reader)]
             best = max(idle, key=lambda entry: entry.shared(ids, ends), default=None)
             self._entries = [entry for entry in self._entries if entry.busy or entry is best]
             if best is None:
@@ -169,17 +188,18 @@ class PrefixCache:
 
     @contextmanager
     def lease(self, runner: ModelRunner, prompt: Sequence[int], capacity: int) -> Iterator[Lease]:
-        """A cache that holds the longest prefix of a prompt that was read before.
+        """Lease a cache with the longest kept prefix of a prompt.
 
-        When the context ends, in whatever way, what was read of the prompt is kept for later ones.
+        When the context ends, also by an error, the part of the prompt that was read is kept for
+        later prompts.
 
         Args:
-            runner: the model that reads the prompt.
-            prompt: token ids, at least one.
-            capacity: tokens to make room for, at least ``len(prompt)``.
+            runner: model that reads the prompt.
+            prompt: token ids of the prompt, at least one.
+            capacity: capacity of the cache in tokens, at least ``len(prompt)``.
 
         Raises:
-            torch.OutOfMemoryError: no room for a copy, even with all idle KV freed.
+            torch.OutOfMemoryError: no memory for a copy, even after all idle KV was freed.
         """
         entry = self._acquire(runner, _token_ids(prompt), capacity)
         reused = entry.cache.length
@@ -200,27 +220,28 @@ class PrefixCache:
 
     def _find(self, runner: ModelRunner, prompt: TokenIds, capacity: int) -> _Entry:
         cache = self._from_file(runner, prompt, capacity)
-        reading = _Reading.now(runner, len(prompt))  # a file tells whether the model has changed
+        # After the look for a file, which can detect that the model has changed.
+        reader = _ReaderState.now(runner, len(prompt))
         with self._lock:
             if cache is None:
-                cache = self._from_memory(reading, prompt[:-1], capacity)
+                cache = self._from_memory(reader, prompt[:-1], capacity)
             ends = pass_ends(len(prompt) - 1, runner.prefill_sizes)
-            entry = _Entry(runner, reading.rounding, cache, prompt[:-1], ends)
+            entry = _Entry(runner, reader.rounding, cache, prompt[:-1], ends)
             if self._budget > 0:
                 self._entries.append(entry)
             return entry
 
     def _from_file(self, runner: ModelRunner, prompt: TokenIds, capacity: int) -> KVCache | None:
-        """The prefix in a file, if it is much longer than the one in memory.
+        """Load the prefix in a file, if it is much longer than the one in memory.
 
-        Outside the lock, since it takes long: nobody else sees this cache yet.
+        It runs outside the lock because it takes long; no other thread sees this cache yet.
         """
         if self._files is None:
             return None
-        reading, wanted = _Reading.now(runner, len(prompt)), prompt[:-1]
-        origin = reading.origin
+        reader, wanted = _ReaderState.now(runner, len(prompt)), prompt[:-1]
+        origin = reader.origin
         with self._lock:
-            _, held = self._longest(reading, wanted)
+            _, held = self._longest(reader, wanted)
         if origin is None or len(wanted) < held + WORTH_LOADING:
             return None
         path, stored = self._files.find(runner, wanted, origin)
@@ -229,16 +250,16 @@ class PrefixCache:
         self._make_room(_planned(runner, capacity))
         return self._files.load(path, runner, origin, stored, capacity)
 
-    def _from_memory(self, reading: _Reading, prompt: TokenIds, capacity: int) -> KVCache:
-        """The prefix in memory: taken over where nobody loses by it, else copied."""
-        entry, shared = self._longest(reading, prompt)
-        planned = _planned(reading.runner, capacity)
+    def _from_memory(self, reader: _ReaderState, prompt: TokenIds, capacity: int) -> KVCache:
+        """Take over the cache of an idle entry on the same document, or copy the shared prefix."""
+        entry, shared = self._longest(reader, prompt)
+        planned = _planned(reader.runner, capacity)
         if entry is None:
             self._make_room(planned)
-            return reading.runner.new_cache(capacity)
+            return reader.runner.new_cache(capacity)
         if entry.busy or not entry.same_document(shared):
             self._make_room(planned)
-            # Under the lock: the owner could otherwise give it back, and a third take it over.
+            # Under the lock, or its owner could release it, and another thread take it over.
             return entry.cache.copy_prefix(shared, capacity)
         self._forget(entry)
         entry.cache.rollback(shared)
@@ -247,12 +268,12 @@ class PrefixCache:
             entry.cache.grow(capacity)
         return entry.cache
 
-    def _longest(self, reading: _Reading, prompt: TokenIds) -> tuple[_Entry | None, int]:
-        """The entry that shares most tokens with a prompt, the latest of equals; how many."""
+    def _longest(self, reader: _ReaderState, prompt: TokenIds) -> tuple[_Entry | None, int]:
+        """The entry with the longest reusable prefix, the latest of equals, and its length."""
         best, most = None, 0
-        ends = pass_ends(len(prompt), reading.runner.prefill_sizes)
+        ends = pass_ends(len(prompt), reader.runner.prefill_sizes)
         for entry in reversed(self._entries):
-            if entry.read_as(reading):
+            if entry.read_by(reader):
                 shared = entry.shared(prompt, ends)
                 if shared > most:
                     best, most = entry, shared
@@ -260,28 +281,28 @@ class PrefixCache:
 
     def _save(self, entry: _Entry, reused: int) -> None:
         """Write the prompt's KV to a file, unless it was mostly reused or not read to its end."""
-        # The entry is still busy here, so that nobody rolls it back.
+        # The entry is still busy, so that no other thread rolls it back.
         tokens = len(entry.tokens)
         if (
             self._files is not None
             and tokens - reused >= WORTH_SAVING
             and entry.held() == tokens
-            and entry.read_as(_Reading.now(entry.runner, entry.cache.length))
+            and entry.read_by(_ReaderState.now(entry.runner, entry.cache.length))
         ):
             self._files.save(entry.runner, entry.tokens, entry.cache)
 
     def _release(self, entry: _Entry) -> None:
-        """Keep what was read of a prompt, in place of earlier states of the same document."""
+        """Keep the KV of a prompt, and drop earlier entries on the same document."""
         with self._lock:
             self._forget(entry)
             held, nbytes = entry.held(), entry.cache.nbytes
             if held == 0 or nbytes > self._budget or not entry.runner.state.traceable:
                 return
             entry.tokens, entry.nbytes, entry.busy = entry.tokens[:held], nbytes, False
-            as_this = _Reading(entry.runner, entry.cache.origin, entry.rounding)
+            as_this = _ReaderState(entry.runner, entry.cache.origin, entry.rounding)
             for other in list(self._entries):
                 if (
-                    other.read_as(as_this)
+                    other.read_by(as_this)
                     and not other.busy
                     and other.same_document(other.shared(entry.tokens, entry.ends))
                 ):
@@ -290,9 +311,9 @@ class PrefixCache:
             self._entries.append(entry)
 
     def _make_room(self, nbytes: int) -> None:
-        """Drop idle entries, the least recently used first, until so many more bytes fit."""
+        """Evict idle entries, the least recently used first, until ``nbytes`` more bytes fit."""
         if nbytes > self._budget:
-            return  # it will not be kept, so nothing has to go for it
+            return  # it will not be kept, so nothing has to be evicted for it
         with self._lock:
             kept = self.nbytes
             for entry in list(self._entries):

@@ -1,7 +1,7 @@
-"""How passes round, beside the sizes of the passes: other kernels add up in another order.
+"""Describe how a model's passes round, so that KV is reused only where it would be the same.
 
-KV that is kept serves only passes that round as those which made it, so that an answer is the same
-whether its prompt was read now or before.
+Other kernels add in another order and round differently. Kept KV is used only by passes that round
+like those that computed it, so that an answer is the same with and without reuse.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from rapid_llm.engine.model_runner import ModelRunner
 
 
 def rounding(runner: ModelRunner) -> str:
-    """Names what decides the roundings of a model's passes in this thread, at this moment."""
+    """Description of everything on which the rounding of a model's passes in this thread depends.
+
+    Passes of different sizes round differently all the same, see :mod:`rapid_llm.engine.chunks`.
+    """
     device = runner.device
     return " | ".join(
         [

@@ -1,4 +1,4 @@
-"""Causal attention by PyTorch's fused kernels, for any device.
+"""Causal attention with PyTorch's fused kernels (SDPA), for any device.
 
 The query heads that share a KV head become rows of one matrix (GQA packing) where queries are few,
 so that keys and values are not repeated.
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 Kernel = Callable[..., Tensor]
-"""``(query, key, value, scaling, window)``, as for :func:`rapid_llm.engine.attention.attend`."""
+"""Function with the arguments of :func:`rapid_llm.engine.attention.attend`, all positional."""
 
 FEW_QUERIES = 32
-"""Up to here packing beats a causal kernel over repeated query heads."""
+"""Number of queries up to which packing is faster than a causal kernel with repeated KV heads."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """The same through PyTorch's fused kernels (FlashAttention and its kin on a GPU)."""
+    """See :func:`rapid_llm.engine.attention.attend`; runs SDPA (FlashAttention on a GPU)."""
     n, length = query.shape[1], key.shape[1]
     if n > FEW_QUERIES and window is None:
         bias = causal_lower_right(n, length)
@@ -49,9 +49,13 @@ def _attend_packed(
 
 
 def causal_mask(n: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Mask of the keys that a query attends to: bool ``[n, keys]``; None where it is all of them.
+    """Causal mask, bool ``[n, keys]``, True where a query may attend; None if all entries are.
 
-    The last query stands at the last key.
+    Args:
+        n: number of queries; the last one is at the position of the last key.
+        keys: number of keys.
+        window: size of the sliding window; None for full causal attention.
+        device: device of the mask.
     """
     if n == 1 and (window is None or keys <= window):
         return None

@@ -1,4 +1,4 @@
-"""One model reading one sequence: prefill it, extend it, roll it back."""
+"""Session: one model with the KV cache of one sequence; prefill, extend, roll back."""
 
 from __future__ import annotations
 
@@ -15,48 +15,52 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import OutdatedKVError
 
 PrefillProgress = Callable[[int, int], None]
-"""Called with (tokens read, tokens to read)."""
+"""Callback, called with (tokens read, total tokens)."""
 
 
 class Session:
-    """A forward function with the KV cache of one sequence.
+    """A model runner with the KV cache of one sequence.
 
-    Where what the cache holds is no longer what the model would compute, as another adapter was
-    chosen or the sequence has outgrown what a rotary embedding was made for, it is read again.
+    KV that has become invalid, because the adapter was switched or the sequence has passed a length
+    at which the rotary embedding switches, is computed again.
 
     Args:
         runner: the model.
-        cache: made for it; may hold the beginning of the sequence.
-        tokens: begin with what the cache holds.
+        cache: the model's KV cache; may contain the beginning of the sequence.
+        tokens: token ids of the sequence, at least those in the cache.
     """
 
     def __init__(self, runner: ModelRunner, cache: KVCache, tokens: Sequence[int] = ()) -> None:
         self.runner = runner
         self.cache = cache
-        self._ends: list[int] = []  # of the passes of its prefill
+        self._ends: list[int] = []  # end positions of the passes of the prefill
         self._tokens = torch.empty(cache.capacity, dtype=torch.long, device=runner.device)
-        self._knows = cache.position_offset == 0 and len(tokens) >= cache.length
-        if self._knows:
+        self._has_tokens = cache.position_offset == 0 and len(tokens) >= cache.length
+        if self._has_tokens:
             held = torch.tensor(tokens[: cache.length], dtype=torch.long, device="cpu")
-            # Of tokens that the model has not, its last one was read: see RagDrafter.
+            # Ids that the model lacks were replaced by its last one, see RagDrafter.
             self._tokens[: cache.length] = held.clamp(max=runner.vocab_size - 1)
 
     @property
     def length(self) -> int:
-        """Tokens of the sequence that were read."""
+        """Number of tokens of the sequence that were read."""
         return self.cache.position_offset + self.cache.length
 
     @property
     def room(self) -> int:
-        """Tokens that can be read before the cache is full or the rotary embedding switches."""
+        """Number of tokens until the cache is full or the rotary embedding switches."""
         ends = [at for at in self.runner.switches if at > self.length]
         return min([self.cache.capacity - self.cache.length, *(at - self.length for at in ends)])
 
     def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
-        """Read, in passes, those tokens of a prompt that the cache does not hold yet.
+        """Read the tokens of a prompt that are not in the cache yet, in passes.
 
-        Another token is to follow them. The cache holds what the first of these passes read, so
-        that all are those of a prefill from the beginning: :mod:`rapid_llm.engine.chunks`.
+        The length of the cache must be 0 or the end of one of the passes of a whole prefill, see
+        :mod:`rapid_llm.engine.chunks`.
+
+        Args:
+            tokens: token ids of the prompt without its last one, which is read later.
+            progress: callback for the progress.
         """
         self._ends = pass_ends(len(tokens), self.runner.prefill_sizes)
         held = self.length
@@ -70,9 +74,14 @@ class Session:
             progress(len(tokens), len(tokens))
 
     def extend(self, tokens: Tensor, keep: int | None = None) -> Tensor:
-        """Read int64 ``[n]`` tokens; float32 logits ``[n, vocab]``, row i follows token i.
+        """Read tokens and return logits.
 
-        ``keep``: only those of the last so many tokens.
+        Args:
+            tokens: token ids, int64 ``[n]``.
+            keep: number of last tokens for which logits are computed; None for all.
+
+        Returns:
+            Logits, float32 ``[keep, vocab]``, each row for the token after the one read.
         """
         start, n = self.length, tokens.shape[0]
         ends = [at - start for at in sorted(self.runner.switches) if start < at < start + n]
@@ -85,22 +94,28 @@ class Session:
         return torch.cat(rows)[n - (keep or n) :]
 
     def _read(self, tokens: Tensor, keep: int, length: int) -> Tensor:
-        """Append tokens of a sequence that is so long with what follows them."""
+        """Append tokens; computes outdated KV again.
+
+        Args:
+            tokens: token ids, int64 ``[n]``.
+            keep: number of last tokens for which logits are computed.
+            length: length of the whole sequence in tokens, including tokens still to be read.
+        """
         start = self.cache.length
         self.cache.expected = length
         try:
             logits = self.runner(tokens, self.cache, keep)
         except OutdatedKVError:
-            if not self._knows:
+            if not self._has_tokens:
                 raise
-            self._read_again()
+            self._recompute()
             logits = self.runner(tokens, self.cache, keep)
-        if self._knows:  # noted while the device works
+        if self._has_tokens:  # after the launch, so that the device is not kept waiting
             self._tokens[start : self.cache.length] = tokens
         return logits
 
-    def _read_again(self) -> None:
-        """By the passes of the prefill, as the prompt's KV may be kept; then what followed."""
+    def _recompute(self) -> None:
+        """Compute all KV again: the prompt by the passes of its prefill, as its KV may be kept."""
         held = self._tokens[: self.cache.length]
         ends = [end for end in self._ends if end <= len(held)]
         prompt = max(ends, default=0)
@@ -112,11 +127,17 @@ class Session:
     def draft(
         self, pending: Tensor, steps: int, choice: TokenSampler, generator: torch.Generator
     ) -> tuple[Tensor, Tensor] | None:
-        """Read the pending tokens and draft after them without the host, where that can be done.
+        """Read pending tokens and draft after them on the device, without the host.
+
+        Args:
+            pending: tokens of the sequence that are not in the cache yet, int64 ``[n]``.
+            steps: maximum number of tokens to draft.
+            choice: sampler of the draft steps.
+            generator: random generator.
 
         Returns:
-            int64 ``[at most steps]``, and the q that each was drawn from, ``[…, width]``; or None,
-            and nothing was read.
+            Drafted tokens, int64 ``[at most steps]``, and the q that each was drawn from,
+            ``[…, width]``; None, with nothing read, where this is not possible.
         """
         start = self.cache.length
         room = self.cache.capacity - start
@@ -125,11 +146,11 @@ class Session:
         try:
             drafted = self.runner.draft(pending, steps, self.cache, choice, generator)
         except OutdatedKVError:
-            return None  # for a pass to read it again
+            return None  # the next pass computes the KV again
         if drafted is None:
             return None
         tokens, rows = drafted
-        if self._knows:
+        if self._has_tokens:
             self._tokens[start : self.cache.length] = torch.cat([pending, tokens[:-1]])
         return tokens, rows
 
@@ -141,14 +162,15 @@ class Session:
         judge: Judge,
         generator: torch.Generator,
     ) -> Tensor | None:
-        """Read tokens that end with a draft and judge it without the host, where that can be done.
+        """Read a draft and verify it on the device, without the host.
 
         Args:
-            tokens: int64 ``[γ+1]``, one that was not read and the draft after it.
-            q, eta, judge, generator: see :class:`rapid_llm.engine.device.Judge`.
+            tokens: int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
+            q, eta, generator: see :class:`rapid_llm.engine.device.Judge`.
+            judge: verification to run.
 
         Returns:
-            What the judge says; or None, and nothing was read.
+            The judge's verdict; None, with nothing read, where this is not possible.
         """
         start, n = self.cache.length, tokens.shape[0]
         if start == 0 or self.cache.capacity - start < n:
@@ -157,11 +179,11 @@ class Session:
         try:
             verdict = self.runner.verify(tokens, q, eta, self.cache, judge, generator)
         except OutdatedKVError:
-            return None  # for a pass to read it again
-        if verdict is not None and self._knows:
+            return None  # the next pass computes the KV again
+        if verdict is not None and self._has_tokens:
             self._tokens[start : self.cache.length] = tokens
         return verdict
 
     def rollback(self, length: int) -> None:
-        """Keep the first ``length`` tokens at most."""
+        """Drop all tokens after the first ``length``."""
         self.cache.rollback(length - self.cache.position_offset)

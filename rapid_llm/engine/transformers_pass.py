@@ -1,4 +1,4 @@
-"""The model's own forward, over our cache: what every other pass is measured by."""
+"""The pass that calls the model's own forward over our KV cache; the reference for all others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rapid_llm.engine.kv_cache import KVCache, cache_argument
 
 
 class TransformersPass:
-    """Calls the model, whatever it is; see :class:`rapid_llm.engine.device.Pass`.
+    """Calls a model's own forward; see :class:`rapid_llm.engine.device.Pass`.
 
     Args:
-        model: a decoder-only transformers model.
-        state: the model's.
-        attn_implementation: as transformers names it; the model has it during the pass only.
+        model: decoder-only transformers model.
+        state: state of the model.
+        attn_implementation: attention implementation, set on the model during a pass only.
     """
 
     def __init__(self, model: PreTrainedModel, state: ModelState, attn_implementation: str) -> None:
@@ -35,7 +35,7 @@ class TransformersPass:
         return True
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        with self._attention(), self._turned_for(positions[len(ids) :]):
+        with self._attention(), self._rotary_for(positions[len(ids) :]):
             output = self._model(
                 input_ids=ids[None],
                 position_ids=positions[None, : len(ids)],
@@ -48,10 +48,10 @@ class TransformersPass:
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
-        """Our attention for one pass only: the caller's own use of the model must not change."""
+        """Set the attention implementation for one pass; the user's own calls do not change."""
         configs: list[Any] = [c for c in self._state.configs if type(c) is type(self._config)]
         before = [config._attn_implementation for config in configs]
-        for config in configs:  # a module that was copied has its own
+        for config in configs:  # a copied module has its own config
             config._attn_implementation = self._attn_implementation
         try:
             yield
@@ -60,8 +60,12 @@ class TransformersPass:
                 config._attn_implementation = name
 
     @contextmanager
-    def _turned_for(self, last: Tensor) -> Iterator[None]:
-        """The model's rotary embedding as for a sequence up to a position, ``[1]`` or none."""
+    def _rotary_for(self, last: Tensor) -> Iterator[None]:
+        """Make the rotary embedding scale for a longer sequence, during one pass.
+
+        Args:
+            last: last position of the sequence, int64 ``[1]``; empty to change nothing.
+        """
         with ExitStack() as hooks:
             for module in self._model.modules() if len(last) else ():
                 if hasattr(module, "rope_type"):
@@ -76,13 +80,14 @@ class TransformersPass:
 def _with_position(
     last: Tensor, module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a rotary embedding, (x, position_ids, …), with one more position."""
+    """Forward pre-hook of a rotary embedding that appends a position to ``position_ids``."""
     given = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | options
     given["position_ids"] = torch.cat([given["position_ids"], last[None]], dim=1)
     return (), given
 
 
 def _without_last(module: torch.nn.Module, args: Any, output: tuple[Tensor, ...]) -> Any:
+    """Forward hook of a rotary embedding that removes the appended position from the output."""
     return tuple(part[:, :-1] for part in output)
 
 

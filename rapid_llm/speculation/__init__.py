@@ -1,1 +1,1 @@
-"""Speculative decoding: how drafts are made, and how they are judged."""
+"""Speculative decoding: drafters, verification, draft lengths."""

@@ -1,16 +1,17 @@
-"""Which drafted tokens the target keeps, and what it says after them.
+"""Acceptance of drafted tokens by the target, and the token after the accepted ones.
 
-Pure tensor functions, float32, no host synchronisation. Notation as in RAPID (arXiv 2502.20330):
-s are the target's processed logits (z / T), p = softmax(s), q is the drafter's distribution.
+Pure tensor functions in float32 without host synchronisation. Notation as in RAPID (arXiv
+2502.20330): s are the target's processed logits (z / T), p = softmax(s), q is the drafter's
+distribution.
 
 * accepted tokens: the longest prefix of the draft that passes the test;
 * recovered token: drawn from the residual after the first rejection;
 * bonus token: drawn after the whole draft was accepted.
 
-The modes differ in the residual and in what the bonus is drawn from (m = min(q, p_hat)):
+The modes differ in the residual and in the bonus distribution (m = min(q, p_hat)):
 
 =========  ===  =======================================  =====  ===============================
-mode       η    residual                                 bonus  law of the output
+mode       η    residual                                 bonus  distribution of the output
 =========  ===  =======================================  =====  ===============================
 exact      0    norm(max(p - q, 0))                      p      p (Leviathan et al. 2023)
 augmented  > 0  norm(max(p_hat - q, 0))                  p_hat  p_hat
@@ -29,20 +30,19 @@ from torch import Tensor
 from rapid_llm.config import SpeculationConfig
 
 ETA_HALF_LIFE = 32
-"""Tokens of an answer after which a dynamic η has halved."""
+"""Half-life of a dynamic η, in tokens of the answer."""
 
 
 def dynamic_eta(eta: float, confidence: float, first: int, q: Tensor) -> Tensor:
     """η of each drafted position: ``eta * confidence * 2 ** (-t / ETA_HALF_LIFE)``.
 
-    What an answer is about is decided by its first tokens, and it is there that the retrieval may
-    know better; what follows, follows from them.
+    The first tokens decide the content of an answer, so the retrieval can help most there.
 
     Args:
-        eta: η.
-        confidence: in [0, 1], how sure it is that what was retrieved answers the question.
-        first: t of the first position, the tokens of the answer before it.
-        q: ``[n, vocab]``.
+        eta: η at the first token, for confidence 1.
+        confidence: confidence of the retrieval, in [0, 1].
+        first: t of the first position: number of answer tokens before it.
+        q: drafter's probabilities ``[n, vocab]``, which give n and the device.
 
     Returns:
         float32 ``[n, 1]`` on q's device.
@@ -59,13 +59,13 @@ def transfer(s: Tensor, q: Tensor, eta: float | Tensor, alpha: float) -> Tensor:
     test is on the drafter's q, as in the authors' code.
 
     Args:
-        s: float32 ``[n, vocab]``, processed logits of the target (-inf is allowed).
-        q: float32 ``[n, vocab]``, probabilities of the drafter.
-        eta: η, at least 0, or float32 ``[n, 1]``; where it is the number 0, s is returned as it is.
-        alpha: tail protection in [0, 1].
+        s: processed logits of the target, float32 ``[n, vocab]`` (-inf is allowed).
+        q: probabilities of the drafter, float32 ``[n, vocab]``.
+        eta: η, a number of at least 0 or float32 ``[n, 1]``; for the number 0, s is returned.
+        alpha: tail protection α, in [0, 1].
 
     Returns:
-        float32 ``[n, vocab]``.
+        s_hat, float32 ``[n, vocab]``.
     """
     if isinstance(eta, float | int) and eta == 0:
         return s
@@ -81,20 +81,21 @@ def verify_sampled(
     generator: torch.Generator | None,
     eta: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Judge a draft that was drawn from q; x is accepted with probability min(1, p_hat(x)/q(x)).
+    """Verify a draft sampled from q; token x is accepted with probability min(1, p_hat(x)/q(x)).
 
     Args:
-        s: float32 ``[γ+1, vocab]``, processed logits of the target at every drafted position and
-            the one after them. γ may be 0: plain sampling.
-        q: float32 ``[γ, vocab]`` or ``[γ+1, vocab]``. ``augmented`` needs the last row, as its
-            bonus comes from p_hat; without one (no drafter) the bonus comes from p.
-        draft: int64 ``[γ]``, token i drawn from ``q[i]``.
+        s: processed logits of the target at all drafted positions and the one after them, float32
+            ``[γ+1, vocab]``. γ may be 0: plain sampling.
+        q: probabilities of the drafter, float32 ``[γ, vocab]`` or ``[γ+1, vocab]``. ``augmented``
+            needs the last row for its bonus from p_hat; without it (no drafter) the bonus comes
+            from p.
+        draft: drafted tokens, int64 ``[γ]``; token i was drawn from ``q[i]``.
         config: η, α and the mode.
-        generator: on s's device; None for torch's default.
-        eta: η of each position where it is not the config's, ``[len(q), 1]``.
+        generator: random generator on s's device; None for torch's default.
+        eta: η of each position, ``[len(q), 1]``, or one number; None for the config's.
 
     Returns:
-        int64 scalars on s's device: how many tokens were accepted, and the token after them.
+        Number of accepted tokens and the token after them, int64 scalars on s's device.
     """
     gamma = draft.shape[0]
     eta = config.transfer_strength if eta is None else eta
@@ -105,7 +106,7 @@ def verify_sampled(
 
     index = draft[:, None]
     uniform = torch.rand(gamma, dtype=s.dtype, device=s.device, generator=generator)
-    # u * q < p_hat is u < p_hat / q without the division; strict, so that a token of
+    # u * q < p_hat is u < p_hat / q without a division. It is strict, so that a token of
     # probability 0 is never accepted.
     passed = uniform * q[:gamma].gather(1, index)[:, 0] < p_hat[:gamma].gather(1, index)[:, 0]
     accepted = passed.long().cumprod(dim=0).sum()
@@ -124,36 +125,37 @@ def verify_greedy(
     config: SpeculationConfig,
     eta: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Judge a greedy draft: x is accepted iff it is the argmax of s_hat.
+    """Verify a greedy draft; token x is accepted iff it is the argmax of s_hat.
 
-    After the accepted tokens ``augmented`` says argmax s_hat, ``exact`` and ``paper`` argmax s.
-    Shapes and results as in :func:`verify_sampled`; s and q are taken at temperature 1.
+    The token after the accepted ones is argmax s_hat in mode ``augmented``, and argmax s in modes
+    ``exact`` and ``paper``. Arguments and results as for :func:`verify_sampled`, with s and q at
+    temperature 1.
     """
     gamma = draft.shape[0]
     eta = config.transfer_strength if eta is None else eta
     s_hat = transfer(s[: q.shape[0]], q, eta, config.alpha)
     accepted = (draft == s_hat[:gamma].argmax(dim=-1)).long().cumprod(dim=0).sum()
-    says = torch.cat([s_hat, s[q.shape[0] :]]) if config.applied_mode == "augmented" else s
-    return accepted, says.index_select(0, accepted[None])[0].argmax()
+    scores = torch.cat([s_hat, s[q.shape[0] :]]) if config.applied_mode == "augmented" else s
+    return accepted, scores.index_select(0, accepted[None])[0].argmax()
 
 
 def verify_guess(
     q: Tensor, guess: Tensor, generator: torch.Generator | None, *, greedy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Judge tokens that were not drawn but guessed (a point mass each), so that all follow q.
+    """Verify guessed tokens (a point mass each) against q, so that the output follows q exactly.
 
     Token i is accepted with probability q_i(x_i); after the first rejection a token is drawn from
-    q_i without x_i: together exactly q_i. This is the ``exact`` mode for a drafter whose
-    distribution is a point mass.
+    q_i without x_i. This is the ``exact`` mode for a drafter whose distribution is a point mass.
 
     Args:
-        q: float32 ``[n+1, vocab]``, at every guessed position and the one after them.
-        guess: int64 ``[n]``; n may be 0.
-        generator: on q's device; None for torch's default.
-        greedy: a guess is accepted iff it is the argmax of q.
+        q: probabilities at all guessed positions and the one after them, float32
+            ``[n+1, vocab]``.
+        guess: guessed tokens, int64 ``[n]``; n may be 0.
+        generator: random generator on q's device; None for torch's default.
+        greedy: whether a guess is accepted iff it is the argmax of q.
 
     Returns:
-        int64 scalars: how many guesses were accepted, and the token after them.
+        Number of accepted guesses and the token after them, int64 scalars.
     """
     n = guess.shape[0]
     if greedy:
@@ -170,25 +172,30 @@ def verify_guess(
 
 
 def residual(base: Tensor, overlap: Tensor) -> Tensor:
-    """Weights of the recovered token (or, with no overlap, of the bonus token).
+    """Weights of the recovered token, or without overlap of the bonus token.
 
     Args:
-        base: float32 ``[vocab]``, p or p_hat, as the mode has it.
-        overlap: float32 ``[vocab]``, m = min(q, p_hat): what acceptance gives each token.
+        base: p or p_hat, depending on the mode, float32 ``[vocab]``.
+        overlap: m = min(q, p_hat), the probability that a token is drafted and accepted, float32
+            ``[vocab]``.
 
     Returns:
-        float32 ``[vocab]``, ``max(base - m, 0)``, not normalised. Where that is 0 everywhere,
-        base and q agree and the rejection was rounding: the base itself.
+        ``max(base - m, 0)``, not normalised, float32 ``[vocab]``. If that is 0 everywhere, base and
+        q agree and the rejection was a rounding error: base is returned.
     """
     rest = (base - overlap).clamp(min=0)
     return torch.where(rest.sum() > 0, rest, base)
 
 
 def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw an index with probability proportional to ``weights`` (float32 ``[vocab]``, >= 0).
+    """Draw an index with probability proportional to its weight.
 
-    The index of the smallest of independent Exp(1) / weight: an exponential race, which unlike
-    ``torch.multinomial`` never waits for the device.
+    The index with the smallest of independent Exp(1) / weight is taken (an exponential race), which
+    unlike ``torch.multinomial`` never waits for the device.
+
+    Args:
+        weights: float32 ``[vocab]``, at least 0.
+        generator: random generator on their device; None for torch's default.
     """
     race = torch.empty_like(weights).exponential_(generator=generator)
     return (weights / race).argmax()

@@ -1,4 +1,4 @@
-"""From a model's logits to the distribution that tokens are drawn from."""
+"""Logits processors and sampling, shared by target and drafter."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.acceptance import draw
 
 _MAX_TEMPERATURE = 1e30
-"""At a greater one tokens are as likely, but float32 would take it for infinity."""
+"""Upper limit that is applied: larger values change nothing, but could overflow float32."""
 
 _MAX_PENALTY = 1e20
-"""A greater repetition penalty orders tokens alike, but its products do not fit into float32."""
+"""Upper limit that is applied: larger penalties rank tokens the same, but overflow float32."""
 
 _ROWWISE = (
     InfNanRemoveLogitsProcessor,
@@ -40,10 +40,10 @@ _ROWWISE = (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-"""Processors that look at a row of logits only; the others must know the tokens before it."""
+"""Processors that depend on a row of logits only; others depend on the tokens before it."""
 
 _CAPTURED = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
-"""Those that never wait for the device, so that a draft step can hold them."""
+"""Processors that never wait for the device, so that a CUDA graph can contain them."""
 
 _OTHER_WARPERS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
 
@@ -57,14 +57,14 @@ _UNSUPPORTED = {
     "token_healing": False,
     "watermarking_config": None,
 }
-"""Settings that ask for what is not done here, with the value that asks for nothing."""
+"""Unsupported settings of a generation config, with the value that disables each."""
 
 
 def generation_config(model: PreTrainedModel) -> GenerationConfig:
-    """A copy of what a model's own ``generate`` would follow.
+    """A copy of a model's generation config.
 
     Raises:
-        InvalidParameterError: it asks for another search than ours, or for another model's help.
+        InvalidParameterError: it has a setting that is not supported, such as beam search.
     """
     config = copy.deepcopy(getattr(model, "generation_config", None) or GenerationConfig())
     for name, nothing in _UNSUPPORTED.items():
@@ -78,32 +78,33 @@ def generation_config(model: PreTrainedModel) -> GenerationConfig:
 
 
 def least_new_tokens(config: GenerationConfig, prompt_tokens: int) -> int:
-    """Tokens of an answer that none may end before."""
+    """Minimum length of an answer in tokens, by a generation config."""
     least_length = (config.min_length or 0) - prompt_tokens
     return max(least_length if config.min_new_tokens is None else config.min_new_tokens, 0)
 
 
 class Sampler:
-    """transformers' own processors in their own order, and the random numbers of one device.
+    """transformers' logits processors in their order, and a random generator on one device.
 
-    They are what the model's ``generate`` would build: its ``generation_config`` counts, but for
-    how it samples; greedy decoding has no temperature, top-k and top-p. Target and drafter see the
-    same processors and the same history (the target's prompt and the output), so that p and q
-    differ by what the models think, not by what was penalised.
+    The processors are those that the model's ``generate`` would build from its
+    ``generation_config``, except for its sampling settings; greedy decoding has no temperature,
+    top-k and top-p. Target and drafter use the same processors and the same history (the target's
+    prompt and the output), so that p and q differ only by the models.
 
     Args:
-        params: what the caller asked for.
-        prompt: the target's prompt, which penalties count as history.
-        device: where logits are and draws are made.
-        model: the one that answers.
-        stream: number of this sampler within one generation; each has its own random stream.
+        params: sampling options.
+        prompt: token ids of the target's prompt, part of the history for penalties.
+        device: device of the logits.
+        model: model that answers.
+        stream: index of this sampler within a generation; each has its own random stream.
 
     Attributes:
-        processors: transformers'.
-        generator: draws on the device.
+        params: sampling options.
+        processors: transformers' logits processors.
+        generator: random generator on the device.
 
     Raises:
-        InvalidParameterError: the model's ``generation_config`` cannot be followed.
+        InvalidParameterError: the model's ``generation_config`` is not supported.
     """
 
     def __init__(
@@ -119,14 +120,18 @@ class Sampler:
         if params.seed is None:
             self.generator.seed()
         else:
-            # Streams lie far apart, so that seed + 1 of a user is no stream of ours.
+            # Seeds of streams are far apart, so that another seed of the user does not match one.
             self.generator.manual_seed((params.seed + stream * 0x9E3779B97F4A7C15) % 2**63)
         self.processors = _processors(model, params, prompt, device)
         rowwise = all(isinstance(processor, _ROWWISE) for processor in self.processors)
         self._history = None if rowwise else torch.tensor(prompt, device=device)
 
     def choice(self, fit: Fit) -> TokenSampler | None:
-        """How to draw from what a model says; None where more counts than its last logits."""
+        """Sampler for draft steps on the device; None where tokens depend on the history.
+
+        Args:
+            fit: maps the drafter's logits to the target's vocabulary.
+        """
         settings = self.settings
         if settings is None:
             return None
@@ -136,9 +141,9 @@ class Sampler:
 
     @property
     def settings(self) -> tuple[Any, ...] | None:
-        """Equal where logits become tokens alike; None where more counts than the last logits.
+        """Key of the sampling, equal for samplers that turn the same logits into the same tokens.
 
-        There :attr:`processors` need no history and never wait for the device.
+        None where :attr:`processors` depend on the history or wait for the device.
         """
         if not all(type(each) in _CAPTURED for each in self.processors):
             return None
@@ -146,15 +151,15 @@ class Sampler:
         return (*each_one, self.params.greedy)
 
     def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """Process logits.
+        """Apply the logits processors.
 
         Args:
             logits: float32 ``[n, vocab]``; the last row follows all of ``drafted``, the row
                 before it all but one, and so on.
-            drafted: int64 ``[at least n - 1]``, tokens after the history.
+            drafted: tokens after the history, int64 ``[at least n - 1]``.
 
         Returns:
-            float32 ``[n, vocab]``: s for the target; its softmax is p (or q).
+            Processed logits s, float32 ``[n, vocab]``; their softmax is p (or q).
         """
         if self._history is None:
             return self.processors(None, logits)
@@ -168,13 +173,20 @@ class Sampler:
         return torch.cat(rows)
 
     def draw(self, probabilities: Tensor) -> Tensor:
-        """One token from float32 ``[vocab]``: the argmax when greedy, a draw otherwise."""
+        """Choose a token: the argmax when greedy, a draw otherwise.
+
+        Args:
+            probabilities: float32 ``[vocab]``.
+
+        Returns:
+            The token, an int64 scalar.
+        """
         if self.params.greedy:
             return probabilities.argmax()
         return draw(probabilities, self.generator)
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """Add tokens of the output to the history."""
+        """Append tokens of the output to the history."""
         if self._history is not None:
             new = torch.tensor(tokens, device=self._history.device)
             self._history = torch.cat([self._history, new])
@@ -183,7 +195,7 @@ class Sampler:
 def _processors(
     model: PreTrainedModel, params: SamplingParams, prompt: Sequence[int], device: torch.device
 ) -> LogitsProcessorList:
-    """What transformers makes of the model's settings and the caller's."""
+    """transformers' processors for the model's generation config and the sampling options."""
     config, prompt_tokens = generation_config(model), len(prompt)
     config.do_sample = not params.greedy
     config.temperature = min(params.temperature, _MAX_TEMPERATURE)
@@ -199,7 +211,7 @@ def _processors(
     if config.min_new_tokens is not None:
         config.min_length = config.min_new_tokens + prompt_tokens
     builder: Any = model
-    # Only where they are needed: transformers waits for the device to look at them.
+    # Pass the prompt only where it is needed: transformers waits for the device to inspect it.
     encoded = any((config.encoder_repetition_penalty, config.encoder_no_repeat_ngram_size))
     try:
         eos = config.eos_token_id
@@ -220,12 +232,12 @@ def _processors(
 
 
 class Fit:
-    """Logits of a model as logits over the target's vocabulary.
+    """Maps a drafter's logits to the target's vocabulary.
 
     Args:
-        width: of the target's logits; tokens that the model does not have get no probability.
-        unknown: tokens that get none either.
-        device: where logits are.
+        width: width of the target's logits; tokens that the drafter lacks get probability 0.
+        unknown: ids of other tokens that get probability 0.
+        device: device of the logits.
     """
 
     def __init__(self, width: int, unknown: frozenset[int], device: torch.device) -> None:
@@ -234,7 +246,7 @@ class Fit:
         self._impossible = torch.tensor(impossible, dtype=torch.long, device=device)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """``[n, vocab]`` to ``[n, width]``."""
+        """Map logits ``[n, vocab]`` to ``[n, width]``."""
         surplus = self.width - logits.shape[-1]
         if surplus:
             logits = F.pad(logits, (0, surplus), value=float("-inf"))
@@ -245,11 +257,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """A sampler without a history, for draft steps that run without the host.
+    """A sampler without history, for draft steps that run without the host.
 
     Attributes:
-        key: equal where tokens are drawn alike.
-        width: tokens that q is over.
+        key: key of the sampling, equal for samplers that draw the same way.
+        width: vocabulary size of q.
     """
 
     key: tuple[Any, ...]
@@ -259,6 +271,14 @@ class TokenSampler:
     _greedy: bool = field(compare=False)
 
     def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Float32 ``[1, vocab]`` to q, ``[width]``, and a token drawn from it, an int64 scalar."""
+        """Sample a token.
+
+        Args:
+            logits: float32 ``[1, vocab]``.
+            generator: random generator on their device.
+
+        Returns:
+            q, float32 ``[width]``, and a token drawn from it, an int64 scalar.
+        """
         q = self._processors(None, self._fit(logits)).softmax(dim=-1)[0]
         return q, q.argmax() if self._greedy else draw(q, generator)

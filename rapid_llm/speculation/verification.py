@@ -1,7 +1,7 @@
-"""The target's side of a round: from its logits to what the host must know.
+"""Verify a draft on the device: from the target's logits to a verdict for the host.
 
-All on the device: processors, acceptance, the token after the accepted ones, and whether a model
-has produced NaN. One small tensor goes to the host.
+Processors, acceptance, the token after the accepted ones and the check for NaN all run on the
+device; one small tensor goes to the host.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rapid_llm.speculation.sampling import Sampler
 
 
 class Verdict(NamedTuple):
-    """What the host must know of a round.
+    """Outcome of a round, on the host.
 
     Attributes:
-        accepted: how many of the drafted tokens are kept.
-        token: the one after them.
-        target_nan, drafter_nan: whether logits, or q, hold NaN.
+        accepted: number of accepted tokens.
+        token: token after them.
+        target_nan, drafter_nan: whether the target's logits, or q, contain NaN.
         drafted: all tokens of the draft.
     """
 
@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
 
     @classmethod
     def read(cls, verdict: Tensor) -> Verdict:
-        """What :func:`verify` has written; the host waits for it."""
+        """Copy the result of :func:`verify` to the host, which waits for it."""
         accepted, token, target_nan, drafter_nan, *drafted = verdict.tolist()
         return cls(accepted, token, bool(target_nan), bool(drafter_nan), drafted)
 
@@ -50,16 +50,16 @@ def verify(
     config: SpeculationConfig,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Judge a draft; no host synchronisation.
+    """Verify a draft without host synchronisation.
 
     Args:
-        logits: float32 ``[γ+1, vocab]``, the target's.
-        s: the same, processed.
-        draft, q, eta, config: as for :func:`.acceptance.verify_sampled`.
-        generator: draws; None is greedy.
+        logits: the target's logits, float32 ``[γ+1, vocab]``.
+        s: processed logits, float32 ``[γ+1, vocab]``.
+        draft, q, eta, config: see :func:`.acceptance.verify_sampled`.
+        generator: random generator; None for greedy decoding.
 
     Returns:
-        int64 ``[γ+4]``, see :class:`Verdict`.
+        int64 ``[γ+4]``, to be read by :meth:`Verdict.read`.
     """
     if generator is None:
         accepted, token = verify_greedy(s, q, draft, config, eta)
@@ -71,11 +71,11 @@ def verify(
 
 @dataclass(frozen=True)
 class Judge:
-    """Processors without a history and :func:`verify`, for rounds that run without the host.
+    """Processors without history followed by :func:`verify`, for rounds that run without the host.
 
     Attributes:
-        key: equal where drafts are judged alike.
-        width: tokens that logits and q are over.
+        key: key of the verification, equal for judges that verify the same way.
+        width: vocabulary size of logits and q.
     """
 
     key: tuple[Any, ...]
@@ -86,7 +86,13 @@ class Judge:
 
     @classmethod
     def of(cls, sampler: Sampler, config: SpeculationConfig, width: int) -> Judge | None:
-        """None where more counts than the logits: what was said before."""
+        """The judge for a sampler; None where its processors depend on the history.
+
+        Args:
+            sampler: the target's sampler.
+            config: speculation options.
+            width: vocabulary size of the target.
+        """
         settings = sampler.settings
         if settings is None:
             return None
@@ -101,7 +107,7 @@ class Judge:
         eta: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
-        """See :class:`rapid_llm.engine.device.Judge`, and :func:`verify` for what it returns."""
+        """Verify a draft; see :class:`rapid_llm.engine.device.Judge`, and :func:`verify`."""
         s = self._processors(None, logits)
         draws = None if self._greedy else generator
         return verify(logits, s, draft, q, eta, self._config, draws)

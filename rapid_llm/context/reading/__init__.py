@@ -1,1 +1,1 @@
-"""Readers of documents, one a format: bytes in, text out."""
+"""Readers of document formats: bytes in, text out."""

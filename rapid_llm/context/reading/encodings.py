@@ -1,4 +1,4 @@
-"""From bytes to text: a declared encoding, UTF-8, or the best guess, which is said."""
+"""Decode bytes as text: by byte order mark, as UTF-8, by declaration, or by detection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 
 from rapid_llm.errors import DocumentError, MissingDependencyError
 
-# UTF-32's first: its mark begins with UTF-16's.
+# UTF-32 before UTF-16, whose little-endian mark is a prefix of UTF-32's.
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -18,14 +18,14 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_ISO_2022 = re.compile(rb"\x1b\$[()]?[@ABC]")  # begins characters of two bytes, all of them ASCII
+_ISO_2022 = re.compile(rb"\x1b\$[()]?[@ABC]")  # switches to characters of two ASCII bytes
 _CHARSET = re.compile(
     rb"<meta[^>]{1,512}?charset\s{0,8}=\s{0,8}[\"']?\s{0,8}([\w.:-]{1,40})"
     rb"|<\?xml[^>]{1,256}?encoding\s{0,8}=\s{0,8}[\"']([\w.:-]{1,40})",
     re.IGNORECASE,
 )
-_DECLARED_WITHIN = 4096  # bytes of a page that may declare its encoding; HTML asks for 1024
-# Names under which more is written than they stand for (WHATWG's Encoding Standard).
+_DECLARED_WITHIN = 4096  # first bytes searched for a declared encoding; HTML requires 1024
+# Encodings that in practice name a superset (WHATWG's Encoding Standard).
 _SUPERSETS = {
     "ascii": "cp1252",
     "iso8859-1": "cp1252",
@@ -36,28 +36,28 @@ _SUPERSETS = {
     "shift_jis": "cp932",
     "euc_kr": "cp949",
 }
-_SAMPLE = 200_000  # bytes that a guess is made from
-_MOST_MET = frozenset(("Windows-1252", "ISO-8859-1"))
-_AS_SURE = 1.15  # within it, the encoding that is met more often is the better guess
+_SAMPLE = 200_000  # bytes passed to the detector
+_MOST_COMMON = frozenset(("Windows-1252", "ISO-8859-1"))
+_CLOSE = 1.15  # ratio of confidences within which the more common encoding is preferred
 _LINE_ENDS = "\t\n\v\f\r"
 _PUNCTUATION = " \n\r\u3000\u3001\u3002\uff0c"
-_FEW = 0.01  # share of odd characters that a text may have, or of punctuation that it has at least
+_FEW = 0.01  # maximum share of odd characters in a text, and minimum share of punctuation
 
 
 def decode(data: bytes, name: str, *, markup: bool = False) -> str:
-    """The text that the bytes stand for.
+    """Decode bytes as text.
 
-    A byte order mark decides; then UTF-8 is read if it is valid, but for a stray byte in a hundred
-    characters; then what an HTML page declares; then the detector's guess. What is guessed or
-    replaced is said in a warning.
+    A byte order mark decides; else UTF-8 if the data is valid but for a few broken bytes; else the
+    encoding that an HTML page declares; else the detector's guess. A warning says what was guessed
+    or replaced.
 
     Args:
-        data: the bytes.
-        name: what warnings and errors call them.
-        markup: they are HTML, which may declare its encoding.
+        data: bytes of a file.
+        name: name of the file in warnings and errors.
+        markup: whether the data is HTML, which may declare its encoding.
 
     Raises:
-        DocumentError: they are no text, or of no known encoding.
+        DocumentError: the data is not text, or its encoding is unknown.
         MissingDependencyError: the encoding has to be guessed, and chardet is not installed.
     """
     for mark, codec in _BOMS:
@@ -69,8 +69,8 @@ def decode(data: bytes, name: str, *, markup: bool = False) -> str:
                 _warn_of_replacements(text, codec.removesuffix("-sig"), name)
             return text
     guess = None
-    if b"\0" in data or _ISO_2022.search(data):  # which may be valid UTF-8 by chance
-        guess = _guess(_telling(data), name)
+    if b"\0" in data or _ISO_2022.search(data):  # may be valid UTF-8 by chance
+        guess = _guess(_informative(data), name)
     if b"\0" in data:
         _require_wide(data[:_SAMPLE], guess, name)
     if b"\0" in data or (guess or "").startswith("ISO-2022"):
@@ -83,34 +83,38 @@ def decode(data: bytes, name: str, *, markup: bool = False) -> str:
         return damaged
     if markup and (declared := _declared(data, name)) is not None:
         return declared
-    # The detector would believe a declaration, which did not hold.
+    # Hide the declaration, which was wrong, from the detector, which would believe it.
     undeclared = _CHARSET.sub(b"", data) if markup else data
-    return _decode_guessed(data, _guess(_telling(undeclared), name), name)
+    return _decode_guessed(data, _guess(_informative(undeclared), name), name)
 
 
 def require_text(head: bytes, name: str) -> None:
-    """Refuse binary files by their beginning.
+    """Refuse a binary file by its first bytes.
+
+    Args:
+        head: first bytes of the file.
+        name: name of the file in errors.
 
     Raises:
-        DocumentError: there are NUL bytes in it, and it is no UTF-16 or UTF-32 either.
+        DocumentError: there are NUL bytes, and the data is not UTF-16 or UTF-32.
     """
     if b"\0" in head and not any(head.startswith(mark) for mark, _ in _BOMS):
         _require_wide(head, _guess(head, name), name)
 
 
 def _require_wide(data: bytes, guess: str | None, name: str) -> None:
-    """Text in units of two or four bytes: numbers may look like it, but for its punctuation."""
+    """Refuse data that is not UTF-16 or UTF-32; binary numbers can look like it, but for spaces."""
     text = data.decode(guess, "replace") if guess else ""
     if not guess or sum(map(text.count, _PUNCTUATION)) < _FEW * len(text):
         raise _binary(name)
 
 
 def _damaged_utf8(data: bytes, name: str) -> str | None:
-    """UTF-8 in which a few bytes are broken; None if it is another encoding."""
+    """Decode UTF-8 with a few broken bytes; None if the data is in another encoding."""
     text = data.decode(errors="replace")
     broken = text.count("\ufffd")
     beyond_ascii = len(text) - len(text.encode("ascii", "ignore"))
-    # Another encoding's bytes are hardly ever valid UTF-8 by chance.
+    # Text in another encoding rarely has valid UTF-8 sequences by chance.
     if beyond_ascii < 10 * broken:
         return None
     _warn_of_replacements(text, "utf-8", name)
@@ -124,7 +128,7 @@ def _declared(data: bytes, name: str) -> str | None:
     try:
         codec = codecs.lookup((match[1] or match[2]).decode()).name
         codec = _SUPERSETS.get(codec, codec)
-        if codec.startswith("utf"):  # it is not: that was tried, and the declaration was read
+        if codec.startswith("utf"):  # wrong: UTF-8 was tried, and UTF-16 would hide the declaration
             return None
         text = data.decode(codec, "replace")
     except (LookupError, UnicodeError):
@@ -137,7 +141,7 @@ def _declared(data: bytes, name: str) -> str | None:
 
 
 def _guess(data: bytes, name: str) -> str | None:
-    """The encoding that the detector takes it for; None for binary data."""
+    """Encoding that the detector guesses; None for binary data."""
     try:
         import chardet
     except ImportError as error:
@@ -149,14 +153,15 @@ def _guess(data: bytes, name: str) -> str | None:
     if None in guesses:
         return None
     era = chardet.EncodingEra
-    met = era.MODERN_WEB | era.LEGACY_ISO | era.LEGACY_REGIONAL  # not DOS, old Macs, mainframes
-    often = {guess["encoding"] for guess in chardet.detect_all(data, encoding_era=met)}
+    # Not those of DOS, old Macs and mainframes.
+    eras = era.MODERN_WEB | era.LEGACY_ISO | era.LEGACY_REGIONAL
+    common = {guess["encoding"] for guess in chardet.detect_all(data, encoding_era=eras)}
 
     def rank(name: str) -> tuple[bool, bool, float]:
-        return name not in _MOST_MET, name not in often, -guesses[name]
+        return name not in _MOST_COMMON, name not in common, -guesses[name]
 
-    surest = max(guesses.values())
-    return min((name for name in guesses if guesses[name] * _AS_SURE >= surest), key=rank)
+    best = max(guesses.values())
+    return min((name for name in guesses if guesses[name] * _CLOSE >= best), key=rank)
 
 
 def _decode_guessed(data: bytes, guess: str | None, name: str) -> str:
@@ -176,8 +181,8 @@ def _binary(name: str) -> DocumentError:
     )
 
 
-def _telling(data: bytes) -> bytes:
-    """What tells an encoding from others, as the detector looks at a beginning only."""
+def _informative(data: bytes) -> bytes:
+    """Sample with the bytes that identify an encoding, as the detector reads a prefix only."""
     if len(data) <= _SAMPLE or b"\0" in data:
         return data
     if match := _ISO_2022.search(data):
@@ -187,7 +192,7 @@ def _telling(data: bytes) -> bytes:
 
 
 def _is_text(text: str) -> bool:
-    """Whether nearly all characters are some that a text has."""
+    """Whether nearly all characters are printable or white space."""
     counts = Counter(text[:_SAMPLE])
     odd = sum(count for character, count in counts.items() if _is_odd(character))
     return odd <= max(1, _FEW * counts.total()) and "\0" not in text

@@ -1,16 +1,16 @@
-"""Formats that hold a document, or none, and are not read: known by their first bytes."""
+"""Recognise unsupported file formats by their first bytes."""
 
 from __future__ import annotations
 
 from pathlib import PurePath
 
-HEAD_BYTES = 8192  # of a file, looked at before it is loaded
+HEAD_BYTES = 8192  # first bytes of a file, checked before the rest is loaded
 
 _AS_PDF_OR_TEXT = "save it as PDF, HTML or text first"
 _UNPACK = "unpack it, and give the files in it"
 _NOT_TEXT = "give a text, Markdown, HTML or PDF file"
 
-# By suffix, as they are all archives or all of one container.
+# By suffix, because these formats share a container (ZIP, OLE).
 _ZIPPED = {
     **dict.fromkeys((".docx", ".docm", ".dotx"), "a Word document"),
     **dict.fromkeys((".xlsx", ".xlsm", ".xltx"), "an Excel workbook"),
@@ -62,11 +62,11 @@ _RIFF = {b"WEBP": "a WebP image", b"WAVE": "a WAV recording", b"AVI ": "an AVI v
 
 
 def why_unread(head: bytes, suffix: str) -> str | None:
-    """What a file is that is not read, and what to do about it; None for what may be read.
+    """Description of an unsupported file with a remedy; None if the file may be readable.
 
     Args:
-        head: its first ``HEAD_BYTES``.
-        suffix: of its name, as ``.docx``; may be empty.
+        head: first ``HEAD_BYTES`` of the file.
+        suffix: suffix of its name, such as ``.docx``; may be empty.
     """
     suffix = PurePath(f"x{suffix}").suffix.lower()
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):

@@ -1,7 +1,6 @@
-"""The text of an HTML page, laid out as a browser shows it, in one pass over its events.
+"""Convert an HTML page to text, laid out as in a browser, in one pass over parser events.
 
-No tree is built: how deep elements are nested or how many siblings there are makes no difference,
-so the time grows with the size of the page alone, whatever its shape.
+No tree is built, so the time is linear in the size of the page, however its elements are nested.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ _LISTS = frozenset(("dl", "menu", "ol", "ul"))
 _CELLS = frozenset(("td", "th"))
 _KEPT_BLANKS = frozenset(("pre", "textarea", "xmp", "listing"))
 
-# Browsers go on with HTML where one of these is in a drawing.
+# Tags that end an unclosed <svg>, as in browsers.
 _NOT_IN_SVG = _BLOCKS - {"title"}
 
 _BLANKS = re.compile(r"\s+")
 
 
 def html_text(page: str) -> str:
-    r"""The text of a page.
+    r"""Convert a page to text.
 
-    Blocks stand between blank lines, list items, table rows and ``<br>`` begin lines, cells are
-    separated by tabs; ``<pre>`` is kept as it is. Scripts, styles and what is hidden are left out,
-    and so are menus (``<nav>``), unless they hold most of the page.
+    Blocks are separated by blank lines; list items, table rows and ``<br>`` begin lines; cells are
+    separated by tabs; ``<pre>`` is not changed. Scripts, styles and hidden elements are left out,
+    and so are menus (``<nav>``), unless they are most of the page.
 
     Raises:
         MissingDependencyError: lxml is not installed.
@@ -57,30 +56,30 @@ def html_text(page: str) -> str:
 
 
 class _Layout:
-    """Takes the parser's events, and writes text.
+    """Writes text from the parser's events.
 
-    White space is not written before the text that it precedes, so that a break takes the place of
-    the blanks around it.
+    White space is written together with the text after it, so that a break replaces the blanks
+    around it.
     """
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
-        self._breaks = 0  # newlines before the next text
-        self._tabs = 0  # else, ends of cells
-        self._blank = False  # else, white space
-        self._unread: list[str] = []  # open elements of one that is not read
-        self._verbatim = 0  # open elements that keep their white space
+        self._breaks = 0  # newlines to write before the next text
+        self._tabs = 0  # tabs to write before it, if there are no breaks
+        self._blank = False  # whether to write a space before it, if there are no tabs either
+        self._unread: list[str] = []  # open elements from one that is left out
+        self._verbatim = 0  # number of open elements that keep their white space
         self._begins_verbatim = False
-        self._items = 0  # open list items
-        self._begins_cell = False  # nothing was written in this cell yet
-        self._menus: list[int] = []  # where open menus begin in the pieces
+        self._items = 0  # number of open list items
+        self._begins_cell = False  # whether nothing was written in this cell yet
+        self._menus: list[int] = []  # index of the first piece of each open menu
         self._menu_spans: list[tuple[int, int]] = []
 
-    # --- what the parser calls ----------------------------------------------------------------
+    # --- parser events ------------------------------------------------------------------------
 
     def start(self, tag: str, attributes: Mapping[str, str]) -> None:
         if self._unread[:1] == ["svg"] and tag in _NOT_IN_SVG:
-            self._unread.clear()  # it was not closed
+            self._unread.clear()  # the <svg> was not closed
         if self._unread or tag in _UNREAD or _hidden(attributes):
             self._unread.append(tag)
             return

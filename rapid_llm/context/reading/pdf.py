@@ -1,4 +1,4 @@
-"""The text layer of a PDF, read by PDFium in a process of its own."""
+"""Read the text layer of a PDF with PDFium in a separate process."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _TO_BE_TRIED = "give an undamaged file, or one printed to PDF anew"
 
 
 def pdf_text(file: IO[bytes], name: str) -> str:
-    r"""The text of a PDF: its pages, joined by form feeds (``\f``) so that each stays known.
+    r"""Text of a PDF: its pages, joined by form feeds (``\f``).
 
-    Words that a line end divides are whole again; running headers and footers are kept once, and
-    the dots that lead to a page number are one ellipsis. A page that cannot be read is blank.
+    Hyphenated words are joined, running headers and footers are kept once, and dot leaders become
+    one ellipsis. A page that cannot be read is blank.
 
     Args:
-        file: an open file of the system's, which has a ``fileno``.
-        name: what warnings and errors call it.
+        file: open file with a ``fileno``.
+        name: name of the file in warnings and errors.
 
     Raises:
-        DocumentError: it is damaged, encrypted, too large, takes too long or holds no text.
+        DocumentError: the file is damaged, encrypted, too large, takes too long or has no text.
         MissingDependencyError: pypdfium2 is not installed.
     """
     try:
@@ -61,7 +61,7 @@ def pdf_text(file: IO[bytes], name: str) -> str:
 
 
 def _pages(file: IO[bytes], name: str) -> list[str | None]:
-    """The text of each page as PDFium gives it; None for a page that it cannot read."""
+    """Text of each page from PDFium; None for a page that it cannot read."""
     deadline = monotonic() + MAX_PDF_SECONDS
     pages: list[str | None] = []
     while True:
@@ -78,18 +78,18 @@ def _pages(file: IO[bytes], name: str) -> list[str | None]:
             return pages
         if found.timed_out:
             raise _too_slow(name, f"page {len(pages) + 1} of {total}")
-        pages.append(None)  # PDFium went down on it
+        pages.append(None)  # PDFium crashed on this page
         if len(pages) == total:
             return pages
 
 
 class _Found(NamedTuple):
-    """What the process wrote.
+    """Output of the PDFium process.
 
     Attributes:
-        head: its first line; None if it did not come so far.
-        pages: those that it read.
-        timed_out: it was stopped.
+        head: first line of the output; None if there is none.
+        pages: texts of the pages that it read; None for a page that it could not.
+        timed_out: whether it was stopped at the time limit.
     """
 
     head: dict[str, Any] | None
@@ -98,12 +98,12 @@ class _Found(NamedTuple):
 
 
 def _run(file: IO[bytes], first: int, seconds: float) -> _Found:
-    # It finds the packages that this process finds, and nothing in the current folder.
+    # The same module path as here, so that nothing is imported from the current folder.
     program = (
         f"import sys; sys.path = {sys.path!r}; import runpy; "
         f"runpy.run_path({str(_WORKER)!r}, run_name='__main__')"
     )
-    os.lseek(file.fileno(), 0, os.SEEK_SET)  # where the process begins to read
+    os.lseek(file.fileno(), 0, os.SEEK_SET)  # the process reads from this position
     try:
         written = subprocess.run(
             [sys.executable, "-c", program, str(first), str(MAX_PDF_MEMORY)],
@@ -116,7 +116,7 @@ def _run(file: IO[bytes], first: int, seconds: float) -> _Found:
         timed_out = False
     except subprocess.TimeoutExpired as stopped:
         written, timed_out = stopped.stdout or b"", True
-    # A line without an end is one that the process did not finish.
+    # Drop a last line without a line end: the process did not finish it.
     lines = [json.loads(line) for line in written.split(b"\n")[:-1]]
     return _Found(lines[0] if lines else None, lines[1:], timed_out)
 

@@ -1,4 +1,4 @@
-"""From pages as they were printed to text as it is read."""
+"""Undo page layout in a PDF's text: hyphenation, running headers and footers, dot leaders."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
-# PDFium's signs for a hyphen at a line end, whose end it leaves out; other hyphens are left to us.
+# Characters that PDFium writes for a hyphen and line end; it does not treat other hyphens so.
 _HYPHENS = "\x02\ufffe"
-# Each begins where a word does: a search from within a long one would scan its rest each time.
+# Begins at the start of a word: matching from inside a long word would take quadratic time.
 _LETTERS = r"(?<![^\W\d_])[^\W\d_]"
 _DIVIDED = re.compile(
     rf"(?P<one>{_LETTERS}+)(?:[{_HYPHENS}]\n?|[-\u2010\u00ad]\n(?=[^\W\d_]))(?P<two>\w+)"
@@ -32,23 +32,23 @@ _NUMBER = re.compile(r"\d{1,6}")
 _ROMAN = re.compile(r"m{0,3}(cm|cd|d?c{0,3})(xc|xl|l?x{0,3})(ix|iv|v?i{0,3})")
 _ROMAN_DIGITS = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100, "d": 500, "m": 1000}
 
-_EDGE_LINES = 3  # at the top and at the bottom of a page, that may be running
-_RUNNING_CHARACTERS = 200  # a running line is no longer
-_RUN_PAGES = 3  # that have a running line
-_RUN_GAP = 2  # from one of them to the next: left and right pages may have lines of their own
+_EDGE_LINES = 3  # lines at the top and at the bottom of a page that may be running
+_RUNNING_CHARACTERS = 200  # maximum length of a running line
+_RUN_PAGES = 3  # minimum number of pages with the line
+_RUN_GAP = 2  # maximum distance between them: left and right pages may have different lines
 
 _Key: TypeAlias = tuple[str, str, int | None]
 
 
 def flowing_text(pages: Sequence[str]) -> list[str]:
-    """The same pages without what printing put in.
+    """Remove page layout from the text of pages.
 
     Args:
-        pages: as PDFium reads them.
+        pages: texts of pages from PDFium.
 
     Returns:
-        As many pages. Lines that run along pages are gone but for the first of their kind, divided
-        words are whole again (on the page where they begin), leaders are one ellipsis.
+        As many pages. Running lines are removed except the first of each kind, hyphenated words
+        are joined (on the page where they begin), dot leaders become one ellipsis.
     """
     lines = [
         [line.strip() for line in _CONTROL.sub("", page.translate(_LIGATURES)).splitlines()]
@@ -67,7 +67,7 @@ def _with_whole_words(text: str) -> str:
     words = {word.casefold() for word in _WORD.findall(text)}
 
     def joined(one: str, two: str) -> str:
-        """A hyphen stays where the text writes the word with one, or it is part of a name."""
+        """Join two halves; keep the hyphen if the text has the compound, or for names."""
         compound = f"{one}-{two}"
         if compound.casefold() in compounds and f"{one}{two}".casefold() not in words:
             return compound
@@ -101,13 +101,13 @@ def _without_running_lines(pages: Sequence[list[str]]) -> list[list[str]]:
 
 
 def _edge(page: Sequence[str], from_the_top: bool) -> list[int]:
-    """Where the outermost lines of a page are, the outermost first."""
+    """Indices of the outermost non-blank lines at the top or bottom of a page, outermost first."""
     places = [at for at, line in enumerate(page) if line]
     return places[:_EDGE_LINES] if from_the_top else places[: -_EDGE_LINES - 1 : -1]
 
 
 def _running(edges: Sequence[Sequence[str]]) -> Mapping[_Key, dict[int, int]]:
-    """For what lines run along pages: the pages, and the one where each run begins."""
+    """For the key of each running line: its pages, mapped to the first page of their run."""
     pages: defaultdict[_Key, list[int]] = defaultdict(list)
     for number, lines in enumerate(edges):
         for key in {key for line in lines for key in _keys(line, number)}:
@@ -120,7 +120,7 @@ def _running(edges: Sequence[Sequence[str]]) -> Mapping[_Key, dict[int, int]]:
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:
-    """Rising numbers, cut where one is too far from the one before."""
+    """Split ascending numbers where the gap between neighbours is too large."""
     runs = [[numbers[0]]]
     for before, number in pairwise(numbers):
         if number - before > _RUN_GAP:
@@ -130,8 +130,7 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def _keys(line: str, page: int) -> Iterator[_Key]:
-    """What a line has in common with those of its kind on other pages: all of it, or all but a
-    number that grows with the pages."""
+    """Keys that a running line shares across pages: its text, or its text around a page number."""
     if len(line) > _RUNNING_CHARACTERS:
         return
     if _has_letters(line):

@@ -1,10 +1,10 @@
-"""Run as a program: the text of each page of the PDF on standard input, as lines of JSON.
+"""Program that writes the text of each page of a PDF on standard input, as lines of JSON.
 
-It is a process of its own, so that a page which takes too long, too much memory or PDFium down with
-it does not do so to the reader, and as PDFium knows no threads.
+It runs in a separate process, so that a page that takes too much time or memory, or crashes PDFium,
+does not harm the reader, and because PDFium is not thread-safe.
 
-The first line is ``{"pages": n}``, or ``{"error": code of PDFium, "message": …}``; then a string a
-page, null for one that cannot be read.
+The first line is ``{"pages": n}``, or ``{"error": PDFium's code, "message": …}``; then one string
+per page, null for a page that cannot be read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _page_text(document: pypdfium2.PdfDocument, number: int) -> str | None:
 
 
 def main(first: int, memory: int) -> None:
-    """Write the pages from ``first`` on, within ``memory`` bytes of address space."""
+    """Write the pages from index ``first`` on, within ``memory`` bytes of address space."""
     _limit_memory(memory)
     try:
         document = pypdfium2.PdfDocument(sys.stdin.buffer.read())

@@ -1,1 +1,1 @@
-"""A CPU: compiled kernels for a few tokens and for attention, and what PyTorch does fast."""
+"""CPU implementation: compiled kernels, attention and matrix products, quantized layers."""

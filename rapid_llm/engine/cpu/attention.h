@@ -1,4 +1,4 @@
-// Attention of a few queries to a part of the keys: scores, a running softmax, and the weighted values.
+// Attention of a few queries to a part of the keys: scores, running softmax, weighted sum of values.
 
 #pragma once
 
@@ -13,7 +13,8 @@ void transpose(Bits (&matrix)[LANES]) {
     if constexpr (S > 1) transpose<S / 2>(matrix);
 }
 
-// A GROUP of keys as pairs of neighbouring dimensions, [dim / 2, 2] Pairs; the last key is repeated.
+// Transposes a GROUP of keys to pairs of neighbouring dimensions, [dim / 2, 2] Pairs. Missing keys are
+// copies of the last one.
 void transpose_keys(const BFloat16* keys, int64_t count, int64_t dim, float* out) {
     for (int half = 0; half < GROUP; half += LANES)
         for (int64_t d = 0; d < dim; d += 2 * LANES) {
@@ -26,8 +27,8 @@ void transpose_keys(const BFloat16* keys, int64_t count, int64_t dim, float* out
         }
 }
 
-// Fetches numbers that will be read soon, a cache line a step: as many of all as `piece` is of `work`,
-// of which so much is done. A processor waits where more are fetched at once than it can keep apart.
+// Prefetches numbers that will be read soon, one cache line per step, spread evenly over `work`: this
+// object covers the share of `piece` after `done`. Too many prefetches at once would stall.
 class Prefetch {
     const BFloat16 *next, *end;
 
@@ -42,7 +43,7 @@ class Prefetch {
 };
 
 // Products of n queries, [n, dim], with a GROUP of transposed keys; a row of out is KEYS long.
-// Meanwhile the values of these keys are fetched.
+// Prefetches the values of these keys.
 void score(const Factor* queries, int64_t n, int64_t dim, const float* keys,
            const BFloat16* values, float* out) {
     in_blocks<QUERIES>(n, [&](auto block, int64_t first) {
@@ -64,8 +65,8 @@ void score(const Factor* queries, int64_t n, int64_t dim, const float* keys,
     });
 }
 
-// out += weights values, with weights [n, KEYS]; in each GROUP of dimensions of out, the even ones
-// come first. Meanwhile the keys after these are fetched.
+// out += weights @ values, with weights [n, KEYS]; in each GROUP of dimensions of out, the even ones
+// come first. Prefetches the next keys.
 void mix(const Factor* weights, int64_t n, const BFloat16* values, int64_t count, int64_t dim,
          const BFloat16* next_keys, float* out) {
     in_blocks<QUERIES>(n, [&](auto block, int64_t first) {
@@ -94,15 +95,15 @@ void mix(const Factor* weights, int64_t n, const BFloat16* values, int64_t count
     });
 }
 
+// Index of dimension d in a row of out.
 int64_t mixed_at(int64_t d) { return d / GROUP * GROUP + d % 2 * LANES + d % GROUP / 2; }
 
-// A softmax that is not complete yet: the greatest score so far, and the sum of
-// exp(score - maximum).
+// State of a running softmax: the maximum score so far, and the sum of exp(score - maximum).
 struct Running {
     float maximum, total;
 };
 
-// Turns scores into their exponentials; scales what was mixed with those before.
+// Computes the exponentials of scores, and rescales the sums so far to the new maximum.
 void exponentials(const float* scores, int64_t count, float scaling, Running& running,
                   Factor* weights, float* mixed, int64_t dim) {
     Vec most = load<Vec>(scores);
@@ -124,7 +125,7 @@ void exponentials(const float* scores, int64_t count, float scaling, Running& ru
     for (int64_t d = 0; d < dim; ++d) mixed[d] *= before;
 }
 
-// What a thread needs beside the queries and what it mixes for them.
+// Scratch memory of a thread.
 struct Scratch {
     float *keys, *scores;
     Factor* weights;
@@ -135,21 +136,21 @@ struct Scratch {
           weights(reinterpret_cast<Factor*>(scores + rows * KEYS)) {}
 };
 
-// Which keys are there to be seen, and by whom: row r of the queries is token r % n, which follows
-// `length` + r % n of the keys and sees so many up to its own.
+// Causal mask: row r of the queries is token r % n, which attends to its own key, at `length` + r % n,
+// and to those before it within `window`.
 struct View {
     int64_t n, length, window;
     float scaling;
 };
 
-// Keys divided into parts of `size`, a multiple of KEYS; `most` of them at most.
+// Division of keys into at most `most` parts of `size` keys, a multiple of KEYS.
 struct Parts {
     int64_t size, count;
     Parts(int64_t keys, int64_t most)
         : size(((keys + most - 1) / most + KEYS - 1) / KEYS * KEYS), count((keys + size - 1) / size) {}
 };
 
-// Queries of one KV head over `all` keys. At the end those at `next` are fetched.
+// Attention of the queries of one KV head over `all` keys. At the end prefetches the keys at `next`.
 void attend(const View& view, const Factor* queries, int64_t rows, const BFloat16* keys,
             const BFloat16* values, int64_t all, const BFloat16* next, int64_t dim,
             const Scratch& own, Running* running, float* mixed) {

@@ -1,4 +1,4 @@
-"""Attention on a CPU: the compiled kernel, or the matrix products that are fastest for a shape."""
+"""Attention on a CPU: the compiled kernel, or the fastest PyTorch operators for each shape."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rapid_llm.engine.cpu import kernels
 from rapid_llm.engine.cpu.products import fast_dtype
 from rapid_llm.engine.sdpa import FEW_QUERIES, causal_mask
 
-# On a CPU, where each number was the best of its neighbours in bfloat16:
-_QUERY_BLOCK = 64  # bounds the score matrix to [group * 64, keys]
-_SHORT = 1024  # keys up to which copying all heads' slices costs less than a product a head
-_KEY_PARTS = 4  # a long sum over keys for few queries runs on one thread unless it is divided
+# Tuned in bfloat16:
+_QUERY_BLOCK = 64  # queries per block, which bounds the score matrix to [group * 64, keys]
+_SHORT = 1024  # keys up to which one batched product with a copy beats one product per head
+_KEY_PARTS = 4  # parts of a long sum over keys for few queries, which else runs on one thread
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> sdpa.Kernel:
-    """The fastest kernel for these arguments of :func:`rapid_llm.engine.attention.attend`."""
+    """Fastest kernel for these arguments of :func:`rapid_llm.engine.attention.attend`."""
     n, length = query.shape[1], key.shape[1]
     if n > FEW_QUERIES and kernels.serves(query, key, value):
         return kernels.attend
@@ -31,7 +31,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> 
 
 
 def _in_fast_dtype(kernel: sdpa.Kernel) -> sdpa.Kernel:
-    """The same of tensors in the dtype that this machine multiplies fast."""
+    """Wrap a kernel to compute in the dtype that this CPU multiplies fast."""
 
     @wraps(kernel)
     def run(
@@ -47,7 +47,7 @@ def _in_fast_dtype(kernel: sdpa.Kernel) -> sdpa.Kernel:
 def _attend_batched(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
 ) -> Tensor:
-    """Two batched products over all KV heads: few queries and few keys, so few calls count."""
+    """Two batched products over all KV heads: few calls, for few queries and few keys."""
     heads, n, dim = query.shape
     kv_heads, length = key.shape[0], key.shape[1]
     packed = query.reshape(kv_heads, -1, dim)
@@ -64,10 +64,10 @@ def _attend_batched(
 def _attend_products(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
 ) -> Tensor:
-    """Two matrix products a KV head with a softmax between: on a CPU faster than SDPA.
+    """Two matrix products per KV head with a softmax between: faster than SDPA on a CPU.
 
-    One product a head, not a batched one: a slice ``[:length]`` of one head's buffer is
-    contiguous, the slice over all heads is not and would be copied first.
+    The products are not batched, because a slice ``[:length]`` of one head's buffer is contiguous,
+    but the slice over all heads is not, and would be copied first.
     """
     heads, n, dim = query.shape
     kv_heads, length = key.shape[0], key.shape[1]
@@ -76,9 +76,9 @@ def _attend_products(
     out = query.new_empty(kv_heads, group, n, value.shape[-1])
     for start in range(0, n, _QUERY_BLOCK):
         stop = min(start + _QUERY_BLOCK, n)
-        last = length - n + stop  # keys that the block's last query sees
+        last = length - n + stop  # end of the keys that the block's last query attends to
         first = 0 if window is None else max(0, length - n + start - window + 1)
-        # Without a window only the block's own keys can be ahead of its queries.
+        # Without a window only the block's own keys need a mask.
         masked = stop - start if window is None else last - first
         mask = causal_mask(stop - start, masked, window, query.device)
         hidden = None if mask is None else mask.logical_not_()
@@ -96,7 +96,7 @@ def _attend_products(
 
 
 def _mix(weights: Tensor, value: Tensor) -> Tensor:
-    """``weights @ value``, ``[rows, keys] @ [keys, value_dim]``, on every thread."""
+    """``weights @ value``, ``[rows, keys] @ [keys, value_dim]``, on all threads."""
     rows, keys = weights.shape
     if rows > 4 * FEW_QUERIES or keys <= 2 * _SHORT:
         return weights @ value

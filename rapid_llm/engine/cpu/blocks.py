@@ -1,8 +1,8 @@
-"""Linear layers in blocks of 8 or 4 bits a weight, for the compiled kernels.
+"""Linear layers with 8-bit or 4-bit weights in blocks, for the compiled kernels.
 
-32 weights of a row share a scale. What a checkpoint was quantized to is then found again in its
-weights: GGUF's Q8_0, and Q4_1, whose layers can be 4 bits in the drafter too. They are as near to
-the file as bfloat16 is; one scale a row would be 1 % off. Activations become 16-bit whole numbers.
+Groups of 32 weights of a row share a scale. So weights that come from GGUF's Q8_0 or Q4_1 are
+recovered as exactly as bfloat16 allows, and layers from Q4_1 can have 4 bits; with one scale per
+row the error would be 1 %. Activations are quantized to 16-bit integers.
 """
 
 from __future__ import annotations
@@ -15,31 +15,34 @@ from rapid_llm.engine.cpu.products import linear
 from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS, QuantizedLinear
 
 GROUP = 32
-"""Weights of a row that share a scale in a block."""
+"""Number of weights of a row that share a scale."""
 
 ROWS = 16
-"""Outputs of a block."""
+"""Number of outputs (rows of the weight) in a block."""
 
 BLOCK_BYTES = {8: 2 * ROWS + ROWS * GROUP, 4: 4 * ROWS + ROWS * GROUP // 2}
-"""Of a block of so many bits a weight."""
+"""Bytes of a block by the number of bits per weight."""
 
 _ON_GRID = 0.1
-"""Weights hold no more than 4 bits if they are nearer than this, in the root mean square, to 16
-equidistant values a group, whose distance is 1: any weights have 0.29, and those that had 4 bits
-before they were rounded to bfloat16 have 0.02."""
+"""Largest root mean square distance of weights to 16 equidistant values per group, in steps.
+
+Below it weights are taken to have 4 bits. Arbitrary weights have 0.29; 4-bit weights that were
+rounded to bfloat16 have 0.02.
+"""
 
 _TINY = 2.0**-24  # the smallest float16
 
 
 class BlockLinear(QuantizedLinear):
-    """A linear layer that multiplies few tokens with blocks of few bits, many with its own weights.
+    """A linear layer with quantized blocks for few tokens and the original weights for many.
 
-    The compiled kernels do so; here the weights are made whole again, which saves nothing.
+    The compiled kernels multiply with the blocks. :meth:`forward` is the reference: it dequantizes
+    the weights, which saves no time.
 
     Attributes:
-        blocks: uint8 ``[out / 16, in / 32, bytes]``, see :func:`eight_bits` and
-            :func:`four_bits_if_exact`; the last rows are zeros where 16 do not divide ``out``.
-        bits: of a weight.
+        blocks: quantized weights, uint8 ``[out / 16, in / 32, bytes]``, see :func:`eight_bits` and
+            :func:`four_bits_if_exact`; padded with rows of zeros to a multiple of 16.
+        bits: bits per weight, 8 or 4.
     """
 
     made_anew = ("blocks",)
@@ -58,7 +61,7 @@ class BlockLinear(QuantizedLinear):
 
 
 class Int8Blocks(BlockLinear):
-    """Of 8 bits a weight."""
+    """A linear layer with 8-bit weights."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -66,7 +69,7 @@ class Int8Blocks(BlockLinear):
 
 
 class Int4Blocks(BlockLinear):
-    """Of 4 bits a weight where the weights hold no more, of 8 elsewhere."""
+    """A linear layer with 4-bit weights if they are exact, else with 8-bit weights."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -78,11 +81,11 @@ class Int4Blocks(BlockLinear):
 
 
 def eight_bits(weight: Tensor) -> Tensor:
-    """The weights ``[out, in]`` in blocks of 16 rows and 32 columns.
+    """Quantize weights ``[out, in]`` to 8 bits in blocks of 16 rows and 32 columns.
 
     Returns:
-        uint8 ``[out / 16, in / 32, 544]``: a step of each row, ``[16]`` (float16), and
-        ``round(w / step)``, ``[16, 16, 2]`` (int8) of 16 pairs of columns in 16 rows.
+        uint8 ``[out / 16, in / 32, 544]``: the step of each row, float16 ``[16]``, and
+        ``round(w / step)``, int8 ``[16, 16, 2]``: 16 pairs of columns, 16 rows.
     """
     groups = _groups(weight)
     whole = (groups / (groups.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=_TINY)).round()
@@ -92,21 +95,21 @@ def eight_bits(weight: Tensor) -> Tensor:
 
 
 def four_bits_if_exact(weight: Tensor) -> Tensor | None:
-    """The weights ``[out, in]`` in blocks of 16 rows and 32 columns, if they hold no more.
+    """Quantize weights ``[out, in]`` to 4 bits in blocks of 16 rows and 32 columns, if exact.
 
     Returns:
-        uint8 ``[out / 16, in / 32, 320]``: a step of each row, ``[16]``, and its smallest weight,
-        ``[16]`` (float16), then ``round((w - smallest) / step)``, 4 bits each: ``[4, 16, 2]``
-        (uint16), where the first of a pair has columns 0, 2, 4 and 6 of 8, lowest bits first, and
-        the second the others.
+        uint8 ``[out / 16, in / 32, 320]``: the step and the smallest weight of each row, float16
+        ``[16]`` each, then ``round((w - smallest) / step)`` in 4 bits, uint16 ``[4, 16, 2]``. The
+        first of a pair has columns 0, 2, 4 and 6 of 8, lowest bits first; the second has the
+        others. None if the weights are not of 4 bits.
     """
     if weight.shape[0] > ROWS and four_bits_if_exact(weight[:ROWS]) is None:
-        return None  # most checkpoints have no 4-bit weights: this tells sooner
+        return None  # an early exit, as most checkpoints have no 4-bit weights
     groups = _groups(weight)
     low, high = groups.aminmax(dim=-1, keepdim=True)
     exact = (groups - low) / ((high - low) / 15).clamp(min=1e-30)
     whole = exact.round()
-    if not (exact - whole).square_().mean().sqrt() < _ON_GRID:  # NaN neither
+    if not (exact - whole).square_().mean().sqrt() < _ON_GRID:  # also true for NaN
         return None
     mean, middle = groups.mean(dim=-1, keepdim=True), whole.mean(dim=-1, keepdim=True)
     step = _slope(whole - middle, groups - mean)
@@ -117,7 +120,10 @@ def four_bits_if_exact(weight: Tensor) -> Tensor | None:
 
 
 def unpacked(blocks: Tensor, bits: int) -> Tensor:
-    """Float32 ``[out, in]`` of :func:`eight_bits` or :func:`four_bits_if_exact`."""
+    """Dequantize blocks of :func:`eight_bits` or :func:`four_bits_if_exact`: float32 ``[out, in]``.
+
+    ``out`` includes the rows of padding.
+    """
     header = blocks[..., : 2 * ROWS * (8 // bits)].contiguous().view(torch.float16).float()
     step, *smallest = header[..., None].split(ROWS, dim=2)
     rest = blocks[..., 2 * ROWS * (8 // bits) :].contiguous()
@@ -132,17 +138,17 @@ def unpacked(blocks: Tensor, bits: int) -> Tensor:
 
 
 def _groups(weight: Tensor) -> Tensor:
-    """Float32 ``[out / 16, in / 32, 16, 32]``, with rows of zeros at the end."""
+    """Weights as float32 ``[out / 16, in / 32, 16, 32]``, padded with rows of zeros."""
     padded = F.pad(weight.detach().float(), (0, 0, 0, -weight.shape[0] % ROWS))
     return padded.unflatten(1, (-1, GROUP)).unflatten(0, (-1, ROWS)).transpose(1, 2)
 
 
 def _slope(x: Tensor, y: Tensor) -> Tensor:
-    """Float16 s of the least squares of y - s x, along the last dimension."""
+    """The s that minimises the squares of y - s x along the last dimension, in float16."""
     over = (x * y).sum(dim=-1, keepdim=True)
     return (over / x.square().sum(dim=-1, keepdim=True).clamp(min=1e-30)).half()
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    """``[a, b, ...]`` as uint8 ``[a, b, n]``."""
+    """Reinterpret ``[a, b, ...]`` as uint8 ``[a, b, n]``."""
     return x.flatten(2).contiguous().view(torch.uint8)

@@ -1,7 +1,7 @@
-"""A compiled forward pass of a few tokens, over a model's own weights and KV cache.
+"""The compiled forward pass for few tokens on a CPU, over a model's own weights and KV cache.
 
-It computes what :func:`rapid_llm.engine.lean.lean_logits` does, in one call instead of some
-hundreds, and with fewer roundings: between layers numbers stay in float32.
+It computes the same as :func:`rapid_llm.engine.lean.lean_logits` in one call instead of hundreds,
+and rounds less: the residual stream stays in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rapid_llm.engine.quantized import QuantizedLinear
 from rapid_llm.errors import ModelError
 
 MAX_TOKENS = 32
-"""In a pass; for more, PyTorch's matrix products are faster."""
+"""Maximum number of tokens in a pass; for more, PyTorch's matrix products are faster."""
 
 
 class _Linear(ctypes.Structure):
@@ -66,7 +66,7 @@ class _Model(ctypes.Structure):
 
 
 class _UnfitError(ValueError):
-    """Something is not what ``kernels.cpp`` would read it as."""
+    """A tensor or module does not have the layout that ``kernels.cpp`` expects."""
 
 
 def _require(fits: bool) -> None:
@@ -74,8 +74,8 @@ def _require(fits: bool) -> None:
         raise _UnfitError
 
 
-def _numbers(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Where a tensor's numbers are, if it has these and they follow one another in memory."""
+def _address(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Address of a tensor's data; raises _UnfitError unless it is contiguous with this shape."""
     _require(
         is_plain_tensor(tensor)
         and tensor.device.type == "cpu"
@@ -88,25 +88,25 @@ def _numbers(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.bfloat16) -
 
 def _linear(module: Any, out: int, into: int) -> _Linear:
     _require(kernels.fits(into))
-    bias = None if module.bias is None else _numbers(module.bias, out)
+    bias = None if module.bias is None else _address(module.bias, out)
     if isinstance(module, BlockLinear):
         shape = -(-out // ROWS), into // GROUP, BLOCK_BYTES[module.bits]
-        weight = _numbers(module.blocks, *shape, dtype=torch.uint8)
+        weight = _address(module.blocks, *shape, dtype=torch.uint8)
         return _Linear(weight, bias, out, into, module.bits)
-    _require(not isinstance(module, QuantizedLinear))  # others' scales are a row's
-    return _Linear(_numbers(module.weight, out, into), bias, out, into, 16)
+    _require(not isinstance(module, QuantizedLinear))  # other kinds have one scale per row
+    return _Linear(_address(module.weight, out, into), bias, out, into, 16)
 
 
 def _buffer(*shape: int) -> Tensor:
-    """What the kernels write numbers to, whatever PyTorch's default dtype and device are."""
+    """An uninitialised float32 tensor on the CPU, whatever PyTorch's defaults are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 class _Table:
-    """A model's weights as ``kernels.cpp`` reads them.
+    """The structs with addresses of a model's weights that ``kernels.cpp`` reads.
 
     Raises:
-        _UnfitError: they are not what it takes.
+        _UnfitError: the weights do not have the layout that it expects.
     """
 
     def __init__(self, model: Any) -> None:
@@ -121,7 +121,7 @@ class _Table:
             if module is None:
                 return None
             _require(module.variance_epsilon == epsilon)
-            return _numbers(module.weight, size)
+            return _address(module.weight, size)
 
         def layer(module: Any) -> _Layer:
             attention, mlp = module.self_attn, module.mlp
@@ -152,7 +152,7 @@ class _Table:
             intermediate=inner,
             epsilon=epsilon,
             scaling=scaling,
-            embedding=_numbers(body.embed_tokens.weight, self.vocab_size, hidden),
+            embedding=_address(body.embed_tokens.weight, self.vocab_size, hidden),
             norm=norm(body.norm, hidden),
             head=_linear(model.lm_head, model.lm_head.weight.shape[0], hidden),
             layer=self.layers,
@@ -163,20 +163,24 @@ class _Table:
 
 
 class CompiledPass:
-    """Passes of a lean model (:func:`rapid_llm.engine.lean.is_lean`); see :func:`compiled_pass`.
+    """Compiled passes of a lean model (:func:`rapid_llm.engine.lean.is_lean`).
 
-    Its tables hold addresses: it is to be made anew when the model has changed.
+    It keeps addresses of weights, and must be made again when the model has changed.
+
+    Args:
+        model: the model.
+        library: the compiled kernels.
     """
 
     def __init__(self, model: Any, library: ctypes.CDLL) -> None:
         self._library = library
         self._rotary = model.model.rotary_emb
         self._table = _Table(model)
-        # Aliases, which keep the memory that the tables point to.
+        # Aliases, which keep the memory alive that the structs point to.
         self._used = [t.detach() for t in (*model.parameters(), *model.buffers())]
 
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
-        """Whether this pass can append the tokens: few, within bounds, to a cache in use."""
+        """Whether the tokens are few and valid, and the cache is in use and has room for them."""
         n, model = ids.shape[0], self._table.model
         if not (0 < keep <= n <= MAX_TOKENS and ids.dtype == torch.int64 and cache.length > 0):
             return False
@@ -199,14 +203,14 @@ class CompiledPass:
         )
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        """As :func:`rapid_llm.engine.lean.lean_logits`; float32 ``[keep, vocab]``."""
+        """See :func:`rapid_llm.engine.lean.lean_logits`; returns float32 ``[keep, vocab]``."""
         n, length = ids.shape[0], cache.length
         for entry, layer in zip(self._table.layers, cache.layers, strict=True):
             entry.keys, entry.values = layer.keys.data_ptr(), layer.values.data_ptr()
         model = self._table.model
         model.capacity = cache.capacity
         ids = ids.contiguous()
-        # In float32, as the argument is; see lean.py on why this is the model's own module.
+        # The model's own module, for all kinds of scaling; float32, the dtype of its argument.
         rotary = self._rotary(_buffer(1), position_ids=positions[None])
         cosine, sine = (part[0, :n].contiguous() for part in rotary)
         if cosine.shape != (n, model.dim) or cosine.dtype != torch.float32:
@@ -231,7 +235,7 @@ class CompiledPass:
 
 
 def compiled_pass(model: Any) -> CompiledPass | None:
-    """The compiled pass of a lean model: in bfloat16, on a CPU that has the kernels."""
+    """The compiled pass of a lean model; None unless it is in bfloat16 and the CPU has kernels."""
     library = kernels.kernels()
     if library is None:
         return None

@@ -1,4 +1,4 @@
-"""How passes are computed on a CPU."""
+"""The CPU implementation of ``Device``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rapid_llm.engine.identity import ModelState
 
 
 class CPU(Device):
-    """Compiled kernels where they were built and this processor runs them."""
+    """CPU device: compiled kernels where available, PyTorch's operators elsewhere."""
 
     quantizers: ClassVar = {"int4": CPUQuantizer(4), "int8": CPUQuantizer(8)}
 
@@ -52,7 +52,7 @@ class CPU(Device):
 
 @cache
 def _processor() -> str:
-    """The CPU's name; on Linux :mod:`platform` knows its architecture only."""
+    """Name of the CPU; from /proc on Linux, where :mod:`platform` gives the architecture only."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""Linear layers with int8 weights, multiplied by torch's own operator.
+"""Linear layers with int8 weights, multiplied by PyTorch's operator.
 
-There is one scale an output row: ``w ≈ scale * round(w / scale)``, ``scale = max|w| / 127``.
+There is one scale per output row: ``w ≈ scale * round(w / scale)``, ``scale = max|w| / 127``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS, QuantizedLinear
 
 
 class Int8Linear(QuantizedLinear):
-    """A linear layer that multiplies few tokens with int8 weights, many with its own.
+    """A linear layer with int8 weights for few tokens and the original ones for many.
 
     Attributes:
-        int8: int8 ``[out, in]``.
-        scale: ``[out]`` in the weight's dtype.
+        int8: quantized weights, int8 ``[out, in]``.
+        scale: scale of each row, ``[out]`` in the weight's dtype.
     """
 
     made_anew = ("int8", "scale")
@@ -44,16 +44,19 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int8Projections(nn.Module):
-    """Query, key and value of one attention layer as one product, where tokens are few.
+    """Query, key and value projections of an attention layer in one product, for few tokens.
 
     The layers' int8 weights become views of one tensor, so that nothing is stored twice.
+
+    Args:
+        layers: the projections, in order.
     """
 
     stands_for = None
 
     def __init__(self, *layers: Int8Linear) -> None:
         super().__init__()
-        self._layers = layers  # a tuple: these modules already have a parent
+        self._layers = layers  # a tuple, so that they are not registered: they have a parent
         self._sizes = [layer.int8.shape[0] for layer in layers]
         for name in ("int8", "scale"):
             together = torch.cat([getattr(layer, name) for layer in layers])
@@ -62,7 +65,7 @@ class Int8Projections(nn.Module):
                 setattr(layer, name, part)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``[n, hidden]`` in, one ``[n, out]`` a layer."""
+        """Outputs of the layers, ``[n, out]`` each, for inputs ``[n, hidden]``."""
         if x.shape[0] > MAX_QUANTIZED_ROWS:
             return tuple(layer(x) for layer in self._layers)
         product = torch.ops.aten._weight_int8pack_mm(x, self._int8, self._scale)

@@ -1,19 +1,19 @@
-// Two CPU kernels in bfloat16: a whole forward pass of a few tokens of the Llama family, and causal
-// attention for many. The pass is one parallel region over the model's own weights (or those of 8
-// and 4 bits of a quantized copy) and its KV cache, so that it takes little longer than reading them once.
+// Two CPU kernels in bfloat16: a whole forward pass for few tokens of the Llama family, and causal
+// attention for many. The pass is one parallel region over the model's weights (its own, or the 8-bit
+// or 4-bit weights of a quantized copy) and its KV cache, and takes little longer than reading them.
 //
-// Products take bfloat16 weights, keys and values, and add in float32, in which the residual stream
-// stays. What is multiplied with them is bfloat16 too where the processor multiplies that, and float32
-// elsewhere; with a quantized copy's weights it is 16-bit whole numbers.
+// Products take bfloat16 weights, keys and values, and accumulate in float32; the residual stream is in
+// float32 too. Activations in products are bfloat16 where the processor has instructions for it, else
+// float32; with quantized weights they are 16-bit integers.
 // Compiled once for AVX-512 with bfloat16 and once for AVX2 (pyproject.toml); called by kernels.py and
 // compiled.py.
 
 #include "attention.h"
 #include "linear.h"
 
-// ---------------------------------------------------------------- what is called
+// ---------------------------------------------------------------- exported functions
 
-// Whether this machine has what this file was compiled for.
+// Whether this CPU has the instructions that this file was compiled for.
 extern "C" int rapid_supported() {
 #ifdef __AVX512BF16__
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
@@ -25,8 +25,8 @@ extern "C" int rapid_supported() {
 #endif
 }
 
-// Appends n tokens to the `length` that the cache holds.
-//   cosine, sine: [n, dim]. logits: [keep, vocab], of the last tokens.
+// Runs the model on n tokens after the `length` tokens in the cache.
+//   cosine, sine: [n, dim]. logits: [keep, vocab], for the last tokens.
 extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n, int64_t length,
                               const float* cosine, const float* sine, int64_t keep,
                               int64_t threads, float* logits) {
@@ -34,9 +34,9 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
     const int64_t dim = m.dim, group = m.heads / m.kv_heads, rows = m.heads * n;
     const int64_t wide = m.heads * dim, narrow = m.kv_heads * dim, projected = wide + 2 * narrow;
 
-    const bool whole = m.head.bits < 16;  // all of a model's linear layers take such numbers, or none
+    const bool whole = m.head.bits < 16;  // quantized weights: all linear layers take integers
 
-    // What all threads see, then what each has of its own.
+    // Memory shared by all threads, followed by the memory of each thread.
     const int64_t row = std::max(m.hidden, 2 * dim);
     const int64_t most = std::max<int64_t>(1, PARTS * threads / m.kv_heads);
     const size_t shared = lines(n * (m.hidden + projected + 2 * m.intermediate + wide) +
@@ -52,7 +52,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
     float* inputs = up + n * (m.intermediate + wide);
     const Input attended(inputs, n, wide);
     const Input activated(inputs + Input::size(n, wide), n, m.intermediate);
-    // Of each part of the keys: [most, heads, n, dim], and [most, heads, n].
+    // Results for each part of the keys: [most, heads, n, dim], and [most, heads, n].
     float* parts = inputs + Input::size(n, wide) + Input::size(n, m.intermediate);
     auto* running = reinterpret_cast<Running*>(parts + most * rows * dim);
 
@@ -61,7 +61,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
         float* mine = x + shared + omp_get_thread_num() * own;
         float* one = mine;  // a row, or a part of one
         const Input input(mine + row, n, m.hidden);
-        // Every thread normalises for itself, which takes less time than waiting for another.
+        // Every thread computes the norm for itself, which is faster than waiting for another.
         const auto normalise = [&](const BFloat16* weight, int64_t first) {
             for (int64_t i = first; i < n; ++i) {
                 rms_norm(x + i * m.hidden, weight, m.hidden, m.epsilon, one);
@@ -82,7 +82,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
             linear(layer.key, input, n, qkv + wide, projected);
             linear(layer.value, input, n, qkv + wide + narrow, projected);
 #pragma omp barrier
-            // Rotation; keys and values go to the cache.
+            // Rotary embedding; keys and values are written to the cache.
             const Share turned(n * (m.heads + m.kv_heads), 1);
             for (int64_t item = turned.first; item < turned.last; ++item) {
                 const int64_t i = item / (m.heads + m.kv_heads);
@@ -103,7 +103,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
                         queries[(head * n + i) * dim + d] = factor(from[d]);
             }
 #pragma omp barrier
-            // Attention. Parts of the keys go to whichever thread is free: cores are not equally fast.
+            // Attention. Parts of the keys are scheduled dynamically: cores are not equally fast.
             const int64_t lowest = std::max<int64_t>(0, length + 1 - layer.window);
             const Parts split(length + n - lowest, most);
             const Scratch scratch(mine, group * n, dim);
@@ -121,7 +121,7 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
                        std::min(split.size, length + n - first), layer.keys + place(item + threads),
                        dim, scratch, running + at, parts + at * dim);
             }
-            // The parts' softmaxes merged.
+            // Merge the results of the parts.
 #pragma omp for schedule(static)
             for (int64_t query = 0; query < rows; ++query) {
                 float maximum = NOTHING_YET, total = 0;
@@ -166,8 +166,8 @@ extern "C" void rapid_forward(const Model* model, const int64_t* ids, int64_t n,
 }
 
 // Causal attention of n queries to the `length` keys before them and to their own.
-//   queries, out: [heads, n, dim]. keys, values: [kv_heads, length + n, dim], where one head
-//   begins `stride` numbers after another.
+//   queries, out: [heads, n, dim]. keys, values: [kv_heads, length + n, dim], with heads `stride`
+//   numbers apart.
 extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
                              const BFloat16* values, int64_t heads, int64_t kv_heads, int64_t n,
                              int64_t length, int64_t dim, int64_t stride, int64_t window,
@@ -178,7 +178,7 @@ extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
     float* memory = arena(threads * own);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t item = 0; item < blocks * kv_heads; ++item) {
-        // The last block first: it sees most keys.
+        // The last block first, as it takes longest.
         const int64_t head = item % kv_heads, first = (blocks - 1 - item / kv_heads) * BLOCK;
         const int64_t count = std::min<int64_t>(BLOCK, n - first), rows = group * count;
         float* mixed = memory + omp_get_thread_num() * own;

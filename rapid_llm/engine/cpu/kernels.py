@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of ``kernels.cpp``, where they were built and the CPU runs them."""
+"""Load the compiled kernels of ``kernels.cpp``, and call the attention kernel."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from rapid_llm.limits import processors
 
 _PREFERRED = ("_kernels_avx512bf16", "_kernels_avx2")
 UNLIMITED = 1 << 62
-"""A sliding window that no sequence fills."""
+"""Sliding window for full attention: longer than any sequence."""
 
-_MULTIPLE = 32  # of numbers that the kernels take at a time
+_MULTIPLE = 32  # required divisor of the sizes of vectors
 
 
 @cache
 def load(name: str) -> ctypes.CDLL | None:
-    """One build of the kernels; None where it is not there or this CPU cannot run it."""
+    """Load one build of the kernels; None where it is missing or the CPU does not support it."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(name + suffix)
         if path.exists():
             try:
                 library = ctypes.CDLL(str(path))
-            except OSError:  # another platform's, or OpenMP's library is missing
+            except OSError:  # built for another platform, or without the OpenMP library
                 return None
             return library if library.rapid_supported() else None
     return None
 
 
 def kernels() -> ctypes.CDLL | None:
-    """The best build for this CPU, or None: PyTorch's operators do the same, more slowly.
+    """The best build for this CPU; None if there is none, and PyTorch's operators are used.
 
-    ``RAPID_LLM_NATIVE=0`` in the environment leaves the work to PyTorch, whose roundings differ.
+    ``RAPID_LLM_NATIVE=0`` in the environment disables the kernels. PyTorch rounds differently.
     """
     if os.environ.get("RAPID_LLM_NATIVE") == "0":
         return None
@@ -47,15 +47,15 @@ def kernels() -> ctypes.CDLL | None:
 
 
 def fits(size: int) -> bool:
-    """Whether the kernels take vectors of this size."""
+    """Whether the kernels support vectors of this size."""
     return size % _MULTIPLE == 0
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether :func:`attend` takes these and is the fastest there is.
+    """Whether :func:`attend` supports these tensors and is the fastest kernel for them.
 
-    The build without bfloat16 instructions is so on a CPU without them: elsewhere PyTorch's matrix
-    products keep up with it.
+    The build without bfloat16 instructions is fastest only on a CPU without them; elsewhere
+    PyTorch's matrix products are as fast.
     """
     return (
         all(
@@ -78,7 +78,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """As :func:`rapid_llm.engine.attention.attend`, for what :func:`serves`."""
+    """See :func:`rapid_llm.engine.attention.attend`, for tensors accepted by :func:`serves`."""
     library = kernels()
     assert library is not None
     query = query.contiguous()
@@ -102,5 +102,5 @@ def threads() -> int:
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    """Where a tensor's numbers are; whoever passes it on keeps the tensor alive."""
+    """Pointer to a tensor's data; the caller keeps the tensor alive."""
     return ctypes.c_void_p(tensor.data_ptr())

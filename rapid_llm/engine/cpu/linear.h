@@ -1,18 +1,18 @@
-// A model's weights as compiled.py describes them, and what is done with one token's numbers: products
-// with weights of 16, 8 and 4 bits, normalisation, rotation, activation.
+// Structs with a model's weights, filled by compiled.py, and the operations between them: products with
+// weights of 16, 8 and 4 bits, RMS norm, rotary embedding, activation.
 
 #pragma once
 
 #include "vectors.h"
 
-// ---------------------------------------------------------------- what compiled.py fills in
+// ---------------------------------------------------------------- structs filled by compiled.py
 
 extern "C" {
 
 struct Linear {             // y = weight x + bias
     const void* weight;     // [out, in] bfloat16, or [out / ROWS, in / QUANTUM] Int8Block or Int4Block
     const BFloat16* bias;   // [out], or null
-    int64_t out, in, bits;  // of a weight
+    int64_t out, in, bits;  // bits per weight
 };
 
 struct Layer {
@@ -20,7 +20,7 @@ struct Layer {
     const BFloat16 *query_norm, *key_norm;  // null but for Qwen3
     Linear query, key, value, output, gate, up, down;
     BFloat16 *keys, *values;  // [kv_heads, capacity, dim]
-    int64_t window;           // so many keys a query sees, its own included
+    int64_t window;           // sliding window: keys that a query attends to, its own included
 };
 
 struct Model {
@@ -38,12 +38,12 @@ namespace {
 
 // ---------------------------------------------------------------- linear layers
 
-// Rows of n tokens as a linear layer takes them: factors, or for weights of few bits whole numbers of
-// 16 bits, which keeps more digits than bfloat16 has.
+// Activations of n tokens as input of a linear layer: factors, or for quantized weights 16-bit
+// integers, which are more precise than bfloat16.
 struct Input {
     Factor* factors;      // [n, in]
     int16_t* whole;       // [in / QUANTUM, n, QUANTUM], in the same memory
-    float *step, *total;  // [in / QUANTUM, n]: their scale, and the sum of what they stand for
+    float *step, *total;  // [in / QUANTUM, n]: their scale, and the sum of the scaled numbers
     int64_t n, in;
 
     static int64_t size(int64_t n, int64_t in) { return n * in; }
@@ -55,7 +55,7 @@ struct Input {
           n(n),
           in(in) {}
 
-    // Token r's numbers from `first` on: a multiple of QUANTUM.
+    // Stores `count` activations of token r from index `first` on; both are multiples of QUANTUM.
     void put(int64_t r, int64_t first, const float* x, int64_t count, bool as_whole) const {
         for (int64_t i = 0; i < count; i += QUANTUM)
             if (as_whole)
@@ -72,7 +72,7 @@ struct Input {
         for (int i = 0; i < QUANTUM; i += LANES) {
             const Vec next = load<Vec>(x + i), size = next < 0.0f ? -next : next;
             most = size > most ? size : most;
-            wrong += next * 0.0f;  // NaN where there is a NaN or an infinity, and so is the scale
+            wrong += next * 0.0f;  // NaN or infinity makes the scale NaN
         }
         float maximum = most[0];
         for (int lane = 1; lane < LANES; ++lane) maximum = std::max(maximum, most[lane]);
@@ -90,14 +90,14 @@ struct Input {
     }
 };
 
-// Fetches what follows w, of rows of which A are read at a time: a processor foresees that one row
-// goes on, but not that many do.
+// Prefetches the weights after w, when A rows are read at a time: the processor itself prefetches along
+// one row, but not along many.
 template <int A>
 void fetch(const BFloat16* w, int64_t in) {
     __builtin_prefetch(w + (A == 1 ? int64_t(AHEAD / sizeof(BFloat16)) : A * in));
 }
 
-// out[r][j] = w[j] . x[r] for J rows of a matrix, A at a time, and R tokens from the first on.
+// out[r][j] = w[j] . x[r] for J rows of a matrix, A at a time, and R tokens from `first` on.
 template <int A, int J, int R>
 void products(const BFloat16* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
     const Factor* tokens = x.factors + first * x.in;
@@ -116,13 +116,13 @@ void products(const BFloat16* w, const Input& x, int64_t first, Vec (&out)[R][J]
         }
 }
 
-// Output j of a token, whose outputs are `row`, from its product.
+// Writes output j of a token to its row of outputs: the product, plus bias, plus the old value if `add`.
 void put(const Linear& m, int64_t j, float product, float* row, bool add) {
     if (m.bias) product += value(m.bias[j]);
     row[j] = add ? row[j] + product : product;
 }
 
-// Outputs j to j + J of n tokens, at most MOST at a time.
+// Computes outputs j to j + J of n tokens, at most MOST tokens at a time.
 template <int A, int J, int MOST>
 void outputs(const Linear& m, int64_t j, const Input& x, int64_t n, float* y, int64_t stride,
              bool add) {
@@ -146,7 +146,7 @@ void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride
     for (; j < mine.last; ++j) outputs<1, 1, MOST>(m, j, x, n, y, stride, add);
 }
 
-// out[r] = ROWS outputs of R tokens from the first on, from weights of few bits; a lane is an output.
+// out[r] = ROWS outputs of R tokens from `first` on, from quantized weights; a lane is an output.
 template <int R, int J, typename Block>
 void products(const Block* w, const Input& x, int64_t first, Vec (&out)[R][J]) {
     for (int64_t quantum = 0; quantum < x.in / QUANTUM; ++quantum, ++w) {
@@ -191,7 +191,8 @@ void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride
     }
 }
 
-// This thread's outputs of y = m(x), or of y += m(x), for n tokens; a row of y is `stride` long.
+// Computes this thread's share of y = m(x), or y += m(x) with `add`, for n tokens with rows of y
+// `stride` apart.
 void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride,
             bool add = false) {
     if (m.bits == 4)
@@ -206,7 +207,7 @@ void linear(const Linear& m, const Input& x, int64_t n, float* y, int64_t stride
 
 // ---------------------------------------------------------------- between the products
 
-// x may be y. The size is a multiple of LANES.
+// RMS norm; x may be y. The size is a multiple of LANES.
 void rms_norm(const float* x, const BFloat16* weight, int64_t size, float epsilon, float* y) {
     Vec square{};
     for (int64_t i = 0; i < size; i += LANES) square += load<Vec>(x + i) * load<Vec>(x + i);
@@ -215,7 +216,7 @@ void rms_norm(const float* x, const BFloat16* weight, int64_t size, float epsilo
         store(y + i, load<Vec>(x + i) * factor * values(weight + i));
 }
 
-// x cos + (-x2, x1) sin, with x = (x1, x2).
+// Rotary embedding: x cos + (-x2, x1) sin, with x = (x1, x2).
 void rotate(float* x, const float* cosine, const float* sine, int64_t dim) {
     const int64_t half = dim / 2;
     for (int64_t i = 0; i < half; ++i) {

@@ -1,7 +1,7 @@
-"""Matrix products of 16-bit numbers on CPUs that have no instructions for them.
+"""Fast matrix products of bfloat16 and float16 on CPUs without instructions for them.
 
-There PyTorch's products of several rows take one number after another. Converting both operands to
-float32 and multiplying these takes a tenth of the time, and rounds only once.
+There PyTorch's products of several rows are not vectorised. Converting both operands to float32
+first takes a tenth of the time, and rounds only once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has matrix products in a dtype."""
+    """Whether this CPU has fast matrix products in a dtype."""
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -24,7 +24,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def fast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products of several rows are fastest here: the given, or float32."""
+    """Fastest dtype for matrix products of several rows: the given one, or float32."""
     return dtype if _multiplies(dtype) else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""Copies of a model with weights of 8 or 4 bits, for drafting on a CPU."""
+"""Quantized copies of a model with 8-bit or 4-bit weights, for drafting on a CPU."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rapid_llm.models import sharing_copy
 
 
 class CPUQuantizer:
-    """See :class:`rapid_llm.engine.device.Quantizer`.
+    """Quantizer for CPUs, see :class:`rapid_llm.engine.device.Quantizer`.
 
     Args:
-        bits: 8 for any weights; 4 for a checkpoint that holds no more, as GGUF's Q4_1 does, whose
-            other layers have 8.
+        bits: bits per weight: 8, for any weights; or 4, for checkpoints of 4-bit weights such as
+            GGUF's Q4_1 (layers with more bits get 8).
     """
 
     def __init__(self, bits: Literal[8, 4]) -> None:
@@ -38,7 +38,7 @@ class CPUQuantizer:
             )
 
     def pays(self, model: PreTrainedModel, passes: Sequence[Pass]) -> bool:
-        # In float32 and float16 torch's operator is no faster than a plain product.
+        # In float32 and float16 PyTorch's int8 operator is no faster than a plain product.
         if not all(
             p.device.type == "cpu" and p.dtype == torch.bfloat16 for p in model.parameters()
         ):
@@ -55,18 +55,19 @@ class CPUQuantizer:
 def quantized_copy(
     model: PreTrainedModel, kind: type[QuantizedLinear], state: ModelState | None = None
 ) -> PreTrainedModel:
-    """The same model with quantized linear layers; every weight of its own is shared, not copied.
+    """A copy of a model with quantized linear layers, which shares the original weights.
 
-    Layers stay as they are where a row's length does not suit the product, or where they are no
-    plain linear layers: so an adapter is in the copy, and its base is quantized.
+    Layers of an unsuitable width, and modules other than plain linear layers, are not quantized. So
+    the copy has the same adapters, over a quantized base.
 
     Args:
-        model: to be quantized.
-        kind: what linear layers become: :class:`.int8.Int8Linear`, or blocks for the compiled pass.
-        state: the model's, if there is one, to tell whether it has changed.
+        model: the model.
+        kind: class of the quantized layers: :class:`.int8.Int8Linear`, or blocks for the compiled
+            pass.
+        state: state of the model, if there is one.
 
     Raises:
-        InvalidParameterError: the model has hooks or replaced methods, which belong to it alone.
+        InvalidParameterError: the model has hooks or replaced methods, which a copy would lack.
     """
     state = ModelState(model) if state is None else state
     return copy_of(model, state, kind.__name__, lambda model: _copy(model, kind))
@@ -74,7 +75,7 @@ def quantized_copy(
 
 def _copy(model: PreTrainedModel, kind: type[QuantizedLinear]) -> PreTrainedModel:
     copy = sharing_copy(model)
-    with torch.inference_mode(False):  # or the quantized weights would be of use there only
+    with torch.inference_mode(False):  # inference tensors could not be used outside that mode
         for parent in list(copy.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and child.weight.shape[1] % kind.divides == 0:
@@ -91,7 +92,7 @@ def _is_compiled(passes: Sequence[Pass]) -> bool:
 
 
 def _holds_four_bits(model: PreTrainedModel) -> bool:
-    """Whether a linear layer of the model, its head aside, holds no more than 4 bits a weight."""
+    """Whether the first linear layer of a model has exact 4-bit weights."""
     head = model.get_output_embeddings()
     layers = (m for m in model.modules() if type(m) is nn.Linear and m is not head)
     first = next((m for m in layers if m.weight.shape[1] % BlockLinear.divides == 0), None)

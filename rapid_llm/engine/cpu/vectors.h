@@ -1,5 +1,5 @@
-// Vectors of float32 numbers, bfloat16 factors and blocks of few bits, for AVX-512 and AVX2; the memory
-// and the shares of threads.
+// Vector types and operations for AVX-512 and AVX2, blocks of quantized weights, division of work among
+// threads, and their memory.
 
 #pragma once
 
@@ -18,29 +18,29 @@
 namespace {
 
 #ifdef __AVX512BF16__
-constexpr int LANES = 16, OUTPUTS = 4, TOKENS = 6, QUERIES = 12;  // what 32 registers hold
+constexpr int LANES = 16, OUTPUTS = 4, TOKENS = 6, QUERIES = 12;  // fit 32 registers
 constexpr int FEW_OUTPUTS = 4;
 #else
-constexpr int LANES = 8, OUTPUTS = 2, TOKENS = 5, QUERIES = 4;  // what 16 registers hold
-constexpr int FEW_OUTPUTS = 1;  // one row after another is read faster, where that is what counts
+constexpr int LANES = 8, OUTPUTS = 2, TOKENS = 5, QUERIES = 4;  // fit 16 registers
+constexpr int FEW_OUTPUTS = 1;  // reading one row after another is faster, when limited by memory
 #endif
-constexpr int FEW = 4;                 // tokens that are multiplied faster than the weights are read
-constexpr int FOLDED = 4;              // their outputs whose lanes are added up together
-constexpr int AHEAD = 3072;            // bytes of a row that are fetched before their turn
+constexpr int FEW = 4;                 // tokens up to which products are limited by reading weights
+constexpr int FOLDED = 4;              // outputs for few tokens whose lanes are summed together
+constexpr int AHEAD = 3072;            // bytes of a row to prefetch ahead
 constexpr int GROUP = 2 * LANES;       // keys that are scored together
 constexpr int KEYS = 8 * GROUP;        // keys between two updates of the running softmax
-constexpr int PARTS = 16;              // of the keys, for each thread, of which it takes what is left
-constexpr int BLOCK = 64;              // tokens of a prefill that a thread takes at a time
-constexpr int QUANTUM = 32;            // whole numbers that share a scale
-constexpr int ROWS = 16;               // outputs whose weights of few bits lie together
-constexpr float HIDDEN = -3e38f;       // the score of a key that a query must not look at
-constexpr float NOTHING_YET = -1e30f;  // the maximum before the first key
+constexpr int PARTS = 16;              // parts of the keys per thread, for load balancing
+constexpr int BLOCK = 64;              // prefill tokens that a thread takes at a time
+constexpr int QUANTUM = 32;            // integers that share a scale
+constexpr int ROWS = 16;               // outputs in a block of quantized weights
+constexpr float HIDDEN = -3e38f;       // score of a masked key
+constexpr float NOTHING_YET = -1e30f;  // maximum before the first key
 
 using Vec = float __attribute__((vector_size(4 * LANES)));
 using Bits = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Words = uint16_t __attribute__((vector_size(4 * LANES)));
-using BFloat16 = uint16_t;  // its bits
+using BFloat16 = uint16_t;  // bits of a bfloat16
 struct Float16 {
     uint16_t bits;
 };
@@ -67,14 +67,14 @@ void store(void* to, T x) {
 
 float value(BFloat16 x) { return bits<float>(uint32_t(x) << 16); }
 
-// To nearest, ties to even. The NaN that a processor makes stays one.
+// Rounds to nearest, ties to even. A NaN made by the processor remains NaN.
 BFloat16 rounded(float x) {
     const uint32_t wide = bits<uint32_t>(x);
     return BFloat16((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-// A factor is what is multiplied with weights, keys and values. Of these, LANES pairs are taken at a
-// time: dot is acc + a.even * b.even + a.odd * b.odd.
+// Factor is the type of activations in products. Products take LANES pairs at a time: dot is
+// acc + a.even * b.even + a.odd * b.odd.
 #ifdef __AVX512BF16__
 
 Vec values(const BFloat16* p) { return Vec(Bits(_mm512_cvtepu16_epi32(load<__m256i>(p))) << 16); }
@@ -93,7 +93,7 @@ Pairs both(const Factor* two) { return pairs(Bits{} + load<uint32_t>(two)); }
 Pairs kept(const float* p) { return load<Pairs>(p); }
 void keep(float* to, Pairs x) { store(to, x); }
 Vec dot(Vec acc, Pairs a, Pairs b) { return _mm512_dpbf16_ps(acc, a, b); }
-// The even dimensions of two keys as pairs, and the odd ones.
+// The even (odd) dimensions of two keys as pairs.
 Pairs evens(Bits a, Bits b) { return pairs((a & 0xffffu) | (b << 16)); }
 Pairs odds(Bits a, Bits b) { return pairs((a >> 16) | (b & 0xffff0000u)); }
 void put_factors(Factor* to, Vec a, Vec b) {
@@ -101,7 +101,7 @@ void put_factors(Factor* to, Vec a, Vec b) {
     store(to + LANES, rounded(b));
 }
 
-using Wide = __m512i;  // 2 * LANES whole numbers of 16 bits
+using Wide = __m512i;  // 2 * LANES 16-bit integers
 Wide wide(const int8_t* p) { return _mm512_cvtepi8_epi16(load<__m256i>(p)); }
 Ints dot(Ints acc, Wide a, Wide b) { return Ints(_mm512_dpwssd_epi32(__m512i(acc), a, b)); }
 Wide wide(Ints a, Ints b) {
@@ -114,7 +114,7 @@ Wide wide(Ints a, Ints b) {
 Vec values(const BFloat16* p) { return Vec(Bits(_mm256_cvtepu16_epi32(load<__m128i>(p))) << 16); }
 Vec values(const Float16* p) { return _mm256_cvtph_ps(load<__m128i>(p)); }
 
-using Factor = float;  // in each GROUP of a token's, the even ones come first
+using Factor = float;  // in each GROUP of a token's factors, the even ones come first
 struct Pairs {
     Vec even, odd;
 };
@@ -143,7 +143,7 @@ using Wide = __m256i;
 Wide wide(const int8_t* p) { return _mm256_cvtepi8_epi16(load<__m128i>(p)); }
 Ints dot(Ints acc, Wide a, Wide b) {
     acc += Ints(_mm256_madd_epi16(a, b));
-    asm("" : "+x"(acc));  // GCC would add up products first, and run out of registers for them
+    asm("" : "+x"(acc));  // keeps GCC from summing products first, which spills registers
     return acc;
 }
 Wide wide(Ints a, Ints b) {
@@ -154,8 +154,8 @@ Wide wide(Ints a, Ints b) {
 
 Wide both(const int16_t* two) { return bits<Wide>(Bits{} + load<uint32_t>(two)); }
 
-// QUANTUM weights of each of ROWS outputs: step * whole. A pair is of two weights that follow one
-// another, for LANES outputs.
+// 8-bit weights, step * whole: QUANTUM weights of each of ROWS outputs. A pair is two neighbouring
+// weights of LANES outputs.
 struct Int8Block {
     Float16 step[ROWS];
     int8_t whole[QUANTUM / 2][ROWS][2];
@@ -163,7 +163,7 @@ struct Int8Block {
     Wide pair(int p, int output) const { return wide(whole[p][output]); }
 };
 
-// smallest + step * whole, where a word has the bits of every second one of 8 weights.
+// 4-bit weights, smallest + step * whole; a 16-bit word has every second one of 8 weights.
 struct Int4Block {
     Float16 step[ROWS], smallest[ROWS];
     uint16_t whole[QUANTUM / 8][ROWS][2];
@@ -175,8 +175,7 @@ struct Int4Block {
 
 constexpr int PAIRS = sizeof(Pairs) / sizeof(float);
 
-// Lanes with the bit S of one vector trade places with those without it of another: a keeps its
-// lanes without and gets b's, b keeps its lanes with and gets a's.
+// Exchanges the lanes of a whose index has bit S with the lanes of b whose index does not.
 template <int S, typename V, int... L>
 void exchange(V& a, V& b, std::integer_sequence<int, L...>) {
     const V without = __builtin_shufflevector(a, b, (L & S ? LANES + L - S : L)...);
@@ -188,7 +187,7 @@ void exchange(V& a, V& b) {
     exchange<S>(a, b, std::make_integer_sequence<int, LANES>{});
 }
 
-// One vector whose lane j * LANES / J is the sum of x[j]; J is a power of 2. Overwrites x.
+// Vector whose lane j * LANES / J is the sum of the lanes of x[j]; J is a power of 2. Overwrites x.
 template <int J, int S = LANES / 2>
 Vec folded(Vec* x) {
     if constexpr (S == 0) {
@@ -208,8 +207,8 @@ Vec folded(Vec* x) {
 }
 float sum(Vec x) { return folded<1>(&x)[0]; }
 
-// Relative error below 3e-7 between -87 and 88; outside, as at these ends. The polynomial is that
-// of the Cephes library's expf.
+// exp(x) with a relative error below 3e-7; x is clamped to [-87, 88]. The polynomial is that of the
+// Cephes library's expf.
 Vec exponential(Vec x) {
     x = x < -87.0f ? Vec{} - 87.0f : x;
     x = x > 88.0f ? Vec{} + 88.0f : x;
@@ -225,7 +224,7 @@ Vec exponential(Vec x) {
     return p * Vec((__builtin_convertvector(whole, Ints) + 127) << 23);
 }
 
-// What one thread does of `total`, in whole units.
+// The calling thread's share [first, last) of `total` items, in whole units.
 struct Share {
     int64_t first, last;
     Share(int64_t total, int64_t unit) {
@@ -236,8 +235,8 @@ struct Share {
     }
 };
 
-// Calls f(R, first) for n things in blocks of nearly the same size R, at most MOST; R is a constant
-// to the compiler.
+// Calls f(R, first) for blocks of n items of nearly the same size R, at most MOST; R is a compile-time
+// constant.
 template <int R, typename F>
 void in_block(int64_t size, int64_t first, const F& f) {
     if (size == R)
@@ -254,12 +253,12 @@ void in_blocks(int64_t n, const F& f) {
     }
 }
 
-// A cache line holds so many float32 numbers. What vectors are loaded from begins with one: a load
-// that touches two lines takes twice as long.
+// Float32 numbers in a cache line. Memory is aligned to lines, because a load that touches two lines
+// takes twice as long.
 constexpr size_t LINE = 16;
 size_t lines(size_t count) { return (count + LINE - 1) / LINE * LINE; }
 
-// Float32 numbers that the calling thread may write to until its next call.
+// Memory for `count` float32 numbers, valid until the calling thread's next call.
 float* arena(size_t count) {
     thread_local std::vector<float> memory;
     if (memory.size() < count + LINE) memory.resize(count + LINE);

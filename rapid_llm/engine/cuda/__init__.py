@@ -1,4 +1,4 @@
-"""Passes of few tokens on a CUDA device: Triton kernels, replayed from graphs."""
+"""CUDA implementation: Triton kernels and CUDA graphs for few tokens, prefill, int4 layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether our Triton kernels run there; where they do not, the log says once why."""
+    """Whether our Triton kernels run on a device; if not, the reason is logged once."""
     if device.type != "cuda":
         return False
     if find_spec("triton") is None:

@@ -1,10 +1,10 @@
-"""Attention of a few new tokens over a long cache: each key and value is read once.
+"""Decoding attention in Triton: few new tokens over a long cache, each key and value read once.
 
 The keys are divided among programs (split-KV, as in Flash-Decoding), and the query heads that share
-a KV head are rows of one tile, so that a pass of 16 tokens reads what a pass of 1 reads. Each
-program leaves its part, normalised, with the logarithm of its sum of exponentials; a second kernel
-weighs the parts. The length is read from the device, so a captured pass serves every length. The
-log-sum-exp can be returned: parts over other keys can so be merged with the result.
+a KV head are rows of one tile, so that a pass of 16 tokens reads as much as a pass of 1. Each
+program writes the normalised output of its part and the log-sum-exp of its scores; a second kernel
+merges the parts. The length is read from the device, so that a captured pass works for all lengths.
+The log-sum-exp can be returned, to merge the result with attention over other keys.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ _PAST = tl.constexpr(PAST)
 _CAPACITY = tl.constexpr(CAPACITY)
 _BUFFERS = tl.constexpr(BUFFERS)
 
-_FEWEST_ROWS, _MOST_ROWS = 16, 64  # of a tile: query heads of one KV head times new tokens
+_FEWEST_ROWS, _MOST_ROWS = 16, 64  # rows of a tile: query heads per KV head times new tokens
 _MAX_SPLITS = 128
 
 
 class Config(NamedTuple):
-    """How a kernel is cut and compiled.
+    """Launch parameters of the attention kernel.
 
     Attributes:
-        splits: parts of the keys.
-        block: keys in a step.
-        warps, stages: of a program, and of its pipeline.
+        splits: number of parts into which the keys are divided.
+        block: number of keys in a step.
+        warps: warps of a program.
+        stages: stages of its pipeline.
     """
 
     splits: int
@@ -46,7 +47,7 @@ class Config(NamedTuple):
 
 @triton.jit
 def _parts(past, new, window, splits, BLOCK: tl.constexpr, WINDOWED: tl.constexpr):
-    """In how many parts the keys are divided: no more than there are blocks."""
+    """Number of parts into which the keys are divided, at most one per block."""
     first = 0
     if WINDOWED:
         first = tl.maximum(past - window + 1, 0) // BLOCK
@@ -75,7 +76,7 @@ def _accumulate(
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """Attend to the blocks in [begin, stop); a row sees the keys up to its ``last``."""
+    """Attend to the blocks in [begin, stop); each row attends to keys up to its ``last``."""
     columns = tl.arange(0, WIDTH)
     for block in range(begin, stop):
         places = block * BLOCK + tl.arange(0, BLOCK)
@@ -98,7 +99,7 @@ def _accumulate(
                 seen = seen & (places[None, :] > last[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
-        # A row that has seen no key yet has no maximum to subtract.
+        # A row without any key so far has maximum -inf, which must not be subtracted.
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp2(scores - safe[:, None])
         shrink = tl.exp2(top - safe)
@@ -136,7 +137,7 @@ def _attend_part(
     CACHED: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """One part of the keys, for one KV head and one tile of rows."""
+    """Attention over one part of the keys, for one KV head and one tile of rows."""
     head, split = tl.program_id(0), tl.program_id(1)
     if CACHED:
         past = tl.load(state + _PAST).to(tl.int32)
@@ -162,7 +163,7 @@ def _attend_part(
     q_at = query + token[:, None] * q_token + (head * group + rows // new)[:, None] * q_head
     q = tl.load(q_at + columns[None, :], mask=whole, other=0.0)
 
-    # The keys that some row of this tile sees; of a long chunk each tile has fewer.
+    # The keys that any row of this tile attends to; fewer than all for a tile of a long chunk.
     earliest = past + tl.min(tl.where(real, token, new), axis=0)
     latest = past + tl.max(tl.where(real, token, 0), axis=0)
     first = 0
@@ -177,7 +178,7 @@ def _attend_part(
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     last = past + token
     middle = begin
-    if not WINDOWED:  # all but the blocks of the new tokens are seen whole
+    if not WINDOWED:  # only blocks with new tokens need a mask
         middle = tl.maximum(begin, tl.minimum(stop, (earliest + 1) // BLOCK))
         acc, top, total = _accumulate(
             acc, top, total, q, keys, values, k_row, v_row, begin, middle,
@@ -216,7 +217,7 @@ def _merge_parts(
     WINDOWED: tl.constexpr,
     RETURNS_LSE: tl.constexpr,
 ):
-    """Weigh the parts of one row, some of its columns; row h * new + t is head h of token t."""
+    """Merge the parts of one row, for some columns; row h * new + t is head h of token t."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     if CACHED:
         past = tl.load(state + _PAST).to(tl.int32)
@@ -249,14 +250,15 @@ def attend(
     """Softmax attention of the last n positions of a sequence of ``length`` tokens.
 
     Args:
-        query: ``[heads, n, dim]``, bfloat16, float16 or float32.
-        key, value: ``[kv_heads, length, dim]``, the same dtype, rows contiguous; ``heads`` is a
-            multiple of ``kv_heads``.
+        query: queries of the last n positions, ``[heads, n, dim]``, bfloat16, float16 or float32.
+        key, value: keys and values of all positions, ``[kv_heads, length, dim]``, same dtype, rows
+            contiguous; ``heads`` is a multiple of ``kv_heads``.
         scaling: factor on the scores.
-        window: a query at position i sees the keys in ``(i - window, i]``; None: all up to i.
-        lse: float32 ``[heads, n]``, to be filled with the natural logarithm of each row's sum of
-            exponentials.
-        config: instead of what suits the device.
+        window: size of the sliding window: a query at position i attends to the keys in
+            ``(i - window, i]``. None for full causal attention.
+        lse: output for the log-sum-exp of each row's scores (natural), float32 ``[heads, n]``;
+            None if not needed.
+        config: launch parameters; None for the best ones for the device.
 
     Returns:
         ``[heads, n, dim]`` in the query's dtype.
@@ -279,14 +281,14 @@ def attend_cached(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """The same over one layer of the cache that ``state`` describes, new tokens already written.
+    """:func:`attend` over one layer of a cache to which the new tokens are already written.
 
     Args:
-        query: ``[n, heads, dim]``, of the new tokens.
-        state: int64, see :mod:`rapid_llm.engine.cuda.state`.
-        layer: of the cache.
-        kv_heads: of each layer.
-        scaling, window, config: as for :func:`attend`.
+        query: queries of the new tokens, ``[n, heads, dim]``.
+        state: state of the cache, int64, see :mod:`rapid_llm.engine.cuda.state`.
+        layer: index of the layer.
+        kv_heads: number of KV heads of a layer.
+        scaling, window, config: see :func:`attend`.
 
     Returns:
         ``[n, heads, dim]``, contiguous.
@@ -310,7 +312,7 @@ def _launch(
     n, heads, dim = query.shape
     rows = heads // kv_heads * n
     width = max(16, triton.next_power_of_2(dim))
-    most = _MOST_ROWS if width * query.itemsize <= 512 else 32  # or they fill the shared memory
+    most = _MOST_ROWS if width * query.itemsize <= 512 else 32  # limited by the shared memory
     tile = min(most, max(_FEWEST_ROWS, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, tile)
     config = config or best_config(query.device, query.dtype, dim, tile, kv_heads * tiles)
@@ -375,10 +377,17 @@ def _launch(
 def best_config(
     device: torch.device, dtype: torch.dtype, dim: int, tile: int, groups: int
 ) -> Config:
-    """What suits a device, where ``groups`` tiles of so many rows share a KV head's keys each.
+    """Best launch parameters for a device; on an H100 within 2 % of the optimum.
 
-    So many parts that every multiprocessor has two programs of the smallest tiles, or one of
-    others, whatever the number of heads: on an H100 the best or within 2 % of it.
+    The number of parts gives each multiprocessor two programs of the smallest tiles, or one of
+    larger ones.
+
+    Args:
+        device: device of the tensors.
+        dtype: dtype of keys and values.
+        dim: head size.
+        tile: rows of a tile.
+        groups: number of (KV head, tile) pairs.
     """
     wide = triton.next_power_of_2(dim) * dtype.itemsize  # bytes of a key
     block = max(16, min(64, 16384 // wide))
@@ -390,11 +399,11 @@ def best_config(
 @cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 8  # Triton's interpreter, where only the borders between parts matter
+        return 8  # Triton's interpreter; gives several parts, for tests
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
 def _has_room(device: torch.device) -> bool:
-    """Whether shared memory holds three stages: 160 KB and more, as in data centres."""
+    """Whether shared memory has room for three stages: 160 KB and more, as on A100 and H100."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))

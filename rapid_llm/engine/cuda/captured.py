@@ -1,7 +1,7 @@
-"""Passes of few tokens as CUDA graphs: one launch instead of some hundreds.
+"""Forward passes of few tokens as CUDA graphs: one launch instead of hundreds.
 
-A graph is made for each number of tokens when it is first needed, and serves every cache of its
-model: see :mod:`rapid_llm.engine.cuda.state`. Everything but the capture itself runs on any device.
+A graph is captured for each number of tokens at its first use, and works for all caches of its
+model, see :mod:`rapid_llm.engine.cuda.state`. All code but the capture itself runs on any device.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from rapid_llm.engine.kv_cache import KVCache
 
 
 class CapturedPasses:
-    """Passes of a lean model with a fixed rotary embedding, as it is now.
+    """Captured passes of a lean model with a fixed rotary embedding, in its current state.
 
     Args:
-        model: its projections' weights become views of fused ones.
-        insist: whether a capture that fails is an error.
+        model: the model; weights of its projections become views of fused weights.
+        insist: whether a failed capture is an error.
 
     Attributes:
         fused: the pass that is captured.
-        record: makes graphs of it, and of what goes with it.
-        tokens: int64 ``[MAX_TOKENS]`` on the device: what it reads.
-        state: of the cache that it appends to, see :mod:`rapid_llm.engine.cuda.state`.
+        record: recorder for graphs of this model.
+        tokens: input buffer for token ids, int64 ``[MAX_TOKENS]`` on the device.
+        state: state of the cache, int64 on the device, see :mod:`rapid_llm.engine.cuda.state`.
     """
 
     def __init__(self, model: Any, insist: bool) -> None:
         self.fused = FusedPass(model)
         device = model.model.embed_tokens.weight.device
         self.record = Recorder(device, insist)
-        with torch.inference_mode(False):  # they are changed in whatever mode the caller is
+        with torch.inference_mode(False):  # the buffers are written in and outside inference mode
             self.tokens = torch.zeros(MAX_TOKENS, dtype=torch.long, device=device)
             layers = len(model.model.layers)
             self.state = torch.zeros(size_of(layers), dtype=torch.long, device=device)
         self._graphs = Graphs(self.record, device)
 
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
-        """Whether a captured pass can append the tokens: few, to a cache in use."""
+        """Whether the tokens are few, and the cache is in use."""
         return ids.shape[0] <= MAX_TOKENS and cache.length > 0
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        """See :class:`rapid_llm.engine.device.Pass`; positions follow from the cache."""
+        """See :class:`rapid_llm.engine.device.ReplayedPass`; ``positions`` is ignored."""
         n = ids.shape[0]
         self.begin(ids, cache, n)
         logits = self._graphs(n, partial(self.fused, self.tokens[:n], self.state))
-        logits = logits[-keep:].clone()  # the next pass writes to the same place
+        logits = logits[-keep:].clone()  # the next pass overwrites this memory
         cache.advance(n)
         return logits
 
     def read(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
-        """The same, launched kernel by kernel: for any number of tokens, and an empty cache."""
+        """Run without a graph, kernel by kernel, for any number of tokens and an empty cache."""
         self.fused.allocate(cache)
         self.begin(ids[:0], cache, ids.shape[0])
         with torch.cuda.device_of(self.state):  # Triton launches on the current device
@@ -65,12 +65,13 @@ class CapturedPasses:
         return logits
 
     def begin(self, ids: Tensor, cache: KVCache, room: int) -> None:
-        """Tell the device what to read and where the cache stands, without waiting for it.
+        """Copy token ids and the state of the cache to the device buffers, without waiting.
 
         Args:
-            ids: int64, at most MAX_TOKENS.
-            cache: allocated.
-            room: tokens that will be written to it; kernels would write beyond its end.
+            ids: token ids to read, int64, at most MAX_TOKENS.
+            cache: allocated cache.
+            room: number of tokens that will be appended. It is checked here, because the kernels do
+                not check bounds.
         """
         assert cache.length + room <= cache.capacity
         state = describe(cache)
@@ -82,7 +83,7 @@ class CapturedPasses:
 
 
 class EagerPass:
-    """The kernels of captured passes, launched one by one: for a prompt, and an empty cache."""
+    """The kernels of captured passes, launched one by one, for prompts and empty caches."""
 
     def __init__(self, passes: CapturedPasses) -> None:
         self._passes = passes

@@ -1,4 +1,4 @@
-"""How passes are computed on a CUDA device."""
+"""The CUDA implementation of ``Device``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from rapid_llm.engine.device import Device, Pass
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.lean import has_fixed_rotary
 
-_PLANNED = 1024  # tokens: cuDNN makes, and keeps, plans for each size of buffers
+_PLANNED = 1024  # capacities are multiples of this, as cuDNN keeps a plan for each buffer size
 
 
 class CUDA(Device):
-    """Triton kernels and captured passes, on Ampere or newer; PyTorch's operators elsewhere."""
+    """CUDA device: Triton kernels and captured passes on Ampere or newer, else PyTorch's operators.
+
+    Older GPUs, and machines without Triton, run the lean pass with SDPA.
+    """
 
     quantizers: ClassVar = {"int4": int4}
     prefill_chunk = prefill.CHUNK
@@ -27,18 +30,18 @@ class CUDA(Device):
         place = model.model.embed_tokens.weight.device
         if cuda_graphs is False or not has_kernels(place) or not has_fixed_rotary(model):
             return []
-        # Triton, which may be missing:
+        # Imported here, because Triton may be missing.
         from rapid_llm.engine.cuda.captured import EagerPass
         from rapid_llm.engine.cuda.replayed import ReplayedPasses
 
         captured = ReplayedPasses(model, insist=cuda_graphs is True)
-        state.look()  # projections were fused: their weights have moved
+        state.look()  # fusing projections has moved their weights
         return [captured, EagerPass(captured)]
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: int | None
     ) -> sdpa.Kernel:
-        # Never a mask tensor, and never SDPA over a cache that grows token by token.
+        # No mask tensors, and no SDPA while decoding over a growing cache.
         if prefill.serves(query, value.shape[1], window):
             return prefill.attend_chunk
         few = query.shape[1] <= sdpa.FEW_QUERIES

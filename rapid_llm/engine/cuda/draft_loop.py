@@ -1,6 +1,6 @@
-"""Draft steps that feed one another: pass, distribution and draw in one graph.
+"""Draft loop on the GPU: forward pass, distribution and sampling of a step in one CUDA graph.
 
-The host launches a graph for each step and waits for none.
+The host launches a graph for each step and does not wait for any.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from rapid_llm.engine.cuda.state import PAST, SLOT
 from rapid_llm.engine.device import TokenSampler
 from rapid_llm.engine.kv_cache import KVCache
 
-_PENDING = 2  # tokens that the first step may read: after a draft that was kept whole there are two
+_PENDING = 2  # maximum tokens read by the first step; two after a fully accepted draft
 
 
 class DraftLoop:
-    """Drafts with one model, by one way of sampling.
+    """Drafts with one model and one sampler.
 
     Args:
-        passes: of the model.
-        choice: what becomes of the logits.
+        passes: captured passes of the model.
+        choice: sampler of the draft steps.
     """
 
     def __init__(self, passes: CapturedPasses, choice: TokenSampler) -> None:
@@ -37,16 +37,17 @@ class DraftLoop:
     def __call__(
         self, pending: Tensor, steps: int, cache: KVCache, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Read the pending tokens, and draft ``steps`` tokens after them, ``MAX_TOKENS`` at most.
+        """Read pending tokens and draft after them.
 
         Args:
-            pending: int64 ``[n]``, at least one.
-            steps: at least 1. The last token is drawn, but not read.
-            cache: is in use and has room for n + steps - 1 more tokens.
-            generator: draws, and is left as if it had drawn eagerly.
+            pending: tokens that are not in the cache yet, int64 ``[n]``, at least one.
+            steps: number of tokens to draft, at least 1; at most ``MAX_TOKENS`` are drafted. The
+                last one is drawn but not read.
+            cache: cache in use with room for n + steps - 1 more tokens.
+            generator: random generator, which advances as if it had drawn eagerly.
 
         Returns:
-            The tokens, int64 ``[steps]``, and the q that each was drawn from, float32
+            Drafted tokens, int64 ``[steps]``, and the q that each was drawn from, float32
             ``[steps, width]``.
         """
         steps = min(steps, MAX_TOKENS)
@@ -62,7 +63,7 @@ class DraftLoop:
         return self._drafted[:steps].clone(), self._rows[:steps].clone()
 
     def _step(self, n: int) -> None:
-        """Read n tokens, draw one, and make it the token that the next step reads."""
+        """Read n tokens, draw one, and write it to the input buffer of the next step."""
         passes = self._passes
 
         def run() -> Tensor:

@@ -1,6 +1,6 @@
-"""The small steps between the matrix products of a pass, each in one kernel.
+"""Triton kernels between the matrix products of a pass: norms, rotary embedding, activation, merge.
 
-Sums are taken in float32 and rounded where the lean forward pass rounds.
+They compute in float32 and round where the lean forward pass rounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,17 @@ def _add_rms_norm(
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
-    """Add ``delta`` to the stream ``x`` in place, and return its RMS norm; all ``[n, size]``."""
+    """Add ``delta`` to the residual stream ``x`` in place, and return its RMS norm.
+
+    Args:
+        x: residual stream, ``[n, size]``.
+        delta: update to add, ``[n, size]``; None for none.
+        weight: weight of the norm, ``[size]``.
+        epsilon: epsilon of the norm.
+
+    Returns:
+        The normalised stream, ``[n, size]``.
+    """
     n, size = x.shape
     out = torch.empty_like(x)
     width = triton.next_power_of_2(size)
@@ -65,7 +75,7 @@ def _silu_times(pairs, out, size, BLOCK: tl.constexpr):
 
 
 def silu_times(pairs: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``[n, 2 * size]``, gate before up: ``[n, size]``."""
+    """``silu(gate) * up``, ``[n, size]``, for rows of gate and up, ``[n, 2 * size]``."""
     n, size = pairs.shape[0], pairs.shape[1] // 2
     out = pairs.new_empty(n, size)
     block = min(1024, triton.next_power_of_2(size))
@@ -97,7 +107,7 @@ def _rotate_and_store(
     WIDTH: tl.constexpr,
     NORMS: tl.constexpr,
 ):
-    """One head of one token: a query stays in place, a key or a value goes to the cache."""
+    """One head of one token: rotate a query in place, or write a key or value to the cache."""
     token, head = tl.program_id(0), tl.program_id(1)
     half: tl.constexpr = DIM // 2
     columns = tl.arange(0, WIDTH)
@@ -119,7 +129,7 @@ def _rotate_and_store(
         sin = tl.where(columns < half, -sin, sin)
         x = (x.to(tl.float32) * cos + other.to(tl.float32) * sin).to(x.dtype)
     if head < heads:
-        tl.debug_barrier()  # all of the head is read before any of it is written
+        tl.debug_barrier()  # read all of the head before any of it is written
         tl.store(row + columns, x, mask=there)
     else:
         which = (head - heads) // kv_heads  # 0 for a key, 1 for a value
@@ -138,15 +148,17 @@ def rotate_and_store(
     heads: int,
     kv_heads: int,
 ) -> Tensor:
-    """Rotate queries and keys, and write keys and values behind what the cache holds.
+    """Apply the rotary embedding to queries and keys, and append keys and values to the cache.
 
     Args:
-        qkv: ``[n, (heads + 2 * kv_heads) * dim]``, contiguous; overwritten.
+        qkv: queries, keys and values of new tokens, ``[n, (heads + 2 * kv_heads) * dim]``,
+            contiguous; overwritten.
         rotary: cosines and sines of the new positions, ``[n, dim]`` each.
-        norms: weights ``[dim]`` of the RMS norms of queries and keys, and their epsilon (Qwen3).
-        state: int64, see :mod:`rapid_llm.engine.cuda.state`.
-        layer: of the cache.
-        heads, kv_heads: of the layer.
+        norms: weights ``[dim]`` of the RMS norms of queries and keys, and their epsilon (Qwen3);
+            None for models without.
+        state: state of the cache, int64, see :mod:`rapid_llm.engine.cuda.state`.
+        layer: index of the layer.
+        heads, kv_heads: numbers of query heads and KV heads.
 
     Returns:
         The rotated queries, ``[n, heads, dim]``: a view of ``qkv``.
@@ -194,17 +206,17 @@ def _merge(
 
 
 def merge(one: Tensor, one_lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from that over each.
+    """Merge the results of attention over two disjoint sets of keys.
 
     Args:
-        one, other: ``[heads, n, dim]``, rows contiguous.
+        one, other: attention over each set, ``[heads, n, dim]``, rows contiguous.
         one_lse, other_lse: log-sum-exp of the scores, float32 ``[heads, n]``, contiguous.
 
     Returns:
-        The same two over both, in float32.
+        Attention over both sets and its log-sum-exp, in float32.
     """
     heads, n, size = one.shape
-    out = torch.empty_like(one, dtype=torch.float32)  # laid out as it is
+    out = torch.empty_like(one, dtype=torch.float32)  # with the same strides
     lse = torch.empty_like(one_lse)
     _merge[(heads * n,)](
         one,

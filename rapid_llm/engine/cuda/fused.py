@@ -1,7 +1,7 @@
-"""A pass of a lean model in ten kernels a layer: fused products, and nothing that asks the host.
+"""Forward pass of a lean model on CUDA in ten kernels per layer, without host synchronisation.
 
-It computes what :func:`rapid_llm.engine.lean.lean_logits` does. The projections of one input are
-one product; their weights are moved into one tensor, of which the modules' become views.
+It computes the same as :func:`rapid_llm.engine.lean.lean_logits`. Projections of the same input are
+one product: their weights are moved into one tensor, and the modules' weights become views of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
 from rapid_llm.engine.lean import window_of
 
 Product = Callable[[Tensor], Tensor]
-"""``[n, in]`` to ``[n, out]``."""
+"""Matrix product with the weights of a layer: ``[n, in]`` to ``[n, out]``."""
 
 
 class _Norm(NamedTuple):
@@ -46,10 +46,10 @@ class _Layer(NamedTuple):
 
 
 class FusedPass:
-    """Passes over a lean model's weights, as they are now.
+    """Forward passes over the current weights of a lean model.
 
     Args:
-        model: lean, see :func:`rapid_llm.engine.lean.is_lean`.
+        model: lean model, see :func:`rapid_llm.engine.lean.is_lean`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -63,19 +63,19 @@ class FusedPass:
     def __call__(
         self, tokens: Tensor, state: Tensor, cache: KVCache | None = None, keep: int | None = None
     ) -> Tensor:
-        """Append int64 ``[n]`` tokens to the cache that ``state`` describes.
+        """Run the model on new tokens and write their KV to the cache that ``state`` describes.
 
-        Cache and ``state`` stay as they were: the caller says when the cache is longer.
+        The lengths in the cache and in ``state`` do not change; the caller updates them.
 
         Args:
-            tokens: on the device.
-            state: int64, see :mod:`rapid_llm.engine.cuda.state`.
-            cache: the same, where its length may be taken from the host: then attention is what is
-                fastest for n tokens, not what can be captured.
-            keep: for how many of the last positions logits are computed; None for all.
+            tokens: token ids, int64 ``[n]`` on the device.
+            state: state of the cache, int64, see :mod:`rapid_llm.engine.cuda.state`.
+            cache: the same cache, to use the fastest attention for n tokens with the length from
+                the host; None for attention that can be captured.
+            keep: number of last tokens for which logits are computed; None for all.
 
         Returns:
-            ``[keep, vocab]`` in the model's dtype.
+            Logits ``[keep, vocab]`` in the model's dtype.
         """
         n = tokens.shape[0]
         x = F.embedding(tokens, self._embedding)
@@ -107,7 +107,7 @@ class FusedPass:
         return self._head(add_rms_norm(x[last], delta[last], *self._norm))
 
     def allocate(self, cache: KVCache) -> None:
-        """Take the memory of a cache that is new."""
+        """Allocate the memory of a new cache."""
         for kv, layer in zip(cache.layers, self._layers, strict=True):
             if not kv.is_initialized:
                 sample = self._embedding.new_empty(1, layer.kv_heads, 0, layer.dim)
@@ -115,7 +115,7 @@ class FusedPass:
 
 
 def _attend(query: Tensor, kv: PreallocatedLayer, layer: _Layer) -> Tensor:
-    """``[n, heads, dim]`` over what a layer holds and the new keys and values behind it."""
+    """Attention of queries ``[n, heads, dim]`` over a layer, including the n new tokens in it."""
     end = kv.length + query.shape[0]
     keys, values = kv.keys[0, :, :end], kv.values[0, :, :end]
     return attend(query.transpose(0, 1), keys, values, layer.scaling, layer.window).transpose(0, 1)
@@ -130,7 +130,7 @@ def _layer(module: Any) -> _Layer:
         norms = query_norm.weight, key_norm.weight, query_norm.variance_epsilon
     return _Layer(
         before=_norm(module.input_layernorm),
-        projections=_together(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        projections=_fused_product(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
         head_norms=norms,
         heads=attention.q_proj.weight.shape[0] // dim,
         kv_heads=attention.k_proj.weight.shape[0] // dim,
@@ -139,7 +139,7 @@ def _layer(module: Any) -> _Layer:
         window=window_of(attention),
         output=_product(attention.o_proj),
         between=_norm(module.post_attention_layernorm),
-        gate_up=_together(mlp, "gate_up_proj", ("gate_proj", "up_proj")),
+        gate_up=_fused_product(mlp, "gate_up_proj", ("gate_proj", "up_proj")),
         down=_product(mlp.down_proj),
     )
 
@@ -155,8 +155,8 @@ def _product(module: Any) -> Product:
     return product
 
 
-def _together(parent: Any, name: str, names: Sequence[str]) -> Product:
-    """One product in the place of several: a quantized copy's own, or of fused weights."""
+def _fused_product(parent: Any, name: str, names: Sequence[str]) -> Product:
+    """One product for several layers: that of a quantized copy, or one with fused weights."""
     quantized = getattr(parent, name, None)
     if quantized is not None:
         return _product(quantized)
@@ -170,9 +170,10 @@ def _together(parent: Any, name: str, names: Sequence[str]) -> Product:
 
 
 def fuse(weights: Sequence[nn.Parameter]) -> Tensor:
-    """One tensor of ``[out, ...]`` weights, of which these become views (or are already).
+    """Concatenate weights ``[out, ...]`` along the first dimension, and make them views of the sum.
 
-    Nothing is stored twice, and every parameter stays the object that it was.
+    Nothing is stored twice, and the parameters remain the same objects. Weights that are such views
+    already are not moved.
     """
     first, sizes = weights[0], [weight.shape[0] for weight in weights]
     row = first.numel() // first.shape[0]
@@ -185,7 +186,7 @@ def fuse(weights: Sequence[nn.Parameter]) -> Tensor:
     ):
         shape = (sum(sizes), *first.shape[1:])
         return torch.as_strided(first.detach(), shape, first.stride(), starts[0])
-    with torch.inference_mode(first.is_inference()):  # trainable weights stay so
+    with torch.inference_mode(first.is_inference()):  # trainable weights remain trainable
         together = torch.cat([weight.detach() for weight in weights])
         for weight, part in zip(weights, together.split(sizes), strict=True):
             weight.data = part

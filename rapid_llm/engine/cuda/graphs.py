@@ -1,4 +1,4 @@
-"""CUDA graphs: what a function launches, recorded once and launched as one."""
+"""Capture and replay of CUDA graphs, with a fallback where a capture fails."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from rapid_llm.errors import InvalidParameterError
 
 MAX_TOKENS = 17
-"""In a pass: a draft of 16 tokens and the one before it."""
+"""Maximum number of tokens in a captured pass: a draft of 16 tokens and the one before it."""
 
-_WARM_UP = 2  # runs before a capture, in which libraries set up what may not happen in one
+_WARM_UP = 2  # runs before a capture, for setup work of libraries that cannot be captured
 
 Replay = Callable[[], Tensor]
 
@@ -24,12 +24,12 @@ _log = logging.getLogger(__name__)
 
 @cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: cuBLAS keeps 32 MiB for each that it has worked on."""
+    """The stream for all captures; only one, as cuBLAS keeps 32 MiB for each stream."""
     return torch.cuda.Stream(device)
 
 
 class GraphCapture:
-    """Records CUDA graphs into one memory pool."""
+    """Captures CUDA graphs in one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -38,12 +38,12 @@ class GraphCapture:
     def __call__(
         self, run: Replay, changes: Sequence[Tensor], generator: torch.Generator | None
     ) -> Replay:
-        """What replays it.
+        """Capture a function and return one that replays it.
 
         Args:
-            run: launches the work, and never waits for it.
-            changes: what it changes that the next run depends on; left as it was.
-            generator: draws; left as it was.
+            run: function that launches the work, without waiting for it.
+            changes: tensors that it changes and the next run depends on; restored afterwards.
+            generator: random generator that it uses, restored afterwards; None for none.
         """
         before = [tensor.clone() for tensor in changes]
         drawn = None if generator is None else generator.get_state()
@@ -80,7 +80,7 @@ class GraphCapture:
         return replay
 
     def _record(self, graph: torch.cuda.CUDAGraph, run: Replay) -> Tensor:
-        # Other threads may go on using the device meanwhile.
+        # thread_local, so that other threads can use the device meanwhile.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             out = run()
@@ -91,7 +91,7 @@ class GraphCapture:
         return out
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed. Where CUDA calls it invalid, PyTorch leaves its pool open."""
+        """End a failed capture; release its pool, which PyTorch leaves open if it is invalid."""
         with suppress(RuntimeError):
             graph.capture_end()
             return
@@ -101,64 +101,64 @@ class GraphCapture:
 
 
 class Recorder:
-    """Records the graphs of one model, and knows what to do where that fails.
+    """Captures the graphs of one model, with a fallback where a capture fails.
 
-    Memory that is short is the caller's to free: the error is passed on, and not again before a
-    capture has succeeded. What fails all the same is launched kernel by kernel from then on, and
-    the log says so once.
+    The first out-of-memory error since a success is raised, so that the caller can free memory and
+    try again. After any other failure, or a second one, the work is launched kernel by kernel from
+    then on, which is logged once.
 
     Args:
-        device: of the model.
-        insist: raise instead.
+        device: device of the model.
+        insist: whether to raise an error instead of the fallback.
     """
 
     def __init__(self, device: torch.device, insist: bool) -> None:
         self._device = device
         self._insist = insist
         self._capture = GraphCapture(device)
-        self._short = self._told = False
+        self._short = self._warned = False
 
     def __call__(
         self, run: Replay, changes: Sequence[Tensor], generator: torch.Generator | None
     ) -> Replay | None:
-        """As :class:`GraphCapture`; None where ``run`` cannot be captured.
+        """Capture a function, see :class:`GraphCapture`; None where this fails.
 
-        A ``generator`` is then of no more use: it may be left as in the middle of a capture.
+        After a failure ``generator`` must not be used again: its state may be that of a capture.
 
         Raises:
-            torch.OutOfMemoryError: try again when memory was freed.
-            InvalidParameterError: graphs were insisted on.
+            torch.OutOfMemoryError: memory is short; free some and call again.
+            InvalidParameterError: the capture failed, and ``insist`` is set.
         """
         if self._short and self._device.type == "cuda":
-            torch.cuda.empty_cache()  # a capture cannot take from what is cached
+            torch.cuda.empty_cache()  # a capture cannot use memory cached by PyTorch
         try:
             replay = self._capture(run, changes, generator)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) and not self._short:
                 self._short = True
                 raise
-            self._capture = GraphCapture(self._device)  # with a pool that no failure has touched
+            self._capture = GraphCapture(self._device)  # with a new pool
             if self._insist:
                 raise InvalidParameterError(
                     f"cuda_graphs=True, but a pass on {self._device} could not be captured "
                     f"({error}); leave cuda_graphs out, and it is launched kernel by kernel"
                 ) from error
-            if not self._told:
+            if not self._warned:
                 _log.warning(
                     "a pass on %s could not be captured (%s), so it is slower", self._device, error
                 )
-                self._told = True
+                self._warned = True
             return None
         self._short = False
         return replay
 
 
 class Graphs:
-    """Graphs of one kind of work, each made when it is first needed.
+    """Graphs of one kind of work by key, each captured at its first use.
 
     Args:
-        record: makes them.
-        device: where the work is done.
+        record: recorder that captures them.
+        device: device of the work.
     """
 
     generator: torch.Generator | None = None
@@ -170,19 +170,22 @@ class Graphs:
         self._uncaptured: set[Hashable] = set()
 
     def __call__(self, key: Hashable, run: Replay, changes: Sequence[Tensor] = ()) -> Tensor:
-        """Launch what ``run`` launched when it was called under this key for the first time.
+        """Replay the graph of a key, captured from ``run`` at the first call.
 
-        Where that could not be captured, call it.
+        Args:
+            key: key of the graph.
+            run: function that launches the work; called directly where the capture failed.
+            changes: tensors that it changes and the next run depends on.
 
         Returns:
-            What it returned then, in the same memory: the next launch may overwrite it.
+            The result of ``run``, in memory that the next launch may overwrite.
         """
         if key not in self._replays and key not in self._uncaptured:
             self._make(key, run, changes)
         if key in self._replays:
             return self._replays[key]()
         index = self._device.index if self._device.type == "cuda" else -1
-        with torch.cuda.device(index):  # on which Triton launches
+        with torch.cuda.device(index):  # Triton launches on the current device
             return run()
 
     def _make(self, key: Hashable, run: Replay, changes: Sequence[Tensor]) -> None:
@@ -194,11 +197,11 @@ class Graphs:
 
 
 class DrawingGraphs(Graphs):
-    """Graphs of work that draws.
+    """Graphs of work that draws random numbers.
 
     Attributes:
-        generator: what they draw from: one of their own, as a graph draws from the generator that
-            it was recorded with.
+        generator: random generator of the graphs; their own, because a graph draws from the
+            generator that it was captured with.
     """
 
     generator: torch.Generator
@@ -215,14 +218,14 @@ class DrawingGraphs(Graphs):
         drawn = self.generator.get_state()
         super()._make(key, run, changes)
         if key in self._uncaptured:
-            # Those that were recorded with the generator go with it, and are made again.
+            # The generator is not usable any more, nor are the graphs captured with it.
             self._replays.clear()
             self.generator = self._new_generator()
             self.generator.set_state(drawn)
 
     @contextmanager
     def drawing_from(self, generator: torch.Generator) -> Iterator[None]:
-        """What is launched draws as if from this one, which is left behind those draws."""
+        """Within this context the graphs draw as if from another generator, which advances."""
         self.generator.set_state(generator.get_state())
         yield
         generator.set_state(self.generator.get_state())

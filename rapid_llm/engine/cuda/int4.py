@@ -1,4 +1,4 @@
-"""Weights of 4 bits for a drafter on CUDA, multiplied by torch's own operators (tinygemm).
+"""Linear layers with 4-bit weights for drafting on CUDA, with PyTorch's operators (tinygemm).
 
 A group of weights of a row shares a step and a middle: ``w ≈ (n - 8) * step + middle``, n in 0..15.
 """
@@ -25,21 +25,21 @@ from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy
 
 GROUP = 64
-"""Weights that share a step: of 4.5 bits a weight half a bit."""
+"""Number of weights of a row that share a step; steps and middles take half a bit per weight."""
 
-_ROWS = 4096  # quantized at a time: a vocabulary's in float32 would take gigabytes
-_LARGE = 10**9  # bytes: read in a third of a millisecond, in which some 100 kernels run
-_INNER_TILES = 8  # of the operators' layout: 128 columns
+_ROWS = 4096  # rows quantized at a time, as a whole vocabulary in float32 would take gigabytes
+_LARGE = 10**9  # bytes that take 0.3 ms to read, about the time of 100 small kernels
+_INNER_TILES = 8  # inner tiles of the operators' layout: 128 columns
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest of 16 equidistant values, from the least to the greatest of a group.
+    """Quantize weights to 16 equidistant values between the minimum and maximum of each group.
 
     Args:
-        weight: ``[out, in]``; ``in`` is a multiple of :data:`GROUP`.
+        weight: weights ``[out, in]``; ``in`` is a multiple of :data:`GROUP`.
 
     Returns:
-        The numbers n, uint8 ``[out, in]``; steps and middles, bfloat16 ``[in / group, out, 2]``.
+        Numbers n, uint8 ``[out, in]``; steps and middles, bfloat16 ``[in / group, out, 2]``.
     """
     parts = [_quantize(rows) for rows in weight.detach().split(_ROWS)]
     return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts], dim=1)
@@ -48,7 +48,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.float().unflatten(1, (-1, GROUP))
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    # Rounded first, so that n is the nearest to the weight with the step that is kept.
+    # Round the step first, so that n is the best for the step that is stored.
     step = ((high - low) / 15).clamp(min=1e-6).bfloat16().float()
     middle = (low + 8 * step).bfloat16().float()
     numbers = (groups - middle).div_(step).add_(8).round_().clamp_(0, 15)
@@ -57,18 +57,18 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
-    """The weights that :func:`quantize` kept, float32 ``[out, in]``."""
+    """Weights from the results of :func:`quantize`, float32 ``[out, in]``."""
     step, middle = scales.float().transpose(0, 1)[..., None].unbind(dim=2)
     groups = numbers.float().unflatten(1, (scales.shape[0], -1))
     return ((groups - 8) * step + middle).flatten(1)
 
 
 class _Packed(nn.Module):
-    """Rows of 4-bit weights.
+    """4-bit weights of one or several layers in one product.
 
     Attributes:
-        packed: int32, as the operators want the numbers.
-        scales: see :func:`quantize`.
+        packed: numbers in the operators' layout, int32.
+        scales: steps and middles, see :func:`quantize`.
     """
 
     stands_for = None
@@ -88,14 +88,14 @@ class _Packed(nn.Module):
 
 
 class Int4Linear(QuantizedLinear):
-    """A linear layer that multiplies few tokens with 4-bit weights, many with its own."""
+    """A linear layer with 4-bit weights for few tokens and the original ones for many."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         self.few = _Packed([linear.weight])
 
     def product(self, x: Tensor) -> Tensor:
-        """``[n, in]`` to ``[n, out]``."""
+        """Output of the layer: ``[n, in]`` to ``[n, out]``."""
         if x.shape[0] > MAX_QUANTIZED_ROWS:
             return F.linear(x, self.weight, self.bias)
         out: Tensor = self.few(x)
@@ -106,21 +106,24 @@ class Int4Linear(QuantizedLinear):
 
 
 class Int4Together(QuantizedWeights):
-    """Linear layers of one input as one product with 4-bit weights, where tokens are few.
+    """Linear layers of the same input as one product with 4-bit weights, for few tokens.
 
-    The layers themselves stay what they were, for many tokens.
+    For many tokens the original layers are used.
+
+    Args:
+        linears: original layers, in order.
     """
 
     stands_for = None
 
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
-        self._linears = linears  # a tuple: these modules already have a parent
+        self._linears = linears  # a tuple, so that they are not registered: they have a parent
         self._sizes = [linear.weight.shape[0] for linear in linears]
         self.few = _Packed([linear.weight for linear in linears])
 
     def product(self, x: Tensor) -> Tensor:
-        """``[n, in]`` to the layers' outputs side by side."""
+        """Concatenated outputs of the layers for inputs ``[n, in]``."""
         if x.shape[0] > MAX_QUANTIZED_ROWS:
             return torch.cat(self._many(x), dim=1)
         out: Tensor = self.few(x)
@@ -128,7 +131,7 @@ class Int4Together(QuantizedWeights):
         return out + torch.cat(biases) if biases else out
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``[n, in]`` in, one ``[n, out]`` a layer."""
+        """Outputs of the layers, ``[n, out]`` each, for inputs ``[n, in]``."""
         if x.shape[0] > MAX_QUANTIZED_ROWS:
             return self._many(x)
         return self.product(x).split(self._sizes, dim=-1)
@@ -141,18 +144,19 @@ _TOGETHER = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-"""Layers of one input, and where the lean pass looks for their common product."""
+"""Layers of the same input, by the attribute under which the lean pass finds their product."""
 
 
 def int4_copy(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
-    """The same model with 4-bit linear layers; every weight of its own is shared, not copied.
+    """A copy of a model with 4-bit linear layers, which shares the original weights.
 
     Args:
-        model: bfloat16, on a device of which :func:`runs_on` is true.
-        lean: it is read by the lean pass: layers of one input become one product.
+        model: model for which :func:`runs_on` is true.
+        lean: whether the copy runs lean passes, so that layers of the same input become one
+            product.
     """
     copy = sharing_copy(model)
-    with torch.inference_mode(False):  # or the quantized weights would be of use there only
+    with torch.inference_mode(False):  # inference tensors could not be used outside that mode
         for parent in list(copy.modules()):
             left = {name for name, child in parent.named_children() if _fits(child)}
             for together, names in _TOGETHER.items() if lean else ():
@@ -165,13 +169,17 @@ def int4_copy(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
 
 
 def copy(model: PreTrainedModel, state: ModelState, passes: Sequence[Pass]) -> PreTrainedModel:
-    """As :meth:`rapid_llm.engine.device.Quantizer.copy`."""
+    """See :meth:`rapid_llm.engine.device.Quantizer.copy`."""
     lean = any(isinstance(each, LeanPass) for each in passes)
     return copy_of(model, state, ("int4", lean), lambda model: int4_copy(model, lean=lean))
 
 
 def require(model: PreTrainedModel, name: str, passes: Sequence[Pass]) -> None:
-    """Raises InvalidParameterError where :func:`runs_on` is false."""
+    """See :meth:`rapid_llm.engine.device.Quantizer.require`.
+
+    Raises:
+        InvalidParameterError: :func:`runs_on` is false for the model.
+    """
     if not runs_on(model):
         raise InvalidParameterError(
             f"drafter_quantization='int4' needs a drafter in bfloat16 on an Ampere GPU or a newer "
@@ -181,7 +189,7 @@ def require(model: PreTrainedModel, name: str, passes: Sequence[Pass]) -> None:
 
 
 def runs_on(model: PreTrainedModel) -> bool:
-    """Whether a model has layers for the operators, in bfloat16 on Ampere or a newer GPU."""
+    """Whether a model has suitable layers, in bfloat16 on Ampere or a newer GPU."""
     return any(map(_fits, model.modules())) and all(
         tensor.dtype == torch.bfloat16
         and tensor.device.type == "cuda"
@@ -191,13 +199,15 @@ def runs_on(model: PreTrainedModel) -> bool:
 
 
 def pays(model: PreTrainedModel, passes: Sequence[Pass]) -> bool:
-    """Whether reading weights is what a step of this model takes: the launches of a small one, and
-    what 16 values a group lose of it, cost more than is saved."""
+    """Whether 4-bit weights make a draft step faster, as for large models.
+
+    A step of a small model is limited by launches, and 4 bits lower its acceptance.
+    """
     return runs_on(model) and sum(tensor.nbytes for tensor in model.parameters()) >= _LARGE
 
 
 def _fits(module: nn.Module) -> bool:
-    """Whether the operators take a layer of this shape."""
+    """Whether the operators support a linear layer of this shape."""
     if type(module) is not nn.Linear:
         return False
     out, columns = module.weight.shape

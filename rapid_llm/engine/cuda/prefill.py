@@ -1,9 +1,9 @@
-"""Attention of a chunk of a prompt, on Hopper twice as fast in parts as in one call.
+"""Attention of a chunk of a prefill on Hopper: cuDNN in parts, twice as fast as one call.
 
-The chunk itself is attended to causally, what was read before without a mask, by cuDNN; the results
-are merged by their sums of exponentials, in float32. cuDNN plans 40 ms for every shape that it has
-not seen. So this serves whole chunks, and the past, so many chunks, is taken in parts of 1, 2, 4, …
-of them: five shapes for 128K tokens instead of 32.
+A chunk attends to itself causally and to the past without a mask; the results are merged by their
+log-sum-exp in float32. cuDNN takes 40 ms to plan for each new shape. So only whole chunks are
+supported, and the past is divided into parts of 1, 2, 4, … chunks: five shapes for 128K tokens
+instead of 32.
 """
 
 from __future__ import annotations
@@ -16,15 +16,23 @@ from torch import Tensor
 from rapid_llm.engine.cuda import has_kernels
 
 CHUNK = 2048
-"""Tokens that a prefill reads in a pass: enough to fill the device. The activations of an 8B model
-take a gigabyte."""
+"""Number of tokens of a prefill pass: enough to fill the device.
 
-_CUDNN = 91501  # from this version on PyTorch itself takes cuDNN's attention first
-_WIDEST = 128  # head sizes
+The activations of an 8B model take a gigabyte.
+"""
+
+_CUDNN = 91501  # first version whose attention PyTorch itself prefers
+_WIDEST = 128  # largest supported head size
 
 
 def serves(query: Tensor, length: int, window: int | None) -> bool:
-    """Whether :func:`attend_chunk` takes these: whole chunks, 16 bits, no window, on Hopper."""
+    """Whether :func:`attend_chunk` supports a call: whole chunks, 16 bits, no window, on Hopper.
+
+    Args:
+        query: queries ``[heads, n, dim]``.
+        length: number of keys.
+        window: size of the sliding window; None for none.
+    """
     return (
         query.shape[1] == CHUNK
         and length % CHUNK == 0
@@ -50,8 +58,8 @@ def _is_hopper(device: torch.device) -> bool:
 def attend_chunk(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: None = None
 ) -> Tensor:
-    """As :func:`rapid_llm.engine.attention.attend`, without a window."""
-    from rapid_llm.engine.cuda.elementwise import merge  # Triton, which not every machine has
+    """See :func:`rapid_llm.engine.attention.attend`, without a window."""
+    from rapid_llm.engine.cuda.elementwise import merge  # here, because Triton may be missing
 
     end = key.shape[1] - CHUNK
     mixed, lse = _cudnn(query, key[:, end:], value[:, end:], scaling, causal=True)
@@ -65,7 +73,7 @@ def attend_chunk(
 
 
 def _parts(past: int) -> list[int]:
-    """Powers of two of chunks, the smallest first, that make up so many tokens."""
+    """Sizes of the parts of the past in tokens: powers of two of chunks, ascending."""
     chunks = past // CHUNK
     return [CHUNK << bit for bit in range(chunks.bit_length()) if chunks >> bit & 1]
 
@@ -73,7 +81,7 @@ def _parts(past: int) -> list[int]:
 def _cudnn(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, *, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """``[heads, n, dim]`` and the log-sum-exp, float32 ``[heads, n]``."""
+    """Attention ``[heads, n, dim]`` by cuDNN, and its log-sum-exp, float32 ``[heads, n]``."""
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query[None], key[None], value[None], None, True, 0.0, causal, False, scale=scaling
     )

@@ -1,4 +1,4 @@
-"""All that CUDA graphs do for a model: passes, draft loops and verification."""
+"""All CUDA graphs of a model: captured passes, draft loops and verification."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from rapid_llm.engine.cuda.draft_loop import DraftLoop
 from rapid_llm.engine.cuda.verification import Verification
 from rapid_llm.engine.device import Judge, TokenSampler
 
-_KEPT = 4  # draft loops, one for each way of sampling; and as many ways of verifying
+_KEPT = 4  # maximum number of draft loops (one per sampler), and of verifications (one per judge)
 
 _Key = TypeVar("_Key")
 _Kept = TypeVar("_Kept")
 
 
 class ReplayedPasses(CapturedPasses):
-    """See :class:`rapid_llm.engine.device.ReplayedPass`."""
+    """Captured passes with draft loops and verification.
+
+    See :class:`rapid_llm.engine.device.ReplayedPass`.
+    """
 
     def __init__(self, model: Any, insist: bool) -> None:
         super().__init__(model, insist)
@@ -26,16 +29,16 @@ class ReplayedPasses(CapturedPasses):
         self._verifications: OrderedDict[Judge, Verification] = OrderedDict()
 
     def loop(self, choice: TokenSampler) -> DraftLoop:
-        """The draft loop that samples so."""
+        """The draft loop for a sampler."""
         return _latest(self._loops, choice, lambda: DraftLoop(self, choice))
 
     def verification(self, judge: Judge) -> Verification:
-        """What verifies drafts so."""
+        """The verification for a judge."""
         return _latest(self._verifications, judge, lambda: Verification(self, judge))
 
 
 def _latest(kept: OrderedDict[_Key, _Kept], key: _Key, make: Callable[[], _Kept]) -> _Kept:
-    """What is kept under a key: made when first asked for. The latest few stay."""
+    """Value of a key in an LRU cache, made at the first use."""
     value = kept.pop(key) if key in kept else make()
     kept[key] = value
     if len(kept) > _KEPT:

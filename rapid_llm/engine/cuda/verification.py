@@ -1,4 +1,4 @@
-"""Verification in one graph: the target's pass over a draft, and what it makes of it.
+"""Verification on the GPU: the target's pass over a draft and the verdict in one CUDA graph.
 
 The host launches it, and waits only for the verdict.
 """
@@ -15,11 +15,11 @@ from rapid_llm.engine.kv_cache import KVCache
 
 
 class Verification:
-    """Verifies drafts with one model, by one way of judging.
+    """Verifies drafts with one model and one judge.
 
     Args:
-        passes: of the model.
-        judge: what becomes of the logits.
+        passes: captured passes of the model.
+        judge: function from logits to a verdict.
     """
 
     def __init__(self, passes: CapturedPasses, judge: Judge) -> None:
@@ -39,16 +39,16 @@ class Verification:
         cache: KVCache,
         generator: torch.Generator,
     ) -> Tensor:
-        """Read a token and the draft after it, and judge the draft.
+        """Read a token and the draft after it, and verify the draft.
 
         Args:
-            tokens: int64 ``[γ+1]``, at most ``MAX_TOKENS``.
+            tokens: the token and the draft, int64 ``[γ+1]``, at most ``MAX_TOKENS``.
             q, eta: see :class:`rapid_llm.engine.device.Judge`; on any device.
-            cache: is in use and has room for the tokens.
-            generator: draws, and is left as if it had drawn eagerly.
+            cache: cache in use with room for the tokens.
+            generator: random generator, which advances as if it had drawn eagerly.
 
         Returns:
-            What the judge says.
+            The judge's verdict.
         """
         passes, n, rows = self._passes, tokens.shape[0], q.shape[0]
         passes.begin(tokens, cache, n)

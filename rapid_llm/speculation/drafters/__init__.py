@@ -1,1 +1,1 @@
-"""What proposes tokens."""
+"""Drafters: implementations of the ``Drafter`` protocol."""

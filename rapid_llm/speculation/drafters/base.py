@@ -1,4 +1,4 @@
-"""What a drafter is to the decoder."""
+"""The ``Drafter`` protocol, and the draft that a drafter returns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rapid_llm.speculation.schedule import Prior
 
 @dataclass(frozen=True)
 class Draft:
-    """A proposal.
+    """Proposed tokens and their probabilities.
 
     Attributes:
-        tokens: int64 ``[γ]``.
-        probabilities: float32 ``[γ, vocab]``, row i is the distribution q that token i was drawn
-            from; ``[γ+1, vocab]`` if the one after the draft was asked for.
-        passes: forward passes of the drafter.
+        tokens: proposed tokens, int64 ``[γ]``.
+        probabilities: float32 ``[γ, vocab]``; row i is the distribution q that token i was drawn
+            from. ``[γ+1, vocab]`` with ``look_ahead``.
+        passes: number of forward passes of the drafter.
     """
 
     tokens: Tensor
@@ -34,20 +34,23 @@ class Drafter(Protocol):
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the drafter's own prompt; 0 if it has none."""
+        """Number of tokens in the drafter's prompt; 0 if it has none."""
 
     def prefill(self, progress: PrefillProgress | None) -> None:
-        """Read the prompt, once, before the first draft."""
+        """Read the prompt; called once, before the first draft."""
 
     @property
     def prior(self) -> Prior:
-        """How many of its tokens will be accepted, as far as one knows beforehand."""
+        """Prior belief about the acceptance of its tokens."""
 
     def cost(self) -> PassCost:
-        """Seconds of a pass, to be asked for after the prefill."""
+        """Cost of a forward pass in seconds; called after the prefill."""
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
-        """Draw at most γ tokens after ``output`` (which may drop tokens of an earlier draft).
+        """Propose tokens after the output so far.
 
-        ``look_ahead`` asks for the distribution after the last drafted token too.
+        Args:
+            output: all tokens of the answer; tokens of earlier drafts may be missing from it.
+            gamma: maximum number of tokens to propose.
+            look_ahead: whether to return the distribution after the last drafted token too.
         """

@@ -1,9 +1,9 @@
-"""Drafting with the target itself over a small part of its own KV cache.
+"""Drafters that run the target over a small part of its own KV cache: streaming and triforce.
 
-*streaming* keeps the first tokens and the latest ones (StreamingLLM, arXiv 2309.17453; as a
-drafter in MagicDec, arXiv 2408.11049). *triforce* keeps the chunks that the end of the prompt
-attends to most, chosen by their mean key (TriForce, arXiv 2404.11912), and together with lookup
-is its three-level hierarchy. The drafter reads no prompt: it takes what the target has read.
+*streaming* keeps the first and the latest tokens (StreamingLLM, arXiv 2309.17453; as a drafter in
+MagicDec, arXiv 2408.11049). *triforce* keeps the chunks of KV that the end of the prompt attends to
+most, chosen by their mean key (TriForce, arXiv 2404.11912); with lookup it is TriForce's
+three-level hierarchy. These drafters read no prompt: they copy KV from the target.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 
 BUDGET = 512
-"""Tokens of the prompt that are kept."""
+"""Number of prompt tokens whose KV is kept."""
 
-_SINKS = 4  # first tokens, which attention leans on whatever they say (StreamingLLM)
-_CHUNK = 8  # tokens chosen together (TriForce)
+_SINKS = 4  # attention sinks: first tokens, kept whatever they are (StreamingLLM)
+_CHUNK = 8  # tokens per chunk of KV, chosen together (TriForce)
 
 
 def streaming(layer: PreallocatedLayer) -> Tensor:
-    """The first tokens and the latest: int64 ``[kv_heads, kept]``, ascending."""
+    """Positions of the first and the latest tokens: int64 ``[kv_heads, kept]``, ascending."""
     device = layer.keys.device
     kept = torch.arange(layer.length - min(BUDGET, layer.length), layer.length, device=device)
     kept[:_SINKS] = torch.arange(min(_SINKS, len(kept)), device=device)
@@ -44,9 +44,13 @@ def streaming(layer: PreallocatedLayer) -> Tensor:
 
 
 def triforce(layer: PreallocatedLayer, query: Tensor) -> Tensor:
-    """The latest chunk, and those whose mean key a query ``[heads, dim]`` scores highest.
+    """Positions of the latest chunk and of those whose mean key a query scores highest.
 
-    A KV head's score is the highest among the query heads that share it.
+    The score of a KV head is the highest among the query heads that share it.
+
+    Args:
+        layer: KV of a layer.
+        query: ``[heads, dim]``.
 
     Returns:
         Positions, int64 ``[kv_heads, kept]``, ascending.
@@ -65,7 +69,12 @@ def triforce(layer: PreallocatedLayer, query: Tensor) -> Tensor:
 
 
 def require_compressible(runner: ModelRunner, drafting: str) -> None:
-    """Raises InvalidParameterError if a part of this model's KV would not do."""
+    """Check that a model can draft over a part of its KV.
+
+    Raises:
+        InvalidParameterError: it is not of the Llama family with our attention, or has a sliding
+            window.
+    """
     if not runner.lean or runner.slides:
         raise InvalidParameterError(
             f"drafting={drafting!r} needs a model of the Llama family that runs our attention and "
@@ -77,10 +86,10 @@ class CompressedDrafter(RagDrafter, ABC):
     """Drafts over a part of the target's KV.
 
     Args:
-        target: the target's session; its prompt must be read before this drafter's prefill.
-        runner: the target's model, or its quantized copy.
-        prompt: the target's.
-        sampler, config: as for :class:`RagDrafter`.
+        target: the target's session; its prefill must precede this drafter's.
+        runner: runner of the target, or of its quantized copy.
+        prompt: token ids of the target's prompt.
+        sampler, config: see :class:`RagDrafter`.
     """
 
     def __init__(
@@ -111,11 +120,11 @@ class CompressedDrafter(RagDrafter, ABC):
         """Positions that each layer keeps, ascending: int64 ``[kv_heads, kept]``."""
 
     def prefill(self, progress: PrefillProgress | None) -> None:
-        """Copy what is kept."""
+        """Copy the kept KV from the target."""
         whole, kept = self._target.cache, self._session.cache
         kept.rollback(0)
         if whole.length == 0:
-            return  # a prompt of one token, which the first round reads
+            return  # the prompt is one token, which the first round reads
         for layer, part, positions in zip(whole.layers, kept.layers, self._kept(), strict=True):
             index = positions[None, :, :, None]
             tensors = layer.keys, layer.values
@@ -124,16 +133,16 @@ class CompressedDrafter(RagDrafter, ABC):
 
 
 class StreamingDrafter(CompressedDrafter):
-    """Keeps what :func:`streaming` does; no model runs for it."""
+    """Keeps the KV at the positions of :func:`streaming`."""
 
     def _kept(self) -> list[Tensor]:
         return [streaming(layer) for layer in self._target.cache.layers]
 
 
 class TriforceDrafter(CompressedDrafter):
-    """Keeps what :func:`triforce` does, by the queries of the last token that the target has read.
+    """Keeps the KV at the positions of :func:`triforce`, by the queries of the last token read.
 
-    That token is read once more, by the model's own forward, as no other pass gives its queries.
+    That token is read again by the model's own forward, as no other pass gives its queries.
     """
 
     def _kept(self) -> list[Tensor]:
@@ -141,7 +150,7 @@ class TriforceDrafter(CompressedDrafter):
         return [triforce(*each) for each in zip(layers, self._queries(), strict=True)]
 
     def _queries(self) -> list[Tensor]:
-        """Of each layer, rotated: ``[heads, dim]``. The target's cache is left as it was."""
+        """Rotated queries of each layer, ``[heads, dim]``; the target's cache does not change."""
         runner, cache = self._target.runner, self._target.cache
         last = cache.length - 1
         tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
@@ -152,7 +161,7 @@ class TriforceDrafter(CompressedDrafter):
             position = torch.tensor([last], device=runner.device)
             run(runner.tensor(self._prompt[last : last + 1]), position, cache, 1)
         for tensor, value in zip(tensors, before, strict=True):
-            tensor[:, :, last] = value  # a pass of another size has rounded otherwise
+            tensor[:, :, last] = value  # a pass of another size rounds differently
         return queries
 
 
@@ -160,7 +169,7 @@ DRAFTERS: dict[str, type[CompressedDrafter]] = {
     "streaming": StreamingDrafter,
     "triforce": TriforceDrafter,
 }
-"""By the value of ``SpeculationConfig.drafting``."""
+"""Drafter classes by the value of ``SpeculationConfig.drafting``."""
 
 _RECORDING = "rapid_recording"
 _queries: ContextVar[list[Tensor]] = ContextVar("queries")
@@ -168,7 +177,7 @@ _queries: ContextVar[list[Tensor]] = ContextVar("queries")
 
 @contextmanager
 def _recording() -> Iterator[list[Tensor]]:
-    """The last query of each layer that attends under the name of ``_RECORDING``, as they run."""
+    """List to which each layer with attention ``_RECORDING`` appends its last query."""
     token = _queries.set([])
     try:
         yield _queries.get()

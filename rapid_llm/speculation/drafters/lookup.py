@@ -1,7 +1,7 @@
-"""Drafting without a model: what followed the last tokens where they stood before.
+"""Prompt lookup: draft the tokens that followed the same n-gram earlier, without a model.
 
-Prompt lookup (Saxena 2023) and REST (He et al. 2023, arXiv 2311.08252): an answer that quotes
-its source repeats runs of tokens, and repeating costs nothing.
+Prompt lookup (Saxena 2023) and REST (He et al. 2023, arXiv 2311.08252): an answer that quotes its
+source repeats runs of tokens, which costs nothing to draft.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ SIZES = (4, 3, 2)
 """Lengths of the n-grams that are looked up, the longest first."""
 
 CERTAIN = (4, 3)
-"""Those that are right often enough to compete with a model's drafts."""
+"""Lengths whose guesses are accepted often enough to compete with a model's drafts."""
 
-_ROOM = 1024  # tokens that can follow before a text moves to a larger buffer
+_ROOM = 1024  # free tokens in a new buffer
 
 
 class NgramIndex:
-    """Finds how a growing text went on where an n-gram stood in it.
+    """Finds the tokens that followed an n-gram in a growing text.
 
-    It looks through the whole text each time, which takes some microseconds; a table of every
-    n-gram would take longer to make than an answer has lookups.
+    Each lookup scans the whole text, which takes microseconds; a table of all n-grams would take
+    longer to build than all lookups of an answer.
 
     Args:
-        tokens: the text that continuations are taken from.
+        tokens: token ids of the text.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
@@ -46,7 +46,7 @@ class NgramIndex:
         return self._length
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens; n-grams are found from the moment that a token follows them."""
+        """Append tokens to the text."""
         end = self._length + len(tokens)
         if end > len(self._tokens):
             self._tokens = np.resize(self._tokens, end + _ROOM)
@@ -54,12 +54,18 @@ class NgramIndex:
         self._length = end
 
     def guess(self, tail: Sequence[int], limit: int, sizes: Sequence[int] = SIZES) -> list[int]:
-        """At most ``limit`` tokens that followed the longest n-gram that ``tail`` ends with.
+        """Tokens that followed the latest occurrence of the longest known n-gram at a tail.
 
-        Of several places the latest counts. A text that ends sooner is taken to repeat itself.
+        Args:
+            tail: tokens whose continuation is wanted.
+            limit: number of tokens to return; where the text ends sooner, they repeat.
+            sizes: lengths of the n-grams to look up, the preferred first.
+
+        Returns:
+            ``limit`` tokens, or none if no n-gram was found.
         """
         text = self._tokens[: self._length]
-        starts = np.arange(0)  # where what follows an n-gram begins, for the n reached so far
+        starts = np.arange(0)  # positions after the occurrences of the current n-gram
         found: dict[int, int] = {}
         for size in range(1, min(max(sizes), len(tail)) + 1):
             token = tail[-size]
@@ -79,13 +85,13 @@ class NgramIndex:
 
 
 class PromptLookupDrafter:
-    """Drafts by lookup alone; each token's q is a point mass. No model, so no cost.
+    """Drafts by lookup alone, at no cost; the q of each token is a point mass.
 
     Args:
-        prompt: the target's.
+        prompt: token ids of the target's prompt.
         vocab_size: width of the target's logits.
-        device: where the draft is wanted.
-        sizes: of the n-grams, the longest first.
+        device: device of the drafts.
+        sizes: lengths of the n-grams to look up, the longest first.
     """
 
     prior = GUESS
@@ -114,7 +120,7 @@ class PromptLookupDrafter:
         return PassCost(0.0, 0.0)
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
-        """See :class:`Drafter`; an empty draft where nothing was found."""
+        """Propose tokens, see :class:`.base.Drafter`; the draft is empty if nothing was found."""
         assert not look_ahead  # there is no distribution after the last token
         self._index.extend(output[len(self._index) - len(self._prompt) :])
         tail = [*self._prompt[-max(self._sizes) :], *output]

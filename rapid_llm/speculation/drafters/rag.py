@@ -1,4 +1,4 @@
-"""The RAG drafter: a language model that reads only what was retrieved."""
+"""The RAG drafter: a language model over the retrieval context, with prompt lookup."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ _FREE = PassCost(0.0, 0.0)
 class RagDrafter:
     """Drafts with a model over the retrieval context.
 
-    With ``lookup`` it cascades: what followed the last tokens in the prompts or the output is
-    guessed, and one pass checks the guess, so that every token still follows q exactly. With
-    ``gamma="auto"`` a guess is as long as the costs and what was accepted so far make fastest. The
-    host must know what was accepted before it can guess again, so it waits for each such pass.
-    Where nothing is found to guess, a device that can drafts the rest without the host.
+    With ``lookup`` the tokens that followed the same n-gram in the prompts or the output are
+    guessed, and one pass of the drafter verifies the guess, so that all tokens still follow q
+    exactly. With ``gamma="auto"`` the length of a guess is chosen for speed. The host waits for
+    each such pass, because it must know the accepted tokens before it can guess again. Where no
+    guess is found, the rest of the draft runs without the host on devices that support it.
+
+    Nothing is drafted beyond the drafter's context window.
 
     Args:
-        session: the drafting model with room for ``prompt`` and the output.
-        prompt: the retrieval context and the question, at least one token.
-        sampler: on the session's device.
-        vocab_size: width of the target's logits. A drafter of the same tokenizer may pad its
-            own to another width; tokens beyond the target's get no probability.
-        document: more text to guess from, usually the target's prompt.
-        config: whether to guess (``lookup``) and how far (``gamma``), and when to end a draft
-            (``min_confidence``).
-        unknown: ids of tokens that only one of the two models has. They get no probability, and
-            once the output holds one nothing more is drafted; nor is anything beyond the window.
+        session: session of the drafting model with room for ``prompt`` and the output.
+        prompt: token ids of the retrieval context and the question, at least one.
+        sampler: sampler on the session's device.
+        vocab_size: width of the target's logits. The drafter's logits may be padded to another
+            width; tokens beyond the target's get probability 0.
+        config: speculation options; ``lookup``, ``gamma`` and ``min_confidence`` are used.
+        document: token ids of more text to guess from, usually the target's prompt.
+        unknown: ids of tokens that only one of the two models has. They get probability 0, and
+            nothing is drafted once the output contains one.
     """
 
     prior = MODEL
@@ -70,10 +71,10 @@ class RagDrafter:
         self._unknown = frozenset(unknown)
         self._fit = Fit(vocab_size, self._unknown, session.runner.device)
         self._choice = sampler.choice(self._fit)
-        self._read_output = 0  # tokens of it that can be read
+        self._readable_output = 0  # number of output tokens that the model is known to have
         self._index = NgramIndex([*document, *prompt]) if config.lookup else None
         self._given = len(document) + len(prompt)
-        self._guessed = len(prompt)  # where the last guess was made
+        self._guessed = len(prompt)  # position of the last guess
         self._gamma = config.gamma
         self._min_confidence = config.min_confidence
 
@@ -82,7 +83,7 @@ class RagDrafter:
         return len(self._prompt)
 
     def prefill(self, progress: PrefillProgress | None) -> None:
-        # All but the last token, which the first draft feeds: its logits are needed only then.
+        # All but the last token, which the first draft reads, when its logits are needed.
         last = self._session.runner.vocab_size - 1
         self._session.prefill([min(token, last) for token in self._prompt[:-1]], progress)
 
@@ -95,15 +96,19 @@ class RagDrafter:
 
     @cached_property
     def _guesses(self) -> Schedule:
-        """How long guesses are: lookup drafts for this drafter as it does for the target."""
+        """Schedule of the lengths of guesses."""
         if self._gamma == "auto":
             return AdaptiveSchedule(self._cost, _FREE, GUESS)
         return FixedSchedule(self._gamma)
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
-        """See :class:`Drafter`; at most γ (or γ+1) forward passes, none where it cannot go on."""
+        """Propose tokens in at most γ (or γ+1) forward passes, see :class:`.base.Drafter`.
+
+        The draft is empty where the output has a token that the model lacks, or has reached its
+        context window.
+        """
         sequence = [*self._prompt, *output]
-        # The last drafted token is not read, unless what follows it is wanted.
+        # The last drafted token is not read, except for look-ahead.
         room = self._session.runner.context_window - len(sequence) + (not look_ahead)
         gamma = min(gamma, room)
         if not self._can_read(output) or gamma + look_ahead <= 0:
@@ -111,19 +116,19 @@ class RagDrafter:
             nothing = torch.empty(0, dtype=torch.long, device=device)
             q = torch.empty(0, self._vocab_size, dtype=torch.float32, device=device)
             return Draft(nothing, q, passes=0)
-        # What was drafted and not kept is forgotten; the last kept token is yet to be read.
+        # Drop rejected tokens from the cache; the last token of the sequence is still to be read.
         self._session.rollback(len(sequence) - 1)
         if self._index is not None:
             self._index.extend(output[len(self._index) - self._given :])
         pending = self._session.runner.tensor(sequence[self._session.length :])
-        while len(pending) > FEW_TOKENS:  # many rounds went without a draft
+        while len(pending) > FEW_TOKENS:  # after many rounds without a draft
             self._extend(pending[:FEW_TOKENS], 1)
             pending = pending[FEW_TOKENS:]
         tokens = pending.new_empty(0)
         rows: list[Tensor] = []
         passes, drafted, unsure = 0, 0, False
         while drafted < gamma and not unsure:
-            # A longer guess would take the pass from the weights of few bits to the full ones.
+            # With a longer guess the pass would not use the quantized weights.
             limit = min(gamma - drafted - 1, MAX_QUANTIZED_ROWS - len(pending))
             guess = self._guess(sequence, tokens, limit)
             looped = None if len(guess) else self._loop(pending, gamma - drafted)
@@ -144,22 +149,26 @@ class RagDrafter:
         return Draft(tokens, torch.cat(rows), passes)
 
     def _loop(self, pending: Tensor, steps: int) -> tuple[Tensor, Tensor] | None:
-        """At most ``steps`` tokens, drafted without the host if nothing asks for it on the way."""
+        """Draft at most ``steps`` tokens without the host; None where the host must take part.
+
+        Returns:
+            The tokens, int64 ``[at most steps]``, and their q, float32 ``[…, vocab]``.
+        """
         if self._choice is None or self._min_confidence > 0:
             return None
         pending = self._readable(pending)
         return self._session.draft(pending, steps, self._choice, self._sampler.generator)
 
     def _can_read(self, output: Sequence[int]) -> bool:
-        """Whether the model has every token of the output."""
-        new = output[self._read_output :]
+        """Whether the model has all tokens of the output."""
+        new = output[self._readable_output :]
         if all(i < self._embedded and i not in self._unknown for i in new):
-            self._read_output = len(output)
+            self._readable_output = len(output)
             return True
         return False
 
     def _guess(self, sequence: Sequence[int], tokens: Tensor, limit: int) -> Tensor:
-        """What may come next, int64 ``[at most limit]``."""
+        """Guess the next tokens by lookup: int64 ``[at most limit]``."""
         if self._index is None or limit <= 0:
             return tokens[:0]
         tail = [*sequence[-max(SIZES) :], *tokens.tolist()]
@@ -172,7 +181,7 @@ class RagDrafter:
         return self._session.runner.tensor(guess)
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
-        """Distributions q after each of the last ``keep`` tokens, float32 ``[keep, vocab]``."""
+        """Read tokens; distributions q after the last ``keep`` of them, ``[keep, vocab]``."""
         logits = self._fit(self._extend(pending, keep))
         return self._sampler.scores(logits, drafted).softmax(dim=-1)
 
@@ -180,13 +189,13 @@ class RagDrafter:
         return self._session.extend(self._readable(tokens), keep)
 
     def _readable(self, tokens: Tensor) -> Tensor:
-        # A token of the target's padding that this model has not: it reads its own last one. What
-        # it reads is its affair, as long as q is what it then draws from.
+        # Replace padding ids of the target's vocabulary that this model lacks by its last id. Its
+        # input may be arbitrary, as long as tokens are drawn from the q that it gives.
         own = self._session.runner.vocab_size
         return tokens if own >= self._vocab_size else tokens.clamp(max=own - 1)
 
     def _check(self, q: Tensor, guess: Tensor) -> Tensor:
-        """The tokens that a pass yields: guesses that q accepts and one drawn after them."""
+        """Tokens of a pass: the guesses that q accepts and one token drawn after them."""
         if len(guess) == 0:
             return self._sampler.draw(q[0])[None]
         accepted, token = verify_guess(
