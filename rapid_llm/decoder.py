@@ -11,11 +11,11 @@ import copy
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_in_thread
@@ -31,7 +31,6 @@ from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
     ContextWindowError,
     InvalidParameterError,
-    TokenizerMismatchError,
 )
 from rapid_llm.generation import (
     DRAFTED,
@@ -43,15 +42,15 @@ from rapid_llm.generation import (
     log_likelihood,
 )
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
-from rapid_llm.options import options_of, real, sorted_into
+from rapid_llm.options import options_of, sorted_into
+from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
 from rapid_llm.speculation.drafters.lookup import CERTAIN, PromptLookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
-from rapid_llm.speculation.sampling import Sampler, generation_config, least_new_tokens
-from rapid_llm.stats import NO_DRAFT_PROMPT, Method
+from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.text import TextStream
-from rapid_llm.vocabulary import unreadable, unshared_tokens
+from rapid_llm.vocabulary import unshared_tokens
 
 __all__ = ["Delta", "FinishReason", "GenerationResult", "Memory", "Progress", "RapidDecoder"]
 
@@ -151,14 +150,12 @@ class RapidDecoder:
         self.chat_template_kwargs = checked_variables(chat_template_kwargs)
         self.target = ModelRunner(model, name or _name_of(model), attn_implementation, cuda_graphs)
         self.drafter = self.target
-        self._unshared: frozenset[int] = frozenset()
+        unshared: frozenset[int] = frozenset()
         if drafter is not None and drafter is not model:
             self.drafter = ModelRunner(
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
-            self._unshared = unshared_tokens(
-                self.target, self.drafter, tokenizer, drafter_tokenizer
-            )
+            unshared = unshared_tokens(self.target, self.drafter, tokenizer, drafter_tokenizer)
         self._weight_kind = self.drafter.drafter_weights(
             drafter_quantization, auto=self.drafter is self.target
         )
@@ -168,7 +165,9 @@ class RapidDecoder:
         self._prefixes = PrefixCache(
             kv_cache_bytes, None if kv_cache_dir is None else Path(kv_cache_dir)
         )
-        self._end_of_turn = end_of_turn(tokenizer)
+        self._pair = ModelPair(
+            self.target, self.drafter, self.tokenizer, unshared, end_of_turn(tokenizer)
+        )
 
     @classmethod
     def from_pretrained(
@@ -388,7 +387,7 @@ class RapidDecoder:
                 while streaming, between two chunks of the prefill or after a round).
         """
         started = time.perf_counter()
-        request = self._prepare(
+        request = self._pair.request(
             target_prompt,
             draft_prompt,
             sampling or SamplingParams(),
@@ -418,8 +417,8 @@ class RapidDecoder:
                 f"continuation={continuation!r} has no tokens; give some text"
             )
         ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
-        self._require_readable([*ids, *tokens], runner)
-        if len(tokens) > (room := self._room(ids, runner)):
+        self._pair.require_readable([*ids, *tokens], runner)
+        if len(tokens) > (room := self._pair.room(ids, runner)):
             raise ContextWindowError(
                 f"the prompt of {len(ids)} tokens leaves room for {room} in the context window of "
                 f"{runner.name}, {runner.context_window} tokens, and the continuation has "
@@ -464,68 +463,8 @@ class RapidDecoder:
         async for delta in iterate_in_thread(start):
             yield delta
 
-    def _prepare(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None,
-        sampling: SamplingParams,
-        speculation: SpeculationConfig | None,
-        confidence: float,
-        chat_template_kwargs: Mapping[str, Any],
-    ) -> _Request:
-        """Validate the arguments of a call and encode its prompts, before a model runs."""
-        sure = real(confidence)
-        if sure is None or not 0 <= sure <= 1:
-            raise InvalidParameterError(
-                f"confidence={confidence!r} is not allowed: confidence must be within [0, 1]"
-            )
-        config = speculation or SpeculationConfig()
-        method: Method = "lc"
-        runner, own_prompt = self.target, config.drafting == "rag"
-        if target_prompt is None:
-            if draft_prompt is None:
-                raise InvalidParameterError(
-                    "target_prompt and draft_prompt are both None; give at least one prompt"
-                )
-            method, runner = "rag", self.drafter
-            target_prompt, draft_prompt = draft_prompt, None
-        elif draft_prompt is not None or not own_prompt:
-            method = "rapid" if config.transfer_strength > 0 else "sd"
-        if method in DRAFTED and config.drafting in compressed.DRAFTERS:
-            compressed.require_compressible(runner, config.drafting)
-        prompt = encode_prompt(target_prompt, self.tokenizer, chat_template_kwargs)
-        self._require_readable(prompt, runner)
-        new = min(sampling.max_new_tokens, self._room(prompt, runner))
-        draft: list[int] = []
-        draft_skipped = NO_DRAFT_PROMPT if method == "lc" else None
-        if draft_prompt is not None and own_prompt:
-            draft = encode_prompt(draft_prompt, self.tokenizer, chat_template_kwargs)
-            draft_skipped = self._unreadable(draft, self.drafter)
-            if draft_skipped is None and len(draft) >= (window := self.drafter.context_window):
-                draft_skipped = (
-                    f"has {len(draft)} tokens, the context window of {self.drafter.name} {window}"
-                )
-            if draft_skipped is not None:
-                draft_skipped = f"the draft prompt {draft_skipped}"
-                draft, method = [], "lc"
-        settings = generation_config(runner.model)
-        stop = settings.stop_strings or ()
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        return _Request(
-            prompt=prompt,
-            draft_prompt=draft,
-            draft_skipped=draft_skipped,
-            runner=runner,
-            sampling=replace(sampling, max_new_tokens=new, stop=(*sampling.stop, *stop)),
-            ends=frozenset() if sampling.ignore_eos else self._ends(settings),
-            least_new_tokens=least_new_tokens(settings, len(prompt)),
-            config=config,
-            confidence=sure,
-            method=method,
-        )
-
     @contextmanager
-    def _open(self, request: _Request, started: float) -> Iterator[Generation]:
+    def _open(self, request: Request, started: float) -> Iterator[Generation]:
         """Sessions for a request, with KV reused from earlier calls and kept for later ones."""
         with ExitStack() as leases:
 
@@ -557,7 +496,7 @@ class RapidDecoder:
 
     def _drafters(
         self,
-        request: _Request,
+        request: Request,
         target: Session,
         sampler: Sampler,
         lease: Callable[[ModelRunner, Sequence[int]], tuple[Session, Lease]],
@@ -583,7 +522,7 @@ class RapidDecoder:
             runner.vocab_size,
             config,
             request.prompt,
-            self._unshared,
+            self._pair.unshared,
         )
         if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
             return [rag]
@@ -591,70 +530,11 @@ class RapidDecoder:
         lookup = PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device, CERTAIN)
         return [lookup, rag]
 
-    def _ends(self, settings: GenerationConfig) -> frozenset[int]:
-        """Ids that end an answer: those of the model, the tokenizer and the chat template."""
-        own = settings.eos_token_id
-        ids = [own] if own is None or isinstance(own, int) else list(own)
-        ids += [self.tokenizer.eos_token_id, self._end_of_turn]
-        return frozenset(i for i in ids if i is not None)
-
-    def _unreadable(self, prompt: Sequence[int], runner: ModelRunner) -> str | None:
-        unshared = self._unshared if runner is not self.target else frozenset()
-        return unreadable(prompt, runner, self.tokenizer, unshared)
-
-    def _require_readable(self, prompt: Sequence[int], runner: ModelRunner) -> None:
-        if (reason := self._unreadable(prompt, runner)) is not None:
-            raise TokenizerMismatchError(
-                f"the prompt {reason}; take it out of the prompt, or take a model that was given "
-                "embeddings for all tokens of the tokenizer (resize_token_embeddings)"
-            )
-
-    def _room(self, prompt: Sequence[int], runner: ModelRunner) -> int:
-        """Number of tokens that the context window leaves for the answer, at least 1."""
-        window = runner.context_window
-        if len(prompt) >= window:
-            raise ContextWindowError(
-                f"the prompt has {len(prompt)} tokens, the context window of {runner.name} "
-                f"{window}, and the answer needs at least one; shorten the prompt by "
-                f"{len(prompt) + 1 - window} tokens, or truncate the document"
-            )
-        return window - len(prompt)
-
-    def _run(self, request: _Request, started: float, progress: Progress | None) -> Iterator[Delta]:
+    def _run(self, request: Request, started: float, progress: Progress | None) -> Iterator[Delta]:
         text = TextStream(self.tokenizer, request.sampling.stop)
         with self._open(request, started) as generation:
             generation.prefill(progress)
             yield from generation.deltas(text, request.ends, request.least_new_tokens)
-
-
-class _Request(NamedTuple):
-    """A validated call.
-
-    Attributes:
-        prompt: token ids of the prompt to answer.
-        draft_prompt: token ids of the draft prompt; empty where nothing drafts, or the drafter
-            has no prompt.
-        draft_skipped: reason why nothing can be drafted; None where drafting is possible.
-        runner: the model that answers.
-        sampling: sampling options, with ``max_new_tokens`` limited by the context window and the
-            model's own stop strings.
-        ends: ids of tokens that end the answer.
-        least_new_tokens: minimum length of the answer in tokens.
-        config: speculation options.
-        confidence: confidence of the retrieval, in [0, 1].
-        method: the requested method.
-    """
-
-    prompt: list[int]
-    draft_prompt: list[int]
-    draft_skipped: str | None
-    runner: ModelRunner
-    sampling: SamplingParams
-    ends: frozenset[int]
-    least_new_tokens: int
-    config: SpeculationConfig
-    confidence: float
-    method: Method
 
 
 def _unpickled(cls: type[RapidDecoder], made_of: Any) -> RapidDecoder:

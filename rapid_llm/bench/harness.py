@@ -208,7 +208,9 @@ class Bench(ABC):
         retrieved = self._prompt(self._draft_tokens) if draft else None
         prompt = self._prompt(context)
         speculation = SpeculationConfig(gamma=gamma)
-        request = self._decoder._prepare(prompt, retrieved, self._sampling, speculation, 1.0, {})
+        request = self._decoder._pair.request(
+            prompt, retrieved, self._sampling, speculation, 1.0, {}
+        )
         with self._decoder._open(request, time.perf_counter()) as generation:
             if generation.target.length == 0:
                 self._decoder.clear_cache()  # whatever else is kept has no use any more

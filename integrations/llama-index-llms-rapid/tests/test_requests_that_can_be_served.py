@@ -150,7 +150,7 @@ def test_text_that_fills_the_window_does_not_overflow_a_plain_engine(smollm2, mo
     seen = []
 
     def stream(self, target, draft=None, **options):
-        seen.append(self._prepare(target, draft, options["sampling"], None, 1.0, {}))
+        seen.append(self._pair.request(target, draft, options["sampling"], None, 1.0, {}))
         options["sampling"] = replace(options["sampling"], max_new_tokens=1)
         return original(self, "Hi", None, **options)
 
