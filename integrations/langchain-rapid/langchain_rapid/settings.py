@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -72,17 +73,19 @@ class _Loaded:
 
     def __init__(self) -> None:
         self._decoders: list[tuple[EngineConfig, RapidDecoder]] = []
+        self._lock = threading.Lock()
 
     def get(self, config: EngineConfig) -> RapidDecoder:
         """The decoder of a config, loaded when it is first asked for."""
-        for known, decoder in self._decoders:
-            if known == config:
-                return decoder
-        from rapid_llm.decoder import RapidDecoder
+        with self._lock:
+            for known, decoder in self._decoders:
+                if known == config:
+                    return decoder
+            from rapid_llm.decoder import RapidDecoder
 
-        decoder = RapidDecoder.from_config(config)
-        self._decoders.append((config, decoder))
-        return decoder
+            decoder = RapidDecoder.from_config(config)
+            self._decoders.append((config, decoder))
+            return decoder
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Loaded)  # models do not differ by what was loaded so far
@@ -109,6 +112,8 @@ class RapidModel(OptionFields):
 
     decoder: RapidDecoder | None = Field(default=None, exclude=True, repr=False)
     """A loaded decoder, in the place of the options that load models."""
+    preload: bool = Field(default=False, exclude=True, repr=False)
+    """Load the models when the object is made, not at its first call."""
     retriever: Runnable[str, list[Document]] | None = Field(default=None, exclude=True, repr=False)
     """Retriever of the drafter's context for the last human message; needs ``documents``."""
     documents: Annotated[Any, SkipValidation] = Field(default=None, exclude=True, repr=False)
@@ -157,6 +162,8 @@ class RapidModel(OptionFields):
         hub.require_own(self.hub_options, options_of(EngineConfig))
         if self.documents is not None:
             self._sources = FullDocuments(self.documents, self.document_id_key)
+        if self.preload:
+            self.load()
         return self
 
     # --- one call ------------------------------------------------------------------------------
@@ -175,6 +182,15 @@ class RapidModel(OptionFields):
         confidence = given.pop("confidence", 1.0)
         fields = {name: getattr(self, name) for name in OPTIONS}
         return Call(*settings(fields, given), retrieved, places, confidence)
+
+    def load(self) -> Self:
+        """Load the models now, so that the first call need not wait for them.
+
+        Raises:
+            ModelError: a model cannot be loaded.
+        """
+        self._decoder_for(self.model)
+        return self
 
     def _decoder_for(self, model: str) -> RapidDecoder:
         """The decoder, loaded when first needed; objects with the same models share weights."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rapid_llm.decoder as decoder_module
+from rapid_llm import request as request_module
 import torch
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.embeddings import Embeddings
@@ -53,14 +53,14 @@ def tiny_folder(tmp_path: Path) -> str:
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the models were made to read, decoded: of each call the target's, then the drafter's."""
     read: list[str] = []
-    original = decoder_module.encode_prompt
+    original = request_module.encode_prompt
 
     def recorded(prompt: Any, tokenizer: Any, *variables: Any) -> list[int]:
         ids = original(prompt, tokenizer, *variables)
         read.append(tokenizer.decode(ids))
         return ids
 
-    monkeypatch.setattr(decoder_module, "encode_prompt", recorded)
+    monkeypatch.setattr(request_module, "encode_prompt", recorded)
     return read
 
 

@@ -304,3 +304,20 @@ def test_the_readme_names_every_field_with_its_default_and_every_count():
                 shown = f"{value:g}" if type(value) is float else str(value)
                 assert table[name].strip("`") == shown, name
     assert Stats().as_dict().keys() <= table.keys()
+
+
+@pytest.mark.parametrize("kind", [ChatRapid, RapidLLM])
+def test_models_are_loaded_when_asked_for(kind, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        "rapid_llm.decoder.RapidDecoder.from_config", lambda config: loaded.append(config.model)
+    )
+    llm = kind(model="some-model")
+    assert loaded == []
+    assert llm.load() is llm
+    assert loaded == ["some-model"]
+    kind(model="another", preload=True)
+    assert loaded == ["some-model", "another"]
+    with pytest.raises(ValueError, match="top_p"):
+        kind(model="third", top_p=2, preload=True)
+    assert loaded == ["some-model", "another"]

@@ -304,3 +304,19 @@ def test_a_pickle_brings_the_decoder_that_was_given(decoder: RapidDecoder) -> No
     llm = RapidLLM(decoder=decoder, max_tokens=4)
     expected = llm.complete("w3 w4").text
     assert pickle.loads(pickle.dumps(llm)).complete("w3 w4").text == expected
+
+
+def test_models_are_loaded_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(
+        "llama_index.llms.rapid.loading.load", lambda engine, *, own: loaded.append(engine.model)
+    )
+    llm = RapidLLM("some-model")
+    assert loaded == []
+    assert llm.load() is llm
+    assert loaded == ["some-model"]
+    RapidLLM("another", preload=True)
+    assert loaded == ["some-model", "another"]
+    with pytest.raises(InvalidParameterError, match="top_p"):
+        RapidLLM("third", top_p=2, preload=True)
+    assert loaded == ["some-model", "another"]

@@ -135,6 +135,7 @@ class RapidLLM(OptionFields, LLM):
         drafter: str | Path | None = None,
         *,
         decoder: RapidDecoder | None = None,
+        preload: bool = False,
         **fields: Any,
     ) -> None:
         fields |= {"model": model, "drafter": drafter}
@@ -160,6 +161,17 @@ class RapidLLM(OptionFields, LLM):
         if self.documents is not None:
             Library(self.documents, self.document_key)
         watch_engines()
+        if preload:
+            self.load()
+
+    def load(self) -> RapidLLM:
+        """Load the models now, so that the first call need not wait for them.
+
+        Raises:
+            ModelError: a model cannot be loaded.
+        """
+        self._decoder_for(self._options({}).engine)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> RapidLLM:
         options = {name: getattr(self, name) for name in OptionFields.model_fields}
