@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from rapid_llm import RapidDecoder, cli
 from rapid_llm.cli import evaluate as command
-from rapid_llm.cli import retrieval, runner, tasks
+from rapid_llm.cli import report as reporting
+from rapid_llm.evaluation import retrieval, runner, tasks
 from rapid_llm.evaluation.journal import SETTINGS, Journal, read_records
 from rapid_llm.evaluation.tasks.base import Item, Source, Task
 
@@ -261,9 +262,9 @@ def test_bad_options_are_refused_before_a_model_is_loaded(
 def test_packages_of_the_extra_that_are_missing_are_named_with_the_remedy(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there = command.find_spec
+    there = reporting.find_spec
     monkeypatch.setattr(
-        command, "find_spec", lambda name: (name != "scipy" and there(name)) or None
+        reporting, "find_spec", lambda name: (name != "scipy" and there(name)) or None
     )
     assert_refused(run(), "eval needs scipy", 'pip install "rapid-llm[eval]"')
     status = cli.main(["report", "runs"])

@@ -1,4 +1,4 @@
-"""The commands ``rapid-llm eval`` and ``rapid-llm report``."""
+"""``rapid-llm eval``: quality and speed of every method on a benchmark."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import sys
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ import typer
 from typer import Argument, Option
 
 from rapid_llm.cli.app import app
+from rapid_llm.cli.report import require_packages, tables
 from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.console import (
     Bars,
@@ -23,7 +23,7 @@ from rapid_llm.console import (
     status,
 )
 from rapid_llm.context.embedding import default_embedder
-from rapid_llm.errors import InvalidParameterError, MissingDependencyError
+from rapid_llm.errors import InvalidParameterError
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import RapidDecoder
@@ -35,7 +35,6 @@ _Numbers = list[int] | None
 _Folder = Path | None
 
 _SWEPT = "; may be repeated, and methods with another than the first are named by it."
-_PACKAGES = ("openai", "pydantic", "rouge_score", "scipy", "sklearn")
 _KEPT = (
     *("model", "drafter", "layers", "context_tokens", "seed", "dtype", "drafter_device"),
     *("judge_url", "judge_model"),
@@ -113,7 +112,7 @@ def evaluate(
                 f"--layers {layers} makes the whole model the drafter, so that {option} {value} "
                 "has no place: leave one of them out"
             )
-    _require_packages("eval")
+    require_packages("eval")
     checksum = None if data is None else _checksum(data)
     shown = sys.stderr.isatty() and not as_json
     with status(f"loading {model}" + (f" and {drafter}" if drafter else ""), shown):
@@ -129,7 +128,6 @@ def evaluate(
         from rapid_llm import RapidDecoder, __version__
         from rapid_llm.evaluation.journal import Journal
         from rapid_llm.evaluation.judge import Judge
-        from rapid_llm.evaluation.report import tables
         from rapid_llm.evaluation.retrieval import Retrieval
         from rapid_llm.evaluation.runner import Evaluation
         from rapid_llm.evaluation.summary import summarize
@@ -182,29 +180,6 @@ def evaluate(
     for table in tables(summary["rows"]):
         show(table)
     show(f"Answers are in {folder}; with what is missing: rapid-llm report {folder}", stderr=True)
-
-
-@app.command()
-def report(
-    folders: Annotated[
-        list[Path],
-        Argument(help="Folders that rapid-llm eval wrote, or one that holds such folders."),
-    ],
-    out: Annotated[_Folder, Option(help="Where to write; by default the first folder.")] = None,
-) -> None:
-    """Write report.md on runs of rapid-llm eval: tables, the paper's figures, what is missing."""
-    _require_packages("report")
-    from rapid_llm.evaluation.report import write_report
-
-    print(write_report(folders, out or folders[0]))
-
-
-def _require_packages(command: str) -> None:
-    if missing := [package for package in _PACKAGES if find_spec(package) is None]:
-        raise MissingDependencyError(
-            f"rapid-llm {command} needs {', '.join(missing)}, which is not installed: use "
-            'pip install "rapid-llm[eval]"'
-        )
 
 
 def _upward(model: str, layers: int, dtype: str, device: str | None) -> RapidDecoder:
