@@ -18,10 +18,6 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 _FILE_WIDTH = 110  # columns of a table that is not printed on a terminal
 
 
-def parse_gamma(value: str) -> int | Literal["auto"]:
-    return "auto" if value == "auto" else int(value)
-
-
 def show(what: str | Table, *, stderr: bool = False) -> None:
     # In a file a table has room; on a terminal it has the terminal's width.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else _FILE_WIDTH

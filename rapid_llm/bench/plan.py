@@ -35,49 +35,30 @@ class Draft:
 
 @dataclass(frozen=True)
 class Row:
-    """The prediction for one drafter; plain decoding is the row without (``drafter`` is None).
+    """The prediction for one drafter."""
 
-    Attributes:
-        cost: c, a draft step ÷ a plain step.
-        best: the draft length that decodes fastest at the plan's acceptance rate.
-        tokens_a_round: E for it.
-        prefill_seconds: of the target's prompt and the drafter's.
-        weight_bytes: of both models; weights that they share count once.
-        kv_bytes: of both caches.
-        fits: whether these leave enough of the device's memory; None where that is unknown.
-        sensitivity: the best draft for other acceptance rates.
-    """
-
-    drafter: str | None
-    cost: float | None
-    best: Draft
-    tokens_a_round: float
+    drafter: str | None  # None is plain decoding
+    cost: float | None  # c, a draft step ÷ a plain step
+    best: Draft  # the draft length that decodes fastest at the plan's acceptance rate
+    tokens_a_round: float  # E for it
     seconds_a_token: float
-    prefill_seconds: float
-    weight_bytes: int
-    kv_bytes: int
-    fits: bool | None
-    sensitivity: dict[float, Draft]
+    prefill_seconds: float  # of the target's prompt and the drafter's
+    weight_bytes: int  # of both models; weights that they share count once
+    kv_bytes: int  # of both caches
+    fits: bool | None  # whether these leave enough of the memory; None where that is unknown
+    sensitivity: dict[float, Draft]  # the best draft for other acceptance rates
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A case, and what the speed model predicts for it.
+    """A case, and what the speed model predicts for it."""
 
-    Attributes:
-        model: the target.
-        drafter: another model to consider beside self-speculation.
-        context: tokens the target reads, L.
-        retrieval_tokens: tokens the drafter reads, S.
-        acceptance: a, the probability that a draft token is accepted if those before it were.
-    """
-
-    model: ModelSize
-    drafter: ModelSize | None
+    model: ModelSize  # the target
+    drafter: ModelSize | None  # another model to consider beside self-speculation
     device: Device
-    context: int
-    retrieval_tokens: int
-    acceptance: float
+    context: int  # tokens the target reads, L
+    retrieval_tokens: int  # tokens the drafter reads, S
+    acceptance: float  # a, the probability that a draft token is accepted if those before it were
 
     @property
     def rows(self) -> list[Row]:

@@ -22,9 +22,13 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import InvalidParameterError, ModelError
 from rapid_llm.models import load_config
 
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 _TIED = {"tie_word_embeddings": True}
 
-# As make_config takes them, and what else the config has.
+# Model type, SIZES, and what else the config has.
 _SHAPES: dict[str, tuple[Any, ...]] = {
     "llama-3.1-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, 128, {}),
     "llama-3.1-70b": ("llama", 128256, 8192, 28672, 80, 64, 8, 128, {}),
@@ -103,30 +107,13 @@ def shape_config(name: str, positions: int) -> PretrainedConfig:
     return make_config(*sizes, positions=positions, **others)
 
 
-def make_config(
-    model_type: str,
-    vocabulary: int,
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    **others: Any,
-) -> PretrainedConfig:
-    """A config without an end-of-sequence token: no answer ends before it was measured."""
-    config: PretrainedConfig = CONFIG_MAPPING[model_type](
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=others.pop("positions"),
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-        **others,
-    )
+def make_config(model_type: str, *sizes: int, positions: int, **others: Any) -> PretrainedConfig:
+    """A config of the sizes that :data:`SIZES` names, without an end-of-sequence token: no answer
+    ends before it was measured."""
+    named: dict[str, Any] = dict(zip(SIZES, sizes, strict=True))
+    named["max_position_embeddings"] = positions
+    named |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config: PretrainedConfig = CONFIG_MAPPING[model_type](**named, **others)
     return config
 
 

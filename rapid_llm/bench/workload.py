@@ -21,17 +21,12 @@ _LEAST_DOCUMENT = 128
 
 @dataclass(frozen=True)
 class Workload:
-    """One question, as the target and as the drafter read it.
-
-    Attributes:
-        target: token ids of about ``context`` tokens.
-        draft: token ids of a part of it and the question.
-    """
+    """One question, as the target and as the drafter read it."""
 
     task: str
     context: int
-    target: list[int]
-    draft: list[int]
+    target: list[int]  # token ids of about ``context`` tokens
+    draft: list[int]  # token ids of a part of it and the question
 
 
 def make_workload(
