@@ -33,7 +33,7 @@ SWEEP = Sweep(
     eta=(10,),
     retrieval_tokens=(64,),
     chunk_tokens=(32,),
-    retriever=("bm25",),
+    retriever=("dense",),
     embedder=("words",),
     irrelevant=True,
 )

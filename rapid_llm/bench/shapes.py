@@ -1,4 +1,4 @@
-"""Shapes of models, which speed depends on: counted from a config, or named and made of noise."""
+"""Shapes of models: sizes counted from a config, and named ones with random weights."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ _Folder = Path | None
 _SWEPT = "; may be repeated, and methods with another than the first are named by it."
 _KEPT = (
     *("model", "drafter", "layers", "context_tokens", "seed", "dtype", "drafter_device"),
-    *("attn_implementation", "drafter_quantization", "judge_url", "judge_model"),
+    *("attn_implementation", "drafter_quantization", "kv_cache_bytes"),
+    *("judge_url", "judge_model"),
 )
 """The options that answers depend on, but for those that are swept."""
 

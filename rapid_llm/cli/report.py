@@ -21,7 +21,7 @@ from rapid_llm.evaluation.methods import METHODS
 REPEATED = (
     "model", "drafter", "layers", "data", "context_tokens", "gamma", "mode", "retrieval_tokens",
     "chunk_tokens", "retriever", "embedder", "seed", "dtype", "device", "drafter_device",
-    "attn_implementation", "drafter_quantization", "judge_url", "judge_model",
+    "attn_implementation", "drafter_quantization", "kv_cache_bytes", "judge_url", "judge_model",
 )  # fmt: skip
 """The settings that are options of ``rapid-llm eval``: a run goes on with the same ones only."""
 
