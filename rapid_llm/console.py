@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Literal
+from io import StringIO
+from typing import Any, ClassVar, Literal
 
+from rich.box import SIMPLE_HEAD, Box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -15,15 +18,32 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 _FILE_WIDTH = 110  # width in characters of a table that is not printed on a terminal
 
 
-def parse_gamma(value: str) -> int | Literal["auto"]:
-    return "auto" if value == "auto" else int(value)
-
-
 def show(what: str | Table, *, stderr: bool = False) -> None:
     # A fixed width in a file; the terminal's width on a terminal.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else _FILE_WIDTH
     console = Console(stderr=stderr, markup=False, highlight=False, width=width)
     console.print(what, soft_wrap=isinstance(what, str))
+
+
+def number_table(
+    first: str, others: Sequence[str], *, box: Box = SIMPLE_HEAD, **options: Any
+) -> Table:
+    """An empty table of names, in the column ``first``, and numbers, in the others.
+
+    ``options`` are those of rich's ``Table``.
+    """
+    table = Table(box=box, **options)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def as_text(what: str | Table, width: int) -> str:
+    """What a file of so many columns holds of it, without blanks at the lines' ends."""
+    file = StringIO()
+    Console(file=file, width=width, markup=False, highlight=False).print(what)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def status(text: str, shown: bool) -> AbstractContextManager[object]:

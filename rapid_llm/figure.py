@@ -1,7 +1,10 @@
-"""Make matplotlib figures; matplotlib is an optional package."""
+"""Figures by matplotlib, an optional package."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rapid_llm.errors import MissingDependencyError
@@ -28,3 +31,26 @@ def new_figure(who_needs: str, width: float, height: float, dpi: float | None = 
             f"{who_needs} matplotlib; run: pip install matplotlib"
         ) from error
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def draw_bars(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Draw samples by name as bars of their medians with their range, a panel a title.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    heights = [len(bars) + 2 for bars in panels.values()] or [2]
+    figure = new_figure("--plot needs", 9, 0.3 * sum(heights))
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    for index, (title, bars) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[index])
+        middle = [median(samples) for samples in bars.values()]
+        below = [m - min(samples) for m, samples in zip(middle, bars.values(), strict=True)]
+        above = [max(samples) - m for m, samples in zip(middle, bars.values(), strict=True)]
+        drawn = axes.barh([*bars], middle, xerr=[below, above], color="#4878a8", ecolor="#999999")
+        axes.bar_label(drawn, fmt="%.3g", padding=6, fontsize=8)
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(title, loc="left", fontsize=10)
+    figure.savefig(path, dpi=150)

@@ -218,6 +218,34 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     return shorter
 
 
+def stretched(model: Any, tokens: int) -> PreTrainedModel:
+    """The same model for prompts of ``tokens`` tokens, by a YaRN-scaled rotary embedding.
+
+    For speed only: the model was not trained so. Every weight is shared, not copied.
+
+    Raises:
+        InvalidParameterError: its rotary embedding cannot be replaced so.
+    """
+    original = int(model.config.get_text_config().max_position_embeddings)
+    if tokens <= original:
+        return model
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if "rope_type" not in rope or not hasattr(model.model, "rotary_emb"):
+        raise InvalidParameterError(
+            f"{tokens:,} tokens are more than the {original:,} of {model.config.model_type}, whose "
+            "rotary embedding cannot be scaled here; take a shorter context"
+        )
+    longer: Any = sharing_copy(model)
+    longer.config.rope_parameters = {
+        **rope,
+        "rope_type": "yarn",
+        "factor": -(-tokens // original) * 1.0,
+        "original_max_position_embeddings": original,
+    }
+    longer.model.rotary_emb = type(longer.model.rotary_emb)(longer.config)
+    return longer
+
+
 def device_memory(device: torch.device) -> int | None:
     """Total memory in bytes of a device, or the host's memory that the process may use.
 

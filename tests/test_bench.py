@@ -18,9 +18,10 @@ from rapid_llm import ContextWindowError, InvalidParameterError, RapidDecoder, c
 from rapid_llm.bench import harness
 from rapid_llm.bench.method_bench import MethodBench, Run, our_methods, peer_methods
 from rapid_llm.bench.timing import Stamps
-from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload, stretched
+from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload
 from rapid_llm.engine.kv_cache import cache_argument
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.models import stretched
 
 TARGET = [3 + i * i % 61 for i in range(200)]
 WORK = Workload("quoting", 200, TARGET, TARGET[50:90])

@@ -12,9 +12,10 @@ from test_cli import Outcome, assert_refused, save
 from test_eval_methods import WordCounts, item, words
 from transformers.utils import logging
 
-from rapid_llm import RapidDecoder, cli
+from rapid_llm import RapidDecoder, cli, models
 from rapid_llm.cli import evaluate as command
-from rapid_llm.cli import retrieval, runner, tasks
+from rapid_llm.cli import report as reporting
+from rapid_llm.evaluation import retrieval, runner, tasks
 from rapid_llm.evaluation.journal import SETTINGS, Journal, read_records
 from rapid_llm.evaluation.tasks.base import Item, Source, Task
 
@@ -145,6 +146,7 @@ def test_settings_are_written_and_hold_no_path(run: Any, tmp_path: Path, model: 
     assert settings["metrics"] == {"contains": "rate", "f1": "mean"}
     assert settings["retrieval_tokens"] == 32
     assert settings["gamma"] == 4
+    assert settings["threshold"] == "the embedder's"
     for name in ("torch", "transformers", "rapid_llm", "seed", "dtype", "device", "task"):
         assert settings[name] is not None
     assert "limit" not in settings
@@ -160,6 +162,8 @@ def test_settings_are_written_and_hold_no_path(run: Any, tmp_path: Path, model: 
         (["--mode", "augmented"], "mode"),
         (["--context-tokens", 50], "context_tokens"),
         (["--layers", 1], "layers"),
+        (["--attn-implementation", "eager"], "attn_implementation"),
+        (["--drafter-quantization", "none"], "drafter_quantization"),
     ],
 )
 def test_other_settings_are_refused(run: Any, options: list[object], name: str) -> None:
@@ -199,8 +203,10 @@ def test_the_first_layers_can_be_the_target(
         run_all(self, *arguments)
 
     monkeypatch.setattr(runner.Evaluation, "run", spy)
-    assert run("--layers", 1, "--method", "rapid", "--limit", 1).status == 0
+    options = ("--method", "rapid", "--limit", 1, "--attn-implementation", "eager")
+    assert run("--layers", 1, *options).status == 0
     (decoder,) = seen
+    assert decoder.target.attn_implementation == "eager"
     assert decoder.target.config.num_hidden_layers == 1
     assert decoder.drafter.config.num_hidden_layers == 2
     assert "first 1 layers" in decoder.target.name
@@ -253,17 +259,16 @@ def test_an_interrupt_leaves_a_folder_to_go_on_with(
 def test_bad_options_are_refused_before_a_model_is_loaded(
     run: Any, monkeypatch: pytest.MonkeyPatch, options: list[str], mentions: list[str]
 ) -> None:
-    monkeypatch.setattr(RapidDecoder, "from_pretrained", None)
-    monkeypatch.setattr(command, "_upward", None)
+    monkeypatch.setattr(models, "_load", None)
     assert_refused(run(*options), *mentions)
 
 
 def test_packages_of_the_extra_that_are_missing_are_named_with_the_remedy(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there = command.find_spec
+    there = reporting.find_spec
     monkeypatch.setattr(
-        command, "find_spec", lambda name: (name != "scipy" and there(name)) or None
+        reporting, "find_spec", lambda name: (name != "scipy" and there(name)) or None
     )
     assert_refused(run(), "eval needs scipy", 'pip install "rapid-llm[eval]"')
     status = cli.main(["report", "runs"])

@@ -24,8 +24,9 @@ TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 class WordCounts:
     """Vectors that count words, so that a text is similar to the words it shares."""
 
-    def __init__(self, name: str = "words") -> None:
+    def __init__(self, name: str = "words", threshold: float | None = None) -> None:
         self.name = name
+        self.threshold = threshold
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
         vectors = np.full((len(texts), 64), 0.01, dtype=np.float32)
@@ -163,14 +164,19 @@ def _words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "load_embedder", lambda name, device: WordCounts(name))
 
 
-@pytest.mark.usefixtures("_words")
-def test_irrelevant_chunks_fill_the_budget_too() -> None:
-    own = RetrievalSpec(32, 32, "dense", "words", False)
-    other = RetrievalSpec(32, 32, "dense", "words", irrelevant=True)
+@pytest.mark.parametrize(("threshold", "chunks"), [(0.3, 1), (None, 2)])
+def test_the_embedder_says_what_is_similar_but_irrelevant_chunks_fill_the_budget(
+    monkeypatch: pytest.MonkeyPatch, threshold: float | None, chunks: int
+) -> None:
+    monkeypatch.setattr(
+        retrieval, "load_embedder", lambda name, device: WordCounts(name, threshold)
+    )
+    own = RetrievalSpec(64, 32, "dense", "words", False)
+    other = RetrievalSpec(64, 32, "dense", "words", irrelevant=True)
     made = Retrieval(tokenizer(), [own, other])
-    text = words(30, 60)
-    assert made.context(own, text, "w5").empty_reason is not None
-    assert made.context(other, text, "w5").tokens > 20
+    text = words(30, 60)  # no word of the question; the best chunk is kept in any case
+    assert len(made.context(own, text, "w5").chunks) == chunks
+    assert len(made.context(other, text, "w5").chunks) == 2
 
 
 @pytest.mark.usefixtures("_words")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from rapid_llm import cli
+from rapid_llm.cli.report import write_report
 from rapid_llm.errors import DataError
 from rapid_llm.evaluation.journal import RESULTS, SETTINGS, Record, read_records, read_settings
-from rapid_llm.evaluation.report import write_report
 from rapid_llm.evaluation.summary import mean, rate, summarize
 
 METRICS: dict[str, Any] = {"accuracy": "rate", "f1": "mean"}

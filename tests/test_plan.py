@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import GPT2Config, LlamaConfig, T5Config
 
-from rapid_llm.bench.model_size import read_size, size_of
-from rapid_llm.bench.plan import Plan, heading, make_plan, paper_retrieved, tables
-from rapid_llm.bench.shapes import shape_config
+from rapid_llm.bench.plan import Plan, make_plan, paper_retrieved
+from rapid_llm.bench.shapes import read_size, shape_config, size_of
 from rapid_llm.bench.speed_model import (
     DEVICES,
     ModelSize,
@@ -27,6 +26,7 @@ from rapid_llm.bench.speed_model import (
     prefill_flops,
 )
 from rapid_llm.bench.this_device import measure_device
+from rapid_llm.cli.plan import heading, tables
 from rapid_llm.engine.cpu.blocks import Int4Blocks, Int8Blocks
 from rapid_llm.engine.cpu.quantizers import quantized_copy
 from rapid_llm.engine.cuda import int4

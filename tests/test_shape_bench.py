@@ -16,10 +16,9 @@ from conftest import installed
 
 from rapid_llm import InvalidParameterError, cli
 from rapid_llm.bench import harness, shape_bench
-from rapid_llm.bench.model_size import size_of
 from rapid_llm.bench.report import Report, Row, Section
 from rapid_llm.bench.shape_bench import ShapeBench
-from rapid_llm.bench.shapes import SHAPES, random_model, shape_config
+from rapid_llm.bench.shapes import SHAPES, random_model, shape_config, size_of
 from rapid_llm.bench.timing import Stopwatch
 
 CPU = torch.device("cpu")

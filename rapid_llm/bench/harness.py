@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from rapid_llm.bench.model_size import size_of
 from rapid_llm.bench.report import Report, Row, Section
+from rapid_llm.bench.shapes import size_of
 from rapid_llm.bench.timing import Stopwatch, wait_for
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder

@@ -61,9 +61,9 @@ def our_methods(decoder: RapidDecoder) -> dict[str, Method]:
     variants: dict[str, tuple[RapidDecoder, dict[str, Any]]] = {
         "rapid": (decoder, {}),
         "rapid γ=10, as published": (own, {"gamma": 10, "lookup": False}),
-        "rapid without int8": (own, {}),
+        "rapid without quantization": (own, {}),
         "rapid without lookup": (decoder, {"lookup": False}),
-        "rapid without int8, lookup": (own, {"lookup": False}),
+        "rapid without quantization, lookup": (own, {"lookup": False}),
         "rapid without adaptive γ (4)": (decoder, {"gamma": 4}),
         **{name: (decoder, {"drafting": name}) for name in ("streaming", "triforce", "rest")},
     }

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import PurePath
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from rapid_llm.bench.model_size import read_size
+from rapid_llm.bench.shapes import read_size
 from rapid_llm.bench.speed_model import (
     ACCEPTANCE,
     MEMORY_FRACTION,
@@ -39,49 +35,30 @@ class Draft:
 
 @dataclass(frozen=True)
 class Row:
-    """The prediction for one drafter; plain decoding is the row without (``drafter`` is None).
+    """The prediction for one drafter."""
 
-    Attributes:
-        cost: c, a draft step ÷ a plain step.
-        best: the draft length that decodes fastest at the plan's acceptance rate.
-        tokens_a_round: E for it.
-        prefill_seconds: of the target's prompt and the drafter's.
-        weight_bytes: of both models; weights that they share count once.
-        kv_bytes: of both caches.
-        fits: whether these leave enough of the device's memory; None where that is unknown.
-        sensitivity: the best draft for other acceptance rates.
-    """
-
-    drafter: str | None
-    cost: float | None
-    best: Draft
-    tokens_a_round: float
+    drafter: str | None  # None is plain decoding
+    cost: float | None  # c, a draft step ÷ a plain step
+    best: Draft  # the draft length that decodes fastest at the plan's acceptance rate
+    tokens_a_round: float  # E for it
     seconds_a_token: float
-    prefill_seconds: float
-    weight_bytes: int
-    kv_bytes: int
-    fits: bool | None
-    sensitivity: dict[float, Draft]
+    prefill_seconds: float  # of the target's prompt and the drafter's
+    weight_bytes: int  # of both models; weights that they share count once
+    kv_bytes: int  # of both caches
+    fits: bool | None  # whether these leave enough of the memory; None where that is unknown
+    sensitivity: dict[float, Draft]  # the best draft for other acceptance rates
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A case, and what the speed model predicts for it.
+    """A case, and what the speed model predicts for it."""
 
-    Attributes:
-        model: the target.
-        drafter: another model to consider beside self-speculation.
-        context: tokens the target reads, L.
-        retrieval_tokens: tokens the drafter reads, S.
-        acceptance: a, the probability that a draft token is accepted if those before it were.
-    """
-
-    model: ModelSize
-    drafter: ModelSize | None
+    model: ModelSize  # the target
+    drafter: ModelSize | None  # another model to consider beside self-speculation
     device: Device
-    context: int
-    retrieval_tokens: int
-    acceptance: float
+    context: int  # tokens the target reads, L
+    retrieval_tokens: int  # tokens the drafter reads, S
+    acceptance: float  # a, the probability that a draft token is accepted if those before it were
 
     @property
     def rows(self) -> list[Row]:
@@ -192,46 +169,3 @@ def make_plan(
 def paper_retrieved(context: int) -> int:
     """Tokens the paper retrieves: the larger of 4,096 and L/24, and never more than L."""
     return min(context, max(4096, context // 24))
-
-
-def heading(plan: Plan) -> str:
-    """The model, how much of it there is, and where and on what it would run."""
-    size = plan.model
-    active = f", {_count(size.active_parameters)} active" if size.experts else ""
-    return (
-        f"{size.name} ({_count(size.parameters)} parameters{active}), {plan.device.name}: "
-        f"{plan.context:,} tokens, {plan.retrieval_tokens:,} retrieved, acceptance rate "
-        f"{plan.acceptance:g}"
-    )
-
-
-def tables(plan: Plan) -> Iterator[Table]:
-    """A line a drafter: what it gains, also at other acceptance rates, and the memory it takes."""
-    memory = "unknown" if plan.device.memory is None else f"{plan.device.memory / 1e9:.0f} GB"
-    heads = (
-        ("drafter", "c", "γ", "tokens\na round", "ms\na token", "speedup", "prefill\ns"),
-        ("speedup (γ) at a =", *(f"{acceptance:g}" for acceptance in SENSITIVITY)),
-        ("memory, GB", "weights", "KV", "all", f"fits ({memory})"),
-    )
-    speed, others, needed = made = [Table(first, box=SIMPLE_HEAD) for first, *_ in heads]
-    for table, (_, *columns) in zip(made, heads, strict=True):
-        for column in columns:
-            table.add_column(column, justify="right")
-    for row in plan.rows:
-        name = row.drafter or "none (plain)"
-        cost = "–" if row.cost is None else f"{row.cost:.2f}"
-        numbers = row.tokens_a_round, 1000 * row.seconds_a_token
-        gains = *(f"{n:.1f}" for n in numbers), f"{row.best.speedup:.2f}"
-        speed.add_row(name, cost, str(row.best.gamma), *gains, f"{row.prefill_seconds:.1f}")
-        if row.drafter is not None:
-            best = (f"{each.speedup:.2f} ({each.gamma})" for each in row.sensitivity.values())
-            others.add_row(name, *best)
-        parts = row.weight_bytes, row.kv_bytes, row.weight_bytes + row.kv_bytes
-        fits = {True: "yes", False: "no", None: "?"}[row.fits]
-        needed.add_row(name, *(f"{part / 1e9:.2f}" for part in parts), fits)
-    yield from made
-
-
-def _count(parameters: float) -> str:
-    billions = parameters / 1e9
-    return f"{billions:.2f}B" if billions >= 1 else f"{1000 * billions:.1f}M"

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from rapid_llm.figure import new_figure
+from rapid_llm.console import as_text, number_table
+from rapid_llm.figure import draw_bars
 
 _WIDTH = 132
 _DRAWN = ("tokens/s", "ms/token", "ms")
@@ -22,22 +19,15 @@ _DRAWN = ("tokens/s", "ms/token", "ms")
 
 @dataclass(frozen=True)
 class Row:
-    """A quantity.
-
-    Attributes:
-        samples: one number a counted run; empty where nothing could be measured.
-        note: what a number alone would not say.
-        simulated: whether a coin decided what was accepted.
-        columns: further figures of the same thing, by their heading.
-    """
+    """A quantity."""
 
     key: str
     label: str
     unit: str
-    samples: list[float]
-    note: str = ""
-    simulated: bool = False
-    columns: dict[str, float] = field(default_factory=dict)
+    samples: list[float]  # one a counted run; empty where nothing could be measured
+    note: str = ""  # what a number alone would not say
+    simulated: bool = False  # whether a coin decided what was accepted
+    columns: dict[str, float] = field(default_factory=dict)  # further figures, by their heading
 
     @property
     def median(self) -> float | None:
@@ -52,18 +42,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """What belongs together, at a context length or (None) at any.
-
-    Attributes:
-        failed: why there are not all rows; None where there are.
-        seconds: that measuring took.
-    """
+    """What belongs together."""
 
     name: str
-    context: int | None
+    context: int | None  # its length; None where any will do
     rows: list[Row]
-    failed: str | None
-    seconds: float
+    failed: str | None  # why there are not all rows; None where there are
+    seconds: float  # that measuring took
 
     @property
     def title(self) -> str:
@@ -72,25 +57,20 @@ class Section:
     def text(self) -> str:
         """A table, a line a row, with what failed below."""
         columns = list(dict.fromkeys(name for row in self.rows for name in row.columns))
-        table = Table(
-            title=f"{self.title} ({self.seconds:.0f} s)",
-            box=SIMPLE_HEAD,
-            title_justify="left",
-            caption_justify="left",
-            caption=f"failed: {self.failed}" if self.failed else None,
-            show_header=bool(columns),
-        )
-        table.add_column(no_wrap=True)
-        for name in ("", "", *columns):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("")
+        failed = f"failed: {self.failed}" if self.failed else None
+        table = number_table(
+            "", ("", "", *columns), title=f"{self.title} ({self.seconds:.0f} s)",
+            title_justify="left", caption=failed, caption_justify="left", show_header=bool(columns),
+        )  # fmt: skip
+        table.columns[0].no_wrap = True
+        table.add_column("")  # of notes
         for row in self.rows:
             value = "–" if row.median is None else f"{_number(row.median)} {row.unit}".rstrip()
             ends = min(row.samples, default=0), max(row.samples, default=0)
             spread = f"({'–'.join(map(_number, ends))})" if len(row.samples) > 1 else ""
             others = [_number(row.columns[c]) if c in row.columns else "–" for c in columns]
             table.add_row(Text(row.name), value, spread, *others, Text(row.note))
-        return as_text(table)
+        return as_text(table, _WIDTH)
 
 
 @dataclass
@@ -113,7 +93,7 @@ class Report:
 
     def heading(self) -> str:
         """The facts, as they are printed."""
-        return as_text("; ".join(f"{name}: {fact}" for name, fact in self.facts.items()))
+        return as_text("; ".join(f"{name}: {fact}" for name, fact in self.facts.items()), _WIDTH)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -137,42 +117,14 @@ class Report:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        panels: dict[str, list[Row]] = {}
+        panels: dict[str, dict[str, list[float]]] = {}
         for section in self.sections:
             for row in section.rows:
                 if row.samples and row.unit in _DRAWN:
                     shared = f"decoding, {section.context or 0:,} tokens"
                     title = shared if row.unit == "ms/token" else section.title
-                    panels.setdefault(f"{title}: {row.unit}", []).append(row)
-        heights = [len(rows) + 2 for rows in panels.values()] or [2]
-        figure = new_figure("--plot needs", 9, 0.3 * sum(heights))
-        grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-        for index, (title, rows) in enumerate(panels.items()):
-            axes = figure.add_subplot(grid[index])
-            middle = [median(row.samples) for row in rows]
-            ends = [(min(row.samples), max(row.samples)) for row in rows]
-            reach = [(m - a, b - m) for m, (a, b) in zip(middle, ends, strict=True)]
-            names = [row.name for row in rows]
-            bars = axes.barh(
-                names,
-                middle,
-                xerr=list(zip(*reach, strict=True)),
-                color="#4878a8",
-                ecolor="#999999",
-            )
-            axes.bar_label(bars, fmt="%.3g", padding=6, fontsize=8)
-            axes.invert_yaxis()
-            axes.tick_params(labelsize=8)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set_title(title, loc="left", fontsize=10)
-        figure.savefig(path, dpi=150)
-
-
-def as_text(what: str | Table) -> str:
-    """As it is printed and saved."""
-    file = StringIO()
-    Console(file=file, width=_WIDTH, markup=False, highlight=False).print(what)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+                    panels.setdefault(f"{title}: {row.unit}", {})[row.name] = row.samples
+        draw_bars(path, panels)
 
 
 def _number(value: float) -> str:

@@ -19,9 +19,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from rapid_llm.bench.harness import Bench, Step
-from rapid_llm.bench.model_size import size_of
 from rapid_llm.bench.report import Row
-from rapid_llm.bench.shapes import number_tokenizer, random_model, shape_config
+from rapid_llm.bench.shapes import number_tokenizer, random_model, shape_config, size_of
 from rapid_llm.bench.speed_model import require
 from rapid_llm.bench.timing import Stamps, Stopwatch, host_calls, wait_for
 from rapid_llm.config import SpeculationConfig

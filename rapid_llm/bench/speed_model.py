@@ -52,31 +52,21 @@ def require(ok: bool, name: str, value: object, limit: str) -> None:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the speed model needs to know of a model; all counts are of parameters.
-
-    Attributes:
-        lookup: the input embedding, of which a pass reads some rows only; 0 if it is tied.
-        head: the output layer, tied or not; part of ``matrices``.
-        matrices: what every pass reads in full and quantization shrinks, experts apart.
-        experts: all routed experts of all layers.
-        expert_share: experts a token is routed to ÷ experts of a layer.
-        vectors: norms and biases, never quantized.
-        context_window: positions that the model was made for.
-    """
+    """What the speed model needs to know of a model; all counts are of parameters."""
 
     name: str
-    lookup: int
-    head: int
-    matrices: int
-    experts: int
-    expert_share: float
-    vectors: int
+    lookup: int  # the input embedding, of which a pass reads some rows only; 0 if it is tied
+    head: int  # the output layer, tied or not; part of the matrices
+    matrices: int  # what every pass reads in full and quantization shrinks, experts apart
+    experts: int  # all routed experts of all layers
+    expert_share: float  # experts a token is routed to ÷ experts of a layer
+    vectors: int  # norms and biases, never quantized
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     hidden_size: int
-    context_window: int
+    context_window: int  # positions that the model was made for
 
     @property
     def parameters(self) -> int:
@@ -119,29 +109,18 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Device:
-    """What a device achieves, in bytes, seconds and floating-point operations.
-
-    Attributes:
-        bandwidth: bytes/s of weights read by a matrix-vector product.
-        kv_bandwidth: bytes/s of keys and values read by attention.
-        flops: a second, in bf16 matrix products of a prefill.
-        pass_flops: a second, in passes of few tokens.
-        memory: bytes; None where it cannot be told.
-        layer_seconds: of a layer of a pass in which there is next to nothing to compute.
-        round_seconds: of a round or a plain step, beside its passes.
-        source: where the numbers come from.
-    """
+    """What a device achieves, in bytes, seconds and floating-point operations."""
 
     name: str
-    bandwidth: float
-    kv_bandwidth: float
-    flops: float
-    pass_flops: float
-    memory: int | None
-    layer_seconds: float
-    round_seconds: float
+    bandwidth: float  # bytes/s of weights read by a matrix-vector product
+    kv_bandwidth: float  # bytes/s of keys and values read by attention
+    flops: float  # a second, in bf16 matrix products of a prefill
+    pass_flops: float  # a second, in passes of few tokens
+    memory: int | None  # bytes; None where it cannot be told
+    layer_seconds: float  # of a layer of a pass in which there is next to nothing to compute
+    round_seconds: float  # of a round or a plain step, beside its passes
     is_gpu: bool
-    source: str
+    source: str  # where the numbers come from
 
     @property
     def few_bits(self) -> tuple[Precision, ...]:

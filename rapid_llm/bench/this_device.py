@@ -7,8 +7,7 @@ import time
 
 import torch
 
-from rapid_llm.bench.model_size import size_of
-from rapid_llm.bench.shapes import make_config, random_model
+from rapid_llm.bench.shapes import make_config, random_model, size_of
 from rapid_llm.bench.speed_model import Device, ModelSize, flops, prefill_flops
 from rapid_llm.engine.costs import PassCost, measure
 from rapid_llm.engine.model_runner import ModelRunner

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from rapid_llm.engine.device import device_of
+
 _CALLS = {
     "launches": (
         *("cudaLaunchKernel", "cudaLaunchKernelExC", "cudaLaunchCooperativeKernel"),
@@ -23,8 +25,7 @@ _CALLS = {
 
 def wait_for(device: torch.device) -> None:
     """Return when everything that was launched there is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    device_of(device).synchronize(device)
 
 
 class Stopwatch:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.encoding import encode_literal, encode_prompt
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.models import sharing_copy
 
 QUOTED = "PROPHECY"
 QUESTIONS = {
@@ -24,17 +21,12 @@ _LEAST_DOCUMENT = 128
 
 @dataclass(frozen=True)
 class Workload:
-    """One question, as the target and as the drafter read it.
-
-    Attributes:
-        target: token ids of about ``context`` tokens.
-        draft: token ids of a part of it and the question.
-    """
+    """One question, as the target and as the drafter read it."""
 
     task: str
     context: int
-    target: list[int]
-    draft: list[int]
+    target: list[int]  # token ids of about ``context`` tokens
+    draft: list[int]  # token ids of a part of it and the question
 
 
 def make_workload(
@@ -72,31 +64,3 @@ def make_workload(
 
 def _prompt(text: str, question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return encode_prompt([{"role": "user", "content": f"{text}\n\n{question}"}], tokenizer)
-
-
-def stretched(model: Any, tokens: int) -> PreTrainedModel:
-    """The same model for prompts of ``tokens`` tokens, by a YaRN-scaled rotary embedding.
-
-    For speed only: the model was not trained so. Every weight is shared, not copied.
-
-    Raises:
-        InvalidParameterError: its rotary embedding cannot be replaced so.
-    """
-    original = int(model.config.get_text_config().max_position_embeddings)
-    if tokens <= original:
-        return model
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if "rope_type" not in rope or not hasattr(model.model, "rotary_emb"):
-        raise InvalidParameterError(
-            f"{tokens:,} tokens are more than the {original:,} of {model.config.model_type}, whose "
-            "rotary embedding cannot be scaled here; take a shorter context"
-        )
-    longer: Any = sharing_copy(model)
-    longer.config.rope_parameters = {
-        **rope,
-        "rope_type": "yarn",
-        "factor": -(-tokens // original) * 1.0,
-        "original_max_position_embeddings": original,
-    }
-    longer.model.rotary_emb = type(longer.model.rotary_emb)(longer.config)
-    return longer

@@ -122,9 +122,9 @@ def _method_bench(
 ) -> Bench:
     """A model, and all methods or those whose name is, or contains, one of ``parts``."""
     from rapid_llm.bench import method_bench as comparing
-    from rapid_llm.bench.workload import QUESTIONS, make_workload, stretched
+    from rapid_llm.bench.workload import QUESTIONS, make_workload
     from rapid_llm.decoder import RapidDecoder
-    from rapid_llm.models import load_model, packaged_model
+    from rapid_llm.models import load_model, packaged_model, stretched
 
     loaded = load_model(source, dtype=dtype)
     works = [

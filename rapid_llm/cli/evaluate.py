@@ -1,4 +1,4 @@
-"""The commands ``rapid-llm eval`` and ``rapid-llm report``."""
+"""``rapid-llm eval``: quality and speed of every method on a benchmark."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import sys
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,16 +13,13 @@ import typer
 from typer import Argument, Option
 
 from rapid_llm.cli.app import app
-from rapid_llm.config import PACKAGED_MODEL
-from rapid_llm.console import (
-    Bars,
-    Dtype,
-    parse_gamma,
-    show,
-    status,
-)
+from rapid_llm.cli.options import number_or_word, with_options
+from rapid_llm.cli.report import require_packages, tables
+from rapid_llm.config import EngineConfig, SpeculationConfig
+from rapid_llm.console import Bars, show, status
 from rapid_llm.context.embedding import default_embedder
-from rapid_llm.errors import InvalidParameterError, MissingDependencyError
+from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import options_of
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import RapidDecoder
@@ -35,16 +31,21 @@ _Numbers = list[int] | None
 _Folder = Path | None
 
 _SWEPT = "; may be repeated, and methods with another than the first are named by it."
-_PACKAGES = ("openai", "pydantic", "rouge_score", "scipy", "sklearn")
 _KEPT = (
     *("model", "drafter", "layers", "context_tokens", "seed", "dtype", "drafter_device"),
+    *("attn_implementation", "drafter_quantization", "kv_cache_bytes"),
     *("judge_url", "judge_model"),
 )
 """The options that answers depend on, but for those that are swept."""
 
+_NOT_RECORDED = ("cuda_graphs", "kv_cache_dir", "chat_template_kwargs", "hub_options",
+                 "drafter_options")  # fmt: skip
+
 
 @app.command("eval")
+@with_options(EngineConfig, leave_out=_NOT_RECORDED, defaults={"dtype": "bfloat16"})
 def evaluate(
+    engine: EngineConfig,
     ctx: typer.Context,
     task: Annotated[str, Argument(help="needle, squad, nq, …; another name lists all.")],
     method: Annotated[
@@ -54,8 +55,6 @@ def evaluate(
             "speculative-rag; may be repeated."
         ),
     ] = None,
-    model: Annotated[str, Option(help="Hub id, folder, GGUF file or packaged.")] = PACKAGED_MODEL,
-    drafter: Annotated[_Name, Option(help="The same; by default the model itself.")] = None,
     layers: Annotated[
         _Number, Option(help="The model's first so many layers are the target, all draft.")
     ] = None,
@@ -73,7 +72,7 @@ def evaluate(
     gamma: Annotated[
         list[Any] | None,
         Option(
-            parser=parse_gamma,
+            parser=number_or_word(options_of(SpeculationConfig)["gamma"]),
             metavar="N|auto",
             help=f"Tokens drafted a round (4); scores of auto need not reproduce{_SWEPT}",
         ),
@@ -92,9 +91,6 @@ def evaluate(
         bool, Option("--dynamic-eta", help="Run rapid once more, with a dynamic η.")
     ] = False,
     seed: Annotated[int, Option(help="Of whatever is drawn at random.")] = 0,
-    dtype: Annotated[Dtype, Option(help="Of both models.")] = "bfloat16",
-    device: Annotated[_Name, Option(help="Of the models; by default CUDA, if there.")] = None,
-    drafter_device: Annotated[_Name, Option(help="Of the drafter, if it is another.")] = None,
     judge_url: Annotated[
         _Name, Option(help="OpenAI-compatible endpoint that rates mtbench101's answers.")
     ] = None,
@@ -107,16 +103,20 @@ def evaluate(
     """
     if judge_url is not None and judge_model is None:
         raise InvalidParameterError(f"--judge-url {judge_url} needs --judge-model: name the judge")
-    for option, value in (("--drafter", drafter), ("--drafter-device", drafter_device)):
+    for option, value in (
+        ("--drafter", engine.drafter),
+        ("--drafter-device", engine.drafter_device),
+    ):
         if layers is not None and value is not None:
             raise InvalidParameterError(
                 f"--layers {layers} makes the whole model the drafter, so that {option} {value} "
                 "has no place: leave one of them out"
             )
-    _require_packages("eval")
+    require_packages("eval")
     checksum = None if data is None else _checksum(data)
     shown = sys.stderr.isatty() and not as_json
-    with status(f"loading {model}" + (f" and {drafter}" if drafter else ""), shown):
+    drafter = f" and {engine.drafter}" if engine.drafter else ""
+    with status(f"loading {engine.model}{drafter}", shown):
         from rapid_llm.evaluation.methods import Sweep
 
         given = ctx.params | {"embedder": embedder or [default_embedder()]}
@@ -129,24 +129,18 @@ def evaluate(
         from rapid_llm import RapidDecoder, __version__
         from rapid_llm.evaluation.journal import Journal
         from rapid_llm.evaluation.judge import Judge
-        from rapid_llm.evaluation.report import tables
         from rapid_llm.evaluation.retrieval import Retrieval
         from rapid_llm.evaluation.runner import Evaluation
         from rapid_llm.evaluation.summary import summarize
         from rapid_llm.evaluation.tasks import load_task
         from rapid_llm.evaluation.tasks.base import Source
 
-        if layers is None:
-            decoder = RapidDecoder.from_pretrained(
-                model, drafter, dtype=dtype, device=device, drafter_device=drafter_device
-            )
-        else:
-            decoder = _upward(model, layers, dtype, device)
+        decoder = RapidDecoder.from_config(engine) if layers is None else _upward(engine, layers)
         judge = None if judge_model is None else Judge(judge_model, judge_url)
         source = Source(decoder.tokenizer, data, context_tokens, limit, seed, judge)
         loaded = load_task(task, source)
         specs = dict.fromkeys(one.retrieval for one in methods if one.retrieval is not None)
-        retrieval = Retrieval(decoder.tokenizer, specs, device)
+        retrieval = Retrieval(decoder.tokenizer, specs, engine.device)
     settings = {
         **{name: given[name] for name in _KEPT},
         "data": data and data.name,
@@ -157,6 +151,7 @@ def evaluate(
         "first_item_sha256": hashlib.sha256(repr(loaded.items[:1]).encode()).hexdigest(),
         "device": str(decoder.target.device),
         **sweep.own,
+        "threshold": "the embedder's",
         "rapid_llm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -184,37 +179,22 @@ def evaluate(
     show(f"Answers are in {folder}; with what is missing: rapid-llm report {folder}", stderr=True)
 
 
-@app.command()
-def report(
-    folders: Annotated[
-        list[Path],
-        Argument(help="Folders that rapid-llm eval wrote, or one that holds such folders."),
-    ],
-    out: Annotated[_Folder, Option(help="Where to write; by default the first folder.")] = None,
-) -> None:
-    """Write report.md on runs of rapid-llm eval: tables, the paper's figures, what is missing."""
-    _require_packages("report")
-    from rapid_llm.evaluation.report import write_report
-
-    print(write_report(folders, out or folders[0]))
-
-
-def _require_packages(command: str) -> None:
-    if missing := [package for package in _PACKAGES if find_spec(package) is None]:
-        raise MissingDependencyError(
-            f"rapid-llm {command} needs {', '.join(missing)}, which is not installed: use "
-            'pip install "rapid-llm[eval]"'
-        )
-
-
-def _upward(model: str, layers: int, dtype: str, device: str | None) -> RapidDecoder:
+def _upward(engine: EngineConfig, layers: int) -> RapidDecoder:
     """The whole model drafts for its first layers."""
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.models import first_layers, load_model
 
-    loaded = load_model(model, dtype=dtype, device=device)
-    target, name = first_layers(loaded.model, layers), f"{loaded.name}, first {layers} layers"
-    return RapidDecoder(target, loaded.tokenizer, loaded.model, name=name, drafter_name=loaded.name)
+    loaded = load_model(engine.model, dtype=engine.dtype, device=engine.device)
+    return RapidDecoder(
+        first_layers(loaded.model, layers),
+        loaded.tokenizer,
+        loaded.model,
+        name=f"{loaded.name}, first {layers} layers",
+        drafter_name=loaded.name,
+        attn_implementation=engine.attn_implementation,
+        drafter_quantization=engine.drafter_quantization,
+        kv_cache_bytes=engine.kv_cache_bytes,
+    )
 
 
 def _checksum(path: Path) -> str:

@@ -70,7 +70,7 @@ def _annotation(declared: Declared) -> Any:
     origin = get_origin(kinds[0]) if kinds else None
     kind: Any
     if declared.choices and kinds:  # a number or a word
-        kind, settings["parser"] = Any, _number_or_word(declared)
+        kind, settings["parser"] = Any, number_or_word(declared)
         settings["metavar"] = "|".join(["N", *declared.choices])
     elif declared.choices:
         words = declared.choices
@@ -139,7 +139,9 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-def _number_or_word(declared: Declared) -> Callable[[str], Any]:
+def number_or_word(declared: Declared) -> Callable[[str], Any]:
+    """A parser of an option whose values are a number and words."""
+
     def parse(value: Any) -> Any:
         if value in declared.choices or not isinstance(value, str):
             return value

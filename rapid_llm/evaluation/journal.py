@@ -60,6 +60,23 @@ def read_records(folder: Path) -> list[Record]:
     return [parse(record, line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
 
 
+def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The settings and the answers of a run; DataError if they are damaged or there is none."""
+    settings, records = read_settings(folder), read_records(folder)
+    metrics = settings.get("metrics")
+    if not isinstance(metrics, dict) or not metrics:
+        raise DataError(f"{folder / SETTINGS} has no 'metrics', the task's: restore the file")
+    if not records:
+        raise DataError(f"{folder / RESULTS} holds no answer yet: run 'rapid-llm eval' first")
+    for record in records:
+        for name in metrics.keys() - record.scores.keys():
+            raise DataError(
+                f"{folder / RESULTS}: item {record.item!r} of method {record.method!r} has no "
+                f"score {name!r}: remove its line and run 'rapid-llm eval' again"
+            )
+    return settings, records
+
+
 class Journal:
     """Opens a run's folder to go on with it, or makes a new one; ``records`` are those so far.
 

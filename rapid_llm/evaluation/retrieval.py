@@ -10,7 +10,7 @@ from random import Random
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.context import ContextBuilder, Embedder, RetrievalContext, load_embedder
-from rapid_llm.context.embedding import PAPER_THRESHOLD, Vectors
+from rapid_llm.context.embedding import Vectors
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.evaluation.methods import RetrievalSpec
 from rapid_llm.evaluation.tasks.base import Item
@@ -25,11 +25,11 @@ class Retrieval:
         specs: Iterable[RetrievalSpec],
         device: str | None = None,
     ) -> None:
-        embedder = cache(partial(load_embedder, device=device))
+        load = cache(partial(load_embedder, device=device))
         self._embedders: dict[RetrievalSpec, Embedder | None] = {
-            spec: None if spec.embedder is None else embedder(spec.embedder) for spec in specs
+            spec: None if spec.embedder is None else load(spec.embedder) for spec in specs
         }
-        self._builders = {
+        builders = {
             spec: ContextBuilder(
                 tokenizer,
                 embedder,
@@ -37,15 +37,15 @@ class Retrieval:
                 chunk_tokens=spec.chunk_tokens,
                 retrieval_tokens=spec.retrieval_tokens,
                 # Hardly a chunk of another document is similar, and yet something is to be read.
-                threshold=-1 if spec.irrelevant else PAPER_THRESHOLD,
+                threshold=-1 if spec.irrelevant else None,
             )
             for spec, embedder in self._embedders.items()
         }
 
-        @lru_cache(maxsize=2 * len(self._builders) + 1)
+        @lru_cache(maxsize=2 * len(builders) + 1)
         def context(spec: RetrievalSpec, text: str, query: str) -> RetrievalContext:
             """What of a text belongs to a query."""
-            return self._builders[spec].build(text, query)
+            return builders[spec].build(text, query)
 
         self.context = context
 

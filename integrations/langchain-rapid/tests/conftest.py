@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rapid_llm import request as request_module
 import torch
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.embeddings import Embeddings
+from rapid_llm import request as request_module
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.models import LoadedModel, load_model

@@ -1,39 +1,62 @@
-"""Tables of a run's summary, and ``report.md``: these, what is missing, and the paper's own."""
+"""``rapid-llm report``: tables of runs, what is missing, and the paper's figures."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.box import MARKDOWN, SIMPLE_HEAD, Box
-from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
-from rapid_llm.errors import DataError
-from rapid_llm.evaluation.journal import RESULTS, SETTINGS, Record, read_records, read_settings
+from rapid_llm.cli.app import app
+from rapid_llm.console import as_text, number_table
+from rapid_llm.errors import DataError, MissingDependencyError
 from rapid_llm.evaluation.methods import METHODS
-from rapid_llm.evaluation.summary import BASELINE, summarize
 
 REPEATED = (
     "model", "drafter", "layers", "data", "context_tokens", "gamma", "mode", "retrieval_tokens",
     "chunk_tokens", "retriever", "embedder", "seed", "dtype", "device", "drafter_device",
-    "judge_url", "judge_model",
+    "attn_implementation", "drafter_quantization", "kv_cache_bytes", "judge_url", "judge_model",
 )  # fmt: skip
 """The settings that are options of ``rapid-llm eval``: a run goes on with the same ones only."""
+
+_PACKAGES = ("openai", "pydantic", "rouge_score", "scipy", "sklearn")
+_WIDTH = 1000  # of report.md's tables, whose cells have a line each
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path],
+        Argument(help="Folders that rapid-llm eval wrote, or one that holds such folders."),
+    ],
+    out: Annotated[Path | None, Option(help="Where to write; by default the first folder.")] = None,
+) -> None:
+    """Write report.md on runs of rapid-llm eval: tables, the paper's figures, what is missing."""
+    require_packages("report")
+    print(write_report(folders, out or folders[0]))
+
+
+def require_packages(command: str) -> None:
+    """Raises MissingDependencyError where a package of the extra is not installed."""
+    if missing := [package for package in _PACKAGES if find_spec(package) is None]:
+        raise MissingDependencyError(
+            f"rapid-llm {command} needs {', '.join(missing)}, which is not installed: use "
+            'pip install "rapid-llm[eval]"'
+        )
 
 
 def tables(rows: Sequence[Mapping[str, Any]], box: Box = SIMPLE_HEAD) -> tuple[Table, Table]:
     """A row a method: its scores in percent and the difference to ``lc``; its speed."""
     metrics = list(rows[0]["scores"]) if rows else []
-    change = f"{metrics[0] if metrics else ''} − {BASELINE}"
-    scores = _table(box, "method", "items", *metrics, change)
-    speeds = _table(
-        box, "method", "tokens/s", f"÷ {BASELINE}", "accepted", "a", "tokens a round", "retrieved",
-        "fell back",
-    )  # fmt: skip
+    scored = "items", *metrics, f"{metrics[0] if metrics else ''} − lc"
+    timed = "tokens/s", "÷ lc", "accepted", "a", "tokens a round", "retrieved", "fell back"
+    scores, speeds = (number_table("method", others, box=box) for others in (scored, timed))
     for row in rows:
         values = [_percent(row["scores"][name]) for name in metrics]
         scores.add_row(row["method"], str(row["items"]), *values, _percent(row["difference"], "+"))
@@ -53,6 +76,9 @@ def write_report(folders: Iterable[Path], out: Path) -> Path:
 
     Raises DataError if a folder holds no run, or one that is damaged or has no answer.
     """
+    from rapid_llm.evaluation.journal import RESULTS, Record, read_run
+    from rapid_llm.evaluation.summary import summarize
+
     runs: dict[Path, tuple[dict[str, Any], list[Record]]] = {}
     for folder in folders:
         below = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
@@ -74,28 +100,9 @@ def write_report(folders: Iterable[Path], out: Path) -> Path:
     parts += ["## What is missing", "\n".join(missing) or "Nothing."]
     parts += [(resources.files("rapid_llm") / "data" / "report.md").read_text("utf-8")]
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "report.md").open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=1000, color_system=None, markup=False, highlight=False)
-        for part in parts:
-            console.print(part, soft_wrap=isinstance(part, str), end="\n\n")
+    texts = [part if isinstance(part, str) else as_text(part, _WIDTH).strip() for part in parts]
+    (out / "report.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     return out / "report.md"
-
-
-def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """The settings and the answers of a run; DataError if they are damaged or there is none."""
-    settings, records = read_settings(folder), read_records(folder)
-    metrics = settings.get("metrics")
-    if not isinstance(metrics, dict) or not metrics:
-        raise DataError(f"{folder / SETTINGS} has no 'metrics', the task's: restore the file")
-    if not records:
-        raise DataError(f"{folder / RESULTS} holds no answer yet: run 'rapid-llm eval' first")
-    for record in records:
-        for name in metrics.keys() - record.scores.keys():
-            raise DataError(
-                f"{folder / RESULTS}: item {record.item!r} of method {record.method!r} has no "
-                f"score {name!r}: remove its line and run 'rapid-llm eval' again"
-            )
-    return settings, records
 
 
 def _missing(
@@ -122,14 +129,6 @@ def _missing(
     for what, options in lacking:
         task = settings["task"]
         yield f"- {folder.resolve().name}: {what}. `rapid-llm eval {task} {options} {repeated}`"
-
-
-def _table(box: Box, first: str, *others: str) -> Table:
-    table = Table(box=box)
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _percent(interval: Mapping[str, float | None] | None, sign: str = "") -> str:
