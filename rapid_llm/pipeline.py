@@ -19,7 +19,7 @@ from rapid_llm.context.retrieved import SEPARATOR, Passage
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Message, Prompt, encode_prompt
-from rapid_llm.errors import InvalidParameterError
+from rapid_llm.errors import DocumentError, InvalidParameterError
 from rapid_llm.options import changed
 from rapid_llm.stats import Method, Stats
 
@@ -85,7 +85,7 @@ class RapidPipeline:
         self.sampling = sampling or SamplingParams()
         self.speculation = speculation or SpeculationConfig()
         self._builder, self._embedder = builder, embedder
-        self._contexts: OrderedDict[str, RetrievalContext] = OrderedDict()
+        self._contexts: OrderedDict[str, _Retrieved] = OrderedDict()
 
     @cached_property
     def builder(self) -> ContextBuilder:
@@ -111,13 +111,23 @@ class RapidPipeline:
         """
         result = GenerationResult.from_deltas(deltas)
         question = require_text("the question", question)
-        context = None if method == "lc" else self._contexts.get(question)
+        known = None if method == "lc" else self._contexts.get(question)
+        context = None if known is None else known.context
         return Answer(**vars(result), question=question, context=context)
 
     def ask_many(
         self, questions: Iterable[str], method: Method = "rapid", **call: Any
     ) -> list[Answer]:
-        """Answer several questions in order; the documents are read once."""
+        """Answer several questions in order; the documents are read once.
+
+        Raises:
+            DocumentError: one string was given instead of several.
+            RapidError: any other error of :meth:`stream`.
+        """
+        if isinstance(questions, str):
+            raise DocumentError(
+                f"questions={questions!r} is one string: give a list of questions, or use ask"
+            )
         return [self.ask(question, method, **call) for question in questions]
 
     def chat(self, method: Method = "rapid") -> Conversation:
@@ -148,7 +158,8 @@ class RapidPipeline:
             progress: callback for the progress of embedding and prefill.
 
         Raises:
-            InvalidParameterError: the method is unknown.
+            InvalidParameterError: the method is unknown, or the history does not begin with a
+                user's message.
             DocumentError: the question is empty, or not text.
             ContextWindowError: a prompt is too long for its model.
             RapidError: any other error of :meth:`retrieve` and :meth:`RapidDecoder.stream`.
@@ -157,7 +168,7 @@ class RapidPipeline:
         question = require_text("the question", question)
         call = _Call(
             question,
-            tuple(history),
+            _checked_history(history),
             sampling or self.sampling,
             speculation or self.speculation,
             self.decoder.chat_template_kwargs | checked_variables(chat_template_kwargs),
@@ -198,17 +209,20 @@ class RapidPipeline:
         return self._retrieved(call, progress)
 
     def _retrieved(self, call: _Call, progress: Progress | None) -> RetrievalContext:
+        room = self._room(call)
         known = self._contexts.pop(call.question, None)
-        context = known or self.builder.build(
-            self.documents,
-            call.question,
-            room=self._room(call),
-            progress=progress and (lambda done, total: progress("embed", done, total)),
-        )
-        self._contexts[call.question] = context
+        if known is None or known.room != room:  # a history or a longer answer leaves less room
+            context = self.builder.build(
+                self.documents,
+                call.question,
+                room=room,
+                progress=progress and (lambda done, total: progress("embed", done, total)),
+            )
+            known = _Retrieved(room, context)
+        self._contexts[call.question] = known
         if len(self._contexts) > _CONTEXTS:
             self._contexts.popitem(last=False)
-        return context
+        return known.context
 
     def _room(self, call: _Call) -> int:
         """Number of tokens that both context windows leave for the retrieved text."""
@@ -315,6 +329,13 @@ class _Call:
         return [*opening, *later, {"role": "user", "content": self.question}]
 
 
+class _Retrieved(NamedTuple):
+    """Retrieval context of a question, and the room that it was retrieved for."""
+
+    room: int
+    context: RetrievalContext
+
+
 class _Prompts(NamedTuple):
     """Prompts of both models; None for a model that does not take part."""
 
@@ -333,6 +354,26 @@ def require_method(method: str) -> None:
         raise InvalidParameterError(
             f"method={method!r} is unknown; choose one of {', '.join(METHODS)}"
         )
+
+
+def _checked_history(history: Sequence[Message]) -> tuple[Message, ...]:
+    """The history, validated as far as the documents' place in it asks for."""
+    if isinstance(history, str | Mapping) or not isinstance(history, Iterable):
+        raise InvalidParameterError(
+            f"history of type {type(history).__name__} is not allowed: give a list of chat messages"
+        )
+    messages = tuple(history)
+    first = messages[0] if messages else {"role": "user", "content": ""}
+    if not isinstance(first, Mapping) or first.get("role") != "user":
+        raise InvalidParameterError(
+            f"history begins with {first!r}: begin with a user's message, as "
+            "{'role': 'user', 'content': '…'}, which the documents are put into"
+        )
+    if not isinstance(first.get("content"), str):
+        raise InvalidParameterError(
+            f"history[0] has the content {first.get('content')!r}: give a str"
+        )
+    return messages
 
 
 def _explained(
