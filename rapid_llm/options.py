@@ -188,6 +188,7 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
     """
     names = {alias: each.name for each in known.values() for alias in each.option.aliases}
     given: dict[str, Any] = {}
+    words: dict[str, str] = {}  # by which each was given
     for word, value in options.items():
         name = names.get(word, word)
         if _RENAMED.get(word) in known:
@@ -200,9 +201,10 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
             continue
         if name in given and given[name] != value:
             raise InvalidParameterError(
-                f"{name}={given[name]!r} and {word}={value!r} are one option; give one of them"
+                f"{words[name]}={given[name]!r} and {word}={value!r} are one option; give one of "
+                "them"
             )
-        given[name] = value
+        given[name], words[name] = value, word
     return given
 
 
