@@ -301,6 +301,8 @@ class EngineConfig:
         str | None,
         Option(
             "Folder for the KV of long prompts, kept across processes; by default none.",
+            "None or the path of a folder",
+            bool,
             metavar="DIR",
             per_call=False,
         ),
@@ -351,7 +353,9 @@ class RetrievalConfig:
         str | None,
         Option(
             "Embedding model: hub id, folder, or the packaged one's name; by default the packaged "
-            "one if it is installed, else BAAI/bge-m3."
+            "one if it is installed, else BAAI/bge-m3.",
+            "None or the name or path of an embedding model",
+            bool,
         ),
     ] = None
     chunk_tokens: Annotated[
@@ -390,7 +394,12 @@ class RetrievalConfig:
     ] = None
     store: Annotated[
         str | None,
-        Option("Folder for embeddings; by default they stay in memory.", metavar="DIR"),
+        Option(
+            "Folder for embeddings; by default they stay in memory.",
+            "None or the path of a folder",
+            bool,
+            metavar="DIR",
+        ),
     ] = None
     truncate: Annotated[
         Truncate | None,

@@ -42,7 +42,7 @@ from rapid_llm.generation import (
     log_likelihood,
 )
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
-from rapid_llm.options import options_of, sorted_into
+from rapid_llm.options import given, options_of, sorted_into
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
@@ -390,7 +390,7 @@ class RapidDecoder:
         request = self._pair.request(
             target_prompt,
             draft_prompt,
-            sampling or SamplingParams(),
+            given(sampling, SamplingParams, "sampling"),
             speculation,
             confidence,
             self.chat_template_kwargs | checked_variables(chat_template_kwargs),

@@ -188,6 +188,7 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
     """
     names = {alias: each.name for each in known.values() for alias in each.option.aliases}
     given: dict[str, Any] = {}
+    words: dict[str, str] = {}  # by which each was given
     for word, value in options.items():
         name = names.get(word, word)
         if _RENAMED.get(word) in known:
@@ -200,9 +201,10 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
             continue
         if name in given and given[name] != value:
             raise InvalidParameterError(
-                f"{name}={given[name]!r} and {word}={value!r} are one option; give one of them"
+                f"{words[name]}={given[name]!r} and {word}={value!r} are one option; give one of "
+                "them"
             )
-        given[name] = value
+        given[name], words[name] = value, word
     return given
 
 
@@ -214,6 +216,21 @@ def require(group: type, **values: Any) -> None:
     """
     for name, value in values.items():
         options_of(group)[name].checked(value)
+
+
+def given(settings: _Settings | None, group: type[_Settings], name: str) -> _Settings:
+    """Settings that a caller has given, or the defaults.
+
+    Raises:
+        InvalidParameterError: they are not an instance of ``group``.
+    """
+    if settings is None:
+        return group()
+    if not isinstance(settings, group):
+        raise InvalidParameterError(
+            f"{name} of type {type(settings).__name__} is not allowed: pass a {group.__name__}"
+        )
+    return settings
 
 
 def changed(settings: _Settings, options: Mapping[str, Any]) -> _Settings:

@@ -19,8 +19,8 @@ from rapid_llm.context.retrieved import SEPARATOR, Passage
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Message, Prompt, encode_prompt
-from rapid_llm.errors import InvalidParameterError
-from rapid_llm.options import changed
+from rapid_llm.errors import DocumentError, InvalidParameterError
+from rapid_llm.options import changed, given
 from rapid_llm.stats import Method, Stats
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -43,6 +43,36 @@ class Answer(GenerationResult):
 
     question: str = ""
     context: RetrievalContext | None = None
+
+
+class AnswerStream(Iterator[Delta]):
+    """The deltas of an answer, as they come; closing it stops the generation.
+
+    Attributes:
+        question: the question asked.
+        context: what the drafter reads; None for method ``lc``.
+    """
+
+    def __init__(
+        self, question: str, context: RetrievalContext | None, deltas: Iterator[Delta]
+    ) -> None:
+        self.question = question
+        self.context = context
+        self._deltas = deltas
+
+    def __next__(self) -> Delta:
+        return next(self._deltas)
+
+    def close(self) -> None:
+        """Stop the generation; the decoder is free again."""
+        close = getattr(self._deltas, "close", None)
+        if close is not None:
+            close()
+
+    def answer(self, deltas: Sequence[Delta]) -> Answer:
+        """Join all deltas that this stream has given."""
+        result = GenerationResult.from_deltas(deltas)
+        return Answer(**vars(result), question=self.question, context=self.context)
 
 
 class RapidPipeline:
@@ -81,11 +111,11 @@ class RapidPipeline:
     ) -> None:
         self.decoder = decoder
         self.documents = require_documents(documents)
-        self.retrieval = changed(retrieval or RetrievalConfig(), options)
-        self.sampling = sampling or SamplingParams()
-        self.speculation = speculation or SpeculationConfig()
+        self.retrieval = changed(given(retrieval, RetrievalConfig, "retrieval"), options)
+        self.sampling = given(sampling, SamplingParams, "sampling")
+        self.speculation = given(speculation, SpeculationConfig, "speculation")
         self._builder, self._embedder = builder, embedder
-        self._contexts: OrderedDict[str, RetrievalContext] = OrderedDict()
+        self._contexts: OrderedDict[str, _Retrieved] = OrderedDict()
 
     @cached_property
     def builder(self) -> ContextBuilder:
@@ -99,25 +129,22 @@ class RapidPipeline:
 
     def ask(self, question: str, method: Method = "rapid", **call: Any) -> Answer:
         """Answer a question; arguments and errors are those of :meth:`stream`."""
-        return self.answer_of(question, method, list(self.stream(question, method, **call)))
-
-    def answer_of(self, question: str, method: Method, deltas: Sequence[Delta]) -> Answer:
-        """Join all deltas of a finished stream.
-
-        Args:
-            question: the question asked.
-            method: the method that answered it.
-            deltas: all deltas of the stream.
-        """
-        result = GenerationResult.from_deltas(deltas)
-        question = require_text("the question", question)
-        context = None if method == "lc" else self._contexts.get(question)
-        return Answer(**vars(result), question=question, context=context)
+        stream = self.stream(question, method, **call)
+        return stream.answer(list(stream))
 
     def ask_many(
         self, questions: Iterable[str], method: Method = "rapid", **call: Any
     ) -> list[Answer]:
-        """Answer several questions in order; the documents are read once."""
+        """Answer several questions in order; the documents are read once.
+
+        Raises:
+            DocumentError: one string was given instead of several.
+            RapidError: any other error of :meth:`stream`.
+        """
+        if isinstance(questions, str):
+            raise DocumentError(
+                f"questions={questions!r} is one string: give a list of questions, or use ask"
+            )
         return [self.ask(question, method, **call) for question in questions]
 
     def chat(self, method: Method = "rapid") -> Conversation:
@@ -134,7 +161,7 @@ class RapidPipeline:
         speculation: SpeculationConfig | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
-    ) -> Iterator[Delta]:
+    ) -> AnswerStream:
         """Answer a question and yield one delta per round.
 
         Args:
@@ -148,7 +175,8 @@ class RapidPipeline:
             progress: callback for the progress of embedding and prefill.
 
         Raises:
-            InvalidParameterError: the method is unknown.
+            InvalidParameterError: the method is unknown, or the history does not begin with a
+                user's message.
             DocumentError: the question is empty, or not text.
             ContextWindowError: a prompt is too long for its model.
             RapidError: any other error of :meth:`retrieve` and :meth:`RapidDecoder.stream`.
@@ -157,16 +185,19 @@ class RapidPipeline:
         question = require_text("the question", question)
         call = _Call(
             question,
-            tuple(history),
-            sampling or self.sampling,
-            speculation or self.speculation,
+            _checked_history(history),
+            self.sampling if sampling is None else given(sampling, SamplingParams, "sampling"),
+            self.speculation
+            if speculation is None
+            else given(speculation, SpeculationConfig, "speculation"),
             self.decoder.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
         context = None if method == "lc" else self._retrieved(call, progress)
         skipped = context.empty_reason if context is not None else None
         if skipped is not None and self.retrieval.on_empty == "empty":
             stats = Stats(method="rag" if method == "rag" else "lc")
-            return _explained(iter([Delta("", (), "stop", stats)]), skipped, 0)
+            nothing = iter([Delta("", (), "stop", stats)])
+            return AnswerStream(question, context, _explained(nothing, skipped, 0))
         prompts = self._prompts("lc" if skipped is not None else method, call, context)
         exact = replace(call.speculation, mode="exact")
         deltas = self.decoder.stream(
@@ -178,7 +209,8 @@ class RapidPipeline:
             progress=progress,
             chat_template_kwargs=call.variables,
         )
-        return _explained(deltas, skipped, prompts.omitted_tokens)
+        explained = _explained(deltas, skipped, prompts.omitted_tokens)
+        return AnswerStream(question, context, explained)
 
     def retrieve(self, question: str, *, progress: Progress | None = None) -> RetrievalContext:
         """Retrieve the drafter's context for a question.
@@ -198,17 +230,20 @@ class RapidPipeline:
         return self._retrieved(call, progress)
 
     def _retrieved(self, call: _Call, progress: Progress | None) -> RetrievalContext:
+        room = self._room(call)
         known = self._contexts.pop(call.question, None)
-        context = known or self.builder.build(
-            self.documents,
-            call.question,
-            room=self._room(call),
-            progress=progress and (lambda done, total: progress("embed", done, total)),
-        )
-        self._contexts[call.question] = context
+        if known is None or known.room != room:  # a history or a longer answer leaves less room
+            context = self.builder.build(
+                self.documents,
+                call.question,
+                room=room,
+                progress=progress and (lambda done, total: progress("embed", done, total)),
+            )
+            known = _Retrieved(room, context)
+        self._contexts[call.question] = known
         if len(self._contexts) > _CONTEXTS:
             self._contexts.popitem(last=False)
-        return context
+        return known.context
 
     def _room(self, call: _Call) -> int:
         """Number of tokens that both context windows leave for the retrieved text."""
@@ -315,6 +350,13 @@ class _Call:
         return [*opening, *later, {"role": "user", "content": self.question}]
 
 
+class _Retrieved(NamedTuple):
+    """Retrieval context of a question, and the room that it was retrieved for."""
+
+    room: int
+    context: RetrievalContext
+
+
 class _Prompts(NamedTuple):
     """Prompts of both models; None for a model that does not take part."""
 
@@ -333,6 +375,26 @@ def require_method(method: str) -> None:
         raise InvalidParameterError(
             f"method={method!r} is unknown; choose one of {', '.join(METHODS)}"
         )
+
+
+def _checked_history(history: Sequence[Message]) -> tuple[Message, ...]:
+    """The history, validated as far as the documents' place in it asks for."""
+    if isinstance(history, str | Mapping) or not isinstance(history, Iterable):
+        raise InvalidParameterError(
+            f"history of type {type(history).__name__} is not allowed: give a list of chat messages"
+        )
+    messages = tuple(history)
+    first = messages[0] if messages else {"role": "user", "content": ""}
+    if not isinstance(first, Mapping) or first.get("role") != "user":
+        raise InvalidParameterError(
+            f"history begins with {first!r}: begin with a user's message, as "
+            "{'role': 'user', 'content': '…'}, which the documents are put into"
+        )
+    if not isinstance(first.get("content"), str):
+        raise InvalidParameterError(
+            f"history[0] has the content {first.get('content')!r}: give a str"
+        )
+    return messages
 
 
 def _explained(

@@ -14,7 +14,7 @@ from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import ContextWindowError, InvalidParameterError, TokenizerMismatchError
 from rapid_llm.generation import DRAFTED
-from rapid_llm.options import real
+from rapid_llm.options import given, real
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.sampling import generation_config, least_new_tokens
 from rapid_llm.stats import NO_DRAFT_PROMPT, Method
@@ -84,7 +84,7 @@ class ModelPair:
             raise InvalidParameterError(
                 f"confidence={confidence!r} is not allowed: confidence must be within [0, 1]"
             )
-        config = speculation or SpeculationConfig()
+        config = given(speculation, SpeculationConfig, "speculation")
         method: Method = "lc"
         runner, own_prompt = self.target, config.drafting == "rag"
         if target_prompt is None:

@@ -650,7 +650,12 @@ def test_an_option_that_is_declared_is_an_option_here(
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("--target", "--model"), ("--embed-model", "--embedder"), ("--kv-cache", "--kv-cache-dir")],
+    [
+        ("--target", "--model"),
+        ("--embed-model", "--embedder"),
+        ("--kv-cache", "--kv-cache-dir"),
+        ("--retrieved", "--retrieval-tokens"),
+    ],
 )
 def test_an_old_option_names_the_new_one(ask: Any, old: str, new: str) -> None:
     assert_refused(ask(old, "x"), f"{old} is now {new}")
@@ -659,3 +664,29 @@ def test_an_old_option_names_the_new_one(ask: Any, old: str, new: str) -> None:
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == rapid_llm.__version__
+
+
+def test_a_token_without_a_name_is_not_shown(ask: Any) -> None:
+    outcome = ask("--hub-option", "hf_secret")
+    assert_refused(outcome, "name=value")
+    assert "hf_secret" not in outcome.err
+
+
+@pytest.mark.parametrize("option", ["--store", "--embedder", "--kv-cache-dir"])
+def test_an_empty_name_is_refused(ask: Any, option: str) -> None:
+    assert_refused(ask(option, ""), f"{option[2:].replace('-', '_')}='' is not allowed")
+
+
+def test_a_seed_of_none_draws_afresh(ask: Any) -> None:
+    answers = {ask("--temperature", 5, "--seed", "none").out for _ in range(4)}
+    assert len(answers) > 1
+    assert_refused(ask("--seed", "some"), "'some' is neither 'none' nor a whole number")
+
+
+def test_both_names_of_a_length_are_options(ask: Any) -> None:
+    assert json.loads(ask("--max-tokens", 3, "--json").out)["stats"]["max_new_tokens"] == 3
+
+
+def test_bm25_names_no_embedder(ask: Any) -> None:
+    assert json.loads(ask("--retriever", "bm25", "--json").out)["models"]["embedder"] is None
+    assert "embedder" not in ask("--retriever", "bm25").err

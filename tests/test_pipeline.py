@@ -123,7 +123,9 @@ def test_the_retrievals_confidence_reaches_the_decoder(inquire: Any) -> None:
     inquiry = inquire(speculation=SpeculationConfig(gamma=3, eta=40, dynamic_eta=True))
     sure = inquiry.answer("rapid")
     exact = inquiry.answer("sd")
-    inquiry.pipeline._contexts[QUESTION] = replace(inquiry.context, confidence=0.0)
+    known = inquiry.pipeline._contexts[QUESTION]
+    unsure = known._replace(context=replace(known.context, confidence=0.0))
+    inquiry.pipeline._contexts[QUESTION] = unsure
     unsure = inquiry.answer("rapid")
     assert unsure.token_ids == exact.token_ids != sure.token_ids
 
@@ -302,3 +304,70 @@ def test_what_fails_or_is_closed_is_no_part_of_a_chat(
 def test_the_old_name_names_the_new_one() -> None:
     with pytest.raises(AttributeError, match=r"Inquiry is now rapid_llm\.RapidPipeline"):
         rapid_llm.Inquiry  # noqa: B018
+
+
+def test_several_questions_are_no_string(decoder: RapidDecoder, embedder: CountingEmbedder) -> None:
+    with pytest.raises(DocumentError, match="'w31 w32' is one string"):
+        pipeline_of(decoder, embedder).ask_many("w31 w32")
+
+
+@pytest.mark.parametrize(
+    ("history", "told"),
+    [
+        ([{"role": "assistant", "content": "w9"}], "begins with .*assistant"),
+        ([{"role": "system", "content": "w9"}], "begins with .*system"),
+        ([{"role": "user"}], "content None"),
+        ([("user", "w9")], "begins with"),
+        ("w9", "history of type str"),
+        (None, "history of type NoneType"),
+    ],
+)
+def test_a_history_that_does_not_begin_with_a_users_message_is_refused(
+    decoder: RapidDecoder, embedder: CountingEmbedder, history: Any, told: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=told):
+        pipeline_of(decoder, embedder).ask("w31", history=history)
+
+
+def test_a_question_finds_the_same_whatever_was_asked_before(
+    decoder: RapidDecoder, embedder: CountingEmbedder
+) -> None:
+    """A long history or answer leaves less room for what is retrieved, in its own call only."""
+
+    def fresh() -> RapidPipeline:
+        return RapidPipeline(decoder, [FIRST] * 3, embedder=embedder, chunk_tokens=32)
+
+    history = [{"role": "user", "content": "w7 " * 300}, {"role": "assistant", "content": "w8"}]
+    calls: list[dict[str, Any]] = [{}, {"history": history}]
+    short = SamplingParams(max_new_tokens=4)
+    alone = [fresh().ask("w3 w4", "rag", sampling=short, **call) for call in calls]
+    for order in (calls, calls[::-1]):
+        pipeline = fresh()
+        answers = [pipeline.ask("w3 w4", "rag", sampling=short, **call) for call in order]
+        for call, answer in zip(order, answers, strict=True):
+            expected = alone[calls.index(call)]
+            assert answer.token_ids == expected.token_ids
+            assert answer.context == expected.context
+    assert alone[0].context.tokens > alone[1].context.tokens
+
+
+@pytest.mark.parametrize("name", ["sampling", "speculation", "retrieval"])
+def test_settings_of_another_type_are_refused(decoder: RapidDecoder, name: str) -> None:
+    for wrong in ({}, {"gamma": 3}):
+        with pytest.raises(InvalidParameterError, match=f"{name} of type dict is not allowed"):
+            RapidPipeline(decoder, FIRST, **{name: wrong})
+        if name != "retrieval":
+            with pytest.raises(InvalidParameterError, match=f"{name} of type dict"):
+                decoder.generate("w5", **{name: wrong})
+
+
+def test_a_stream_knows_its_context_whatever_is_asked_meanwhile(
+    decoder: RapidDecoder, embedder: CountingEmbedder
+) -> None:
+    pipeline = pipeline_of(decoder, embedder)
+    expected = pipeline.ask("w31 w32").context
+    stream = pipeline.stream("w31 w32")
+    deltas = [next(stream)]
+    for i in range(70):
+        pipeline.retrieve(f"w{3 + i % 60} w{3 + i // 2}")
+    assert stream.answer([*deltas, *stream]).context == expected

@@ -42,7 +42,7 @@ class Job:
             print(chunk.text, end="", flush=True)
             chunks.append(chunk)
         print(flush=True)
-        return self.pipeline.answer_of(self.question, method, chunks)
+        return stream.answer(chunks)
 
     def compare(self, **known: Answer) -> dict[Method, Answer]:
         """The answers of all methods; those that are known are not asked for again."""

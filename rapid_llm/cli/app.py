@@ -47,6 +47,7 @@ _RENAMED = {
     "--context-tokens": "--retrieval-tokens",
     "--embed-model": "--embedder",
     "--kv-cache": "--kv-cache-dir",
+    "--retrieved": "--retrieval-tokens",
     "--target": "--model",
 }
 

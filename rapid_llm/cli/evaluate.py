@@ -72,7 +72,7 @@ def evaluate(
     gamma: Annotated[
         list[Any] | None,
         Option(
-            parser=number_or_word(options_of(SpeculationConfig)["gamma"]),
+            parser=number_or_word(options_of(SpeculationConfig)["gamma"].choices),
             metavar="N|auto",
             help=f"Tokens drafted a round (4); scores of auto need not reproduce{_SWEPT}",
         ),

@@ -69,13 +69,11 @@ def _annotation(declared: Declared) -> Any:
     }
     origin = get_origin(kinds[0]) if kinds else None
     kind: Any
-    if declared.choices and kinds:  # a number or a word
-        kind, settings["parser"] = Any, number_or_word(declared)
-        settings["metavar"] = "|".join(["N", *declared.choices])
+    if kinds == (int,) and (words := _words(declared)):  # a number or a word
+        kind, settings["parser"] = Any, number_or_word(words)
+        settings["metavar"] = "|".join(["N", *words])
     elif declared.choices:
-        words = declared.choices
-        if declared.optional and declared.default is not None:
-            words = (*words, _NONE)
+        words = _words(declared)
         kind = Literal[words]
     elif origin is not None:  # lists and mappings: one a time
         kind = list[str] | None
@@ -89,7 +87,14 @@ def _annotation(declared: Declared) -> Any:
         kind = kind | None
     if kind is bool or kind == bool | None:
         return Annotated[kind, typer.Option(**settings)]
-    return Annotated[kind, typer.Option(_flag(declared), **settings)]
+    aliases = ["--" + alias.replace("_", "-") for alias in option.aliases]
+    return Annotated[kind, typer.Option(_flag(declared), *aliases, **settings)]
+
+
+def _words(declared: Declared) -> tuple[str, ...]:
+    """Words that the option takes, with one for None where another value is the default."""
+    none = declared.optional and declared.default is not None
+    return (*declared.choices, _NONE) if none else declared.choices
 
 
 def _flag(declared: Declared) -> str:
@@ -113,7 +118,7 @@ def _value(declared: Declared, given: Any) -> Any:
         return declared.default
     if origin is not None and issubclass(origin, Mapping):
         return _pairs(declared, given)
-    if given == _NONE and declared.choices and declared.optional:
+    if given == _NONE and _NONE in _words(declared):
         return None
     return given
 
@@ -124,8 +129,9 @@ def _pairs(declared: Declared, given: Sequence[str]) -> dict[str, Any]:
     for each in given:
         name, equals, value = each.partition("=")
         if not name or not equals:
+            shown = "the value" if declared.option.private else repr(each)
             raise typer.BadParameter(
-                f"{each!r} is not allowed: give a name and a value, as in name=value",
+                f"{shown} is not allowed: give a name and a value, as in name=value",
                 param_hint=_flag(declared),
             )
         pairs[name] = _json_or_text(value)
@@ -139,16 +145,16 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-def number_or_word(declared: Declared) -> Callable[[str], Any]:
+def number_or_word(words: Sequence[str]) -> Callable[[str], Any]:
     """A parser of an option whose values are a number and words."""
 
     def parse(value: Any) -> Any:
-        if value in declared.choices or not isinstance(value, str):
+        if value in words or not isinstance(value, str):
             return value
         try:
-            return declared.kinds[0](value)
+            return int(value)
         except ValueError:
-            words = " or ".join(map(repr, declared.choices))
-            raise typer.BadParameter(f"{value!r} is neither {words} nor a whole number") from None
+            either = " or ".join(map(repr, words))
+            raise typer.BadParameter(f"{value!r} is neither {either} nor a whole number") from None
 
     return parse

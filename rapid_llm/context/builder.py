@@ -164,8 +164,13 @@ class ContextBuilder:
         self._splits = _Splits()
 
     @property
-    def embedder_name(self) -> str:
-        """Name of the embedder: the name it is loaded by, or its own if it was passed loaded."""
+    def embedder_name(self) -> str | None:
+        """Name of the embedder: the name it is loaded by, or its own if it was passed loaded.
+
+        None for ``bm25``, which embeds nothing.
+        """
+        if self._store is None:
+            return None
         return str(self._source) if isinstance(self._source, str | Path) else self._source.name
 
     def build(

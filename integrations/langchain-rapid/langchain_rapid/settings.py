@@ -342,6 +342,16 @@ def _names_of_decoder(values: Mapping[str, Any]) -> dict[str, str]:
         raise InvalidParameterError(
             f"model={str(given)!r} and a decoder of {name!r} were given; pass one of them"
         )
+    for option, declared in options_of(EngineConfig).items():
+        allowed = [declared.default]
+        if option == "drafter":
+            allowed.append(decoder.drafter.name)  # of an object that is made from another
+        given = values.get(option, declared.default)
+        if not declared.option.per_call and declared.checked(given) not in allowed:
+            raise InvalidParameterError(
+                f"{option} cannot be used for a loaded decoder: give it to "
+                "RapidDecoder.from_pretrained"
+            )
     if decoder.drafter is decoder.target:
         return {"model": name}
     return {"model": name, "drafter": decoder.drafter.name}

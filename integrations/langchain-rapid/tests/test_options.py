@@ -321,3 +321,14 @@ def test_models_are_loaded_when_asked_for(kind, monkeypatch):
     with pytest.raises(ValueError, match="top_p"):
         kind(model="third", top_p=2, preload=True)
     assert loaded == ["some-model", "another"]
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("dtype", "float32"), ("drafter", "other"), ("kv_cache_bytes", 0), ("token", "hf_secret")],
+)
+def test_what_a_loaded_decoder_cannot_follow_is_refused(kind, decoder, option, value):
+    with pytest.raises(ValidationError, match="cannot be used for a loaded decoder") as error:
+        kind(decoder=decoder, **{option: value})
+    assert "hf_secret" not in str(error.value)
