@@ -42,7 +42,7 @@ from rapid_llm.generation import (
     log_likelihood,
 )
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
-from rapid_llm.options import options_of, sorted_into
+from rapid_llm.options import RENAMED, options_of, sorted_into
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
@@ -193,7 +193,8 @@ class RapidDecoder:
             MissingDependencyError: a package that a model needs is not installed.
         """
         known = options_of(EngineConfig)
-        hub = {name: options.pop(name) for name in options.keys() - known.keys()}
+        others = options.keys() - known.keys() - RENAMED.keys()
+        hub = {name: options.pop(name) for name in others}
         if hub:
             options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
         named = drafter if isinstance(drafter, str | Path) else None
