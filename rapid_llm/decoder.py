@@ -131,8 +131,11 @@ class RapidDecoder:
         kv_cache_dir: str | Path | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        # A copy: the caller may let theirs cut or pad, which a fast tokenizer remembers.
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.chat_template_kwargs = checked_variables(chat_template_kwargs)
         self._made_of: Any = (
-            (model, tokenizer, drafter),
+            (model, self.tokenizer, drafter),
             {
                 "drafter_tokenizer": drafter_tokenizer,
                 "name": name,
@@ -142,12 +145,9 @@ class RapidDecoder:
                 "drafter_quantization": drafter_quantization,
                 "kv_cache_bytes": kv_cache_bytes,
                 "kv_cache_dir": kv_cache_dir,
-                "chat_template_kwargs": chat_template_kwargs,
+                "chat_template_kwargs": self.chat_template_kwargs,
             },
         )
-        # A copy: the caller may let theirs cut or pad, which a fast tokenizer remembers.
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.chat_template_kwargs = checked_variables(chat_template_kwargs)
         self.target = ModelRunner(model, name or _name_of(model), attn_implementation, cuda_graphs)
         self.drafter = self.target
         unshared: frozenset[int] = frozenset()

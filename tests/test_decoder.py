@@ -980,6 +980,14 @@ def test_a_pickled_decoder_answers_as_the_first(asked: bool) -> None:
     assert opened.generate(TARGET_PROMPT, [5, 6], sampling=sampling).token_ids == expected.token_ids
 
 
+def test_a_pickled_decoder_has_the_tokenizer_that_it_was_made_with() -> None:
+    tokenizer = tiny_tokenizer()
+    decoder = RapidDecoder(tiny_model(), tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    opened = pickle.loads(pickle.dumps(decoder))
+    assert opened.tokenizer.chat_template == decoder.tokenizer.chat_template is None
+
+
 def test_a_decoder_that_was_loaded_by_name_is_pickled_as_the_name(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
