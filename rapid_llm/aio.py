@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 T = TypeVar("T")
+
+_Work: TypeAlias = "SimpleQueue[Callable[[], None] | None]"
 
 _END = object()
 
@@ -24,12 +27,14 @@ class _Worker:
     """A thread that runs one function after another.
 
     Not one of asyncio's default executor: generations that wait for a model would take them all,
-    and nothing else in the program could use it.
+    and nothing else in the program could use it. The thread ends with the worker, at the latest.
     """
 
     def __init__(self) -> None:
-        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        threading.Thread(target=self._run, name="rapid-llm", daemon=True).start()
+        self._work: _Work = SimpleQueue()
+        threading.Thread(target=_run, args=(self._work,), name="rapid-llm", daemon=True).start()
+        # An iterator whose event loop was closed is never closed itself, only collected.
+        weakref.finalize(self, self._work.put, None).atexit = False
 
     def __call__(self, function: Callable[[], T]) -> asyncio.Future[T]:
         """Begin a function; what it returns or raises is the future's."""
@@ -44,6 +49,10 @@ class _Worker:
         def work() -> None:
             try:
                 ended = partial(settle, future.set_result, context.run(function))
+            except StopIteration as error:  # which no future takes
+                wrapped = RuntimeError(f"StopIteration was raised: {error}")
+                wrapped.__cause__ = error
+                ended = partial(settle, future.set_exception, wrapped)
             except BaseException as error:
                 ended = partial(settle, future.set_exception, error)
             with suppress(RuntimeError):  # the loop was closed: nobody waits any more
@@ -56,9 +65,11 @@ class _Worker:
         """Let the thread end after what it was given."""
         self._work.put(None)
 
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()
+
+def _run(queue: _Work) -> None:
+    while (work := queue.get()) is not None:
+        work()
+        del work  # or what it was made of lives until there is more
 
 
 async def in_thread(function: Callable[[], T]) -> T:
@@ -103,11 +114,12 @@ async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) 
             if step is None or step.done():
                 iterator.close()
             else:
-                step.add_done_callback(lambda done: _close(done, iterator))
+                step.add_done_callback(_retrieve)
+                worker(iterator.close)  # after the step
         worker.end()
 
 
-def _close(step: asyncio.Future[object], iterator: Generator[object, None, None]) -> None:
+def _retrieve(step: asyncio.Future[object]) -> None:
+    """Take a future's error, or asyncio logs it as never retrieved."""
     if not step.cancelled():
-        step.exception()  # retrieve it, or asyncio logs it as never retrieved
-    iterator.close()
+        step.exception()

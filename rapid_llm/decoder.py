@@ -42,7 +42,7 @@ from rapid_llm.generation import (
     log_likelihood,
 )
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
-from rapid_llm.options import given, options_of, sorted_into
+from rapid_llm.options import RENAMED, given, options_of, sorted_into
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
@@ -131,8 +131,11 @@ class RapidDecoder:
         kv_cache_dir: str | Path | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        # A copy: the caller may let theirs cut or pad, which a fast tokenizer remembers.
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.chat_template_kwargs = checked_variables(chat_template_kwargs)
         self._made_of: Any = (
-            (model, tokenizer, drafter),
+            (model, self.tokenizer, drafter),
             {
                 "drafter_tokenizer": drafter_tokenizer,
                 "name": name,
@@ -142,12 +145,9 @@ class RapidDecoder:
                 "drafter_quantization": drafter_quantization,
                 "kv_cache_bytes": kv_cache_bytes,
                 "kv_cache_dir": kv_cache_dir,
-                "chat_template_kwargs": chat_template_kwargs,
+                "chat_template_kwargs": self.chat_template_kwargs,
             },
         )
-        # A copy: the caller may let theirs cut or pad, which a fast tokenizer remembers.
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.chat_template_kwargs = checked_variables(chat_template_kwargs)
         self.target = ModelRunner(model, name or _name_of(model), attn_implementation, cuda_graphs)
         self.drafter = self.target
         unshared: frozenset[int] = frozenset()
@@ -193,7 +193,8 @@ class RapidDecoder:
             MissingDependencyError: a package that a model needs is not installed.
         """
         known = options_of(EngineConfig)
-        hub = {name: options.pop(name) for name in options.keys() - known.keys()}
+        others = options.keys() - known.keys() - RENAMED.keys()
+        hub = {name: options.pop(name) for name in others}
         if hub:
             options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
         named = drafter if isinstance(drafter, str | Path) else None

@@ -313,10 +313,13 @@ class Generation:
 
     def _with_memory(self, step: Callable[[], _T]) -> _T:
         """Run a step; when memory runs out, free idle memory and run the step again."""
+        generator = self.sampler.generator
+        drawn = generator.get_state()
         for _ in range(_TRIES):
             with suppress(torch.OutOfMemoryError):  # its traceback would keep tensors alive
                 return step()
             self.target.rollback(self._read)
+            generator.set_state(drawn)  # a seed gives the same answer however often it is tried
             self._free_memory()
         return step()
 

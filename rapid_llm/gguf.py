@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 import xxhash
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -41,11 +42,23 @@ def load_gguf(
     """
     name = f"{_checksum(path)}-{str(dtype).removeprefix('torch.')}-{transformers.__version__}"
     folder = cache_folder() / "gguf" / name
-    if _is_whole(folder):
-        return (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options),
-            AutoTokenizer.from_pretrained(folder, **options),
-        )
+    if not (kept := _is_whole(folder)):
+        # Without options: they may change the model, and are not those of the next load.
+        plain = _converted(path, dtype, {})
+        kept = _keep(folder, *plain)
+        if not options:
+            return plain
+    if not kept:
+        return _converted(path, dtype, options)
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options),
+        AutoTokenizer.from_pretrained(folder, **options),
+    )
+
+
+def _converted(
+    path: Path, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     packed = {"gguf_file": path.name, **options}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **packed)
     # Packed weights would be multiplied in float32, slower than plain bfloat16.
@@ -53,12 +66,11 @@ def load_gguf(
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, dtype=dtype, quantization_config=whole, **packed
     )
-    _keep(folder, model, tokenizer)
     return model, tokenizer
 
 
-def _keep(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a folder that is there as a whole or not at all."""
+def _keep(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Write a folder that is there as a whole or not at all; returns whether it is there."""
     new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         new.mkdir(parents=True)
@@ -69,15 +81,18 @@ def _keep(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         tokenizer.save_pretrained(new)
         sums = {file.name: _checksum(file) for file in new.iterdir()}
         (new / _CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        os.replace(new, folder)
-    except OSError as error:
-        if not _is_whole(folder):  # else another process was first
+        if not _is_whole(folder):  # else another process was first, and may be reading it
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            os.replace(new, folder)
+        return True
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if not (kept := _is_whole(folder)):
             warnings.warn(
                 f"the converted GGUF file cannot be kept in {folder.parent} ({error}), so that it "
                 "is converted at each start: set RAPID_LLM_CACHE to a folder with room for it",
                 stacklevel=2,
             )
+        return kept
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

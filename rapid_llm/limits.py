@@ -14,7 +14,12 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 def host_memory() -> int | None:
     """Bytes of memory that the process may use in all; None where the system does not tell."""
-    limits = [*_numbers("memory", "memory.max", 0), *_numbers("memory", "memory.limit_in_bytes", 0)]
+    limits = [
+        limit
+        for group in _groups("memory")
+        for name in ("memory.max", "memory.limit_in_bytes")
+        for limit in _numbers(group / name)[:1]
+    ]
     if hasattr(os, "sysconf"):  # not on Windows
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(limits, default=None)
@@ -26,34 +31,28 @@ def processors() -> int:
     count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # on Linux
         count = len(os.sched_getaffinity(0))
-    quotas = [
-        quota / period
-        for quotas, periods in (
-            (_numbers("cpu", "cpu.max", 0), _numbers("cpu", "cpu.max", 1)),
-            (_numbers("cpu", "cpu.cfs_quota_us", 0), _numbers("cpu", "cpu.cfs_period_us", 0)),
-        )
-        for quota, period in zip(quotas, periods, strict=False)
-    ]
-    return max(1, min([count, *(ceil(quota) for quota in quotas)]))
+    for group in _groups("cpu"):
+        first = [_numbers(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+        for limit in (_numbers(group / "cpu.max"), [*first[0], *first[1]]):
+            if len(limit) == 2 and limit[1] > 0:
+                count = min(count, ceil(limit[0] / limit[1]))
+    return max(1, count)
 
 
-def _numbers(controller: str, file: str, column: int) -> list[int]:
-    """A limit of each control group that the process is in, where there is one."""
-    found = []
-    for group in _groups(controller):
-        try:
-            words = (group / file).read_text(encoding="ascii").split()
-        except (OSError, ValueError):
-            continue
-        if len(words) > column and words[0].isdecimal() and words[column].isdecimal():
-            found.append(int(words[column]))
-    return found
+def _numbers(file: Path) -> list[int]:
+    """The numbers in the file of a limit; none where it has no limit, or is not there."""
+    try:
+        words = file.read_text(encoding="ascii").split()
+        return [int(word) for word in words] if all(map(str.isdecimal, words)) else []
+    except (OSError, ValueError):
+        return []
 
 
 def _groups(controller: str) -> Iterator[Path]:
     """The folders of a controller's groups, from the process's own to the outermost."""
     try:
-        lines = _MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+        # A group's name may be any bytes.
+        lines = os.fsdecode(_MEMBERSHIP.read_bytes()).splitlines()
     except OSError:
         return
     for line in lines:

@@ -41,7 +41,15 @@ HUB_ACCESS = frozenset(
 
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    TypeError,  # an option that the model does not have
+    SafetensorError,
+)
 
 _loading = threading.Lock()
 _models: WeakValueDictionary[tuple[str, ...], PreTrainedModel] = WeakValueDictionary()

@@ -16,13 +16,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from rapid_llm.errors import InvalidParameterError
 
-_RENAMED = {
+RENAMED = {
     "attention": "attn_implementation",
     "embed_model": "embedder",
     "min_budget_tokens": "retrieval_tokens",
     "persist_directory": "store",
     "target": "model",
 }
+"""New name of an option by its old one."""
 
 _Number = TypeVar("_Number", int, float)
 _Settings = TypeVar("_Settings", bound=Any)
@@ -191,8 +192,8 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
     words: dict[str, str] = {}  # by which each was given
     for word, value in options.items():
         name = names.get(word, word)
-        if _RENAMED.get(word) in known:
-            raise InvalidParameterError(f"{word!r} is now {_RENAMED[word]!r}")
+        if RENAMED.get(word) in known:
+            raise InvalidParameterError(f"{word!r} is now {RENAMED[word]!r}")
         if name not in known:
             raise InvalidParameterError(
                 f"unknown option {word!r}; known are {', '.join(sorted({*known, *names}))}"

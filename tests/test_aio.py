@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import threading
 import time
 
 import pytest
 from conftest import tiny_model, tiny_tokenizer
 
+from rapid_llm.aio import in_thread
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.model_runner import ModelRunner
@@ -119,3 +122,25 @@ def test_errors_arrive(decoder):
 
     with pytest.raises(InvalidParameterError, match="999"):
         asyncio.run(main())
+
+
+def test_a_stream_of_a_closed_loop_leaves_no_thread_and_no_kv_in_use(decoder):
+    async def first(stream):
+        await anext(stream)
+
+    stream = decoder.astream(PROMPT, DRAFT, sampling=SAMPLING)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(first(stream))
+    loop.close()
+    (worker,) = (each for each in threading.enumerate() if each.name == "rapid-llm")
+    assert decoder.memory.kept_kv == 0  # all of it is in use
+    del stream
+    gc.collect()
+    worker.join(timeout=10)
+    assert not worker.is_alive()
+    assert decoder.memory.kept_kv > 0
+
+
+def test_a_function_that_raises_stop_iteration_does_not_hang():
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(asyncio.wait_for(in_thread(lambda: next(iter(()))), timeout=10))

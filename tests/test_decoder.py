@@ -16,7 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer, transformers_greedy
+from conftest import (
+    ARCHITECTURES,
+    counting_model,
+    tiny_model,
+    tiny_tokenizer,
+    transformers_greedy,
+)
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import Memory, RapidDecoder
@@ -416,6 +422,21 @@ def test_memory_that_runs_out_in_prefill_is_taken_from_what_is_idle(decoder, mon
     assert ask(decoder, QUESTIONS[0], document=other).stats.cached_tokens == 0
 
 
+@pytest.mark.parametrize("at", range(12))
+def test_a_seed_gives_the_same_answer_when_memory_runs_out_in_a_round(monkeypatch, at):
+    sampling = SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=1.0, seed=1)
+    config = SpeculationConfig(mode="exact", gamma=3)
+
+    def answer():
+        decoder = RapidDecoder(counting_model(0.1), tiny_tokenizer())
+        return decoder.generate([*range(3, 30)], [7, 8], sampling=sampling, speculation=config)
+
+    expected = answer().token_ids
+    with monkeypatch.context() as context:
+        FailingForward(context, at=at, error=torch.OutOfMemoryError)
+        assert answer().token_ids == expected
+
+
 def test_memory_that_stays_short_is_an_error(decoder, monkeypatch):
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError
@@ -801,6 +822,20 @@ def test_an_added_token_of_the_drafter_alone_is_never_drafted(mode):
 HUB = {"token": "t", "revision": "v1", "cache_dir": "/c", "trust_remote_code": True}
 
 
+def test_an_old_name_of_an_option_names_the_new_one():
+    with pytest.raises(InvalidParameterError, match="'target' is now 'model'"):
+        RapidDecoder.from_pretrained(target="org/target")
+    with pytest.raises(InvalidParameterError, match="'attention' is now 'attn_implementation'"):
+        RapidDecoder.from_pretrained("org/target", attention="sdpa")
+
+
+def test_an_option_that_the_model_does_not_have_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no_such_option"):
+        RapidDecoder.from_pretrained(tmp_path, device="cpu", no_such_option=3)
+
+
 def test_hub_options_reach_a_drafter_loaded_by_name(monkeypatch):
     calls = {}
 
@@ -943,6 +978,14 @@ def test_a_pickled_decoder_answers_as_the_first(asked: bool) -> None:
     opened = pickle.loads(pickle.dumps(decoder))
     expected = decoder.generate(TARGET_PROMPT, [5, 6], sampling=sampling)
     assert opened.generate(TARGET_PROMPT, [5, 6], sampling=sampling).token_ids == expected.token_ids
+
+
+def test_a_pickled_decoder_has_the_tokenizer_that_it_was_made_with() -> None:
+    tokenizer = tiny_tokenizer()
+    decoder = RapidDecoder(tiny_model(), tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    opened = pickle.loads(pickle.dumps(decoder))
+    assert opened.tokenizer.chat_template == decoder.tokenizer.chat_template is None
 
 
 def test_a_decoder_that_was_loaded_by_name_is_pickled_as_the_name(tmp_path: Path) -> None:

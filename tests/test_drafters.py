@@ -549,6 +549,26 @@ def test_sampling_repeats_itself_in_every_mode(small_budget, drafting, mode):
     assert len(one) == 40
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_memory_that_runs_out_while_triforce_chooses_costs_no_answer(
+    small_budget, monkeypatch, layer
+):
+    config = SpeculationConfig(gamma=3, mode="exact", drafting="triforce")
+    ends, attend = [], compressed.attend
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
+
+    def once(*arguments):
+        ends.append(None)
+        if len(ends) == layer + 1:
+            raise torch.OutOfMemoryError
+        return attend(*arguments)
+
+    monkeypatch.setattr(compressed, "attend", once)
+    result = decoder.generate(PROMPT, sampling=GREEDY, speculation=config)
+    assert result.token_ids == transformers_greedy(tiny_model(eos_token_id=None), PROMPT, 40)
+    assert len(ends) == layer + 1 + 2  # once more, over both layers
+
+
 def test_compressed_drafts_use_the_int8_twin_of_the_target_only(small_budget):
     config = SpeculationConfig(gamma=3, mode="exact", drafting="streaming")
     reference = transformers_greedy(tiny_model(eos_token_id=None), PROMPT, 40)

@@ -95,6 +95,18 @@ def test_what_is_damaged_is_converted_again(
     assert conversions == [path.name]
 
 
+def test_options_of_one_load_are_not_those_of_the_next(
+    path: Path, cache: Path, conversions: list[str]
+) -> None:
+    shutil.rmtree(cache)
+    changed, _ = load_gguf(path, torch.bfloat16, {"max_position_embeddings": 128})
+    assert changed.config.max_position_embeddings == 128
+    assert conversions == [path.name]
+    model, _ = load_gguf(path, torch.bfloat16, {})
+    assert model.config.max_position_embeddings == 8192
+    assert conversions == [path.name]
+
+
 def test_a_folder_that_cannot_be_written_is_told(
     path: Path, tmp_path: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

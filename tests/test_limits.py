@@ -59,6 +59,32 @@ def test_a_container_sees_its_own_group_as_the_root(groups: Path) -> None:
     assert device_memory(torch.device("cpu")) == 1048576
 
 
+def test_a_quota_counts_with_the_period_of_its_own_group(groups: Path) -> None:
+    (groups / "membership").write_text("5:cpu:/c/d\n")
+    (groups / "cpu" / "c" / "d").mkdir(parents=True)
+    (groups / "cpu" / "c" / "d" / "cpu.cfs_quota_us").write_text("-1\n")
+    (groups / "cpu" / "c" / "d" / "cpu.cfs_period_us").write_text("1000\n")
+    (groups / "cpu" / "c" / "cpu.cfs_quota_us").write_text("100000\n")
+    (groups / "cpu" / "c" / "cpu.cfs_period_us").write_text("100000\n")
+    assert limits.processors() == 1
+
+
+@pytest.mark.parametrize("content", ["100 0", "100", "", "9" * 5000 + " 100", "x 100", "\xff"])
+def test_a_malformed_limit_is_none(groups: Path, content: str) -> None:
+    (groups / "cpu.max").write_text(content, encoding="utf-8")
+    (groups / "memory.max").write_text(content if content[:3] != "100" else "x", encoding="utf-8")
+    assert device_memory(torch.device("cpu")) == MACHINE
+    assert limits.processors() == len(os.sched_getaffinity(0))
+
+
+def test_a_groups_name_may_be_any_bytes(groups: Path) -> None:
+    (groups / "membership").write_bytes(b"0::/a\xff\n")
+    folder = Path(os.fsdecode(os.fsencode(groups / "a") + b"\xff"))
+    folder.mkdir()
+    (folder / "memory.max").write_text("2097152\n")
+    assert device_memory(torch.device("cpu")) == 2097152
+
+
 def test_what_cannot_be_read_is_no_limit(groups: Path) -> None:
     (groups / "membership").unlink()
     assert device_memory(torch.device("cpu")) == MACHINE

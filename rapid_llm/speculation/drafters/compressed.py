@@ -156,12 +156,16 @@ class TriforceDrafter(CompressedDrafter):
         tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         before = [t[:, :, last].clone() for t in tensors]
         run = TransformersPass(runner.model, runner.state, _RECORDING)
-        with runner.lock, _recording() as queries:
+        try:
+            with runner.lock, _recording() as queries:
+                cache.rollback(last)
+                position = torch.tensor([last], device=runner.device)
+                run(runner.tensor(self._prompt[last : last + 1]), position, cache, 1)
+        finally:  # also when memory runs out: the prefill is tried again
             cache.rollback(last)
-            position = torch.tensor([last], device=runner.device)
-            run(runner.tensor(self._prompt[last : last + 1]), position, cache, 1)
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor[:, :, last] = value  # a pass of another size rounds differently
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor[:, :, last] = value  # a pass of another size rounds differently
+            cache.advance(1)
         return queries
 
 
