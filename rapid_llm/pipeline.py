@@ -281,6 +281,10 @@ class Conversation:
                 self._remember(question, text)
             yield delta
 
+    def answer_of(self, question: str, deltas: Sequence[Delta]) -> Answer:
+        """Join all deltas of a finished stream, as :meth:`RapidPipeline.answer_of` does."""
+        return self._pipeline.answer_of(question, self._method, deltas)
+
     def _remember(self, question: str, text: str) -> None:
         self.messages += [
             {"role": "user", "content": question},
