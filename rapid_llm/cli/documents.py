@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from rapid_llm.errors import DocumentError
 T = TypeVar("T")
 
 _NAMED = 5  # files that a note names; it counts the others
+_NOTHING = ": give text, Markdown, HTML or PDF files, or a folder with some"
 
 
 def read_documents(names: Sequence[str]) -> dict[str, str]:
@@ -33,40 +34,55 @@ def read_documents(names: Sequence[str]) -> dict[str, str]:
         MissingDependencyError: the package that reads a document's format is not installed.
     """
     texts: dict[str, str] = {}
-    unknown: list[str] = []
-    seen: set[str] = set()  # a file counts once, however it is named
-
-    def is_new(name: str) -> bool:
-        known = os.path.normpath(name) in seen
-        seen.add(os.path.normpath(name))
-        return not known
-
+    failed: dict[str, DocumentError] = {}  # of files that nobody named
+    read: set[str] = set()  # a file counts once, however it is named
     for name in names:
         if not _stands_for_files(name):
-            if is_new(name):
+            if os.path.normpath(name) not in read:
                 texts[name] = _read(name, may_be_blank=len(names) > 1)
+                read.add(os.path.normpath(name))
             continue
-        files = list(_files(name))
-        new = list(filter(is_new, files))
-        read = {each: _read_if_readable(each, unknown) for each in new}
-        found = {each: text for each, text in read.items() if text is not None}
-        if len(new) == len(files) and not any(map(str.strip, found.values())):
-            held = f"{len(files):,} tried" if files else "no file in it"
-            raise DocumentError(
-                f"{name} holds no text that can be read ({held}): give text, Markdown, HTML or "
-                "PDF files, or a folder with some"
-            )
+        files = list(dict.fromkeys(_files(name)))
+        found: dict[str, str] = {}
+        for each in files:
+            if os.path.normpath(each) not in read:
+                _try(each, found, failed)
+        if not any(map(str.strip, found.values())) and read.isdisjoint(
+            map(os.path.normpath, files)
+        ):
+            reason = next((f"; {failed[each]}" for each in files if each in failed), "")
+            raise DocumentError(f"{name} holds no text that can be read{reason or _NOTHING}")
         texts |= found
+        read |= set(map(os.path.normpath, found))
     blank = [name for name, text in texts.items() if not text.strip()]
     if len(blank) == len(texts):
         raise DocumentError(f"{', '.join(texts)} hold no text: give a file that is not empty")
-    if blank:
-        show(f"{_listed(blank)} {'hold' if blank[1:] else 'holds'} no text and "
-             f"{'are' if blank[1:] else 'is'} passed over", stderr=True)  # fmt: skip
-    if unknown:
-        show(f"{_listed(unknown)} {'are' if unknown[1:] else 'is'} passed over: not a format that "
-             "is read", stderr=True)  # fmt: skip
+    _note(blank, failed)
     return {name: text for name, text in texts.items() if text.strip()}
+
+
+def _try(name: str, found: dict[str, str], failed: dict[str, DocumentError]) -> None:
+    """Read a file into ``found``, or the reason why it cannot be read into ``failed``."""
+    try:
+        found[name] = _read(name, may_be_blank=True)
+    except DocumentError as error:
+        failed[name] = error
+
+
+def _note(blank: Sequence[str], failed: Mapping[str, DocumentError]) -> None:
+    """Say which files are passed over: those of unknown formats at once, and why any others."""
+    from rapid_llm.context.documents import SUFFIXES
+
+    unknown = [name for name in failed if Path(name).suffix.lower() not in SUFFIXES]
+    for name, error in failed.items():
+        if name not in unknown:  # a text that whoever gave the folder would miss
+            show(f"Warning: {error}; it is passed over", stderr=True)
+    if blank:
+        holds = "hold no text and are" if len(blank) > 1 else "holds no text and is"
+        show(f"{_listed(blank)} {holds} passed over", stderr=True)
+    if unknown:
+        are = "are" if len(unknown) > 1 else "is"
+        show(f"{_listed(unknown)} {are} passed over: not a format that is read", stderr=True)
 
 
 def warned(read: Callable[[], T]) -> T:
@@ -83,23 +99,6 @@ def _read(name: str, *, may_be_blank: bool) -> str:
     from rapid_llm.context.documents import read_document
 
     return warned(lambda: read_document(name, may_be_blank=may_be_blank))
-
-
-def _read_if_readable(name: str, unknown: list[str]) -> str | None:
-    """The text of a file; None, and its name in ``unknown``, if its format is not read.
-
-    A file whose suffix promises text would be missed: the reason why it cannot be read is shown.
-    """
-    from rapid_llm.context.documents import SUFFIXES
-
-    try:
-        return _read(name, may_be_blank=True)
-    except DocumentError as error:
-        if Path(name).suffix.lower() in SUFFIXES:
-            show(f"Warning: {error}; it is passed over", stderr=True)
-        else:
-            unknown.append(name)
-        return None
 
 
 def _stands_for_files(name: str) -> bool:
