@@ -1,4 +1,4 @@
-"""An embedder of a framework: loaded once and late, in batches, from any thread, copied, pickled."""
+"""A framework's embedder: loaded once and late, in batches, from any thread, copied, pickled."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ class Recording:
     """A loaded model of either library; writes down its options."""
 
     max_seq_length = passage_max_length = 8
-    prompts: dict[str, str] = {}
     default_prompt_name = tokenizer = None
 
     def __init__(self) -> None:
+        self.prompts: dict[str, str] = {}
         self.sizes: list[tuple[int, int]] = []
 
     def encode_document(self, texts: list[str], batch_size: int, **_: Any) -> Any:

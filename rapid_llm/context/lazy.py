@@ -1,4 +1,4 @@
-"""An embedding model that is loaded at its first use, for frameworks that copy and pickle theirs."""
+"""An embedding model that is loaded at its first use, as frameworks copy and pickle theirs."""
 
 from __future__ import annotations
 
@@ -56,6 +56,12 @@ class LazyEmbedder:
         if self._loaded is None:
             self._loaded = load_embedder(self._name, self._device)
         return self._loaded
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LazyEmbedder) and self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash(self.__reduce__())
 
     def __deepcopy__(self, memo: object) -> LazyEmbedder:
         return self
