@@ -46,8 +46,7 @@ class RapidEmbedding(BaseEmbedding):
         super().__init__(
             model_name=default_embedder() if model_name is None else str(model_name),
             embed_batch_size=embed_batch_size,
-            device=device,
-            **fields,
+            **{**fields, "device": device},
         )
         self._embedder = LazyEmbedder(self.model_name, device)
 
