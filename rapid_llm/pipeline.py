@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -306,15 +307,19 @@ class Conversation:
         self._remember(question, answer.text)
         return answer
 
-    def stream(self, question: str, **call: Any) -> Iterator[Delta]:
+    def stream(self, question: str, **call: Any) -> AnswerStream:
         """Like :meth:`ask`, but yield one delta per round."""
+        stream = self._pipeline.stream(question, self._method, history=self.messages, **call)
+        return AnswerStream(stream.question, stream.context, self._recorded(question, stream))
+
+    def _recorded(self, question: str, stream: AnswerStream) -> Iterator[Delta]:
         text = ""
-        deltas = self._pipeline.stream(question, self._method, history=self.messages, **call)
-        for delta in deltas:
-            text += delta.text
-            if delta.finish_reason is not None:
-                self._remember(question, text)
-            yield delta
+        with closing(stream):
+            for delta in stream:
+                text += delta.text
+                if delta.finish_reason is not None:
+                    self._remember(question, text)
+                yield delta
 
     def _remember(self, question: str, text: str) -> None:
         self.messages += [

@@ -409,6 +409,11 @@ def test_unreadable_documents_are_refused(
         (["plan"], "--context"),
         (["plan", "--context", "9", "--device", "h1000"], "'h1000'"),
         (["plan", "--context", "9", "--acceptance", "2"], "acceptance"),
+        (["plan", "--context", "9", "--bandwidth", "300"], "--tflops"),
+        (["plan", "--context", "9", "--memory", "24"], "--bandwidth"),
+        (["plan", "--context", "9", "--device", "h100", "--tflops", "9"], "--device h100"),
+        (["plan", "--context", "9", "--bandwidth", "0", "--tflops", "9"], "bandwidth=0"),
+        (["plan", "--context", "9", "--bandwidth", "9", "--tflops", "nan"], "tflops=nan"),
     ],
 )
 def test_bad_usage_is_refused(run: Any, arguments: list[str], mention: str) -> None:

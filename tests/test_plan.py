@@ -21,6 +21,7 @@ from rapid_llm.bench.speed_model import (
     DEVICES,
     ModelSize,
     Precision,
+    described_device,
     named_device,
     pass_seconds,
     prefill_flops,
@@ -345,6 +346,32 @@ def test_this_machine_is_measured() -> None:
 
 
 # --- refusals --------------------------------------------------------------------------------
+
+
+def test_a_described_device_predicts_as_a_named_one() -> None:
+    described = plan(device=described_device(3350, 989, 80)).as_dict()
+    named = plan().as_dict()
+    assert described["rows"] == named["rows"]
+    unknown = plan(device=described_device(3350, 989))
+    assert [row.fits for row in unknown.rows] == [None] * 3
+    assert "of the given 3,350 GB/s" in unknown.assumptions[0]
+
+
+def test_a_device_without_bfloat16_plans_float16_and_no_4_bit_drafter() -> None:
+    made = plan(context=8192, device=DEVICES["t4"])
+    assert [row.drafter for row in made.rows] == [None, "self, fp16"]
+    assert "dense fp16" in made.assumptions[0]
+    assert "target and KV in fp16" in made.assumptions[1]
+
+
+def test_every_device_holds_a_small_model_and_faster_memory_decodes_faster() -> None:
+    small = size_of(LLAMA_1B, "1B")
+    plans = [plan(context=8192, model=small, device=each) for each in DEVICES.values()]
+    assert all(row.fits for made in plans for row in made.rows)
+    by_memory = sorted(plans, key=lambda made: made.device.bandwidth)
+    times = [made.rows[0].seconds_a_token for made in by_memory]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > 4 * times[-1]
 
 
 def test_an_unknown_device_is_refused() -> None:

@@ -62,14 +62,14 @@ class Plan:
 
     @property
     def rows(self) -> list[Row]:
-        """Plain decoding, self-speculation by bf16 and the device's few bits, another drafter."""
-        rows = [self._row(None), self._row("self, bf16", self.model)]
+        """Plain decoding, self-speculation by 16 and the device's few bits, another drafter."""
+        rows = [self._row(None), self._row(f"self, {self.device.dtype}", self.model)]
         for bits in self.device.few_bits:
             extra = self.model.quantized_bytes(bits)
             rows.append(self._row(f"self, {bits[:4]}", self.model, bits, extra))
         if self.drafter is not None:
             name, extra = PurePath(self.drafter.name).name, self.drafter.weight_bytes
-            rows.append(self._row(f"{name}, bf16", self.drafter, extra=extra))
+            rows.append(self._row(f"{name}, {self.device.dtype}", self.drafter, extra=extra))
         return rows
 
     def _row(
@@ -127,11 +127,13 @@ class Plan:
         """What the predictions rest on."""
         return [
             f"{self.device.name}, {self.device.source}: {self.device.rates}",
-            "target and KV in bf16, batch 1; every layer reads its whole cache in every step",
+            f"target and KV in {self.device.dtype}, batch 1; every layer reads its whole cache in "
+            "every step",
             "each draft token is accepted with the same probability if those before it were; "
             f"γ is the best of 0 to {MAX_GAMMA}",
             "a drafter of few bits comes beside the target's own weights; a CPU takes int8 (int4 "
-            "where the checkpoint has 4 bits), which it reads as fast as bf16, CUDA int4",
+            "where the checkpoint has 4 bits), which it reads as fast as bf16, CUDA int4 from "
+            "Ampere on",
             f"fits: weights and KV take at most {MEMORY_FRACTION:.0%} of the memory",
         ]
 

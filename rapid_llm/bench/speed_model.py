@@ -9,6 +9,7 @@ Leviathan et al. (2023).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,11 +122,14 @@ class Device:
     round_seconds: float  # of a round or a plain step, beside its passes
     is_gpu: bool
     source: str  # where the numbers come from
+    dtype: Literal["bf16", "fp16"] = "bf16"  # of weights that are not quantized, and of KV
 
     @property
     def few_bits(self) -> tuple[Precision, ...]:
-        """How a drafter's weights may be quantized there."""
-        return ("int4g64",) if self.is_gpu else ("int8", "int4")
+        """How a drafter's weights may be quantized there; 4 bits on a GPU need bfloat16."""
+        if not self.is_gpu:
+            return "int8", "int4"
+        return ("int4g64",) if self.dtype == "bf16" else ()
 
     @property
     def rates(self) -> str:
@@ -139,7 +143,15 @@ class Device:
         )
 
 
-def _gpu(name: str, bandwidth: float, flops: float, memory: int) -> Device:
+def _gpu(
+    name: str,
+    bandwidth: float,
+    flops: float,
+    memory: int | None,
+    *,
+    dtype: Literal["bf16", "fp16"] = "bf16",
+    known_from: str = "the data sheet's",
+) -> Device:
     return Device(
         name=name,
         bandwidth=bandwidth * _WEIGHTS,
@@ -150,19 +162,28 @@ def _gpu(name: str, bandwidth: float, flops: float, memory: int) -> Device:
         layer_seconds=_LAYER,
         round_seconds=_ROUND,
         is_gpu=True,
-        source=f"of the data sheet's {bandwidth / 1e9:,.0f} GB/s and {flops / 1e12:,.0f} TFLOP/s "
-        "(dense bf16) the shares that were measured on an H100",
+        source=f"of {known_from} {bandwidth / 1e9:,.0f} GB/s and {flops / 1e12:,.0f} TFLOP/s "
+        f"(dense {dtype}) the shares that were measured on an H100",
+        dtype=dtype,
     )
 
 
+# NVIDIA's data sheets, without sparsity: "H100", "H200", "A100", "L40S", "L4", "A10G", "T4"; of the
+# B200, an eighth of "DGX B200" (1,440 GB, 64 TB/s) and "HGX B200" (18 PFLOP/s). Of the RTX cards,
+# the tables of the Ada and the GA102 white paper, with float32 accumulation.
 DEVICES = {
+    "b200": _gpu("B200 180 GB", 8e12, 2250e12, 180 * 10**9),
+    "h200": _gpu("H200 SXM 141 GB", 4.8e12, 989e12, 141 * 10**9),
     "h100": _gpu("H100 SXM 80 GB", 3.35e12, 989e12, 80 * 10**9),
     "a100": _gpu("A100 SXM 80 GB", 2.039e12, 312e12, 80 * 10**9),
     "l40s": _gpu("L40S 48 GB", 864e9, 362e12, 48 * 10**9),
+    "l4": _gpu("L4 24 GB", 300e9, 121e12, 24 * 10**9),
+    "a10g": _gpu("A10G 24 GB", 600e9, 70e12, 24 * 10**9),
     "4090": _gpu("RTX 4090 24 GB", 1.008e12, 165e12, 24 * 10**9),
+    "3090": _gpu("RTX 3090 24 GB", 936e9, 71e12, 24 * 10**9),
+    "t4": _gpu("T4 16 GB", 300e9, 65e12, 16 * 10**9, dtype="fp16"),
 }
-"""By the names that ``--device`` takes; NVIDIA's data sheets, without sparsity, and for the
-RTX 4090 the Ada white paper's rate with float32 accumulation."""
+"""By the names that ``--device`` takes. A T4 has no bfloat16."""
 
 
 def pass_seconds(
@@ -199,7 +220,26 @@ def named_device(name: str) -> Device:
     """A device of the table; raises InvalidParameterError where it is not in it."""
     if name not in DEVICES:
         raise InvalidParameterError(
-            f"device={name!r} is unknown; use 'this' to measure this machine, or "
-            f"{', '.join(map(repr, DEVICES))}"
+            f"device={name!r} is unknown; use 'this' to measure this machine, "
+            f"{', '.join(map(repr, DEVICES))}, or describe it by bandwidth and tflops"
         )
     return DEVICES[name]
+
+
+def described_device(bandwidth: float, tflops: float, memory: float | None = None) -> Device:
+    """A GPU by the numbers of its data sheet.
+
+    Args:
+        bandwidth: of its memory, in GB/s.
+        tflops: dense bf16 matrix throughput, in TFLOP/s.
+        memory: in GB; None if unknown.
+
+    Raises:
+        InvalidParameterError: a number is not positive, or not finite.
+    """
+    for name, value in (("bandwidth", bandwidth), ("tflops", tflops), ("memory", memory)):
+        ok = value is None or (value > 0 and math.isfinite(value))
+        require(ok, name, value, "more than 0, and finite")
+    size = None if memory is None else round(memory * 1e9)
+    name = "a GPU" if memory is None else f"a GPU of {memory:g} GB"
+    return _gpu(name, bandwidth * 1e9, tflops * 1e12, size, known_from="the given")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from rapid_llm.console import Bars
+from rapid_llm.console import Bars, show
 from rapid_llm.stats import Method, Stats
 
 if TYPE_CHECKING:
+    from rapid_llm.decoder import Delta
     from rapid_llm.pipeline import Answer, RapidPipeline
 
 COMPARED: tuple[Method, ...] = ("lc", "rag", "sd", "rapid")
@@ -34,15 +35,8 @@ class Job:
 
     def stream(self, method: Method) -> Answer:
         """Print the answer as it comes."""
-        with self.bars:
-            stream = self.pipeline.stream(self.question, method, progress=self.bars)
-            chunks = [next(stream)]  # all reading comes before it
-        print(chunks[0].text, end="", flush=True)
-        for chunk in stream:
-            print(chunk.text, end="", flush=True)
-            chunks.append(chunk)
-        print(flush=True)
-        return stream.answer(chunks)
+        deltas = self.pipeline.stream(self.question, method, progress=self.bars)
+        return deltas.answer(printed(deltas, self.bars))
 
     def compare(self, **known: Answer) -> dict[Method, Answer]:
         """The answers of all methods; those that are known are not asked for again."""
@@ -99,9 +93,31 @@ class Job:
         }
 
 
+def printed(deltas: Iterator[Delta], bars: Bars) -> list[Delta]:
+    """Print the text of a stream as it comes, and return its deltas."""
+    with bars:
+        read = [next(deltas)]  # all reading comes before it
+    print(read[0].text, end="", flush=True)
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
+        read.append(delta)
+    print(flush=True)
+    return read
+
+
 def names(models: Mapping[str, str | None]) -> str:
     """The models that took part, with their roles."""
     return ", ".join(f"{role} {name}" for role, name in models.items() if name is not None)
+
+
+def note_unread(stats: Stats) -> None:
+    """Say so where nothing was read, and what to do."""
+    if unread(stats):
+        show(
+            f"Nothing was retrieved ({stats.draft_skipped}), so nothing was read: lower "
+            "--threshold, or have the whole documents read with --on-empty read_all.",
+            stderr=True,
+        )
 
 
 def unread(stats: Stats) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rapid_llm.cli.answers import Job, comparison, names, unread
+from rapid_llm.cli.answers import Job, comparison, names, note_unread, unread
 from rapid_llm.cli.app import app
+from rapid_llm.cli.documents import read_documents
 from rapid_llm.cli.options import with_options
+from rapid_llm.cli.questions import answer_each, read_questions
+from rapid_llm.cli.session import converse
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.console import Bars, show, status
-from rapid_llm.errors import DocumentError
+from rapid_llm.errors import DocumentError, InvalidParameterError
 from rapid_llm.stats import Method
 
 
@@ -30,13 +32,29 @@ def ask(
         list[str],
         typer.Argument(
             metavar="DOCUMENT",
-            help="Text, Markdown, HTML or PDF files, read in this order; - is standard input.",
+            help="Text, Markdown, HTML or PDF files, or folders and patterns (reports/**/*.pdf) of "
+            "such; read in this order; - is standard input.",
             show_default=False,
         ),
     ],
     question: Annotated[
-        str, typer.Option("--question", "-q", help="What to answer.", show_default=False)
-    ],
+        str | None,
+        typer.Option(
+            "--question",
+            "-q",
+            help="What to answer; without it, questions are typed at the terminal.",
+            show_default=False,
+        ),
+    ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A question a line, or an object with question and id in JSON; - is standard "
+            "input. Prints an object a line.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         Method,
         typer.Option(
@@ -48,12 +66,12 @@ def ask(
         bool, typer.Option("--compare", help="Run all four methods and show a table.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Answer a question about documents."""
-    if not question.strip():
-        raise DocumentError("the question is empty; give one with --question")
+) -> int:
+    """Answer questions about documents."""
+    _check_question(documents, question, questions, compare or as_json)
+    batch = None if questions is None else read_questions(questions)
     texts = read_documents(documents)
-    shown = sys.stderr.isatty() and not as_json
+    shown = sys.stderr.isatty() and not as_json and batch is None
     drafter = f" and {engine.drafter}" if engine.drafter else ""
     with status(f"loading {engine.model}{drafter}", shown):
         from rapid_llm.decoder import RapidDecoder
@@ -66,45 +84,70 @@ def ask(
             sampling=sampling,
             speculation=speculation,
         )
-    job = Job(pipeline, question, list(texts), Bars(shown))
-    if compare:
-        results = job.compare()
-        if as_json:
-            objects = [job.as_dict(method, result) for method, result in results.items()]
-            print(json.dumps({"results": objects}), flush=True)
-        else:
-            show(comparison(results))
-            show(names(job.models("rapid", results["rapid"].stats)), stderr=True)
-        stats = results["rapid"].stats
+    bars = Bars(shown)
+
+    def job(text: str) -> Job:
+        return Job(pipeline, text, list(texts), bars)
+
+    if batch is not None:
+        return answer_each(batch, lambda text: _as_json(job(text), method, compare))
+    if question is None:
+        converse(pipeline, list(texts), method, bars)
     elif as_json:
-        result = job.answer(method)
-        print(json.dumps(job.as_dict(method, result)), flush=True)
-        stats = result.stats
+        print(json.dumps(_as_json(job(question), method, compare)), flush=True)
+    elif compare:
+        _compare(job(question))
     else:
-        result = job.stream(method)
-        stats = result.stats
-        if not unread(stats):
-            show(job.summary(method, result), stderr=True)
-    if unread(stats):
-        show(
-            f"Nothing was retrieved ({stats.draft_skipped}), so nothing was read: lower "
-            "--threshold, or have the whole documents read with --on-empty read_all.",
-            stderr=True,
+        result = job(question).stream(method)
+        note_unread(result.stats)
+        if not unread(result.stats):
+            show(job(question).summary(method, result), stderr=True)
+    return 0
+
+
+def _check_question(
+    documents: Sequence[str], question: str | None, questions: str | None, at_once: bool
+) -> None:
+    """Validate where questions come from.
+
+    Args:
+        documents: the documents' names.
+        question, questions: as given.
+        at_once: the output asked for is that of a question known beforehand.
+
+    Raises:
+        DocumentError: the question is empty.
+        InvalidParameterError: there is none, or two sources of questions, or of standard input.
+    """
+    if question is not None and questions is not None:
+        raise InvalidParameterError("--question and --questions exclude each other: give one")
+    if question is not None:
+        if not question.strip():
+            raise DocumentError("the question is empty; give one with --question")
+    elif questions is not None:
+        if questions == "-" and "-" in documents:
+            raise InvalidParameterError(
+                "- is given as a document and as --questions, but standard input is read once: "
+                "give a file for one of them"
+            )
+    elif at_once or "-" in documents or not sys.stdin.isatty():
+        raise InvalidParameterError(
+            "no question was given: give one with --question, or a file of them with --questions; "
+            "they are typed only where standard input is a terminal, and without --json and "
+            "--compare"
         )
 
 
-def read_documents(names: Sequence[str]) -> dict[str, str]:
-    """The documents' texts by name; blank ones among others are passed over, with a note."""
-    from rapid_llm.context.documents import read_document
+def _as_json(job: Job, method: Method, compare: bool) -> dict[str, Any]:
+    results = job.compare() if compare else {method: job.answer(method)}
+    note_unread(results["rapid" if compare else method].stats)
+    objects = [job.as_dict(each, result) for each, result in results.items()]
+    return {"results": objects} if compare else objects[0]
 
-    with warnings.catch_warnings(record=True) as guessed:
-        warnings.simplefilter("always")
-        read = {name: read_document(name, may_be_blank=len(names) > 1) for name in names}
-    for warning in guessed:
-        show(f"Warning: {warning.message}", stderr=True)
-    texts = {name: text for name, text in read.items() if text.strip()}
-    if not texts:
-        raise DocumentError(f"{', '.join(read)} hold no text: give a file that is not empty")
-    for name in read.keys() - texts.keys():
-        show(f"{name} holds no text and is passed over", stderr=True)
-    return texts
+
+def _compare(job: Job) -> None:
+    results = job.compare()
+    stats = results["rapid"].stats
+    show(comparison(results))
+    show(names(job.models("rapid", stats)), stderr=True)
+    note_unread(stats)

@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from rapid_llm.bench.speed_model import ACCEPTANCE, DEVICES, named_device
+from rapid_llm.bench.speed_model import (
+    ACCEPTANCE,
+    DEVICES,
+    Device,
+    described_device,
+    named_device,
+)
 from rapid_llm.cli.app import app
 from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.console import number_table, show, status
+from rapid_llm.errors import InvalidParameterError
 
 if TYPE_CHECKING:
     from rapid_llm.bench.plan import Plan
@@ -37,12 +44,30 @@ def plan(
         float, typer.Option(min=0, max=1, help="Probability that a draft token is accepted.")
     ] = ACCEPTANCE,
     device: Annotated[
-        str, typer.Option(help=f"{', '.join(DEVICES)}; or this, which is measured.")
-    ] = "this",
+        str | None,
+        typer.Option(
+            help=f"{', '.join(DEVICES)}; or this, which is measured.", show_default="this"
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/s",
+            help="Memory bandwidth of another GPU; needs --tflops.",
+            show_default=False,
+        ),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="Its dense bfloat16 throughput, in TFLOP/s.", show_default=False),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Its memory.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict speed and memory from a model's config alone; no weights are loaded."""
-    known = None if device == "this" else named_device(device)
+    known = _device(device, bandwidth, tflops, memory)
     with status(f"sizing {model}", sys.stderr.isatty() and not as_json):
         from rapid_llm.bench.plan import make_plan
 
@@ -65,6 +90,23 @@ def plan(
     show("Assumed:")
     for assumption in made.assumptions:
         show(f"- {assumption}.")
+
+
+def _device(
+    name: str | None, bandwidth: float | None, tflops: float | None, memory: float | None
+) -> Device | None:
+    """The device that was named or described; None is this machine."""
+    if bandwidth is tflops is memory is None:
+        return None if name in (None, "this") else named_device(name)
+    if name is not None:
+        raise InvalidParameterError(
+            f"--device {name} has its own numbers: give it, or --bandwidth, --tflops and --memory"
+        )
+    if bandwidth is None or tflops is None:
+        raise InvalidParameterError(
+            "another device needs --bandwidth and --tflops, from its data sheet"
+        )
+    return described_device(bandwidth, tflops, memory)
 
 
 def heading(made: Plan) -> str:

@@ -17,6 +17,9 @@ from rapid_llm.errors import DocumentError
 
 _HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
 _TEXT_SUFFIXES = {".txt", ".md", ".markdown"}
+SUFFIXES = frozenset({*_HTML_SUFFIXES, *_TEXT_SUFFIXES, ".pdf"})
+"""Suffixes of formats that are read; other files are read if they hold text."""
+
 _HTML_START = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<(!doctype\s+html|html)\b", re.IGNORECASE)
 
 _LOADABLE = "give a text, Markdown, HTML or PDF file"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -71,12 +71,14 @@ class SentenceTransformerEmbedder:
         model: the ``SentenceTransformer``.
         threshold: minimum similarity of relevant texts; None if unknown.
         kind: prefix of the name, if not the model's class: a class that gives the same vectors.
-    """
 
-    _options: ClassVar = {"batch_size": EMBEDDING_BATCH, "show_progress_bar": False}
+    Attributes:
+        batch_size: texts that the model embeds in one pass.
+    """
 
     def __init__(self, model: Any, threshold: float | None = None, kind: str | None = None) -> None:
         self._model = model
+        self.batch_size = EMBEDDING_BATCH
         self.threshold = threshold
         self._tokens = _Tokens(getattr(model, "tokenizer", None), _document_prompt(model))
         self.max_tokens = self._tokens.window(model.max_seq_length)
@@ -86,21 +88,26 @@ class SentenceTransformerEmbedder:
         return self._tokens.count(text)
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
-        vectors = self._model.encode_document(list(texts), **self._options)
+        vectors = self._model.encode_document(
+            list(texts), batch_size=self.batch_size, show_progress_bar=False
+        )
         return unit(vectors, len(texts), self._model)
 
     def embed_query(self, text: str) -> Vectors:
-        return unit(self._model.encode_query([text], **self._options), 1, self._model)[0]
+        vectors = self._model.encode_query([text], batch_size=1, show_progress_bar=False)
+        return unit(vectors, 1, self._model)[0]
 
 
 class FlagEmbedder:
-    """An ``Embedder`` over a loaded FlagEmbedding model; BGE-M3 gives its dense vectors."""
+    """An ``Embedder`` over a loaded FlagEmbedding model; BGE-M3 gives its dense vectors.
 
-    # FlagEmbedding shows a progress bar as soon as a call holds a full batch.
-    _options: ClassVar = {"batch_size": EMBEDDING_BATCH + 1}
+    Attributes:
+        batch_size: texts that the model embeds in one pass.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.batch_size = EMBEDDING_BATCH
         is_m3 = _M3_KIND in (kind.__name__ for kind in type(model).__mro__)
         self.threshold = PAPER_THRESHOLD if is_m3 else None
         self._tokens = _Tokens(getattr(model, "tokenizer", None))
@@ -111,14 +118,16 @@ class FlagEmbedder:
         return self._tokens.count(text)
 
     def embed_documents(self, texts: Sequence[str]) -> Vectors:
+        # FlagEmbedding shows a progress bar as soon as a call holds a full batch.
+        full = self.batch_size + 1
         parts = [
-            self._dense(self._model.encode_corpus(list(batch), **self._options))
-            for batch in batched(texts, EMBEDDING_BATCH)
+            self._dense(self._model.encode_corpus(list(batch), batch_size=full))
+            for batch in batched(texts, self.batch_size)
         ]
         return unit(np.concatenate(parts), len(texts), self._model)
 
     def embed_query(self, text: str) -> Vectors:
-        output = self._model.encode_queries([text], **self._options)
+        output = self._model.encode_queries([text], batch_size=2)
         return unit(self._dense(output), 1, self._model)[0]
 
     @staticmethod

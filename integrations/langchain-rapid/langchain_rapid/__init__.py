@@ -2,12 +2,14 @@
 
 from langchain_rapid.chains import create_rapid_documents_chain
 from langchain_rapid.chat_models import ChatRapid
+from langchain_rapid.embeddings import RapidEmbeddings
 from langchain_rapid.errors import GenerationTimeoutError, RetrievalError
 from langchain_rapid.llms import RapidLLM
 
 __all__ = [
     "ChatRapid",
     "GenerationTimeoutError",
+    "RapidEmbeddings",
     "RapidLLM",
     "RetrievalError",
     "create_rapid_documents_chain",

@@ -1,0 +1,84 @@
+"""Many questions from a file, and a JSON object a line for their answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rapid_llm.cli.documents import warned
+from rapid_llm.console import show
+from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError, RapidError
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and what its answer is known by: the file's ``id``, or its number from 1."""
+
+    id: Any
+    text: str
+
+
+def read_questions(path: str) -> list[Question]:
+    """Read a file with a question a line, or with a JSON object a line; ``-`` is standard input.
+
+    It holds JSON if its first line begins with a brace. Blank lines are passed over.
+
+    Raises:
+        DocumentError: the file cannot be read, or is empty.
+        InvalidParameterError: a line is not an object with a ``question`` that is text.
+    """
+    from rapid_llm.context.documents import read_document
+
+    text = warned(lambda: read_document(path))
+    lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    as_json = lines[0][1].startswith("{")
+    return [
+        _from_json(line, f"line {place} of {path}", number) if as_json else Question(number, line)
+        for number, (place, line) in enumerate(lines, 1)
+    ]
+
+
+def _from_json(line: str, place: str, number: int) -> Question:
+    try:
+        given = json.loads(line)
+    except ValueError as error:
+        raise InvalidParameterError(
+            f"{place} is not JSON ({error}): give an object a line, or plain questions alone"
+        ) from None
+    question = given.get("question") if isinstance(given, dict) else None
+    if not isinstance(question, str) or not question.strip():
+        raise InvalidParameterError(
+            f'{place} has no question: give an object like {{"question": "…", "id": "…"}}'
+        )
+    return Question(given.get("id", number), question)
+
+
+def answer_each(questions: Iterable[Question], answer: Callable[[str], dict[str, Any]]) -> int:
+    """Print a JSON object for each question as soon as it is answered.
+
+    A question that failed has an ``error`` in its object, and the others go on; what is wrong with
+    the models would be wrong with all of them, and is raised.
+
+    Args:
+        questions: the questions.
+        answer: gives what is printed of an answer.
+
+    Returns:
+        Exit status: 1 if a question failed, else 0.
+    """
+    asked = failed = 0
+    for question in questions:
+        asked += 1
+        try:
+            outcome = answer(question.text)
+        except (MissingDependencyError, ModelError):
+            raise
+        except RapidError as error:
+            outcome, failed = {"error": str(error)}, failed + 1
+        line = {"id": question.id, "question": question.text} | outcome
+        print(json.dumps(line), flush=True)
+    if failed:
+        show(f"{failed:,} of {asked:,} questions failed: see their errors", stderr=True)
+    return 1 if failed else 0
