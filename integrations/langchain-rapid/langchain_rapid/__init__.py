@@ -4,11 +4,15 @@ from langchain_rapid.chains import create_rapid_documents_chain
 from langchain_rapid.chat_models import ChatRapid
 from langchain_rapid.errors import GenerationTimeoutError, RetrievalError
 from langchain_rapid.llms import RapidLLM
+from langchain_rapid.settings import VERSION
+
+__version__ = VERSION
 
 __all__ = [
     "ChatRapid",
     "GenerationTimeoutError",
     "RapidLLM",
     "RetrievalError",
+    "__version__",
     "create_rapid_documents_chain",
 ]
