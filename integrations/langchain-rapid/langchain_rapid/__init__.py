@@ -5,6 +5,9 @@ from langchain_rapid.chat_models import ChatRapid
 from langchain_rapid.embeddings import RapidEmbeddings
 from langchain_rapid.errors import GenerationTimeoutError, RetrievalError
 from langchain_rapid.llms import RapidLLM
+from langchain_rapid.settings import VERSION
+
+__version__ = VERSION
 
 __all__ = [
     "ChatRapid",
@@ -12,5 +15,6 @@ __all__ = [
     "RapidEmbeddings",
     "RapidLLM",
     "RetrievalError",
+    "__version__",
     "create_rapid_documents_chain",
 ]

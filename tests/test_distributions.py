@@ -1,0 +1,42 @@
+"""What an index of packages shows of each distribution, as far as its source says."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# An unpacked sdist of rapid-llm has no integrations.
+FOLDERS = [ROOT, *sorted(path.parent for path in ROOT.glob("integrations/*/pyproject.toml"))]
+SAME = ("license", "license-files", "authors", "version")
+
+
+def field(folder: Path, name: str) -> str:
+    text = (folder / "pyproject.toml").read_text("utf-8")
+    found = re.search(rf"^{name} = (.+)$", text, re.MULTILINE)
+    assert found, f"{folder.name} has no {name}"
+    return found[1]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_every_distribution_names_the_same_authors_licence_and_version(folder):
+    assert [field(folder, name) for name in SAME] == [field(ROOT, name) for name in SAME]
+    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_links_of_a_readme_work_where_only_the_readme_is(folder):
+    text = (folder / "README.md").read_text("utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
+def test_the_version_of_an_installed_wheel_is_its_own():
+    langchain_rapid = pytest.importorskip("langchain_rapid")
+    rapid = pytest.importorskip("llama_index.llms.rapid")
+    assert langchain_rapid.__version__ == metadata("langchain-rapid")["Version"]
+    assert rapid.__version__ == metadata("llama-index-llms-rapid")["Version"]
