@@ -89,11 +89,10 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _measured_for_this_test(
-    tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory, converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What passes cost is measured anew, and kept out of the user's cache folder."""
-    cache = tmp_path / "rapid-llm-cache"
-    cache.mkdir()
+    cache = tmp_path_factory.mktemp("rapid-llm-cache")
     (cache / "gguf").symlink_to(converted)
     monkeypatch.setenv("RAPID_LLM_CACHE", str(cache))
 

@@ -457,7 +457,8 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(monkeypatch, tmp_path):
 
 def test_costs_are_kept_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert costs.cache_folder() == tmp_path / "rapid-llm-cache"
+    monkeypatch.setenv("RAPID_LLM_CACHE", str(tmp_path / "own"))
+    assert costs.cache_folder() == tmp_path / "own"
     monkeypatch.delenv("RAPID_LLM_CACHE")
     assert costs.cache_folder() == tmp_path / "xdg" / "rapid-llm"
     monkeypatch.delenv("XDG_CACHE_HOME")
