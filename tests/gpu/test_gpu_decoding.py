@@ -120,7 +120,7 @@ def test_the_next_question_is_answered_as_if_nothing_was_read_before(graphs):
             expected = answer(fresh, prompt, speculation=config, **sampling)
             assert answer(kept, prompt, speculation=config, **sampling) == expected
     result = kept.generate(prompt, sampling=SamplingParams(max_new_tokens=1))
-    assert result.stats.cached_tokens == 2209  # asked before: all but the last
+    assert result.stats.cached_tokens == len(prompt) - 1  # asked before: all but the last
 
 
 @both
