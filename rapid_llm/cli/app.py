@@ -15,6 +15,7 @@ import typer
 
 import rapid_llm
 from rapid_llm.errors import RapidError
+from rapid_llm.options import RENAMED
 
 app = typer.Typer(
     help="Answers about long documents, drafted from what was retrieved (RAPID).",
@@ -43,12 +44,12 @@ def _options(
 
 
 _RENAMED = {
-    "--attention": "--attn-implementation",
+    f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for old, new in RENAMED.items()
+}
+_RENAMED |= {  # words that only the command line had
     "--context-tokens": "--retrieval-tokens",
-    "--embed-model": "--embedder",
     "--kv-cache": "--kv-cache-dir",
     "--retrieved": "--retrieval-tokens",
-    "--target": "--model",
 }
 
 # typer carries click or needs it, depending on its version; this is its base of usage errors.
