@@ -271,14 +271,6 @@ class TokenSampler:
     _greedy: bool = field(compare=False)
 
     def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Sample a token.
-
-        Args:
-            logits: float32 ``[1, vocab]``.
-            generator: random generator on their device.
-
-        Returns:
-            q, float32 ``[width]``, and a token drawn from it, an int64 scalar.
-        """
+        """Sample a token; see :class:`rapid_llm.engine.device.TokenSampler`."""
         q = self._processors(None, self._fit(logits)).softmax(dim=-1)[0]
         return q, q.argmax() if self._greedy else draw(q, generator)
