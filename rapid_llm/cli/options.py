@@ -67,7 +67,7 @@ def _annotation(declared: Declared) -> Any:
         "metavar": option.metavar,
         "rich_help_panel": declared.group.title,
     }
-    origin = get_origin(kinds[0]) if kinds else None
+    origin = _container(declared)
     kind: Any
     if kinds == (int,) and (words := _words(declared)):  # a number or a word
         kind, settings["parser"] = Any, number_or_word(words)
@@ -91,6 +91,11 @@ def _annotation(declared: Declared) -> Any:
     return Annotated[kind, typer.Option(_flag(declared), *aliases, **settings)]
 
 
+def _container(declared: Declared) -> Any:
+    """``Sequence`` or ``Mapping`` for an option of several values; None for one of a single."""
+    return get_origin(declared.kinds[0]) if declared.kinds else None
+
+
 def _words(declared: Declared) -> tuple[str, ...]:
     """Words that the option takes, with one for None where another value is the default."""
     none = declared.optional and declared.default is not None
@@ -100,20 +105,18 @@ def _words(declared: Declared) -> tuple[str, ...]:
 def _flag(declared: Declared) -> str:
     """The plural of what is given one a time is singular here."""
     name = declared.name
-    if declared.kinds and get_origin(declared.kinds[0]) is not None:
+    if _container(declared) is not None:
         name = name.removesuffix("s")
     return "--" + name.replace("_", "-")
 
 
 def _default(declared: Declared, default: Any) -> Any:
-    if declared.kinds and get_origin(declared.kinds[0]) is not None:
-        return None
-    return default
+    return default if _container(declared) is None else None
 
 
 def _value(declared: Declared, given: Any) -> Any:
     """A value of the command line as the option takes it."""
-    origin = get_origin(declared.kinds[0]) if declared.kinds else None
+    origin = _container(declared)
     if origin is not None and given is None:
         return declared.default
     if origin is not None and issubclass(origin, Mapping):
