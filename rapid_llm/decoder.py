@@ -555,7 +555,9 @@ class RapidDecoder:
         return [lookup, rag]
 
     def _run(self, request: Request, started: float, progress: Progress | None) -> Iterator[Delta]:
-        text = TextStream(self.tokenizer, request.sampling.stop)
+        # A grammar counts each space, also the first.
+        before = () if request.constraint is None else encode_literal("a", self.tokenizer)
+        text = TextStream(self.tokenizer, request.sampling.stop, before)
         with self._open(request, started) as generation:
             generation.prefill(progress)
             yield from generation.deltas(text, request.ends, request.least_new_tokens)
