@@ -39,6 +39,7 @@ from rapid_llm.generation import (
     Generation,
     GenerationResult,
     Progress,
+    deltas,
     log_likelihood,
 )
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
@@ -335,7 +336,7 @@ class RapidDecoder:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> GenerationResult:
         """Answer a prompt; arguments and errors are those of :meth:`stream`."""
-        deltas = self.stream(
+        stream = self.stream(
             target_prompt,
             draft_prompt,
             sampling=sampling,
@@ -344,7 +345,7 @@ class RapidDecoder:
             progress=progress,
             chat_template_kwargs=chat_template_kwargs,
         )
-        return GenerationResult.from_deltas(list(deltas))
+        return GenerationResult.from_deltas(list(stream))
 
     def stream(
         self,
@@ -396,7 +397,9 @@ class RapidDecoder:
             confidence,
             self.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
-        return self._run(request, started, progress)
+        text = TextStream(self.tokenizer, request.sampling.stop)
+        opened = self._open(request, started)
+        return deltas(opened, text, request.ends, request.least_new_tokens, progress)
 
     def log_likelihood(self, prompt: Prompt, continuation: str, *, drafter: bool = False) -> float:
         """Natural logarithm of the probability of a continuation given a prompt.
@@ -530,12 +533,6 @@ class RapidDecoder:
         # Without knowledge transfer the output does not depend on the drafter: lookup may compete.
         lookup = PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device, CERTAIN)
         return [lookup, rag]
-
-    def _run(self, request: Request, started: float, progress: Progress | None) -> Iterator[Delta]:
-        text = TextStream(self.tokenizer, request.sampling.stop)
-        with self._open(request, started) as generation:
-            generation.prefill(progress)
-            yield from generation.deltas(text, request.ends, request.least_new_tokens)
 
 
 def _unpickled(cls: type[RapidDecoder], made_of: Any) -> RapidDecoder:

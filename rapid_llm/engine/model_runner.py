@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
@@ -19,10 +18,8 @@ from rapid_llm.engine import attention
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.device import (
-    Judge,
     Pass,
     ReplayedPass,
-    TokenSampler,
     WeightKind,
     device_of,
     register,
@@ -406,11 +403,13 @@ class ModelRunner:
         ids = tokens.to(self.device, non_blocking=True)
         length = max(cache.expected, cache.length + cache.position_offset + ids.shape[0])
 
+        def launch(replayed: ReplayedPass) -> Tensor | None:
+            if not replayed.serves(ids, cache, keep_logits):
+                return None
+            return replayed(ids, ids, cache, keep_logits)
+
         with self._lock:
-            replayed, logits = self._replayed, None
-            if replayed is not None and replayed.serves(ids, cache, keep_logits):
-                launch = partial(replayed, ids, ids, cache, keep_logits)
-                logits = self._launch_then_check(cache, launch)
+            logits = self.replay(ids.shape[0], cache, launch)
             if logits is None:
                 with self._pass_context(cache, length):
                     positions = self._positions(ids, cache, length)
@@ -418,96 +417,48 @@ class ModelRunner:
                     logits = run(ids, positions, cache, keep_logits)
             return logits.float()
 
-    def draft(
+    def replay(
         self,
-        pending: Tensor,
-        steps: int,
+        new: int,
         cache: KVCache,
-        choice: TokenSampler,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Draft several tokens on the device without the host.
-
-        Arguments and result as for :class:`rapid_llm.engine.cuda.draft_loop.DraftLoop`, errors as
-        for :meth:`__call__`. None, with the cache unchanged, where this is not possible.
-        """
-
-        def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
-            return replayed.loop(choice)(pending, steps, cache, generator)
-
-        return self._replay(pending.shape[0] + steps - 1, cache, generator, launch)
-
-    def verify(
-        self,
-        tokens: Tensor,
-        q: Tensor,
-        eta: Tensor | None,
-        cache: KVCache,
-        judge: Judge,
-        generator: torch.Generator,
-    ) -> Tensor | None:
-        """Run the model over a draft and verify it on the device, in one launch.
-
-        Arguments and result as for :class:`rapid_llm.engine.cuda.verification.Verification`, errors
-        as for :meth:`__call__`. None, with the cache unchanged, where this is not possible.
-        """
-        n = tokens.shape[0]
-
-        def launch(replayed: ReplayedPass) -> Tensor | None:
-            if not replayed.serves(tokens, cache, n):
-                return None
-            return replayed.verification(judge)(tokens, q, eta, cache, generator)
-
-        return self._replay(n, cache, generator, launch)
-
-    def _replay(
-        self,
-        tokens: int,
-        cache: KVCache,
-        generator: torch.Generator,
         launch: Callable[[ReplayedPass], _T | None],
+        generator: torch.Generator | None = None,
     ) -> _T | None:
-        """Launch work of the replayed pass for the model's current state; None without one.
+        """Launch work of the replayed pass, and check the model for changes while it runs.
 
         Args:
-            tokens: number of tokens that are appended to the cache.
-            cache, generator: unchanged where nothing is launched.
-            launch: function that launches the work; called again if the model has changed.
-        """
-        with self._lock:
-            replayed = self._replayed
-            if replayed is None:
-                return None
-            drawn = generator.get_state()
-            result = self._launch_then_check(cache, partial(launch, replayed))
-            if result is None:
-                generator.set_state(drawn)
-                with self._pass_context(cache, cache.length + cache.position_offset + tokens):
-                    if self._replayed is not None:
-                        result = launch(self._replayed)
-            return result
-
-    def _launch_then_check(self, cache: KVCache, launch: Callable[[], _T | None]) -> _T | None:
-        """Launch a captured pass, and check the model for changes while the device works.
+            new: number of tokens that are appended to the cache.
+            cache: KV cache with room for them.
+            launch: function that launches the work, or returns None where the pass does not serve
+                it; called again if the model has changed.
+            generator: random generator that the work draws from.
 
         Returns:
-            The result; None, with the cache unchanged, if the model is not the captured one.
+            The result; None, with cache and generator unchanged, where nothing was launched.
+
+        Raises:
+            OutdatedKVError: the cached KV was computed with another state of the model.
+            ModelError: an unsupported adapter was added.
         """
-        start = cache.length
-        if cache.origin != KVOrigin(self.state.number, 0):
-            return None
-        try:
-            with torch.autocast(
-                self.device.type, enabled=False
-            ):  # a capture serves later calls too
-                result = launch()
-            if self.state.look() == self._chosen:
-                return result
-        except BaseException:
-            cache.rollback(start)
-            raise
-        cache.rollback(start)
-        return None
+        with self._lock:
+            if self._replayed is None:
+                return None
+            start, drawn = cache.length, None if generator is None else generator.get_state()
+            if cache.origin == KVOrigin(self.state.number, 0):
+                try:
+                    # Autocast is off, because a capture serves later calls too.
+                    with torch.autocast(self.device.type, enabled=False):
+                        result = launch(self._replayed)
+                    if self.state.look() == self._chosen:
+                        return result
+                except BaseException:
+                    cache.rollback(start)
+                    raise
+                cache.rollback(start)
+                if generator is not None and drawn is not None:
+                    generator.set_state(drawn)
+            with self._pass_context(cache, start + cache.position_offset + new):
+                return None if self._replayed is None else launch(self._replayed)
 
     @contextmanager
     def _pass_context(self, cache: KVCache, length: int) -> Iterator[None]:

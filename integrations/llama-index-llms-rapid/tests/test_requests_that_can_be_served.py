@@ -266,13 +266,13 @@ def test_variables_of_the_template(make_decoder):
     decoder = make_decoder()
     decoder.tokenizer.chat_template = THINKING
     read = []
-    original = RapidDecoder._run
+    original = RapidDecoder._open
 
     def run(self, request, *arguments):
         read.append(decoder.tokenizer.decode(request.prompt)[-6:].strip())
         return original(self, request, *arguments)
 
-    decoder._run = run.__get__(decoder)
+    decoder._open = run.__get__(decoder)
     thinks = RapidLLM(decoder=decoder, max_tokens=1)
     answers = RapidLLM(
         decoder=decoder, max_tokens=1, chat_template_kwargs={"enable_thinking": False}
