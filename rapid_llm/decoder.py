@@ -284,7 +284,7 @@ class RapidDecoder:
 
         Call it after single values of the weights were edited through ``.data``, NumPy or inside a
         quantized tensor. All other changes to a model are detected, see
-        :class:`rapid_llm.engine.identity.ModelState`, and its KV is then computed again.
+        :class:`rapid_llm.engine.model_state.ModelState`, and its KV is then computed again.
         """
         self._prefixes.clear()
 

@@ -1,4 +1,4 @@
-"""Measures a decoder's engine, a step after another: what both benches have in common.
+"""Measure passes, rounds and prefills of a decoder: what both benches share.
 
 A step that fails is reported so and costs the others nothing. KV is made up where nobody needs what
 it says.

@@ -21,9 +21,9 @@ from rapid_llm.engine.device import (
     device_of,
     register,
 )
-from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
+from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.supported import (
     require_layers_in_order,
     require_supported,
@@ -51,8 +51,8 @@ class ModelRunner:
     """Runs a model over our KV cache, by our own passes where they are exact, or by its forward.
 
     Changes to the model take effect at the next call, see
-    :class:`rapid_llm.engine.identity.ModelState`. After edits that are not detected the user calls
-    :meth:`RapidDecoder.clear_cache`.
+    :class:`rapid_llm.engine.model_state.ModelState`. After edits that are not detected the user
+    calls :meth:`RapidDecoder.clear_cache`.
 
     Args:
         model: decoder-only transformers model.
