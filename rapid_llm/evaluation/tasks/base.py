@@ -1,4 +1,4 @@
-"""Base class of tasks: items to ask, and a score for each answer."""
+"""Base classes of tasks: items to ask, and a score for each answer."""
 
 from __future__ import annotations
 
