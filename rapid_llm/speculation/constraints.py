@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 _WORD = 32  # bits of a word of a mask
 _KEPT = 64  # compiled grammars that are kept
 _END = "<|end of grammar|>"
+_OCTETS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
+    np.float32("inf"),
+    np.float32("-inf"),
+)
+"""Highest logits of 8 tokens by 8 bits of a mask, float32 ``[256, 8]``."""
 
 _Words = NDArray[np.uint32]
 
@@ -42,24 +48,36 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
         logits: float32 ``[n, vocab]``.
         mask: a bit for each token, int32 ``[n, at least vocab / 32]``, the lowest bit first.
     """
-    allowed = _bits(mask, logits.shape[-1])
-    kept = logits.masked_fill(~allowed, float("-inf"))
+    highest = _highest(mask, logits.shape[-1])
+    kept = torch.minimum(logits, highest)
     nothing = kept.amax(dim=-1, keepdim=True) == float("-inf")
-    return kept.masked_fill_(nothing & allowed, 0.0)
+    if nothing.device.type == "cpu" and not nothing.any():  # elsewhere the host would wait
+        return kept
+    return kept.masked_fill_(nothing & (highest > 0), 0.0)
 
 
-def _bits(mask: Tensor, width: int) -> Tensor:
-    """Bits of a mask, bool ``[n, width]``."""
-    if mask.device.type == "cpu":
-        octets = np.unpackbits(mask.numpy().view(np.uint8), axis=-1, bitorder="little")
-        return torch.from_numpy(octets[:, :width]).bool()
+def _highest(mask: Tensor, width: int) -> Tensor:
+    """Highest logits by a mask: +inf for tokens that may follow, -inf for others.
+
+    Args:
+        mask: int32 ``[n, at least width / 32]``.
+        width: vocabulary size.
+
+    Returns:
+        float32 ``[n, width]``.
+    """
+    if mask.device.type == "cpu":  # a table is many times faster than choosing bit by bit
+        octets = mask.numpy().view(np.uint8)
+        highest = np.take(_OCTETS, octets, axis=0).reshape(len(octets), -1)
+        return torch.from_numpy(highest[:, :width])
     return _shifted(mask, width)
 
 
 def _shifted(mask: Tensor, width: int) -> Tensor:
-    """:func:`_bits` by operators that any device has, and a CUDA graph may contain."""
+    """:func:`_highest` by operators that any device has, and a CUDA graph may contain."""
     shifts = torch.arange(_WORD, dtype=torch.int32, device=mask.device)
-    return ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :width].bool()
+    bits = ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :width]
+    return (2 * bits - 1).float() * float("inf")
 
 
 class Constraints:
