@@ -4,10 +4,10 @@
 # time.
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from rapid_llm.options import Option, check
+from rapid_llm.options import Option, check, options_of, without_secrets
 
 Mode = Literal["exact", "augmented", "paper"]
 Drafting = Literal["rag", "streaming", "triforce", "rest"]
@@ -321,7 +321,7 @@ class EngineConfig:
             private=True,
             per_call=False,
         ),
-    ] = field(default_factory=dict)
+    ] = field(default_factory=dict, repr=False)
     drafter_options: Annotated[
         Mapping[str, Any],
         Option(
@@ -329,10 +329,15 @@ class EngineConfig:
             private=True,
             per_call=False,
         ),
-    ] = field(default_factory=dict)
+    ] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check(self)
+
+    def without_secrets(self) -> "EngineConfig":
+        """The config without the tokens and proxies of its private options, to be saved."""
+        private = [name for name, each in options_of(EngineConfig).items() if each.option.private]
+        return replace(self, **{name: without_secrets(getattr(self, name)) for name in private})
 
 
 @dataclass(frozen=True)

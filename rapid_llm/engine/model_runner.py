@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from rapid_llm.config import Quantization
+from rapid_llm.config import EngineConfig, Quantization
 from rapid_llm.engine import attention
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
@@ -37,6 +37,8 @@ from rapid_llm.errors import (
     ModelError,
     OutdatedKVError,
 )
+from rapid_llm.forked import ProcessLock, in_child
+from rapid_llm.options import require
 
 register("cpu", CPU())
 register("cuda", CUDA())
@@ -65,7 +67,8 @@ _T = TypeVar("_T")
 ATTENTION = (attention.NAME, "sdpa", "flash_attention_2", "eager")
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
-_locks_guard = threading.Lock()
+_locks_guard = ProcessLock()
+in_child(_locks.clear)
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:
@@ -348,11 +351,7 @@ class ModelRunner:
         Raises:
             InvalidParameterError: the quantization is unknown, or not supported for this model.
         """
-        if quantization not in (None, *get_args(Quantization)):
-            raise InvalidParameterError(
-                f"drafter_quantization={quantization!r} is unknown; "
-                "use 'auto', 'int8', 'int4' or None"
-            )
+        require(EngineConfig, drafter_quantization=quantization)
         if quantization == "auto":
             return self.cheapest if auto else None
         if quantization is not None:
