@@ -26,7 +26,10 @@ _this_process = uuid.uuid4()  # not its number, which the system gives out again
 
 
 class ProcessLock:
-    """A reentrant lock that a forked child finds released, whoever held it in the parent."""
+    """A reentrant lock that a forked child finds released, whoever held it in the parent.
+
+    Copied or pickled, it is another one, released.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -42,6 +45,9 @@ class ProcessLock:
         trace: TracebackType | None,
     ) -> None:
         self._lock.__exit__(kind, error, trace)
+
+    def __reduce__(self) -> tuple[type[ProcessLock], tuple[()]]:
+        return ProcessLock, ()
 
     def renew(self) -> None:
         """Replace the lock if a thread holds it that is not here."""
