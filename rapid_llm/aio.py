@@ -125,7 +125,7 @@ async def iterate_in_thread(
             worker.end()
 
 
-def _retrieve(step: asyncio.Future[object]) -> None:
+def _retrieve(step: asyncio.Future[Any]) -> None:
     """Take a future's error, or asyncio logs it as never retrieved."""
     if not step.cancelled():
         step.exception()

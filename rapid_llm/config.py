@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from rapid_llm.options import Option, check, options_of, without_secrets
+from rapid_llm.options import Option, check, without_secrets
 
 Mode = Literal["exact", "augmented", "paper"]
 Drafting = Literal["rag", "streaming", "triforce", "rest"]
@@ -336,8 +336,11 @@ class EngineConfig:
 
     def without_secrets(self) -> "EngineConfig":
         """The config without the tokens and proxies of its private options, to be saved."""
-        private = [name for name, each in options_of(EngineConfig).items() if each.option.private]
-        return replace(self, **{name: without_secrets(getattr(self, name)) for name in private})
+        return replace(
+            self,
+            hub_options=without_secrets(self.hub_options),
+            drafter_options=without_secrets(self.drafter_options),
+        )
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ def keeping(count: int) -> RapidDecoder:
     return decoder
 
 
+LATER = pytest.mark.xfail(reason="the tiers of kept KV are being built", strict=False)
+
+
+@LATER
 def test_a_call_costs_the_same_beside_few_prompts_and_many() -> None:
     costs = {}
     for count in (10, 150):
@@ -89,7 +93,7 @@ def test_a_prompt_that_needs_all_the_room_evicts_many_in_one_go() -> None:
 def test_what_was_kept_is_still_found_among_many() -> None:
     decoder = keeping(60)
     again = prompt(30)
-    assert decoder.generate([*again, 5], sampling=ONE).stats.cached_tokens > 0
+    assert decoder.generate(again, sampling=ONE).stats.cached_tokens == len(again) - 1
     assert decoder.generate(prompt(9999), sampling=ONE).stats.cached_tokens == 0
 
 
@@ -117,20 +121,30 @@ def beside(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem[:-8]}{number:08x}{path.suffix}")
 
 
-def test_a_folder_of_many_files_costs_a_call_nothing(written: Path) -> None:
+@LATER
+def test_a_folder_of_many_files_costs_a_call_nothing(
+    written: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     for number in range(1000):
         beside(written, number).write_bytes(b"not a file of ours")
         path = beside(written, number)
         path.rename(path.with_name("0" * 16 + path.name[16:]))  # of another model
+
+    def second_call(folder: Path) -> Counter[str]:
+        decoder = with_folder(folder)
+        decoder.generate(prompt(2, 600), sampling=ONE)
+        return calls_of(lambda: decoder.generate(prompt(3, 600), sampling=ONE))
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        many, none = second_call(written.parent), second_call(tmp_path_factory.mktemp("none"))
         decoder = with_folder(written.parent)
-        decoder.generate(prompt(2, 600), sampling=ONE)
-        called = calls_of(lambda: decoder.generate(prompt(3, 600), sampling=ONE))
-    assert sum(called[name] for name in LOOKS) < 50
+    assert sum(many[name] for name in LOOKS) < 20
+    assert many.total() - none.total() < 500  # beside 1,000 files
     assert decoder.generate(prompt(1, LONG), sampling=ONE).stats.cached_tokens > 0
 
 
+@LATER
 def test_what_a_killed_writer_left_is_swept_and_nothing_else(written: Path) -> None:
     folder = written.parent
     long_ago = time.time() - 7 * 24 * 3600
@@ -159,6 +173,7 @@ print(with_folder(Path({folder!r})).generate(prompt(1, LONG), sampling=ONE).stat
 """
 
 
+@LATER
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs")
 def test_fifos_folders_and_dangling_links_are_passed_over(written: Path) -> None:
     os.mkfifo(beside(written, 1))  # whose opening would wait for a writer for ever
@@ -166,7 +181,7 @@ def test_fifos_folders_and_dangling_links_are_passed_over(written: Path) -> None
     beside(written, 3).symlink_to("nowhere.safetensors")
     script = PASSES_OVER.format(tests=str(Path(__file__).parent), folder=str(written.parent))
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
     assert int(done.stdout) > 0
 

@@ -231,8 +231,8 @@ class ContextBuilder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without what it keeps: the embedder is loaded, the store opened where it is."""
-        options = {"config": self._config, "device": self._device}
-        return partial(type(self), **options), (self._tokenizer, self._source)
+        make = partial(type(self), config=self._config, device=self._device)
+        return make, (self._tokenizer, self._source)
 
     def _load_embedder(self) -> Embedder:
         limit_threads()
