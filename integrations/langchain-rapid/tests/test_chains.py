@@ -354,7 +354,7 @@ def test_system_message_and_history_are_in_both_prompts(grounded, retriever, pro
     )
     before = "<s>[system]Be brief.\n[user]Hi.\n[assistant]Yes?\n[user]"
     assert prompts == [text.replace("<s>[user]", before) for text in (TARGET, DRAFT)]
-    assert retriever.asked == ["Who bakes?"]
+    assert retriever.asked == ["Who bakes?\nHi."]
 
 
 def test_what_the_call_brings_along_goes_first(grounded, retriever, prompts):
