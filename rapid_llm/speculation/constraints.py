@@ -121,7 +121,9 @@ class Constraints:
             if len(self._compiled) > _KEPT:
                 del self._compiled[next(iter(self._compiled))]
             matcher = compiled.deep_copy()
-        return Matcher(matcher, width, self._end, ends, least_new_tokens)
+            assert self._tokens is not None
+            tokens = self._tokens.vocab_size
+        return Matcher(matcher, tokens, width, self._end, ends, least_new_tokens)
 
     def _compile(self, constraint: str) -> LLMatcher:
         grammar = llguidance_grammar(constraint)
@@ -150,7 +152,9 @@ class Constraints:
         # An end of its own, because a grammar may end with any of several tokens, or, to measure
         # speed, with none.
         own.add_special_tokens([AddedToken(_END, special=True)])
-        self._end = own.token_to_id(_END)
+        end = own.token_to_id(_END)
+        assert end is not None
+        self._end = end
         try:
             return LLTokenizer(own.to_str(), eos_token=self._end)
         except ValueError as error:
@@ -167,6 +171,7 @@ class Matcher:
 
     Args:
         matcher: llguidance's matcher at the beginning of an answer.
+        tokens: vocabulary size of the tokenizer that the grammar reads.
         width: vocabulary size of the target.
         end: id of the token that stands for the end of the grammar.
         ends: ids of tokens that end an answer; the grammar never reads them.
@@ -179,6 +184,7 @@ class Matcher:
     def __init__(
         self,
         matcher: LLMatcher,
+        tokens: int,
         width: int,
         end: int,
         ends: Collection[int],
@@ -193,9 +199,10 @@ class Matcher:
         self._read = 0  # number of drafted tokens that the grammar has read
         ending = np.zeros(-(-width // _WORD) * _WORD, dtype=bool)
         ending[[i for i in self._ends if i < width]] = True
-        others = np.arange(len(ending)) < min(width, end)
+        others = np.arange(len(ending)) < min(width, tokens)
+        others[end : end + 1] = False
         self._ending, self._others = _words(ending), _words(others & ~ending)
-        self._buffer = np.zeros(end // _WORD + 1, dtype=np.uint32)  # the last token is the end
+        self._buffer = np.zeros(-(-tokens // _WORD), dtype=np.uint32)
         self._rows: list[_Words] = []  # mask after each number of drafted tokens
         self._over: list[bool] = []  # whether nothing may follow them
         self._look()
