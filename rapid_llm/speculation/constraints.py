@@ -131,7 +131,7 @@ class Constraints:
 
         if self._tokens is None:
             self._tokens = self._read_tokenizer()
-        matcher = LLMatcher(self._tokens, grammar)
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if error := matcher.get_error():
             raise InvalidParameterError(f"constraint cannot be enforced: {one_line(error)}")
         return matcher
@@ -269,8 +269,10 @@ class Matcher:
         started = time.perf_counter()
         self._forget(same)
         for token in drafted[same:]:
-            # What follows the end of the answer is never part of it.
-            ended = self._over[-1] or token in self._ends or self._read < len(self._drafted)
+            # What follows the end of the answer is never part of it. Nor is a token that may not
+            # follow, which only a q of NaN gives: the verification reports it.
+            ended = self._read < len(self._drafted) or self._over[-1] or token in self._ends
+            ended = ended or not _has(self._rows[-1], token)
             self._drafted.append(token)
             if ended:
                 self._rows.append(self._after_end())
