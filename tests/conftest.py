@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -95,6 +97,36 @@ def _measured_for_this_test(
     cache = tmp_path_factory.mktemp("rapid-llm-cache")
     (cache / "gguf").symlink_to(converted)
     monkeypatch.setenv("RAPID_LLM_CACHE", str(cache))
+
+
+class Deprecations(logging.Handler):
+    """What transformers tells of in its log alone, where our code or a test made the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" not in record.getMessage():
+            return
+        others = ("logging", "torch", "transformers", "functools", "contextlib")
+        frame = sys._getframe(1)
+        while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in others:
+            frame = frame.f_back
+        caller = frame.f_globals["__name__"]
+        if caller.startswith(("rapid_llm", "langchain_rapid", "llama_index.llms.rapid", "test_")):
+            self.told.append(f"{caller}:{frame.f_lineno}: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated_is_used() -> Iterator[None]:
+    logger, deprecations = logging.getLogger("transformers"), Deprecations()
+    logger.addHandler(deprecations)
+    try:
+        yield
+    finally:
+        logger.removeHandler(deprecations)
+    assert deprecations.told == []
 
 
 def installed(package: str) -> Any:
