@@ -21,6 +21,7 @@ from peft import (
 )
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.models.llama import modeling_llama
 from transformers.utils import check_peft_version
@@ -953,20 +954,29 @@ def folder_with_an_adapter(tmp_path):
     return tmp_path / "tuned", tuned, base
 
 
+@pytest.mark.parametrize("needed", [MIN_PEFT_VERSION, "99.0"])
 def test_a_folder_with_an_adapter_answers_as_the_adapted_model(
-    folder_with_an_adapter, adapters_of_transformers
+    folder_with_an_adapter, needed, monkeypatch
 ):
+    """transformers loads it also with a PEFT that its methods for adapters refuse."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", needed)
     folder, tuned, base = folder_with_an_adapter
-    decoder = RapidDecoder.from_pretrained(folder, dtype="float32", device="cpu")
     expected = transformers_greedy(tuned, PROMPT, NEW)
     assert expected != transformers_greedy(base, PROMPT, NEW)
+    decoder = RapidDecoder.from_pretrained(folder, dtype="float32", device="cpu")
     assert decoder.generate(PROMPT, sampling=GREEDY).token_ids == expected
 
 
-def test_a_peft_that_transformers_refuses_is_named(folder_with_an_adapter, monkeypatch):
-    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
-    with pytest.raises(ModelError, match=r"tuned.*PEFT.*99\.0"):
-        RapidDecoder.from_pretrained(folder_with_an_adapter[0], dtype="float32", device="cpu")
+def test_a_loaded_adapter_that_a_word_switches_on_is_refused_by_name(tmp_path):
+    model().save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        lora(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 9]),
+    )
+    tuned.save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ModelError, match=r"the adapter 'default' \(LORA\) is not supported"):
+        RapidDecoder.from_pretrained(tmp_path / "tuned", dtype="float32", device="cpu")
 
 
 def test_a_model_is_put_into_evaluation_mode_again():
