@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 import os
-import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -102,20 +102,24 @@ def _measured_for_this_test(
 class Deprecations(logging.Handler):
     """What transformers tells of in its log alone, where our code or a test made the call."""
 
+    BETWEEN = ("logging", "functools", "contextlib", "torch", "transformers.utils",
+               "transformers.models.auto")  # fmt: skip
+
     def __init__(self) -> None:
         super().__init__()
         self.told: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "deprecated" not in record.getMessage():
-            return
-        others = ("logging", "torch", "transformers", "functools", "contextlib")
-        frame = sys._getframe(1)
-        while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in others:
-            frame = frame.f_back
-        caller = frame.f_globals["__name__"]
-        if caller.startswith(("rapid_llm", "langchain_rapid", "llama_index.llms.rapid", "test_")):
-            self.told.append(f"{caller}:{frame.f_lineno}: {record.getMessage()}")
+        if "deprecated" in record.getMessage():
+            frames = (frame for frame, _ in traceback.walk_stack(None))
+            names = [frame.f_globals.get("__name__", "") for frame in frames]
+            names = [name for name in names[1:] if not name.startswith(self.BETWEEN)]
+            # transformers calls itself in ways that are deprecated; the caller of the module that
+            # told is ours.
+            if names[0].startswith("transformers."):
+                names = [name for name in names if name != names[0]]
+            if names[0].startswith(("rapid_llm", "test_")):
+                self.told.append(f"{names[0]}: {record.getMessage()}")
 
 
 @pytest.fixture(autouse=True)
