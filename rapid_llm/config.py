@@ -289,8 +289,19 @@ class EngineConfig:
     kv_cache_bytes: Annotated[
         int | None,
         Option(
-            "Budget in bytes for the KV of prompts kept between calls (LRU); by default a quarter "
-            "of the device's memory, 0 keeps none.",
+            "Budget in bytes for the KV of prompts kept on the device between calls (LRU); by "
+            "default a quarter of the device's memory, 0 keeps none.",
+            "None or a whole number of bytes of at least 0",
+            lambda n: n >= 0,
+            metavar="BYTES",
+            per_call=False,
+        ),
+    ] = None
+    kv_cache_host_bytes: Annotated[
+        int | None,
+        Option(
+            "Budget in bytes for KV that had to leave a GPU, in pinned host memory (LRU); by "
+            "default an eighth of what the process may use, or none where kv_cache_bytes is 0.",
             "None or a whole number of bytes of at least 0",
             lambda n: n >= 0,
             metavar="BYTES",
@@ -304,6 +315,17 @@ class EngineConfig:
             "None or the path of a folder",
             bool,
             metavar="DIR",
+            per_call=False,
+        ),
+    ] = None
+    kv_cache_dir_bytes: Annotated[
+        int | None,
+        Option(
+            "Maximum bytes of the files in kv_cache_dir (LRU); by default a quarter of what is "
+            "free on its file system, these files counted as free.",
+            "None or a whole number of bytes of at least 0",
+            lambda n: n >= 0,
+            metavar="BYTES",
             per_call=False,
         ),
     ] = None
