@@ -16,6 +16,7 @@ Attention = Literal["rapid", "sdpa", "flash_attention_2", "eager"]
 Retriever = Literal["dense", "bm25", "hybrid"]
 OnEmpty = Literal["empty", "read_all"]
 Truncate = Literal["middle"]
+Order = Literal["canonical", "given"]
 
 MIN_TEMPERATURE = 1e-5
 """Temperature below which decoding is greedy: logits divided by it could overflow float32."""
@@ -437,6 +438,14 @@ class RetrievalConfig:
             "document."
         ),
     ] = "empty"
+    order: Annotated[
+        Order,
+        Option(
+            "Order in which the target reads documents: canonical is that of their ids, digits "
+            "compared as numbers, so that the same documents are the same prompt, whose KV is "
+            "reused; given is the caller's, or that in which the retriever found them."
+        ),
+    ] = "canonical"
 
     def __post_init__(self) -> None:
         check(self)

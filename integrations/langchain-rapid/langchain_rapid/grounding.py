@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from langchain_core.documents import Document
-from rapid_llm.config import OnEmpty
+from rapid_llm.config import OnEmpty, Order
 from rapid_llm.context.confidence import confidence
 from rapid_llm.context.retrieved import Passage, ground
 from rapid_llm.errors import DocumentError
@@ -19,8 +19,9 @@ from langchain_rapid.labels import label
 SCORE_KEYS = ("relevance_score", "score")
 """Keys of metadata that may hold a chunk's cosine similarity to the question."""
 
-_ASTRAY = "\0"
-"""Begins the names here of chunks without an id; no document's has it."""
+_ASTRAY = "\U0010ffff"
+"""Begins the names here of chunks without an id: a noncharacter, which no document's has, and the
+last one in canonical order."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class Sources:
     Attributes:
         chunks: the retrieved ones without repetitions, in the retriever's order: the drafter's
             context. Empty if nothing was retrieved.
-        full: the full documents that they were cut from, in the order of their first chunk: the
-            target's context.
+        full: the full documents that they were cut from: the target's context.
         retrieved: of each chunk its ``id``, its ``document_id`` and its ``start_index`` (in
             characters of the full text), as far as they are known.
         confidence: of the retrieval, in [0, 1], after the chunks' scores.
@@ -80,6 +80,7 @@ def find_sources(
     documents: FullDocuments,
     *,
     on_empty: OnEmpty = "empty",
+    order: Order = "canonical",
     labels: Collection[str] = (),
 ) -> Sources:
     """Find the full documents behind retrieved chunks.
@@ -91,6 +92,7 @@ def find_sources(
         chunks: what was retrieved, best first.
         documents: where the full texts are.
         on_empty: ``read_all`` reads every document where nothing was retrieved.
+        order: ``given`` keeps the order of the documents' first chunks; else it is that of ids.
         labels: what to say of a full document, see :func:`langchain_rapid.labels.label`.
 
     Raises:
@@ -101,7 +103,8 @@ def find_sources(
     passages, wholes = _resolved(given, documents)
     if not given and on_empty == "read_all":
         wholes = documents.all()
-    found = ground(passages, {name: w.text for name, w in wholes.items()}, on_empty=on_empty)
+    texts = {name: whole.text for name, whole in wholes.items()}
+    found = ground(passages, texts, on_empty=on_empty, order=order)
 
     full: list[Source] = []
     starts: dict[int, int | None] = {}

@@ -69,10 +69,10 @@ class KVFiles:
             return None, 0
         with self._lock:
             for name in self._folder.names(_group(model, chain)):
-                path = self._folder.path / name
-                _, header = self._seen.get(path, (None, None))
+                listed = self._folder.path / name
+                _, header = self._seen.get(listed, (None, None))
                 if header is None:
-                    self._look(path, runner)
+                    self._look(listed, runner)
             while True:
                 path, shared = self._index.longest(model, chain)
                 if path is None or version_of(path) == self._seen[path][0]:
