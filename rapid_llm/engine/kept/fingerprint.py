@@ -8,7 +8,7 @@ import xxhash
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rapid_llm.engine.identity import ModelState
+from rapid_llm.engine.model_state import ModelState
 
 _CHUNK = 1 << 26  # bytes of a tensor that are hashed at a time on a device
 
