@@ -9,6 +9,10 @@ from typing import TypeAlias, TypeVar
 from rapid_llm.config import Order, RetrievalConfig
 from rapid_llm.options import require
 
+LAST = "\U0010ffff"
+"""Begins ids or titles that come behind all others in canonical order: a noncharacter, which is in
+no other id."""
+
 _DIGITS = re.compile(r"([0-9]+)")
 
 Name = TypeVar("Name", str, str | None)

@@ -9,6 +9,7 @@ from typing import Any, cast
 from langchain_core.documents import Document
 from rapid_llm.config import OnEmpty, Order
 from rapid_llm.context.confidence import confidence
+from rapid_llm.context.ordering import LAST
 from rapid_llm.context.retrieved import Passage, ground
 from rapid_llm.errors import DocumentError
 from rapid_llm.options import real
@@ -18,10 +19,6 @@ from langchain_rapid.labels import label
 
 SCORE_KEYS = ("relevance_score", "score")
 """Keys of metadata that may hold a chunk's cosine similarity to the question."""
-
-_ASTRAY = "\U0010ffff"
-"""Begins the names here of chunks without an id: a noncharacter, which no document's has, and the
-last one in canonical order."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def find_sources(
         whole = wholes[name] if wholes[name].text == text else Whole(text)
         behind = [passage.document for passage in cast("tuple[_Chunk, ...]", own)]
         starts |= {id(chunk): _start(chunk, whole) for chunk in behind}
-        source = "" if name.startswith(_ASTRAY) else name
+        source = "" if name.startswith(LAST) else name
         metadata = {key: label(key, source, whole, behind) for key in labels}
         cited = [Cited(chunk, starts[id(chunk)]) for chunk in behind]
         full.append(Source(Document(text, metadata=metadata), cited))
@@ -203,7 +200,7 @@ class _LookUp:
                 f"another key with document_id_key={_hint(chunk, self._documents)}"
             )
         self.without_id += 1
-        return f"{_ASTRAY}{chunk.page_content}", Whole.joined([chunk]), None
+        return f"{LAST}{chunk.page_content}", Whole.joined([chunk]), None
 
 
 def _hint(chunk: Document, documents: FullDocuments) -> str:

@@ -12,6 +12,7 @@ from llama_index.llms.rapid.fulltext import FullText, lines_around, lines_of
 from llama_index.llms.rapid.passages import locate
 from llama_index.llms.rapid.statistics import confidence_of
 from rapid_llm.config import OnEmpty, Order
+from rapid_llm.context.ordering import LAST
 from rapid_llm.context.retrieved import SEPARATOR, Grounding, Passage, ground
 from rapid_llm.errors import DocumentError
 
@@ -47,7 +48,8 @@ def ground_nodes(
 ) -> Retrieved:
     """The contexts where the nodes are known.
 
-    A node of no document is read as it is, among the documents.
+    A node of no document is read as it is, behind the documents or, in the order given, in its
+    place among them.
 
     Raises:
         DocumentError: a node's document is not there; see
@@ -79,9 +81,9 @@ def ground_nodes(
                 "leave it at 'empty'"
             )
     texts = {name: source.shown for name, source in sources.items()}
-    grounding = ground(
-        passages, texts, on_empty=on_empty, order=order, titles=_files(sources.values())
-    )
+    # Behind the documents: it may be another for each question.
+    titles = _files(sources.values()) | {name: LAST + texts[name] for name in own & texts.keys()}
+    grounding = ground(passages, texts, on_empty=on_empty, order=order, titles=titles)
     beside = [
         passage.text
         for passage in grounding.passages

@@ -56,7 +56,7 @@ class RapidSynthesizer(BaseSynthesizer):
     is no chain of refining calls. The same template makes both prompts.
 
     Pages and sections of one file are one document; :class:`Library` says how a node's document is
-    found. A node of none is read as it is, among them, and where a node says more than
+    found. A node of none is read as it is, behind them, and where a node says more than
     its document (a citation's label, a summary), the target reads it after the documents.
 
     With ``dynamic_eta``, the nodes' scores tell how sure the retrieval was, where all of them are
