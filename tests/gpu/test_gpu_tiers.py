@@ -1,4 +1,4 @@
-"""Kept KV that leaves a GPU for pinned host memory, and comes back: equal, and beside other work."""
+"""Kept KV that leaves a GPU for pinned host memory and comes back: equal, beside other work."""
 
 from __future__ import annotations
 
