@@ -71,20 +71,24 @@ class Folder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files at this moment."""
-        return sum(used.nbytes for used in self._files())
+        """Bytes of all files at this moment; 0 if the folder cannot be read."""
+        try:
+            return sum(used.nbytes for used in self._files())
+        except OSError:
+            return 0
 
     def names(self, group: str) -> Collection[str]:
         """Names of the files of a group."""
         try:
             changed = self.path.stat().st_mtime_ns
-        except OSError:
+            if self._listed != (changed, True):
+                if self._listed is None:
+                    self._sweep()
+                settled = time.time_ns() - changed > _SETTLED * 1e9
+                self._groups = self._list()
+                self._listed = changed, settled
+        except OSError:  # not there, or not readable (any more)
             self._groups, self._listed = {}, None
-            return ()
-        if self._listed != (changed, True):
-            settled = time.time_ns() - changed > _SETTLED * 1e9
-            self._groups = self._list()
-            self._listed = changed, settled
         return self._groups.get(group, ())
 
     def use(self, path: Path) -> None:
