@@ -8,10 +8,11 @@ rounds themselves are in :mod:`rapid_llm.generation`.
 from __future__ import annotations
 
 import copy
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.chat import checked_variables, end_of_turn
 from rapid_llm.config import EngineConfig, Quantization, SamplingParams, SpeculationConfig
+from rapid_llm.device_maps import placements
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.costs import ROOM
@@ -41,7 +43,7 @@ from rapid_llm.generation import (
     Progress,
     log_likelihood,
 )
-from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
+from rapid_llm.models import HUB_ACCESS, device_memory, load_model
 from rapid_llm.options import RENAMED, given, options_of, sorted_into
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
@@ -156,6 +158,8 @@ class RapidDecoder:
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
             unshared = unshared_tokens(self.target, self.drafter, tokenizer, drafter_tokenizer)
+        # Both models run together where one of them is sharded: its drafts must be the same ones.
+        self.target.ranks = self.drafter.ranks = self.target.ranks or self.drafter.ranks
         self._weight_kind = self.drafter.drafter_weights(
             drafter_quantization, auto=self.drafter is self.target
         )
@@ -211,22 +215,9 @@ class RapidDecoder:
             config: models, devices and engine options.
             drafter: a loaded drafter, used instead of the config's.
         """
-        place = resolve_device(config.device)
-        draft_place = (
-            place if config.drafter_device is None else resolve_device(config.drafter_device)
-        )
-        if draft_place != place and config.drafter is None:
-            raise InvalidParameterError(
-                f"drafter_device={config.drafter_device!r} needs a drafter to load there: name one "
-                "(the target's own name loads a second copy), or leave drafter_device out"
-            )
-        if config.drafter_options and config.drafter is None:
-            raise InvalidParameterError(
-                f"drafter_options={sorted(config.drafter_options)} need a drafter to load with "
-                "them: name one, or leave them out"
-            )
+        place, draft_place = placements(config)
         hub = dict(config.hub_options)
-        loaded = load_model(config.model, dtype=config.dtype, device=place, **hub)
+        loaded = load_model(config.model, dtype=config.dtype, **place | hub)
         tokenizer, name, draft_by_name = None, None, drafter is None
         own = config.drafter != config.model or draft_place != place or config.drafter_options
         if config.drafter is not None and own:
@@ -234,8 +225,7 @@ class RapidDecoder:
             other = load_model(
                 config.drafter,
                 dtype=config.dtype,
-                device=draft_place,
-                **shared | dict(config.drafter_options),
+                **draft_place | shared | dict(config.drafter_options),
             )
             drafter, tokenizer, name = other.model, other.tokenizer, other.name
         decoder = cls(
@@ -286,6 +276,7 @@ class RapidDecoder:
                 self.drafter.attn_implementation,
                 self.drafter.cuda_graphs,
             )
+            self._quantized.ranks = self.drafter.ranks
         return self._quantized
 
     @property
@@ -425,8 +416,14 @@ class RapidDecoder:
                 f"{runner.name}, {runner.context_window} tokens, and the continuation has "
                 f"{len(tokens)}; shorten one of them"
             )
-        with self._prefixes.lease(runner, ids, len(ids) + len(tokens)) as lease:
-            return log_likelihood(Session(runner, lease.cache, ids), ids, tokens)
+        with ExitStack() as stack:
+            if runner.ranks is not None:
+                stack.enter_context(runner.ranks.call("log_likelihood", ids, tokens))
+            lease = self._prefixes.lease(runner, ids, len(ids) + len(tokens))
+            held = stack.enter_context(lease)
+            if runner.ranks is not None:
+                held.cache.rollback(runner.ranks.agree(least=held.reused))
+            return log_likelihood(Session(runner, held.cache, ids), ids, tokens)
 
     async def astream(
         self,
@@ -475,6 +472,10 @@ class RapidDecoder:
                 borrowed = leases.enter_context(
                     self._prefixes.lease(runner, prompt, runner.capacity_for(capacity))
                 )
+                if runner.ranks is not None:  # they may have kept more or less of it
+                    held = runner.ranks.agree(least=borrowed.reused)
+                    borrowed.cache.rollback(held)
+                    borrowed = replace(borrowed, reused=held)
                 return Session(runner, borrowed.cache, prompt), borrowed
 
             target, kept = lease(request.runner, request.prompt)
@@ -533,9 +534,25 @@ class RapidDecoder:
 
     def _run(self, request: Request, started: float, progress: Progress | None) -> Iterator[Delta]:
         text = TextStream(self.tokenizer, request.sampling.stop)
-        with self._open(request, started) as generation:
+        with self._together(request) as request, self._open(request, started) as generation:
             generation.prefill(progress)
             yield from generation.deltas(text, request.ends, request.least_new_tokens)
+
+
+    @contextmanager
+    def _together(self, request: Request) -> Iterator[Request]:
+        """The request as all ranks of a sharded model answer it: with the same seed."""
+        ranks = request.runner.ranks
+        if ranks is None:
+            yield request
+            return
+        sampling = request.sampling
+        with ranks.call(request.prompt, request.draft_prompt, request.method, sampling.seed,
+                        sampling.temperature, sampling.max_new_tokens):  # fmt: skip
+            if sampling.seed is None:
+                seed = ranks.from_first(secrets.randbits(62))
+                request = request._replace(sampling=replace(sampling, seed=seed))
+            yield request
 
 
 def _unpickled(cls: type[RapidDecoder], made_of: Any) -> RapidDecoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from rapid_llm.cli.app import app
 from rapid_llm.cli.documents import read_documents
 from rapid_llm.cli.options import with_options
 from rapid_llm.cli.questions import answer_each, read_questions
+from rapid_llm.cli.ranks import read_once
 from rapid_llm.cli.session import converse
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.console import Bars, show, status
@@ -69,8 +71,8 @@ def ask(
 ) -> int:
     """Answer questions about documents."""
     _check_question(documents, question, questions, compare or as_json)
-    batch = None if questions is None else read_questions(questions)
-    texts = read_documents(documents)
+    batch = None if questions is None else read_once(partial(read_questions, questions))
+    texts = read_once(partial(read_documents, documents))
     shown = sys.stderr.isatty() and not as_json and batch is None
     drafter = f" and {engine.drafter}" if engine.drafter else ""
     with status(f"loading {engine.model}{drafter}", shown):

@@ -66,7 +66,8 @@ class ModelState:
     ``Tensor._version`` counts it; attributes of modules and configs, such as the active adapter;
     hooks; methods replaced on an instance or a class. It does not detect edits through ``.data`` or
     NumPy, or inside a tensor subclass; :meth:`take_samples` detects those that change one of 256
-    sampled values of a parameter, as edits of a whole parameter do.
+    sampled values of a parameter, as edits of a whole parameter do. Weights that accelerate has
+    offloaded are not tracked.
 
     Args:
         model: the model, which is put into evaluation mode, again after each change.
@@ -202,8 +203,12 @@ class _Look:
         self._filled = [container for container in self._containers if container]
         self._filled_dicts = [each for each in self._filled if isinstance(each, dict)]
 
-        self.parameters = [t for m in self.modules for t in m._parameters.values() if t is not None]
-        self.others = [t for m in self.modules for t in m._buffers.values() if t is not None]
+        held = [t for m in self.modules for t in m._parameters.values() if t is not None]
+        held_too = [t for m in self.modules for t in m._buffers.values() if t is not None]
+        # accelerate makes new placeholders of offloaded weights in each pass.
+        self.parameters = [t for t in held if not t.is_meta]
+        self.others = [t for t in held_too if not t.is_meta]
+        self._complete = len(held) + len(held_too) == len(self.parameters) + len(self.others)
         self.others += [value for value in self._own_values() if isinstance(value, Tensor)]
         self.tensors = [*self.parameters, *self.others]
         self.places = list(map(_place, self.tensors))
@@ -334,7 +339,7 @@ class _Look:
 
     @cached_property
     def portable(self) -> bool:
-        return self.traceable and all(map(is_plain_tensor, self.tensors))
+        return self.traceable and self._complete and all(map(is_plain_tensor, self.tensors))
 
     def _own_values(self, configs: bool = True) -> Iterator[Any]:
         """Values of attributes that not every module has."""

@@ -31,6 +31,7 @@ from rapid_llm.engine.chunks import common_end, pass_ends
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin, kv_shape
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.placement import layer_devices
 from rapid_llm.engine.rounding import rounding
 
 FORMAT = "rapid-llm-kv/1"
@@ -297,7 +298,7 @@ def _read(
     shape, dtype = (1, heads, len(header.tokens), dim), runner.model.dtype
     cache = runner.new_cache(capacity)
     sha = hashlib.sha256(header.tokens.tobytes())
-    devices = [next(layer.parameters()).device for layer in runner.model.get_decoder().layers]
+    devices = layer_devices(runner.model)
     with safe_open(path, "pt") as file:
         if len(file.keys()) != 1 + 2 * layers:
             raise ValueError(f"it has {len(file.keys())} tensors, not {1 + 2 * layers}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, get_args
 from weakref import WeakKeyDictionary
@@ -30,6 +30,7 @@ from rapid_llm.engine.device import (
 from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
+from rapid_llm.engine.placement import input_device
 from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import (
     InvalidParameterError,
@@ -37,6 +38,7 @@ from rapid_llm.errors import (
     ModelError,
     OutdatedKVError,
 )
+from rapid_llm.tensor_parallel import Ranks, is_sharded, ranks, require_divisible
 
 register("cpu", CPU())
 register("cuda", CUDA())
@@ -90,6 +92,10 @@ class ModelRunner:
             possible (lean models on Ampere or newer, with Triton); False: never; True: where it is
             not possible, or a capture fails, an error is raised instead of running more slowly.
 
+    Attributes:
+        ranks: processes that run each pass together, as the model, or its target or drafter, is
+            sharded over them; None for a model of this process alone.
+
     Raises:
         ModelError: the architecture, an adapter or the attention implementation is not supported.
             Calls raise it too, because adapters may be added later.
@@ -129,6 +135,10 @@ class ModelRunner:
         if getattr(self.config, "use_bidirectional_attention", None):
             raise ModelError(f"{name} attends in both directions; a causal model is needed")
         self.cuda_graphs = cuda_graphs
+        self.ranks: Ranks | None = None
+        if is_sharded(model):
+            require_divisible(name, model.config, model._tp_size)
+            self.ranks = ranks()
         self._lock = _lock_of(model)
         with self._lock:
             self.state = ModelState(model)
@@ -219,7 +229,7 @@ class ModelRunner:
     @property
     def device(self) -> torch.device:
         """Device of the input embeddings (a model may be spread over several devices)."""
-        return self.model.get_input_embeddings().weight.device
+        return input_device(self.model)
 
     def tensor(self, tokens: Sequence[int]) -> Tensor:
         """Token ids as int64 ``[n]`` on :attr:`device`; the host does not wait for the copy."""
@@ -407,7 +417,7 @@ class ModelRunner:
         length = max(cache.expected, cache.length + cache.position_offset + ids.shape[0])
 
         with self._lock:
-            replayed, logits = self._replayed, None
+            replayed, logits = None if self.ranks else self._replayed, None
             if replayed is not None and replayed.serves(ids, cache, keep_logits):
                 launch = partial(replayed, ids, ids, cache, keep_logits)
                 logits = self._launch_then_check(cache, launch)
@@ -415,8 +425,13 @@ class ModelRunner:
                 with self._pass_context(cache, length):
                     positions = self._positions(ids, cache, length)
                     run = next(p for p in self._passes if p.serves(ids, cache, keep_logits))
-                    logits = run(ids, positions, cache, keep_logits)
-            return logits.float()
+                    with self._together(ids.shape[0], cache.length, keep_logits):
+                        logits = run(ids, positions, cache, keep_logits)
+                        logits = logits.to(self.device, torch.float32)
+                        if self.ranks is not None:
+                            logits = self.ranks.first_logits(logits)
+                            self.synchronize()  # time limits count from the launch
+            return logits.to(self.device, torch.float32)
 
     def draft(
         self,
@@ -476,7 +491,7 @@ class ModelRunner:
         """
         with self._lock:
             replayed = self._replayed
-            if replayed is None:
+            if replayed is None or self.ranks is not None:  # drafts differ where logits do
                 return None
             drawn = generator.get_state()
             result = self._launch_then_check(cache, partial(launch, replayed))
@@ -539,6 +554,12 @@ class ModelRunner:
             finally:
                 if not self._static:
                     self.state.absorb()
+
+    def _together(self, *details: int) -> AbstractContextManager[None]:
+        """Context of a pass that all ranks run."""
+        if self.ranks is None:
+            return nullcontext()
+        return self.ranks.running(self.model, self.device, *details)
 
     def _positions(self, ids: Tensor, cache: KVCache, length: int) -> Tensor:
         """Positions of new tokens, and the sequence's last one if rotary scaling depends on it."""
