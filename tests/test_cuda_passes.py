@@ -429,7 +429,7 @@ def test_a_model_that_changes_while_it_verifies_answers_as_it_is_now(live, monke
     cache = spoilt(runner, IDS[:8])
     # A look that was due already: the pass is launched, then found to be of another number.
     monkeypatch.setattr(runner, "_chosen", -1)
-    verdict = runner.verify(IDS[8:12], q, None, cache, judge, sampler.generator)
+    verdict = Session(runner, cache).verify(IDS[8:12], q, None, judge, sampler.generator)
     assert verdict is not None
     assert cache.length == 12
     fresh = spoilt(runner, IDS[:8])
