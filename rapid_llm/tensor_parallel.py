@@ -66,6 +66,30 @@ def is_sharded(model: Any) -> bool:
     return (getattr(model, "_tp_size", None) or 1) > 1
 
 
+def _divided(config: Any) -> dict[str, int]:
+    """What the ranks of a model divide evenly; empty where each has all heads."""
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    parts: dict[str, int] = {}
+    if plan.get("layers.*.self_attn.k_proj") == "colwise":
+        parts["KV heads"] = config.num_key_value_heads
+        parts["query heads"] = config.num_attention_heads
+    if "packed_colwise" in plan.values():
+        experts = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        parts["rows of an expert"] = experts
+    return parts
+
+
+def head_divisor(config: PretrainedConfig) -> int:
+    """Greatest number of ranks among which the model's heads can be divided.
+
+    Divisors of it are allowed too. 0 where each rank has all heads and all KV, in any number.
+
+    Args:
+        config: the model's text config.
+    """
+    return gcd(*_divided(config).values())
+
+
 def require_divisible(name: str, config: PretrainedConfig, size: int) -> None:
     """Refuse a model that so many processes cannot share.
 
@@ -73,22 +97,15 @@ def require_divisible(name: str, config: PretrainedConfig, size: int) -> None:
         ModelError: it has no plan, or its heads or experts cannot be divided evenly.
     """
     text: Any = config.get_text_config()
-    plan = getattr(text, "base_model_tp_plan", None)
-    if not plan:
+    if not getattr(text, "base_model_tp_plan", None):
         raise ModelError(
             f"{name}: transformers has no tensor-parallel plan for {text.model_type!r}; start one "
             "process, and spread the model with device_map"
         )
-    parts: dict[str, int] = {}
-    if plan.get("layers.*.self_attn.k_proj") == "colwise":  # else all ranks have all heads
-        parts["KV heads"] = text.num_key_value_heads
-        parts["query heads"] = text.num_attention_heads
-    if "packed_colwise" in plan.values():
-        experts = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-        parts["rows of an expert"] = experts
+    parts = _divided(text)
     if all(count % size == 0 for count in parts.values()):
         return
-    common = gcd(*parts.values())
+    common = head_divisor(text)
     sizes = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
     what = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count % size)
     raise ModelError(

@@ -49,7 +49,7 @@ _GENERATIONS, _GENERATED = 4, 6  # of transformers, the first not counted, and t
 
 
 class ShapeBench(Bench):
-    """Measures one of :data:`rapid_llm.bench.shapes.SHAPES` on the first GPU, or else the CPU.
+    """Measures one of :data:`rapid_llm.bench.known_models.NAMES` on the first GPU, or else the CPU.
 
     Args:
         contexts: tokens of the target's prompt, at least 256 each.

@@ -7,7 +7,8 @@ import time
 
 import torch
 
-from rapid_llm.bench.shapes import make_config, random_model, size_of
+from rapid_llm.bench.known_models import make_config
+from rapid_llm.bench.shapes import random_model, size_of
 from rapid_llm.bench.speed_model import Device, ModelSize, flops, prefill_flops
 from rapid_llm.device_maps import resolve_device
 from rapid_llm.engine.costs import PassCost, measure
