@@ -20,6 +20,7 @@ from rapid_llm.errors import (
     MissingDependencyError,
     ModelError,
     NumericalError,
+    RankError,
     RapidError,
     TokenizerMismatchError,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelError",
     "NumericalError",
+    "RankError",
     "RapidDecoder",
     "RapidError",
     "RapidPipeline",

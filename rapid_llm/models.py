@@ -178,8 +178,7 @@ def _load(
     files = {key: value for key, value in options.items() if key in _FILES}
     try:
         if not gguf or "distributed_config" in options:
-            config = AutoConfig.from_pretrained(location, **gguf, **files)
-            _require_loadable(name, config, options)
+            _require_loadable(name, location, gguf | files, options)
         if gguf:
             assert isinstance(dtype, torch.dtype)
             return load_gguf(Path(location, gguf["gguf_file"]), dtype, options, files)
@@ -190,13 +189,19 @@ def _load(
     return model, tokenizer
 
 
-def _require_loadable(name: str, config: PretrainedConfig, options: dict[str, Any]) -> None:
+def _require_loadable(
+    name: str, location: str, files: dict[str, Any], options: dict[str, Any]
+) -> None:
     """Refuse what transformers would load wrongly or late.
 
     Raises:
         ModelError: weights of an unknown quantization, which it would read as plain ones, or heads
             that the processes cannot share evenly.
     """
+    try:
+        config = AutoConfig.from_pretrained(location, **files)
+    except (OSError, ValueError, KeyError):  # of an adapter's folder, or the model's own error
+        return
     kind = getattr(config, "quantization_config", None)
     if kind is not None and not AutoHfQuantizer.supports_quant_method(kind):
         method = kind.get("quant_method") if isinstance(kind, dict) else kind

@@ -319,6 +319,28 @@ def ranks() -> Ranks:
     return Ranks()
 
 
+def ranks_of(name: str, model: Any) -> Ranks | None:
+    """The processes over which a loaded model is sharded; None for a model of this process alone.
+
+    Args:
+        name: name of the model in errors.
+        model: the model.
+
+    Raises:
+        ModelError: they cannot share its heads evenly, or are not all that were started.
+    """
+    if not is_sharded(model):
+        return None
+    require_divisible(name, model.config, model._tp_size)
+    found = ranks()
+    if found.size != model._tp_size:
+        raise ModelError(
+            f"{name} is sharded over {model._tp_size} of {found.size} processes; shard it over all "
+            "of them (tp_size), or start fewer"
+        )
+    return found
+
+
 def shared(read: Callable[[], _T]) -> _T:
     """What rank 0 alone reads; without ``torchrun``, what ``read`` returns."""
     return read() if processes() == 1 else ranks().shared(read)

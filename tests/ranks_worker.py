@@ -60,6 +60,7 @@ def architectures(folder: Path) -> dict[str, Any]:
         }
         with decoder._prefixes.lease(decoder.target, PROMPT, 64) as lease:
             seen[path.name]["held"] = [len(PROMPT) - 1, lease.reused]
+            seen[path.name]["shares"] = decoder.target.kv_shares
             seen[path.name]["own_kv_heads"] = lease.cache.layers[0].keys.shape[1]
     pair = decoder_of(folder / "model-qwen3", folder / "model-llama")
     seen["pair"] = answers(pair)
@@ -147,7 +148,7 @@ def death(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tensor_parallel.PASS_SECONDS = 4
+    tensor_parallel.PASS_SECONDS = 8
     costs.measure = lambda session: FIRST[RANK]
     os.environ["RAPID_LLM_CACHE"] = str(Path(sys.argv[2], f"cache-{RANK}"))
     seen = {"architectures": architectures, "endings": endings, "death": death}[sys.argv[1]](

@@ -105,6 +105,7 @@ def test_a_rank_keeps_its_own_kv_heads_and_runs_the_models_own_pass(by_ranks):
         assert seen["mixed"]["lean"]  # a drafter that is whole on each rank
         assert (llama["kv_heads"], llama["own_kv_heads"]) == (2, 1)
         assert phi["own_kv_heads"] == 2  # its plan gathers them
+        assert (llama["shares"], phi["shares"]) == (2, 1)
         assert llama["held"] == [len(PROMPT) - 1] * 2  # the next call reuses the prompt
 
 
@@ -198,7 +199,7 @@ def of_many(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("llama", 4, r"2 KV heads, which 4 processes .* sizes that do: 1, 2 "),
         ("llama", 3, r"2 KV heads, 4 query heads, which 3 .* sizes that do: 1, 2 "),
-        ("qwen3_moe", 8, r"2 KV heads, 4 query heads .*sizes that do: 1, 2 "),
+        ("qwen3_moe", 8, r"2 KV heads, 4 query heads.* sizes that do: 1, 2 "),
     ],
 )
 def test_heads_that_do_not_divide_are_refused_by_name(name, size, what, tmp_path, of_many):

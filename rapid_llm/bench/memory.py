@@ -53,7 +53,10 @@ class Tier:
 
 
 def spreads(
-    models: Sequence[tuple[ModelSize, int]], caches: Sequence[tuple[ModelSize, int]], device: Device
+    models: Sequence[tuple[ModelSize, int]],
+    caches: Sequence[tuple[ModelSize, int]],
+    device: Device,
+    copied: int = 0,
 ) -> list[Spread]:
     """What :data:`DEVICE_COUNTS` devices hold.
 
@@ -61,6 +64,7 @@ def spreads(
         models: each loaded model and the tokens in its cache.
         caches: further caches of these models, for a model that drafts for itself.
         device: one of the devices.
+        copied: bytes of a quantized copy, which is made only of a model on one device.
     """
 
     def fits(nbytes: int | None) -> bool | None:
@@ -69,15 +73,15 @@ def spreads(
         return nbytes <= MEMORY_FRACTION * device.memory
 
     found = []
-    for count in DEVICE_COUNTS:
-        mapped = sum(size.mapped_bytes(count, tokens) for size, tokens in models)
+    for count in DEVICE_COUNTS[:1] if copied else DEVICE_COUNTS:
+        mapped = copied + sum(size.mapped_bytes(count, tokens) for size, tokens in models)
         shards = [size.sharded_bytes(count, tokens) for size, tokens in models]
         for size, tokens in caches:
             mapped += size.mapped_bytes(count, tokens) - size.mapped_bytes(count, 0)
             more, none = size.sharded_bytes(count, tokens), size.sharded_bytes(count, 0)
             shards.append(None if more is None or none is None else more - none)
         known = [share for share in shards if share is not None]
-        sharded = sum(known) if len(known) == len(shards) else None
+        sharded = copied + sum(known) if len(known) == len(shards) else None
         found.append(Spread(count, mapped, fits(mapped), sharded, fits(sharded)))
     return found
 

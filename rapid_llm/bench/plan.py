@@ -49,7 +49,7 @@ class Row:
     kv_bytes: int  # of both caches
     fits: bool | None  # whether these leave enough of the memory; None where that is unknown
     sensitivity: dict[float, Draft]  # the best draft for other acceptance rates
-    spreads: list[Spread]  # on several devices; none for a quantized copy, which is of one only
+    spreads: list[Spread]  # on several devices; a quantized copy is made on one only
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,17 @@ class Plan:
             kv_bytes=kv,
             fits=None if memory is None else weights + kv <= MEMORY_FRACTION * memory,
             sensitivity={a: best(a) for a in SENSITIVITY} if drafter else {},
-            spreads=self._spreads(drafter) if precision == "bf16" else [],
+            spreads=self._spreads(drafter, extra if precision != "bf16" else 0),
         )
 
-    def _spreads(self, drafter: ModelSize | None) -> list[Spread]:
+    def _spreads(self, drafter: ModelSize | None, copied: int) -> list[Spread]:
+        """``copied``: bytes of a quantized copy."""
         models = [(self.model, self.context)]
         caches: list[tuple[ModelSize, int]] = []
         if drafter is not None:
             own = caches if drafter is self.model else models
             own.append((drafter, self.retrieval_tokens))
-        return spreads(models, caches, self.device)
+        return spreads(models, caches, self.device, copied)
 
     @property
     def tiers(self) -> list[Tier]:

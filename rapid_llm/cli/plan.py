@@ -125,23 +125,26 @@ def paper_name(plan: Plan) -> str:
 
 def spread_table(rows: Mapping[str, Row]) -> Table:
     """What the fullest of several devices holds, by both ways to spread models."""
-    counts = [str(each.devices) for each in next(iter(rows.values())).spreads]
-    table = number_table("GB a device, of devices:", counts)
+    counts = [each.devices for each in max((row.spreads for row in rows.values()), key=len)]
+    table = number_table(
+        "GB a device, of",
+        list(map(str, counts)),
+        caption="map: layers in turn, by device_map; TP: tensor parallel, by torchrun",
+    )
     for name, row in rows.items():
-        if not row.spreads:
-            continue
-        table.add_row(f"{name}, device map", *(_cell(s.mapped, s.mapped_fits) for s in row.spreads))
-        table.add_row(
-            f"{name}, tensor parallel",
-            *("" if s.devices == 1 else _cell(s.sharded, s.sharded_fits) for s in row.spreads),
-        )
+        found = {each.devices: each for each in row.spreads}
+        mapped = {n: _cell(each.mapped, each.mapped_fits) for n, each in found.items()}
+        sharded = {n: _cell(each.sharded, each.sharded_fits) for n, each in found.items() if n > 1}
+        table.add_row(f"{name}, map", *(mapped.get(n, "–") for n in counts))
+        if sharded:
+            table.add_row(f"{name}, TP", *(sharded.get(n, "" if n == 1 else "–") for n in counts))
     return table
 
 
 def _cell(nbytes: int | None, fits: bool | None) -> str:
     if nbytes is None:
         return "–"
-    return f"{nbytes / 1e9:.1f} {'' if fits is None else 'fits' if fits else 'no'}".rstrip()
+    return f"{nbytes / 1e9:.1f} {'' if fits is None else 'yes' if fits else 'no'}".rstrip()
 
 
 def kept(made: Plan) -> str:

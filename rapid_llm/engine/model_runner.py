@@ -32,7 +32,7 @@ from rapid_llm.engine.supported import (
 )
 from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import InvalidParameterError, OutdatedKVError
-from rapid_llm.tensor_parallel import Ranks, is_sharded, ranks, require_divisible
+from rapid_llm.tensor_parallel import head_divisor, is_sharded, ranks_of
 
 register("cpu", CPU())
 register("cuda", CUDA())
@@ -90,10 +90,7 @@ class ModelRunner:
         self.attn_implementation = attn_implementation
         self.config = model.config.get_text_config()
         self.cuda_graphs = cuda_graphs
-        self.ranks: Ranks | None = None
-        if is_sharded(model):
-            require_divisible(name, model.config, model._tp_size)
-            self.ranks = ranks()
+        self.ranks = ranks_of(name, model)
         self._lock = _lock_of(model)
         with self._lock:
             self.state = ModelState(model)
@@ -227,6 +224,12 @@ class ModelRunner:
     def synchronize(self) -> None:
         """Wait until all work on the device is done."""
         device_of(self.device).synchronize(self.device)
+
+    @property
+    def kv_shares(self) -> int:
+        """Number of processes among which the KV heads are divided."""
+        shared = self.ranks is not None and is_sharded(self.model) and head_divisor(self.config)
+        return self.ranks.size if self.ranks is not None and shared else 1
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; memory is allocated by the first pass."""

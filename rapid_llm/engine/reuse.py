@@ -333,4 +333,4 @@ def _token_ids(tokens: Sequence[int]) -> TokenIds:
 
 
 def _planned(runner: ModelRunner, capacity: int) -> int:
-    return kv_nbytes(runner.config, runner.model.dtype, capacity)
+    return kv_nbytes(runner.config, runner.model.dtype, capacity) // runner.kv_shares
