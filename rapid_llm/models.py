@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from rapid_llm.errors import (
     ModelError,
     RapidError,
 )
+from rapid_llm.forked import ProcessLock, in_child, limit_threads
 from rapid_llm.gguf import load_gguf
 from rapid_llm.limits import host_memory
 from rapid_llm.tensor_parallel import processes, ranks, require_divisible
@@ -66,9 +66,10 @@ _LOADING_ERRORS = (
     SafetensorError,
 )
 
-_loading = threading.Lock()
+_loading = ProcessLock()
 _models: WeakValueDictionary[tuple[str, ...], PreTrainedModel] = WeakValueDictionary()
 _tokenizers: WeakKeyDictionary[PreTrainedModel, PreTrainedTokenizerBase] = WeakKeyDictionary()
+in_child(_models.clear)  # a parent's model may have stopped in the middle of a pass
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def load_model(
             needs, is not installed.
         InvalidParameterError: an unknown dtype, device or device map.
     """
+    limit_threads()
     name = str(source)
     resolved = _resolve_dtype(name, dtype)
     options = _placed(device, device_map, max_memory, hub_options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, counting_model, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, counting_model, installed, tiny_model, tiny_tokenizer
 from torch import nn
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
@@ -17,7 +17,7 @@ from rapid_llm.speculation.acceptance import dynamic_eta
 from rapid_llm.speculation.sampling import Fit, Sampler
 from rapid_llm.speculation.verification import Judge, Verdict, verify
 
-pytest.importorskip("triton")
+installed("triton")
 
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda import device as cuda_device

@@ -32,6 +32,7 @@ from rapid_llm.engine.supported import (
 )
 from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import InvalidParameterError, OutdatedKVError
+from rapid_llm.forked import ProcessLock, in_child
 from rapid_llm.tensor_parallel import head_divisor, is_sharded, ranks_of
 
 register("cpu", CPU())
@@ -40,7 +41,8 @@ register("cuda", CUDA())
 _T = TypeVar("_T")
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
-_locks_guard = threading.Lock()
+_locks_guard = ProcessLock()
+in_child(_locks.clear)
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:
