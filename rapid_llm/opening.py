@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from rapid_llm.engine.costs import ROOM
+from rapid_llm.engine.kept.prefixes import Lease, PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
-from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.generation import DRAFTED, Generation
 from rapid_llm.request import ModelPair, Request
@@ -55,9 +55,7 @@ class Opener:
                     self.prefixes.lease(runner, prompt, runner.capacity_for(capacity))
                 )
                 if runner.ranks is not None:  # they may have kept more or less of it
-                    held = runner.ranks.agree(least=borrowed.reused)
-                    borrowed.cache.rollback(held)
-                    borrowed = replace(borrowed, reused=held)
+                    borrowed = borrowed.shortened(runner.ranks.agree(least=borrowed.reused))
                 return Session(runner, borrowed.cache, prompt), borrowed
 
             target, kept = lease(request.runner, request.prompt)
@@ -66,7 +64,7 @@ class Opener:
             yield Generation(
                 target=target,
                 prompt=request.prompt,
-                cached=kept.reused,
+                cached=kept.origins,
                 drafters=self._drafters(request, target, sampler, lease),
                 drafter_name=self.pair.drafter.name,
                 sampler=sampler,
@@ -75,7 +73,7 @@ class Opener:
                 method=request.method,
                 draft_skipped=request.draft_skipped,
                 started=started,
-                free_memory=self.prefixes.clear,
+                free_memory=self.prefixes.free_devices,
             )
 
     def _drafters(
