@@ -21,6 +21,7 @@ from rapid_llm.errors import (
     MissingDependencyError,
     ModelError,
     NumericalError,
+    RankError,
     RapidError,
     TokenizerMismatchError,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelError",
     "NumericalError",
+    "RankError",
     "RapidDecoder",
     "RapidError",
     "RapidPipeline",

@@ -274,6 +274,38 @@ class EngineConfig:
     drafter_device: Annotated[
         str | None, Option("Device of the drafter; by default the target's.", per_call=False)
     ] = None
+    device_map: Annotated[
+        str | Mapping[str, Any] | None,
+        Option(
+            "Spread of the target over devices, in the place of device: auto, balanced, "
+            "balanced_low_0, sequential (accelerate's), or a mapping from modules to devices.",
+            "None, one of auto, balanced, balanced_low_0, sequential, or a mapping from modules to "
+            "devices",
+            bool,
+            metavar="WORD|JSON",
+            per_call=False,
+        ),
+    ] = None
+    drafter_device_map: Annotated[
+        str | Mapping[str, Any] | None,
+        Option(
+            "Spread of the drafter, likewise; by default the target's, unless that is a mapping.",
+            "None, one of auto, balanced, balanced_low_0, sequential, or a mapping from modules to "
+            "devices",
+            bool,
+            metavar="WORD|JSON",
+            per_call=False,
+        ),
+    ] = None
+    max_memory: Annotated[
+        Mapping[Any, Any],
+        Option(
+            "With a device map, the memory to use for weights of each GPU (by number) and of cpu, "
+            "such as 20GiB.",
+            "a mapping from devices to sizes",
+            per_call=False,
+        ),
+    ] = field(default_factory=dict)
     attn_implementation: Annotated[
         Attention,
         Option(

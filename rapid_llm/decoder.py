@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.chat import checked_variables, end_of_turn
 from rapid_llm.config import EngineConfig, Quantization, SamplingParams, SpeculationConfig
+from rapid_llm.device_maps import placements
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.kept.prefixes import PrefixCache
@@ -38,7 +39,7 @@ from rapid_llm.generation import (
     log_likelihood,
 )
 from rapid_llm.limits import host_memory
-from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
+from rapid_llm.models import HUB_ACCESS, device_memory, load_model
 from rapid_llm.opening import Opener
 from rapid_llm.options import RENAMED, given, options_of, sorted_into
 from rapid_llm.request import ModelPair
@@ -167,6 +168,8 @@ class RapidDecoder:
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
             unshared = unshared_tokens(self.target, self.drafter, tokenizer, drafter_tokenizer)
+        # Both models run together where one of them is sharded: its drafts must be the same ones.
+        self.target.ranks = self.drafter.ranks = self.target.ranks or self.drafter.ranks
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
         if kv_cache_host_bytes is None:
@@ -236,32 +239,15 @@ class RapidDecoder:
             config: models, devices and engine options.
             drafter: a loaded drafter, used instead of the config's.
         """
-        place = resolve_device(config.device)
-        draft_place = (
-            place if config.drafter_device is None else resolve_device(config.drafter_device)
-        )
-        if draft_place != place and config.drafter is None:
-            raise InvalidParameterError(
-                f"drafter_device={config.drafter_device!r} needs a drafter to load there: name one "
-                "(the target's own name loads a second copy), or leave drafter_device out"
-            )
-        if config.drafter_options and config.drafter is None:
-            raise InvalidParameterError(
-                f"drafter_options={sorted(config.drafter_options)} need a drafter to load with "
-                "them: name one, or leave them out"
-            )
+        place, draft_place = placements(config)
         hub = dict(config.hub_options)
-        loaded = load_model(config.model, dtype=config.dtype, device=place, **hub)
+        loaded = load_model(config.model, dtype=config.dtype, **place | hub)
         tokenizer, name, draft_by_name = None, None, drafter is None
         own = config.drafter != config.model or draft_place != place or config.drafter_options
         if config.drafter is not None and own:
             shared = {k: v for k, v in hub.items() if k in HUB_ACCESS}
-            other = load_model(
-                config.drafter,
-                dtype=config.dtype,
-                device=draft_place,
-                **shared | dict(config.drafter_options),
-            )
+            options = draft_place | shared | dict(config.drafter_options)
+            other = load_model(config.drafter, dtype=config.dtype, **options)
             drafter, tokenizer, name = other.model, other.tokenizer, other.name
         decoder = cls(
             loaded.model,
@@ -457,8 +443,14 @@ class RapidDecoder:
                 f"{runner.name}, {runner.context_window} tokens, and the continuation has "
                 f"{len(tokens)}; shorten one of them"
             )
-        with self._prefixes.lease(runner, ids, len(ids) + len(tokens)) as lease:
-            return log_likelihood(Session(runner, lease.cache, ids), ids, tokens)
+        with ExitStack() as stack:
+            if runner.ranks is not None:
+                stack.enter_context(runner.ranks.call("log_likelihood", ids, tokens))
+            lease = self._prefixes.lease(runner, ids, len(ids) + len(tokens))
+            held = stack.enter_context(lease)
+            if runner.ranks is not None:
+                held.cache.rollback(runner.ranks.agree(least=held.reused))
+            return log_likelihood(Session(runner, held.cache, ids), ids, tokens)
 
     async def astream(
         self,

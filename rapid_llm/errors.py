@@ -51,3 +51,7 @@ class DataError(RapidError, ValueError):
 
 class JudgeError(RapidError):
     """The model that rates answers cannot be reached, or gave no rating."""
+
+
+class RankError(RapidError, RuntimeError):
+    """A process of a sharded model has ended, or runs another call than the others."""

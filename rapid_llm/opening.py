@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rapid_llm.engine.costs import ROOM
 from rapid_llm.engine.kept.prefixes import Lease, PrefixCache
@@ -18,6 +19,7 @@ from rapid_llm.speculation.drafters.base import Drafter
 from rapid_llm.speculation.drafters.lookup import CERTAIN, SIZES, PromptLookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
+from rapid_llm.tensor_parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Opener:
             started: time of the call (``time.perf_counter``).
         """
         with ExitStack() as leases:
+            if request.runner.ranks is not None:
+                request = leases.enter_context(_by_all(request, request.runner.ranks))
 
             def lease(runner: ModelRunner, prompt: Sequence[int]) -> tuple[Session, Lease]:
                 length, new = len(prompt), request.sampling.max_new_tokens
@@ -50,6 +54,8 @@ class Opener:
                 borrowed = leases.enter_context(
                     self.prefixes.lease(runner, prompt, runner.capacity_for(capacity))
                 )
+                if runner.ranks is not None:  # they may have kept more or less of it
+                    borrowed = borrowed.shortened(runner.ranks.agree(least=borrowed.reused))
                 return Session(runner, borrowed.cache, prompt), borrowed
 
             target, kept = lease(request.runner, request.prompt)
@@ -119,3 +125,15 @@ def _lookup(request: Request, sizes: Sequence[int]) -> PromptLookupDrafter:
     return PromptLookupDrafter(
         request.prompt, runner.vocab_size, runner.device, sizes, request.constraint
     )
+
+
+@contextmanager
+def _by_all(request: Request, ranks: Ranks) -> Iterator[Request]:
+    """The request as all ranks of a sharded model answer it: with one seed."""
+    sampling = request.sampling
+    alike = request.prompt, request.draft_prompt, request.method, sampling.max_new_tokens
+    with ranks.call(*alike, sampling.temperature, sampling.seed):
+        if sampling.seed is None:
+            seed = ranks.from_first(secrets.randbits(62))
+            request = request._replace(sampling=replace(sampling, seed=seed))
+        yield request

@@ -42,7 +42,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.fixture
 def cache(tmp_path: Path, converted: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own, with what other tests have converted."""
-    load_gguf(path, torch.bfloat16, {})
+    load_gguf(path, torch.bfloat16, {}, {})
     monkeypatch.setenv("RAPID_LLM_CACHE", str(tmp_path / "own"))
     shutil.copytree(converted, tmp_path / "own" / "gguf")
     return tmp_path / "own" / "gguf"
@@ -51,7 +51,7 @@ def cache(tmp_path: Path, converted: Path, path: Path, monkeypatch: pytest.Monke
 def test_what_is_kept_is_what_transformers_makes_of_the_file(
     path: Path, cache: Path, conversions: list[str]
 ) -> None:
-    model, tokenizer = load_gguf(path, torch.bfloat16, {})
+    model, tokenizer = load_gguf(path, torch.bfloat16, {}, {})
     assert conversions == []
     ours = model.state_dict()
     settings = model.generation_config.to_dict(), model.config.to_dict()
@@ -89,9 +89,9 @@ def test_what_is_damaged_is_converted_again(
         (folder / "tokenizer.json").unlink()
     else:
         (folder / "checksums.json").write_text("[]")
-    load_gguf(path, torch.bfloat16, {})
+    load_gguf(path, torch.bfloat16, {}, {})
     assert conversions == [path.name]
-    load_gguf(path, torch.bfloat16, {})
+    load_gguf(path, torch.bfloat16, {}, {})
     assert conversions == [path.name]
 
 
@@ -99,10 +99,10 @@ def test_options_of_one_load_are_not_those_of_the_next(
     path: Path, cache: Path, conversions: list[str]
 ) -> None:
     shutil.rmtree(cache)
-    changed, _ = load_gguf(path, torch.bfloat16, {"max_position_embeddings": 128})
+    changed, _ = load_gguf(path, torch.bfloat16, {"max_position_embeddings": 128}, {})
     assert changed.config.max_position_embeddings == 128
     assert conversions == [path.name]
-    model, _ = load_gguf(path, torch.bfloat16, {})
+    model, _ = load_gguf(path, torch.bfloat16, {}, {})
     assert model.config.max_position_embeddings == 8192
     assert conversions == [path.name]
 
@@ -113,5 +113,5 @@ def test_a_folder_that_cannot_be_written_is_told(
     (tmp_path / "file").touch()
     monkeypatch.setenv("RAPID_LLM_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match=r"cannot be kept in .*file.*RAPID_LLM_CACHE"):
-        load_gguf(path, torch.bfloat16, {})
+        load_gguf(path, torch.bfloat16, {}, {})
     assert conversions == [path.name]

@@ -16,9 +16,10 @@ from conftest import installed
 
 from rapid_llm import InvalidParameterError, cli
 from rapid_llm.bench import harness, shape_bench
+from rapid_llm.bench.known_models import NAMES
 from rapid_llm.bench.report import Report, Row, Section
 from rapid_llm.bench.shape_bench import ShapeBench
-from rapid_llm.bench.shapes import SHAPES, random_model, shape_config, size_of
+from rapid_llm.bench.shapes import random_model, shape_config, size_of
 from rapid_llm.bench.timing import Stopwatch
 from rapid_llm.engine import device as devices
 from rapid_llm.engine.cpu.device import CPU as CPUDevice  # noqa: N811
@@ -44,11 +45,18 @@ def _few() -> Iterator[None]:
 
 
 def test_shapes_are_those_of_the_models_they_are_named_after() -> None:
-    sizes = {name: size_of(shape_config(name, 64), name) for name in SHAPES}
+    sizes = {name: size_of(shape_config(name, 64), name) for name in NAMES}
     billions = {name: round(size.parameters / 1e9, 2) for name, size in sizes.items()}
     assert billions == {
-        "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55, "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21,
-        "mistral-7b": 7.25, "qwen2.5-7b": 7.62, "qwen3-8b": 8.19, "smollm2-135m": 0.13, "tiny": 0,
+        "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55, "llama-3.3-70b": 70.55,
+        "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21,
+        "qwen2.5-0.5b": 0.49, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09, "qwen2.5-7b": 7.62,
+        "qwen2.5-14b": 14.77, "qwen2.5-32b": 32.76, "qwen2.5-72b": 72.71,
+        "qwen3-0.6b": 0.6, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19,
+        "qwen3-14b": 14.77, "qwen3-32b": 32.76, "qwen3-30b-a3b": 30.53, "qwen3-235b-a22b": 235.09,
+        "mistral-7b": 7.25, "mistral-nemo-12b": 12.25, "mistral-small-24b": 23.57,
+        "gemma-3-1b": 1.0, "gemma-3-4b": 3.88, "gemma-3-12b": 11.77, "gemma-3-27b": 27.01,
+        "phi-4": 14.66, "smollm2-135m": 0.13, "tiny": 0,
     }  # fmt: skip
     assert sizes["llama-3.1-8b"].kv_bytes_per_token == 131_072
 

@@ -7,6 +7,8 @@ from itertools import count
 from pathlib import PurePath
 from typing import Any
 
+from rapid_llm.bench.known_models import PAPER_PAIRS
+from rapid_llm.bench.memory import Spread, Tier, spreads, tiers
 from rapid_llm.bench.shapes import read_size
 from rapid_llm.bench.speed_model import (
     ACCEPTANCE,
@@ -47,6 +49,7 @@ class Row:
     kv_bytes: int  # of both caches
     fits: bool | None  # whether these leave enough of the memory; None where that is unknown
     sensitivity: dict[float, Draft]  # the best draft for other acceptance rates
+    spreads: list[Spread]  # on several devices; a quantized copy is made on one only
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,22 @@ class Plan:
             kv_bytes=kv,
             fits=None if memory is None else weights + kv <= MEMORY_FRACTION * memory,
             sensitivity={a: best(a) for a in SENSITIVITY} if drafter else {},
+            spreads=self._spreads(drafter, extra if precision != "bf16" else 0),
         )
+
+    def _spreads(self, drafter: ModelSize | None, copied: int) -> list[Spread]:
+        """``copied``: bytes of a quantized copy."""
+        models = [(self.model, self.context)]
+        caches: list[tuple[ModelSize, int]] = []
+        if drafter is not None:
+            own = caches if drafter is self.model else models
+            own.append((drafter, self.retrieval_tokens))
+        return spreads(models, caches, self.device, copied)
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """Documents of the context's length whose KV is kept."""
+        return tiers(self.model, self.context, self.device)
 
     def _round(self, tokens: int) -> float:
         """Seconds of a round but for its drafts: the target reads so many tokens."""
@@ -135,12 +153,17 @@ class Plan:
             "where the checkpoint has 4 bits), which it reads as fast as bf16, CUDA int4 from "
             "Ampere on",
             f"fits: weights and KV take at most {MEMORY_FRACTION:.0%} of the memory",
+            "on several devices: what the fullest of equal ones holds. With a device map they take "
+            "turns, so that a token takes what it takes on one; tensor parallel is not timed here",
+            "kept KV: a device's is a quarter of its memory; it comes back from the host at 55 "
+            "GB/s, which an H100 reached, and from disk at 3 GB/s, which is assumed",
         ]
 
     def as_dict(self) -> dict[str, Any]:
         """Every field and prediction, ready for JSON."""
         said = {"warnings": self.warnings, "assumptions": self.assumptions}
-        return asdict(self) | {"rows": [asdict(row) for row in self.rows]} | said
+        kept = {"tiers": [asdict(tier) for tier in self.tiers]}
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]} | kept | said
 
 
 def make_plan(
@@ -171,3 +194,14 @@ def make_plan(
 def paper_retrieved(context: int) -> int:
     """Tokens the paper retrieves: the larger of 4,096 and L/24, and never more than L."""
     return min(context, max(4096, context // 24))
+
+
+def paper_plans(context: int, device: Device) -> list[Plan]:
+    """Plans of the paper's rows, for a context of so many tokens.
+
+    Raises:
+        InvalidParameterError: the context is out of range.
+    """
+    return [
+        make_plan(model, context, drafter=drafter, device=device) for model, drafter in PAPER_PAIRS
+    ]

@@ -25,12 +25,13 @@ from rapid_llm.bench.speed_model import require
 from rapid_llm.bench.timing import Stamps, Stopwatch, host_calls, wait_for
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.device_maps import resolve_device
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.kv_cache import cache_argument
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.models import device_memory, resolve_device
+from rapid_llm.models import device_memory
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, Prior
@@ -48,7 +49,7 @@ _GENERATIONS, _GENERATED = 4, 6  # of transformers, the first not counted, and t
 
 
 class ShapeBench(Bench):
-    """Measures one of :data:`rapid_llm.bench.shapes.SHAPES` on the first GPU, or else the CPU.
+    """Measures one of :data:`rapid_llm.bench.known_models.NAMES` on the first GPU, or else the CPU.
 
     Args:
         contexts: tokens of the target's prompt, at least 256 each.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
 from transformers import (
-    CONFIG_MAPPING,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -16,42 +14,29 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rapid_llm.bench.known_models import NAMES, known_config
 from rapid_llm.bench.speed_model import ModelSize
 from rapid_llm.engine.kv_cache import kv_shape
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import InvalidParameterError, ModelError
 from rapid_llm.models import load_config
-
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim"),
-)
-_TIED = {"tie_word_embeddings": True}
-
-# Model type, SIZES, and what else the config has.
-_SHAPES: dict[str, tuple[Any, ...]] = {
-    "llama-3.1-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, 128, {}),
-    "llama-3.1-70b": ("llama", 128256, 8192, 28672, 80, 64, 8, 128, {}),
-    "llama-3.2-1b": ("llama", 128256, 2048, 8192, 16, 32, 8, 64, _TIED),
-    "llama-3.2-3b": ("llama", 128256, 3072, 8192, 28, 24, 8, 128, _TIED),
-    "mistral-7b": ("mistral", 32768, 4096, 14336, 32, 32, 8, 128, {"sliding_window": None}),
-    "qwen2.5-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, {}),
-    "qwen3-8b": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, {}),
-    "smollm2-135m": ("llama", 49152, 576, 1536, 30, 9, 3, 64, _TIED),
-    "tiny": ("llama", 512, 64, 128, 2, 4, 2, 32, {}),
-}
-SHAPES = tuple(_SHAPES)
-"""From the checkpoints' own configs; ``tiny`` is no checkpoint's, and there for the tests."""
+from rapid_llm.tensor_parallel import head_divisor
 
 
 def read_size(source: str | Path) -> ModelSize:
     """The size of a model that :func:`rapid_llm.models.load_model` would load; no weights are.
 
+    Args:
+        source: the model, or a name of :data:`rapid_llm.bench.known_models.NAMES`. Models that are
+            known there need no hub.
+
     Raises:
         ModelError: there is no such model, or its architecture is not supported.
         MissingDependencyError: the packaged model is not installed.
     """
-    return size_of(load_config(source), str(source))
+    name = str(source)
+    known = None if Path(name).expanduser().exists() else known_config(name)
+    return size_of(known or load_config(source), name)
 
 
 def size_of(config: PretrainedConfig, name: str) -> ModelSize:
@@ -92,6 +77,7 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
         head_dim=head_dim,
         hidden_size=text.hidden_size,
         context_window=runner.context_window,
+        shared_by=head_divisor(text),
     )
 
 
@@ -101,19 +87,9 @@ def shape_config(name: str, positions: int) -> PretrainedConfig:
     Raises:
         InvalidParameterError: there is no shape of that name.
     """
-    if name not in _SHAPES:
-        raise InvalidParameterError(f"shape={name!r} is unknown; choose from {', '.join(SHAPES)}")
-    *sizes, others = _SHAPES[name]
-    return make_config(*sizes, positions=positions, **others)
-
-
-def make_config(model_type: str, *sizes: int, positions: int, **others: Any) -> PretrainedConfig:
-    """A config of the sizes that :data:`SIZES` names, without an end-of-sequence token: no answer
-    ends before it was measured."""
-    named: dict[str, Any] = dict(zip(SIZES, sizes, strict=True))
-    named["max_position_embeddings"] = positions
-    named |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config: PretrainedConfig = CONFIG_MAPPING[model_type](**named, **others)
+    config = known_config(name, positions)
+    if config is None:
+        raise InvalidParameterError(f"shape={name!r} is unknown; choose from {', '.join(NAMES)}")
     return config
 
 

@@ -68,6 +68,7 @@ class ModelSize:
     head_dim: int
     hidden_size: int
     context_window: int  # positions that the model was made for
+    shared_by: int  # tensor parallel: ranks divide this number evenly; 0 if each has all KV
 
     @property
     def parameters(self) -> int:
@@ -88,6 +89,27 @@ class ModelSize:
     def weight_bytes(self) -> int:
         """All weights in bf16."""
         return self.parameters * _ITEMSIZE
+
+    def mapped_bytes(self, devices: int, tokens: int) -> int:
+        """The most that one of the devices holds of a device map: layers in turn, with their KV.
+
+        Args:
+            devices: number of devices.
+            tokens: tokens in the cache.
+        """
+        layers = -(-self.layers // devices)
+        in_layers = self.matrices + self.experts + self.vectors - self.head
+        ends = self.lookup + self.head if devices == 1 else max(self.lookup, self.head)
+        weights = in_layers / self.layers * layers + ends
+        return round(weights * _ITEMSIZE + self.kv_bytes_per_token * tokens / self.layers * layers)
+
+    def sharded_bytes(self, devices: int, tokens: int) -> int | None:
+        """What each of the devices holds in tensor parallel; None where heads do not divide."""
+        if self.shared_by and self.shared_by % devices:
+            return None
+        weights = (self.lookup + self.matrices + self.experts) / devices + self.vectors
+        kv = self.kv_bytes_per_token * tokens / (devices if self.shared_by else 1)
+        return round(weights * _ITEMSIZE + kv)
 
     def quantized_bytes(self, precision: Precision) -> int:
         """What a copy of the matrices in few bits takes beside the model's own weights."""

@@ -7,12 +7,14 @@ import time
 
 import torch
 
-from rapid_llm.bench.shapes import make_config, random_model, size_of
+from rapid_llm.bench.known_models import make_config
+from rapid_llm.bench.shapes import random_model, size_of
 from rapid_llm.bench.speed_model import Device, ModelSize, flops, prefill_flops
+from rapid_llm.device_maps import resolve_device
 from rapid_llm.engine.costs import PassCost, measure
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
-from rapid_llm.models import device_memory, resolve_device
+from rapid_llm.models import device_memory
 
 _COLD = {"cpu": 2**28, "cuda": 2**32}  # bytes of weights: no cache holds them, no launch hides them
 _WIDTH = {"cpu": 2048, "cuda": 2**20}  # from which on matrices are read as fast as they ever will

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from typing import Annotated, Any
 import typer
 
 import rapid_llm
-from rapid_llm.errors import RapidError
+from rapid_llm.cli.ranks import RANK, printing_once, require_shareable
+from rapid_llm.errors import DocumentError, InvalidParameterError, RankError, RapidError
 from rapid_llm.options import RENAMED
+
+_LEAVE = 5  # seconds
 
 app = typer.Typer(
     help="Answers about long documents, drafted from what was retrieved (RAPID).",
@@ -33,6 +37,7 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -40,7 +45,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    require_shareable(context.invoked_subcommand)
 
 
 _RENAMED = {
@@ -67,21 +72,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
     try:
-        with _quiet():
+        with _quiet(), printing_once():
             status = app(arguments or ["--help"], prog_name="rapid-llm", standalone_mode=False)
+    except (InvalidParameterError, DocumentError, RankError) as error:
+        return _fail(2, str(error)) if RANK == 0 else _left(2)  # rank 0 meets it too
     except RapidError as error:
         return _fail(2, str(error))
     except _UsageError as error:
-        return _fail(2, _usage_message(error))
+        return _fail(2, _usage_message(error)) if RANK == 0 else _left(2)
     except OSError as error:  # a full disk, for one
         return _fail(1, str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = 130
-    return status if isinstance(status, int) else 0
+    return _left(status) if isinstance(status, int) else 0
 
 
 def _fail(status: int, message: str) -> int:
-    print("rapid-llm: error:", " ".join(message.split()), file=sys.stderr)
+    who = f"rank {RANK}: " if RANK else ""
+    print(f"rapid-llm: {who}error:", " ".join(message.split()), file=sys.stderr)
+    return _left(status)
+
+
+def _left(status: int) -> int:
+    """The exit status; a rank that fails lets rank 0 print first, which torchrun then ends."""
+    if RANK and status:
+        time.sleep(_LEAVE)
     return status
 
 

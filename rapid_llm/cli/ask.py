@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from rapid_llm.cli.app import app
 from rapid_llm.cli.documents import read_documents
 from rapid_llm.cli.options import with_options
 from rapid_llm.cli.questions import answer_each, read_questions
+from rapid_llm.cli.ranks import read_once
 from rapid_llm.cli.session import converse
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.console import Bars, show, status
@@ -83,8 +85,8 @@ def ask(
     _check_question(documents, question, questions, compare or as_json)
     if schema is not None:
         sampling = _with_schema(sampling, schema)
-    batch = None if questions is None else read_questions(questions)
-    texts = read_documents(documents)
+    batch = None if questions is None else read_once(partial(read_questions, questions))
+    texts = read_once(partial(read_documents, documents))
     shown = sys.stderr.isatty() and not as_json and batch is None
     drafter = f" and {engine.drafter}" if engine.drafter else ""
     with status(f"loading {engine.model}{drafter}", shown):

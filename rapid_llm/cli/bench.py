@@ -57,7 +57,7 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Random weights of this shape (llama-3.1-8b, qwen2.5-7b, …, tiny) in the place of "
+            help="Random weights of this shape (a name that plan knows, or tiny) in the place of "
             "a model, and no text: what the engine does on this device."
         ),
     ] = None,

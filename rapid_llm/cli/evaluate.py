@@ -33,13 +33,15 @@ _Folder = Path | None
 _SWEPT = "; may be repeated, and methods with another than the first are named by it."
 _KEPT = (
     *("model", "drafter", "layers", "context_tokens", "seed", "dtype", "drafter_device"),
+    *("device_map", "drafter_device_map"),
     *("attn_implementation", "drafter_quantization", "kv_cache_bytes"),
     *("judge_url", "judge_model"),
 )
 """The options that answers depend on, but for those that are swept."""
 
 _NOT_RECORDED = ("cuda_graphs", "kv_cache_host_bytes", "kv_cache_dir", "kv_cache_dir_bytes",
-                 "chat_template_kwargs", "hub_options", "drafter_options")  # fmt: skip
+                 "chat_template_kwargs", "hub_options", "drafter_options",
+                 "max_memory")  # fmt: skip
 
 
 @app.command("eval")
@@ -106,6 +108,7 @@ def evaluate(
     for option, value in (
         ("--drafter", engine.drafter),
         ("--drafter-device", engine.drafter_device),
+        ("--drafter-device-map", engine.drafter_device_map),
     ):
         if layers is not None and value is not None:
             raise InvalidParameterError(
@@ -182,9 +185,11 @@ def evaluate(
 def _upward(engine: EngineConfig, layers: int) -> RapidDecoder:
     """The whole model drafts for its first layers."""
     from rapid_llm.decoder import RapidDecoder
+    from rapid_llm.device_maps import placements
     from rapid_llm.models import first_layers, load_model
 
-    loaded = load_model(engine.model, dtype=engine.dtype, device=engine.device)
+    place, _ = placements(engine)
+    loaded = load_model(engine.model, dtype=engine.dtype, **place)
     return RapidDecoder(
         first_layers(loaded.model, layers),
         loaded.tokenizer,

@@ -96,6 +96,20 @@ def _container(declared: Declared) -> Any:
     return get_origin(declared.kinds[0]) if declared.kinds else None
 
 
+def _origins(declared: Declared) -> list[Any]:
+    """The general types that the option takes."""
+    return [get_origin(kind) for kind in declared.kinds]
+
+
+def _json(declared: Declared, given: str) -> Any:
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{given!r} is not JSON ({error})", param_hint=_flag(declared)
+        ) from None
+
+
 def _words(declared: Declared) -> tuple[str, ...]:
     """Words that the option takes, with one for None where another value is the default."""
     none = declared.optional and declared.default is not None
@@ -123,6 +137,8 @@ def _value(declared: Declared, given: Any) -> Any:
         return _pairs(declared, given)
     if given == _NONE and _NONE in _words(declared):
         return None
+    if isinstance(given, str) and given.startswith("{") and Mapping in _origins(declared):
+        return _json(declared, given)
     return given
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,7 +23,7 @@ from rapid_llm.console import number_table, show, status
 from rapid_llm.errors import InvalidParameterError
 
 if TYPE_CHECKING:
-    from rapid_llm.bench.plan import Plan
+    from rapid_llm.bench.plan import Plan, Row
 
 
 @app.command()
@@ -31,7 +32,11 @@ def plan(
         int, typer.Option(min=1, help="Tokens the target reads.", show_default=False)
     ],
     model: Annotated[
-        str, typer.Option(help="Hub id, folder, GGUF file or the packaged model.")
+        str,
+        typer.Option(
+            help="Hub id, folder, GGUF file, the packaged model, or a name such as llama-3.1-70b. "
+            "Llama 3.1 to 3.3, Qwen2.5, Qwen3, Mistral, Gemma 3 and Phi-4 need no hub."
+        ),
     ] = PACKAGED_MODEL,
     drafter: Annotated[
         str | None, typer.Option(help="The same: a smaller or larger model to draft with.")
@@ -64,10 +69,17 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(metavar="GB", help="Its memory.", show_default=False)
     ] = None,
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="What 1 to 8 devices hold of the paper's rows; no --model."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict speed and memory from a model's config alone; no weights are loaded."""
     known = _device(device, bandwidth, tflops, memory)
+    if paper:
+        _paper(context, known, as_json)
+        return
     with status(f"sizing {model}", sys.stderr.isatty() and not as_json):
         from rapid_llm.bench.plan import make_plan
 
@@ -85,11 +97,65 @@ def plan(
     show(heading(made))
     for table in tables(made):
         show(table)
+    show(kept(made))
     for warning in made.warnings:
         show(f"Warning: {warning}.")
     show("Assumed:")
     for assumption in made.assumptions:
         show(f"- {assumption}.")
+
+
+def _paper(context: int, device: Device | None, as_json: bool) -> None:
+    from rapid_llm.bench.plan import paper_plans
+
+    if device is None:
+        raise InvalidParameterError("--paper needs a GPU: give --device, as in --device h100")
+    plans = paper_plans(context, device)
+    if as_json:
+        print(json.dumps({"plans": [plan.as_dict() for plan in plans]}), flush=True)
+        return
+    show(f"{device.name}: {context:,} tokens, {plans[0].retrieval_tokens:,} retrieved")
+    show(spread_table({paper_name(plan): plan.rows[-1 if plan.drafter else 1] for plan in plans}))
+
+
+def paper_name(plan: Plan) -> str:
+    """Target and drafter as the paper's tables have them."""
+    return f"{plan.model.name} ← {plan.drafter.name}" if plan.drafter else f"{plan.model.name} self"
+
+
+def spread_table(rows: Mapping[str, Row]) -> Table:
+    """What the fullest of several devices holds, by both ways to spread models."""
+    counts = [each.devices for each in max((row.spreads for row in rows.values()), key=len)]
+    table = number_table(
+        "GB a device, of",
+        list(map(str, counts)),
+        caption="map: layers in turn, by device_map; TP: tensor parallel, by torchrun",
+    )
+    for name, row in rows.items():
+        found = {each.devices: each for each in row.spreads}
+        mapped = {n: _cell(each.mapped, each.mapped_fits) for n, each in found.items()}
+        sharded = {n: _cell(each.sharded, each.sharded_fits) for n, each in found.items() if n > 1}
+        table.add_row(f"{name}, map", *(mapped.get(n, "–") for n in counts))
+        if sharded:
+            table.add_row(f"{name}, TP", *(sharded.get(n, "" if n == 1 else "–") for n in counts))
+    return table
+
+
+def _cell(nbytes: int | None, fits: bool | None) -> str:
+    if nbytes is None:
+        return "–"
+    return f"{nbytes / 1e9:.1f} {'' if fits is None else 'yes' if fits else 'no'}".rstrip()
+
+
+def kept(made: Plan) -> str:
+    """How many documents each tier keeps, and how soon one is back."""
+    size = made.model.kv_bytes_per_token * made.context
+    parts = [
+        f"{tier.documents:,} in {tier.nbytes / 1e9:,.0f} GB of the {tier.name}"
+        + (f" (back in {tier.seconds:.2f} s)" if tier.seconds else "")
+        for tier in made.tiers
+    ]
+    return f"A document's KV has {size / 1e9:.2f} GB; kept are {', '.join(parts)}."
 
 
 def _device(
@@ -120,7 +186,7 @@ def heading(made: Plan) -> str:
     )
 
 
-def tables(made: Plan) -> tuple[Table, Table, Table]:
+def tables(made: Plan) -> tuple[Table, ...]:
     """A line a drafter: what it gains, also at other acceptance rates, and the memory it takes."""
     memory = "unknown" if made.device.memory is None else f"{made.device.memory / 1e9:.0f} GB"
     columns = "c", "γ", "tokens\na round", "ms\na token", "speedup", "prefill\ns"
@@ -140,7 +206,8 @@ def tables(made: Plan) -> tuple[Table, Table, Table]:
         parts = row.weight_bytes, row.kv_bytes, row.weight_bytes + row.kv_bytes
         fits = {True: "yes", False: "no", None: "?"}[row.fits]
         needed.add_row(name, *(f"{part / 1e9:.2f}" for part in parts), fits)
-    return speed, others, needed
+    spread = spread_table({row.drafter or "none (plain)": row for row in made.rows})
+    return speed, others, needed, spread
 
 
 def _count(parameters: float) -> str:

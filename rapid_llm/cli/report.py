@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -21,6 +22,7 @@ from rapid_llm.evaluation.methods import METHODS
 REPEATED = (
     "model", "drafter", "layers", "data", "context_tokens", "gamma", "mode", "retrieval_tokens",
     "chunk_tokens", "retriever", "embedder", "seed", "dtype", "device", "drafter_device",
+    "device_map", "drafter_device_map",
     "attn_implementation", "drafter_quantization", "kv_cache_bytes", "judge_url", "judge_model",
 )  # fmt: skip
 """The settings that are options of ``rapid-llm eval``: a run goes on with the same ones only."""
@@ -112,7 +114,8 @@ def _missing(
     most = max(row["items"] for row in rows)
     own = {name: settings.get(name) for name in REPEATED} | {"limit": most, "out": folder}
     repeated = " ".join(
-        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        f"--{name.replace('_', '-')} "
+        + shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))
         for name, value in own.items()
         if value is not None
     )

@@ -7,6 +7,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from rapid_llm.cli.answers import Job, note_unread, printed, unread
+from rapid_llm.cli.ranks import read_once
 from rapid_llm.console import Bars, show
 from rapid_llm.errors import ContextWindowError, MissingDependencyError, ModelError, RapidError
 from rapid_llm.stats import Method
@@ -42,7 +43,7 @@ def converse(pipeline: RapidPipeline, documents: Sequence[str], method: Method, 
         stderr=True,
     )
     conversation = pipeline.chat(method)
-    while question := _typed():
+    while question := read_once(_typed):
         answer = _answered(conversation, question, bars)
         if answer is not None and not unread(answer.stats):
             show(Job(pipeline, question, documents, bars).summary(method, answer), stderr=True)

@@ -69,13 +69,20 @@ def pass_cost(session: Session) -> PassCost:
         session: session with room for :data:`ROOM` more tokens; it does not change.
     """
     path = cache_folder() / "pass-costs" / f"{_key(session)}.json"
+    ranks = session.runner.ranks
     with _guard:
         known = _known.get(path)
+    known = known or _found(path)
+    if ranks is not None:  # all measure, or none does
+        known = ranks.from_first(known)
     if known is None:
-        found = _from_file(path, session)
-        with _guard:
-            known = _known.setdefault(path, found)
-    return known
+        known = measure(session)
+        if ranks is None or ranks.rank == 0:
+            known = _kept(path, known)
+        if ranks is not None:
+            known = ranks.from_first(known)
+    with _guard:
+        return _known.setdefault(path, known)
 
 
 def measure(session: Session) -> PassCost:
@@ -131,17 +138,23 @@ def _architecture(model: PreTrainedModel) -> str:
     return "\n".join([*lines, str(windows), str(heads)])
 
 
-def _from_file(path: Path, session: Session) -> PassCost:
-    """The cost in a file; if there is none, measure and write it, unless another process does."""
-    measured = None
+def _found(path: Path) -> PassCost | None:
+    """The cost in a file; None if there is none, or it cannot be read."""
     try:
-        if not path.exists():
-            measured = measure(session)
-            _write_if_absent(path, measured)
+        return _read(path) if path.exists() else None
+    except (OSError, ValueError) as error:
+        _warn_once(path.parent, f"{type(error).__name__}: {error}")
+        return None
+
+
+def _kept(path: Path, measured: PassCost) -> PassCost:
+    """Write a cost to a file, unless another process was first; returns what is in the file."""
+    try:
+        _write_if_absent(path, measured)
         return _read(path)
     except (OSError, ValueError) as error:
         _warn_once(path.parent, f"{type(error).__name__}: {error}")
-        return measured or measure(session)
+        return measured
 
 
 def _write_if_absent(path: Path, cost: PassCost) -> None:

@@ -24,6 +24,7 @@ from rapid_llm.engine.device import (
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
 from rapid_llm.engine.model_state import ModelState
+from rapid_llm.engine.placement import input_device
 from rapid_llm.engine.supported import (
     require_layers_in_order,
     require_supported,
@@ -32,6 +33,7 @@ from rapid_llm.engine.supported import (
 from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import InvalidParameterError, OutdatedKVError
 from rapid_llm.forked import ProcessLock, in_child
+from rapid_llm.tensor_parallel import head_divisor, is_sharded, ranks_of
 
 register("cpu", CPU())
 register("cuda", CUDA())
@@ -65,6 +67,10 @@ class ModelRunner:
             possible (lean models on Ampere or newer, with Triton); False: never; True: where it is
             not possible, or a capture fails, an error is raised instead of running more slowly.
 
+    Attributes:
+        ranks: processes that run each pass together, because the model, or the one that it drafts
+            for or is drafted for by, is sharded over them; None for a model of this process alone.
+
     Raises:
         ModelError: the architecture, an adapter or the attention implementation is not supported.
             Calls raise it too, because adapters may be added later.
@@ -86,6 +92,7 @@ class ModelRunner:
         self.attn_implementation = attn_implementation
         self.config = model.config.get_text_config()
         self.cuda_graphs = cuda_graphs
+        self.ranks = ranks_of(name, model)
         self._lock = _lock_of(model)
         with self._lock:
             self.state = ModelState(model)
@@ -134,7 +141,7 @@ class ModelRunner:
     @property
     def device(self) -> torch.device:
         """Device of the input embeddings (a model may be spread over several devices)."""
-        return self.model.get_input_embeddings().weight.device
+        return input_device(self.model)
 
     def tensor(self, tokens: Sequence[int]) -> Tensor:
         """Token ids as int64 ``[n]`` on :attr:`device`; the host does not wait for the copy."""
@@ -220,6 +227,12 @@ class ModelRunner:
         """Wait until all work on the device is done."""
         device_of(self.device).synchronize(self.device)
 
+    @property
+    def kv_shares(self) -> int:
+        """Number of processes among which the KV heads are divided."""
+        shared = self.ranks is not None and is_sharded(self.model) and head_divisor(self.config)
+        return self.ranks.size if self.ranks is not None and shared else 1
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for ``capacity`` tokens; memory is allocated by the first pass."""
         return KVCache(self.config.num_hidden_layers, capacity)
@@ -253,8 +266,15 @@ class ModelRunner:
                 with self._pass_context(cache, length):
                     at = self._positions(ids, cache, length)
                     run = next(p for p in self._passes if p.serves(ids, cache, keep_logits))
-                    logits = run(ids, at, cache, keep_logits)
-            return logits.float()
+                    if self.ranks is None:
+                        logits = run(ids, at, cache, keep_logits)
+                    else:
+                        details = ids.shape[0], cache.length, keep_logits
+                        with self.ranks.running(self.model, self.device, *details):
+                            own = run(ids, at, cache, keep_logits)
+                            logits = self.ranks.first_logits(own.to(self.device, torch.float32))
+                            self.synchronize()  # time limits count from the launch
+            return logits.to(self.device, torch.float32)
 
     def replay(
         self,
@@ -280,7 +300,7 @@ class ModelRunner:
             ModelError: an unsupported adapter was added.
         """
         with self._lock:
-            if self._replayed is None:
+            if self._replayed is None or self.ranks is not None:  # drafts differ where logits do
                 return None
             start, drawn = cache.length, None if generator is None else generator.get_state()
             if cache.origin == KVOrigin(self.state.number, 0):

@@ -21,7 +21,8 @@ class ModelState:
     ``Tensor._version`` counts it; attributes of modules and configs, such as the active adapter;
     hooks; methods replaced on an instance or a class. It does not detect edits through ``.data`` or
     NumPy, or inside a tensor subclass; :meth:`take_samples` detects those that change one of 256
-    sampled values of a parameter, as edits of a whole parameter do.
+    sampled values of a parameter, as edits of a whole parameter do. Weights that accelerate has
+    offloaded are not tracked.
 
     Args:
         model: the model, which is put into evaluation mode, again after each change.

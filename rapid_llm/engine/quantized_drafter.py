@@ -59,6 +59,7 @@ class QuantizedDrafter:
                 drafter.attn_implementation,
                 drafter.cuda_graphs,
             )
+            self._copy.ranks = drafter.ranks
         return self._copy
 
     @property

@@ -25,5 +25,6 @@ def rounding(runner: ModelRunner) -> str:
             f"{torch.get_float32_matmul_precision()} precision",
             f"attention {runner.attn_implementation}",
             " ".join(type(each).__name__ for each in runner.passes),
+            "one process" if runner.ranks is None else f"{runner.ranks.size} processes",
         ]
     )

@@ -78,8 +78,12 @@ class Snapshot:
         self._filled = [container for container in self._containers if container]
         self._filled_dicts = [each for each in self._filled if isinstance(each, dict)]
 
-        self.parameters = [t for m in self.modules for t in m._parameters.values() if t is not None]
-        self.others = [t for m in self.modules for t in m._buffers.values() if t is not None]
+        held = [t for m in self.modules for t in m._parameters.values() if t is not None]
+        held_too = [t for m in self.modules for t in m._buffers.values() if t is not None]
+        # accelerate makes new placeholders of offloaded weights in each pass.
+        self.parameters = [t for t in held if not t.is_meta]
+        self.others = [t for t in held_too if not t.is_meta]
+        self._complete = len(held) + len(held_too) == len(self.parameters) + len(self.others)
         self.others += [value for value in self._own_values() if isinstance(value, Tensor)]
         self.tensors = [*self.parameters, *self.others]
         self.places = list(map(_place, self.tensors))
@@ -210,7 +214,7 @@ class Snapshot:
 
     @cached_property
     def portable(self) -> bool:
-        return self.traceable and all(map(is_plain_tensor, self.tensors))
+        return self.traceable and self._complete and all(map(is_plain_tensor, self.tensors))
 
     def _own_values(self, configs: bool = True) -> Iterator[Any]:
         """Values of attributes that not every module has."""

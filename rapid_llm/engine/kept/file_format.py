@@ -21,6 +21,7 @@ from rapid_llm.engine.kept.chain import TokenIds
 from rapid_llm.engine.kept.fingerprint import bytes_of
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin, kv_shape
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.placement import layer_devices
 
 FORMAT = "rapid-llm-kv/2"
 
@@ -74,7 +75,7 @@ def read(
     """
     layers, heads, dim = kv_shape(runner.config)
     cache, dtype = runner.new_cache(capacity), runner.model.dtype
-    devices = [next(layer.parameters()).device for layer in runner.model.get_decoder().layers]
+    devices = layer_devices(runner.model)
     with safe_open(path, "pt") as file:
         if len(file.keys()) != 1 + 2 * layers:
             raise ValueError(f"it has {len(file.keys())} tensors, not {1 + 2 * layers}")

@@ -55,6 +55,14 @@ class Lease:
         token must be read for its logits."""
         return sum(self.origins.values())
 
+    def shortened(self, tokens: int) -> Lease:
+        """The lease with at most its first ``tokens`` reused; the cache is rolled back to them."""
+        self.cache.rollback(tokens)
+        origins: dict[Tier, int] = {}
+        for tier, count in self.origins.items():
+            origins[tier] = min(count, tokens - sum(origins.values()))
+        return Lease(self.cache, origins)
+
 
 @dataclass(eq=False)
 class _Reading:
@@ -362,4 +370,4 @@ def _chain(runner: ModelRunner, tokens: TokenIds) -> PassChain:
 
 
 def _planned(runner: ModelRunner, capacity: int) -> int:
-    return kv_nbytes(runner.config, runner.model.dtype, capacity)
+    return kv_nbytes(runner.config, runner.model.dtype, capacity) // runner.kv_shares

@@ -1,0 +1,379 @@
+"""Tensor parallelism: models sharded over the processes (ranks) that ``torchrun`` has started.
+
+transformers shards the weights (``DistributedConfig(tp_size=N)``), and each rank's KV cache holds
+its own KV heads. Every rank makes the same calls and decodes the same tokens. Three rules see to
+it, and to an end without a hang:
+
+- Before each pass all ranks agree that they are about to run the same one. A rank that has ended
+  its call, by its last token, a closed stream or an error, has told so; the others raise RankError.
+- Logits, and choices that rest on measured times or on memory, are those of rank 0.
+- A rank that dies is noticed at once, one that does not join a pass after
+  :data:`PASS_SECONDS`.
+
+The agreement is a star around rank 0 over gloo, apart from the collectives of the passes: a rank
+that waits for another in a chain could not tell which one has failed.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cache
+from math import gcd
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from rapid_llm.errors import InvalidParameterError, ModelError, RankError
+
+PASS_SECONDS = 25
+"""Seconds within which all ranks must join a pass, and each of its collectives."""
+
+_CALL_SECONDS = 600  # within which they must begin a call; each may first do work of its own
+_GROUP_SECONDS = 86_400  # of waiting for what rank 0 reads, such as a typed question
+
+_PASS, _DONE, _CLOSED, _FAILED, _OUT_OF_STEP = range(5)
+_REASONS = {
+    _DONE: "has ended its call sooner",
+    _CLOSED: "has closed its stream",
+    _FAILED: "has failed",
+    _OUT_OF_STEP: "is at another pass or call",
+}
+
+_T = TypeVar("_T")
+
+
+def processes() -> int:
+    """Number of processes that ``torchrun`` has started together, 1 without it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, which alone reads standard input and prints."""
+    return processes() == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether a model's weights are divided among processes."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def _divided(config: Any) -> dict[str, int]:
+    """What the ranks of a model divide evenly; empty where each has all heads."""
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    parts: dict[str, int] = {}
+    if plan.get("layers.*.self_attn.k_proj") == "colwise":
+        parts["KV heads"] = config.num_key_value_heads
+        parts["query heads"] = config.num_attention_heads
+    if "packed_colwise" in plan.values():
+        experts = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        parts["rows of an expert"] = experts
+    return parts
+
+
+def head_divisor(config: PretrainedConfig) -> int:
+    """Greatest number of ranks among which the model's heads can be divided.
+
+    Divisors of it are allowed too. 0 where each rank has all heads and all KV, in any number.
+
+    Args:
+        config: the model's text config.
+    """
+    return gcd(*_divided(config).values())
+
+
+def require_divisible(name: str, config: PretrainedConfig, size: int) -> None:
+    """Refuse a model that so many processes cannot share.
+
+    Raises:
+        ModelError: it has no plan, or its heads or experts cannot be divided evenly.
+    """
+    text: Any = config.get_text_config()
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ModelError(
+            f"{name}: transformers has no tensor-parallel plan for {text.model_type!r}; start one "
+            "process, and spread the model with device_map"
+        )
+    parts = _divided(text)
+    if all(count % size == 0 for count in parts.values()):
+        return
+    common = head_divisor(text)
+    sizes = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    what = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count % size)
+    raise ModelError(
+        f"{name} has {what}, which {size} processes cannot share evenly; sizes that do: {sizes} "
+        "(torchrun --nproc-per-node)"
+    )
+
+
+class Ranks:
+    """All processes of a sharded model, and their agreement on each pass.
+
+    One per process, see :func:`ranks`. Every rank makes the same calls in the same order, one at a
+    time.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+    """
+
+    def __init__(self) -> None:
+        _start()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._control = dist.new_group(
+            backend="gloo", timeout=timedelta(seconds=_GROUP_SECONDS), group_desc="rapid-llm"
+        )
+        self._sent: list[tuple[Any, Tensor]] = []  # kept until they were read
+        self._call, self._step, self._key, self._open = 0, 0, 0, False
+        self._broken = ""
+
+    @contextmanager
+    def call(self, *arguments: Any) -> Iterator[None]:
+        """A call that all ranks make.
+
+        Args:
+            arguments: what all ranks must have been given alike; values with a stable ``repr``.
+
+        Raises:
+            RankError: another rank makes another call, or an earlier pass has failed.
+            InvalidParameterError: another call has not ended yet.
+        """
+        if self._open:
+            raise InvalidParameterError(
+                "a sharded model answers one call at a time: end or close the first stream"
+            )
+        self._require_whole()
+        self._call, self._step, self._open = self._call + 1, 0, True
+        self._key = zlib.crc32(repr(arguments).encode())
+        ended = _FAILED
+        try:
+            yield
+            ended = _DONE
+        except GeneratorExit:
+            ended = _CLOSED
+            raise
+        finally:
+            self._open = False
+            self._tell_others(ended)
+
+    def agree(self, *details: int, least: int = 0) -> int:
+        """Wait until all ranks are at this point of the call.
+
+        Args:
+            details: at most three numbers that must be the same on all ranks.
+            least: a number of which the smallest of all ranks is returned.
+
+        Raises:
+            RankError: another rank has ended its call, is elsewhere, or does not come.
+        """
+        self._require_whole()
+        first, self._step = self._step == 0, self._step + 1
+        own = [_PASS, self._call, self._step, self._key, *(*details, 0, 0, 0)[:3], least]
+        limit = _CALL_SECONDS if first else PASS_SECONDS
+        if self.rank == 0:
+            for other in range(1, self.size):
+                theirs = self._receive(other, limit)
+                if theirs[0] != _PASS or theirs[1:-1] != own[1:-1]:
+                    code = theirs[0] or _OUT_OF_STEP
+                    self._tell_others(code, of=other)
+                    if code == _OUT_OF_STEP:
+                        self._send(other, [code, *own[1:]])
+                    raise self._stopped(other, code)
+                least = min(least, theirs[-1])
+            if not first:  # they have read all that was sent before
+                self._sent.clear()
+            for other in range(1, self.size):
+                self._send(other, [*own[:-1], least])
+            return least
+        self._send(0, own)
+        # Rank 0 may be waiting for yet another rank.
+        code, *_, of, least = self._receive(0, limit + 2)
+        if code != _PASS:
+            raise self._stopped(of, code)
+        self._sent.clear()
+        return least
+
+    def from_first(self, value: _T) -> _T:
+        """Rank 0's value of something that may differ between ranks."""
+        self.agree()
+        return self._broadcast(value)
+
+    def shared(self, read: Callable[[], _T]) -> _T:
+        """What rank 0 alone reads, or the error that it meets; others wait as long as it takes."""
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = read(), None
+            except Exception as error:
+                outcome = None, error
+        value, failed = self._broadcast(outcome)
+        if failed is not None:
+            raise failed
+        return value
+
+    @contextmanager
+    def running(
+        self, model: Any, place: torch.device, tokens: int, length: int, keep: int
+    ) -> Iterator[None]:
+        """A pass that all ranks run, after they have agreed on it.
+
+        Where it fails on one rank, the others wait in a collective of the pass until its time is
+        over, and no later one would find its partner: the ranks have to be started anew.
+
+        Args:
+            model: the model.
+            place: its device.
+            tokens, length, keep: new tokens, tokens in the cache, and rows of logits.
+
+        Raises:
+            RankError: the ranks do not agree, or another rank has failed during the pass.
+        """
+        self.agree(tokens, length, keep)
+        try:
+            with _limited(model, place):
+                yield
+        except BaseException as error:
+            reason = str(error).strip().splitlines() or [repr(error)]
+            self._broken = f"a pass has failed on rank {self.rank} ({reason[0][:200]})"
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                raise self._no_more() from error  # of a collective, most likely
+            raise
+
+    def first_logits(self, logits: Tensor) -> Tensor:
+        """Rank 0's logits: other hardware, or another kernel, may round otherwise."""
+        logits = logits.contiguous()
+        dist.broadcast(logits, 0)
+        return logits
+
+    def _broadcast(self, value: _T) -> _T:
+        box = [value]
+        with self._guarded(0):
+            dist.broadcast_object_list(box, 0, group=self._control)
+        return box[0]
+
+    def _tell_others(self, code: int, of: int | None = None) -> None:
+        """Tell that this call has ended here; a rank waits for it only if it still runs it."""
+        if self._broken:
+            return
+        message = [code, self._call, self._step, self._key, 0, 0, 0, 0]
+        message[6] = self.rank if of is None else of
+        for other in range(1, self.size) if self.rank == 0 else (0,):
+            if other != of:
+                self._send(other, message)
+
+    def _send(self, to: int, message: list[int]) -> None:
+        tensor = torch.tensor(message, device="cpu")
+        with self._guarded(to):
+            self._sent.append((dist.isend(tensor, to, group=self._control), tensor))
+
+    def _receive(self, source: int, seconds: int) -> list[int]:
+        """The next message on the current call."""
+        while True:
+            tensor = torch.zeros(8, dtype=torch.long, device="cpu")
+            with self._guarded(source, seconds):
+                work = dist.irecv(tensor, source, group=self._control)
+                assert work is not None
+                work.wait(timedelta(seconds=seconds))
+            message: list[int] = tensor.tolist()
+            if message[1] >= self._call:  # earlier calls have ended here too
+                return message
+
+    @contextmanager
+    def _guarded(self, who: int, seconds: int | None = None) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            late = seconds is not None and "timed out" in str(error).lower()
+            what = f"did not come within {seconds} s" if late else "has ended"
+            if self.rank == 0 and not self._broken:
+                with suppress(RuntimeError, ValueError):  # those that are still there
+                    self._tell_others(_FAILED, of=who)
+            self._broken = f"rank {who} {what}"
+            raise self._no_more() from error
+
+    def _stopped(self, rank: int, code: int) -> RankError:
+        return RankError(
+            f"rank {rank} {_REASONS[code]}, and rank {self.rank} ended its own call: all ranks "
+            "must make the same calls, in the same order, and end them alike"
+        )
+
+    def _no_more(self) -> RankError:
+        return RankError(f"{self._broken}: start all ranks anew")
+
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise self._no_more()
+
+
+@cache
+def ranks() -> Ranks:
+    """The processes that ``torchrun`` has started; joins them at the first call, by all of them."""
+    return Ranks()
+
+
+def ranks_of(name: str, model: Any) -> Ranks | None:
+    """The processes over which a loaded model is sharded; None for a model of this process alone.
+
+    Args:
+        name: name of the model in errors.
+        model: the model.
+
+    Raises:
+        ModelError: they cannot share its heads evenly, or are not all that were started.
+    """
+    if not is_sharded(model):
+        return None
+    require_divisible(name, model.config, model._tp_size)
+    found = ranks()
+    if found.size != model._tp_size:
+        raise ModelError(
+            f"{name} is sharded over {model._tp_size} of {found.size} processes; shard it over all "
+            "of them (tp_size), or start fewer"
+        )
+    return found
+
+
+def shared(read: Callable[[], _T]) -> _T:
+    """What rank 0 alone reads; without ``torchrun``, what ``read`` returns."""
+    return read() if processes() == 1 else ranks().shared(read)
+
+
+def _start() -> None:
+    """Join the process group, as transformers would."""
+    if dist.is_initialized():
+        return
+    place = torch.accelerator.current_accelerator() or torch.device("cpu")
+    own = None
+    if place.type == "cuda":
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own)
+    # Ranks may read their weights for long before they meet.
+    dist.init_process_group(
+        "gloo" if own is None else "nccl", timeout=timedelta(hours=2), device_id=own
+    )
+
+
+@contextmanager
+def _limited(model: Any, place: torch.device) -> Iterator[None]:
+    """Time limit of the collectives of a pass; those of the caller keep theirs."""
+    groups: list[Any] = [dist.group.WORLD]
+    if is_sharded(model):
+        mesh = model._device_mesh
+        groups.append(mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp"))
+    backends = [group._get_backend(place) for group in groups]
+    before = [backend.options._timeout for backend in backends]
+    for backend in backends:
+        backend._set_default_timeout(timedelta(seconds=PASS_SECONDS))
+    try:
+        yield
+    finally:
+        for backend, timeout in zip(backends, before, strict=True):
+            backend._set_default_timeout(timeout)
