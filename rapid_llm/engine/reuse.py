@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from rapid_llm.engine.chunks import common_end, pass_ends
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin, kv_nbytes
 from rapid_llm.engine.kv_files import KVFiles, TokenIds, common_prefix
+from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.rounding import rounding
 from rapid_llm.errors import InvalidParameterError
@@ -201,7 +203,8 @@ class PrefixCache:
         Raises:
             torch.OutOfMemoryError: no memory for a copy, even after all idle KV was freed.
         """
-        entry = self._acquire(runner, _token_ids(prompt), capacity)
+        find = partial(self._find, runner, _token_ids(prompt), capacity)
+        entry = with_memory(find, self.clear)
         reused = entry.cache.length
         try:
             yield Lease(entry.cache, reused)
@@ -210,13 +213,6 @@ class PrefixCache:
                 self._save(entry, reused)
             finally:
                 self._release(entry)
-
-    def _acquire(self, runner: ModelRunner, prompt: TokenIds, capacity: int) -> _Entry:
-        try:
-            return self._find(runner, prompt, capacity)
-        except torch.OutOfMemoryError:
-            self.clear()
-            return self._find(runner, prompt, capacity)
 
     def _find(self, runner: ModelRunner, prompt: TokenIds, capacity: int) -> _Entry:
         cache = self._from_file(runner, prompt, capacity)
