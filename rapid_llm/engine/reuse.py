@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from rapid_llm.engine.chunks import common_end, pass_ends
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin, kv_nbytes
