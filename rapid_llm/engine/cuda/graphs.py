@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from rapid_llm.engine.cuda.streams import streams_of
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.forked import ProcessLock
 
@@ -24,12 +24,6 @@ _log = logging.getLogger(__name__)
 
 _capturing = ProcessLock()
 """Held during a capture: all models capture on one stream, which records whatever is launched."""
-
-
-@cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """The stream for all captures; only one, as cuBLAS keeps 32 MiB for each stream."""
-    return torch.cuda.Stream(device)
 
 
 class GraphCapture:
@@ -60,7 +54,7 @@ class GraphCapture:
         if generator is not None:
             graph.register_generator_state(generator)
         with torch.cuda.device(self._device):
-            here, aside = torch.cuda.current_stream(), _aside(self._device)
+            here, aside = torch.cuda.current_stream(), streams_of(self._device).captures
             aside.wait_stream(here)
             try:
                 with torch.cuda.stream(aside):
