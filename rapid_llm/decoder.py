@@ -44,6 +44,7 @@ from rapid_llm.generation import (
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
 from rapid_llm.options import RENAMED, given, options_of, sorted_into
 from rapid_llm.request import ModelPair, Request
+from rapid_llm.speculation.constraints import Constraints
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
 from rapid_llm.speculation.drafters.lookup import CERTAIN, PromptLookupDrafter
@@ -166,7 +167,12 @@ class RapidDecoder:
             kv_cache_bytes, None if kv_cache_dir is None else Path(kv_cache_dir)
         )
         self._pair = ModelPair(
-            self.target, self.drafter, self.tokenizer, unshared, end_of_turn(tokenizer)
+            self.target,
+            self.drafter,
+            self.tokenizer,
+            unshared,
+            end_of_turn(tokenizer),
+            Constraints(self.tokenizer),
         )
 
     @classmethod
@@ -479,7 +485,13 @@ class RapidDecoder:
 
             target, kept = lease(request.runner, request.prompt)
             runner = request.runner
-            sampler = Sampler(request.sampling, request.prompt, runner.device, runner.model)
+            sampler = Sampler(
+                request.sampling,
+                request.prompt,
+                runner.device,
+                runner.model,
+                constraint=request.constraint,
+            )
             yield Generation(
                 target=target,
                 prompt=request.prompt,
@@ -507,7 +519,14 @@ class RapidDecoder:
         if request.method not in DRAFTED:
             return []
         if config.drafting == "rest":
-            return [PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device)]
+            return [
+                PromptLookupDrafter(
+                    request.prompt,
+                    runner.vocab_size,
+                    runner.device,
+                    constraint=request.constraint,
+                )
+            ]
         if config.drafting in compressed.DRAFTERS:
             own = self.draft_runner if self.drafter is self.target else runner
             drafter = compressed.DRAFTERS[config.drafting]
@@ -515,7 +534,9 @@ class RapidDecoder:
         session, _ = lease(self.draft_runner, request.draft_prompt)
         if self.drafter.device != runner.device:
             device, model = self.drafter.device, runner.model
-            sampler = Sampler(request.sampling, request.prompt, device, model, stream=1)
+            sampler = Sampler(
+                request.sampling, request.prompt, device, model, 1, request.constraint
+            )
         rag = RagDrafter(
             session,
             request.draft_prompt,
@@ -528,7 +549,9 @@ class RapidDecoder:
         if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
             return [rag]
         # Without knowledge transfer the output does not depend on the drafter: lookup may compete.
-        lookup = PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device, CERTAIN)
+        lookup = PromptLookupDrafter(
+            request.prompt, runner.vocab_size, runner.device, CERTAIN, request.constraint
+        )
         return [lookup, rag]
 
     def _run(self, request: Request, started: float, progress: Progress | None) -> Iterator[Delta]:

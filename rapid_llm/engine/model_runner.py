@@ -20,6 +20,7 @@ from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.device import (
     Judge,
+    NextMask,
     Pass,
     ReplayedPass,
     TokenSampler,
@@ -425,6 +426,7 @@ class ModelRunner:
         cache: KVCache,
         choice: TokenSampler,
         generator: torch.Generator,
+        masks: NextMask | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Draft several tokens on the device without the host.
 
@@ -433,7 +435,7 @@ class ModelRunner:
         """
 
         def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
-            return replayed.loop(choice)(pending, steps, cache, generator)
+            return replayed.loop(choice)(pending, steps, cache, generator, masks)
 
         return self._replay(pending.shape[0] + steps - 1, cache, generator, launch)
 
@@ -445,6 +447,7 @@ class ModelRunner:
         cache: KVCache,
         judge: Judge,
         generator: torch.Generator,
+        mask: Tensor | None = None,
     ) -> Tensor | None:
         """Run the model over a draft and verify it on the device, in one launch.
 
@@ -456,7 +459,7 @@ class ModelRunner:
         def launch(replayed: ReplayedPass) -> Tensor | None:
             if not replayed.serves(tokens, cache, n):
                 return None
-            return replayed.verification(judge)(tokens, q, eta, cache, generator)
+            return replayed.verification(judge)(tokens, q, eta, cache, generator, mask)
 
         return self._replay(n, cache, generator, launch)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine.chunks import pass_ends
-from rapid_llm.engine.device import Judge, TokenSampler
+from rapid_llm.engine.device import Judge, NextMask, TokenSampler
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import OutdatedKVError
@@ -125,7 +125,12 @@ class Session:
             self.runner(held[start:end], self.cache, 1)
 
     def draft(
-        self, pending: Tensor, steps: int, choice: TokenSampler, generator: torch.Generator
+        self,
+        pending: Tensor,
+        steps: int,
+        choice: TokenSampler,
+        generator: torch.Generator,
+        masks: NextMask | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Read pending tokens and draft after them on the device, without the host.
 
@@ -134,6 +139,7 @@ class Session:
             steps: maximum number of tokens to draft.
             choice: sampler of the draft steps.
             generator: random generator.
+            masks: masks of the drafted tokens, for which the host takes part; None without.
 
         Returns:
             Drafted tokens, int64 ``[at most steps]``, and the q that each was drawn from,
@@ -144,7 +150,7 @@ class Session:
         if start == 0 or room < len(pending) + steps - 1:
             return None
         try:
-            drafted = self.runner.draft(pending, steps, self.cache, choice, generator)
+            drafted = self.runner.draft(pending, steps, self.cache, choice, generator, masks)
         except OutdatedKVError:
             return None  # the next pass computes the KV again
         if drafted is None:
@@ -161,6 +167,7 @@ class Session:
         eta: Tensor | None,
         judge: Judge,
         generator: torch.Generator,
+        mask: Tensor | None = None,
     ) -> Tensor | None:
         """Read a draft and verify it on the device, without the host.
 
@@ -168,6 +175,7 @@ class Session:
             tokens: int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
             q, eta, generator: see :class:`rapid_llm.engine.device.Judge`.
             judge: verification to run.
+            mask: mask of the judge, on the host.
 
         Returns:
             The judge's verdict; None, with nothing read, where this is not possible.
@@ -177,7 +185,7 @@ class Session:
             return None
         self.cache.expected = self.length + n
         try:
-            verdict = self.runner.verify(tokens, q, eta, self.cache, judge, generator)
+            verdict = self.runner.verify(tokens, q, eta, self.cache, judge, generator, mask)
         except OutdatedKVError:
             return None  # the next pass computes the KV again
         if verdict is not None and self._has_tokens:
