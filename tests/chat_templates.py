@@ -29,7 +29,7 @@ TEMPLATES = {
     "smollm3": _HERMES_SYSTEM.replace("tools %}", "xml_tools %}")
     + "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
     "{{ m.content }}<|im_end|>\n{% endfor %}" + _ANSWER,
-    "llama": "{{ bos_token }}{% if tools is defined %}Respond in the format "
+    "llama": "{{ bos_token }}{% if tools %}Respond in the format "
     '{"name": function name, "parameters": dictionary of argument name and its value}.\n'
     "{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}{% for m in messages %}"
     "{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}"
