@@ -6,10 +6,7 @@ What is skipped, and why:
 - ``test_serdes``: not declared serialisable, because LangChain's ``load`` admits only the classes
   of a list in langchain-core.
 - ``test_stream_time``: it replays recorded HTTP traffic, and there is none.
-- tool calls (``test_tool_calling``, ``test_agent_loop``, tool messages, …) and structured output:
-  neither ``bind_tools`` nor ``with_structured_output`` is offered. Speculation on constrained
-  output would need the constraint in the acceptance rule.
-- images, PDFs and audio, JSON mode, Anthropic's formats: not offered; the models read text.
+- images, PDFs and audio, Anthropic's formats: not offered; the models read text.
 """
 
 from __future__ import annotations
@@ -44,6 +41,10 @@ class TestUnit(ChatModelUnitTests):
     def chat_model_params(self) -> dict[str, Any]:
         return SMOLLM2
 
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
 
 @pytest.mark.usefixtures("smollm2")
 class TestIntegration(ChatModelIntegrationTests):
@@ -53,7 +54,11 @@ class TestIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return SMOLLM2 | {"max_tokens": 12}
+        return SMOLLM2 | {"max_tokens": 100, "temperature": 0}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
 
     @property
     def model_override_value(self) -> str:
