@@ -27,7 +27,7 @@ def tool(name: Any = "add", parameters: Any = OBJECT, **more: Any) -> dict[str, 
         ({"tools": [{"function": {}}]}, r"tools\[0\] has the name None: give it a name"),
         ({"tools": [tool("")]}, r"tools\[0\] has the name ''"),
         ({"tools": [tool("a b")]}, r"has the name 'a b'"),
-        ({"tools": [tool(), tool()]}, r"two tools have the name 'add'"),
+        ({"tools": [tool(), tool(parameters={})]}, r"two tools have the name 'add'"),
         ({"tools": [tool(description=3)]}, r"description of the tool 'add' is of type int"),
         ({"tools": [tool(parameters="none")]}, r"parameters of the tool 'add' is of type str"),
         ({"tools": [tool(parameters={"type": "array"})]}, r"are of the type 'array'"),
@@ -115,3 +115,9 @@ def test_tools_that_may_not_be_called_are_still_shown() -> None:
 )
 def test_a_response_format_is_a_schema(given: Any, schema: Any) -> None:
     assert ChatOptions(response_format=given).schema == schema
+
+
+def test_a_tool_that_is_given_twice_is_one() -> None:
+    titled = {**OBJECT, "title": "Add", "properties": {"a": {"type": "integer", "title": "A"}}}
+    (only,) = ChatOptions([tool(), tool(parameters=titled)]).checked_tools
+    assert only.parameters == OBJECT

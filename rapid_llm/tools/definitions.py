@@ -139,12 +139,20 @@ def _checked_tools(tools: Any) -> tuple[Tool, ...]:
     checked: dict[str, Tool] = {}
     for position, given in enumerate(tools):
         tool = _checked_tool(given, position)
-        if tool.name in checked:
+        first = checked.setdefault(tool.name, tool)
+        if _untitled(first.parameters) != _untitled(tool.parameters):
             raise InvalidParameterError(
                 f"two tools have the name {tool.name!r}: give each tool a name of its own"
             )
-        checked[tool.name] = tool
     return tuple(checked.values())
+
+
+def _untitled(schema: Any) -> Any:
+    """A schema without titles, in which the same tool differs by how it was written down."""
+    if isinstance(schema, Mapping):
+        titled = isinstance(schema.get("title"), str)
+        return {k: _untitled(v) for k, v in schema.items() if not (titled and k == "title")}
+    return [_untitled(each) for each in schema] if isinstance(schema, list | tuple) else schema
 
 
 def _checked_tool(given: Any, position: int) -> Tool:
