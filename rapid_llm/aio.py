@@ -1,4 +1,4 @@
-"""Blocking work for asyncio, in threads of its own, and cancelled within one step."""
+"""Run blocking work for asyncio in a thread, and cancel it between two steps."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,33 +22,24 @@ from rapid_llm.chat import checked_variables, end_of_turn
 from rapid_llm.config import EngineConfig, Quantization, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
-from rapid_llm.engine.costs import ROOM
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.engine.quantized import quantized_nbytes
-from rapid_llm.engine.reuse import Lease, PrefixCache
+from rapid_llm.engine.quantized_drafter import QuantizedDrafter
+from rapid_llm.engine.reuse import PrefixCache
 from rapid_llm.engine.session import Session
-from rapid_llm.errors import (
-    ContextWindowError,
-    InvalidParameterError,
-)
+from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.generation import (
-    DRAFTED,
     Delta,
     FinishReason,
-    Generation,
     GenerationResult,
     Progress,
+    deltas,
     log_likelihood,
 )
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
+from rapid_llm.opening import Opener
 from rapid_llm.options import RENAMED, given, options_of, sorted_into
-from rapid_llm.request import ModelPair, Request
+from rapid_llm.request import ModelPair
 from rapid_llm.speculation.constraints import Constraints
-from rapid_llm.speculation.drafters import compressed
-from rapid_llm.speculation.drafters.base import Drafter
-from rapid_llm.speculation.drafters.lookup import CERTAIN, PromptLookupDrafter
-from rapid_llm.speculation.drafters.rag import RagDrafter
-from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.text import TextStream
 from rapid_llm.vocabulary import unshared_tokens
 
@@ -157,14 +147,16 @@ class RapidDecoder:
                 drafter, drafter_name or _name_of(drafter), attn_implementation, cuda_graphs
             )
             unshared = unshared_tokens(self.target, self.drafter, tokenizer, drafter_tokenizer)
-        self._weight_kind = self.drafter.drafter_weights(
-            drafter_quantization, auto=self.drafter is self.target
-        )
-        self._quantized: ModelRunner | None = None
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
         self._prefixes = PrefixCache(
             kv_cache_bytes, None if kv_cache_dir is None else Path(kv_cache_dir)
+        )
+        self._quantized = QuantizedDrafter(
+            self.drafter,
+            drafter_quantization,
+            auto=self.drafter is self.target,
+            discard=self._prefixes.forget,
         )
         self._pair = ModelPair(
             self.target,
@@ -174,6 +166,7 @@ class RapidDecoder:
             end_of_turn(tokenizer),
             Constraints(self.tokenizer),
         )
+        self._opener = Opener(self._pair, self._quantized, self._prefixes)
 
     @classmethod
     def from_pretrained(
@@ -280,28 +273,15 @@ class RapidDecoder:
         The copy is made at the first use, and again when weights or adapters have changed. Models
         with hooks or replaced methods are not copied.
         """
-        if self._weight_kind is None or not self.drafter.copyable:
-            return self.drafter
-        model = self.drafter.quantized(self._weight_kind)
-        if self._quantized is None or self._quantized.model is not model:
-            if self._quantized is not None:
-                self._prefixes.forget(self._quantized)
-            self._quantized = ModelRunner(
-                model,
-                f"{self.drafter.name} ({self._weight_kind})",
-                self.drafter.attn_implementation,
-                self.drafter.cuda_graphs,
-            )
-        return self._quantized
+        return self._quantized.runner
 
     @property
     def memory(self) -> Memory:
         """Current memory of the models and the kept KV, without that of running generations."""
         own = 0 if self.drafter is self.target else _weight_bytes(self.drafter.model)
-        quantized = self._quantized  # not draft_runner: asking must not quantize
         return Memory(
             target_weights=_weight_bytes(self.target.model),
-            drafter_weights=own + (0 if quantized is None else quantized_nbytes(quantized.model)),
+            drafter_weights=own + self._quantized.nbytes,
             kept_kv=self._prefixes.nbytes,
         )
 
@@ -310,7 +290,7 @@ class RapidDecoder:
 
         Call it after single values of the weights were edited through ``.data``, NumPy or inside a
         quantized tensor. All other changes to a model are detected, see
-        :class:`rapid_llm.engine.identity.ModelState`, and its KV is then computed again.
+        :class:`rapid_llm.engine.model_state.ModelState`, and its KV is then computed again.
         """
         self._prefixes.clear()
 
@@ -341,7 +321,7 @@ class RapidDecoder:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> GenerationResult:
         """Answer a prompt; arguments and errors are those of :meth:`stream`."""
-        deltas = self.stream(
+        stream = self.stream(
             target_prompt,
             draft_prompt,
             sampling=sampling,
@@ -350,7 +330,7 @@ class RapidDecoder:
             progress=progress,
             chat_template_kwargs=chat_template_kwargs,
         )
-        return GenerationResult.from_deltas(list(deltas))
+        return GenerationResult.from_deltas(list(stream))
 
     def stream(
         self,
@@ -402,7 +382,11 @@ class RapidDecoder:
             confidence,
             self.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
-        return self._run(request, started, progress)
+        # A grammar counts each space, also the first.
+        before = () if request.constraint is None else encode_literal("a", self.tokenizer)
+        text = TextStream(self.tokenizer, request.sampling.stop, before)
+        opened = self._opener.open(request, started)
+        return deltas(opened, text, request.ends, request.least_new_tokens, progress)
 
     def log_likelihood(self, prompt: Prompt, continuation: str, *, drafter: bool = False) -> float:
         """Natural logarithm of the probability of a continuation given a prompt.
@@ -469,96 +453,6 @@ class RapidDecoder:
 
         async for delta in iterate_in_thread(start):
             yield delta
-
-    @contextmanager
-    def _open(self, request: Request, started: float) -> Iterator[Generation]:
-        """Sessions for a request, with KV reused from earlier calls and kept for later ones."""
-        with ExitStack() as leases:
-
-            def lease(runner: ModelRunner, prompt: Sequence[int]) -> tuple[Session, Lease]:
-                length, new = len(prompt), request.sampling.max_new_tokens
-                capacity = max(min(length + new, runner.context_window), length + ROOM)
-                borrowed = leases.enter_context(
-                    self._prefixes.lease(runner, prompt, runner.capacity_for(capacity))
-                )
-                return Session(runner, borrowed.cache, prompt), borrowed
-
-            target, kept = lease(request.runner, request.prompt)
-            runner = request.runner
-            sampler = Sampler(
-                request.sampling,
-                request.prompt,
-                runner.device,
-                runner.model,
-                constraint=request.constraint,
-            )
-            yield Generation(
-                target=target,
-                prompt=request.prompt,
-                cached=kept.reused,
-                drafters=self._drafters(request, target, sampler, lease),
-                drafter_name=self.drafter.name,
-                sampler=sampler,
-                config=request.config,
-                confidence=request.confidence,
-                method=request.method,
-                draft_skipped=request.draft_skipped,
-                started=started,
-                free_memory=self.clear_cache,
-            )
-
-    def _drafters(
-        self,
-        request: Request,
-        target: Session,
-        sampler: Sampler,
-        lease: Callable[[ModelRunner, Sequence[int]], tuple[Session, Lease]],
-    ) -> list[Drafter]:
-        """Drafters of a request: none, one, or two to choose from in each round."""
-        config, runner = request.config, request.runner
-        if request.method not in DRAFTED:
-            return []
-        if config.drafting == "rest":
-            return [
-                PromptLookupDrafter(
-                    request.prompt,
-                    runner.vocab_size,
-                    runner.device,
-                    constraint=request.constraint,
-                )
-            ]
-        if config.drafting in compressed.DRAFTERS:
-            own = self.draft_runner if self.drafter is self.target else runner
-            drafter = compressed.DRAFTERS[config.drafting]
-            return [drafter(target, own, request.prompt, sampler, config)]
-        session, _ = lease(self.draft_runner, request.draft_prompt)
-        if self.drafter.device != runner.device:
-            device, model = self.drafter.device, runner.model
-            sampler = Sampler(
-                request.sampling, request.prompt, device, model, 1, request.constraint
-            )
-        rag = RagDrafter(
-            session,
-            request.draft_prompt,
-            sampler,
-            runner.vocab_size,
-            config,
-            request.prompt,
-            self._pair.unshared,
-        )
-        if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
-            return [rag]
-        # Without knowledge transfer the output does not depend on the drafter: lookup may compete.
-        lookup = PromptLookupDrafter(
-            request.prompt, runner.vocab_size, runner.device, CERTAIN, request.constraint
-        )
-        return [lookup, rag]
-
-    def _run(self, request: Request, started: float, progress: Progress | None) -> Iterator[Delta]:
-        text = TextStream(self.tokenizer, request.sampling.stop)
-        with self._open(request, started) as generation:
-            generation.prefill(progress)
-            yield from generation.deltas(text, request.ends, request.least_new_tokens)
 
 
 def _unpickled(cls: type[RapidDecoder], made_of: Any) -> RapidDecoder:

@@ -1,4 +1,4 @@
-"""Where this library keeps what it has measured and converted."""
+"""Cache folders of this library, for measured costs and converted models."""
 
 from __future__ import annotations
 

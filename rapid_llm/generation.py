@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
@@ -172,7 +172,7 @@ class Generation:
 
     def _prefill(self, progress: Progress | None) -> None:
         def report(whose: Literal["target", "draft"], done: int, total: int) -> None:
-            self._require_time()
+            self.require_time()
             if progress is not None:
                 progress(whose, done, total)
 
@@ -190,54 +190,6 @@ class Generation:
                 for drafter in self._drafters
             ]
         self._drafter_states = list(map(_DrafterState, self._drafters, schedules))
-
-    def deltas(
-        self, text: TextStream, ends: Collection[int], least_new_tokens: int
-    ) -> Iterator[Delta]:
-        """Run rounds until the answer ends, and yield one delta per round.
-
-        Only the rounds run in inference mode, not the caller's code between them.
-
-        Args:
-            text: detokenizer of the answer.
-            ends: ids of tokens that end the answer.
-            least_new_tokens: minimum length of the answer, in tokens, before they end it.
-
-        Raises:
-            GenerationTimeoutError: the sampling's ``timeout`` has passed.
-            NumericalError: a model produced NaN.
-        """
-        stats, limit = self.stats, self.sampler.params.max_new_tokens
-        constraint = self.sampler.constraint
-        finish: FinishReason | None = None
-        if constraint is not None and constraint.over():  # the empty answer is the only one
-            finish = "stop"
-            yield Delta(text.finish(), (), finish, replace(stats))
-        while finish is None:
-            new: list[int] = []
-            pieces: list[str] = []
-            for token in self.round():
-                new.append(token)
-                length = stats.completion_tokens + len(new)
-                if token in ends and length > least_new_tokens:
-                    finish = "stop"
-                    break
-                pieces.append(text.push(token))
-                if text.stopped or (constraint is not None and constraint.over(new)):
-                    finish = "stop"
-                    break
-                if length == limit:
-                    finish = "length"
-                    break
-            if finish is not None:
-                pieces.append(text.finish())
-                finish = "stop" if text.stopped else finish
-            self.keep(new)
-            if stats.time_to_first_token is None:
-                stats.time_to_first_token = time.perf_counter() - self._started
-            if finish is None:
-                self._require_time()
-            yield Delta("".join(pieces), tuple(new), finish, replace(stats))
 
     @torch.inference_mode()
     def round(self) -> list[int]:
@@ -295,7 +247,9 @@ class Generation:
         constraint = self.sampler.constraint
         limit = min(remaining, FEW_TOKENS)
         certain = [] if constraint is None else constraint.forced((), limit)
-        tokens = torch.tensor(certain, dtype=torch.long, device=device)
+        tokens = torch.empty(0, dtype=torch.long, device=device)
+        if certain:
+            tokens = self.target.runner.tensor(certain)
         q = F.one_hot(tokens, self.target.runner.vocab_size).float()
         return Draft(tokens, q, passes=0), None
 
@@ -310,7 +264,8 @@ class Generation:
             eta = dynamic_eta(strength, self._confidence, len(self._output), q)
         generator = self.sampler.generator
         if self._judge is not None:
-            mask = self.sampler.mask(draft.tokens, len(tokens))
+            known = [] if self.sampler.constraint is None else draft.tokens.tolist()
+            mask = self.sampler.mask(known, len(tokens))
             verdict = self.target.verify(tokens, q, eta, self._judge, generator, mask)
             if verdict is not None:
                 return verdict
@@ -331,7 +286,8 @@ class Generation:
             self._free_memory()
         return step()
 
-    def _require_time(self) -> None:
+    def require_time(self) -> None:
+        """Raise GenerationTimeoutError if the sampling's ``timeout`` has passed."""
         sampling = self.sampler.params
         if sampling.timeout is None or time.perf_counter() - self._started <= sampling.timeout:
             return
@@ -354,6 +310,63 @@ class Generation:
         if self.sampler.constraint is not None:
             self.stats.mask_seconds = self.sampler.constraint.seconds
         self.target.rollback(self._read)
+        if self.stats.time_to_first_token is None:
+            self.stats.time_to_first_token = time.perf_counter() - self._started
+
+
+def deltas(
+    opened: AbstractContextManager[Generation],
+    text: TextStream,
+    ends: Collection[int],
+    least_new_tokens: int,
+    progress: Progress | None,
+) -> Iterator[Delta]:
+    """Read the prompts, run rounds until the answer ends, and yield one delta per round.
+
+    Only the generation runs in inference mode, not the caller's code between the rounds.
+
+    Args:
+        opened: context of the generation, entered at the first delta.
+        text: detokenizer of the answer.
+        ends: ids of tokens that end the answer.
+        least_new_tokens: minimum length of the answer, in tokens, before they end it.
+        progress: callback for the progress of the prefill.
+
+    Raises:
+        GenerationTimeoutError: the sampling's ``timeout`` has passed.
+        NumericalError: a model produced NaN.
+    """
+    with opened as generation:
+        generation.prefill(progress)
+        stats, limit = generation.stats, generation.sampler.params.max_new_tokens
+        constraint = generation.sampler.constraint
+        finish: FinishReason | None = None
+        if constraint is not None and constraint.over():  # the empty answer is the only one
+            finish = "stop"
+            yield Delta(text.finish(), (), finish, replace(stats))
+        while finish is None:
+            new: list[int] = []
+            pieces: list[str] = []
+            for token in generation.round():
+                new.append(token)
+                length = stats.completion_tokens + len(new)
+                if token in ends and length > least_new_tokens:
+                    finish = "stop"
+                    break
+                pieces.append(text.push(token))
+                if text.stopped or (constraint is not None and constraint.over(new)):
+                    finish = "stop"
+                    break
+                if length == limit:
+                    finish = "length"
+                    break
+            if finish is not None:
+                pieces.append(text.finish())
+                finish = "stop" if text.stopped else finish
+            generation.keep(new)
+            if finish is None:
+                generation.require_time()
+            yield Delta("".join(pieces), tuple(new), finish, replace(stats))
 
 
 @torch.inference_mode()

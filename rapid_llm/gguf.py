@@ -1,4 +1,4 @@
-"""GGUF files, converted once: later loads read safetensors from a cache folder."""
+"""Convert GGUF files once: later loads read safetensors from a cache folder."""
 
 from __future__ import annotations
 

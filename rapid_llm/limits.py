@@ -1,4 +1,4 @@
-"""What of the machine's memory and processors this process may use: its control groups' limits."""
+"""Memory and processors that this process may use, within its control groups' limits."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ class TextStream:
         stop: non-empty strings that end the text. A special token that is a stop string, or part
             of one, is matched but never returned.
         keep: ids of special tokens whose text is returned, such as those of tool calls.
+        before: tokens before the text. Without any, some tokenizers drop a space at its beginning.
 
     Attributes:
         stopped: whether a stop string was completed. The text before it has been returned;
@@ -39,6 +40,7 @@ class TextStream:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str] = (),
         keep: Collection[int] = (),
+        before: Sequence[int] = (),
     ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
@@ -49,8 +51,8 @@ class TextStream:
         self._kept = special.intersection(keep)
         self._hidden = {i for i in special if any(contents[i] in s for s in self._stop)}
         self._skipped = special - self._hidden - self._kept
-        self._context: list[int] = []  # last decoded tokens
-        self._context_length = 0  # number of characters that they decode to
+        self._context = list(before)  # last decoded tokens
+        self._context_length = len(self._text_of(self._context))
         self._bytes: list[int] = []  # run of byte tokens, not yet decoded
         self._incomplete = ""  # U+FFFD where the last character may be incomplete
         self._held = ""  # characters that may be the beginning of a stop string

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import regex
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 EOS = "</s>"
@@ -22,6 +22,27 @@ def byte_tokenizer(pieces: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """One token a byte, these pieces (built up from the left), and ``</s>``."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     return piece_tokenizer([*letters, *pieces])
+
+
+def sentencepiece_tokenizer(pieces: Sequence[str]) -> PreTrainedTokenizerFast:
+    """As Llama 2's: ``▁`` for a space, a token for each byte, the first space dropped."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", EOS])}
+    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for piece in pieces:
+        vocab.setdefault(piece, len(vocab))
+    merges = [(piece[:-1], piece[-1]) for piece in pieces if len(piece) > 1]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, bos_token="<s>", unk_token="<unk>"
+    )
 
 
 def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

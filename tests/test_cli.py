@@ -25,7 +25,7 @@ from rapid_llm.cli import demo
 from rapid_llm.cli.answers import COMPARED
 from rapid_llm.config import Attention
 from rapid_llm.context import builder
-from rapid_llm.engine.model_runner import ATTENTION
+from rapid_llm.engine.supported import ATTENTION
 from rapid_llm.models import LoadedModel
 
 TEXT = " ".join(f"w{3 + i * i % 61}" for i in range(150))

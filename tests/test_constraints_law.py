@@ -19,7 +19,7 @@ from torch import Tensor
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.speculation import constraints
-from rapid_llm.speculation.drafters import compressed, rag
+from rapid_llm.speculation.drafters import compressed
 
 installed("llguidance")
 
@@ -31,7 +31,7 @@ PATTERN = "[ab]{1,3}(de?|c[ab])?|cc"
 """Answers of one to five tokens; some must go on, some may end, some can only end."""
 
 ETA, TEMPERATURE = 5.0, 0.8
-SAMPLES, FEWER_SAMPLES = 6_000, 600
+SAMPLES, FEWER_SAMPLES = 4_000, 600
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -184,7 +184,7 @@ def test_constrained_answers_follow_the_masked_law_of_every_mode(decoder, mode, 
     law = Law(decoder, PATTERN)
     assert p_value(said, answers(law, mode, gamma, 8)) > 1e-3
     if mode != "exact":
-        assert p_value(said, answers(law, "exact", gamma, 8)) < 1e-9
+        assert p_value(said, answers(law, "exact", gamma, 8)) < 1e-6
 
 
 @pytest.mark.slow
@@ -211,23 +211,6 @@ def test_constrained_answers_are_exact_whatever_drafts(decoder, monkeypatch, dra
     monkeypatch.setattr(compressed, "_CHUNK", 2)
     said = sample(decoder, SAMPLES, mode="exact", gamma=2, drafting=drafting)
     assert p_value(said, answers(Law(decoder, PATTERN), "exact", 2, 8)) > 1e-3
-
-
-def test_an_unmasked_drafter_is_noticed_in_a_mode_with_transfer(decoder, monkeypatch) -> None:
-    """The transfer from an unmasked q is another one."""
-    law = answers(Law(decoder, PATTERN), "augmented", 2, 8)
-    original = rag.RagDrafter._read
-
-    def read(self, pending, drafted, keep):
-        constraint, self._sampler.constraint = self._sampler.constraint, None
-        try:
-            return original(self, pending, drafted, keep)
-        finally:
-            self._sampler.constraint = constraint
-
-    monkeypatch.setattr(rag.RagDrafter, "_read", read)
-    said = sample(decoder, FEWER_SAMPLES, mode="augmented", gamma=1, lookup=False)
-    assert p_value(said, law) < 1e-4
 
 
 def test_a_matcher_that_forgets_to_roll_back_is_noticed(decoder, monkeypatch) -> None:

@@ -26,8 +26,7 @@ from conftest import (
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import Memory, RapidDecoder
-from rapid_llm.engine import model_runner as runner_module
-from rapid_llm.engine import reuse
+from rapid_llm.engine import reuse, supported
 from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized import quantized_nbytes
@@ -927,7 +926,7 @@ def test_what_is_not_on_this_machine_is_named(tmp_path, monkeypatch):
         RapidDecoder.from_pretrained("smollm2-135m", device="cuda:7")
     with pytest.raises(InvalidParameterError, match=r"drafter_device='meta'.*name one"):
         RapidDecoder.from_pretrained("smollm2-135m", device="cpu", drafter_device="meta")
-    monkeypatch.setattr(runner_module, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(supported, "is_flash_attn_2_available", lambda: False)
     with pytest.raises(MissingDependencyError, match=r"flash-attn.*'sdpa'"):
         RapidDecoder(tiny_model(), tiny_tokenizer(), attn_implementation="flash_attention_2")
 

@@ -576,7 +576,7 @@ def test_compressed_drafts_use_the_int8_twin_of_the_target_only(small_budget):
         decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter, drafter_quantization="int8")
         result = decoder.generate(PROMPT, sampling=GREEDY, speculation=config)
         assert result.token_ids == reference
-        assert (decoder._quantized is not None) == (drafter is None)
+        assert (decoder._quantized.nbytes > 0) == (drafter is None)
 
 
 @pytest.mark.parametrize("drafting", ["streaming", "triforce"])

@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from rapid_llm.engine.kv_cache import cache_argument
-from rapid_llm.engine.model_runner import ATTENTION, SUPPORTED, ModelRunner
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
+from rapid_llm.engine.supported import ATTENTION, SUPPORTED
 from rapid_llm.errors import ModelError
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

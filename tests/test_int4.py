@@ -23,6 +23,7 @@ from rapid_llm.engine.cuda.int4 import (
 )
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized import quantized_nbytes
+from rapid_llm.engine.quantized_drafter import fastest_weights
 from rapid_llm.errors import InvalidParameterError
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.05}
@@ -126,9 +127,9 @@ def test_auto_takes_int4_for_large_models_on_a_gpu_only(monkeypatch):
     monkeypatch.setattr(int4, "runs_on", lambda model: True)
     monkeypatch.setattr(CPU, "quantizers", CUDA.quantizers)
     runner = ModelRunner(model, "m")
-    assert runner.cheapest is None
+    assert fastest_weights(runner) is None
     monkeypatch.setattr(int4, "_LARGE", sum(p.nbytes for p in model.parameters()))
-    assert runner.cheapest == "int4"
+    assert fastest_weights(runner) == "int4"
     decoder = RapidDecoder(model, tiny_tokenizer())
     assert type(decoder.draft_runner.model.lm_head) is Int4Linear
     assert decoder.draft_runner is decoder.draft_runner

@@ -27,9 +27,9 @@ from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.cpu.blocks import Int8Blocks
 from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.cpu.quantizers import quantized_copy
-from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_files import fingerprint, mixed
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError, ModelError, OutdatedKVError
 
@@ -715,7 +715,7 @@ def test_an_edit_that_nobody_counted_is_seen_before_a_file_is_written_or_read(
         a_model.model.embed_tokens.weight.data[LONG[0], 1:2].add_(9.0)
 
     if not samples:
-        monkeypatch.setattr("rapid_llm.engine.identity._Look.samples", lambda self: [])
+        monkeypatch.setattr("rapid_llm.engine.model_state.Snapshot.samples", lambda self: [])
     changed = model()
     decoder = on_disk(tmp_path, changed)
     answers(decoder, changed, [5] * 1300)  # its name is known from now on
@@ -956,5 +956,5 @@ def test_a_model_is_put_into_evaluation_mode_again():
 def test_a_state_is_looked_at_again_only_where_something_changed(monkeypatch):
     state = ModelState(tiny_model())
     before = state.number
-    monkeypatch.setattr("rapid_llm.engine.identity._Look", None)
+    monkeypatch.setattr("rapid_llm.engine.model_state.Snapshot", None)
     assert [state.look() for _ in range(3)] == [before] * 3

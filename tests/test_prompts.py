@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from rapid_llm.context.cutting import OMISSION, CuttableDocument, share_out
 from rapid_llm.context.prompts import INSTRUCTION, build_messages, fit_documents
 from rapid_llm.context.retrieved import Passage
+from rapid_llm.context.truncation import OMISSION, CuttableDocument, share_out
 from rapid_llm.encoding import encode_literal, encode_prompt
 from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
 

@@ -25,6 +25,7 @@ from rapid_llm.engine.cpu.int8 import Int8Linear, Int8Projections
 from rapid_llm.engine.cpu.quantizers import CPUQuantizer, quantized_copy
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS, quantized_nbytes
+from rapid_llm.engine.quantized_drafter import fastest_weights
 from rapid_llm.errors import InvalidParameterError
 
 FAMILY = [name for name in ARCHITECTURES if name.split("-")[0] in {"llama", "mistral", "qwen2"}]
@@ -351,7 +352,7 @@ def test_nothing_is_quantized_before_the_first_draft(monkeypatch):
 def test_other_devices_are_refused_with_the_remedy():
     with torch.device("meta"):
         elsewhere = tiny_model()
-    assert ModelRunner(elsewhere.to(torch.bfloat16), "elsewhere").cheapest is None
+    assert fastest_weights(ModelRunner(elsewhere.to(torch.bfloat16), "elsewhere")) is None
     remedy = r"int8.*does not serve on meta.*quantization_config.*drafter="
     with pytest.raises(InvalidParameterError, match=remedy):
         RapidDecoder(tiny_model(), tiny_tokenizer(), elsewhere, drafter_quantization="int8")

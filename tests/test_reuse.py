@@ -168,7 +168,7 @@ def test_an_interrupted_prefill_leaves_what_its_own_passes_read(runner, monkeypa
     prompt = [*DOCUMENT[:58], 5, 6]
     with cache.lease(runner, prompt, 70) as lease:
         session = Session(runner, lease.cache)
-        original = Session._read
+        original = Session.extend
 
         def fail(session, tokens, *args):
             if session.length == 54:
@@ -176,7 +176,7 @@ def test_an_interrupted_prefill_leaves_what_its_own_passes_read(runner, monkeypa
             return original(session, tokens, *args)
 
         with monkeypatch.context() as context, torch.inference_mode():
-            context.setattr(Session, "_read", fail)
+            context.setattr(Session, "extend", fail)
             with pytest.raises(torch.OutOfMemoryError):
                 session.prefill(prompt[:-1])
     assert ask(cache, runner, DOCUMENT[:56]) == 54

@@ -1,4 +1,4 @@
-"""Measures a decoder's engine, a step after another: what both benches have in common.
+"""Measure passes, rounds and prefills of a decoder: what both benches share.
 
 A step that fails is reported so and costs the others nothing. KV is made up where nobody needs what
 it says.
@@ -211,7 +211,7 @@ class Bench(ABC):
         request = self._decoder._pair.request(
             prompt, retrieved, self._sampling, speculation, 1.0, {}
         )
-        with self._decoder._open(request, time.perf_counter()) as generation:
+        with self._decoder._opener.open(request, time.perf_counter()) as generation:
             if generation.target.length == 0:
                 self._decoder.clear_cache()  # whatever else is kept has no use any more
             self._fill(generation.target, prompt[:-1])

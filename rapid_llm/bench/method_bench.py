@@ -1,4 +1,4 @@
-"""Our methods, each lever left out in turn, and peers: side by side, on the same prompts.
+"""Compare the speed of methods, their ablations and other libraries on the same prompts.
 
 Runs are interleaved, so that a change in the machine's load meets all methods. The first of each
 warms up and is not counted; in it peers read the drafter's prompt: unlike us they measure nothing

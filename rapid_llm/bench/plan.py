@@ -1,4 +1,4 @@
-"""What the speed model predicts for a model, a context and a device, before anything is loaded."""
+"""Plan: the predicted speed and memory of a model, a context length and a device."""
 
 from __future__ import annotations
 

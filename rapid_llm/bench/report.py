@@ -1,4 +1,4 @@
-"""What a bench measured: rows in sections, shown as tables, saved as JSON, drawn as bars."""
+"""Report of a bench: rows in sections, as tables, JSON and bar charts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine does with a model of a named shape: random weights, and KV that nobody read.
+"""Measure the engine on a model of a named shape, with random weights and made-up KV.
 
 Every number that does not depend on what is said, and transformers beside them. How many drafted
 tokens are accepted does depend on it: that is thrown by a coin, and every row that rests on it

@@ -1,4 +1,4 @@
-"""The speed model: what a pass and a round of speculation cost, from sizes alone. No torch here.
+"""Predict the time of a pass and of a round of speculation from sizes alone, without torch.
 
 A pass is modelled by its roofline (Williams et al., 2009). On a GPU its matrix products take as
 long as reading their bytes or doing their arithmetic, whichever is longer; on a CPU these do not

@@ -1,4 +1,4 @@
-"""What the speed model needs to know of this machine, measured in a few seconds."""
+"""Measure what the speed model must know of this machine, in a few seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seconds of, and host calls by, what runs on a device."""
+"""Time work on a device, and count the host calls that launch it."""
 
 from __future__ import annotations
 

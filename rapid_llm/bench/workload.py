@@ -1,4 +1,4 @@
-"""What the bench asks: two tasks on one document of a given length."""
+"""Workload of the bench: two tasks on one document of a given length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands that answer questions show of an answer."""
+"""Print answers and their statistics, for the commands that answer questions."""
 
 from __future__ import annotations
 

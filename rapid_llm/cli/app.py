@@ -1,4 +1,4 @@
-"""The application that the commands belong to, and what happens when one fails."""
+"""The command-line application: its commands, and the exit status where one fails."""
 
 from __future__ import annotations
 

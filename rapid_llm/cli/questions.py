@@ -1,4 +1,4 @@
-"""Many questions from a file, and a JSON object a line for their answers."""
+"""Answer many questions from a file, and write each answer as a JSON object on a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions typed one after another: a conversation about documents."""
+"""Interactive conversation about documents: questions typed at a terminal."""
 
 from __future__ import annotations
 

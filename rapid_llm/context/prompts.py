@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.config import RetrievalConfig, Truncate
-from rapid_llm.context.cutting import OMISSION, CuttableDocument, share_out
 from rapid_llm.context.retrieved import Passage
+from rapid_llm.context.truncation import OMISSION, CuttableDocument, share_out
 from rapid_llm.context.validation import require_text
 from rapid_llm.encoding import Prompt, encode_prompt
 from rapid_llm.errors import ContextWindowError

@@ -1,4 +1,4 @@
-"""Divide a prefill into passes, and find the passes that two prefills have in common.
+"""Chunked prefill: divide a prompt into passes, and find those that two prompts share.
 
 The exact bits of KV depend on the tokens and on the sizes of all passes so far, because passes of
 other sizes round differently. So the passes of a prefill are a function of the prompt's length

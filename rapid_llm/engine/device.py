@@ -19,8 +19,8 @@ from rapid_llm.engine import sdpa
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rapid_llm.engine.identity import ModelState
     from rapid_llm.engine.kv_cache import KVCache
+    from rapid_llm.engine.model_state import ModelState
 
 WeightKind = Literal["int8", "int4"]
 """Formats of quantized weights for drafting."""
@@ -124,7 +124,7 @@ class Judge(Protocol):
 NextMask = Callable[[list[int]], Tensor | None]
 """Function of the tokens that a draft loop has drafted; it returns the mask of the next token.
 
-The mask is int32 ``[1, width / 32]`` on the host, see :class:`TokenSampler`. None ends the draft.
+The mask is int32 ``[1, width / 32]``, see :class:`TokenSampler`. None ends the draft.
 """
 
 DraftLoop = Callable[
@@ -142,8 +142,7 @@ Verification = Callable[
 ]
 """Function of ``(tokens, q, eta, cache, generator, mask)`` that returns a :class:`Judge`'s verdict.
 
-``tokens`` are int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it. The mask
-is on the host.
+``tokens`` are int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
 """
 
 

@@ -18,7 +18,7 @@ class KVOrigin(NamedTuple):
     """The state of a model that keys and values were computed with.
 
     Attributes:
-        number: number of the model's state, :attr:`rapid_llm.engine.identity.ModelState.number`.
+        number: number of the model's state, :attr:`rapid_llm.engine.model_state.ModelState.number`.
         scale: number of rotary switch lengths that the sequence exceeds, see
             :attr:`rapid_llm.engine.model_runner.ModelRunner.switches`.
     """

@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid_llm.engine.chunks import common_end, pass_ends
-from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin, kv_shape
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.rounding import rounding
 
 FORMAT = "rapid-llm-kv/1"

@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM,
 
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.device import device_of
-from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
+from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.quantized import QuantizedLinear
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)

@@ -5,65 +5,37 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
 
-from rapid_llm.config import Quantization
-from rapid_llm.engine import attention
+from rapid_llm.engine import attention, positions
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.device import (
-    Judge,
-    NextMask,
     Pass,
     ReplayedPass,
-    TokenSampler,
-    WeightKind,
     device_of,
     register,
 )
-from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
-from rapid_llm.engine.transformers_pass import TransformersPass
-from rapid_llm.errors import (
-    InvalidParameterError,
-    MissingDependencyError,
-    ModelError,
-    OutdatedKVError,
+from rapid_llm.engine.model_state import ModelState
+from rapid_llm.engine.supported import (
+    require_layers_in_order,
+    require_supported,
+    require_tokens_alike,
 )
+from rapid_llm.engine.transformers_pass import TransformersPass
+from rapid_llm.errors import InvalidParameterError, OutdatedKVError
 
 register("cpu", CPU())
 register("cuda", CUDA())
 
-SUPPORTED = frozenset(
-    {
-        "gemma3",
-        "gemma3_text",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-    }
-)
-"""Supported values of ``config.model_type``: those that the tests compare with transformers."""
-
 _T = TypeVar("_T")
-
-ATTENTION = (attention.NAME, "sdpa", "flash_attention_2", "eager")
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -79,8 +51,8 @@ class ModelRunner:
     """Runs a model over our KV cache, by our own passes where they are exact, or by its forward.
 
     Changes to the model take effect at the next call, see
-    :class:`rapid_llm.engine.identity.ModelState`. After edits that are not detected the user calls
-    :meth:`RapidDecoder.clear_cache`.
+    :class:`rapid_llm.engine.model_state.ModelState`. After edits that are not detected the user
+    calls :meth:`RapidDecoder.clear_cache`.
 
     Args:
         model: decoder-only transformers model.
@@ -106,29 +78,11 @@ class ModelRunner:
         attn_implementation: str = attention.NAME,
         cuda_graphs: bool | None = None,
     ) -> None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in SUPPORTED:
-            raise ModelError(
-                f"{name}: architecture {model_type!r} ({type(model).__name__}) is not supported, "
-                f"because its cache could not be rolled back or was never checked; "
-                f"supported are {', '.join(sorted(SUPPORTED))}"
-            )
-        if attn_implementation not in ATTENTION:
-            raise ModelError(
-                f"{name}: attn_implementation={attn_implementation!r} is unknown; "
-                f"choose one of {', '.join(ATTENTION)}"
-            )
-        if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
-            raise MissingDependencyError(
-                f"{name}: attn_implementation='flash_attention_2' needs the package flash-attn and "
-                "a CUDA device; install it, or use 'rapid' or 'sdpa'"
-            )
+        require_supported(model, name, attn_implementation)
         self.model = model
         self.name = name
         self.attn_implementation = attn_implementation
         self.config = model.config.get_text_config()
-        if getattr(self.config, "use_bidirectional_attention", None):
-            raise ModelError(f"{name} attends in both directions; a causal model is needed")
         self.cuda_graphs = cuda_graphs
         self._lock = _lock_of(model)
         with self._lock:
@@ -144,8 +98,8 @@ class ModelRunner:
     def _select_passes(self) -> None:
         """Make the passes for the model's current state, the fastest first; the last serves all."""
         self._chosen: int | None = None
-        self._require_layers_in_order()
-        self._require_tokens_alike()
+        require_layers_in_order(self.model, self.name)
+        require_tokens_alike(self.model, self.name)
         self._passes: list[Pass] = []
         self._lean = self.attn_implementation == attention.NAME and is_lean(self.state)
         # A model with scaled rotary embedding changes itself in a pass: see ModelState.absorb.
@@ -162,48 +116,6 @@ class ModelRunner:
         """Select passes again if the model has changed; the caller has its lock."""
         if self.state.look() != self._chosen:
             self._select_passes()
-
-    def _require_layers_in_order(self) -> None:
-        """Refuse a model whose layers were added or removed without adjusting indices and config.
-
-        Raises:
-            ModelError: ``layer_idx`` of the layers and ``config.num_hidden_layers`` do not agree.
-        """
-        layers: Any = self.model.get_decoder().layers
-        places = [getattr(layer.self_attn, "layer_idx", i) for i, layer in enumerate(layers)]
-        if places != list(range(self.config.num_hidden_layers)):
-            raise ModelError(
-                f"{self.name}: its layers keep their KV at {places}, but its config promises "
-                f"{self.config.num_hidden_layers} layers, from 0 on; set config.num_hidden_layers, "
-                "and layer_idx of each layer's self_attn"
-            )
-
-    def _require_tokens_alike(self) -> None:
-        """Refuse adapters with which reading a sequence in parts gives another result.
-
-        Raises:
-            ModelError: such an adapter is active.
-        """
-        adapters = getattr(self.model, "peft_config", None) or {}
-        active: Any = getattr(self.model, "active_adapters", ())
-        if not adapters or getattr(self.model, "_adapters_disabled", False):
-            return
-        if callable(active):  # transformers' method, which does not know adapters added by PEFT
-            active = active() if getattr(self.model, "_hf_peft_config_loaded", False) else adapters
-        for name in active:
-            config = adapters[name]
-            kind = str(getattr(config.peft_type, "value", config.peft_type))
-            if (
-                config.is_prompt_learning
-                or config.is_adaption_prompt
-                or kind == "XLORA"
-                or getattr(config, "alora_invocation_tokens", None)
-            ):
-                raise ModelError(
-                    f"{self.name}: the adapter {name!r} ({kind}) is not supported, because it adds "
-                    "to a whole sequence what reading it in parts does not; use an adapter of the "
-                    "weights, such as LoRA, or disable it"
-                )
 
     @property
     def lean(self) -> bool:
@@ -236,20 +148,20 @@ class ModelRunner:
     @property
     def context_window(self) -> int:
         """Context window in tokens, including YaRN scaling."""
-        window = int(self.config.max_position_embeddings)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "yarn":
-            original = rope.get("original_max_position_embeddings") or window
-            window = max(window, int(original * rope["factor"]))
-        return window
+        return positions.context_window(self.config)
 
     @property
     def slides(self) -> bool:
         """Whether any layer has a sliding window."""
-        types = getattr(self.config, "layer_types", None)
-        if types is not None:
-            return "sliding_attention" in types
-        return getattr(self.config, "sliding_window", None) is not None
+        return positions.slides(self.config)
+
+    @property
+    def switches(self) -> list[int]:
+        """Sequence lengths beyond which the rotary embedding changes for all positions.
+
+        Longrope has one; KV of a shorter sequence is invalid beyond it.
+        """
+        return positions.switches(self.config)
 
     @property
     def copyable(self) -> bool:
@@ -264,24 +176,6 @@ class ModelRunner:
         with self._lock:
             self._refresh()
             return tuple(self._passes)
-
-    @property
-    def switches(self) -> list[int]:
-        """Sequence lengths beyond which the rotary embedding changes for all positions.
-
-        Longrope has one; KV of a shorter sequence is invalid beyond it.
-        """
-        return [
-            int(rope["original_max_position_embeddings"])
-            for rope in self._ropes()
-            if rope.get("rope_type") == "longrope"
-        ]
-
-    def _ropes(self) -> list[dict[str, Any]]:
-        """Parameters of the rotary embeddings: one set, or one for each type of layer."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        nested = [each for each in rope.values() if isinstance(each, dict) and "rope_type" in each]
-        return nested or [rope]
 
     def origin(self, length: int) -> KVOrigin:
         """Origin of KV that the model's current state computes; other KV must not be used with it.
@@ -298,14 +192,7 @@ class ModelRunner:
             return KVOrigin(self.state.number, self._scale(length))
 
     def _scale(self, length: int) -> int:
-        window = int(self.config.max_position_embeddings)
-        if length > window and any(rope.get("rope_type") == "dynamic" for rope in self._ropes()):
-            raise ModelError(
-                f"{self.name} scales its rotary embedding dynamically: beyond {window} tokens "
-                f"(here {length}) each new one changes all before it; stay below, or load the "
-                "model with rope_type 'yarn'"
-            )
-        return sum(length > switch for switch in self.switches)
+        return positions.scale(self.config, length, self.name)
 
     def kept_origin(self, length: int) -> KVOrigin | None:
         """Like :meth:`origin`, for KV that is kept between calls; also samples the weights.
@@ -316,60 +203,6 @@ class ModelRunner:
             self.state.take_samples()
             origin = self.origin(length)
             return origin if self.state.traceable else None
-
-    def require(self, kind: WeightKind) -> None:
-        """Check that the model can be quantized.
-
-        Args:
-            kind: weight format.
-
-        Raises:
-            InvalidParameterError: the model or its device does not support the format.
-        """
-        quantizers = device_of(self.device).quantizers
-        if kind not in quantizers:
-            others = " or ".join(map(repr, sorted(quantizers)))
-            raise InvalidParameterError(
-                f"drafter_quantization={kind!r} does not serve on {self.device}, where {self.name} "
-                f"is: take {others or 'None'}, or load a drafter quantized for that device "
-                "(bitsandbytes or torchao, through transformers' quantization_config), pass it as "
-                "drafter= and leave drafter_quantization out"
-            )
-        quantizers[kind].require(self.model, self.name, self.passes)
-
-    def drafter_weights(
-        self, quantization: Quantization | None, *, auto: bool
-    ) -> WeightKind | None:
-        """Weight format for drafting; None for the model's own weights.
-
-        Args:
-            quantization: requested quantization.
-            auto: whether ``auto`` takes the fastest format, rather than none.
-
-        Raises:
-            InvalidParameterError: the quantization is unknown, or not supported for this model.
-        """
-        if quantization not in (None, *get_args(Quantization)):
-            raise InvalidParameterError(
-                f"drafter_quantization={quantization!r} is unknown; "
-                "use 'auto', 'int8', 'int4' or None"
-            )
-        if quantization == "auto":
-            return self.cheapest if auto else None
-        if quantization is not None:
-            self.require(quantization)
-        return quantization
-
-    @property
-    def cheapest(self) -> WeightKind | None:
-        """Weight format with the fastest draft step; None for the model's own weights."""
-        quantizers, passes = device_of(self.device).quantizers, self.passes
-        return next((k for k, each in quantizers.items() if each.pays(self.model, passes)), None)
-
-    def quantized(self, kind: WeightKind) -> PreTrainedModel:
-        """Quantized copy of the model's current state, freed with the model."""
-        quantizer = device_of(self.device).quantizers[kind]
-        return quantizer.copy(self.model, self.state, self.passes)
 
     def capacity_for(self, tokens: int) -> int:
         """Best capacity, in tokens, of a cache for at least ``tokens`` tokens."""
@@ -407,110 +240,62 @@ class ModelRunner:
         ids = tokens.to(self.device, non_blocking=True)
         length = max(cache.expected, cache.length + cache.position_offset + ids.shape[0])
 
+        def launch(replayed: ReplayedPass) -> Tensor | None:
+            if not replayed.serves(ids, cache, keep_logits):
+                return None
+            return replayed(ids, ids, cache, keep_logits)
+
         with self._lock:
-            replayed, logits = self._replayed, None
-            if replayed is not None and replayed.serves(ids, cache, keep_logits):
-                launch = partial(replayed, ids, ids, cache, keep_logits)
-                logits = self._launch_then_check(cache, launch)
+            logits = self.replay(ids.shape[0], cache, launch)
             if logits is None:
                 with self._pass_context(cache, length):
-                    positions = self._positions(ids, cache, length)
+                    at = self._positions(ids, cache, length)
                     run = next(p for p in self._passes if p.serves(ids, cache, keep_logits))
-                    logits = run(ids, positions, cache, keep_logits)
+                    logits = run(ids, at, cache, keep_logits)
             return logits.float()
 
-    def draft(
+    def replay(
         self,
-        pending: Tensor,
-        steps: int,
+        new: int,
         cache: KVCache,
-        choice: TokenSampler,
-        generator: torch.Generator,
-        masks: NextMask | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Draft several tokens on the device without the host.
-
-        Arguments and result as for :class:`rapid_llm.engine.cuda.draft_loop.DraftLoop`, errors as
-        for :meth:`__call__`. None, with the cache unchanged, where this is not possible.
-        """
-
-        def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
-            return replayed.loop(choice)(pending, steps, cache, generator, masks)
-
-        return self._replay(pending.shape[0] + steps - 1, cache, generator, launch)
-
-    def verify(
-        self,
-        tokens: Tensor,
-        q: Tensor,
-        eta: Tensor | None,
-        cache: KVCache,
-        judge: Judge,
-        generator: torch.Generator,
-        mask: Tensor | None = None,
-    ) -> Tensor | None:
-        """Run the model over a draft and verify it on the device, in one launch.
-
-        Arguments and result as for :class:`rapid_llm.engine.cuda.verification.Verification`, errors
-        as for :meth:`__call__`. None, with the cache unchanged, where this is not possible.
-        """
-        n = tokens.shape[0]
-
-        def launch(replayed: ReplayedPass) -> Tensor | None:
-            if not replayed.serves(tokens, cache, n):
-                return None
-            return replayed.verification(judge)(tokens, q, eta, cache, generator, mask)
-
-        return self._replay(n, cache, generator, launch)
-
-    def _replay(
-        self,
-        tokens: int,
-        cache: KVCache,
-        generator: torch.Generator,
         launch: Callable[[ReplayedPass], _T | None],
+        generator: torch.Generator | None = None,
     ) -> _T | None:
-        """Launch work of the replayed pass for the model's current state; None without one.
+        """Launch work of the replayed pass, and check the model for changes while it runs.
 
         Args:
-            tokens: number of tokens that are appended to the cache.
-            cache, generator: unchanged where nothing is launched.
-            launch: function that launches the work; called again if the model has changed.
-        """
-        with self._lock:
-            replayed = self._replayed
-            if replayed is None:
-                return None
-            drawn = generator.get_state()
-            result = self._launch_then_check(cache, partial(launch, replayed))
-            if result is None:
-                generator.set_state(drawn)
-                with self._pass_context(cache, cache.length + cache.position_offset + tokens):
-                    if self._replayed is not None:
-                        result = launch(self._replayed)
-            return result
-
-    def _launch_then_check(self, cache: KVCache, launch: Callable[[], _T | None]) -> _T | None:
-        """Launch a captured pass, and check the model for changes while the device works.
+            new: number of tokens that are appended to the cache.
+            cache: KV cache with room for them.
+            launch: function that launches the work, or returns None where the pass does not serve
+                it; called again if the model has changed.
+            generator: random generator that the work draws from.
 
         Returns:
-            The result; None, with the cache unchanged, if the model is not the captured one.
+            The result; None, with cache and generator unchanged, where nothing was launched.
+
+        Raises:
+            OutdatedKVError: the cached KV was computed with another state of the model.
+            ModelError: an unsupported adapter was added.
         """
-        start = cache.length
-        if cache.origin != KVOrigin(self.state.number, 0):
-            return None
-        try:
-            with torch.autocast(
-                self.device.type, enabled=False
-            ):  # a capture serves later calls too
-                result = launch()
-            if self.state.look() == self._chosen:
-                return result
-        except BaseException:
-            cache.rollback(start)
-            raise
-        cache.rollback(start)
-        return None
+        with self._lock:
+            if self._replayed is None:
+                return None
+            start, drawn = cache.length, None if generator is None else generator.get_state()
+            if cache.origin == KVOrigin(self.state.number, 0):
+                try:
+                    # Autocast is off, because a capture serves later calls too.
+                    with torch.autocast(self.device.type, enabled=False):
+                        result = launch(self._replayed)
+                    if self.state.look() == self._chosen:
+                        return result
+                except BaseException:
+                    cache.rollback(start)
+                    raise
+                cache.rollback(start)
+                if generator is not None and drawn is not None:
+                    generator.set_state(drawn)
+            with self._pass_context(cache, start + cache.position_offset + new):
+                return None if self._replayed is None else launch(self._replayed)
 
     @contextmanager
     def _pass_context(self, cache: KVCache, length: int) -> Iterator[None]:
@@ -547,7 +332,7 @@ class ModelRunner:
         """Positions of new tokens, and the sequence's last one if rotary scaling depends on it."""
         first = cache.length + cache.position_offset
         end = first + ids.shape[0]
-        positions = torch.arange(first, end, device=self.device)
+        own = torch.arange(first, end, device=self.device)
         if self._scale(length) == self._scale(end):
-            return positions
-        return torch.cat([positions, positions.new_tensor([length - 1])])
+            return own
+        return torch.cat([own, own.new_tensor([length - 1])])

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
-from rapid_llm.engine.identity import ModelState
+from rapid_llm.engine.model_state import ModelState
 from rapid_llm.errors import InvalidParameterError
 
 MAX_QUANTIZED_ROWS = 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine.chunks import pass_ends
-from rapid_llm.engine.device import Judge, NextMask, TokenSampler
+from rapid_llm.engine.device import Judge, NextMask, ReplayedPass, TokenSampler
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import OutdatedKVError
@@ -69,40 +69,31 @@ class Session:
             if progress is not None:
                 progress(start, len(tokens))
             part = self.runner.tensor(tokens[start:end])
-            self._read(part, 1, len(tokens) + 1)
+            self.extend(part, 1, len(tokens) + 1)
         if progress is not None:
             progress(len(tokens), len(tokens))
 
-    def extend(self, tokens: Tensor, keep: int | None = None) -> Tensor:
+    def extend(self, tokens: Tensor, keep: int | None = None, whole: int | None = None) -> Tensor:
         """Read tokens and return logits.
 
         Args:
             tokens: token ids, int64 ``[n]``.
             keep: number of last tokens for which logits are computed; None for all.
+            whole: length of the whole sequence in tokens, where more will be read than these; the
+                tokens then pass no length at which the rotary embedding switches.
 
         Returns:
             Logits, float32 ``[keep, vocab]``, each row for the token after the one read.
         """
-        start, n = self.length, tokens.shape[0]
-        ends = [at - start for at in sorted(self.runner.switches) if start < at < start + n]
-        if not ends:
-            return self._read(tokens, keep or n, start + n)
-        rows = [
-            self._read(tokens[first:end], end - first, start + end)
-            for first, end in pairwise((0, *ends, n))
-        ]
-        return torch.cat(rows)[n - (keep or n) :]
-
-    def _read(self, tokens: Tensor, keep: int, length: int) -> Tensor:
-        """Append tokens; computes outdated KV again.
-
-        Args:
-            tokens: token ids, int64 ``[n]``.
-            keep: number of last tokens for which logits are computed.
-            length: length of the whole sequence in tokens, including tokens still to be read.
-        """
-        start = self.cache.length
-        self.cache.expected = length
+        start, n, held = self.length, tokens.shape[0], self.cache.length
+        keep = keep or n
+        if whole is None:
+            ends = [at - start for at in sorted(self.runner.switches) if start < at < start + n]
+            if ends:  # a pass for the tokens up to each switch
+                parts = pairwise((0, *ends, n))
+                rows = [self.extend(tokens[at:end], whole=start + end) for at, end in parts]
+                return torch.cat(rows)[n - keep :]
+        self.cache.expected = whole or start + n
         try:
             logits = self.runner(tokens, self.cache, keep)
         except OutdatedKVError:
@@ -111,7 +102,7 @@ class Session:
             self._recompute()
             logits = self.runner(tokens, self.cache, keep)
         if self._has_tokens:  # after the launch, so that the device is not kept waiting
-            self._tokens[start : self.cache.length] = tokens
+            self._tokens[held : self.cache.length] = tokens
         return logits
 
     def _recompute(self) -> None:
@@ -145,12 +136,15 @@ class Session:
             Drafted tokens, int64 ``[at most steps]``, and the q that each was drawn from,
             ``[…, width]``; None, with nothing read, where this is not possible.
         """
-        start = self.cache.length
-        room = self.cache.capacity - start
-        if start == 0 or room < len(pending) + steps - 1:
+        start, new = self.cache.length, len(pending) + steps - 1
+        if start == 0 or self.cache.capacity - start < new:
             return None
+
+        def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
+            return replayed.loop(choice)(pending, steps, self.cache, generator, masks)
+
         try:
-            drafted = self.runner.draft(pending, steps, self.cache, choice, generator, masks)
+            drafted = self.runner.replay(new, self.cache, launch, generator)
         except OutdatedKVError:
             return None  # the next pass computes the KV again
         if drafted is None:
@@ -175,7 +169,7 @@ class Session:
             tokens: int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
             q, eta, generator: see :class:`rapid_llm.engine.device.Judge`.
             judge: verification to run.
-            mask: mask of the judge, on the host.
+            mask: mask of the judge.
 
         Returns:
             The judge's verdict; None, with nothing read, where this is not possible.
@@ -184,8 +178,14 @@ class Session:
         if start == 0 or self.cache.capacity - start < n:
             return None
         self.cache.expected = self.length + n
+
+        def launch(replayed: ReplayedPass) -> Tensor | None:
+            if not replayed.serves(tokens, self.cache, n):
+                return None
+            return replayed.verification(judge)(tokens, q, eta, self.cache, generator, mask)
+
         try:
-            verdict = self.runner.verify(tokens, q, eta, self.cache, judge, generator, mask)
+            verdict = self.runner.replay(n, self.cache, launch, generator)
         except OutdatedKVError:
             return None  # the next pass computes the KV again
         if verdict is not None and self._has_tokens:

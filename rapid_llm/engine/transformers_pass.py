@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.kv_cache import KVCache, cache_argument
+from rapid_llm.engine.model_state import ModelState
 
 
 class TransformersPass:

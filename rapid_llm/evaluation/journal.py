@@ -1,4 +1,4 @@
-"""The folder of a run: its settings, and every answer, kept as soon as it is there."""
+"""Results folder of a run: its settings, and each answer as soon as it is there."""
 
 from __future__ import annotations
 

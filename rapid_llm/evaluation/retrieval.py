@@ -1,4 +1,4 @@
-"""What drafters read: retrieved once an item for all methods that read the same."""
+"""Retrieve the drafter's context, once per item for all methods that read the same."""
 
 from __future__ import annotations
 

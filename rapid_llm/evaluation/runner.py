@@ -1,4 +1,4 @@
-"""Asks the items of a task by each method, and keeps the answers.
+"""Run a task: ask its items by each method, and record the answers.
 
 Items are outermost, so that the target reads a document once for all methods. Before each of them
 the kept KV is brought into one state that depends on the item alone: rounding depends on how many

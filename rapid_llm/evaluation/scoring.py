@@ -1,4 +1,4 @@
-"""How an answer is compared with the references: a number in [0, 1].
+"""Score an answer against references, as a number in [0, 1].
 
 Words are compared as the SQuAD v1.1 script compares them (Rajpurkar et al. 2016), which ∞Bench and
 Lost in the Middle took over; ROUGE is google-research's ``rouge-score``.

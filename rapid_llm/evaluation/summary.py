@@ -1,4 +1,4 @@
-"""What the records of a run say of each method, with 95 % intervals."""
+"""Summarise the records of a run per method, with 95 % intervals."""
 
 from __future__ import annotations
 

@@ -53,6 +53,11 @@ def _bits(mask: Tensor, width: int) -> Tensor:
     if mask.device.type == "cpu":
         octets = np.unpackbits(mask.numpy().view(np.uint8), axis=-1, bitorder="little")
         return torch.from_numpy(octets[:, :width]).bool()
+    return _shifted(mask, width)
+
+
+def _shifted(mask: Tensor, width: int) -> Tensor:
+    """:func:`_bits` by operators that any device has, and a CUDA graph may contain."""
     shifts = torch.arange(_WORD, dtype=torch.int32, device=mask.device)
     return ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :width].bool()
 

@@ -175,7 +175,7 @@ class Sampler:
             Processed logits s, float32 ``[n, vocab]``; their softmax is p (or q).
         """
         n, total = logits.shape[0], drafted.shape[0]
-        mask = self.mask(drafted, n)
+        mask = None if self.constraint is None else self.mask(drafted.tolist(), n)
         if self._history is None:
             return self._processed(None, logits, mask)
         rows = [
@@ -193,15 +193,15 @@ class Sampler:
             return self.processors(ids, logits)
         return self._after_mask(ids, masked(self._before_mask(ids, logits), mask))
 
-    def mask(self, drafted: Tensor, rows: int) -> Tensor | None:
+    def mask(self, drafted: Sequence[int], rows: int) -> Tensor | None:
         """Mask of the constraint on the device, see :meth:`.constraints.Matcher.mask`.
 
-        None without a constraint. The host waits for the drafted tokens.
+        None without a constraint.
         """
         if self.constraint is None:
             return None
         device = self.generator.device
-        return device_of(device).upload(self.constraint.mask(drafted.tolist(), rows), device)
+        return device_of(device).upload(self.constraint.mask(drafted, rows), device)
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """Choose a token: the argmax when greedy, a draw otherwise.

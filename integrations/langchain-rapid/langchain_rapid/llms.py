@@ -1,4 +1,4 @@
-"""RapidLLM: the same as text completion, without a chat template."""
+"""RapidLLM: text completion without a chat template."""
 
 from __future__ import annotations
 

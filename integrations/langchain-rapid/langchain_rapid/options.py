@@ -1,4 +1,4 @@
-"""The options of rapid-llm as LangChain has them: fields of a model, arguments of a call."""
+"""Options of rapid-llm as fields of a LangChain model and as arguments of its calls."""
 
 from __future__ import annotations
 

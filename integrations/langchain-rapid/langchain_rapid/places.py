@@ -1,4 +1,4 @@
-"""Where documents stand in a prompt, as LangChain's runs carry it."""
+"""Positions of documents in a prompt, carried through LangChain's run configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that exceed a context window are shortened, their documents first."""
+"""Shorten prompts that exceed a context window, their documents first."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Window(NamedTuple):
         self, messages: Sequence[Message], places: Sequence[Place]
     ) -> Sequence[Message]:
         """The latest turns that fit beside half a window of the documents."""
-        from rapid_llm.context.cutting import CuttableDocument, share_out
+        from rapid_llm.context.truncation import CuttableDocument, share_out
         from rapid_llm.encoding import drop_oldest_turns
 
         encode = self.encode

@@ -20,6 +20,7 @@ from llama_index.llms.rapid import RapidLLM, RapidSynthesizer
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import LoadedModel
+from rapid_llm.opening import Opener
 
 QA = PromptTemplate("Text: {context_str}\nQuestion: {query_str}\nAnswer:")
 LINE = "The lighthouse was built in 1871."
@@ -262,17 +263,17 @@ THINKING = (
 )
 
 
-def test_variables_of_the_template(make_decoder):
+def test_variables_of_the_template(make_decoder, monkeypatch):
     decoder = make_decoder()
     decoder.tokenizer.chat_template = THINKING
     read = []
-    original = RapidDecoder._run
+    original = Opener.open
 
-    def run(self, request, *arguments):
+    def opened(self, request, *arguments):
         read.append(decoder.tokenizer.decode(request.prompt)[-6:].strip())
         return original(self, request, *arguments)
 
-    decoder._run = run.__get__(decoder)
+    monkeypatch.setattr(Opener, "open", opened)
     thinks = RapidLLM(decoder=decoder, max_tokens=1)
     answers = RapidLLM(
         decoder=decoder, max_tokens=1, chat_template_kwargs={"enable_thinking": False}

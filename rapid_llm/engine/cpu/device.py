@@ -15,7 +15,7 @@ from rapid_llm.engine.cpu import attention, kernels, products
 from rapid_llm.engine.cpu.compiled import compiled_pass
 from rapid_llm.engine.cpu.quantizers import CPUQuantizer
 from rapid_llm.engine.device import Device, Pass
-from rapid_llm.engine.identity import ModelState
+from rapid_llm.engine.model_state import ModelState
 
 
 class CPU(Device):

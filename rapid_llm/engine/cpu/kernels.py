@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine.cpu.products import fast_dtype
-from rapid_llm.engine.identity import is_plain_tensor
+from rapid_llm.engine.snapshot import is_plain_tensor
 from rapid_llm.limits import processors
 
 _PREFERRED = ("_kernels_avx512bf16", "_kernels_avx2")

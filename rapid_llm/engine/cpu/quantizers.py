@@ -13,7 +13,7 @@ from rapid_llm.engine.cpu.blocks import BlockLinear, Int4Blocks, Int8Blocks, fou
 from rapid_llm.engine.cpu.compiled import CompiledPass
 from rapid_llm.engine.cpu.int8 import Int8Linear, Int8Projections
 from rapid_llm.engine.device import Pass
-from rapid_llm.engine.identity import ModelState
+from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.quantized import QuantizedLinear, copy_of
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import sharing_copy

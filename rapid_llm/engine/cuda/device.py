@@ -10,8 +10,8 @@ from torch import Tensor
 from rapid_llm.engine import sdpa
 from rapid_llm.engine.cuda import has_kernels, int4, prefill
 from rapid_llm.engine.device import Device, Pass
-from rapid_llm.engine.identity import ModelState
 from rapid_llm.engine.lean import has_fixed_rotary
+from rapid_llm.engine.model_state import ModelState
 
 _PLANNED = 1024  # capacities are multiples of this, as cuDNN keeps a plan for each buffer size
 

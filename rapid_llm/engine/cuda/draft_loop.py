@@ -69,7 +69,8 @@ class DraftLoop:
         with self._graphs.drawing_from(generator):
             while done < steps:
                 if masks is not None:
-                    mask = masks(self._drafted[:done].tolist())  # the host waits here
+                    drafted = self._drafted[:done].tolist() if done else []  # the host waits
+                    mask = masks(drafted)
                     if mask is None:
                         break
                     self._mask.copy_(mask)

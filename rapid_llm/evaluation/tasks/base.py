@@ -1,4 +1,4 @@
-"""What a task is: items to ask, and a score for each answer."""
+"""Base classes of tasks: items to ask, and a score for each answer."""
 
 from __future__ import annotations
 

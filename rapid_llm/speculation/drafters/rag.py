@@ -128,8 +128,15 @@ class RagDrafter:
         tokens = pending.new_empty(0)
         rows: list[Tensor] = []
         passes, drafted, unsure = 0, 0, False
-        while drafted < gamma and not unsure and not self._over(tokens):
-            if len(forced := self._forced(tokens, gamma - drafted)):
+        constraint = self._sampler.constraint
+        known: list[int] = []  # the drafted tokens on the host, where a constraint needs them
+        while drafted < gamma and not unsure:
+            if constraint is not None and drafted > 0:
+                known = tokens.tolist()
+                if constraint.over(known):
+                    break
+            if constraint is not None and (certain := constraint.forced(known, gamma - drafted)):
+                forced = self._session.runner.tensor(certain)
                 rows.append(F.one_hot(forced, self._vocab_size).float())
                 tokens, pending = torch.cat([tokens, forced]), torch.cat([pending, forced])
                 drafted += len(forced)
@@ -138,7 +145,7 @@ class RagDrafter:
             # With a longer guess the pass would not use the quantized weights.
             limit = min(gamma - drafted - 1, MAX_QUANTIZED_ROWS - len(pending))
             guess = self._guess(sequence, tokens, limit)
-            looped = None if len(guess) else self._loop(pending, gamma - drafted, tokens)
+            looped = None if len(guess) else self._loop(pending, gamma - drafted, known)
             if looped is not None:
                 new, q = looped
             else:
@@ -162,19 +169,9 @@ class RagDrafter:
             pending = pending[FEW_TOKENS:]
         return pending
 
-    def _over(self, tokens: Tensor) -> bool:
-        """Whether the constraint lets nothing follow the drafted tokens."""
-        constraint = self._sampler.constraint
-        return constraint is not None and constraint.over(tokens.tolist())
-
-    def _forced(self, tokens: Tensor, limit: int) -> Tensor:
-        """Tokens that must follow the drafted ones by the constraint: int64 ``[at most limit]``."""
-        constraint = self._sampler.constraint
-        if constraint is None:
-            return tokens[:0]
-        return self._session.runner.tensor(constraint.forced(tokens.tolist(), limit))
-
-    def _loop(self, pending: Tensor, steps: int, drafted: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _loop(
+        self, pending: Tensor, steps: int, drafted: list[int]
+    ) -> tuple[Tensor, Tensor] | None:
         """Draft at most ``steps`` tokens without the host; None where the host must take part.
 
         With a constraint the host takes part between the steps, and the draft ends before a token
@@ -183,7 +180,7 @@ class RagDrafter:
         Args:
             pending: tokens that are not read yet.
             steps: maximum number of tokens to draft.
-            drafted: tokens drafted before.
+            drafted: tokens drafted before, where there is a constraint.
 
         Returns:
             The tokens, int64 ``[at most steps]``, and their q, float32 ``[…, vocab]``.
@@ -194,18 +191,17 @@ class RagDrafter:
         masks = self._masks(drafted)
         return self._session.draft(pending, steps, self._choice, self._sampler.generator, masks)
 
-    def _masks(self, drafted: Tensor) -> NextMask | None:
+    def _masks(self, drafted: list[int]) -> NextMask | None:
         """The constraint's masks for a draft loop after drafted tokens; None without one."""
         constraint = self._sampler.constraint
         if constraint is None:
             return None
-        before = drafted.tolist()
 
         def mask(looped: list[int]) -> Tensor | None:
-            seen = [*before, *looped]
+            seen = [*drafted, *looped]
             if looped and (constraint.over(seen) or constraint.forced(seen, 1)):
                 return None
-            return constraint.mask(seen, 1)
+            return self._sampler.mask(seen, 1)
 
         return mask
 

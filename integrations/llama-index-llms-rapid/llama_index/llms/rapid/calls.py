@@ -1,4 +1,4 @@
-"""What goes to the decoder for one call, and the responses that come of it."""
+"""One call of the decoder: its prompts and options, and its responses as LlamaIndex's."""
 
 from __future__ import annotations
 

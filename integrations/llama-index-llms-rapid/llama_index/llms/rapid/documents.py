@@ -1,4 +1,4 @@
-"""The documents that were given, and which of them a node is from."""
+"""Documents of an LLM or synthesizer, and which of them a node is from."""
 
 from __future__ import annotations
 

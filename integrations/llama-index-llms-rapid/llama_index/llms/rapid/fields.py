@@ -1,4 +1,4 @@
-"""The options that a RapidLLM has as fields and takes in its calls, as rapid_llm declares them."""
+"""Options of rapid_llm as fields of a RapidLLM and as arguments of its calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A document as the target reads it."""
+"""Full text of a document, as the target reads it."""
 
 from __future__ import annotations
 

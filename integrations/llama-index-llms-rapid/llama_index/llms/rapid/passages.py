@@ -1,4 +1,4 @@
-"""Which documents a text of retrieved passages is from, where only the text is known."""
+"""Find the documents of retrieved passages where only their text is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer cost, as query and chat engines show it: ``response.metadata["rapid"]``.
+"""Statistics of answers in query and chat engines: ``response.metadata["rapid"]``.
 
 A response synthesizer hands the LLM text and keeps the response to itself. LlamaIndex's spans tell
 when a synthesizer or chat engine begins, with which nodes, and what it returns: the calls between,

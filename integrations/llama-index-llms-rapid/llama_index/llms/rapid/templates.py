@@ -1,4 +1,4 @@
-"""What ``LLM.predict`` and its kin hand to the model: a filled template that can be refilled.
+"""Filled prompt templates that remember their template, to be filled again with documents.
 
 LlamaIndex fills a prompt template with the retrieved text and passes on the result. The target
 needs the same template filled with the documents, so the result remembers its template. To all

@@ -1,4 +1,4 @@
-"""Prompts made to fit the models' context windows."""
+"""Fit prompts into the models' context windows."""
 
 from __future__ import annotations
 

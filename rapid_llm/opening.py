@@ -1,0 +1,121 @@
+"""Open a generation for a request: sessions over kept KV, a sampler, and the drafters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from rapid_llm.engine.costs import ROOM
+from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.quantized_drafter import QuantizedDrafter
+from rapid_llm.engine.reuse import Lease, PrefixCache
+from rapid_llm.engine.session import Session
+from rapid_llm.generation import DRAFTED, Generation
+from rapid_llm.request import ModelPair, Request
+from rapid_llm.speculation.drafters import compressed
+from rapid_llm.speculation.drafters.base import Drafter
+from rapid_llm.speculation.drafters.lookup import CERTAIN, SIZES, PromptLookupDrafter
+from rapid_llm.speculation.drafters.rag import RagDrafter
+from rapid_llm.speculation.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Opens generations.
+
+    Attributes:
+        pair: target and drafter.
+        quantized: the drafter's quantized copy.
+        prefixes: cache of the KV of earlier prompts.
+    """
+
+    pair: ModelPair
+    quantized: QuantizedDrafter
+    prefixes: PrefixCache
+
+    @contextmanager
+    def open(self, request: Request, started: float) -> Iterator[Generation]:
+        """A generation for a request, with KV reused from earlier calls and kept for later ones.
+
+        Args:
+            request: the request.
+            started: time of the call (``time.perf_counter``).
+        """
+        with ExitStack() as leases:
+
+            def lease(runner: ModelRunner, prompt: Sequence[int]) -> tuple[Session, Lease]:
+                length, new = len(prompt), request.sampling.max_new_tokens
+                capacity = max(min(length + new, runner.context_window), length + ROOM)
+                borrowed = leases.enter_context(
+                    self.prefixes.lease(runner, prompt, runner.capacity_for(capacity))
+                )
+                return Session(runner, borrowed.cache, prompt), borrowed
+
+            target, kept = lease(request.runner, request.prompt)
+            runner = request.runner
+            sampler = Sampler(
+                request.sampling,
+                request.prompt,
+                runner.device,
+                runner.model,
+                constraint=request.constraint,
+            )
+            yield Generation(
+                target=target,
+                prompt=request.prompt,
+                cached=kept.reused,
+                drafters=self._drafters(request, target, sampler, lease),
+                drafter_name=self.pair.drafter.name,
+                sampler=sampler,
+                config=request.config,
+                confidence=request.confidence,
+                method=request.method,
+                draft_skipped=request.draft_skipped,
+                started=started,
+                free_memory=self.prefixes.clear,
+            )
+
+    def _drafters(
+        self,
+        request: Request,
+        target: Session,
+        sampler: Sampler,
+        lease: Callable[[ModelRunner, Sequence[int]], tuple[Session, Lease]],
+    ) -> list[Drafter]:
+        """Drafters of a request: none, one, or two to choose from in each round."""
+        config, runner, drafter = request.config, request.runner, self.pair.drafter
+        if request.method not in DRAFTED:
+            return []
+        if config.drafting == "rest":
+            return [_lookup(request, SIZES)]
+        if config.drafting in compressed.DRAFTERS:
+            own = self.quantized.runner if drafter is self.pair.target else runner
+            kind = compressed.DRAFTERS[config.drafting]
+            return [kind(target, own, request.prompt, sampler, config)]
+        session, _ = lease(self.quantized.runner, request.draft_prompt)
+        if drafter.device != runner.device:
+            model = runner.model
+            sampler = Sampler(
+                request.sampling, request.prompt, drafter.device, model, 1, request.constraint
+            )
+        rag = RagDrafter(
+            session,
+            request.draft_prompt,
+            sampler,
+            runner.vocab_size,
+            config,
+            request.prompt,
+            self.pair.unshared,
+        )
+        if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
+            return [rag]
+        # Without knowledge transfer the output does not depend on the drafter: lookup may compete.
+        return [_lookup(request, CERTAIN), rag]
+
+
+def _lookup(request: Request, sizes: Sequence[int]) -> PromptLookupDrafter:
+    runner = request.runner
+    return PromptLookupDrafter(
+        request.prompt, runner.vocab_size, runner.device, sizes, request.constraint
+    )
