@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
@@ -80,7 +80,9 @@ async def in_thread(function: Callable[[], T]) -> T:
     return await future
 
 
-async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) -> AsyncIterator[T]:
+async def iterate_in_thread(
+    start: Callable[[Callable[[], None]], Iterator[T]],
+) -> AsyncGenerator[T, None]:
     """Run an iterator in a thread of its own, one step at a time.
 
     Args:
@@ -111,15 +113,19 @@ async def iterate_in_thread(start: Callable[[Callable[[], None]], Iterator[T]]) 
     finally:
         abandoned.set()
         if isinstance(iterator, Generator):
+            # In the thread, after the step: closing a generation may write its KV to a file.
+            closed = worker(iterator.close)
+            closed.add_done_callback(_retrieve)
+            worker.end()
             if step is None or step.done():
-                iterator.close()
-            else:
+                await asyncio.shield(closed)
+            else:  # cancelled, which is not to wait
                 step.add_done_callback(_retrieve)
-                worker(iterator.close)  # after the step
-        worker.end()
+        else:
+            worker.end()
 
 
-def _retrieve(step: asyncio.Future[object]) -> None:
+def _retrieve(step: asyncio.Future[Any]) -> None:
     """Take a future's error, or asyncio logs it as never retrieved."""
     if not step.cancelled():
         step.exception()

@@ -4,12 +4,12 @@
 # time.
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from re import Pattern
 from typing import Annotated, Any, ClassVar, Literal
 
 from rapid_llm.grammars import canonical
-from rapid_llm.options import Option, check
+from rapid_llm.options import Option, check, without_secrets
 
 Mode = Literal["exact", "augmented", "paper"]
 Drafting = Literal["rag", "streaming", "triforce", "rest"]
@@ -332,7 +332,7 @@ class EngineConfig:
             private=True,
             per_call=False,
         ),
-    ] = field(default_factory=dict)
+    ] = field(default_factory=dict, repr=False)
     drafter_options: Annotated[
         Mapping[str, Any],
         Option(
@@ -340,10 +340,18 @@ class EngineConfig:
             private=True,
             per_call=False,
         ),
-    ] = field(default_factory=dict)
+    ] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check(self)
+
+    def without_secrets(self) -> "EngineConfig":
+        """The config without the tokens and proxies of its private options, to be saved."""
+        return replace(
+            self,
+            hub_options=without_secrets(self.hub_options),
+            drafter_options=without_secrets(self.drafter_options),
+        )
 
 
 @dataclass(frozen=True)

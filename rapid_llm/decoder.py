@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.reuse import PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
+from rapid_llm.forked import Owner, limit_threads
 from rapid_llm.generation import (
     Delta,
     FinishReason,
@@ -122,6 +124,7 @@ class RapidDecoder:
         kv_cache_dir: str | Path | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        limit_threads()
         # A copy: the caller may let theirs cut or pad, which a fast tokenizer remembers.
         self.tokenizer = copy.deepcopy(tokenizer)
         self.chat_template_kwargs = checked_variables(chat_template_kwargs)
@@ -152,6 +155,7 @@ class RapidDecoder:
         self._prefixes = PrefixCache(
             kv_cache_bytes, None if kv_cache_dir is None else Path(kv_cache_dir)
         )
+        self._loaded_in = Owner(f"the decoder of {self.target.name}")
         self._quantized = QuantizedDrafter(
             self.drafter,
             drafter_quantization,
@@ -263,8 +267,15 @@ class RapidDecoder:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as the names that it was loaded by, or as its models; never with kept KV."""
-        return _unpickled, (type(self), self._made_of)
+        """Pickled as the names that it was loaded by, or as its models; never with kept KV.
+
+        Nor with secrets among ``hub_options``: where the pickle is opened, transformers finds a
+        token in the environment or in the hub's own file.
+        """
+        made_of = self._made_of
+        if isinstance(made_of, EngineConfig):
+            made_of = made_of.without_secrets()
+        return _unpickled, (type(self), made_of)
 
     @property
     def draft_runner(self) -> ModelRunner:
@@ -306,6 +317,7 @@ class RapidDecoder:
         Returns:
             Number of the prompt's tokens whose KV is kept: all but the last, if it was the latest.
         """
+        self._loaded_in.require()
         ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
         return self._prefixes.keep_only(self.target, ids)
 
@@ -370,10 +382,12 @@ class RapidDecoder:
                 context window.
             TokenizerMismatchError: the prompt to answer has a token that its model lacks.
             NumericalError: a model produced NaN (raised while streaming).
+            ForkedProcessError: this process was forked from the one that loaded the models.
             GenerationTimeoutError: ``sampling.timeout`` seconds have passed since the call (raised
                 while streaming, between two chunks of the prefill or after a round).
         """
         started = time.perf_counter()
+        self._loaded_in.require()
         request = self._pair.request(
             target_prompt,
             draft_prompt,
@@ -400,7 +414,9 @@ class RapidDecoder:
             InvalidParameterError: the prompt is malformed, or the continuation has no tokens.
             ContextWindowError: both together exceed the model's window.
             NumericalError: the model produced NaN.
+            ForkedProcessError: this process was forked from the one that loaded the models.
         """
+        self._loaded_in.require()
         runner = self.drafter if drafter else self.target
         tokens = encode_literal(continuation, self.tokenizer)
         if not tokens:
@@ -451,8 +467,9 @@ class RapidDecoder:
                 chat_template_kwargs=chat_template_kwargs,
             )
 
-        async for delta in iterate_in_thread(start):
-            yield delta
+        async with aclosing(iterate_in_thread(start)) as steps:
+            async for delta in steps:
+                yield delta
 
 
 def _unpickled(cls: type[RapidDecoder], made_of: Any) -> RapidDecoder:

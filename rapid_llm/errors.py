@@ -33,6 +33,10 @@ class GenerationTimeoutError(RapidError, TimeoutError):
     """``SamplingParams.timeout`` seconds passed before the answer was finished."""
 
 
+class ForkedProcessError(RapidError, RuntimeError):
+    """What another process loaded was used in a process that was forked from it."""
+
+
 class NumericalError(RapidError, ArithmeticError):
     """A model produced NaN logits."""
 

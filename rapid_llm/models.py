@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
+from rapid_llm.forked import ProcessLock, in_child, limit_threads
 from rapid_llm.gguf import load_gguf
 from rapid_llm.limits import host_memory
 
@@ -51,9 +51,10 @@ _LOADING_ERRORS = (
     SafetensorError,
 )
 
-_loading = threading.Lock()
+_loading = ProcessLock()
 _models: WeakValueDictionary[tuple[str, ...], PreTrainedModel] = WeakValueDictionary()
 _tokenizers: WeakKeyDictionary[PreTrainedModel, PreTrainedTokenizerBase] = WeakKeyDictionary()
+in_child(_models.clear)  # a parent's model may have stopped in the middle of a pass
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def load_model(
         MissingDependencyError: the packaged model is not installed.
         InvalidParameterError: an unknown dtype or device.
     """
+    limit_threads()
     name = str(source)
     resolved = _resolve_dtype(name, dtype)
     place = resolve_device(device)

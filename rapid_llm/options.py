@@ -25,6 +25,9 @@ RENAMED = {
 }
 """New name of an option by its old one."""
 
+SECRET = frozenset({"token", "use_auth_token", "proxies"})
+"""Arguments of ``from_pretrained`` that may hold a secret."""
+
 _Number = TypeVar("_Number", int, float)
 _Settings = TypeVar("_Settings", bound=Any)
 
@@ -291,6 +294,18 @@ def pydantic_fields(
             ),
         )
     return made
+
+
+def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` without those that may hold a secret, at any depth.
+
+    Those are what :data:`SECRET` names, and pydantic's ``SecretStr``.
+    """
+    return {
+        name: without_secrets(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if name not in SECRET and not hasattr(value, "get_secret_value")
+    }
 
 
 def whole(value: Any) -> int | None:

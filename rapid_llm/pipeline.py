@@ -15,7 +15,7 @@ from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS
 from rapid_llm.context.embedding import Embedder
-from rapid_llm.context.prompts import Fitted, build_messages, fit_documents
+from rapid_llm.context.prompts import Fitted, build_messages, fit_documents, retrieval_query
 from rapid_llm.context.retrieved import SEPARATOR, Passage
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
@@ -170,7 +170,9 @@ class RapidPipeline:
             method: ``rapid``; ``sd``, speculation without knowledge transfer; ``lc``, the target
                 alone; ``rag``, the drafter alone. Where nothing was retrieved, all but ``lc``
                 follow ``on_empty``, and ``stats.draft_skipped`` gives the reason.
-            history: earlier questions and answers, as chat messages that begin with a user's.
+            history: earlier questions and answers, as chat messages that begin with a user's. The
+                last two questions are part of what is searched for, as a follow-up ("and the
+                second one?") has too few words of its own.
             sampling, speculation: options for this question; by default the pipeline's.
             chat_template_kwargs: variables of the chat template; they override the decoder's.
             progress: callback for the progress of embedding and prefill.
@@ -232,16 +234,17 @@ class RapidPipeline:
 
     def _retrieved(self, call: _Call, progress: Progress | None) -> RetrievalContext:
         room = self._room(call)
-        known = self._contexts.pop(call.question, None)
+        query = call.query
+        known = self._contexts.pop(query, None)
         if known is None or known.room != room:  # a history or a longer answer leaves less room
             context = self.builder.build(
                 self.documents,
-                call.question,
+                query,
                 room=room,
                 progress=progress and (lambda done, total: progress("embed", done, total)),
             )
             known = _Retrieved(room, context)
-        self._contexts[call.question] = known
+        self._contexts[query] = known
         if len(self._contexts) > _CONTEXTS:
             self._contexts.popitem(last=False)
         return known.context
@@ -345,6 +348,12 @@ class _Call:
     sampling: SamplingParams
     speculation: SpeculationConfig
     variables: Mapping[str, Any]
+
+    @property
+    def query(self) -> str:
+        """What is searched for: the question, and the latest ones of the history."""
+        users = [m for m in self.history if isinstance(m, Mapping) and m.get("role") == "user"]
+        return retrieval_query(self.question, [str(message.get("content")) for message in users])
 
     def messages(self, text: str) -> list[Message]:
         """Chat messages of the conversation, with a text in the first one."""

@@ -27,8 +27,8 @@ class TextStream:
         tokenizer: the model's tokenizer.
         stop: non-empty strings that end the text. A special token that is a stop string, or part
             of one, is matched but never returned.
-        keep: ids of special tokens whose text is returned, such as those of tool calls.
         before: tokens before the text. Without any, some tokenizers drop a space at its beginning.
+        keep: ids of special tokens whose text is returned, such as those of tool calls.
 
     Attributes:
         stopped: whether a stop string was completed. The text before it has been returned;
@@ -39,8 +39,8 @@ class TextStream:
         self,
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str] = (),
-        keep: Collection[int] = (),
         before: Sequence[int] = (),
+        keep: Collection[int] = (),
     ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer

@@ -15,6 +15,7 @@ from rapid_llm.speculation.acceptance import (
     residual,
     transfer,
     verify_greedy,
+    verify_guess,
     verify_sampled,
 )
 
@@ -202,3 +203,17 @@ def test_draw_is_proportional_and_never_takes_weight_zero():
         counts[draw(weights, generator)] += 1
     assert counts[0] == counts[3] == 0
     assert abs(counts[1] / 8000 - 0.75) < 0.02
+
+
+def test_with_alpha_1_the_drafters_first_choice_is_still_transferred():
+    s, q = torch.zeros(1, 4), torch.tensor([[0.1, 0.6, 0.2, 0.1]])
+    expected = torch.tensor([[0.0, 2 * (0.6 - 0.25), 0.0, 0.0]])
+    torch.testing.assert_close(transfer(s, q, 2.0, 1.0), expected)
+
+
+def test_after_a_rejected_guess_its_whole_probability_is_left_out():
+    q = torch.tensor([[0.9, 0.1], [0.5, 0.5]])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        accepted, token = verify_guess(q, torch.tensor([0]), generator, greedy=False)
+        assert accepted == 1 or token == 1

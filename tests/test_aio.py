@@ -11,10 +11,11 @@ import time
 import pytest
 from conftest import tiny_model, tiny_tokenizer
 
-from rapid_llm.aio import in_thread
+from rapid_llm.aio import in_thread, iterate_in_thread
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.reuse import PrefixCache
 from rapid_llm.errors import InvalidParameterError
 
 PROMPT, DRAFT = [5, 9, 31, 7, 44, 12], [31, 7]
@@ -144,3 +145,40 @@ def test_a_stream_of_a_closed_loop_leaves_no_thread_and_no_kv_in_use(decoder):
 def test_a_function_that_raises_stop_iteration_does_not_hang():
     with pytest.raises(RuntimeError, match="StopIteration"):
         asyncio.run(asyncio.wait_for(in_thread(lambda: next(iter(()))), timeout=10))
+
+
+def test_a_closed_stream_ends_in_its_own_thread(decoder, monkeypatch):
+    """Ending a generation may write a file, which must not happen on the event loop's thread."""
+    ended: list[threading.Thread] = []
+    original = PrefixCache._save
+
+    def save(cache, *args):
+        ended.append(threading.current_thread())
+        return original(cache, *args)
+
+    monkeypatch.setattr(PrefixCache, "_save", save)
+
+    async def main() -> int:
+        stream = decoder.astream(PROMPT, DRAFT, sampling=SAMPLING)
+        await anext(stream)
+        await stream.aclose()
+        return len(ended)  # when the call returns, it has ended
+
+    assert asyncio.run(main()) == 2  # the target's and the drafter's
+    assert threading.main_thread() not in ended
+
+
+def test_an_error_of_the_end_arrives(decoder):
+    def failing(check):
+        try:
+            yield 1
+            yield 2
+        finally:
+            raise ValueError("at the end")
+
+    async def main() -> None:
+        async with contextlib.aclosing(iterate_in_thread(failing)) as steps:
+            assert await anext(steps) == 1
+
+    with pytest.raises(ValueError, match="at the end"):
+        asyncio.run(main())

@@ -84,6 +84,46 @@ def test_legacy_encodings_are_guessed_and_the_guess_is_said(
         assert read_document(write(tmp_path / "legacy.txt", whole.encode(encoding))) == whole
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "naïve",
+        "voilà l'été",
+        "Größe: 5",
+        "Straße",
+        "señor González",
+        "Åse på Ålesund",
+        "¿Qué?",
+        "20 °C outside",
+        "5 £ or 10 €",
+        "it\u2019s fine",
+        "Dear François, the meeting is on Monday.",
+    ],
+)
+def test_a_few_latin_letters_among_ascii_are_read_as_such(tmp_path: Path, text: str) -> None:
+    with pytest.warns(UserWarning, match="a guess"):
+        assert read_document(write(tmp_path / "a.txt", text.encode("cp1252"))) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Привет, мир", "cp1251"),
+        ("The word Привет is Russian", "cp1251"),
+        ("Model X-5 и ещё", "cp1251"),
+        ("Καλημέρα κόσμε", "cp1253"),
+        ("İstanbul'da güneşli bir gün", "cp1254"),
+        ("Łódź jest miastem w Polsce, a Kraków też.", "cp1250"),
+        ("Čeština je jazyk", "cp1250"),
+    ],
+)
+def test_a_few_words_of_another_script_or_language_stay_so(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
+    with pytest.warns(UserWarning, match="a guess"):
+        assert read_document(write(tmp_path / "a.txt", text.encode(encoding))) == text
+
+
 @pytest.mark.parametrize("text", [PROSE, RUSSIAN, JAPANESE])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf16_without_a_mark(tmp_path: Path, text: str, encoding: str) -> None:

@@ -23,7 +23,7 @@ from rapid_llm import (
     SamplingParams,
     SpeculationConfig,
 )
-from rapid_llm.context.prompts import build_messages
+from rapid_llm.context.prompts import build_messages, retrieval_query
 from rapid_llm.pipeline import METHODS, RapidPipeline
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -286,6 +286,31 @@ def test_a_chat_reads_what_was_said_before(
     third = chat.ask("w9")
     fresh = pipeline_of(decoder, embedder).ask("w9", method)
     assert third.stats.prompt_tokens > fresh.stats.prompt_tokens + 10
+
+
+def test_a_follow_up_is_searched_for_with_the_questions_before_it(
+    decoder: RapidDecoder, embedder: CountingEmbedder
+) -> None:
+    """ "w60 w61" is in no document, as "and the second one?" is in none."""
+    short = SamplingParams(max_new_tokens=4)
+    options = {"retrieval_tokens": 40, "chunk_tokens": 32}
+    pipeline = RapidPipeline(decoder, [FIRST, SECOND], embedder=embedder, **options)
+    for about, document in (("w31 w32 w33", 1), ("w5 w6 w7", 0)):
+        chat = pipeline.chat("rag")
+        chat.ask(about, sampling=short)
+        context = chat.ask("w60 w61", sampling=short).context
+        assert context is not None
+        assert {chunk.document for chunk in context.chunks} == {document}
+        # A question of its own words is found whatever was asked before.
+        own = "w8 w9 w10 w11" if document else "w34 w35 w36 w37"
+        context = chat.ask(f"{own} {own}", sampling=short).context
+        assert context is not None
+        assert {chunk.document for chunk in context.chunks} == {1 - document}
+
+
+def test_the_latest_question_leads_what_is_searched_for() -> None:
+    assert retrieval_query("d", ["a", "b", "c"]) == "d\nc\nb"
+    assert retrieval_query("a", []) == "a"
 
 
 def test_what_fails_or_is_closed_is_no_part_of_a_chat(

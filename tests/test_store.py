@@ -20,7 +20,7 @@ from rapid_llm.context import ContextBuilder, Span
 from rapid_llm.context import store as store_module
 from rapid_llm.context.embedding import Vectors
 from rapid_llm.context.store import ChunkStore
-from rapid_llm.errors import InvalidParameterError, ModelError
+from rapid_llm.errors import ForkedProcessError, InvalidParameterError, ModelError
 
 
 def random_vectors(count: int, length: int = 16, seed: int = 0) -> Vectors:
@@ -207,9 +207,9 @@ def test_a_forked_process_is_told_what_to_do(tmp_path: Path, persistent: bool) -
     if child == 0:
         told = 0
         try:
-            with pytest.raises(InvalidParameterError, match="'spawn'"):
+            with pytest.raises(ForkedProcessError, match="'spawn'"):
                 stored.missing()
-            with pytest.raises(InvalidParameterError, match="'spawn'"):
+            with pytest.raises(ForkedProcessError, match="'spawn'"):
                 ChunkStore(tmp_path / "new")
             told = 2
         finally:

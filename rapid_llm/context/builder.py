@@ -10,7 +10,6 @@ from functools import partial
 from itertools import count, islice
 from math import floor, inf
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rapid_llm.config import RetrievalConfig
@@ -27,6 +26,7 @@ from rapid_llm.context.embedding import (
 from rapid_llm.context.ranking import bm25, fuse
 from rapid_llm.context.store import ChunkStore, StoredChunks
 from rapid_llm.context.validation import require_documents, require_text
+from rapid_llm.forked import Owner, ProcessLock, limit_threads
 from rapid_llm.options import changed
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class _Splits:
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[bytes, int], _Split] = OrderedDict()
         self._spans = 0
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     def get(self, text: str, chunk_tokens: int) -> _Split | None:
         key = _digest(text), chunk_tokens
@@ -160,7 +160,8 @@ class ContextBuilder:
         self._source = embedder or config.embedder or default_embedder()
         self._device = None if device is None else str(device)
         self._embedder: Embedder | None = None
-        self._lock = Lock()  # so that threads do not load a model or embed a text twice
+        self._loaded_in = Owner("the embedding model")
+        self._lock = ProcessLock()  # so that threads do not load a model or embed a text twice
         self._splits = _Splits()
 
     @property
@@ -224,10 +225,21 @@ class ContextBuilder:
             else 1.0,
         )
 
+    def __deepcopy__(self, memo: object) -> ContextBuilder:
+        """The builder itself, which has no state but what it keeps of documents."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without what it keeps: the embedder is loaded, the store opened where it is."""
+        make = partial(type(self), config=self._config, device=self._device)
+        return make, (self._tokenizer, self._source)
+
     def _load_embedder(self) -> Embedder:
+        limit_threads()
         with self._lock:
-            if self._embedder is None:
+            if self._embedder is None or not self._loaded_in.here:
                 self._embedder = load_embedder(self._source, self._device)
+                self._loaded_in = Owner("the embedding model")
             return self._embedder
 
     def _split(self, text: str, chunk_tokens: int) -> _Split:

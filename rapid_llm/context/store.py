@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Lock, RLock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,13 @@ import numpy as np
 from rapid_llm.context.chunking import Span
 from rapid_llm.context.embedding import Vectors, batched
 from rapid_llm.context.extras import first_line, import_extra
-from rapid_llm.errors import InvalidParameterError, ModelError, RapidError
+from rapid_llm.errors import (
+    ForkedProcessError,
+    InvalidParameterError,
+    ModelError,
+    RapidError,
+)
+from rapid_llm.forked import ProcessLock, in_child
 
 if TYPE_CHECKING:
     from chromadb.api import ServerAPI
@@ -293,14 +298,14 @@ class _Database:
 
 
 _databases: OrderedDict[Path | None, _Database] = OrderedDict()
-_opening = Lock()
+_opening = ProcessLock()
 _forked_from: list[object] = []  # databases that the parent process had open; never closed here
 
 
 def _database(directory: Path | None) -> _Database:
     """The database of a folder, or the one in memory; the least recently used are closed."""
     if _forked_from:
-        raise InvalidParameterError(
+        raise ForkedProcessError(
             f"{_place(directory)} cannot be used in this process: it was forked from one that had "
             "used Chroma, whose threads are not here. Start processes by 'spawn' "
             "(multiprocessing.set_start_method), or make the ContextBuilder after the fork"
@@ -322,8 +327,7 @@ def _after_fork() -> None:
         _forked_from.append(dict(_databases))
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+in_child(_after_fork)
 
 
 def _server_api() -> type[ServerAPI]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 import time
 import uuid
 import warnings
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel
 
 from rapid_llm.engine.rounding import rounding
 from rapid_llm.folders import cache_folder
+from rapid_llm.forked import ProcessLock
 
 if TYPE_CHECKING:
     from rapid_llm.engine.session import Session
@@ -54,7 +54,7 @@ class PassCost:
 
 
 _known: dict[Path, PassCost] = {}
-_guard = threading.Lock()
+_guard = ProcessLock()
 
 
 def pass_cost(session: Session) -> PassCost:

@@ -31,6 +31,7 @@ from rapid_llm.engine.supported import (
 )
 from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import InvalidParameterError, OutdatedKVError
+from rapid_llm.forked import ProcessLock, in_child
 
 register("cpu", CPU())
 register("cuda", CUDA())
@@ -38,7 +39,8 @@ register("cuda", CUDA())
 _T = TypeVar("_T")
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
-_locks_guard = threading.Lock()
+_locks_guard = ProcessLock()
+in_child(_locks.clear)
 
 
 def _lock_of(model: PreTrainedModel) -> threading.RLock:

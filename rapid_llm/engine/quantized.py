@@ -6,7 +6,6 @@ The layers are in :mod:`rapid_llm.engine.cpu.int8`, :mod:`rapid_llm.engine.cpu.b
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from rapid_llm.engine.model_state import ModelState
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.forked import ProcessLock
 
 MAX_QUANTIZED_ROWS = 8
 """Number of tokens up to which a layer uses its quantized weights.
@@ -61,7 +61,7 @@ class _Copy:
 
 
 _copies: WeakKeyDictionary[PreTrainedModel, dict[Hashable, _Copy]] = WeakKeyDictionary()
-_making = threading.Lock()
+_making = ProcessLock()
 
 
 def copy_of(

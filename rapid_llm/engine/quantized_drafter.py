@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
 
-from rapid_llm.config import Quantization
+from rapid_llm.config import EngineConfig, Quantization
 from rapid_llm.engine.device import WeightKind, device_of
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import require
 
 
 class QuantizedDrafter:
@@ -71,10 +71,7 @@ def _weight_kind(
     drafter: ModelRunner, quantization: Quantization | None, *, auto: bool
 ) -> WeightKind | None:
     """Weight format for drafting; None for the model's own weights."""
-    if quantization not in (None, *get_args(Quantization)):
-        raise InvalidParameterError(
-            f"drafter_quantization={quantization!r} is unknown; use 'auto', 'int8', 'int4' or None"
-        )
+    require(EngineConfig, drafter_quantization=quantization)
     if quantization == "auto":
         return fastest_weights(drafter) if auto else None
     if quantization is not None:

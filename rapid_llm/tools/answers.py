@@ -146,7 +146,7 @@ class AnswerStream:
         ends: Collection[int],
     ) -> None:
         self._parser = parser
-        self._text = TextStream(tokenizer, stop, keep)
+        self._text = TextStream(tokenizer, stop, keep=keep)
         self._ends = ends
 
     def push(self, delta: Delta) -> ChatDelta:

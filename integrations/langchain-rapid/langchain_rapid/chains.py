@@ -58,7 +58,8 @@ def create_rapid_documents_chain(
             Document (as a loader returned them), or a function from document id to text. A text
             may be a Document too.
         output_parser: ``StrOutputParser`` if None, unless the LLM has a parser of its own, as by
-            ``with_structured_output``.
+            ``with_structured_output``; :class:`MessageOutputParser` returns the message, which
+            :func:`rapid_stats` reads.
         document_prompt: formats a chunk and a full document alike; what it may say of a full
             document is in :func:`langchain_rapid.labels.label`. Only the text if None.
         document_separator: between two formatted chunks or documents.

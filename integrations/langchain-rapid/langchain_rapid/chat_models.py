@@ -27,7 +27,7 @@ from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
 from langchain_rapid.encoding import Encoder
-from langchain_rapid.messages import last_question, text_of, to_chat
+from langchain_rapid.messages import last_question, search_query, text_of, to_chat
 from langchain_rapid.options import Call
 from langchain_rapid.runs import beside, child_of
 from langchain_rapid.settings import VERSION, RapidModel
@@ -56,7 +56,8 @@ class ChatRapid(RapidModel, BaseChatModel):
     The messages are the target's prompt. The drafter's comes from one of three places:
 
     - :func:`create_rapid_documents_chain`, where ``create_stuff_documents_chain`` stood;
-    - ``retriever=`` and ``documents=``: the last human message is the question;
+    - ``retriever=`` and ``documents=``: the last human message is the question, and is searched
+      for with the two before it, without which a follow-up finds nothing;
     - ``draft_messages=`` of a call, or bound by ``bind``.
 
     Without one the target decodes plainly. Fields may be overridden for one call by arguments of
@@ -332,14 +333,13 @@ class ChatRapid(RapidModel, BaseChatModel):
     def _ground(
         self, messages: list[BaseMessage], config: RunnableConfig, arguments: Mapping[str, Any]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
-        question = text_of(messages[last_question(messages)])
-        return self._with_contexts(messages, self._retrieve(question, config), arguments)
+        chunks = self._retrieve(search_query(messages), config)
+        return self._with_contexts(messages, chunks, arguments)
 
     async def _aground(
         self, messages: list[BaseMessage], config: RunnableConfig, arguments: Mapping[str, Any]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
-        question = text_of(messages[last_question(messages)])
-        chunks = await self._aretrieve(question, config)
+        chunks = await self._aretrieve(search_query(messages), config)
         return await in_thread(partial(self._with_contexts, messages, chunks, arguments))
 
     def _with_contexts(

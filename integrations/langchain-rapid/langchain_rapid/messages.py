@@ -93,6 +93,19 @@ def _reasoning_of(message: BaseMessage) -> str:
     return "\n".join(text for text in (beside, *thoughts) if text and isinstance(text, str))
 
 
+def search_query(messages: Sequence[BaseMessage]) -> str:
+    """The user's last message and the two before it, as a retriever is asked for them.
+
+    Raises:
+        InvalidParameterError: there is none, or a part of one is no text.
+    """
+    from rapid_llm.context.prompts import retrieval_query
+
+    index = last_question(messages)
+    earlier = [text_of(message) for message in messages[:index] if _is_users(message)]
+    return retrieval_query(text_of(messages[index]), earlier)
+
+
 def last_question(messages: Sequence[BaseMessage]) -> int:
     """Index of the user's last message.
 
@@ -100,12 +113,15 @@ def last_question(messages: Sequence[BaseMessage]) -> int:
         InvalidParameterError: there is none.
     """
     for index in range(len(messages) - 1, -1, -1):
-        message = messages[index]
-        if isinstance(message, HumanMessage | ChatMessage) and _role(message) == "user":
+        if _is_users(messages[index]):
             return index
     raise InvalidParameterError(
         "the messages hold no human message, so there is no question for the retriever: add one"
     )
+
+
+def _is_users(message: BaseMessage) -> bool:
+    return isinstance(message, HumanMessage | ChatMessage) and _role(message) == "user"
 
 
 def _role(message: BaseMessage) -> str:

@@ -57,6 +57,20 @@ else:
 Settings: TypeAlias = tuple[SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig]
 
 
+def without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a constructor without None where it is no value, but stands for the default."""
+    words = {
+        word: declared
+        for field, declared in OPTIONS.items()
+        for word in (field, declared.name, *declared.option.aliases)
+    }
+    return {
+        name: value
+        for name, value in fields.items()
+        if value is not None or name not in words or words[name].optional
+    }
+
+
 def require_one_name(fields: Mapping[str, Any]) -> None:
     """Raises InvalidParameterError where a field is given by two of its names."""
     for declared in OPTIONS.values():

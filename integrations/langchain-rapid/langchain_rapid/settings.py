@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -15,7 +15,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_valid
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import EngineConfig, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.options import options_of, require
+from rapid_llm.forked import Owner, ProcessLock
+from rapid_llm.options import options_of, require, without_secrets
 from typing_extensions import Self
 
 from langchain_rapid import hub
@@ -33,6 +34,7 @@ from langchain_rapid.options import (
     require_one_name,
     settings,
     with_fields,
+    without_none,
 )
 from langchain_rapid.places import Place
 from langchain_rapid.window import encoded, places_of
@@ -68,16 +70,20 @@ class Contexts(NamedTuple):
 class _Loaded:
     """Decoders with what they were loaded from.
 
-    Copies of a model share them; a pickled one leaves them behind.
+    Copies of a model share them. A pickled one, and a forked process, leave them behind, and load
+    them anew.
     """
 
     def __init__(self) -> None:
         self._decoders: list[tuple[EngineConfig, RapidDecoder]] = []
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
+        self._loaded_in = Owner("the models")
 
     def get(self, config: EngineConfig) -> RapidDecoder:
         """The decoder of a config, loaded when it is first asked for."""
         with self._lock:
+            if not self._loaded_in.here:
+                self._decoders, self._loaded_in = [], Owner("the models")
             for known, decoder in self._decoders:
                 if known == config:
                     return decoder
@@ -147,6 +153,7 @@ class RapidModel(OptionFields):
     def _gather(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        values = without_none(values)
         require_one_name(values)
         values = hub.gathered({k: value for k, value in values.items() if k not in _HOSTED})
         return values if values.get("decoder") is None else values | _names_of_decoder(values)
@@ -165,6 +172,16 @@ class RapidModel(OptionFields):
         if self.preload:
             self.load()
         return self
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Pydantic's, without secrets: a token is found in the environment by who opens it."""
+        state = super().__getstate__()
+        private = {
+            name: without_secrets(getattr(self, name))
+            for name, declared in OPTIONS.items()
+            if declared.option.private
+        }
+        return state | {"__dict__": state["__dict__"] | private}
 
     # --- one call ------------------------------------------------------------------------------
 
@@ -229,8 +246,10 @@ class RapidModel(OptionFields):
         self, target: Written, draft: Written | None, call: Call
     ) -> AsyncIterator[Delta]:
         """The same in worker threads, loading included; cancelled within one round."""
-        async for chunk in iterate_in_thread(lambda check: self._run(target, draft, call, check)):
-            yield chunk
+        chunks = iterate_in_thread(lambda check: self._run(target, draft, call, check))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
 
     # --- retrieval -----------------------------------------------------------------------------
 

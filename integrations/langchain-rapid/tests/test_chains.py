@@ -354,7 +354,7 @@ def test_system_message_and_history_are_in_both_prompts(grounded, retriever, pro
     )
     before = "<s>[system]Be brief.\n[user]Hi.\n[assistant]Yes?\n[user]"
     assert prompts == [text.replace("<s>[user]", before) for text in (TARGET, DRAFT)]
-    assert retriever.asked == ["Who bakes?"]
+    assert retriever.asked == ["Who bakes?\nHi."]
 
 
 def test_what_the_call_brings_along_goes_first(grounded, retriever, prompts):
@@ -453,3 +453,20 @@ def test_a_completion_model_retrieves_for_its_prompt(decoder, retriever, prompts
     assert [c["id"] for c in generation.generation_info["rapid"]["chunks"]] == ["1", "2"]
     with pytest.raises(ValidationError, match="cannot be cached"):
         RapidLLM(retriever=retriever, documents=TEXTS, cache=InMemoryCache())
+
+
+def test_a_follow_up_is_searched_for_with_the_messages_before_it(decoder, retriever):
+    llm = ChatRapid(decoder=decoder, retriever=retriever, documents=TEXTS, max_tokens=2)
+    chat = [
+        SystemMessage("Be brief."),
+        HumanMessage("One?"),
+        AIMessage("An answer."),
+        HumanMessage("Who bakes?"),
+        AIMessage("Bob."),
+        HumanMessage("And before that?"),
+        AIMessage("Nobody."),
+        HumanMessage("And the second one?"),
+    ]
+    llm.invoke(chat)
+    list(llm.stream(chat))
+    assert retriever.asked == ["And the second one?\nAnd before that?\nWho bakes?"] * 2

@@ -147,4 +147,4 @@ def test_the_question_is_the_users_last_message_of_any_class(decoder):
     )
     llm.invoke([HumanMessage("Old?"), AIMessage("Yes."), ChatMessage(role="user", content="New?")])
     llm.invoke([ChatMessage(role="user", content="Only?"), ChatMessage(role="note", content="-")])
-    assert asked == ["New?", "Only?"]
+    assert asked == ["New?\nOld?", "Only?"]  # with what was asked before it

@@ -333,3 +333,14 @@ def test_what_a_loaded_decoder_cannot_follow_is_refused(kind, decoder, option, v
     with pytest.raises(ValidationError, match="cannot be used for a loaded decoder") as error:
         kind(decoder=decoder, **{option: value})
     assert "hf_secret" not in str(error.value)
+
+
+@KINDS
+def test_none_is_the_default_where_it_is_no_value(kind, decoder, given):
+    """As ``temperature=None`` of LangChain's other models, and of the LlamaIndex wheel."""
+    llm = kind(decoder=decoder, temperature=None, top_p=None, max_tokens=None, mode=None, stop=None)
+    assert (llm.temperature, llm.top_p, llm.max_tokens, llm.mode) == (0.0, 1.0, 256, "paper")
+    assert kind(max_new_tokens=None, max_tokens=3).max_tokens == 3
+    llm.invoke("Hi", temperature=None, max_tokens=2)
+    assert given[0]["sampling"].temperature == 0.0
+    assert kind(seed=None, drafter_quantization=None).drafter_quantization is None

@@ -39,6 +39,11 @@ _SUPERSETS = {
 _SAMPLE = 200_000  # bytes passed to the detector
 _MOST_COMMON = frozenset(("Windows-1252", "ISO-8859-1"))
 _CLOSE = 1.15  # ratio of confidences within which the more common encoding is preferred
+_UNSURE = 0.2  # highest confidence that says little: of a few words in any encoding
+_CLOSE_IF_UNSURE = 1.7
+_MOSTLY = 0.8  # minimum share of ASCII in a text of Latin letters
+_WORDS_WITHIN = 20_000  # bytes whose words are compared
+_WORD = re.compile(r"[^\W\d_]{2,}")
 _LINE_ENDS = "\t\n\v\f\r"
 _PUNCTUATION = " \n\r\u3000\u3001\u3002\uff0c"
 _FEW = 0.01  # maximum share of odd characters in a text, and minimum share of punctuation
@@ -160,8 +165,33 @@ def _guess(data: bytes, name: str) -> str | None:
     def rank(name: str) -> tuple[bool, bool, float]:
         return name not in _MOST_COMMON, name not in common, -guesses[name]
 
+    close = _CLOSE
+    unsure = max(guesses.values()) < _UNSURE
+    if unsure:
+        words = data[:_WORDS_WITHIN]
+        guesses = {name: guesses[name] for name in guesses if not _mixes(words, name)} or guesses
+    if unsure and _MOSTLY * len(data) <= sum(byte < 128 for byte in data):
+        # A few letters among ASCII: of rare encodings, one or another always fits by chance.
+        web = {guess["encoding"] for guess in chardet.detect_all(data, encoding_era=era.MODERN_WEB)}
+        guesses = {name: guesses[name] for name in guesses if name in web} or guesses
+        close = _CLOSE_IF_UNSURE
     best = max(guesses.values())
-    return min((name for name in guesses if guesses[name] * _CLOSE >= best), key=rank)
+    return min((name for name in guesses if guesses[name] * close >= best), key=rank)
+
+
+def _mixes(data: bytes, encoding: str) -> bool:
+    """Whether in an encoding most words with letters beyond ASCII also have letters of ASCII.
+
+    Latin words do; words of Cyrillic, Greek or Hebrew letters do not, so that it is another one.
+    """
+    words = _WORD.findall(data.decode(encoding, "replace"))
+    foreign = [word for word in words if any(map(_is_not_latin, word))]
+    mixed = sum(any(map(str.isascii, word)) for word in foreign)
+    return 2 * mixed > len(foreign)
+
+
+def _is_not_latin(letter: str) -> bool:
+    return not letter.isascii() and not unicodedata.name(letter, "").startswith("LATIN")
 
 
 def _decode_guessed(data: bytes, guess: str | None, name: str) -> str:

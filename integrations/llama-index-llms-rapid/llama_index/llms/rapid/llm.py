@@ -36,7 +36,14 @@ from llama_index.llms.rapid.calls import Call, alast_of, last_of
 from llama_index.llms.rapid.catalog import DocumentKey
 from llama_index.llms.rapid.counting import count_with
 from llama_index.llms.rapid.documents import Library
-from llama_index.llms.rapid.fields import WORDS, OptionFields, Options, as_fields, options_of_call
+from llama_index.llms.rapid.fields import (
+    KNOWN,
+    WORDS,
+    OptionFields,
+    Options,
+    as_fields,
+    options_of_call,
+)
 from llama_index.llms.rapid.grounding import ground_text
 from llama_index.llms.rapid.messages import PromptWriter
 from llama_index.llms.rapid.statistics import reports, retrieval_confidence, watch_engines
@@ -51,6 +58,8 @@ from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns,
 from rapid_llm.aio import in_thread
 from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.forked import Owner
+from rapid_llm.options import without_secrets
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import RapidDecoder
@@ -126,6 +135,7 @@ class RapidLLM(OptionFields, LLM):
     )
 
     _loaded: dict[str, tuple[EngineConfig, Any]] = PrivateAttr(default_factory=dict)
+    _loaded_in: Owner = PrivateAttr(default_factory=lambda: Owner("the models"))
     _was_given: bool = PrivateAttr(default=False)
     _known: tuple[Any, DocumentKey | None, Library] | None = PrivateAttr(default=None)
 
@@ -178,7 +188,9 @@ class RapidLLM(OptionFields, LLM):
         return self.model_copy(update=copy.deepcopy(options))  # weights and documents are shared
 
     def __getstate__(self) -> dict[str, Any]:
-        bare = self.model_copy()
+        private = [name for name, each in KNOWN.items() if each.option.private]
+        # Without secrets: a token is found in the environment by who opens the pickle.
+        bare = self.model_copy(update={n: without_secrets(getattr(self, n)) for n in private})
         bare._known = None
         if not self._was_given:  # the pickle names the models, and loads them where it is opened
             bare._loaded = {}
@@ -205,6 +217,8 @@ class RapidLLM(OptionFields, LLM):
     def _decoder_for(self, engine: EngineConfig) -> RapidDecoder:
         """The models of a call, loaded when first asked for and when their options change."""
         wanted = loading.of_models(engine)
+        if not (self._was_given or self._loaded_in.here):  # a forked process loads them anew
+            self._loaded, self._loaded_in = {}, Owner("the models")
         loaded, decoder = self._loaded.get(wanted.model, (None, None))
         if loaded != wanted:
             decoder = loading.load(wanted, own=wanted.model == self.model)

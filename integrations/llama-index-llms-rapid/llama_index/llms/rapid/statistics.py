@@ -8,7 +8,6 @@ and those that are made while a streaming response is read, belong to this respo
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.schema import NodeWithScore
 
 from rapid_llm.context.confidence import confidence
+from rapid_llm.forked import ProcessLock
 from rapid_llm.stats import Stats
 
 _ANSWERING = (
@@ -31,7 +31,7 @@ _ANSWERING = (
 )
 """The spans that end with a response."""
 
-_recording = threading.Lock()
+_recording = ProcessLock()
 _END = object()
 
 
