@@ -69,15 +69,10 @@ def encode_chat(
     Raises:
         InvalidParameterError: a message or a variable is malformed, or the template refuses them.
     """
-    if not tokenizer.chat_template:
-        raise InvalidParameterError(
-            "the tokenizer has no chat template, so messages cannot be encoded: pass the prompt "
-            "as text, or set tokenizer.chat_template"
-        )
+    template = template_of(tokenizer, checked_variables(variables))
     chat = [nested_without_surrogates(_checked_message(message)) for message in messages]
     variables = nested_without_surrogates(checked_variables(variables))
     controls = controls_of(tokenizer)
-    template = tokenizer.get_chat_template(tools=variables.get("tools"))
     quoted = [controls.quote_message(message) for message in chat]
     settings: dict[str, Any] = controls.quote(variables)
     ids: list[int] | None = None
@@ -94,6 +89,20 @@ def encode_chat(
     if not ids:
         raise InvalidParameterError("the messages have no tokens: pass at least one with content")
     return ids
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> str:
+    """The chat template for some variables: a tokenizer may have one of its own for tools.
+
+    Raises:
+        InvalidParameterError: the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise InvalidParameterError(
+            "the tokenizer has no chat template, so messages cannot be encoded: pass the prompt "
+            "as text, or set tokenizer.chat_template"
+        )
+    return tokenizer.get_chat_template(tools=variables.get("tools"))
 
 
 def checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -137,7 +146,7 @@ def opening_of_answer(
         content: str = chat[-1]["content"]
         return content
     settings = checked_variables(variables)
-    template = tokenizer.get_chat_template(tools=settings.get("tools"))
+    template = template_of(tokenizer, settings)
     chat, settings = adapted(chat, settings, template)
     for history in _variants(chat):
         opened = _attempt(history, settings, tokenizer)

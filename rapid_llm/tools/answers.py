@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.chat import checked_variables, end_of_turn, opening_of_answer
+from rapid_llm.chat import checked_variables, end_of_turn, opening_of_answer, template_of
 from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.encoding import encode_literal
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import given
 from rapid_llm.speculation.sampling import generation_config
@@ -135,6 +136,7 @@ class AnswerStream:
         keep: ids of special tokens that the parser needs.
         stop: stop strings of the call.
         ends: ids of tokens that end an answer.
+        before: tokens before the text, see ``TextStream``.
     """
 
     def __init__(
@@ -144,9 +146,10 @@ class AnswerStream:
         keep: Collection[int],
         stop: Sequence[str],
         ends: Collection[int],
+        before: Sequence[int] = (),
     ) -> None:
         self._parser = parser
-        self._text = TextStream(tokenizer, stop, keep=keep)
+        self._text = TextStream(tokenizer, stop, before, keep)
         self._ends = ends
 
     def push(self, delta: Delta) -> ChatDelta:
@@ -217,12 +220,15 @@ class PreparedChat:
         stop, ends = settings.stop_strings or (), settings.eos_token_id
         ids = [ends] if ends is None or isinstance(ends, int) else list(ends)
         ids += [decoder.tokenizer.eos_token_id, end_of_turn(decoder.tokenizer)]
+        # The caller's own constraint counts each space, also the first.
+        counts = self.constraint is None and sampling.constraint is not None
         return AnswerStream(
             AnswerParser(*self._parser),
             decoder.tokenizer,
             self._keep,
             (*sampling.stop, *((stop,) if isinstance(stop, str) else stop)),
             frozenset() if sampling.ignore_eos else frozenset(i for i in ids if i is not None),
+            encode_literal("a", decoder.tokenizer) if counts else (),
         )
 
 
@@ -254,7 +260,7 @@ def prepare(
             "tools were given twice, as tools= and in chat_template_kwargs: pass them as tools="
         )
     variables |= tools
-    template = tokenizer.get_chat_template(tools=variables.get("tools"))
+    template = template_of(tokenizer, variables)
     form, reasoning = format_of(template), reasoning_of(template)
     if form is None and options.checked_tools:
         raise InvalidParameterError(
