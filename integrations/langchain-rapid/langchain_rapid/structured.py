@@ -197,8 +197,15 @@ def structured(
 
 
 def _response_format(schema: Any, strict: bool | None) -> dict[str, Any]:
+    from rapid_llm.tools.definitions import closed
+
+    function = isinstance(schema, Mapping) and (
+        "parameters" in schema or "input_schema" in schema or schema.get("type") == "function"
+    )
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        json_schema = schema.model_json_schema()  # with its references, which may be recursive
+        json_schema: Any = schema.model_json_schema()  # with its references, maybe recursive
+    elif isinstance(schema, Mapping) and not function:
+        json_schema = schema
     else:
         try:
             json_schema = convert_to_json_schema(schema)
@@ -207,6 +214,8 @@ def _response_format(schema: Any, strict: bool | None) -> dict[str, Any]:
                 f"{schema!r} is no schema ({error}): pass a pydantic class, a TypedDict, or a JSON "
                 "schema"
             ) from error
+    if strict or not isinstance(schema, Mapping):
+        json_schema = closed(json_schema)
     described = {"name": str(json_schema.get("title", "answer")), "schema": json_schema}
     if strict is not None:
         described["strict"] = strict

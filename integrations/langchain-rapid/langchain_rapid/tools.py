@@ -145,7 +145,7 @@ def with_cut_calls(result: ChatResult, chunks: Sequence[ChatGenerationChunk]) ->
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text or "{}")
+        json.loads(text)  # a call without arguments has {}
     except ValueError:
         return False
     return True
