@@ -131,7 +131,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         """
         return self.bind(**bound_tools(tools, tool_choice, parallel_tool_calls, strict), **kwargs)
 
-    def with_structured_output(  # type: ignore[override]
+    def with_structured_output(
         self,
         schema: dict[str, Any] | type | None = None,
         *,

@@ -97,7 +97,7 @@ class _JsonText(_Whole, JsonOutputParser):
     pass
 
 
-class _PydanticText(_Whole, PydanticOutputParser[Any]):
+class _PydanticText(_Whole, PydanticOutputParser):  # type: ignore[type-arg]
     pass
 
 
@@ -170,7 +170,7 @@ def structured(
         tools = bound_tools([schema], name, parallel_tool_calls=False, strict=strict)
         bound = model.bind(**{**tools, **traced, **kwargs})
         parser = (
-            _PydanticCall(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
+            _PydanticCall(tools=[schema], first_tool_only=True)
             if is_class
             else _JsonCall(key_name=name, first_tool_only=True)
         )
@@ -181,11 +181,7 @@ def structured(
             taken_options({"response_format": response_format})
         shown = traced if schema is not None else {}
         bound = model.bind(**{"response_format": response_format, **shown, **kwargs})
-        parser = (
-            _PydanticText(pydantic_object=schema)  # type: ignore[type-var]
-            if is_class
-            else _JsonText()
-        )
+        parser = _PydanticText(pydantic_object=schema) if is_class else _JsonText()
     if not include_raw:
         return bound | parser  # type: ignore[no-any-return]
     parsed = RunnablePassthrough.assign(
@@ -216,7 +212,10 @@ def _response_format(schema: Any, strict: bool | None) -> dict[str, Any]:
             ) from error
     if strict or not isinstance(schema, Mapping):
         json_schema = closed(json_schema)
-    described = {"name": str(json_schema.get("title", "answer")), "schema": json_schema}
+    described: dict[str, Any] = {
+        "name": str(json_schema.get("title", "answer")),
+        "schema": json_schema,
+    }
     if strict is not None:
         described["strict"] = strict
     return {"type": "json_schema", "json_schema": described}
