@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, counting_model, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, counting_model, installed, tiny_model, tiny_tokenizer
 from grammar_models import byte_tokenizer
 from torch import nn
 
@@ -20,7 +20,7 @@ from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Fit, Sampler
 from rapid_llm.speculation.verification import Judge, Verdict, verify
 
-pytest.importorskip("triton")
+installed("triton")
 
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda import device as cuda_device
