@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rapid_llm.errors import InvalidParameterError, RapidError
 from rapid_llm.literal import Controls, controls_of, copy_of
 from rapid_llm.surrogates import nested_without_surrogates
+from rapid_llm.tools.history import adapted, checked_calls, one_call_each
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -54,12 +55,13 @@ def encode_chat(
 ) -> list[int]:
     """Encode a chat, with the opening of the assistant's answer.
 
-    A last message of the assistant is continued.
+    A last message of the assistant is continued. Tools, earlier calls and their results are shown
+    to every model, see :func:`rapid_llm.tools.history.adapted`.
 
     Args:
         messages: chat messages, dicts with a role and a content.
         tokenizer: tokenizer with a chat template.
-        variables: extra variables for the chat template.
+        variables: extra variables for the chat template; ``tools`` are tools in OpenAI's form.
 
     Returns:
         Token ids of the prompt.
@@ -67,11 +69,7 @@ def encode_chat(
     Raises:
         InvalidParameterError: a message or a variable is malformed, or the template refuses them.
     """
-    if not tokenizer.chat_template:
-        raise InvalidParameterError(
-            "the tokenizer has no chat template, so messages cannot be encoded: pass the prompt "
-            "as text, or set tokenizer.chat_template"
-        )
+    template = template_of(tokenizer, checked_variables(variables))
     chat = [nested_without_surrogates(_checked_message(message)) for message in messages]
     variables = nested_without_surrogates(checked_variables(variables))
     controls = controls_of(tokenizer)
@@ -79,18 +77,32 @@ def encode_chat(
     settings: dict[str, Any] = controls.quote(variables)
     ids: list[int] | None = None
     if (quoted, settings) == (chat, variables):
-        text = _render(chat, variables, tokenizer, controls)
+        text = _render(*adapted(chat, variables, template), tokenizer, controls)
         encoding = tokenizer(text, add_special_tokens=False, verbose=False)
         if not tokenizer.is_fast or controls.written_out(encoding.encodings[0], text):
             ids = encoding["input_ids"]
     if ids is None:
-        template = tokenizer.get_chat_template(tools=settings.get("tools"))
+        quoted, settings = adapted(quoted, settings, template)
         settings["chat_template"] = controls.comparing(template)
         text = _render(quoted, settings, tokenizer, controls)
         ids = copy_of(tokenizer).encode_rendered(text)
     if not ids:
         raise InvalidParameterError("the messages have no tokens: pass at least one with content")
     return ids
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> str:
+    """The chat template for some variables: a tokenizer may have one of its own for tools.
+
+    Raises:
+        InvalidParameterError: the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise InvalidParameterError(
+            "the tokenizer has no chat template, so messages cannot be encoded: pass the prompt "
+            "as text, or set tokenizer.chat_template"
+        )
+    return tokenizer.get_chat_template(tools=variables.get("tools"))
 
 
 def checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -113,6 +125,35 @@ def checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
             "leave it out"
         )
     return dict(variables)
+
+
+def opening_of_answer(
+    messages: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """Text with which a chat template opens the answer, such as that of its reasoning.
+
+    Where the last message is the assistant's, its content is the opening.
+
+    Args:
+        messages: chat messages that :func:`encode_chat` takes.
+        tokenizer: tokenizer with a chat template.
+        variables: extra variables for the chat template.
+    """
+    chat = [nested_without_surrogates(_checked_message(message)) for message in messages]
+    if chat[-1]["role"] == "assistant" and not chat[-1].get("tool_calls"):
+        content: str = chat[-1]["content"]
+        return content
+    settings = checked_variables(variables)
+    template = template_of(tokenizer, settings)
+    chat, settings = adapted(chat, settings, template)
+    for history in _variants(chat):
+        opened = _attempt(history, settings, tokenizer)
+        if isinstance(opened, str):
+            closed: str = tokenizer.apply_chat_template(history, tokenize=False, **settings)
+            return opened.removeprefix(closed) if opened.startswith(closed) else ""
+    return ""
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -138,12 +179,10 @@ def _checked_message(message: Any) -> dict[str, Any]:
             f"message {message!r} is not allowed: each message is a dict with a role (text) and "
             "a content"
         )
+    message = checked_calls(message)
     content = message.get("content")
     if content is None and message.get("tool_calls"):
-        raise InvalidParameterError(
-            f"a message of the role {message['role']!r} has tool_calls and no content (NoneType): "
-            "give it one, the empty text will do"
-        )
+        content = ""  # as OpenAI's form has it
     parts = [content] if isinstance(content, str) else content
     if not isinstance(parts, list | tuple):
         raise InvalidParameterError(
@@ -240,8 +279,14 @@ def _apply(
 
 
 def _variants(chat: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The chat, then variants with alternating roles, with and without a system message."""
+    """The chat, then variants with alternating roles, with and without a system message.
+
+    A chat with several calls in a message also has a variant with one in each.
+    """
     yield chat
+    if any(len(message.get("tool_calls") or ()) > 1 for message in chat):
+        chat = one_call_each(chat)
+        yield chat
     yield _alternating(chat, keep_system=True)
     yield _alternating(chat, keep_system=False)
 

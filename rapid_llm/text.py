@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import compress
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class TextStream:
-    """Decodes a growing sequence of tokens to text, without special tokens.
+    """Decodes a growing sequence of tokens to text, without special tokens but those to keep.
 
     The returned pieces together equal ``tokenizer.decode`` of all tokens (special tokens skipped,
     spaces not cleaned up), cut before the stop string that is completed first; of several completed
@@ -28,6 +28,7 @@ class TextStream:
         stop: non-empty strings that end the text. A special token that is a stop string, or part
             of one, is matched but never returned.
         before: tokens before the text. Without any, some tokenizers drop a space at its beginning.
+        keep: ids of special tokens whose text is returned, such as those of tool calls.
 
     Attributes:
         stopped: whether a stop string was completed. The text before it has been returned;
@@ -39,6 +40,7 @@ class TextStream:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str] = (),
         before: Sequence[int] = (),
+        keep: Collection[int] = (),
     ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
@@ -46,8 +48,9 @@ class TextStream:
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special.update(tokenizer.all_special_ids)
         contents = dict(zip(special, tokenizer.convert_ids_to_tokens(list(special)), strict=True))
+        self._kept = special.intersection(keep)
         self._hidden = {i for i in special if any(contents[i] in s for s in self._stop)}
-        self._skipped = special - self._hidden
+        self._skipped = special - self._hidden - self._kept
         self._context = list(before)  # last decoded tokens
         self._context_length = len(self._text_of(self._context))
         self._bytes: list[int] = []  # run of byte tokens, not yet decoded
@@ -65,10 +68,12 @@ class TextStream:
         """Add a token and return the new text that is final: whole characters, possibly none."""
         if self.stopped or token_id in self._skipped:
             return ""
-        if token_id in self._hidden:
+        if token_id in self._hidden or token_id in self._kept:
             piece = self._return(self._rest())
-            hidden = "" if self.stopped else self._return(self._content(token_id), shown=False)
-            return piece + hidden
+            if self.stopped:
+                return piece
+            shown = token_id in self._kept
+            return piece + self._return(self._content(token_id), shown=shown)
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if token is None:  # a padding id of the vocabulary, which has no text
             return ""

@@ -10,6 +10,7 @@ from rapid_llm.stats import NOTHING_RETRIEVED
 if TYPE_CHECKING:
     from rapid_llm.decoder import Delta
     from rapid_llm.stats import Stats
+    from rapid_llm.tools.answers import ChatDelta
 
     from langchain_rapid.options import Call
 
@@ -24,7 +25,7 @@ def usage(stats: Stats) -> UsageMetadata:
     )
 
 
-def response_metadata(chunk: Delta, call: Call) -> dict[str, Any]:
+def response_metadata(chunk: Delta | ChatDelta, call: Call) -> dict[str, Any]:
     """The metadata of a finished answer, all of its counts and seconds under ``rapid``.
 
     Args:

@@ -53,13 +53,14 @@ def create_rapid_documents_chain(
     ``response_metadata["rapid"]["draft_skipped"]`` says.
 
     Args:
-        llm: a ``ChatRapid`` or ``RapidLLM``, or one with bound arguments.
+        llm: a ``ChatRapid`` or ``RapidLLM``, or one with bound arguments, tools or a schema.
         prompt: with ``document_variable_name`` among its input variables.
         documents: the full texts: one string, a mapping from document id to text, a list of
             Document (as a loader returned them), or a function from document id to text. A text
             may be a Document too.
-        output_parser: ``StrOutputParser`` if None; :class:`MessageOutputParser` returns the
-            message, which :func:`rapid_stats` reads.
+        output_parser: ``StrOutputParser`` if None, unless the LLM has a parser of its own, as by
+            ``with_structured_output``; :class:`MessageOutputParser` returns the message, which
+            :func:`rapid_stats` reads.
         document_prompt: formats a chunk and a full document alike; what it may say of a full
             document is in :func:`langchain_rapid.labels.label`. Only the text if None.
         document_separator: between two formatted chunks or documents.
@@ -104,7 +105,9 @@ def create_rapid_documents_chain(
         order,
         as_text=isinstance(innermost, BaseLLM),
     )
-    chain: Runnable[dict[str, Any], Any] = answer | (output_parser or StrOutputParser())
+    chain: Runnable[dict[str, Any], Any] = answer
+    if output_parser is not None or not isinstance(llm, RunnableSequence):
+        chain = answer | (output_parser or StrOutputParser())
     return chain.with_config(run_name="rapid_documents_chain")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,27 +17,37 @@ from langchain_core.callbacks import (
 )
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
-from langchain_core.language_models.chat_models import (
-    agenerate_from_stream,
-    generate_from_stream,
-)
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.language_models.chat_models import generate_from_stream
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import RunnableConfig
-from pydantic import ConfigDict, model_validator
-from rapid_llm.aio import in_thread
+from langchain_core.runnables import Runnable, RunnableConfig
+from pydantic import BaseModel, ConfigDict, model_validator
+from rapid_llm.aio import in_thread, iterate_in_thread
 from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
-from langchain_rapid.answers import response_metadata, usage
 from langchain_rapid.encoding import Encoder
 from langchain_rapid.messages import last_question, search_query, text_of, to_chat
 from langchain_rapid.options import Call
 from langchain_rapid.runs import beside, child_of
 from langchain_rapid.settings import VERSION, RapidModel
+from langchain_rapid.structured import (
+    BoundChatRapid,
+    Method,
+    ToolLike,
+    bound_tools,
+    structured,
+)
+from langchain_rapid.tools import (
+    as_openai_tools,
+    generation_chunk,
+    says_something,
+    taken_options,
+    with_cut_calls,
+)
 
 if TYPE_CHECKING:
-    from rapid_llm.decoder import Delta
+    from rapid_llm.tools.answers import ChatDelta
 
 
 class ChatRapid(RapidModel, BaseChatModel):
@@ -88,6 +98,79 @@ class ChatRapid(RapidModel, BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._tracing_params("chat", stop, kwargs)
 
+    # --- tools and structured output -----------------------------------------------------------
+
+    def bind(self, **kwargs: Any) -> BoundChatRapid:  # type: ignore[override]
+        """The model with arguments of every call, which stay when tools or a schema are bound."""
+        return BoundChatRapid(bound=self, kwargs=kwargs, config={})
+
+    def bind_tools(
+        self,
+        tools: Sequence[ToolLike],
+        *,
+        tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """The model with tools that it may call, or must.
+
+        A call that the model begins is one of the tools', with arguments of its schema.
+
+        Args:
+            tools: LangChain's tools, functions, pydantic classes, TypedDicts, or OpenAI's form.
+            tool_choice: ``auto`` (the model chooses, by default), ``any`` or ``required`` or True
+                (it must call a tool), ``none`` or False, or the name of the tool that it must
+                call.
+            parallel_tool_calls: whether an answer may hold several calls, True by default.
+            strict: whether schemas allow no other arguments; they are enforced in any case.
+            kwargs: other arguments of every call.
+
+        Raises:
+            InvalidParameterError: a tool is none, or ``tool_choice`` names an unknown one.
+        """
+        return self.bind(**bound_tools(tools, tool_choice, parallel_tool_calls, strict), **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """The model with answers that are objects of a schema.
+
+        Args:
+            schema: pydantic class, TypedDict, JSON schema, or a tool in OpenAI's form.
+            method: ``json_schema`` constrains the answer to the schema, ``function_calling`` makes
+                the model call a tool of it, ``json_mode`` constrains the answer to JSON.
+            include_raw: whether to return a dictionary with the keys ``raw``, ``parsed`` and
+                ``parsing_error``, and raise no error of parsing.
+            strict: True allows no properties that a JSON schema does not name, as it always is for
+                classes. Schemas are enforced in any case.
+            kwargs: arguments of every call.
+
+        Raises:
+            InvalidParameterError: the schema is none, or cannot be enforced.
+        """
+        return structured(
+            self, schema, method=method, include_raw=include_raw, strict=strict, kwargs=kwargs
+        )
+
+    def _resolve_model_profile(self) -> Any:
+        profile: dict[str, Any] = {
+            "text_inputs": True,
+            "text_outputs": True,
+            "tool_calling": True,
+            "tool_choice": True,
+            "structured_output": True,
+        }
+        if self.decoder is not None:  # a model is not loaded to be asked
+            profile["max_input_tokens"] = self.decoder.target.context_window
+        return profile
+
     # --- generation ----------------------------------------------------------------------------
 
     def _stream(
@@ -102,9 +185,9 @@ class ChatRapid(RapidModel, BaseChatModel):
             kwargs |= found
         draft = self._draft(kwargs)
         call = self._call(stop, kwargs)
-        for chunk in self._run(to_chat(messages), draft, call):
-            if chunk.text or chunk.finish_reason:
-                yield _generation_chunk(chunk, call)
+        for delta in self._answer(to_chat(messages), draft, call):
+            if says_something(delta):
+                yield generation_chunk(delta, call)
 
     async def _astream(
         self,
@@ -119,9 +202,10 @@ class ChatRapid(RapidModel, BaseChatModel):
             kwargs |= found
         draft = self._draft(kwargs)
         call = self._call(stop, kwargs)
-        async for chunk in self._arun(to_chat(messages), draft, call):
-            if chunk.text or chunk.finish_reason:
-                yield _generation_chunk(chunk, call)
+        chat = to_chat(messages)
+        async for delta in iterate_in_thread(partial(self._answer, chat, draft, call)):
+            if says_something(delta):
+                yield generation_chunk(delta, call)
 
     def _generate(
         self,
@@ -130,7 +214,8 @@ class ChatRapid(RapidModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
+        chunks = list(self._stream(messages, stop, run_manager, **kwargs))
+        return with_cut_calls(generate_from_stream(iter(chunks)), chunks)
 
     async def _agenerate(
         self,
@@ -139,9 +224,37 @@ class ChatRapid(RapidModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await agenerate_from_stream(self._astream(messages, stop, run_manager, **kwargs))
+        stream = self._astream(messages, stop, run_manager, **kwargs)
+        chunks = [chunk async for chunk in stream]
+        return with_cut_calls(generate_from_stream(iter(chunks)), chunks)
 
-    def _draft(self, kwargs: dict[str, Any]) -> list[dict[str, str]] | None:
+    def _answer(
+        self,
+        messages: list[dict[str, Any]],
+        draft: list[dict[str, Any]] | None,
+        call: Call,
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[ChatDelta]:
+        """Content, reasoning and tool calls; ``check`` is that of :meth:`_run`."""
+        from rapid_llm.tools.answers import prepare
+
+        decoder = self._decoder_for(call.engine.model)
+        variables = {**decoder.chat_template_kwargs, **call.engine.chat_template_kwargs}
+        prepared = prepare(decoder.tokenizer, messages, call.chat, variables)
+        sampling = prepared.sampling(call.sampling)
+        engine = replace(call.engine, chat_template_kwargs=prepared.chat_template_kwargs)
+        reader = prepared.stream(decoder, sampling)
+        for delta in self._run(
+            messages, draft, call._replace(sampling=sampling, engine=engine), check
+        ):
+            yield reader.push(delta)
+
+    def _call(self, stop: list[str] | None, arguments: Mapping[str, Any]) -> Call:
+        rest = dict(arguments)
+        chat = taken_options(rest)
+        return super()._call(stop, rest)._replace(chat=chat)
+
+    def _draft(self, kwargs: dict[str, Any]) -> list[dict[str, Any]] | None:
         messages = kwargs.pop("draft_messages", None)
         return None if messages is None else to_chat(self._convert_input(messages).to_messages())
 
@@ -255,36 +368,23 @@ class ChatRapid(RapidModel, BaseChatModel):
         """Tokens of a prompt as the model reads it, the chat template's included.
 
         A history that ends with an answer is counted with the opening of the next question, as it
-        would be read then. What cannot be sent in this form (messages of tools, images, an order
-        that no template takes) is counted as LangChain counts it, by the text alone; tools are not
-        counted. So any part of a history can be measured, as ``trim_messages`` and memories do.
+        would be read then. What cannot be sent in this form (images, an order that no template
+        takes) is counted as LangChain counts it, by the text alone. So any part of a history can be
+        measured, as ``trim_messages`` and memories do.
         """
-        if tools:
-            warnings.warn("ChatRapid does not call tools, so they are not counted", stacklevel=2)
         if not messages:
             return 0
         if self.custom_get_token_ids is None:
             decoder = self._decoder_for(self.model)
             variables = {**decoder.chat_template_kwargs, **self.chat_template_kwargs}
+            if tools:
+                variables["tools"] = as_openai_tools(tools)
             with contextlib.suppress(InvalidParameterError):
                 chat = to_chat(messages)
                 if chat[-1]["role"] == "assistant":
                     chat.append({"role": "user", "content": ""})
                 return len(Encoder(decoder.tokenizer, variables).chat(chat))
         return super().get_num_tokens_from_messages(messages)
-
-
-def _generation_chunk(chunk: Delta, call: Call) -> ChatGenerationChunk:
-    if chunk.finish_reason is None:
-        return ChatGenerationChunk(message=AIMessageChunk(content=chunk.text))
-    return ChatGenerationChunk(
-        message=AIMessageChunk(
-            content=chunk.text,
-            response_metadata=response_metadata(chunk, call),
-            usage_metadata=usage(chunk.stats),
-            chunk_position="last",
-        )
-    )
 
 
 def _joined(results: list[LLMResult]) -> LLMResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from langchain_core.messages import (
     AIMessage,
@@ -10,6 +11,7 @@ from langchain_core.messages import (
     ChatMessage,
     HumanMessage,
     SystemMessage,
+    ToolMessage,
 )
 from rapid_llm.errors import InvalidParameterError
 
@@ -17,11 +19,15 @@ _REASONING = ("reasoning", "thinking", "redacted_thinking", "reasoning_content")
 """Types of message parts that hold a model's reasoning."""
 
 
-def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, str]]:
-    """Roles and texts for the model's chat template, with the reasoning of answers that have some.
+_CALLS = ("tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call")
+"""Types of message parts that repeat the calls of an answer."""
+
+
+def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """Messages in OpenAI's form for the model's chat template: roles, texts, reasoning, calls.
 
     Raises:
-        InvalidParameterError: a message holds anything but text, or is a tool's.
+        InvalidParameterError: a message holds anything but text and calls of tools.
     """
     return [_chat_message(message) for message in messages]
 
@@ -40,6 +46,8 @@ def text_of(message: BaseMessage) -> str:
             texts.append(part)
         elif part.get("type") in ("text", "text-plain") and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif part.get("type") in _CALLS and isinstance(message, AIMessage):
+            continue
         elif part.get("type") not in _REASONING:
             raise InvalidParameterError(
                 f"a {message.type} message has a part of type {part.get('type')!r}: this is a text "
@@ -48,11 +56,30 @@ def text_of(message: BaseMessage) -> str:
     return "\n".join(texts)
 
 
-def _chat_message(message: BaseMessage) -> dict[str, str]:
-    chat = {"role": _role(message), "content": text_of(message)}
+def _chat_message(message: BaseMessage) -> dict[str, Any]:
+    chat: dict[str, Any] = {"role": _role(message), "content": text_of(message)}
     if reasoning := _reasoning_of(message):
         chat["reasoning_content"] = reasoning
+    if isinstance(message, ToolMessage):
+        chat["tool_call_id"] = message.tool_call_id
+        if message.name:
+            chat["name"] = message.name
+    if isinstance(message, AIMessage) and (calls := _calls_of(message)):
+        chat["tool_calls"] = calls
     return chat
+
+
+def _calls_of(message: AIMessage) -> list[dict[str, Any]]:
+    """Calls of an answer; arguments that were no JSON are text."""
+    calls = [*message.tool_calls, *message.invalid_tool_calls]
+    return [
+        {
+            "id": call["id"],
+            "type": "function",
+            "function": {"name": call["name"], "arguments": call["args"] or {}},
+        }
+        for call in calls
+    ]
 
 
 def _reasoning_of(message: BaseMessage) -> str:
@@ -104,10 +131,10 @@ def _role(message: BaseMessage) -> str:
         return "system"
     if isinstance(message, ChatMessage):
         return message.role
-    if isinstance(message, AIMessage) and not (message.tool_calls or message.invalid_tool_calls):
+    if isinstance(message, AIMessage):
         return "assistant"
-    what = "with tool calls" if isinstance(message, AIMessage) else "is not supported"
+    if isinstance(message, ToolMessage):
+        return "tool"
     raise InvalidParameterError(
-        f"{type(message).__name__} {what}: ChatRapid does not call tools; put their results into "
-        "the text of a human message"
+        f"{type(message).__name__} is not supported: send human, system, AI and tool messages"
     )

@@ -15,6 +15,7 @@ from pydantic_core import CoreSchema, PydanticOmit
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import Declared, options_of, pydantic_fields, sorted_into
+from rapid_llm.tools.definitions import ChatOptions
 
 _GROUPS = (SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig)
 
@@ -129,6 +130,7 @@ class Call(NamedTuple):
         places: where documents stand in the target's prompt.
         confidence: of the retrieval, in [0, 1].
         formatted: a text prompt's control tokens steer the model.
+        chat: tools, and the form of the answer.
     """
 
     sampling: SamplingParams
@@ -139,6 +141,7 @@ class Call(NamedTuple):
     places: list[Place]
     confidence: float
     formatted: bool = False
+    chat: ChatOptions = ChatOptions()
 
 
 # --- help --------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
     ChatMessage,
+    FunctionMessage,
     HumanMessage,
     SystemMessage,
-    ToolMessage,
 )
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
@@ -190,20 +190,12 @@ def test_the_answer_is_what_the_decoder_generates_and_no_prompt(llm, decoder):
     ("message", "error"),
     [
         (HumanMessage([{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]), "image"),
-        (ToolMessage("42", tool_call_id="1"), "does not call tools"),
-        (AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}]), "does not call tools"),
+        (FunctionMessage("42", name="f"), "FunctionMessage is not supported"),
     ],
 )
 def test_what_cannot_be_read_is_refused(llm, message, error):
     with pytest.raises(InvalidParameterError, match=error):
         llm.invoke([HumanMessage("Look"), message])
-
-
-def test_tools_are_not_offered(llm):
-    with pytest.raises(NotImplementedError):
-        llm.bind_tools([])
-    with pytest.raises(InvalidParameterError, match="tools"):
-        llm.invoke("Hello", tools=[{"name": "f"}])
 
 
 def test_draft_messages_of_any_form(llm, prompts):

@@ -81,12 +81,6 @@ def test_memories(llm):
         assert llm.get_num_tokens_from_messages(memory.chat_memory.messages) <= 60
 
 
-def test_tools_are_told_to_be_left_out(llm):
-    with pytest.warns(UserWarning, match="tools"):
-        counted = llm.get_num_tokens_from_messages(HISTORY, tools=[{"name": "f"}])
-    assert counted == llm.get_num_tokens_from_messages(HISTORY)
-
-
 def test_a_counter_of_ones_own_is_used(decoder):
     llm = ChatRapid(decoder=decoder, custom_get_token_ids=lambda text: [0])
     assert llm.get_num_tokens_from_messages(HISTORY) == len(HISTORY)

@@ -1,0 +1,151 @@
+"""Tools and forms of answers as LangChain gives them, and answers as it wants them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages.tool import invalid_tool_call, tool_call_chunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from rapid_llm.errors import InvalidParameterError
+
+from langchain_rapid.answers import response_metadata, usage
+
+if TYPE_CHECKING:
+    from rapid_llm.tools.answers import ChatDelta
+    from rapid_llm.tools.definitions import ChatOptions
+
+    from langchain_rapid.options import Call
+
+ARGUMENTS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
+"""Arguments of a call that say which tools there are, and what form the answer has."""
+
+_IGNORED = ("strict", "ls_structured_output_format", "structured_output_format")
+"""What LangChain passes along; every schema is enforced strictly."""
+
+
+def as_openai_tools(
+    tools: Sequence[Mapping[str, Any] | type | Callable[..., Any] | BaseTool],
+    strict: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Tools of any kind that LangChain knows in OpenAI's form.
+
+    Raises:
+        InvalidParameterError: one of them is no tool.
+    """
+
+    def formatted(tool: Any) -> dict[str, Any]:
+        try:
+            return convert_to_openai_tool(tool, strict=strict)
+        except (TypeError, ValueError) as error:
+            raise InvalidParameterError(
+                f"{tool!r} is no tool ({error}): pass a tool, a function with a docstring, a "
+                "pydantic class, a TypedDict or a schema with a name"
+            ) from error
+
+    return [formatted(tool) for tool in tools]
+
+
+def as_openai_choice(choice: Any) -> Any:
+    """LangChain's ``tool_choice``: ``any`` and True are ``required``, False is ``none``."""
+    if choice is True or choice == "any":
+        return "required"
+    if choice is False:
+        return "none"
+    if isinstance(choice, Mapping) and isinstance(choice.get("name"), str):
+        return choice["name"]  # Anthropic's form
+    return choice
+
+
+def taken_options(arguments: dict[str, Any]) -> ChatOptions:
+    """Take the tools and the form of the answer out of the arguments of a call.
+
+    Raises:
+        InvalidParameterError: they are malformed, or exclude each other.
+    """
+    from rapid_llm.tools.definitions import ChatOptions
+
+    for name in _IGNORED:
+        arguments.pop(name, None)
+    given = {name: arguments.pop(name) for name in ARGUMENTS if name in arguments}
+    given = {name: value for name, value in given.items() if value is not None}
+    tools = given.get("tools")
+    if isinstance(tools, Sequence) and not isinstance(tools, str):
+        given["tools"] = as_openai_tools(tools)
+    if "tool_choice" in given:
+        given["tool_choice"] = as_openai_choice(given["tool_choice"])
+    return ChatOptions(**given)
+
+
+def generation_chunk(delta: ChatDelta, call: Call) -> ChatGenerationChunk:
+    """A delta of an answer as a chunk of a message."""
+    fields: dict[str, Any] = {
+        "content": delta.content,
+        "tool_call_chunks": [
+            tool_call_chunk(name=each.name, args=each.arguments, id=each.id, index=each.index)
+            for each in delta.tool_calls
+        ],
+    }
+    if delta.reasoning_content:
+        fields["additional_kwargs"] = {"reasoning_content": delta.reasoning_content}
+    if delta.finish_reason is not None:
+        fields |= {
+            "response_metadata": response_metadata(delta, call),
+            "usage_metadata": usage(delta.stats),
+            "chunk_position": "last",
+        }
+    return ChatGenerationChunk(message=AIMessageChunk(**fields))
+
+
+def says_something(delta: ChatDelta) -> bool:
+    """Whether a delta is worth a chunk."""
+    return bool(delta.content or delta.reasoning_content or delta.tool_calls or delta.finish_reason)
+
+
+def with_cut_calls(result: ChatResult, chunks: Sequence[ChatGenerationChunk]) -> ChatResult:
+    """An answer whose calls, where the length cut them, are told as invalid.
+
+    LangChain completes the JSON of a call's chunks.
+    """
+    arguments: dict[str, str] = {}
+    ids: dict[Any, str] = {}
+    for chunk in chunks:
+        part = chunk.message
+        assert isinstance(part, AIMessageChunk)
+        for each in part.tool_call_chunks:
+            call = ids.setdefault(each["index"], each["id"] or "")
+            arguments[call] = arguments.get(call, "") + (each["args"] or "")
+    cut = {call for call, text in arguments.items() if not _is_json(text)}
+    message = result.generations[0].message
+    if not cut or not isinstance(message, AIMessage):
+        return result
+    whole = [call for call in message.tool_calls if call["id"] not in cut]
+    invalid = [
+        invalid_tool_call(
+            name=call["name"],
+            args=arguments[call["id"] or ""],
+            id=call["id"],
+            error="the answer was cut before the call was complete: raise max_tokens",
+        )
+        for call in [*message.tool_calls, *message.invalid_tool_calls]
+        if call["id"] in cut
+    ]
+    told = message.model_copy(update={"tool_calls": whole, "invalid_tool_calls": invalid})
+    return ChatResult(
+        generations=[
+            ChatGeneration(message=told, generation_info=result.generations[0].generation_info)
+        ],
+        llm_output=result.llm_output,
+    )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)  # a call without arguments has {}
+    except ValueError:
+        return False
+    return True
