@@ -44,6 +44,7 @@ from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_devi
 from rapid_llm.opening import Opener
 from rapid_llm.options import RENAMED, given, options_of, sorted_into, with_new_names
 from rapid_llm.request import ModelPair
+from rapid_llm.speculation.constraints import Constraints
 from rapid_llm.text import TextStream
 from rapid_llm.vocabulary import unshared_tokens
 
@@ -187,7 +188,12 @@ class RapidDecoder:
             discard=self._prefixes.forget,
         )
         self._pair = ModelPair(
-            self.target, self.drafter, self.tokenizer, unshared, end_of_turn(tokenizer)
+            self.target,
+            self.drafter,
+            self.tokenizer,
+            unshared,
+            end_of_turn(tokenizer),
+            Constraints(self.tokenizer),
         )
         self._opener = Opener(self._pair, self._quantized, self._prefixes)
 
@@ -419,7 +425,9 @@ class RapidDecoder:
             confidence,
             self.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
-        text = TextStream(self.tokenizer, request.sampling.stop)
+        # A grammar counts each space, also the first.
+        before = () if request.constraint is None else encode_literal("a", self.tokenizer)
+        text = TextStream(self.tokenizer, request.sampling.stop, before)
         opened = self._opener.open(request, started)
         return deltas(opened, text, request.ends, request.least_new_tokens, progress)
 

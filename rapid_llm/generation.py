@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
+from rapid_llm.engine.device import FEW_TOKENS
 from rapid_llm.engine.kept.tiers import Tier
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.session import Session
@@ -206,13 +207,13 @@ class Generation:
             raise NumericalError(_NAN.format(name=name))
         drafted, n = verdict.drafted, verdict.accepted
         self.stats.rounds += 1
-        self.stats.drafted_tokens += len(drafted)
-        self.stats.accepted_tokens += n
-        self.stats.rejections += n < len(drafted)
-        self.stats.draft_passes += draft.passes
-        if drafted:
-            self.stats.method, self.stats.draft_skipped = self._method, None
         if schedule is not None:
+            self.stats.drafted_tokens += len(drafted)
+            self.stats.accepted_tokens += n
+            self.stats.rejections += n < len(drafted)
+            self.stats.draft_passes += draft.passes
+            if drafted:
+                self.stats.method, self.stats.draft_skipped = self._method, None
             schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
         return [*drafted[:n], verdict.token]
@@ -221,8 +222,8 @@ class Generation:
         """Draft with the drafter of the highest expected speedup that has something to propose.
 
         Returns:
-            The draft on the target's device and the drafter's schedule; an empty draft and None
-            without drafters, or where no draft is worth its time.
+            The draft on the target's device and the drafter's schedule. Without drafters, or where
+            no draft is worth its time, only tokens that the constraint forces, and None.
         """
         device = self.target.runner.device
         # Even the last token is drafted, so that all tokens follow the mode's distribution.
@@ -245,10 +246,14 @@ class Generation:
                 state.drafted = length + len(draft.tokens)
                 q = draft.probabilities.to(device)
                 return Draft(draft.tokens.to(device), q, draft.passes), state.schedule
-        nothing = torch.empty(0, dtype=torch.long, device=device)
-        vocab_size = self.target.runner.vocab_size
-        q = torch.empty(0, vocab_size, dtype=torch.float32, device=device)
-        return Draft(nothing, q, passes=0), None
+        constraint = self.sampler.constraint
+        limit = min(remaining, FEW_TOKENS)
+        certain = [] if constraint is None else constraint.forced((), limit)
+        tokens = torch.empty(0, dtype=torch.long, device=device)
+        if certain:
+            tokens = self.target.runner.tensor(certain)
+        q = F.one_hot(tokens, self.target.runner.vocab_size).float()
+        return Draft(tokens, q, passes=0), None
 
     def _verify(self, draft: Draft) -> Tensor:
         """Run the target over the draft and judge it; the result is read by :class:`Verdict`."""
@@ -261,7 +266,9 @@ class Generation:
             eta = dynamic_eta(strength, self._confidence, len(self._output), q)
         generator = self.sampler.generator
         if self._judge is not None:
-            verdict = self.target.verify(tokens, q, eta, self._judge, generator)
+            known = [] if self.sampler.constraint is None else draft.tokens.tolist()
+            mask = self.sampler.mask(known, len(tokens))
+            verdict = self.target.verify(tokens, q, eta, self._judge, generator, mask)
             if verdict is not None:
                 return verdict
         logits = self.target.extend(tokens)
@@ -302,6 +309,8 @@ class Generation:
         self._output += tokens
         self.stats.completion_tokens = len(self._output)
         self.sampler.commit(tokens)
+        if self.sampler.constraint is not None:
+            self.stats.mask_seconds = self.sampler.constraint.seconds
         self.target.rollback(self._read)
         if self.stats.time_to_first_token is None:
             self.stats.time_to_first_token = time.perf_counter() - self._started
@@ -332,7 +341,11 @@ def deltas(
     with opened as generation:
         generation.prefill(progress)
         stats, limit = generation.stats, generation.sampler.params.max_new_tokens
+        constraint = generation.sampler.constraint
         finish: FinishReason | None = None
+        if constraint is not None and constraint.over():  # the empty answer is the only one
+            finish = "stop"
+            yield Delta(text.finish(), (), finish, replace(stats))
         while finish is None:
             new: list[int] = []
             pieces: list[str] = []
@@ -343,7 +356,7 @@ def deltas(
                     finish = "stop"
                     break
                 pieces.append(text.push(token))
-                if text.stopped:
+                if text.stopped or (constraint is not None and constraint.over(new)):
                     finish = "stop"
                     break
                 if length == limit:

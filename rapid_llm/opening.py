@@ -16,7 +16,7 @@ from rapid_llm.generation import DRAFTED, Generation
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
-from rapid_llm.speculation.drafters.lookup import CERTAIN, PromptLookupDrafter
+from rapid_llm.speculation.drafters.lookup import CERTAIN, SIZES, PromptLookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 
@@ -55,7 +55,13 @@ class Opener:
 
             target, kept = lease(request.runner, request.prompt)
             runner = request.runner
-            sampler = Sampler(request.sampling, request.prompt, runner.device, runner.model)
+            sampler = Sampler(
+                request.sampling,
+                request.prompt,
+                runner.device,
+                runner.model,
+                constraint=request.constraint,
+            )
             yield Generation(
                 target=target,
                 prompt=request.prompt,
@@ -83,7 +89,7 @@ class Opener:
         if request.method not in DRAFTED:
             return []
         if config.drafting == "rest":
-            return [PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device)]
+            return [_lookup(request, SIZES)]
 
         def quantized() -> ModelRunner:
             return with_memory(lambda: self.quantized.runner, self.prefixes.free_devices)
@@ -95,7 +101,9 @@ class Opener:
         session, _ = lease(quantized(), request.draft_prompt)
         if drafter.device != runner.device:
             model = runner.model
-            sampler = Sampler(request.sampling, request.prompt, drafter.device, model, stream=1)
+            sampler = Sampler(
+                request.sampling, request.prompt, drafter.device, model, 1, request.constraint
+            )
         rag = RagDrafter(
             session,
             request.draft_prompt,
@@ -108,5 +116,11 @@ class Opener:
         if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
             return [rag]
         # Without knowledge transfer the output does not depend on the drafter: lookup may compete.
-        lookup = PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device, CERTAIN)
-        return [lookup, rag]
+        return [_lookup(request, CERTAIN), rag]
+
+
+def _lookup(request: Request, sizes: Sequence[int]) -> PromptLookupDrafter:
+    runner = request.runner
+    return PromptLookupDrafter(
+        request.prompt, runner.vocab_size, runner.device, sizes, request.constraint
+    )

@@ -60,6 +60,8 @@ class Option:
         aliases: other accepted names.
         per_call: whether a single call may override it; other options are fixed once models are
             loaded.
+        convert: validation and conversion of a value, in the place of those by type, for options
+            that have several forms; it raises InvalidParameterError.
     """
 
     help: str
@@ -69,6 +71,7 @@ class Option:
     private: bool = False
     aliases: tuple[str, ...] = ()
     per_call: bool = True
+    convert: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Declared:
         """
         if value is None and self.optional:
             return None
+        if self.option.convert is not None:
+            return self.option.convert(value)
         if isinstance(value, str) and value in self.choices:
             return value
         for kind in self.kinds:
@@ -304,8 +309,9 @@ def pydantic_fields(
         name = (names or {}).get(option, option)
         words = dict.fromkeys([name, option, *declared.option.aliases])
         default = (defaults or {}).get(option, declared.default)
+        kind = declared.type if declared.option.convert is None else Any
         made[name] = (
-            Annotated[declared.type, BeforeValidator(declared.checked)],
+            Annotated[kind, BeforeValidator(declared.checked)],
             Field(
                 default=default,
                 description=declared.option.help,
