@@ -5,9 +5,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from re import Pattern
 from typing import Annotated, Any, ClassVar, Literal
 
-from rapid_llm.options import Option, check, without_secrets
+from rapid_llm.errors import InvalidParameterError
+from rapid_llm.grammars import canonical
+from rapid_llm.options import Option, check, options_of, without_secrets
 
 Mode = Literal["exact", "augmented", "paper"]
 Drafting = Literal["rag", "streaming", "triforce", "rest"]
@@ -106,6 +109,15 @@ class SamplingParams:
     ignore_eos: Annotated[
         bool, Option("Whether to go on after an end-of-sequence token (for measurements).")
     ] = False
+    constraint: Annotated[
+        Mapping[str, Any] | Sequence[str] | str | Pattern[str] | type | None,
+        Option(
+            "Form of the answer: a JSON schema (or a pydantic class), json for any JSON object, a "
+            "regular expression, a list of choices, or a Lark or GBNF grammar. A mapping with the "
+            "one key json, regex, choice or grammar says which.",
+            convert=canonical,
+        ),
+    ] = None
     timeout: Annotated[
         float | None,
         Option(
@@ -388,6 +400,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for group in ("hub_options", "drafter_options"):
+            for name in getattr(self, group).keys() & options_of(EngineConfig).keys():
+                raise InvalidParameterError(
+                    f"{group} holds {name!r}: give it as {name}= instead, an option of its own"
+                )
 
     def without_secrets(self) -> "EngineConfig":
         """The config without the tokens and proxies of its private options, to be saved."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from rapid_llm.device_maps import placements
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.kept.prefixes import PrefixCache
+from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
@@ -41,8 +43,9 @@ from rapid_llm.generation import (
 from rapid_llm.limits import host_memory
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model
 from rapid_llm.opening import Opener
-from rapid_llm.options import RENAMED, given, options_of, sorted_into
+from rapid_llm.options import RENAMED, given, options_of, sorted_into, with_new_names
 from rapid_llm.request import ModelPair
+from rapid_llm.speculation.constraints import Constraints
 from rapid_llm.text import TextStream
 from rapid_llm.vocabulary import unshared_tokens
 
@@ -121,6 +124,7 @@ class RapidDecoder:
             is negative, or the folder's has no folder.
     """
 
+    @with_new_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -187,7 +191,12 @@ class RapidDecoder:
             discard=self._prefixes.forget,
         )
         self._pair = ModelPair(
-            self.target, self.drafter, self.tokenizer, unshared, end_of_turn(tokenizer)
+            self.target,
+            self.drafter,
+            self.tokenizer,
+            unshared,
+            end_of_turn(tokenizer),
+            Constraints(self.tokenizer),
         )
         self._opener = Opener(self._pair, self._quantized, self._prefixes)
 
@@ -402,7 +411,9 @@ class RapidDecoder:
             confidence,
             self.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
-        text = TextStream(self.tokenizer, request.sampling.stop)
+        # A grammar counts each space, also the first.
+        before = () if request.constraint is None else encode_literal("a", self.tokenizer)
+        text = TextStream(self.tokenizer, request.sampling.stop, before)
         opened = self._opener.open(request, started)
         return deltas(opened, text, request.ends, request.least_new_tokens, progress)
 
@@ -438,11 +449,13 @@ class RapidDecoder:
         with ExitStack() as stack:
             if runner.ranks is not None:
                 stack.enter_context(runner.ranks.call("log_likelihood", ids, tokens))
-            lease = self._prefixes.lease(runner, ids, len(ids) + len(tokens))
-            held = stack.enter_context(lease)
+            held = stack.enter_context(self._prefixes.lease(runner, ids, len(ids) + len(tokens)))
             if runner.ranks is not None:
                 held.cache.rollback(runner.ranks.agree(least=held.reused))
-            return log_likelihood(Session(runner, held.cache, ids), ids, tokens)
+            session = Session(runner, held.cache, ids)
+            return with_memory(
+                partial(log_likelihood, session, ids, tokens), self._prefixes.free_devices
+            )
 
     async def astream(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
+from rapid_llm.engine.device import FEW_TOKENS
 from rapid_llm.engine.kept.tiers import Tier
+from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import GenerationTimeoutError, NumericalError
 from rapid_llm.speculation.acceptance import dynamic_eta
@@ -36,8 +38,6 @@ FinishReason = Literal["stop", "length"]
 _NAN = "{name} produced NaN logits; check its weights, or load it in another dtype"
 DRAFTED: tuple[Method, ...] = ("rapid", "sd")
 """Methods in which the target verifies drafts."""
-
-_TRIES = 4  # attempts at a step after running out of memory: it may capture several graphs
 
 _T = TypeVar("_T")
 
@@ -207,13 +207,13 @@ class Generation:
             raise NumericalError(_NAN.format(name=name))
         drafted, n = verdict.drafted, verdict.accepted
         self.stats.rounds += 1
-        self.stats.drafted_tokens += len(drafted)
-        self.stats.accepted_tokens += n
-        self.stats.rejections += n < len(drafted)
-        self.stats.draft_passes += draft.passes
-        if drafted:
-            self.stats.method, self.stats.draft_skipped = self._method, None
         if schedule is not None:
+            self.stats.drafted_tokens += len(drafted)
+            self.stats.accepted_tokens += n
+            self.stats.rejections += n < len(drafted)
+            self.stats.draft_passes += draft.passes
+            if drafted:
+                self.stats.method, self.stats.draft_skipped = self._method, None
             schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
         return [*drafted[:n], verdict.token]
@@ -222,8 +222,8 @@ class Generation:
         """Draft with the drafter of the highest expected speedup that has something to propose.
 
         Returns:
-            The draft on the target's device and the drafter's schedule; an empty draft and None
-            without drafters, or where no draft is worth its time.
+            The draft on the target's device and the drafter's schedule. Without drafters, or where
+            no draft is worth its time, only tokens that the constraint forces, and None.
         """
         device = self.target.runner.device
         # Even the last token is drafted, so that all tokens follow the mode's distribution.
@@ -246,10 +246,14 @@ class Generation:
                 state.drafted = length + len(draft.tokens)
                 q = draft.probabilities.to(device)
                 return Draft(draft.tokens.to(device), q, draft.passes), state.schedule
-        nothing = torch.empty(0, dtype=torch.long, device=device)
-        vocab_size = self.target.runner.vocab_size
-        q = torch.empty(0, vocab_size, dtype=torch.float32, device=device)
-        return Draft(nothing, q, passes=0), None
+        constraint = self.sampler.constraint
+        limit = min(remaining, FEW_TOKENS)
+        certain = [] if constraint is None else constraint.forced((), limit)
+        tokens = torch.empty(0, dtype=torch.long, device=device)
+        if certain:
+            tokens = self.target.runner.tensor(certain)
+        q = F.one_hot(tokens, self.target.runner.vocab_size).float()
+        return Draft(tokens, q, passes=0), None
 
     def _verify(self, draft: Draft) -> Tensor:
         """Run the target over the draft and judge it; the result is read by :class:`Verdict`."""
@@ -262,7 +266,9 @@ class Generation:
             eta = dynamic_eta(strength, self._confidence, len(self._output), q)
         generator = self.sampler.generator
         if self._judge is not None:
-            verdict = self.target.verify(tokens, q, eta, self._judge, generator)
+            known = [] if self.sampler.constraint is None else draft.tokens.tolist()
+            mask = self.sampler.mask(known, len(tokens))
+            verdict = self.target.verify(tokens, q, eta, self._judge, generator, mask)
             if verdict is not None:
                 return verdict
         logits = self.target.extend(tokens)
@@ -274,13 +280,13 @@ class Generation:
         """Run a step; when memory runs out, free idle memory and run the step again."""
         generator = self.sampler.generator
         drawn = generator.get_state()
-        for _ in range(_TRIES):
-            with suppress(torch.OutOfMemoryError):  # its traceback would keep tensors alive
-                return step()
+
+        def free() -> None:
             self.target.rollback(self._read)
             generator.set_state(drawn)  # a seed gives the same answer however often it is tried
             self._free_memory()
-        return step()
+
+        return with_memory(step, free)
 
     def require_time(self) -> None:
         """Raise GenerationTimeoutError if the sampling's ``timeout`` has passed."""
@@ -303,6 +309,8 @@ class Generation:
         self._output += tokens
         self.stats.completion_tokens = len(self._output)
         self.sampler.commit(tokens)
+        if self.sampler.constraint is not None:
+            self.stats.mask_seconds = self.sampler.constraint.seconds
         self.target.rollback(self._read)
         if self.stats.time_to_first_token is None:
             self.stats.time_to_first_token = time.perf_counter() - self._started
@@ -333,7 +341,11 @@ def deltas(
     with opened as generation:
         generation.prefill(progress)
         stats, limit = generation.stats, generation.sampler.params.max_new_tokens
+        constraint = generation.sampler.constraint
         finish: FinishReason | None = None
+        if constraint is not None and constraint.over():  # the empty answer is the only one
+            finish = "stop"
+            yield Delta(text.finish(), (), finish, replace(stats))
         while finish is None:
             new: list[int] = []
             pieces: list[str] = []
@@ -344,7 +356,7 @@ def deltas(
                     finish = "stop"
                     break
                 pieces.append(text.push(token))
-                if text.stopped:
+                if text.stopped or (constraint is not None and constraint.over(new)):
                     finish = "stop"
                     break
                 if length == limit:
@@ -363,6 +375,8 @@ def deltas(
 def log_likelihood(session: Session, prompt: list[int], continuation: list[int]) -> float:
     """Natural logarithm of the probability of a continuation given a prompt.
 
+    After an error it may be called again with the same session, and goes on where it stopped.
+
     Args:
         session: session of the model that scores.
         prompt: token ids of the prompt, at least one.
@@ -371,6 +385,7 @@ def log_likelihood(session: Session, prompt: list[int], continuation: list[int])
     Raises:
         NumericalError: the model produced NaN.
     """
+    session.rollback(len(prompt) - 1)
     session.prefill(prompt[:-1])
     device = session.runner.device
     logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))

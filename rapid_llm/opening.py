@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from rapid_llm.engine.costs import ROOM
 from rapid_llm.engine.kept.prefixes import Lease, PrefixCache
+from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
@@ -16,7 +17,7 @@ from rapid_llm.generation import DRAFTED, Generation
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
-from rapid_llm.speculation.drafters.lookup import CERTAIN, PromptLookupDrafter
+from rapid_llm.speculation.drafters.lookup import CERTAIN, SIZES, PromptLookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.tensor_parallel import Ranks
@@ -60,7 +61,13 @@ class Opener:
 
             target, kept = lease(request.runner, request.prompt)
             runner = request.runner
-            sampler = Sampler(request.sampling, request.prompt, runner.device, runner.model)
+            sampler = Sampler(
+                request.sampling,
+                request.prompt,
+                runner.device,
+                runner.model,
+                constraint=request.constraint,
+            )
             yield Generation(
                 target=target,
                 prompt=request.prompt,
@@ -88,15 +95,21 @@ class Opener:
         if request.method not in DRAFTED:
             return []
         if config.drafting == "rest":
-            return [PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device)]
+            return [_lookup(request, SIZES)]
+
+        def quantized() -> ModelRunner:
+            return with_memory(lambda: self.quantized.runner, self.prefixes.free_devices)
+
         if config.drafting in compressed.DRAFTERS:
-            own = self.quantized.runner if drafter is self.pair.target else runner
+            own = quantized() if drafter is self.pair.target else runner
             kind = compressed.DRAFTERS[config.drafting]
             return [kind(target, own, request.prompt, sampler, config)]
-        session, _ = lease(self.quantized.runner, request.draft_prompt)
+        session, _ = lease(quantized(), request.draft_prompt)
         if drafter.device != runner.device:
             model = runner.model
-            sampler = Sampler(request.sampling, request.prompt, drafter.device, model, stream=1)
+            sampler = Sampler(
+                request.sampling, request.prompt, drafter.device, model, 1, request.constraint
+            )
         rag = RagDrafter(
             session,
             request.draft_prompt,
@@ -109,8 +122,14 @@ class Opener:
         if not (config.lookup and config.gamma == "auto" and config.applied_mode == "exact"):
             return [rag]
         # Without knowledge transfer the output does not depend on the drafter: lookup may compete.
-        lookup = PromptLookupDrafter(request.prompt, runner.vocab_size, runner.device, CERTAIN)
-        return [lookup, rag]
+        return [_lookup(request, CERTAIN), rag]
+
+
+def _lookup(request: Request, sizes: Sequence[int]) -> PromptLookupDrafter:
+    runner = request.runner
+    return PromptLookupDrafter(
+        request.prompt, runner.vocab_size, runner.device, sizes, request.constraint
+    )
 
 
 @contextmanager

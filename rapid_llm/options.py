@@ -9,10 +9,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache
+from functools import cache, wraps
+from inspect import signature
 from math import isfinite
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from rapid_llm.errors import InvalidParameterError
 
@@ -30,6 +41,8 @@ SECRET = frozenset({"token", "use_auth_token", "proxies"})
 
 _Number = TypeVar("_Number", int, float)
 _Settings = TypeVar("_Settings", bound=Any)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,8 @@ class Option:
         aliases: other accepted names.
         per_call: whether a single call may override it; other options are fixed once models are
             loaded.
+        convert: validation and conversion of a value, in the place of those by type, for options
+            that have several forms; it raises InvalidParameterError.
     """
 
     help: str
@@ -56,6 +71,7 @@ class Option:
     private: bool = False
     aliases: tuple[str, ...] = ()
     per_call: bool = True
+    convert: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,8 @@ class Declared:
         """
         if value is None and self.optional:
             return None
+        if self.option.convert is not None:
+            return self.option.convert(value)
         if isinstance(value, str) and value in self.choices:
             return value
         for kind in self.kinds:
@@ -212,6 +230,20 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
     return given
 
 
+def with_new_names(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A function whose errors name the new name of an argument that is given by its old one."""
+    known = signature(function).parameters
+
+    @wraps(function)
+    def checked(*args: _P.args, **options: _P.kwargs) -> _T:
+        for name in options:
+            if RENAMED.get(name) in known:
+                raise InvalidParameterError(f"{name!r} is now {RENAMED[name]!r}")
+        return function(*args, **options)
+
+    return checked
+
+
 def require(group: type, **values: Any) -> None:
     """Validate values by the options of the same names.
 
@@ -277,8 +309,9 @@ def pydantic_fields(
         name = (names or {}).get(option, option)
         words = dict.fromkeys([name, option, *declared.option.aliases])
         default = (defaults or {}).get(option, declared.default)
+        kind = declared.type if declared.option.convert is None else Any
         made[name] = (
-            Annotated[declared.type, BeforeValidator(declared.checked)],
+            Annotated[kind, BeforeValidator(declared.checked)],
             Field(
                 default=default,
                 description=declared.option.help,

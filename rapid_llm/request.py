@@ -15,6 +15,7 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import ContextWindowError, InvalidParameterError, TokenizerMismatchError
 from rapid_llm.generation import DRAFTED
 from rapid_llm.options import given, real
+from rapid_llm.speculation.constraints import Constraints, Matcher
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.sampling import generation_config, least_new_tokens
 from rapid_llm.stats import NO_DRAFT_PROMPT, Method
@@ -34,6 +35,7 @@ class Request(NamedTuple):
             model's own stop strings.
         ends: ids of tokens that end the answer.
         least_new_tokens: minimum length of the answer in tokens.
+        constraint: the grammar of the answer; None without.
         config: speculation options.
         confidence: confidence of the retrieval, in [0, 1].
         method: the requested method.
@@ -46,6 +48,7 @@ class Request(NamedTuple):
     sampling: SamplingParams
     ends: frozenset[int]
     least_new_tokens: int
+    constraint: Matcher | None
     config: SpeculationConfig
     confidence: float
     method: Method
@@ -61,6 +64,7 @@ class ModelPair:
         tokenizer: the target's tokenizer.
         unshared: ids of added tokens that only one of the two models has.
         end_of_turn: id of the chat template's end of a turn; None without one.
+        constraints: compiler of constraints for the tokenizer.
     """
 
     target: ModelRunner
@@ -68,6 +72,7 @@ class ModelPair:
     tokenizer: PreTrainedTokenizerBase
     unshared: frozenset[int]
     end_of_turn: int | None
+    constraints: Constraints
 
     def request(
         self,
@@ -116,14 +121,22 @@ class ModelPair:
         settings = generation_config(runner.model)
         stop = settings.stop_strings or ()
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        ends = frozenset() if sampling.ignore_eos else self._ends(settings)
+        least = least_new_tokens(settings, len(prompt))
+        constraint = None
+        if isinstance(sampling.constraint, Mapping):  # as it is once it was checked
+            constraint = self.constraints.matcher(
+                sampling.constraint, runner.vocab_size, ends, least
+            )
         return Request(
             prompt=prompt,
             draft_prompt=draft,
             draft_skipped=draft_skipped,
             runner=runner,
             sampling=replace(sampling, max_new_tokens=new, stop=(*sampling.stop, *stop)),
-            ends=frozenset() if sampling.ignore_eos else self._ends(settings),
-            least_new_tokens=least_new_tokens(settings, len(prompt)),
+            ends=ends,
+            least_new_tokens=least,
+            constraint=constraint,
             config=config,
             confidence=sure,
             method=method,

@@ -46,6 +46,8 @@ class Stats:
         decode_seconds: wall time of all rounds.
         draft_seconds: part of ``decode_seconds`` spent drafting; on a GPU, where the host does not
             wait for drafts, the host's time only.
+        mask_seconds: part of ``decode_seconds`` in which a constraint's grammar told which tokens
+            may follow; 0 without a constraint.
         time_to_first_token: seconds from the call to the first round's tokens; None before that.
         draft_skipped: reason why nothing was drafted (method ``lc``) or retrieved; None otherwise.
         omitted_tokens: number of document tokens that ``truncate`` left out.
@@ -67,6 +69,7 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     draft_seconds: float = 0.0
+    mask_seconds: float = 0.0
     time_to_first_token: float | None = None
     draft_skipped: str | None = None
     omitted_tokens: int = 0

@@ -27,13 +27,19 @@ class TextStream:
         tokenizer: the model's tokenizer.
         stop: non-empty strings that end the text. A special token that is a stop string, or part
             of one, is matched but never returned.
+        before: tokens before the text. Without any, some tokenizers drop a space at its beginning.
 
     Attributes:
         stopped: whether a stop string was completed. The text before it has been returned;
             ``push`` and ``finish`` return nothing more.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        before: Sequence[int] = (),
+    ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
@@ -42,8 +48,8 @@ class TextStream:
         contents = dict(zip(special, tokenizer.convert_ids_to_tokens(list(special)), strict=True))
         self._hidden = {i for i in special if any(contents[i] in s for s in self._stop)}
         self._skipped = special - self._hidden
-        self._context: list[int] = []  # last decoded tokens
-        self._context_length = 0  # number of characters that they decode to
+        self._context = list(before)  # last decoded tokens
+        self._context_length = len(self._text_of(self._context))
         self._bytes: list[int] = []  # run of byte tokens, not yet decoded
         self._incomplete = ""  # U+FFFD where the last character may be incomplete
         self._held = ""  # characters that may be the beginning of a stop string

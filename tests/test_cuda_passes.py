@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from typing import ClassVar
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, counting_model, installed, tiny_model, tiny_tokenizer
+from grammar_models import byte_tokenizer
 from torch import nn
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
@@ -13,7 +17,9 @@ from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError, NumericalError, OutdatedKVError
+from rapid_llm.speculation import constraints
 from rapid_llm.speculation.acceptance import dynamic_eta
+from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Fit, Sampler
 from rapid_llm.speculation.verification import Judge, Verdict, verify
 
@@ -208,6 +214,43 @@ def test_weights_that_change_are_those_that_answer(live):
     # Fusing the new projections moves weights once more, and so outdates what another one has read.
     cache, expected = spoilt(ours, IDS[:8]), spoilt(plain, IDS[:8])
     torch.testing.assert_close(ours(IDS[:3], cache, 3), plain(IDS[:3], expected, 3), **CLOSE)
+
+
+@torch.inference_mode()
+def test_a_precision_that_is_set_later_is_that_of_the_next_pass(live):
+    runner = ModelRunner(tiny_model(), "captured")
+    cache = spoilt(runner, IDS[:8])
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, made in (("highest", 1), ("high", 2), ("highest", 2)):
+            torch.set_float32_matmul_precision(precision)
+            runner(IDS[8:9], cache, 1)
+            assert live.made == made
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_captures_of_two_models_in_two_threads_take_turns(monkeypatch):
+    """All are on one stream, which records whatever is launched there."""
+    inside, both_are_inside = [], threading.Event()
+
+    class Slow(Live):
+        def __call__(self, run, changes, generator):
+            inside.append(self)
+            if len(inside) > 1:
+                both_are_inside.set()
+            both_are_inside.wait(0.1)
+            inside.remove(self)
+            return run
+
+    monkeypatch.setattr(graphs, "GraphCapture", Slow)
+    recorders = [graphs.Recorder(HERE, insist=False) for _ in "ab"]
+    threads = [threading.Thread(target=each, args=[IDS.clone, [], None]) for each in recorders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not both_are_inside.is_set()
 
 
 SAMPLINGS = [
@@ -506,15 +549,18 @@ def fail(live, monkeypatch):
     def fail(error, numbers):
         class Failing(Live):
             tried = 0
+            spoilt: ClassVar = set()  # a generator that a capture left behind cannot draw
 
             def __call__(self, run, changes, generator):
                 Failing.tried += 1
+                assert generator not in Failing.spoilt
                 if Failing.tried not in numbers:
                     return super().__call__(run, changes, generator)
                 before = [tensor.clone() for tensor in changes]
                 run()
                 for tensor, value in zip(changes, before, strict=True):
                     tensor.copy_(value)
+                Failing.spoilt |= {generator} - {None}
                 raise error
 
         monkeypatch.setattr(graphs, "GraphCapture", Failing)
@@ -585,3 +631,71 @@ def test_an_embedding_that_asks_for_lengths_is_not_captured(live):
     runner = ModelRunner(tiny_model(rope_parameters=rope), "dynamic")
     assert runner.lean
     assert runner._replayed is None
+
+
+GRAMMAR = "[a-c]{2,4}(name|na)[0-9]{1,3}( [a-z]+)?"
+
+
+def constrained(model, other, graphs, gamma, sampling, constraint=GRAMMAR, **config):
+    installed("llguidance")
+    tokenizer = byte_tokenizer(["na", "nam", "name"])
+    decoder = RapidDecoder(model, tokenizer, other, cuda_graphs=graphs)
+    prompts = [tokenizer(text).input_ids for text in ("abc abname12 caname", "caname1 ab")]
+    return decoder.generate(
+        *prompts,
+        sampling=SamplingParams(**{"max_new_tokens": 6, "constraint": constraint} | sampling),
+        speculation=SpeculationConfig(gamma=gamma, **config),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "sampling", "lookup"),
+    [
+        ("exact", {}, True),
+        ("augmented", {"temperature": 1.0, "top_p": 0.9, "top_k": 7, "seed": 4}, False),
+        ("paper", {"temperature": 1.0, "repetition_penalty": 1.3}, False),
+    ],
+    ids=["exact, greedy, lookup", "augmented, sampled", "paper, penalised"],
+)
+def test_a_constrained_answer_is_that_of_passes_without_graphs(live, mode, sampling, lookup):
+    model, other = (
+        tiny_model(vocab_size=280, seed=seed, eos_token_id=259, num_hidden_layers=1)
+        for seed in (0, 1)
+    )
+    want, got = (
+        constrained(model, other, graphs, 3, sampling, mode=mode, lookup=lookup)
+        for graphs in (False, None)
+    )
+    assert got.token_ids == want.token_ids
+    assert got.stats.accepted_tokens == want.stats.accepted_tokens
+    assert live.launched > 0
+
+
+def test_a_constrained_draft_visits_the_host_once_a_drafted_token(live, monkeypatch):
+    visits: list[int] = []
+    original = RagDrafter._masks
+
+    def counting(self, drafted):
+        masks = original(self, drafted)
+        return lambda looped: (visits.append(len(looped)), masks(looped))[1]
+
+    monkeypatch.setattr(RagDrafter, "_masks", counting)
+    model = tiny_model(vocab_size=280, eos_token_id=259, num_hidden_layers=1)
+    stats = constrained(model, None, None, 3, {}, "[a-z]+", mode="paper", lookup=False).stats
+    assert stats.draft_passes > 2
+    assert len(visits) == stats.draft_passes
+
+
+def test_masked_and_unmasked_work_have_graphs_of_their_own(live):
+    model = tiny_model(vocab_size=280, eos_token_id=None, num_hidden_layers=1)
+    plain = {"max_new_tokens": 5, "ignore_eos": True}
+    free = constrained(model, None, None, 3, plain, constraint=None).token_ids
+    assert constrained(model, None, None, 3, plain).token_ids != free
+    assert constrained(model, None, None, 3, plain, constraint=None).token_ids == free
+
+
+def test_bits_of_a_mask_are_the_same_by_operators_of_any_device():
+    random = torch.Generator().manual_seed(0)
+    mask = torch.randint(-(2**31), 2**31, (5, 9), dtype=torch.int32, generator=random)
+    for width in (288, 270, 257):
+        assert torch.equal(constraints._shifted(mask, width), constraints._highest(mask, width))

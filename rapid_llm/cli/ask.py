@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -69,9 +71,20 @@ def ask(
         bool, typer.Option("--compare", help="Run all four methods and show a table.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A JSON schema: every answer is JSON that it allows. The exit status is 1 where "
+            "an answer was cut at --max-new-tokens.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """Answer questions about documents."""
     _check_question(documents, question, questions, compare or as_json)
+    if schema is not None:
+        sampling = _with_schema(sampling, schema)
     batch = None if questions is None else read_once(partial(read_questions, questions))
     texts = read_once(partial(read_documents, documents))
     shown = sys.stderr.isatty() and not as_json and batch is None
@@ -106,7 +119,32 @@ def ask(
         note_unread(result.stats)
         if not unread(result.stats):
             show(job(question).summary(method, result), stderr=True)
+        if schema is not None and result.finish_reason == "length":
+            show(
+                f"The answer was cut after {len(result.token_ids)} tokens, so the JSON is not "
+                "complete: raise --max-new-tokens.",
+                stderr=True,
+            )
+            return 1
     return 0
+
+
+def _with_schema(sampling: SamplingParams, path: str) -> SamplingParams:
+    """Sampling options with the JSON schema in a file as constraint.
+
+    Raises:
+        InvalidParameterError: the file is not readable, or holds no schema that can be enforced; or
+            there is another constraint.
+    """
+    if sampling.constraint is not None:
+        raise InvalidParameterError("--schema and --constraint exclude each other: give one")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InvalidParameterError(
+            f"--schema {path}: the file cannot be read ({error}); give one with a JSON schema"
+        ) from error
+    return replace(sampling, constraint={"json": text})
 
 
 def _check_question(

@@ -29,6 +29,11 @@ FEW_TOKENS = 16
 """Number of tokens up to which all devices have passes for decoding."""
 
 
+def mask_words(vocab_size: int) -> int:
+    """Number of int32 words of a mask, which has a bit for each token."""
+    return -(-vocab_size // 32)
+
+
 class Pass(Protocol):
     """An implementation of a model's forward pass over our KV cache.
 
@@ -63,12 +68,15 @@ class TokenSampler(Protocol):
     @property
     def width(self) -> int: ...
 
-    def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, logits: Tensor, generator: torch.Generator, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sample a token.
 
         Args:
             logits: float32 ``[1, vocab]``.
             generator: random generator on their device.
+            mask: a bit for each token that may be sampled, int32 ``[1, width / 32]``; None for all.
 
         Returns:
             q, float32 ``[width]``, and a token drawn from it, an int64 scalar.
@@ -94,6 +102,7 @@ class Judge(Protocol):
         q: Tensor,
         eta: Tensor | None,
         generator: torch.Generator,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Verify a draft.
 
@@ -104,22 +113,34 @@ class Judge(Protocol):
             q: probabilities of the drafter, float32 ``[γ, vocab]`` or ``[γ+1, vocab]``.
             eta: η of each position, float32 ``[len(q), 1]``; None for a constant η.
             generator: random generator on the logits' device.
+            mask: a bit for each token that may stand at a position, int32 ``[γ+1, width / 32]``;
+                None for all.
 
         Returns:
             The verdict for the host, int64, of a length that follows from the arguments' shapes.
         """
 
 
-DraftLoop = Callable[[Tensor, int, "KVCache", torch.Generator], tuple[Tensor, Tensor]]
-"""Function of ``(pending, steps, cache, generator)`` that drafts at most ``steps`` tokens.
+NextMask = Callable[[list[int]], Tensor | None]
+"""Function of the tokens that a draft loop has drafted; it returns the mask of the next token.
+
+The mask is int32 ``[1, width / 32]``, see :class:`TokenSampler`. None ends the draft.
+"""
+
+DraftLoop = Callable[
+    [Tensor, int, "KVCache", torch.Generator, NextMask | None], tuple[Tensor, Tensor]
+]
+"""Function of ``(pending, steps, cache, generator, masks)`` that drafts at most ``steps`` tokens.
 
 It returns the tokens, int64 ``[at most steps]``, and the q that each was drawn from, float32
-``[…, width]``.
+``[…, width]``. ``masks`` are asked before each step, for which the host waits for the step before.
 """
 
 
-Verification = Callable[[Tensor, Tensor, Tensor | None, "KVCache", torch.Generator], Tensor]
-"""Function of ``(tokens, q, eta, cache, generator)`` that returns the verdict of a :class:`Judge`.
+Verification = Callable[
+    [Tensor, Tensor, Tensor | None, "KVCache", torch.Generator, Tensor | None], Tensor
+]
+"""Function of ``(tokens, q, eta, cache, generator, mask)`` that returns a :class:`Judge`'s verdict.
 
 ``tokens`` are int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
 """

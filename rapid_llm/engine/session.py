@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine.chunks import pass_ends
-from rapid_llm.engine.device import Judge, ReplayedPass, TokenSampler
+from rapid_llm.engine.device import Judge, NextMask, ReplayedPass, TokenSampler
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import OutdatedKVError
@@ -116,7 +116,12 @@ class Session:
             self.runner(held[start:end], self.cache, 1)
 
     def draft(
-        self, pending: Tensor, steps: int, choice: TokenSampler, generator: torch.Generator
+        self,
+        pending: Tensor,
+        steps: int,
+        choice: TokenSampler,
+        generator: torch.Generator,
+        masks: NextMask | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Read pending tokens and draft after them on the device, without the host.
 
@@ -125,6 +130,7 @@ class Session:
             steps: maximum number of tokens to draft.
             choice: sampler of the draft steps.
             generator: random generator.
+            masks: masks of the drafted tokens, for which the host takes part; None without.
 
         Returns:
             Drafted tokens, int64 ``[at most steps]``, and the q that each was drawn from,
@@ -135,7 +141,7 @@ class Session:
             return None
 
         def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
-            return replayed.loop(choice)(pending, steps, self.cache, generator)
+            return replayed.loop(choice)(pending, steps, self.cache, generator, masks)
 
         try:
             drafted = self.runner.replay(new, self.cache, launch, generator)
@@ -155,6 +161,7 @@ class Session:
         eta: Tensor | None,
         judge: Judge,
         generator: torch.Generator,
+        mask: Tensor | None = None,
     ) -> Tensor | None:
         """Read a draft and verify it on the device, without the host.
 
@@ -162,6 +169,7 @@ class Session:
             tokens: int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
             q, eta, generator: see :class:`rapid_llm.engine.device.Judge`.
             judge: verification to run.
+            mask: mask of the judge.
 
         Returns:
             The judge's verdict; None, with nothing read, where this is not possible.
@@ -174,7 +182,7 @@ class Session:
         def launch(replayed: ReplayedPass) -> Tensor | None:
             if not replayed.serves(tokens, self.cache, n):
                 return None
-            return replayed.verification(judge)(tokens, q, eta, self.cache, generator)
+            return replayed.verification(judge)(tokens, q, eta, self.cache, generator, mask)
 
         try:
             verdict = self.runner.replay(n, self.cache, launch, generator)

@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from rapid_llm.config import SamplingParams
+from rapid_llm.engine.device import device_of
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.acceptance import draw
+from rapid_llm.speculation.constraints import Matcher, masked
 
 _MAX_TEMPERATURE = 1e30
 """Upper limit that is applied: larger values change nothing, but could overflow float32."""
@@ -44,6 +46,9 @@ _ROWWISE = (
 
 _CAPTURED = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 """Processors that never wait for the device, so that a CUDA graph can contain them."""
+
+_AFTER_MASK = (*_CAPTURED, LogitNormalization)
+"""Processors that act on masked logits; the others, such as penalties, come before the mask."""
 
 _OTHER_WARPERS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
 
@@ -97,11 +102,13 @@ class Sampler:
         device: device of the logits.
         model: model that answers.
         stream: index of this sampler within a generation; each has its own random stream.
+        constraint: the grammar of the answer, shared by the samplers of a generation; None without.
 
     Attributes:
         params: sampling options.
         processors: transformers' logits processors.
         generator: random generator on the device.
+        constraint: the grammar of the answer; None without.
 
     Raises:
         InvalidParameterError: the model's ``generation_config`` is not supported.
@@ -114,8 +121,10 @@ class Sampler:
         device: torch.device,
         model: PreTrainedModel,
         stream: int = 0,
+        constraint: Matcher | None = None,
     ) -> None:
         self.params = params
+        self.constraint = constraint
         self.generator = torch.Generator(device)
         if params.seed is None:
             self.generator.seed()
@@ -123,6 +132,10 @@ class Sampler:
             # Seeds of streams are far apart, so that another seed of the user does not match one.
             self.generator.manual_seed((params.seed + stream * 0x9E3779B97F4A7C15) % 2**63)
         self.processors = _processors(model, params, prompt, device)
+        later = [isinstance(processor, _AFTER_MASK) for processor in self.processors]
+        first = later.index(True) if any(later) else len(later)
+        self._before_mask = LogitsProcessorList(self.processors[:first])
+        self._after_mask = LogitsProcessorList(self.processors[first:])
         rowwise = all(isinstance(processor, _ROWWISE) for processor in self.processors)
         self._history = None if rowwise else torch.tensor(prompt, device=device)
 
@@ -151,7 +164,7 @@ class Sampler:
         return (*each_one, self.params.greedy)
 
     def scores(self, logits: Tensor, drafted: Tensor) -> Tensor:
-        """Apply the logits processors.
+        """Apply the logits processors, and the constraint where transformers puts a processor.
 
         Args:
             logits: float32 ``[n, vocab]``; the last row follows all of ``drafted``, the row
@@ -161,16 +174,34 @@ class Sampler:
         Returns:
             Processed logits s, float32 ``[n, vocab]``; their softmax is p (or q).
         """
-        if self._history is None:
-            return self.processors(None, logits)
         n, total = logits.shape[0], drafted.shape[0]
+        mask = None if self.constraint is None else self.mask(drafted.tolist(), n)
+        if self._history is None:
+            return self._processed(None, logits, mask)
         rows = [
-            self.processors(
-                torch.cat([self._history, drafted[: total - n + 1 + i]])[None], logits[i : i + 1]
+            self._processed(
+                torch.cat([self._history, drafted[: total - n + 1 + i]])[None],
+                logits[i : i + 1],
+                None if mask is None else mask[i : i + 1],
             )
             for i in range(n)
         ]
         return torch.cat(rows)
+
+    def _processed(self, ids: Tensor | None, logits: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return self.processors(ids, logits)
+        return self._after_mask(ids, masked(self._before_mask(ids, logits), mask))
+
+    def mask(self, drafted: Sequence[int], rows: int) -> Tensor | None:
+        """Mask of the constraint on the device, see :meth:`.constraints.Matcher.mask`.
+
+        None without a constraint.
+        """
+        if self.constraint is None:
+            return None
+        device = self.generator.device
+        return device_of(device).upload(self.constraint.mask(drafted, rows), device)
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """Choose a token: the argmax when greedy, a draw otherwise.
@@ -186,7 +217,9 @@ class Sampler:
         return draw(probabilities, self.generator)
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """Append tokens of the output to the history."""
+        """Append tokens of the output to the history, and to the constraint."""
+        if self.constraint is not None:
+            self.constraint.commit(tokens)
         if self._history is not None:
             new = torch.tensor(tokens, device=self._history.device)
             self._history = torch.cat([self._history, new])
@@ -270,7 +303,12 @@ class TokenSampler:
     _processors: LogitsProcessorList = field(compare=False)
     _greedy: bool = field(compare=False)
 
-    def __call__(self, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, logits: Tensor, generator: torch.Generator, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sample a token; see :class:`rapid_llm.engine.device.TokenSampler`."""
-        q = self._processors(None, self._fit(logits)).softmax(dim=-1)[0]
+        logits = self._fit(logits)
+        if mask is not None:
+            logits = masked(logits, mask)
+        q = self._processors(None, logits).softmax(dim=-1)[0]
         return q, q.argmax() if self._greedy else draw(q, generator)

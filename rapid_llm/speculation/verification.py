@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList
 
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.speculation.acceptance import verify_greedy, verify_sampled
+from rapid_llm.speculation.constraints import masked
 from rapid_llm.speculation.sampling import Sampler
 
 
@@ -106,8 +107,9 @@ class Judge:
         q: Tensor,
         eta: Tensor | None,
         generator: torch.Generator,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Verify a draft; see :class:`rapid_llm.engine.device.Judge`, and :func:`verify`."""
-        s = self._processors(None, logits)
+        s = self._processors(None, logits if mask is None else masked(logits, mask))
         draws = None if self._greedy else generator
         return verify(logits, s, draft, q, eta, self._config, draws)

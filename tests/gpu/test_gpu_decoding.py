@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import installed, tiny_tokenizer
 from gpu_models import DEVICE, GRAPHS, PASSES, cuda_only, exact_products, model_on_device, on_gpu
+from grammar_models import byte_tokenizer
 from transformers import PreTrainedModel
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
@@ -259,6 +260,48 @@ def test_a_round_waits_once_and_launches_the_target_once(
     waits, replays = waits_and_replays(stream, monkeypatch)
     assert waits <= ROUNDS, f"{waits / ROUNDS:.1f} a round"
     assert replays == launches * ROUNDS
+
+
+WORDS = byte_tokenizer(["th", "the", "in", "ing"])
+CONSTRAINED = {"vocab_size": 320, "eos_token_id": WORDS.eos_token_id}
+
+
+def constrained(
+    constraint: str, graphs: bool | None, new: int, **sampling: float
+) -> Iterator[Delta]:
+    model, other = (model_on_device(seed=seed, **CONSTRAINED) for seed in (0, 1))
+    ids = WORDS("the thing in the thin inn").input_ids
+    return RapidDecoder(model, WORDS, other, cuda_graphs=graphs).stream(
+        ids,
+        ids[4:],
+        sampling=SamplingParams(max_new_tokens=new, constraint=constraint, **sampling),
+        speculation=SpeculationConfig(gamma=4, lookup=False, mode="paper"),
+    )
+
+
+@cuda_only
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 9}], ids=str)
+def test_a_constrained_answer_in_graphs_is_the_one_without(sampling):
+    """Masks are copied to the device for each step of a draft, and once for a verification."""
+    installed("llguidance")
+    grammar = "[a-z]{3,9}(the|[0-9]+)thing( in)?"
+    eager, captured = (
+        [
+            token
+            for delta in constrained(grammar, graphs, 30, **sampling)
+            for token in delta.token_ids
+        ]
+        for graphs in (False, True)
+    )
+    assert captured == eager
+
+
+@cuda_only
+def test_a_constrained_round_waits_once_for_each_drafted_token_and_its_verdict(monkeypatch):
+    installed("llguidance")
+    waits, replays = waits_and_replays(constrained("[a-z]+", True, 200), monkeypatch)
+    assert waits <= (4 + 1) * ROUNDS, f"{waits / ROUNDS:.1f} a round"
+    assert replays == (4 + 1) * ROUNDS
 
 
 @cuda_only

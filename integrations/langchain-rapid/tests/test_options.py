@@ -156,6 +156,7 @@ def test_a_call_overrides_every_option_that_belongs_to_no_model(kind, decoder, g
     others: dict[str, Any] = {
         "temperature": 0.5, "top_p": 0.5, "top_k": 3, "repetition_penalty": 1.5,
         "max_tokens": 2, "stop": ["~"], "seed": 7, "ignore_eos": True, "timeout": 500.0,
+        "constraint": {"regex": "a+"},
         "gamma": 2, "eta": 3.0, "dynamic_eta": True, "alpha": 0.3, "mode": "exact",
         "drafting": "rest", "lookup": False, "min_confidence": 0.5,
         "model": decoder.target.name, "chat_template_kwargs": {"x": 1},

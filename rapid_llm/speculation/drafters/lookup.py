@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.session import PrefillProgress
+from rapid_llm.speculation.constraints import Matcher
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.schedule import GUESS
 
@@ -92,6 +93,8 @@ class PromptLookupDrafter:
         vocab_size: width of the target's logits.
         device: device of the drafts.
         sizes: lengths of the n-grams to look up, the longest first.
+        constraint: the grammar of the answer, whose forced tokens come before a guess; None
+            without.
     """
 
     prior = GUESS
@@ -102,7 +105,9 @@ class PromptLookupDrafter:
         vocab_size: int,
         device: torch.device,
         sizes: Sequence[int] = SIZES,
+        constraint: Matcher | None = None,
     ) -> None:
+        self._constraint = constraint
         self._prompt = list(prompt)
         self._index = NgramIndex(prompt)
         self._vocab_size = vocab_size
@@ -123,7 +128,10 @@ class PromptLookupDrafter:
         """Propose tokens, see :class:`.base.Drafter`; the draft is empty if nothing was found."""
         assert not look_ahead  # there is no distribution after the last token
         self._index.extend(output[len(self._index) - len(self._prompt) :])
-        tail = [*self._prompt[-max(self._sizes) :], *output]
-        guess = self._index.guess(tail, gamma, self._sizes)
+        forced = [] if self._constraint is None else self._constraint.forced((), gamma)
+        tail = [*self._prompt[-max(self._sizes) :], *output, *forced]
+        guess = self._index.guess(tail, gamma - len(forced), self._sizes)
+        if self._constraint is not None:
+            guess = [*forced, *self._constraint.legal(forced, guess)]
         tokens = torch.tensor(guess, dtype=torch.long, device=self._device)
         return Draft(tokens, F.one_hot(tokens, self._vocab_size).float(), passes=0)

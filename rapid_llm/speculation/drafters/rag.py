@@ -6,11 +6,12 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import PassCost, pass_cost
-from rapid_llm.engine.device import FEW_TOKENS
+from rapid_llm.engine.device import FEW_TOKENS, NextMask
 from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS
 from rapid_llm.engine.session import PrefillProgress, Session
 from rapid_llm.speculation.acceptance import verify_guess
@@ -36,6 +37,9 @@ class RagDrafter:
     exactly. With ``gamma="auto"`` the length of a guess is chosen for speed. The host waits for
     each such pass, because it must know the accepted tokens before it can guess again. Where no
     guess is found, the rest of the draft runs without the host on devices that support it.
+
+    Under a constraint q is masked, guesses end before a token that may not follow, and tokens that
+    the constraint forces cost no pass: their q is the point mass that a pass would give.
 
     Nothing is drafted beyond the drafter's context window.
 
@@ -121,17 +125,27 @@ class RagDrafter:
         if self._index is not None:
             self._index.extend(output[len(self._index) - self._given :])
         pending = self._session.runner.tensor(sequence[self._session.length :])
-        while len(pending) > FEW_TOKENS:  # after many rounds without a draft
-            self._extend(pending[:FEW_TOKENS], 1)
-            pending = pending[FEW_TOKENS:]
         tokens = pending.new_empty(0)
         rows: list[Tensor] = []
         passes, drafted, unsure = 0, 0, False
+        constraint = self._sampler.constraint
+        known: list[int] = []  # the drafted tokens on the host, where a constraint needs them
         while drafted < gamma and not unsure:
+            if constraint is not None and drafted > 0:
+                known = tokens.tolist()
+                if constraint.over(known):
+                    break
+            if constraint is not None and (certain := constraint.forced(known, gamma - drafted)):
+                forced = self._session.runner.tensor(certain)
+                rows.append(F.one_hot(forced, self._vocab_size).float())
+                tokens, pending = torch.cat([tokens, forced]), torch.cat([pending, forced])
+                drafted += len(forced)
+                continue
+            pending = self._read_all_but_few(pending)
             # With a longer guess the pass would not use the quantized weights.
             limit = min(gamma - drafted - 1, MAX_QUANTIZED_ROWS - len(pending))
             guess = self._guess(sequence, tokens, limit)
-            looped = None if len(guess) else self._loop(pending, gamma - drafted)
+            looped = None if len(guess) else self._loop(pending, gamma - drafted, known)
             if looped is not None:
                 new, q = looped
             else:
@@ -144,12 +158,29 @@ class RagDrafter:
             drafted += len(new)
             unsure = self._min_confidence > 0 and self._is_unsure(rows[-1], new)
         if look_ahead:
-            rows.append(self._read(pending, tokens, 1))
+            rows.append(self._read(self._read_all_but_few(pending), tokens, 1))
             passes += 1
         return Draft(tokens, torch.cat(rows), passes)
 
-    def _loop(self, pending: Tensor, steps: int) -> tuple[Tensor, Tensor] | None:
+    def _read_all_but_few(self, pending: Tensor) -> Tensor:
+        """Read tokens until few are pending, which one pass can read."""
+        while len(pending) > FEW_TOKENS:  # after rounds without a draft, or many forced tokens
+            self._extend(pending[:FEW_TOKENS], 1)
+            pending = pending[FEW_TOKENS:]
+        return pending
+
+    def _loop(
+        self, pending: Tensor, steps: int, drafted: list[int]
+    ) -> tuple[Tensor, Tensor] | None:
         """Draft at most ``steps`` tokens without the host; None where the host must take part.
+
+        With a constraint the host takes part between the steps, and the draft ends before a token
+        that is forced.
+
+        Args:
+            pending: tokens that are not read yet.
+            steps: maximum number of tokens to draft.
+            drafted: tokens drafted before, where there is a constraint.
 
         Returns:
             The tokens, int64 ``[at most steps]``, and their q, float32 ``[…, vocab]``.
@@ -157,7 +188,22 @@ class RagDrafter:
         if self._choice is None or self._min_confidence > 0:
             return None
         pending = self._readable(pending)
-        return self._session.draft(pending, steps, self._choice, self._sampler.generator)
+        masks = self._masks(drafted)
+        return self._session.draft(pending, steps, self._choice, self._sampler.generator, masks)
+
+    def _masks(self, drafted: list[int]) -> NextMask | None:
+        """The constraint's masks for a draft loop after drafted tokens; None without one."""
+        constraint = self._sampler.constraint
+        if constraint is None:
+            return None
+
+        def mask(looped: list[int]) -> Tensor | None:
+            seen = [*drafted, *looped]
+            if looped and (constraint.over(seen) or constraint.forced(seen, 1)):
+                return None
+            return self._sampler.mask(seen, 1)
+
+        return mask
 
     def _can_read(self, output: Sequence[int]) -> bool:
         """Whether the model has all tokens of the output."""
@@ -178,6 +224,8 @@ class RagDrafter:
             guess = guess[: self._guesses.next(max(0, place - self._guessed))]
         if guess:
             self._guessed = place
+        if guess and self._sampler.constraint is not None:
+            guess = self._sampler.constraint.legal(tokens.tolist(), guess)
         return self._session.runner.tensor(guess)
 
     def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:

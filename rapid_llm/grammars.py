@@ -1,0 +1,306 @@
+"""The forms of a constraint on answers, and the grammar that each stands for.
+
+A constraint is kept as a mapping with one key, in vLLM's terms: ``json`` (a JSON schema),
+``regex``, ``choice`` (a list of strings) or ``grammar`` (Lark or GBNF). llguidance reads it as one
+grammar.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+from rapid_llm.errors import InvalidParameterError, MissingDependencyError
+
+Form = Literal["json", "regex", "choice", "grammar"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+ANY_OBJECT = {"type": "object"}
+"""Schema of the constraint ``"json"``: any JSON object."""
+
+_GRAMMAR = re.compile(r"^\s*(%llguidance\b|start\s*:|root\s*::=)", re.MULTILINE)
+"""Beginning of a Lark grammar, and the main rule of a Lark or GBNF grammar."""
+
+_JSON_OPTIONS: Any = {
+    # Without an upper limit a model can write white space until max_new_tokens.
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
+_SCHEMAS = ("items", "additionalItems", "additionalProperties", "contains", "not", "if", "then",
+            "else", "propertyNames", "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
+_LISTS_OF_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_MAPPINGS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions",
+                        "dependentSchemas")  # fmt: skip
+_OTHER_KEYWORDS = (
+    "type", "enum", "const", "$ref", "$dynamicRef", "$recursiveRef", "$schema", "$id", "id",
+    "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$comment", "$vocabulary", "title",
+    "description", "default", "examples", "example", "readOnly", "writeOnly", "deprecated",
+    "nullable", "discriminator", "x-guidance",
+    "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum",
+    "exclusiveMaximum", "multipleOf", "minItems", "maxItems", "uniqueItems", "minContains",
+    "maxContains", "required", "minProperties", "maxProperties", "dependencies",
+    "dependentRequired", "contentEncoding", "contentMediaType", "contentSchema",
+)  # fmt: skip
+_KEYWORDS = {*_SCHEMAS, *_LISTS_OF_SCHEMAS, *_MAPPINGS_OF_SCHEMAS, *_OTHER_KEYWORDS}
+_OUTDATED = ("divisibleBy", "disallow", "extends")  # of draft 3; llguidance ignores them
+_NO_CONDITION = ("binary", "password", "path")  # formats that every string has
+
+
+def canonical(given: Any) -> dict[str, Any] | None:
+    """The canonical form of a constraint: a mapping from its :data:`Form` to plain JSON values.
+
+    Args:
+        given: None; a mapping with one of the four forms as its only key; a JSON schema, as a
+            mapping or as JSON text; a pydantic class; ``"json"`` for any JSON object; a list of
+            strings to choose from; a grammar, told by its rule ``start:`` (Lark) or ``root ::=``
+            (GBNF); any other text or a compiled pattern is a regular expression, which the whole
+            answer matches.
+
+    Raises:
+        InvalidParameterError: it is none of these, is malformed, or cannot be enforced.
+        MissingDependencyError: llguidance is not installed.
+    """
+    if given is None:
+        return None
+    form, value = _sorted(given)
+    made: dict[str, Any] = {form: _VALUES[form](value)}
+    llguidance_grammar(json.dumps(made))
+    return made
+
+
+def _sorted(given: Any) -> tuple[Form, Any]:
+    if isinstance(given, str):
+        text = given.strip()
+        if text == "json":
+            return "json", ANY_OBJECT
+        if text.startswith("{") and (schema := _parsed(text)) is not None:
+            return _sorted(schema)
+        return ("grammar" if _GRAMMAR.search(given) else "regex"), given
+    if isinstance(given, re.Pattern):
+        return "regex", given
+    if hasattr(given, "model_json_schema"):
+        return "json", given
+    if isinstance(given, Mapping):
+        forms = [form for form in FORMS if form in given]
+        if not forms:
+            return "json", given
+        if len(given) == 1:
+            return forms[0], given[forms[0]]
+        raise InvalidParameterError(
+            f"constraint has the keys {', '.join(map(repr, given))}: give one of "
+            f"{', '.join(FORMS)}, or put a JSON schema under 'json'"
+        )
+    if isinstance(given, Sequence) and not isinstance(given, bytes):
+        return "choice", given
+    raise InvalidParameterError(
+        f"constraint={given!r} is not allowed: constraint must be a JSON schema, a pydantic class, "
+        "'json', a regular expression, a list of strings, a Lark or GBNF grammar, or None"
+    )
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+# --- values of the four forms ------------------------------------------------------------------
+
+
+def _json(value: Any) -> Any:
+    if hasattr(value, "model_json_schema"):
+        try:
+            value = value.model_json_schema()
+        except Exception as error:  # pydantic's own, for fields that JSON cannot hold
+            raise _unusable("json", error) from error
+    if value == "object":
+        value = ANY_OBJECT
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise _unusable("json", f"the schema is no JSON: {error}") from error
+    if value is True:
+        return {}
+    try:
+        schema = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _unusable("json", f"the schema is no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise _unusable("json", f"{value!r} is no JSON schema: give a mapping with its keywords")
+    for each in _subschemas(schema):
+        _require_enforceable(each)
+        _simplify(each)
+    return schema
+
+
+def _regex(value: Any) -> str:
+    if isinstance(value, re.Pattern):
+        flags = {re.I: "i", re.S: "s", re.M: "m", re.X: "x"}
+        letters = "".join(letter for flag, letter in flags.items() if value.flags & flag)
+        value = f"(?{letters}){value.pattern}" if letters else value.pattern
+    return _text("regex", value)
+
+
+def _text(form: Form, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _unusable(form, f"{value!r} is no text")
+    return value
+
+
+def _choice(value: Any) -> list[str]:
+    texts = [] if isinstance(value, str | bytes) or not isinstance(value, Sequence) else list(value)
+    if not texts or not all(isinstance(each, str) for each in texts):
+        raise _unusable("choice", f"{value!r} is no list of strings to choose from")
+    return texts
+
+
+_VALUES = {
+    "json": _json,
+    "regex": _regex,
+    "choice": _choice,
+    "grammar": lambda value: _text("grammar", value),
+}
+
+
+# --- JSON schemas --------------------------------------------------------------------------------
+
+
+def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
+    """A schema and all schemas in it; values that are no schemas are left to llguidance."""
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    inside = [schema.get(key) for key in _SCHEMAS]
+    for key in _LISTS_OF_SCHEMAS:
+        inside += each if isinstance(each := schema.get(key), list) else []
+    for key in _MAPPINGS_OF_SCHEMAS:
+        inside += each.values() if isinstance(each := schema.get(key), dict) else []
+    for each in inside:
+        yield from _subschemas(each)
+
+
+def _require_enforceable(schema: dict[str, Any]) -> None:
+    """Refuse what llguidance accepts and does not enforce."""
+    if schema and not schema.keys() & _KEYWORDS:
+        raise _unusable(
+            "json", f"{schema!r} is no JSON schema: none of its keys is a keyword, such as 'type'"
+        )
+    for keyword in _OUTDATED:
+        if keyword in schema:
+            raise _unusable("json", f"the keyword {keyword!r} of JSON schema's draft 3 is unknown")
+    for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
+        if isinstance(schema.get(keyword), bool):
+            raise _unusable("json", f"{keyword!r} is no number, as it is since draft 6")
+    least, required = schema.get("minProperties"), schema.get("required") or ()
+    if isinstance(least, int) and least > max(1, len(required)):
+        # A name may be written twice, and counts once.
+        raise _unusable(
+            "json",
+            f"minProperties={least} cannot be enforced beyond the {len(required)} required "
+            "properties: name the properties in 'required'",
+        )
+
+
+def _simplify(schema: dict[str, Any]) -> None:
+    """Write a schema in keywords that llguidance knows, without a change of what it allows."""
+    if schema.get("format") in _NO_CONDITION:
+        del schema["format"]
+    tag = schema.get("discriminator")
+    name = tag.get("propertyName") if isinstance(tag, dict) else None
+    if isinstance(name, str) and isinstance(schema.get("oneOf"), list):
+        # The tag is required by what the keyword means. llguidance sees that the branches exclude
+        # each other where it is required, and pydantic does not say so of tags with a default.
+        for branch in schema["oneOf"]:
+            if isinstance(branch, dict):
+                branch["required"] = list(dict.fromkeys([*(branch.get("required") or ()), name]))
+
+
+# --- the grammar ---------------------------------------------------------------------------------
+
+
+def inline_json(schema: Any) -> str:
+    """A JSON schema as an expression in a Lark grammar: ``%json {…}`` with limited white space.
+
+    Args:
+        schema: schema as in :func:`canonical`, or a pydantic class.
+
+    Raises:
+        InvalidParameterError: it cannot be enforced.
+    """
+    canonical({"json": schema})
+    return "%json " + json.dumps({**_json(schema), "x-guidance": _JSON_OPTIONS})
+
+
+@lru_cache(maxsize=256)
+def llguidance_grammar(constraint: str) -> str:
+    """The grammar of a canonical constraint, in llguidance's own text form.
+
+    Args:
+        constraint: the canonical constraint as JSON text.
+
+    Raises:
+        InvalidParameterError: it cannot be enforced; the message names the keyword, or the place.
+        MissingDependencyError: llguidance is not installed.
+    """
+    ((form, value),) = json.loads(constraint).items()
+    try:
+        from llguidance import LLMatcher, grammar_from
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"a constraint needs the package llguidance, which cannot be imported ({error}): "
+            'run pip install "rapid-llm[structured]"'
+        ) from error
+    try:
+        if form == "json":
+            grammar = LLMatcher.grammar_from_json_schema(value, overrides=_JSON_OPTIONS)
+        elif form == "regex":
+            grammar = LLMatcher.grammar_from_regex(_without_anchors(value))
+        elif form == "choice":
+            grammar = grammar_from("choice", json.dumps(value))
+        elif value.lstrip().startswith('{"grammars"'):
+            grammar = value
+        else:
+            grammar = grammar_from("grammar", value)
+        problem = LLMatcher.validate_grammar(grammar)
+    except ValueError as refused:  # of GBNF, and of JSON that is no grammar
+        raise _unusable(form, refused) from refused
+    if problem:
+        raise _unusable(form, problem)
+    return grammar
+
+
+def _without_anchors(regex: str) -> str:
+    """Drop ``^`` and ``$`` at the ends, as the whole answer matches in any case."""
+    regex = regex.removeprefix("^")
+    escapes = re.search(r"(\\*)\$$", regex)
+    return regex[:-1] if escapes and len(escapes[1]) % 2 == 0 else regex
+
+
+def _unusable(form: str, problem: object) -> InvalidParameterError:
+    what = {
+        "json": "the JSON schema",
+        "regex": "the regular expression",
+        "choice": "the list of choices",
+        "grammar": "the grammar",
+    }[form]
+    return InvalidParameterError(f"constraint: {what} cannot be enforced: {one_line(problem)}")
+
+
+def one_line(problem: object) -> str:
+    """llguidance's message in one line: for a regular expression the expression and its error."""
+    text = str(problem).strip().partition(". Enable 'coerce_one_of'")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    found = next((line for line in lines if line.startswith("error: ")), None)
+    if found is not None and "regex parse error" in text:
+        after = next(i for i, line in enumerate(lines) if line.endswith("regex parse error:"))
+        return f"pattern {lines[after + 1]!r}: {found.removeprefix('error: ')}"
+    return lines[0].removesuffix(":") if lines else type(problem).__name__

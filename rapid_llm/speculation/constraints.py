@@ -1,0 +1,337 @@
+"""Constraints on answers: which tokens may follow, by a grammar that llguidance reads.
+
+The tokens that may follow depend on the tokens before them only, so target and drafter share one
+mask a position. Masked logits give the masked distributions p and q, for which all that holds of a
+mode holds unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rapid_llm.errors import InvalidParameterError
+from rapid_llm.grammars import llguidance_grammar, one_line
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_WORD = 32  # bits of a word of a mask
+_KEPT = 64  # compiled grammars that are kept
+_END = "<|end of grammar|>"
+_OCTETS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
+    np.float32("inf"),
+    np.float32("-inf"),
+)
+"""Highest logits of 8 tokens by 8 bits of a mask, float32 ``[256, 8]``."""
+
+_Words = NDArray[np.uint32]
+
+
+def masked(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits with -inf for tokens that may not follow.
+
+    Where the logits processors before forbid all tokens that may follow, such as a suppressed token
+    that the grammar demands, these get equal logits.
+
+    Args:
+        logits: float32 ``[n, vocab]``.
+        mask: a bit for each token, int32 ``[n, at least vocab / 32]``, the lowest bit first.
+    """
+    highest = _highest(mask, logits.shape[-1])
+    kept = torch.minimum(logits, highest)
+    nothing = kept.amax(dim=-1, keepdim=True) == float("-inf")
+    if nothing.device.type == "cpu" and not nothing.any():  # elsewhere the host would wait
+        return kept
+    return kept.masked_fill_(nothing & (highest > 0), 0.0)
+
+
+def _highest(mask: Tensor, width: int) -> Tensor:
+    """Highest logits by a mask: +inf for tokens that may follow, -inf for others.
+
+    Args:
+        mask: int32 ``[n, at least width / 32]``.
+        width: vocabulary size.
+
+    Returns:
+        float32 ``[n, width]``.
+    """
+    if mask.device.type == "cpu":  # a table is many times faster than choosing bit by bit
+        octets = mask.numpy().view(np.uint8)
+        highest = np.take(_OCTETS, octets, axis=0).reshape(len(octets), -1)
+        return torch.from_numpy(highest[:, :width])
+    return _shifted(mask, width)
+
+
+def _shifted(mask: Tensor, width: int) -> Tensor:
+    """:func:`_highest` by operators that any device has, and a CUDA graph may contain."""
+    shifts = torch.arange(_WORD, dtype=torch.int32, device=mask.device)
+    bits = ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :width]
+    return (2 * bits - 1).float() * float("inf")
+
+
+class Constraints:
+    """Compiles constraints for one tokenizer, each once.
+
+    Args:
+        tokenizer: tokenizer of the models.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._compiled: dict[str, LLMatcher] = {}
+        self._tokens: LLTokenizer | None = None
+        self._end = 0  # a token of llguidance's own, which stands for the end of the grammar
+        self._lock = Lock()
+
+    def matcher(
+        self,
+        constraint: Mapping[str, Any],
+        width: int,
+        ends: Collection[int],
+        least_new_tokens: int,
+    ) -> Matcher:
+        """A matcher at the beginning of an answer.
+
+        Args:
+            constraint: canonical constraint, see :func:`rapid_llm.grammars.canonical`.
+            width: vocabulary size of the target.
+            ends: ids of tokens that end an answer.
+            least_new_tokens: minimum length of an answer in tokens before they may end it, except
+                where nothing else may follow.
+
+        Raises:
+            InvalidParameterError: the constraint cannot be enforced with this tokenizer.
+            MissingDependencyError: llguidance is not installed.
+        """
+        key = json.dumps(constraint)
+        with self._lock:
+            compiled = self._compiled.pop(key, None) or self._compile(key)
+            self._compiled[key] = compiled
+            if len(self._compiled) > _KEPT:
+                del self._compiled[next(iter(self._compiled))]
+            matcher = compiled.deep_copy()
+            assert self._tokens is not None
+            tokens = self._tokens.vocab_size
+        return Matcher(matcher, tokens, width, self._end, ends, least_new_tokens)
+
+    def _compile(self, constraint: str) -> LLMatcher:
+        grammar = llguidance_grammar(constraint)
+        from llguidance import LLMatcher
+
+        if self._tokens is None:
+            self._tokens = self._read_tokenizer()
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        if error := matcher.get_error():
+            raise InvalidParameterError(f"constraint cannot be enforced: {one_line(error)}")
+        return matcher
+
+    def _read_tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+        from tokenizers import AddedToken, Tokenizer
+
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise InvalidParameterError(
+                f"constraint needs a tokenizer of the tokenizers library, which "
+                f"{type(self._tokenizer).__name__} is not; load the model with its tokenizer.json"
+            )
+        own = Tokenizer.from_str(backend.to_str())
+        own.no_padding()
+        own.no_truncation()
+        # An end of its own, because a grammar may end with any of several tokens, or, to measure
+        # speed, with none.
+        own.add_special_tokens([AddedToken(_END, special=True)])
+        end = own.token_to_id(_END)
+        assert end is not None
+        self._end = end
+        try:
+            return LLTokenizer(own.to_str(), eos_token=self._end)
+        except ValueError as error:
+            raise InvalidParameterError(
+                f"constraint cannot be enforced with this tokenizer: {one_line(error)}"
+            ) from error
+
+
+class Matcher:
+    """A grammar at a place in one answer; target and drafter share it.
+
+    The answer so far is what :meth:`commit` was given. The other methods look beyond it, at drafted
+    tokens, of which those that earlier calls have seen are not read again.
+
+    Args:
+        matcher: llguidance's matcher at the beginning of an answer.
+        tokens: vocabulary size of the tokenizer that the grammar reads.
+        width: vocabulary size of the target.
+        end: id of the token that stands for the end of the grammar.
+        ends: ids of tokens that end an answer; the grammar never reads them.
+        least_new_tokens: see :meth:`Constraints.matcher`.
+
+    Attributes:
+        seconds: time spent in the grammar.
+    """
+
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        tokens: int,
+        width: int,
+        end: int,
+        ends: Collection[int],
+        least_new_tokens: int,
+    ) -> None:
+        self.seconds = 0.0
+        self._matcher = matcher
+        self._ends = frozenset(ends)
+        self._least = least_new_tokens
+        self._committed = 0
+        self._drafted: list[int] = []
+        self._read = 0  # number of drafted tokens that the grammar has read
+        ending = np.zeros(-(-width // _WORD) * _WORD, dtype=bool)
+        ending[[i for i in self._ends if i < width]] = True
+        others = np.arange(len(ending)) < min(width, tokens)
+        others[end : end + 1] = False
+        self._ending, self._others = _words(ending), _words(others & ~ending)
+        self._buffer = np.zeros(-(-tokens // _WORD), dtype=np.uint32)
+        self._rows: list[_Words] = []  # mask after each number of drafted tokens
+        self._over: list[bool] = []  # whether nothing may follow them
+        self._look()
+
+    def mask(self, drafted: Sequence[int], rows: int) -> Tensor:
+        """Masks of the position after all of ``drafted``, and of those before it.
+
+        Args:
+            drafted: tokens after the answer so far.
+            rows: number of masks: the last is for the position after all of ``drafted``, the one
+                before it for that after all but one, and so on.
+
+        Returns:
+            A bit for each token, int32 ``[rows, vocab / 32]`` on the host, see :func:`masked`.
+        """
+        self._reach(drafted)
+        last = len(drafted) + 1
+        return torch.from_numpy(np.stack(self._rows[last - rows : last]).view(np.int32))
+
+    def over(self, drafted: Sequence[int] = ()) -> bool:
+        """Whether the grammar is complete after these tokens and nothing may follow."""
+        self._reach(drafted)
+        return self._over[len(drafted)]
+
+    def forced(self, drafted: Sequence[int], limit: int) -> list[int]:
+        """The next tokens where the grammar leaves no choice, at most ``limit``.
+
+        The masked p and q of each are the same point mass, in any mode and at any temperature.
+        """
+        forced: list[int] = []
+        while len(forced) < limit:
+            seen = [*drafted, *forced]
+            if self.over(seen) or (only := _only(self._rows[len(seen)])) is None:
+                break
+            forced.append(only)
+        return forced
+
+    def legal(self, drafted: Sequence[int], guess: Sequence[int]) -> list[int]:
+        """The longest beginning of a guess that may follow ``drafted``."""
+        seen = list(drafted)
+        for token in guess:
+            if self.over(seen) or not _has(self._rows[len(seen)], token):
+                break
+            seen.append(token)
+        return seen[len(drafted) :]
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the answer."""
+        self._reach(tokens)
+        self._forget(len(tokens))
+        self._committed += len(tokens)
+        self._drafted, self._read = [], 0
+        self._rows, self._over = self._rows[-1:], self._over[-1:]
+
+    def _reach(self, drafted: Sequence[int]) -> None:
+        """Read drafted tokens, after those that were read before and are among them."""
+        same = 0
+        for known, token in zip(self._drafted, drafted, strict=False):
+            if known != token:
+                break
+            same += 1
+        if same == len(drafted):
+            return
+        started = time.perf_counter()
+        self._forget(same)
+        for token in drafted[same:]:
+            # What follows the end of the answer is never part of it. Nor is a token that may not
+            # follow, which only a q of NaN gives: the verification reports it.
+            ended = self._read < len(self._drafted) or self._over[-1] or token in self._ends
+            ended = ended or not _has(self._rows[-1], token)
+            self._drafted.append(token)
+            if ended:
+                self._rows.append(self._after_end())
+                self._over.append(True)
+                continue
+            if not self._matcher.consume_token(token):
+                raise self._stuck()
+            self._read += 1
+            self._look()
+        self.seconds += time.perf_counter() - started
+
+    def _forget(self, kept: int) -> None:
+        """Go back to the first ``kept`` drafted tokens."""
+        if self._read > kept:
+            if not self._matcher.rollback(self._read - kept):
+                raise self._stuck()
+            self._read = kept
+        del self._drafted[kept:], self._rows[kept + 1 :], self._over[kept + 1 :]
+
+    def _look(self) -> None:
+        """Note which tokens may follow those that the grammar has read."""
+        own, row = self._buffer, np.zeros_like(self._others)
+        self._matcher.unsafe_compute_mask_ptr(own.ctypes.data, own.nbytes)
+        shared = min(len(own), len(row))
+        row[:shared] = own[:shared] & self._others[:shared]
+        complete = not row.any()
+        if self._matcher.is_accepting():
+            if complete:
+                row = self._after_end()
+            elif self._committed + len(self._drafted) >= self._least:
+                row |= self._ending
+        elif complete:
+            raise self._stuck()
+        self._rows.append(row)
+        self._over.append(complete)
+
+    def _after_end(self) -> _Words:
+        return self._ending if self._ending.any() else self._others
+
+    def _stuck(self) -> InvalidParameterError:
+        reason = self._matcher.get_error() or "the tokenizer has no token that may follow"
+        return InvalidParameterError(
+            f"constraint cannot be followed after {self._committed + len(self._drafted)} tokens: "
+            f"{one_line(reason)}; simplify it"
+        )
+
+
+def _words(flags: NDArray[np.bool_]) -> _Words:
+    """A mask in words, from one flag a token."""
+    return np.packbits(flags, bitorder="little").view(np.uint32)
+
+
+def _only(row: _Words) -> int | None:
+    """The one bit that is set; None if several are."""
+    used = np.flatnonzero(row)
+    word = int(row[used[0]])
+    alone = len(used) == 1 and not word & (word - 1)
+    return int(used[0]) * _WORD + word.bit_length() - 1 if alone else None
+
+
+def _has(row: _Words, token: int) -> bool:
+    return token < len(row) * _WORD and bool(int(row[token // _WORD]) >> token % _WORD & 1)
