@@ -449,8 +449,7 @@ class RapidDecoder:
         with ExitStack() as stack:
             if runner.ranks is not None:
                 stack.enter_context(runner.ranks.call("log_likelihood", ids, tokens))
-            lease = self._prefixes.lease(runner, ids, len(ids) + len(tokens))
-            held = stack.enter_context(lease)
+            held = stack.enter_context(self._prefixes.lease(runner, ids, len(ids) + len(tokens)))
             if runner.ranks is not None:
                 held.cache.rollback(runner.ranks.agree(least=held.reused))
             session = Session(runner, held.cache, ids)
