@@ -54,7 +54,8 @@ class Scripted(RapidDecoder):
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             end = [self.tokenizer.eos_token_id]
             matcher = self._constraints.matcher(sampling.constraint, len(self.tokenizer), end, 0)
-            legal = self.tokenizer.decode(matcher.legal([], [*ids, *end]))
-            assert legal == text + self.tokenizer.eos_token, (legal, sampling.constraint)
+            legal = self.tokenizer.decode(matcher.legal([], ids))
+            assert legal == text, (legal, text, sampling.constraint)
+            assert matcher.over(ids) or matcher.legal(ids, end), (text, sampling.constraint)
         told = replace(sampling, constraint={"choice": [text]})
         return super().stream(target_prompt, draft_prompt, sampling=told, **options)
