@@ -1,7 +1,7 @@
 # make demo   the main job on a real document: installs into .venv, needs no hub and no key
 # make test   the same set-up, then the tests, but for those that take minutes each
 # make slow   those
-# make latest the tests on the newest of every dependency, in .venv-latest, made anew
+# make latest the tests on the newest of every dependency but torch, in .venv-latest, made anew
 # make dist   sdists and pure wheels of all three distributions, into dist
 # make gpu    on a machine with CUDA: its tests, what an 8B model's shape costs, and (MODEL=path, or the
 #             packaged one) how fast a model answers; installs nothing
@@ -54,10 +54,13 @@ test: install
 slow: install
 	$(PYTEST) -m slow
 
-# Without bge, which holds transformers back.
+# Without bge, which holds transformers back. torch stays the pinned one: a build is chosen for a
+# machine (CPU, or a version of CUDA), and an index often offers the newest for CUDA alone, in gigabytes.
 latest:
 	rm -rf .venv-latest
-	$(MAKE) test VENV=.venv-latest CONSTRAINTS= EXTRAS=demo,dev
+	mkdir .venv-latest
+	grep '^torch==' constraints.txt >.venv-latest/constraints.txt
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS='-c .venv-latest/constraints.txt' EXTRAS=demo,dev
 
 dist: install
 	for each in . $(WHEELS); do RAPID_LLM_PURE=1 $(BIN)/python -m build --outdir dist $$each || exit 1; done

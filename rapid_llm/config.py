@@ -18,6 +18,7 @@ Attention = Literal["rapid", "sdpa", "flash_attention_2", "eager"]
 Retriever = Literal["dense", "bm25", "hybrid"]
 OnEmpty = Literal["empty", "read_all"]
 Truncate = Literal["middle"]
+Order = Literal["canonical", "given"]
 
 MIN_TEMPERATURE = 1e-5
 """Temperature below which decoding is greedy: logits divided by it could overflow float32."""
@@ -300,8 +301,19 @@ class EngineConfig:
     kv_cache_bytes: Annotated[
         int | None,
         Option(
-            "Budget in bytes for the KV of prompts kept between calls (LRU); by default a quarter "
-            "of the device's memory, 0 keeps none.",
+            "Budget in bytes for the KV of prompts kept on the device between calls (LRU); by "
+            "default a quarter of the device's memory, 0 keeps none.",
+            "None or a whole number of bytes of at least 0",
+            lambda n: n >= 0,
+            metavar="BYTES",
+            per_call=False,
+        ),
+    ] = None
+    kv_cache_host_bytes: Annotated[
+        int | None,
+        Option(
+            "Budget in bytes for KV that had to leave a GPU, in pinned host memory (LRU); by "
+            "default an eighth of what the process may use, or none where kv_cache_bytes is 0.",
             "None or a whole number of bytes of at least 0",
             lambda n: n >= 0,
             metavar="BYTES",
@@ -315,6 +327,17 @@ class EngineConfig:
             "None or the path of a folder",
             bool,
             metavar="DIR",
+            per_call=False,
+        ),
+    ] = None
+    kv_cache_dir_bytes: Annotated[
+        int | None,
+        Option(
+            "Maximum bytes of the files in kv_cache_dir (LRU); by default a quarter of what is "
+            "free on its file system, these files counted as free.",
+            "None or a whole number of bytes of at least 0",
+            lambda n: n >= 0,
+            metavar="BYTES",
             per_call=False,
         ),
     ] = None
@@ -434,6 +457,14 @@ class RetrievalConfig:
             "document."
         ),
     ] = "empty"
+    order: Annotated[
+        Order,
+        Option(
+            "Order in which the target reads documents: canonical is that of their ids, digits "
+            "compared as numbers, so that the same documents are the same prompt, whose KV is "
+            "reused; given is the caller's, or that in which the retriever found them."
+        ),
+    ] = "canonical"
 
     def __post_init__(self) -> None:
         check(self)

@@ -23,9 +23,9 @@ from rapid_llm.chat import checked_variables, end_of_turn
 from rapid_llm.config import EngineConfig, Quantization, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
+from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
-from rapid_llm.engine.reuse import PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.forked import Owner, limit_threads
@@ -37,6 +37,7 @@ from rapid_llm.generation import (
     deltas,
     log_likelihood,
 )
+from rapid_llm.limits import host_memory
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
 from rapid_llm.opening import Opener
 from rapid_llm.options import RENAMED, given, options_of, sorted_into
@@ -56,12 +57,16 @@ class Memory:
         target_weights: bytes of the target's weights.
         drafter_weights: bytes of the drafter's weights that are not shared with the target: those
             of another model and of a quantized copy; 0 where all are shared.
-        kept_kv: bytes of the KV of prompts that is kept for later calls.
+        kept_kv: bytes on the devices of the KV of prompts that is kept for later calls.
+        kept_kv_host: bytes of such KV in the host's memory, of devices that do not share it.
+        kept_kv_disk: bytes of the files in ``kv_cache_dir``, those of other processes included.
     """
 
     target_weights: int
     drafter_weights: int
     kept_kv: int
+    kept_kv_host: int = 0
+    kept_kv_disk: int = 0
 
 
 class RapidDecoder:
@@ -95,17 +100,25 @@ class RapidDecoder:
             where the target drafts for itself (on a CPU in bfloat16 only, on a GPU from a gigabyte
             of weights on) and makes no copy elsewhere; None makes no copy. The copy is made at the
             first draft. Models with hooks or replaced methods are not copied.
-        kv_cache_bytes: budget in bytes for the KV of prompts kept between calls, least recently
-            used evicted first; None is a quarter of the device's memory, 0 keeps nothing.
+        kv_cache_bytes: budget in bytes for the KV of prompts kept on the devices between calls, of
+            which the least recently used leaves first; None is a quarter of the device's memory, 0
+            keeps nothing there.
+        kv_cache_host_bytes: budget in bytes for KV that has left a device with memory of its own,
+            in pinned host memory; None is an eighth of what the process may use, or 0 where
+            ``kv_cache_bytes`` is 0. On a CPU it adds nothing.
         kv_cache_dir: folder for the KV of long prompts, kept across processes (safetensors with a
-            checksum; valid for this model, dtype and these tokens only). Its size is not limited.
+            checksum; valid for this model, dtype and these tokens only).
+        kv_cache_dir_bytes: maximum bytes of the folder's files, whoever wrote them, least recently
+            used deleted first; None is a quarter of what is free on its file system, these files
+            counted as free.
         chat_template_kwargs: variables of the model's chat template (``enable_thinking``, …) for
             all prompts of chat messages.
 
     Raises:
         ModelError: an architecture or an adapter is not supported.
         TokenizerMismatchError: the tokenizers differ in more than added tokens.
-        InvalidParameterError: the quantization is unknown, or not available on the device.
+        InvalidParameterError: the quantization is unknown, or not available on the device; a budget
+            is negative, or the folder's has no folder.
     """
 
     def __init__(
@@ -121,7 +134,9 @@ class RapidDecoder:
         cuda_graphs: bool | None = None,
         drafter_quantization: Quantization | None = "auto",
         kv_cache_bytes: int | None = None,
+        kv_cache_host_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
+        kv_cache_dir_bytes: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         limit_threads()
@@ -138,7 +153,9 @@ class RapidDecoder:
                 "cuda_graphs": cuda_graphs,
                 "drafter_quantization": drafter_quantization,
                 "kv_cache_bytes": kv_cache_bytes,
+                "kv_cache_host_bytes": kv_cache_host_bytes,
                 "kv_cache_dir": kv_cache_dir,
+                "kv_cache_dir_bytes": kv_cache_dir_bytes,
                 "chat_template_kwargs": self.chat_template_kwargs,
             },
         )
@@ -152,8 +169,13 @@ class RapidDecoder:
             unshared = unshared_tokens(self.target, self.drafter, tokenizer, drafter_tokenizer)
         if kv_cache_bytes is None:
             kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
+        if kv_cache_host_bytes is None:
+            kv_cache_host_bytes = (host_memory() or 0) // 8 if kv_cache_bytes else 0
         self._prefixes = PrefixCache(
-            kv_cache_bytes, None if kv_cache_dir is None else Path(kv_cache_dir)
+            kv_cache_bytes,
+            None if kv_cache_dir is None else Path(kv_cache_dir),
+            host_bytes=kv_cache_host_bytes,
+            directory_bytes=kv_cache_dir_bytes,
         )
         self._loaded_in = Owner(f"the decoder of {self.target.name}")
         self._quantized = QuantizedDrafter(
@@ -252,7 +274,9 @@ class RapidDecoder:
             cuda_graphs=config.cuda_graphs,
             drafter_quantization=config.drafter_quantization,
             kv_cache_bytes=config.kv_cache_bytes,
+            kv_cache_host_bytes=config.kv_cache_host_bytes,
             kv_cache_dir=config.kv_cache_dir,
+            kv_cache_dir_bytes=config.kv_cache_dir_bytes,
             chat_template_kwargs=config.chat_template_kwargs,
         )
         if draft_by_name:
@@ -294,6 +318,8 @@ class RapidDecoder:
             target_weights=_weight_bytes(self.target.model),
             drafter_weights=own + self._quantized.nbytes,
             kept_kv=self._prefixes.nbytes,
+            kept_kv_host=self._prefixes.host_nbytes,
+            kept_kv_disk=self._prefixes.disk_nbytes,
         )
 
     def clear_cache(self) -> None:

@@ -8,7 +8,7 @@ one pass; the output grows by the longest accepted prefix and one token after it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from torch import Tensor
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.device import FEW_TOKENS
+from rapid_llm.engine.kept.tiers import Tier
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import GenerationTimeoutError, NumericalError
 from rapid_llm.speculation.acceptance import dynamic_eta
@@ -113,7 +114,7 @@ class Generation:
     Args:
         target: session of the model that answers.
         prompt: token ids of the prompt to answer.
-        cached: number of prompt tokens whose KV was reused.
+        cached: number of prompt tokens whose KV was reused, by the tier that they come from.
         drafters: drafters to choose from in each round; empty for plain decoding.
         drafter_name: name of the drafter in errors.
         sampler: logits processors and random numbers.
@@ -129,7 +130,7 @@ class Generation:
         self,
         target: Session,
         prompt: Sequence[int],
-        cached: int,
+        cached: Mapping[Tier, int],
         drafters: Sequence[Drafter],
         drafter_name: str,
         sampler: Sampler,
@@ -156,7 +157,9 @@ class Generation:
         self.stats = Stats(
             method="lc" if method in DRAFTED else method,
             prompt_tokens=len(self._prompt),
-            cached_tokens=cached,
+            cached_tokens=sum(cached.values()),
+            cached_tokens_host=cached.get("host", 0),
+            cached_tokens_disk=cached.get("disk", 0),
             max_new_tokens=sampler.params.max_new_tokens,
             draft_prompt_tokens=sum(drafter.prompt_tokens for drafter in drafters),
             draft_skipped=NOTHING_PAID if method in DRAFTED else draft_skipped,

@@ -24,7 +24,7 @@ ANY_OBJECT = {"type": "object"}
 _GRAMMAR = re.compile(r"^\s*(%llguidance\b|start\s*:|root\s*::=)", re.MULTILINE)
 """Beginning of a Lark grammar, and the main rule of a Lark or GBNF grammar."""
 
-_JSON_OPTIONS = {
+_JSON_OPTIONS: Any = {
     # Without an upper limit a model can write white space until max_new_tokens.
     "whitespace_flexible": True,
     "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}",
@@ -69,7 +69,7 @@ def canonical(given: Any) -> dict[str, Any] | None:
     if given is None:
         return None
     form, value = _sorted(given)
-    made = {form: _VALUES[form](value)}
+    made: dict[str, Any] = {form: _VALUES[form](value)}
     llguidance_grammar(json.dumps(made))
     return made
 
@@ -270,11 +270,11 @@ def llguidance_grammar(constraint: str) -> str:
             grammar = value
         else:
             grammar = grammar_from("grammar", value)
-        error = LLMatcher.validate_grammar(grammar)
+        problem = LLMatcher.validate_grammar(grammar)
     except ValueError as refused:  # of GBNF, and of JSON that is no grammar
         raise _unusable(form, refused) from refused
-    if error:
-        raise _unusable(form, error)
+    if problem:
+        raise _unusable(form, problem)
     return grammar
 
 

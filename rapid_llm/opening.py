@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from rapid_llm.engine.costs import ROOM
+from rapid_llm.engine.kept.prefixes import Lease, PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
-from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.generation import DRAFTED, Generation
 from rapid_llm.request import ModelPair, Request
@@ -64,7 +64,7 @@ class Opener:
             yield Generation(
                 target=target,
                 prompt=request.prompt,
-                cached=kept.reused,
+                cached=kept.origins,
                 drafters=self._drafters(request, target, sampler, lease),
                 drafter_name=self.pair.drafter.name,
                 sampler=sampler,
@@ -73,7 +73,7 @@ class Opener:
                 method=request.method,
                 draft_skipped=request.draft_skipped,
                 started=started,
-                free_memory=self.prefixes.clear,
+                free_memory=self.prefixes.free_devices,
             )
 
     def _drafters(

@@ -16,7 +16,7 @@ from rapid_llm.context.builder import ContextBuilder, RetrievalContext
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS
 from rapid_llm.context.embedding import Embedder
 from rapid_llm.context.prompts import Fitted, build_messages, fit_documents, retrieval_query
-from rapid_llm.context.retrieved import SEPARATOR, Passage
+from rapid_llm.context.retrieved import SEPARATOR, Passage, texts_by_id
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Message, Prompt, encode_prompt
@@ -83,7 +83,9 @@ class RapidPipeline:
 
     Args:
         decoder: the models.
-        documents: one text or several, which the target reads in this order, without blank ones.
+        documents: one text; a mapping from ids to texts, which the target reads in the order that
+            ``order`` names; or several texts, which have no ids, and are read in this order. Blank
+            ones are not read.
         embedder: embedding model in any form that :func:`rapid_llm.context.load_embedder` takes;
             by default the config's.
         builder: ready-made retriever, used instead of ``embedder`` and ``retrieval``.
@@ -93,15 +95,19 @@ class RapidPipeline:
         options: single retrieval options by name (``chunk_tokens=…``), which override those in
             ``retrieval``.
 
+    Attributes:
+        documents: texts in the order in which the target reads them.
+        document_ids: ids of the documents, in this order; None without ids.
+
     Raises:
-        DocumentError: a document is not text, or all are blank.
+        DocumentError: a document is not text, all are blank, or two have the same id.
         InvalidParameterError: an unknown option, or a value outside its range.
     """
 
     def __init__(
         self,
         decoder: RapidDecoder,
-        documents: str | Iterable[str],
+        documents: str | Iterable[str] | Mapping[Any, str],
         *,
         embedder: str | Path | Embedder | Any | None = None,
         builder: ContextBuilder | None = None,
@@ -111,8 +117,12 @@ class RapidPipeline:
         **options: Any,
     ) -> None:
         self.decoder = decoder
-        self.documents = require_documents(documents)
         self.retrieval = changed(given(retrieval, RetrievalConfig, "retrieval"), options)
+        self.document_ids: tuple[str, ...] | None = None
+        if isinstance(documents, Mapping):
+            named = texts_by_id(documents, self.retrieval.order)
+            self.document_ids, documents = tuple(named), tuple(named.values())
+        self.documents = require_documents(documents)
         self.sampling = given(sampling, SamplingParams, "sampling")
         self.speculation = given(speculation, SpeculationConfig, "speculation")
         self._builder, self._embedder = builder, embedder

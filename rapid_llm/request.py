@@ -124,7 +124,7 @@ class ModelPair:
         ends = frozenset() if sampling.ignore_eos else self._ends(settings)
         least = least_new_tokens(settings, len(prompt))
         constraint = None
-        if sampling.constraint is not None:
+        if isinstance(sampling.constraint, Mapping):  # as it is once it was checked
             constraint = self.constraints.matcher(
                 sampling.constraint, runner.vocab_size, ends, least
             )

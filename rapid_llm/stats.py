@@ -28,6 +28,9 @@ class Stats:
             alone over the retrieval context).
         prompt_tokens: number of tokens in the prompt that was answered.
         cached_tokens: number of those tokens whose KV was reused from an earlier call.
+        cached_tokens_host: number of ``cached_tokens`` whose KV came from the host's memory to the
+            device; 0 on a device that shares it.
+        cached_tokens_disk: number of ``cached_tokens`` whose KV came from ``kv_cache_dir``.
         draft_prompt_tokens: number of tokens in the drafter's prompt; 0 without a drafter.
         max_new_tokens: limit of the answer in tokens: the requested one, or the room in the
             context window if that is less.
@@ -53,6 +56,8 @@ class Stats:
     method: Method = "lc"
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    cached_tokens_host: int = 0
+    cached_tokens_disk: int = 0
     draft_prompt_tokens: int = 0
     max_new_tokens: int = 0
     completion_tokens: int = 0
@@ -68,6 +73,11 @@ class Stats:
     time_to_first_token: float | None = None
     draft_skipped: str | None = None
     omitted_tokens: int = 0
+
+    @property
+    def cached_tokens_device(self) -> int:
+        """Number of ``cached_tokens`` whose KV was on the device."""
+        return self.cached_tokens - self.cached_tokens_host - self.cached_tokens_disk
 
     @property
     def acceptance_ratio(self) -> float:
@@ -96,6 +106,7 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """All counts, times and ratios by name, ready for JSON."""
         return asdict(self) | {
+            "cached_tokens_device": self.cached_tokens_device,
             "acceptance_ratio": self.acceptance_ratio,
             "acceptance_rate": self.acceptance_rate,
             "tokens_per_round": self.tokens_per_round,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -95,6 +97,40 @@ def _measured_for_this_test(
     cache = tmp_path_factory.mktemp("rapid-llm-cache")
     (cache / "gguf").symlink_to(converted)
     monkeypatch.setenv("RAPID_LLM_CACHE", str(cache))
+
+
+class Deprecations(logging.Handler):
+    """What transformers tells of in its log alone, where our code or a test made the call."""
+
+    BETWEEN = ("logging", "functools", "contextlib", "torch", "transformers.utils",
+               "transformers.models.auto")  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            frames = (frame for frame, _ in traceback.walk_stack(None))
+            names = [frame.f_globals.get("__name__", "") for frame in frames]
+            names = [name for name in names[1:] if not name.startswith(self.BETWEEN)]
+            # transformers calls itself in ways that are deprecated; the caller of the module that
+            # told is ours.
+            if names[0].startswith("transformers."):
+                names = [name for name in names if name != names[0]]
+            if names[0].startswith(("rapid_llm", "test_")):
+                self.told.append(f"{names[0]}: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated_is_used() -> Iterator[None]:
+    logger, deprecations = logging.getLogger("transformers"), Deprecations()
+    logger.addHandler(deprecations)
+    try:
+        yield
+    finally:
+        logger.removeHandler(deprecations)
+    assert deprecations.told == []
 
 
 def installed(package: str) -> Any:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from rapid_llm import RapidDecoder, SamplingParams, SpeculationConfig
-from rapid_llm.errors import GenerationTimeoutError, InvalidParameterError
+from rapid_llm.errors import GenerationTimeoutError, InvalidParameterError, NumericalError
 from rapid_llm.grammars import canonical, inline_json
 from rapid_llm.speculation.constraints import Constraints, Matcher, masked
 
@@ -506,6 +506,20 @@ def test_a_decoder_serves_on_after_a_timeout_and_a_closed_stream(decoder) -> Non
     with pytest.raises(GenerationTimeoutError):
         decoder.generate(prompt(), prompt(), sampling=late)
     assert decoder.generate(prompt(), prompt(), sampling=sampling).token_ids == want
+
+
+@pytest.mark.parametrize("broken", ["target", "drafter"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_is_reported_as_such_under_a_constraint(broken: str, temperature: float) -> None:
+    models = {"target": model_for_text(), "drafter": model_for_text(seed=1)}
+    with torch.no_grad():
+        models[broken].lm_head.weight.fill_(torch.nan)
+    decoder = RapidDecoder(models["target"], TOKENIZER, models["drafter"])
+    sampling = SamplingParams(temperature=temperature, constraint=PERSON)
+    with pytest.raises(NumericalError, match="NaN"):
+        decoder.generate(
+            prompt(), prompt(), sampling=sampling, speculation=SpeculationConfig(gamma=3)
+        )
 
 
 def test_a_grammar_is_compiled_once_for_a_decoder(monkeypatch) -> None:

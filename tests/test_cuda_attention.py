@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import installed
 from torch import Tensor
 
 from rapid_llm.engine.kv_cache import KVCache
 
-pytest.importorskip("triton")
+installed("triton")
 
 from rapid_llm.engine.cuda import attention, elementwise, prefill
 from rapid_llm.engine.cuda.attention import Config

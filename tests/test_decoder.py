@@ -26,7 +26,8 @@ from conftest import (
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import Memory, RapidDecoder
-from rapid_llm.engine import reuse, supported
+from rapid_llm.engine import supported
+from rapid_llm.engine.kept import prefixes
 from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized import quantized_nbytes
@@ -517,14 +518,16 @@ def test_threads_share_a_document(decoder):
 
 @pytest.mark.usefixtures("short_chunks")
 def test_a_folder_keeps_prompts_for_the_next_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(reuse, "WORTH_SAVING", 20)
-    monkeypatch.setattr(reuse, "WORTH_LOADING", 10)
+    monkeypatch.setattr(prefixes, "WORTH_SAVING", 20)
+    monkeypatch.setattr(prefixes, "WORTH_LOADING", 10)
 
     def another_process():
         return RapidDecoder(tiny_model(), tiny_tokenizer(), kv_cache_dir=tmp_path / "kv")
 
     assert ask(another_process(), QUESTIONS[0], EXACT).stats.cached_tokens == 0
-    assert len(list((tmp_path / "kv").iterdir())) == 2  # the document and what was retrieved
+    assert (
+        len(list((tmp_path / "kv").glob("*.safetensors"))) == 2
+    )  # the document and what was retrieved
     counted = CountedForward(monkeypatch)
     result = ask(another_process(), QUESTIONS[1], EXACT)
     assert result.stats.cached_tokens == len(DOCUMENT)

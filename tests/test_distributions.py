@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from importlib.metadata import metadata
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,17 @@ def test_links_of_a_readme_work_where_only_the_readme_is(folder):
     assert [link for link in links if not link.startswith("https://")] == []
 
 
-def test_the_version_of_an_installed_wheel_is_its_own():
-    langchain_rapid = pytest.importorskip("langchain_rapid")
-    rapid = pytest.importorskip("llama_index.llms.rapid")
-    assert langchain_rapid.__version__ == metadata("langchain-rapid")["Version"]
-    assert rapid.__version__ == metadata("llama-index-llms-rapid")["Version"]
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("rapid-llm", "rapid_llm"),
+        ("langchain-rapid", "langchain_rapid"),
+        ("llama-index-llms-rapid", "llama_index.llms.rapid"),
+    ],
+)
+def test_the_version_of_an_installed_distribution_is_its_own(name, module):
+    try:
+        version = metadata(name)["Version"]
+    except PackageNotFoundError:
+        pytest.skip(f"{name} is not installed")
+    assert importlib.import_module(module).__version__ == version

@@ -17,17 +17,21 @@ from peft import (
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
+    inject_adapter_in_model,
 )
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.models.llama import modeling_llama
+from transformers.utils import check_peft_version
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.cpu.blocks import Int8Blocks
 from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.cpu.quantizers import quantized_copy
-from rapid_llm.engine.kv_files import fingerprint, mixed
+from rapid_llm.engine.kept.fingerprint import fingerprint, mixed
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.session import Session
@@ -84,6 +88,15 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_pieces", (8, 4))
 
 
+@pytest.fixture
+def adapters_of_transformers():
+    """transformers has methods for adapters, which may ask for a newer PEFT than there is."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"transformers says: {error}")
+
+
 def reusable(prompt):
     """Tokens of a prompt whose KV serves it again: all but the last."""
     return len(prompt) - 1
@@ -94,7 +107,7 @@ def reusable(prompt):
 
 def add(config):
     def change(a_model):
-        a_model.add_adapter(config)
+        inject_adapter_in_model(config, a_model)
         with torch.no_grad():  # some adapters begin as nothing
             for name, parameter in a_model.named_parameters():
                 if "default" in name:
@@ -541,7 +554,7 @@ def test_each_adapter_has_kv_of_its_own():
     answers(decoder, tuned)
 
 
-def test_adapters_of_transformers_own_are_told_apart():
+def test_adapters_of_transformers_own_are_told_apart(adapters_of_transformers):
     tuned = model()
     decoder = RapidDecoder(tuned, tiny_tokenizer())
     answers(decoder, tuned)
@@ -928,7 +941,8 @@ def test_target_and_drafter_may_pad_their_vocabularies_to_any_width(wide, narrow
 # --- loading ------------------------------------------------------------------------------------
 
 
-def test_a_folder_with_an_adapter_answers_as_the_adapted_model(tmp_path):
+@pytest.fixture
+def folder_with_an_adapter(tmp_path):
     base = model()
     base.generation_config.eos_token_id = None
     base.save_pretrained(tmp_path / "base")
@@ -937,16 +951,38 @@ def test_a_folder_with_an_adapter_answers_as_the_adapted_model(tmp_path):
     tuned = get_peft_model(type(base).from_pretrained(tmp_path / "base"), lora())
     tuned.save_pretrained(tmp_path / "tuned")
     tiny_tokenizer().save_pretrained(tmp_path / "tuned")
-    decoder = RapidDecoder.from_pretrained(tmp_path / "tuned", dtype="float32", device="cpu")
+    return tmp_path / "tuned", tuned, base
+
+
+@pytest.mark.parametrize("needed", [MIN_PEFT_VERSION, "99.0"])
+def test_a_folder_with_an_adapter_answers_as_the_adapted_model(
+    folder_with_an_adapter, needed, monkeypatch
+):
+    """transformers loads it also with a PEFT that its methods for adapters refuse."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", needed)
+    folder, tuned, base = folder_with_an_adapter
     expected = transformers_greedy(tuned, PROMPT, NEW)
     assert expected != transformers_greedy(base, PROMPT, NEW)
+    decoder = RapidDecoder.from_pretrained(folder, dtype="float32", device="cpu")
     assert decoder.generate(PROMPT, sampling=GREEDY).token_ids == expected
+
+
+def test_a_loaded_adapter_that_a_word_switches_on_is_refused_by_name(tmp_path):
+    model().save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        lora(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 9]),
+    )
+    tuned.save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ModelError, match=r"the adapter 'default' \(LORA\) is not supported"):
+        RapidDecoder.from_pretrained(tmp_path / "tuned", dtype="float32", device="cpu")
 
 
 def test_a_model_is_put_into_evaluation_mode_again():
     changed = model()
     decoder = RapidDecoder(changed, tiny_tokenizer())
-    changed.add_adapter(lora(lora_dropout=0.5))
+    inject_adapter_in_model(lora(lora_dropout=0.5), changed)
     changed.train()
     result = decoder.generate(PROMPT, sampling=GREEDY)
     assert not any(module.training for module in changed.modules())

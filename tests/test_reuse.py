@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import os
 import random
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, threads, tiny_model
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from kept_prompts import (
+    AMPLE,
+    BYTES_PER_TOKEN,
+    CHUNK,
+    DOCUMENT,
+    OTHER,
+    ask,
+    fresh,
+    make_forward,
+    read,
+    say,
+    text,
+)
 
-import rapid_llm.engine.kv_files as kv_files
-from rapid_llm.engine.cpu.int8 import Int8Linear
+from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.kv_cache import kv_nbytes
-from rapid_llm.engine.kv_files import KVFiles, fingerprint
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.engine.reuse import Lease, PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
-
-BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32
-AMPLE = 1 << 30
-CHUNK = 10
-
-
-def text(length: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(range(3, 64), k=length)
-
-
-DOCUMENT = text(60, seed=1)
-OTHER = text(60, seed=2)
-LONG = text(1500, seed=3)
-
-
-def make_forward(seed: int = 0, **changes) -> ModelRunner:
-    return ModelRunner(tiny_model(seed=seed, max_position_embeddings=4096, **changes), "tiny")
 
 
 @pytest.fixture
@@ -58,43 +47,6 @@ def _warnings_are_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
-
-
-@torch.inference_mode()
-def read(
-    runner: ModelRunner, prompt: Sequence[int], lease: Lease, until: int | None = None
-) -> torch.Tensor:
-    """Read what the lease lacks of its prompt; logits ``[vocab]`` after the last token.
-
-    ``until``: be interrupted when so many tokens were read.
-    """
-    session = Session(runner, lease.cache)
-    session.prefill(prompt[:-1] if until is None else prompt[:until])
-    return session.extend(torch.tensor(prompt[-1:]))[0] if until is None else torch.empty(0)
-
-
-@torch.inference_mode()
-def say(runner: ModelRunner, lease: Lease, tokens: list[int]) -> None:
-    """Decode them, whether they are kept or not."""
-    runner(torch.tensor(tokens), lease.cache, keep_logits=1)
-
-
-def fresh(runner: ModelRunner, prompt: Sequence[int]) -> torch.Tensor:
-    return read(runner, prompt, Lease(runner.new_cache(len(prompt)), 0))
-
-
-def ask(
-    cache: PrefixCache, runner: ModelRunner, prompt: list[int], capacity: int | None = None
-) -> int:
-    """Read a prompt through the cache, compare with a fresh prefill; tokens that were reused."""
-    with cache.lease(runner, prompt, capacity or len(prompt)) as lease:
-        assert lease.cache.capacity >= (capacity or len(prompt))
-        assert lease.cache.length == lease.reused
-        assert torch.equal(read(runner, prompt, lease), fresh(runner, prompt))
-        return lease.reused
-
-
-# --- memory ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -471,257 +423,3 @@ def test_threads_get_the_logits_that_they_get_alone(runner):
         thread.join()
     assert errors == []
     assert 0 < cache.nbytes <= 2 * 90 * BYTES_PER_TOKEN
-
-
-# --- disk ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(runner, tmp_path):
-    """The one file that a long prompt leaves."""
-    folder = tmp_path / "new" / "kv"
-    assert ask(PrefixCache(AMPLE, folder), runner, [*LONG, 5, 6]) == 0
-    (path,) = folder.iterdir()
-    assert path.suffix == ".safetensors"
-    assert folder.stat().st_mode & 0o077 == 0
-    return path
-
-
-def later(path) -> PrefixCache:
-    """As in another process."""
-    return PrefixCache(AMPLE, path.parent)
-
-
-def test_another_process_reads_only_the_new_question(saved):
-    cache, runner = later(saved), make_forward()
-    assert ask(cache, runner, [*LONG, 6, 7, 8]) == len(LONG)
-    assert ask(cache, runner, [*LONG[:700], *OTHER]) == 700
-    assert list(saved.parent.iterdir()) == [saved]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_file_holds_every_architecture(architecture, tmp_path, monkeypatch):
-    monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_SAVING", 40)
-    monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_LOADING", 20)
-    for reused in (0, len(DOCUMENT)):
-        runner = ModelRunner(tiny_model(architecture), "tiny")
-        assert ask(PrefixCache(AMPLE, tmp_path), runner, [*DOCUMENT, 5 + bool(reused), 5]) == reused
-
-
-def test_bfloat16_comes_back_as_it_was(tmp_path):
-    model = tiny_model(max_position_embeddings=4096).to(torch.bfloat16)
-    caches = []
-    for _ in range(2):
-        runner = ModelRunner(model, "tiny")
-        with PrefixCache(AMPLE, tmp_path).lease(runner, LONG, len(LONG)) as lease:
-            read(runner, LONG, lease)
-        caches.append(lease.cache)
-    assert lease.reused == len(LONG) - 1
-    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
-        assert torch.equal(a.keys[:, :, : lease.reused], b.keys[:, :, : lease.reused])
-        assert torch.equal(a.values[:, :, : lease.reused], b.values[:, :, : lease.reused])
-
-
-def test_only_whole_long_prompts_that_no_file_covers_are_written(runner, saved):
-    def files() -> int:
-        return len(list(saved.parent.iterdir()))
-
-    assert ask(later(saved), runner, text(1000, seed=30)) == 0
-    assert files() == 1
-    assert ask(later(saved), runner, [*LONG, *text(150, seed=31)]) == len(LONG)
-    assert files() == 1
-    half = text(2500, seed=32)
-    with later(saved).lease(runner, half, 2500) as lease:
-        read(runner, half, lease, until=2000)
-    assert files() == 1
-    assert ask(later(saved), runner, [*LONG, *text(1100, seed=33)]) == len(LONG)
-    assert files() == 2
-
-
-def test_two_readers_of_one_document_write_it_once(runner, tmp_path):
-    cache = PrefixCache(AMPLE, tmp_path)
-    with (
-        cache.lease(runner, [*LONG, 5, 6], 1502) as one,
-        cache.lease(runner, [*LONG, 6, 7], 1502) as b,
-    ):
-        read(runner, [*LONG, 5, 6], one)
-        read(runner, [*LONG, 6, 7], b)
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_memory_wins_over_a_file_that_has_little_more(runner, saved, monkeypatch):
-    cache = later(saved)
-    assert ask(cache, runner, LONG[:1300]) == 1290
-    monkeypatch.setattr(KVFiles, "load", None)
-    assert ask(cache, runner, LONG) == 1290
-
-
-def test_a_file_wins_over_memory_that_has_much_less(runner, saved):
-    cache = PrefixCache(AMPLE, saved.parent)
-    with cache.lease(runner, LONG[:200], 200) as lease:
-        read(runner, LONG[:200], lease)
-    assert lease.reused == 0  # too short to be worth loading
-    assert ask(cache, runner, LONG) == len(LONG) - CHUNK
-    assert cache.nbytes == len(LONG) * BYTES_PER_TOKEN  # and replaces it there
-
-
-def damage(path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda path: os.truncate(path, path.stat().st_size // 2),
-        lambda path: os.truncate(path, 0),
-        lambda path: path.write_bytes(b"garbage" * 1000),
-        lambda path: damage(path, path.stat().st_size // 2),
-        lambda path: damage(path, path.stat().st_size - 1),
-    ],
-    ids=["truncated", "empty", "garbage", "flipped inside", "flipped at the end"],
-)
-def test_a_damaged_file_is_named_ignored_and_replaced(runner, saved, harm):
-    harm(saved)
-    with pytest.warns(UserWarning, match=rf"{saved.name} is damaged.*delete it"):
-        assert ask(later(saved), runner, [*LONG, 5, 6]) == 0
-    assert ask(later(saved), runner, [*LONG, 5, 6]) == len(LONG) + 1
-    assert list(saved.parent.iterdir()) == [saved]
-
-
-def test_a_flipped_byte_anywhere_never_changes_an_answer(runner, tmp_path, monkeypatch):
-    """``ask`` compares the logits; whether a file is used or warned about may differ."""
-    monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_SAVING", 40)
-    monkeypatch.setattr("rapid_llm.engine.reuse.WORTH_LOADING", 20)
-    prompt = [*DOCUMENT, 5]
-    ask(PrefixCache(AMPLE, tmp_path), runner, prompt)
-    (path,) = tmp_path.iterdir()
-    before = path.read_bytes()
-    for at in [*range(0, 700, 23), *range(700, len(before), 499)]:
-        damage(path, at)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ask(PrefixCache(AMPLE, tmp_path), runner, prompt)
-        path.write_bytes(before)
-
-
-@pytest.mark.parametrize("change", ["shape", "dtype", "layers", "tokens"])
-def test_a_file_that_contradicts_the_model_is_refused(runner, saved, change):
-    """Even with a right checksum: no file of ours looks so."""
-    tensors = load_file(saved)
-    with safe_open(saved, "pt") as file:
-        metadata = dict(file.metadata())
-    if change == "shape":
-        tensors["keys.1"] = tensors["keys.1"].transpose(2, 3).contiguous()
-    elif change == "dtype":
-        tensors["keys.1"] = tensors["keys.1"].bfloat16()
-    elif change == "layers":
-        tensors["keys.2"] = tensors["keys.1"].clone()
-    else:
-        tensors["tokens"] = tensors["tokens"].long()
-    order = ["tokens", "keys.0", "values.0", "keys.1", "values.1"]
-    sha = hashlib.sha256()
-    for name in order:
-        sha.update(kv_files._bytes_of(tensors[name]))
-    save_file(tensors, saved, metadata | {"sha256": sha.hexdigest()})
-    with pytest.warns(UserWarning, match="is damaged"):
-        assert ask(later(saved), runner, [*LONG, 5, 6]) == 0
-
-
-def test_files_of_other_models_dtypes_and_formats_are_passed_over(runner, saved, monkeypatch):
-    finetuned = make_forward()
-    with torch.no_grad():
-        finetuned.model.model.layers[1].mlp.up_proj.weight += 0.01
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    others = [
-        make_forward(seed=1),
-        finetuned,
-        make_forward(rope_parameters=rope),
-        ModelRunner(make_forward().model.to(torch.bfloat16), "tiny"),
-    ]
-    for other in others:
-        with later(saved).lease(other, [*LONG, 6, 7], 1502) as lease:
-            assert lease.reused == 0
-    # Even under our file's name.
-    theirs = fingerprint(others[0].model)
-    assert theirs is not None
-    renamed = saved.rename(saved.with_name(theirs[:16] + "-0.safetensors"))
-    with later(saved).lease(others[0], [*LONG, 6, 7], 1502) as lease:
-        assert lease.reused == 0
-    renamed.rename(saved)
-    monkeypatch.setattr(kv_files, "FORMAT", "rapid-llm-kv/0")
-    with later(saved).lease(runner, [*LONG, 6, 7], 1502) as lease:
-        assert lease.reused == 0
-
-
-def test_a_file_of_passes_that_round_otherwise_is_passed_over(runner, saved):
-    with (
-        threads(torch.get_num_threads() + 1),
-        later(saved).lease(runner, [*LONG, 6, 7], 1502) as lease,
-    ):
-        assert lease.reused == 0
-    assert ask(later(saved), runner, [*LONG, 6, 7]) == len(LONG)
-
-
-def test_int8_layers_over_the_same_weights_are_another_model(runner):
-    model = runner.model.to(torch.bfloat16)
-    before, mlp = fingerprint(model), model.model.layers[1].mlp
-    mlp.up_proj = Int8Linear(mlp.up_proj)
-    assert fingerprint(model) != before
-
-
-def test_weights_that_are_elsewhere_have_no_files(saved):
-    with torch.device("meta"):
-        runner = make_forward()
-    assert fingerprint(runner.model) is None
-    assert KVFiles(saved.parent).find(
-        runner, torch.tensor(LONG).int().numpy(), runner.origin(1502)
-    ) == (None, 0)
-
-
-@pytest.mark.parametrize("what", ["os.replace", "rapid_llm.engine.kv_files.save_file"])
-def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(runner, tmp_path, monkeypatch, what):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    cache = PrefixCache(AMPLE, tmp_path)
-    with monkeypatch.context() as context:
-        context.setattr(what, full)
-        with pytest.warns(UserWarning, match=rf"{tmp_path}.*No space left.*free some space"):
-            assert ask(cache, runner, LONG) == 0
-    assert list(tmp_path.iterdir()) == []
-    assert ask(cache, runner, LONG) == len(LONG) - 1
-
-
-def test_a_directory_that_cannot_be_one_is_a_warning(runner, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="could not be written"):
-        assert ask(PrefixCache(AMPLE, tmp_path / "file"), runner, LONG) == 0
-
-
-def test_warnings_as_errors_still_give_the_cache_back(runner, tmp_path):
-    (tmp_path / "file").write_text("")
-    cache = PrefixCache(AMPLE, tmp_path / "file")
-    with pytest.raises(UserWarning, match="could not be written"):
-        ask(cache, runner, LONG)
-    assert cache.nbytes == len(LONG) * BYTES_PER_TOKEN
-
-
-def test_a_file_deleted_meanwhile_is_read_anew(runner, saved):
-    cache = later(saved)
-    assert cache._files is not None
-    assert cache._files.find(runner, torch.tensor(LONG).int().numpy(), runner.origin(1502)) == (
-        saved,
-        len(LONG),
-    )
-    saved.unlink()
-    assert ask(cache, runner, LONG) == 0
-
-
-def test_headers_are_read_once(runner, saved, monkeypatch):
-    cache = later(saved)
-    ask(cache, runner, LONG)
-    monkeypatch.setattr(kv_files, "_read_header", None)
-    cache.clear()
-    assert ask(cache, runner, LONG) == len(LONG) - CHUNK

@@ -20,6 +20,8 @@ from rapid_llm.bench.report import Report, Row, Section
 from rapid_llm.bench.shape_bench import ShapeBench
 from rapid_llm.bench.shapes import SHAPES, random_model, shape_config, size_of
 from rapid_llm.bench.timing import Stopwatch
+from rapid_llm.engine import device as devices
+from rapid_llm.engine.cpu.device import CPU as CPUDevice  # noqa: N811
 
 CPU = torch.device("cpu")
 
@@ -313,3 +315,15 @@ def test_a_chart_is_drawn_of_what_there_is(tmp_path: Path, report: Report) -> No
     failed = Section("rounds", 256, [], "no", 1.0)
     Report("tiny", {}, [report.sections[2], failed]).plot(tmp_path / "less.png")
     assert (tmp_path / "less.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_hosts_tier_is_measured_where_a_device_has_memory_of_its_own(monkeypatch) -> None:
+    class Apart(CPUDevice):
+        apart = True
+
+    monkeypatch.setitem(devices._devices, "cpu", Apart())
+    bench = make_bench(contexts=(1024,))
+    with torch.inference_mode():
+        rows = {row.key: row for row in bench._host_tier(1024)}
+    assert set(rows) == {"host_out", "host_back", "host_question", "host_question_share"}
+    assert min(sample for row in rows.values() for sample in row.samples) > 0

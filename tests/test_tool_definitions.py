@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.tools.definitions import ChatOptions
+from rapid_llm.tools.definitions import ChatOptions, closed
 
 OBJECT: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": OBJECT}}
@@ -121,3 +121,20 @@ def test_a_tool_that_is_given_twice_is_one() -> None:
     titled = {**OBJECT, "title": "Add", "properties": {"a": {"type": "integer", "title": "A"}}}
     (only,) = ChatOptions([tool(), tool(parameters=titled)]).checked_tools
     assert only.parameters == OBJECT
+
+
+def test_objects_of_a_schema_are_closed_where_they_do_not_say_otherwise() -> None:
+    inner = {"type": "object", "properties": {"properties": {"type": "null"}}}
+    schema = {
+        "properties": {"a": inner, "b": {**inner, "additionalProperties": True}},
+        "items": {"anyOf": [inner, {"type": "object"}]},
+        "allOf": [inner],
+        "$defs": {"c": inner},
+    }
+    shut = {**inner, "additionalProperties": False}
+    assert closed(schema) == {
+        "properties": {"a": shut, "b": {**inner, "additionalProperties": True}},
+        "items": {"anyOf": [shut, {"type": "object"}]},
+        "allOf": [inner],
+        "$defs": {"c": shut},
+    }

@@ -34,7 +34,7 @@ _REPEATS = 20
 _NUMBERS = {"cuda": 2**30, "cpu": 2**26}  # float32, to measure the memory with
 _READ = 16  # tokens of a prompt that are read, before KV is made up
 _PIECE = 8192  # of KV written at once
-_QUESTION = 64  # tokens
+QUESTION = 64  # tokens
 _SHARE = 0.6  # of a step's time after which no further repeat begins
 
 
@@ -168,7 +168,7 @@ class Bench(ABC):
         again: dict[str, list[float]] = {"plain": [], "RAPID": []}
         for _ in range(3):
             for name, times in again.items():
-                question = first[:-_QUESTION] + self._tokens(_QUESTION)
+                question = first[:-QUESTION] + self._tokens(QUESTION)
                 retrieved = self._tokens(self._draft_tokens) if name == "RAPID" else None
                 times.append(self._first_token(question, retrieved)[0])
         for name, (_, *times) in again.items():  # the first measures what passes cost here

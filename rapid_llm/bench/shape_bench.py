@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
-from rapid_llm.bench.harness import Bench, Step
+from rapid_llm.bench.harness import QUESTION, Bench, Step
 from rapid_llm.bench.report import Row
 from rapid_llm.bench.shapes import number_tokenizer, random_model, shape_config, size_of
 from rapid_llm.bench.speed_model import require
@@ -83,7 +83,9 @@ class ShapeBench(Bench):
         self._tokenizer = number_tokenizer(config.vocab_size)
         model = random_model(config, wanted, device)
         # The bench itself decides which KV goes.
-        decoder = RapidDecoder(model, self._tokenizer, name=shape, kv_cache_bytes=2**62)
+        decoder = RapidDecoder(
+            model, self._tokenizer, name=shape, kv_cache_bytes=2**62, kv_cache_host_bytes=2**62
+        )
         facts = {"shape": shape, "weights": "random", "KV": "made up"}
         facts |= {"acceptance": SIMULATED, "rows": "medians (range) at temperature 1"}
         draft_tokens = min(_DRAFT_TOKENS, min(contexts) // 2)
@@ -103,6 +105,8 @@ class ShapeBench(Bench):
             yield Step("transformers", n, 10, generate)
         for n in self._contexts:
             yield Step("prefill", n, 40, partial(self._prefills, n))
+            if self._device.type == "cuda":
+                yield Step("host tier", n, 40, partial(self._host_tier, n))
         for n in self._contexts:
             room = n + _GENERATIONS * _GENERATED
             make = partial(StaticCache, config=self._model.config, max_cache_len=room)
@@ -202,6 +206,32 @@ class ShapeBench(Bench):
             more = (self._allocated(peak=True) - held - self._kv_bytes * context) / 1e9
             yield Row("prefill_transformers_memory", "its peak over weights + KV", "GB", [more])
         yield Row("prefill_ratio", "prefill ÷ transformers'", "", [ours.samples[0] / theirs])
+
+    def _host_tier(self, context: int) -> Iterator[Row]:
+        """Copies to the host and back, and questions on a document that is on the host."""
+        prefixes, runner = self._decoder._prefixes, self._decoder.target
+        document = self._tokens(context)
+        asked, _ = self._first_token(document, None)
+        gb = self._kv_bytes * context / 1e9
+        started = time.perf_counter()
+        prefixes.free_devices()
+        out = gb / (time.perf_counter() - started)
+        yield Row("host_out", "KV to the host", "GB/s", [out], "with the pinning of its memory")
+        back: list[float] = []
+        seconds: list[float] = []
+        for _ in range(3):
+            started = time.perf_counter()
+            with prefixes.lease(runner, document, runner.capacity_for(context + _ROOM)) as lease:
+                back.append(lease.origins.get("host", 0) * self._kv_bytes / 1e9)
+                back[-1] /= time.perf_counter() - started
+            prefixes.free_devices()
+            question = document[:-QUESTION] + self._tokens(QUESTION)
+            seconds.append(self._first_token(question, None)[0])
+            prefixes.free_devices()
+        yield Row("host_back", "KV from the host", "GB/s", back)
+        yield Row("host_question", "first token, next question, from the host", "s", seconds)
+        shares = [100 * s / asked for s in seconds]
+        yield Row("host_question_share", "÷ the first question's", "%", shares)
 
     def _generate(self, key: str, label: str, context: int, cache: Any) -> Iterator[Row]:
         """transformers' milliseconds a token, and how many times as fast we decode."""

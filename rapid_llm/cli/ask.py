@@ -35,7 +35,8 @@ def ask(
         typer.Argument(
             metavar="DOCUMENT",
             help="Text, Markdown, HTML or PDF files, or folders and patterns (reports/**/*.pdf) of "
-            "such; read in this order; - is standard input.",
+            "such; - is standard input. Read in the order of their names, or in this one with "
+            "--order given.",
             show_default=False,
         ),
     ],
@@ -92,20 +93,21 @@ def ask(
 
         pipeline = RapidPipeline(
             RapidDecoder.from_config(engine),
-            texts.values(),
+            texts,
             retrieval=retrieval,
             sampling=sampling,
             speculation=speculation,
         )
     bars = Bars(shown)
+    read = pipeline.document_ids or ()
 
     def job(text: str) -> Job:
-        return Job(pipeline, text, list(texts), bars)
+        return Job(pipeline, text, read, bars)
 
     if batch is not None:
         return answer_each(batch, lambda text: _as_json(job(text), method, compare))
     if question is None:
-        converse(pipeline, list(texts), method, bars)
+        converse(pipeline, read, method, bars)
     elif as_json:
         print(json.dumps(_as_json(job(question), method, compare)), flush=True)
     elif compare:

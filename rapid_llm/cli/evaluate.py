@@ -38,8 +38,8 @@ _KEPT = (
 )
 """The options that answers depend on, but for those that are swept."""
 
-_NOT_RECORDED = ("cuda_graphs", "kv_cache_dir", "chat_template_kwargs", "hub_options",
-                 "drafter_options")  # fmt: skip
+_NOT_RECORDED = ("cuda_graphs", "kv_cache_host_bytes", "kv_cache_dir", "kv_cache_dir_bytes",
+                 "chat_template_kwargs", "hub_options", "drafter_options")  # fmt: skip
 
 
 @app.command("eval")

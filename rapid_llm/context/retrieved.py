@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from rapid_llm.config import OnEmpty, RetrievalConfig
+from rapid_llm.config import OnEmpty, Order, RetrievalConfig
+from rapid_llm.context.ordering import in_order
 from rapid_llm.errors import DocumentError
 from rapid_llm.options import require
 from rapid_llm.stats import NOTHING_RETRIEVED
@@ -50,8 +51,8 @@ class Grounding:
         draft: retrieved chunks in the retriever's order, joined by blank lines; empty if nothing
             was retrieved.
         passages: retrieved chunks without repetitions.
-        texts: full documents in the order of their first chunk. If nothing was retrieved, none, or
-            all of them for ``read_all``.
+        texts: full documents, in the order asked for. If nothing was retrieved, none, or all of
+            them for ``read_all``.
         document_ids: ids of ``texts``; None is the id of a single document without one.
         empty_reason: reason why nothing was retrieved; None if something was.
     """
@@ -76,7 +77,12 @@ class Grounding:
 
 
 def ground(
-    passages: Iterable[Passage], documents: Documents, *, on_empty: OnEmpty = "empty"
+    passages: Iterable[Passage],
+    documents: Documents,
+    *,
+    on_empty: OnEmpty = "empty",
+    order: Order = "canonical",
+    titles: Mapping[str, str] | None = None,
 ) -> Grounding:
     """Find the documents that passages come from.
 
@@ -86,11 +92,15 @@ def ground(
         documents: source of the full texts. A blank document is skipped, or replaced by the
             passages retrieved from it.
         on_empty: action where nothing was retrieved: ``read_all`` reads every document.
+        order: order of the documents: ``canonical`` is that of their ids, see
+            :func:`.ordering.in_order`; ``given`` that of their first chunks or, where nothing was
+            retrieved, their own.
+        titles: by id, what orders documents before their ids, such as the file's path.
 
     Raises:
         DocumentError: a document id is missing, unknown or given twice, a document is not text, all
             of them are blank, or all are to be read and they cannot be listed.
-        InvalidParameterError: ``on_empty`` is unknown.
+        InvalidParameterError: ``on_empty`` or ``order`` is unknown.
     """
     require(RetrievalConfig, on_empty=on_empty)
     find = _finder(documents)
@@ -101,7 +111,7 @@ def ground(
         names = _all_document_ids(documents)
     else:
         names = ()
-    texts = {name: find(name) for name in names}
+    texts = {name: find(name) for name in in_order(names, order, titles)}
     if texts and not any(text.strip() for text in texts.values()):
         raise DocumentError(
             "the document is empty: give its full text"
@@ -191,8 +201,25 @@ def _finder(documents: Documents) -> Callable[[str | None], str]:
     return text_of
 
 
+def texts_by_id(documents: Mapping[Any, str], order: Order) -> dict[str, str]:
+    """The documents of a mapping by the text form of their ids, in order.
+
+    Raises:
+        DocumentError: two documents have the same id.
+        InvalidParameterError: the order is unknown.
+    """
+    keys = _keys(documents)
+    return {name: documents[keys[name]] for name in in_order(keys, order)}
+
+
 def _keyed(documents: Mapping[Any, str]) -> Callable[[str], str | None]:
     """Lookup in a mapping by the text form of its keys."""
+    keys = _keys(documents)
+    return lambda name: documents.get(keys.get(name, name))
+
+
+def _keys(documents: Mapping[Any, str]) -> dict[str, Any]:
+    """The keys of a mapping by their text form."""
     keys: dict[str, Any] = {}
     for key in documents:
         if str(key) in keys:
@@ -201,4 +228,4 @@ def _keyed(documents: Mapping[Any, str]) -> Callable[[str], str | None]:
                 "are compared as text, so give each its own"
             )
         keys[str(key)] = key
-    return lambda name: documents.get(keys.get(name, name))
+    return keys

@@ -13,6 +13,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from rapid_llm.context.chunking import Span
 from rapid_llm.context.embedding import Vectors, batched
@@ -212,9 +213,8 @@ class _Database:
             if directory is not None:
                 # Owner only: the folder tells which texts are in it, and Chroma unpickles files.
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-                filelock = import_extra("filelock", "retrieval", "a folder of vectors")
                 # Poll often: a process that writes much releases the lock for moments only.
-                self._process = filelock.FileLock(
+                self._process = FileLock(
                     directory / "rapid-llm.lock",
                     timeout=LOCK_SECONDS,
                     mode=0o600,

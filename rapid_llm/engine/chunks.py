@@ -1,4 +1,4 @@
-"""Chunked prefill: divide a prompt into passes, and find those that two prompts share.
+"""Chunked prefill: divide a prompt into passes.
 
 The exact bits of KV depend on the tokens and on the sizes of all passes so far, because passes of
 other sizes round differently. So the passes of a prefill are a function of the prompt's length
@@ -29,18 +29,3 @@ def pass_ends(tokens: int, sizes: Sequence[int]) -> list[int]:
         ends += range(end + size, stop + 1, size)
         end = stop
     return ends if end == tokens else [*ends, tokens]
-
-
-def common_end(ends: Sequence[int], others: Sequence[int], tokens: int) -> int:
-    """End position of the last common pass at the beginning of two prefills; 0 if there is none.
-
-    Args:
-        ends, others: end positions of the passes of each prefill, see :func:`pass_ends`.
-        tokens: length of the common prefix of both sequences.
-    """
-    common = 0
-    for end, other in zip(ends, others, strict=False):
-        if end != other or end > tokens:
-            break
-        common = end
-    return common

@@ -7,7 +7,7 @@ own are in ``engine/cpu`` and ``engine/cuda``, and are registered in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -203,8 +203,10 @@ class Device:
         prefill_pieces: numbers of tokens of passes over the rest of a prompt, descending, less
             than a chunk. About as many tokens as the smallest are read again for the next question
             on a document, see :mod:`rapid_llm.engine.chunks`.
+        apart: whether its memory is apart from the host's.
     """
 
+    apart: ClassVar[bool] = False
     quantizers: ClassVar[Mapping[WeightKind, Quantizer]] = {}
     prefill_chunk = 512
     prefill_pieces: tuple[int, ...] = ()
@@ -243,6 +245,36 @@ class Device:
 
     def synchronize(self, device: torch.device) -> None:
         """Wait until all work on the device is done."""
+
+    def host_buffer(self, nbytes: int) -> Tensor:
+        """Uninitialized host memory for :meth:`transfer`, uint8 ``[nbytes]``.
+
+        Raises:
+            RuntimeError: there is too little memory.
+        """
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    def free_host_buffers(self) -> None:
+        """Give the memory of host buffers that are no longer used back to the system."""
+
+    def queued(self, device: torch.device) -> object:
+        """The work of this thread that is queued on the device, for :meth:`transfer`."""
+        return None
+
+    def transfer(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device, after: object
+    ) -> None:
+        """Copy tensors between the device and host buffers, beside the device's other work.
+
+        It returns once they are copied.
+
+        Args:
+            pairs: sources and targets, contiguous and of the same size each.
+            device: the device.
+            after: the work after which the copies may begin, from :meth:`queued`.
+        """
+        for source, target in pairs:
+            target.copy_(source)
 
     def rounding(self, device: torch.device) -> str:
         """Description of everything on which the rounding of passes depends, but their sizes."""

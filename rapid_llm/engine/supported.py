@@ -92,8 +92,9 @@ def require_tokens_alike(model: PreTrainedModel, name: str) -> None:
     active: Any = getattr(model, "active_adapters", ())
     if not adapters or getattr(model, "_adapters_disabled", False):
         return
-    if callable(active):  # transformers' method, which does not know adapters added by PEFT
-        active = active() if getattr(model, "_hf_peft_config_loaded", False) else adapters
+    if callable(active):  # transformers' method, which refuses versions of PEFT that do work
+        loaded = getattr(model, "_hf_peft_config_loaded", False)  # by transformers, not by PEFT
+        active = _active_in_layers(model) if loaded else adapters
     for adapter in active:
         config = adapters[adapter]
         kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -108,3 +109,9 @@ def require_tokens_alike(model: PreTrainedModel, name: str) -> None:
                 "to a whole sequence what reading it in parts does not; use an adapter of the "
                 "weights, such as LoRA, or disable it"
             )
+
+
+def _active_in_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the adapters that are active in some layer."""
+    layers = (getattr(module, "active_adapters", None) for module in model.modules())
+    return sorted({name for names in layers if isinstance(names, list) for name in names})

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 _WORD = 32  # bits of a word of a mask
 _KEPT = 64  # compiled grammars that are kept
 _END = "<|end of grammar|>"
+_OCTETS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
+    np.float32("inf"),
+    np.float32("-inf"),
+)
+"""Highest logits of 8 tokens by 8 bits of a mask, float32 ``[256, 8]``."""
 
 _Words = NDArray[np.uint32]
 
@@ -42,24 +48,36 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
         logits: float32 ``[n, vocab]``.
         mask: a bit for each token, int32 ``[n, at least vocab / 32]``, the lowest bit first.
     """
-    allowed = _bits(mask, logits.shape[-1])
-    kept = logits.masked_fill(~allowed, float("-inf"))
+    highest = _highest(mask, logits.shape[-1])
+    kept = torch.minimum(logits, highest)
     nothing = kept.amax(dim=-1, keepdim=True) == float("-inf")
-    return kept.masked_fill_(nothing & allowed, 0.0)
+    if nothing.device.type == "cpu" and not nothing.any():  # elsewhere the host would wait
+        return kept
+    return kept.masked_fill_(nothing & (highest > 0), 0.0)
 
 
-def _bits(mask: Tensor, width: int) -> Tensor:
-    """Bits of a mask, bool ``[n, width]``."""
-    if mask.device.type == "cpu":
-        octets = np.unpackbits(mask.numpy().view(np.uint8), axis=-1, bitorder="little")
-        return torch.from_numpy(octets[:, :width]).bool()
+def _highest(mask: Tensor, width: int) -> Tensor:
+    """Highest logits by a mask: +inf for tokens that may follow, -inf for others.
+
+    Args:
+        mask: int32 ``[n, at least width / 32]``.
+        width: vocabulary size.
+
+    Returns:
+        float32 ``[n, width]``.
+    """
+    if mask.device.type == "cpu":  # a table is many times faster than choosing bit by bit
+        octets = mask.numpy().view(np.uint8)
+        highest = np.take(_OCTETS, octets, axis=0).reshape(len(octets), -1)
+        return torch.from_numpy(highest[:, :width])
     return _shifted(mask, width)
 
 
 def _shifted(mask: Tensor, width: int) -> Tensor:
-    """:func:`_bits` by operators that any device has, and a CUDA graph may contain."""
+    """:func:`_highest` by operators that any device has, and a CUDA graph may contain."""
     shifts = torch.arange(_WORD, dtype=torch.int32, device=mask.device)
-    return ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :width].bool()
+    bits = ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :width]
+    return (2 * bits - 1).float() * float("inf")
 
 
 class Constraints:
@@ -103,7 +121,9 @@ class Constraints:
             if len(self._compiled) > _KEPT:
                 del self._compiled[next(iter(self._compiled))]
             matcher = compiled.deep_copy()
-        return Matcher(matcher, width, self._end, ends, least_new_tokens)
+            assert self._tokens is not None
+            tokens = self._tokens.vocab_size
+        return Matcher(matcher, tokens, width, self._end, ends, least_new_tokens)
 
     def _compile(self, constraint: str) -> LLMatcher:
         grammar = llguidance_grammar(constraint)
@@ -111,7 +131,7 @@ class Constraints:
 
         if self._tokens is None:
             self._tokens = self._read_tokenizer()
-        matcher = LLMatcher(self._tokens, grammar)
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if error := matcher.get_error():
             raise InvalidParameterError(f"constraint cannot be enforced: {one_line(error)}")
         return matcher
@@ -132,7 +152,9 @@ class Constraints:
         # An end of its own, because a grammar may end with any of several tokens, or, to measure
         # speed, with none.
         own.add_special_tokens([AddedToken(_END, special=True)])
-        self._end = own.token_to_id(_END)
+        end = own.token_to_id(_END)
+        assert end is not None
+        self._end = end
         try:
             return LLTokenizer(own.to_str(), eos_token=self._end)
         except ValueError as error:
@@ -149,6 +171,7 @@ class Matcher:
 
     Args:
         matcher: llguidance's matcher at the beginning of an answer.
+        tokens: vocabulary size of the tokenizer that the grammar reads.
         width: vocabulary size of the target.
         end: id of the token that stands for the end of the grammar.
         ends: ids of tokens that end an answer; the grammar never reads them.
@@ -161,6 +184,7 @@ class Matcher:
     def __init__(
         self,
         matcher: LLMatcher,
+        tokens: int,
         width: int,
         end: int,
         ends: Collection[int],
@@ -175,9 +199,10 @@ class Matcher:
         self._read = 0  # number of drafted tokens that the grammar has read
         ending = np.zeros(-(-width // _WORD) * _WORD, dtype=bool)
         ending[[i for i in self._ends if i < width]] = True
-        others = np.arange(len(ending)) < min(width, end)
+        others = np.arange(len(ending)) < min(width, tokens)
+        others[end : end + 1] = False
         self._ending, self._others = _words(ending), _words(others & ~ending)
-        self._buffer = np.zeros(end // _WORD + 1, dtype=np.uint32)  # the last token is the end
+        self._buffer = np.zeros(-(-tokens // _WORD), dtype=np.uint32)
         self._rows: list[_Words] = []  # mask after each number of drafted tokens
         self._over: list[bool] = []  # whether nothing may follow them
         self._look()
@@ -244,8 +269,10 @@ class Matcher:
         started = time.perf_counter()
         self._forget(same)
         for token in drafted[same:]:
-            # What follows the end of the answer is never part of it.
-            ended = self._over[-1] or token in self._ends or self._read < len(self._drafted)
+            # What follows the end of the answer is never part of it. Nor is a token that may not
+            # follow, which only a q of NaN gives: the verification reports it.
+            ended = self._read < len(self._drafted) or self._over[-1] or token in self._ends
+            ended = ended or not _has(self._rows[-1], token)
             self._drafted.append(token)
             if ended:
                 self._rows.append(self._after_end())

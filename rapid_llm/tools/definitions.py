@@ -17,6 +17,8 @@ MODES = ("auto", "none", "required")
 """Values of ``tool_choice`` beside the name of a tool."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.:-]+")
+_OPEN = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties", "if",
+                   "propertyNames", "allOf", "anyOf", "oneOf", "not", "$ref"})  # fmt: skip
 _FORMATS = ("text", "json_object", "json_schema")
 
 
@@ -26,8 +28,8 @@ class Tool:
 
     Attributes:
         name: name of the function.
-        parameters: JSON schema of its arguments, an object. Unless the schema says otherwise,
-            arguments that it does not name are not allowed.
+        parameters: JSON schema of its arguments, an object. Arguments that it does not name are
+            not allowed, see :func:`closed`.
         definition: the tool in OpenAI's form, as prompts show it.
     """
 
@@ -102,6 +104,31 @@ class ChatOptions:
         return (
             {"tools": [dict(tool.definition) for tool in self.checked_tools]} if self.tools else {}
         )
+
+
+def closed(schema: Any) -> Any:
+    """A schema whose objects have no properties but those that they name.
+
+    Objects that say themselves whether they may have others, and those that are combined by
+    ``allOf`` and the like, stay as they are.
+
+    Args:
+        schema: JSON schema.
+    """
+    if isinstance(schema, list | tuple):
+        return [closed(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    made = dict(schema)
+    for keyword in ("properties", "$defs", "definitions"):
+        if isinstance(made.get(keyword), Mapping):
+            made[keyword] = {name: closed(each) for name, each in made[keyword].items()}
+    for keyword in ("items", "prefixItems", "anyOf", "oneOf"):
+        if keyword in made:
+            made[keyword] = closed(made[keyword])
+    if "properties" in made and not made.keys() & _OPEN:
+        made["additionalProperties"] = False
+    return made
 
 
 def check_schema(schema: Any, what: str) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from rapid_llm.grammars import inline_json
-from rapid_llm.tools.definitions import ChatOptions, Tool
+from rapid_llm.tools.definitions import ChatOptions, Tool, closed
 from rapid_llm.tools.formats import Reasoning, ToolFormat
 from rapid_llm.tools.parsing import opened_reasoning
 
@@ -118,7 +118,7 @@ class _Grammar:
         """Define the rule ``calls``: what follows the text that begins a call."""
         form = self.form
         for number, tool in enumerate(tools):
-            self.rules[f"arguments_{number}"] = inline_json(_closed(tool.parameters))
+            self.rules[f"arguments_{number}"] = inline_json(closed(tool.parameters))
             self.rules[f"call_{number}"] = self._call(number, tool.name)
         self.rules["call"] = " | ".join(f"call_{number}" for number in range(len(tools)))
         several = form.several and self.options.parallel_tool_calls
@@ -204,13 +204,3 @@ def _text(text: str) -> str:
 def _escaped(text: str) -> str:
     """A text in a regular expression between slashes."""
     return _META.sub(lambda found: "\\" + found[0], text)
-
-
-def _closed(parameters: Any) -> dict[str, Any]:
-    """Schema of arguments without those that it does not name, unless it says otherwise."""
-    opens = ("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames",
-             "allOf", "anyOf", "oneOf", "$ref", "if", "not")  # fmt: skip
-    closed = dict(parameters)
-    if not any(keyword in closed for keyword in opens):
-        closed["additionalProperties"] = False
-    return closed

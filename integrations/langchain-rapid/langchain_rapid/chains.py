@@ -20,7 +20,7 @@ from langchain_core.runnables import (
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import DynamicRunnable
 from rapid_llm.aio import in_thread
-from rapid_llm.config import OnEmpty, RetrievalConfig
+from rapid_llm.config import OnEmpty, Order, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import require
 
@@ -43,12 +43,13 @@ def create_rapid_documents_chain(
     document_variable_name: str = "context",
     document_id_key: str | None = None,
     on_empty: OnEmpty = "empty",
+    order: Order = "canonical",
 ) -> Runnable[dict[str, Any], Any]:
     """``create_stuff_documents_chain`` with one more argument: the full documents.
 
     The prompt is formatted twice: for the drafter with the retrieved chunks, without repetitions;
-    for the target with the full documents that they were cut from, in the order of their first
-    chunk. If nothing was retrieved, the context is empty and the target decodes plainly, which
+    for the target with the full documents that they were cut from. If nothing was retrieved, the
+    context is empty and the target decodes plainly, which
     ``response_metadata["rapid"]["draft_skipped"]`` says.
 
     Args:
@@ -67,6 +68,9 @@ def create_rapid_documents_chain(
         document_id_key: the key of a chunk's metadata that holds the document's id; None takes
             the first of ``document_id``, ``doc_id`` and ``source`` that names a document.
         on_empty: ``read_all`` has the target read every document where nothing was retrieved.
+        order: order of the full documents: ``canonical`` is that of their ids, with digits compared
+            as numbers, so that the same documents are the same prompt; ``given`` that of their
+            first chunks.
 
     Returns:
         A Runnable from a dictionary with the retrieved documents under
@@ -75,7 +79,7 @@ def create_rapid_documents_chain(
 
     Raises:
         InvalidParameterError: the prompt has no such variable, the LLM is another, or there is no
-            such ``on_empty``.
+            such ``on_empty`` or ``order``.
         DocumentError: ``documents`` cannot be used; when called: a chunk's document is unknown.
     """
     if document_variable_name not in prompt.input_variables:
@@ -84,7 +88,7 @@ def create_rapid_documents_chain(
             f"{', '.join(prompt.input_variables) or 'none'}: add it, or pass "
             "document_variable_name="
         )
-    require(RetrievalConfig, on_empty=on_empty)
+    require(RetrievalConfig, on_empty=on_empty, order=order)
     innermost = _innermost(llm)
     if isinstance(innermost, BaseLanguageModel) and not isinstance(innermost, RapidModel):
         raise InvalidParameterError(
@@ -98,6 +102,7 @@ def create_rapid_documents_chain(
         document_separator,
         document_variable_name,
         on_empty,
+        order,
         as_text=isinstance(innermost, BaseLLM),
     )
     chain: Runnable[dict[str, Any], Any] = answer
@@ -139,6 +144,7 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
         separator: str,
         variable: str,
         on_empty: OnEmpty,
+        order: Order,
         *,
         as_text: bool,
     ) -> None:
@@ -149,6 +155,7 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
         self.separator = separator
         self.variable = variable
         self.on_empty = on_empty
+        self.order = order
         self.as_text = as_text
 
     def invoke(
@@ -184,6 +191,7 @@ class _GroundedAnswer(Runnable[dict[str, Any], Any]):
             inputs[self.variable],
             self.documents,
             on_empty=self.on_empty,
+            order=self.order,
             labels=set(self.document_prompt.input_variables) - {"page_content"},
         )
         blocks = self._formatted([source.document for source in found.full])

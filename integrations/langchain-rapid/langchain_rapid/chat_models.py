@@ -131,7 +131,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         """
         return self.bind(**bound_tools(tools, tool_choice, parallel_tool_calls, strict), **kwargs)
 
-    def with_structured_output(  # type: ignore[override]
+    def with_structured_output(
         self,
         schema: dict[str, Any] | type | None = None,
         *,
@@ -148,7 +148,8 @@ class ChatRapid(RapidModel, BaseChatModel):
                 the model call a tool of it, ``json_mode`` constrains the answer to JSON.
             include_raw: whether to return a dictionary with the keys ``raw``, ``parsed`` and
                 ``parsing_error``, and raise no error of parsing.
-            strict: accepted as other models do; schemas are enforced in any case.
+            strict: True allows no properties that a JSON schema does not name, as it always is for
+                classes. Schemas are enforced in any case.
             kwargs: arguments of every call.
 
         Raises:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from langchain_core.documents import Document
-from rapid_llm.config import OnEmpty
+from rapid_llm.config import OnEmpty, Order
 from rapid_llm.context.confidence import confidence
+from rapid_llm.context.ordering import LAST
 from rapid_llm.context.retrieved import Passage, ground
 from rapid_llm.errors import DocumentError
 from rapid_llm.options import real
@@ -18,9 +19,6 @@ from langchain_rapid.labels import label
 
 SCORE_KEYS = ("relevance_score", "score")
 """Keys of metadata that may hold a chunk's cosine similarity to the question."""
-
-_ASTRAY = "\0"
-"""Begins the names here of chunks without an id; no document's has it."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,7 @@ class Sources:
     Attributes:
         chunks: the retrieved ones without repetitions, in the retriever's order: the drafter's
             context. Empty if nothing was retrieved.
-        full: the full documents that they were cut from, in the order of their first chunk: the
-            target's context.
+        full: the full documents that they were cut from: the target's context.
         retrieved: of each chunk its ``id``, its ``document_id`` and its ``start_index`` (in
             characters of the full text), as far as they are known.
         confidence: of the retrieval, in [0, 1], after the chunks' scores.
@@ -80,6 +77,7 @@ def find_sources(
     documents: FullDocuments,
     *,
     on_empty: OnEmpty = "empty",
+    order: Order = "canonical",
     labels: Collection[str] = (),
 ) -> Sources:
     """Find the full documents behind retrieved chunks.
@@ -91,6 +89,7 @@ def find_sources(
         chunks: what was retrieved, best first.
         documents: where the full texts are.
         on_empty: ``read_all`` reads every document where nothing was retrieved.
+        order: ``given`` keeps the order of the documents' first chunks; else it is that of ids.
         labels: what to say of a full document, see :func:`langchain_rapid.labels.label`.
 
     Raises:
@@ -101,7 +100,8 @@ def find_sources(
     passages, wholes = _resolved(given, documents)
     if not given and on_empty == "read_all":
         wholes = documents.all()
-    found = ground(passages, {name: w.text for name, w in wholes.items()}, on_empty=on_empty)
+    texts = {name: whole.text for name, whole in wholes.items()}
+    found = ground(passages, texts, on_empty=on_empty, order=order)
 
     full: list[Source] = []
     starts: dict[int, int | None] = {}
@@ -110,7 +110,7 @@ def find_sources(
         whole = wholes[name] if wholes[name].text == text else Whole(text)
         behind = [passage.document for passage in cast("tuple[_Chunk, ...]", own)]
         starts |= {id(chunk): _start(chunk, whole) for chunk in behind}
-        source = "" if name.startswith(_ASTRAY) else name
+        source = "" if name.startswith(LAST) else name
         metadata = {key: label(key, source, whole, behind) for key in labels}
         cited = [Cited(chunk, starts[id(chunk)]) for chunk in behind]
         full.append(Source(Document(text, metadata=metadata), cited))
@@ -200,7 +200,7 @@ class _LookUp:
                 f"another key with document_id_key={_hint(chunk, self._documents)}"
             )
         self.without_id += 1
-        return f"{_ASTRAY}{chunk.page_content}", Whole.joined([chunk]), None
+        return f"{LAST}{chunk.page_content}", Whole.joined([chunk]), None
 
 
 def _hint(chunk: Document, documents: FullDocuments) -> str:

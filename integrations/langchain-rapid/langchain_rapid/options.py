@@ -20,7 +20,7 @@ from rapid_llm.tools.definitions import ChatOptions
 _GROUPS = (SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig)
 
 # How chunks are made and ranked is up to LangChain's retriever.
-_LEFT_OUT = options_of(RetrievalConfig).keys() - {"truncate", "on_empty"}
+_LEFT_OUT = options_of(RetrievalConfig).keys() - {"truncate", "on_empty", "order"}
 
 _NAMES = {"max_new_tokens": "max_tokens"}
 """LangChain's standard names for options."""

@@ -285,9 +285,11 @@ class RapidModel(OptionFields):
                 return f"{INSTRUCTION}\n\nQuestion: {question}"
             return build_messages(SEPARATOR.join(texts), question)[0]["content"]
 
-        given = {"on_empty": self.on_empty} | overrides(arguments)
-        require(RetrievalConfig, on_empty=given["on_empty"])
-        sources = find_sources(chunks, self._sources, on_empty=given["on_empty"])
+        own = {"on_empty": self.on_empty, "order": self.order}
+        given = own | overrides(arguments)
+        asked = {name: given[name] for name in own}
+        require(RetrievalConfig, **asked)
+        sources = find_sources(chunks, self._sources, **asked)
         full = [source.document.page_content for source in sources.full]
         target = message(full)
         draft = [chunk.page_content for chunk in sources.chunks]

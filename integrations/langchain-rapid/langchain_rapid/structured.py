@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import (
-    BaseOutputParser,
+    BaseCumulativeTransformOutputParser,
     JsonOutputParser,
     PydanticOutputParser,
 )
@@ -79,8 +79,13 @@ class BoundChatRapid(RunnableBinding[Any, AIMessage]):  # type: ignore[no-redef]
         )
 
 
-class _Whole:
-    """Refuses an answer that the length cut: LangChain's parsers would complete its JSON."""
+class _Whole(BaseCumulativeTransformOutputParser[Any]):
+    """A parser that refuses an answer that the length cut: LangChain's would complete its JSON."""
+
+    parser: Any
+
+    def parse(self, text: str) -> Any:
+        return self.parser.parse(text)
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         for generation in result:
@@ -90,23 +95,7 @@ class _Whole:
                     "the answer was cut before its JSON was complete: raise max_tokens",
                     llm_output=generation.text,
                 )
-        return super().parse_result(result, partial=partial)  # type: ignore[misc]
-
-
-class _JsonText(_Whole, JsonOutputParser):
-    pass
-
-
-class _PydanticText(_Whole, PydanticOutputParser[Any]):
-    pass
-
-
-class _JsonCall(_Whole, JsonOutputKeyToolsParser):
-    pass
-
-
-class _PydanticCall(_Whole, PydanticToolsParser):
-    pass
+        return self.parser.parse_result(result, partial=partial)
 
 
 def bound_tools(
@@ -163,16 +152,16 @@ def structured(
             "schema": schema,
         }
     }
-    parser: BaseOutputParser[Any]
+    parser: Any
     if method == "function_calling":
         assert schema is not None
         name = convert_to_openai_tool(schema)["function"]["name"]
         tools = bound_tools([schema], name, parallel_tool_calls=False, strict=strict)
         bound = model.bind(**{**tools, **traced, **kwargs})
         parser = (
-            _PydanticCall(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
+            PydanticToolsParser(tools=[schema], first_tool_only=True)
             if is_class
-            else _JsonCall(key_name=name, first_tool_only=True)
+            else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
         )
     else:
         response_format: dict[str, Any] = {"type": "json_object"}
@@ -181,11 +170,8 @@ def structured(
             taken_options({"response_format": response_format})
         shown = traced if schema is not None else {}
         bound = model.bind(**{"response_format": response_format, **shown, **kwargs})
-        parser = (
-            _PydanticText(pydantic_object=schema)  # type: ignore[type-var]
-            if is_class
-            else _JsonText()
-        )
+        parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
+    parser = _Whole(parser=parser)
     if not include_raw:
         return bound | parser  # type: ignore[no-any-return]
     parsed = RunnablePassthrough.assign(
@@ -197,8 +183,15 @@ def structured(
 
 
 def _response_format(schema: Any, strict: bool | None) -> dict[str, Any]:
+    from rapid_llm.tools.definitions import closed
+
+    function = isinstance(schema, Mapping) and (
+        "parameters" in schema or "input_schema" in schema or schema.get("type") == "function"
+    )
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        json_schema = schema.model_json_schema()  # with its references, which may be recursive
+        json_schema: Any = schema.model_json_schema()  # with its references, maybe recursive
+    elif isinstance(schema, Mapping) and not function:
+        json_schema = schema
     else:
         try:
             json_schema = convert_to_json_schema(schema)
@@ -207,7 +200,12 @@ def _response_format(schema: Any, strict: bool | None) -> dict[str, Any]:
                 f"{schema!r} is no schema ({error}): pass a pydantic class, a TypedDict, or a JSON "
                 "schema"
             ) from error
-    described = {"name": str(json_schema.get("title", "answer")), "schema": json_schema}
+    if strict or not isinstance(schema, Mapping):
+        json_schema = closed(json_schema)
+    described: dict[str, Any] = {
+        "name": str(json_schema.get("title", "answer")),
+        "schema": json_schema,
+    }
     if strict is not None:
         described["strict"] = strict
     return {"type": "json_schema", "json_schema": described}

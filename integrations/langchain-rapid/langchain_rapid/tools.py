@@ -114,9 +114,9 @@ def with_cut_calls(result: ChatResult, chunks: Sequence[ChatGenerationChunk]) ->
     arguments: dict[str, str] = {}
     ids: dict[Any, str] = {}
     for chunk in chunks:
-        message = chunk.message
-        assert isinstance(message, AIMessageChunk)
-        for each in message.tool_call_chunks:
+        part = chunk.message
+        assert isinstance(part, AIMessageChunk)
+        for each in part.tool_call_chunks:
             call = ids.setdefault(each["index"], each["id"] or "")
             arguments[call] = arguments.get(call, "") + (each["args"] or "")
     cut = {call for call, text in arguments.items() if not _is_json(text)}
@@ -145,7 +145,7 @@ def with_cut_calls(result: ChatResult, chunks: Sequence[ChatGenerationChunk]) ->
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text or "{}")
+        json.loads(text)  # a call without arguments has {}
     except ValueError:
         return False
     return True

@@ -37,7 +37,7 @@ CHUNKS = [
     Document("Bob bakes.", metadata={"source": "b", "page": 3}, id="1"),
     Document("Ann sings.", metadata={"source": "a", "page": 9}, id="2"),
 ]
-DOCUMENTS = f"{TEXTS['b']}\n\n{TEXTS['a']}"
+DOCUMENTS = f"{TEXTS['a']}\n\n{TEXTS['b']}"
 PROMPT = ChatPromptTemplate.from_messages(
     [
         ("system", "Use this:\n{context}"),
@@ -189,7 +189,7 @@ def test_the_other_arguments_are_those_of_the_stuff_chain(llm, prompts):
     assert chain.invoke(inputs) == 8
     stuffed, target, draft = prompts
     assert draft == stuffed == "<s>[user]b: Bob bakes.\n--\na: Ann sings. Who?\n[assistant]"
-    assert target == f"<s>[user]b: {TEXTS['b']}\n--\na: {TEXTS['a']} Who?\n[assistant]"
+    assert target == f"<s>[user]a: {TEXTS['a']}\n--\nb: {TEXTS['b']} Who?\n[assistant]"
 
 
 def test_bound_arguments_of_the_llm_stay(llm, prompts):

@@ -35,12 +35,14 @@ def read(chunks: list[Document], documents: FullDocuments, **more: Any) -> list[
 @pytest.mark.parametrize(
     "documents", [TEXTS, TEXTS.get, as_list()], ids=["mapping", "function", "list"]
 )
-def test_every_form_finds_the_documents_in_the_order_of_their_first_chunk(documents):
+def test_every_form_finds_the_documents_in_the_order_that_is_asked_for(documents):
     chunks = [chunk("Fourth.", "b"), chunk("First.", "a"), chunk("Third.", "b")]
     assert find_sources(chunks, FullDocuments(documents)).chunks == chunks
     first, second = read(chunks, FullDocuments(documents))
-    assert first == "Third. Fourth."
-    assert second.split() == ["First.", "Second."]
+    assert first.split() == ["First.", "Second."]
+    assert second == "Third. Fourth."
+    found = find_sources(chunks, FullDocuments(documents), order="given")
+    assert [source.document.page_content for source in found.full] == [second, first]
 
 
 def test_parts_of_one_document_are_joined():

@@ -65,7 +65,7 @@ def test_every_option_is_a_field_with_its_default_and_description(kind):
         assert schema[name]["description"] == declared.option.help
         assert f"{name}: {declared.option.help}" in shown
     assert schema["decoder"]["description"] in shown
-    others = options_of(RetrievalConfig).keys() - {"truncate", "on_empty", "retriever"}
+    others = options_of(RetrievalConfig).keys() - {"truncate", "on_empty", "order", "retriever"}
     assert not others & kind.model_fields.keys()
 
 

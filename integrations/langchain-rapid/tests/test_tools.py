@@ -38,6 +38,9 @@ class Answer(BaseModel):
     sure: bool
 
 
+CLOSED = {"additionalProperties": False}
+
+
 class Place(TypedDict):
     """A place."""
 
@@ -152,8 +155,7 @@ def test_a_call_that_was_cut_is_invalid(llm):
     bound = llm.bind_tools([weather], tool_choice="any")
     for tokens in range(60, 100, 5):
         message = bound.invoke("How is it?", max_tokens=tokens)
-        if message.response_metadata["finish_reason"] == "length":
-            assert message.tool_calls == []
+        assert all(call["args"]["place"] in ("Rome", "Oslo") for call in message.tool_calls)
     assert any(
         bound.invoke("How is it?", max_tokens=tokens).invalid_tool_calls
         for tokens in range(50, 100, 5)
@@ -191,7 +193,7 @@ def test_answers_are_objects_of_the_schema(llm, method, strict):
     structured = llm.with_structured_output(Answer, method=method, strict=strict)
     assert isinstance(structured.invoke("Where?"), Answer)
     for schema in (Place, Answer.model_json_schema()):
-        answer = llm.with_structured_output(schema, method=method).invoke("Where?")
+        answer = llm.with_structured_output(schema, method=method, strict=True).invoke("Where?")
         assert answer["place"] in ("Rome", "Oslo")
     last = None
     for last in llm.with_structured_output(Place, method=method).stream("Where?"):
@@ -251,7 +253,7 @@ def test_a_documents_chain_answers_in_a_schema(llm, prompts):
 
 
 def test_a_response_format_of_a_call_binds_the_answer(llm):
-    described = {"name": "answer", "schema": Answer.model_json_schema(), "strict": True}
+    described = {"name": "answer", "schema": {**Answer.model_json_schema(), **CLOSED}}
     response_format = {"type": "json_schema", "json_schema": described}
     text = (llm | StrOutputParser()).invoke("Where?", response_format=response_format)
     assert Answer.model_validate_json(text)

@@ -56,7 +56,7 @@ def test_a_blank_id_is_none(blank):
     shadowed = chunk("Third.", document_id=blank, source="b")
     assert read([shadowed], TEXTS) == [TEXTS["b"]]
     chunks = [chunk("From the web.", source=blank), chunk("Third.", source="b")]
-    assert read(chunks, TEXTS) == ["From the web.", TEXTS["b"]]
+    assert read(chunks, TEXTS) == [TEXTS["b"], "From the web."]
 
 
 def test_a_function_may_want_the_id_as_it_is():
@@ -231,7 +231,7 @@ def test_a_chunk_without_a_source_is_read_as_it_is_beside_others(documents):
     found = find_sources(chunks, FullDocuments(documents))
     assert found.chunks == chunks[:2]
     full = [source.document.page_content for source in found.full]
-    assert full == ["From the web.", TEXTS["b"]]
+    assert full == [TEXTS["b"], "From the web."]  # behind the documents
     assert found.retrieved == [{"start_index": 0}, {"document_id": "b", "start_index": 0}]
 
 
@@ -250,8 +250,8 @@ def test_no_label_is_made_up_for_it():
     chunks = [chunk("From the web.", title="W"), chunk("Third.", source="b")]
     found = find_sources(chunks, FullDocuments(TEXTS), labels=["source", "title"])
     assert [source.document.metadata for source in found.full] == [
-        {"source": "", "title": "W"},
         {"source": "b", "title": ""},
+        {"source": "", "title": "W"},
     ]
 
 

@@ -26,7 +26,7 @@ from rapid_llm.options import options_of
 
 GENERATION = options_of(SamplingParams, SpeculationConfig)
 ENGINE = options_of(EngineConfig)
-RETRIEVAL = {name: options_of(RetrievalConfig)[name] for name in ("truncate", "on_empty")}
+RETRIEVAL = {name: options_of(RetrievalConfig)[name] for name in ("truncate", "on_empty", "order")}
 DECLARED = {**GENERATION, **ENGINE, **RETRIEVAL}
 
 ANY = (True, False, 1, 2, 0.5, 3, "text", ("text",), {"name": "text"})

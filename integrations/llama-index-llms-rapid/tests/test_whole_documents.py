@@ -294,10 +294,12 @@ FERRY = Document(text="The ferry is named Freya. She carries ninety passengers."
 def test_a_node_of_no_document_is_read_beside_the_documents_of_others(llm, spy):
     stray = NodeWithScore(node=TextNode(text="Sub question: when?\nResponse: in 1999"))
     response = ask(llm, [*nodes_of(LAMP), stray, *nodes_of(FERRY)], [LAMP, FERRY])
-    assert asked(spy) == f"{LAMP.text}\n\n{stray.node.text}\n\n{FERRY.text}"
+    assert asked(spy) == f"{FERRY.text}\n\n{LAMP.text}\n\n{stray.node.text}"
     assert stray.node.text in spy.draft()
-    assert response.metadata["rapid"]["document_ids"] == ["lamp", "ferry"]
+    assert response.metadata["rapid"]["document_ids"] == ["ferry", "lamp"]
     assert response.metadata["rapid"]["chunk_ids"][1] == stray.node.node_id
+    ask(llm, [*nodes_of(LAMP), stray, *nodes_of(FERRY)], [LAMP, FERRY], order="given")
+    assert asked(spy) == f"{LAMP.text}\n\n{stray.node.text}\n\n{FERRY.text}"
     for documents in ([LAMP], "some text", {"a": "b"}.get, {"a": "b"}.__getitem__):
         ask(llm, [stray], documents)
         assert asked(spy) == stray.node.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ class CUDA(Device):
     Older GPUs, and machines without Triton, run the lean pass with SDPA.
     """
 
+    apart = True
     quantizers: ClassVar = {"int4": int4}
     prefill_chunk = prefill.CHUNK
     prefill_pieces = (512, 256)  # fewer tokens take about as long; more passes, more launches
@@ -60,6 +62,32 @@ class CUDA(Device):
 
     def synchronize(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)
+
+    def host_buffer(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def free_host_buffers(self) -> None:
+        # PyTorch keeps pinned buffers for later ones of the same size.
+        free = getattr(torch._C, "_host_emptyCache", None)
+        if free is not None:
+            free()
+
+    def queued(self, device: torch.device) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def transfer(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device, after: Any
+    ) -> None:
+        # A stream of its own, so that passes run meanwhile. The host waits for its end, so that
+        # neither side's memory is used again before.
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(after)
+        with torch.cuda.stream(stream):
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+        stream.synchronize()
 
     def rounding(self, device: torch.device) -> str:
         return torch.cuda.get_device_name(device)

@@ -13,7 +13,7 @@ from rapid_llm.options import by_name, options_of, pydantic_fields, sorted_into
 
 _GROUPS = (SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig)
 
-_LEFT_OUT = options_of(RetrievalConfig).keys() - {"truncate", "on_empty"}
+_LEFT_OUT = options_of(RetrievalConfig).keys() - {"truncate", "on_empty", "order"}
 """What the pipeline's own index and retriever decide."""
 
 _FIELD_NAMES = {"max_new_tokens": "max_tokens"}
@@ -42,7 +42,7 @@ class Options:
         sampling: how tokens are drawn.
         speculation: how drafts are made and judged.
         engine: the models; ``chat_template_kwargs`` are the object's and the call's.
-        retrieval: of it ``truncate`` and ``on_empty``.
+        retrieval: of it ``truncate``, ``on_empty`` and ``order``.
     """
 
     sampling: SamplingParams

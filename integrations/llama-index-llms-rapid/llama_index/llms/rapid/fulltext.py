@@ -38,6 +38,15 @@ class FullText:
                 )
 
     @property
+    def file(self) -> str | None:
+        """The path, or else the name, of the file that it is from; None if it does not say."""
+        first = self.parts[0] if self.parts else None
+        if not isinstance(first, BaseNode):
+            return None
+        file = first.metadata.get("file_path") or first.metadata.get("file_name")
+        return None if file is None else str(file)
+
+    @property
     def shown(self) -> str:
         """What the target reads: the parts but for blank ones, joined by blank lines."""
         return SEPARATOR.join(

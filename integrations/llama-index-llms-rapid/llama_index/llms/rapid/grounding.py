@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
@@ -11,7 +11,8 @@ from llama_index.llms.rapid.documents import Library
 from llama_index.llms.rapid.fulltext import FullText, lines_around, lines_of
 from llama_index.llms.rapid.passages import locate
 from llama_index.llms.rapid.statistics import confidence_of
-from rapid_llm.config import OnEmpty
+from rapid_llm.config import OnEmpty, Order
+from rapid_llm.context.ordering import LAST
 from rapid_llm.context.retrieved import SEPARATOR, Grounding, Passage, ground
 from rapid_llm.errors import DocumentError
 
@@ -40,11 +41,15 @@ class Retrieved:
 
 
 def ground_nodes(
-    nodes: Sequence[NodeWithScore], library: Library, on_empty: OnEmpty = "empty"
+    nodes: Sequence[NodeWithScore],
+    library: Library,
+    on_empty: OnEmpty = "empty",
+    order: Order = "canonical",
 ) -> Retrieved:
     """The contexts where the nodes are known.
 
-    A node of no document is read as it is, in its place among the documents.
+    A node of no document is read as it is, behind the documents or, in the order given, in its
+    place among them.
 
     Raises:
         DocumentError: a node's document is not there; see
@@ -76,7 +81,9 @@ def ground_nodes(
                 "leave it at 'empty'"
             )
     texts = {name: source.shown for name, source in sources.items()}
-    grounding = ground(passages, texts, on_empty=on_empty)
+    # Behind the documents: it may be another for each question.
+    titles = _files(sources.values()) | {name: LAST + texts[name] for name in own & texts.keys()}
+    grounding = ground(passages, texts, on_empty=on_empty, order=order, titles=titles)
     beside = [
         passage.text
         for passage in grounding.passages
@@ -91,7 +98,11 @@ def ground_nodes(
 
 
 def ground_text(
-    context: str, library: Library, on_empty: OnEmpty = "empty", confidence: float = 1.0
+    context: str,
+    library: Library,
+    on_empty: OnEmpty = "empty",
+    confidence: float = 1.0,
+    order: Order = "canonical",
 ) -> Retrieved:
     """The contexts where only the retrieved text is known, and the confidence of the retrieval.
 
@@ -103,7 +114,7 @@ def ground_text(
     """
     library = library.now()
     if not context.strip():
-        return ground_nodes((), library, on_empty)
+        return ground_nodes((), library, on_empty, order)
     if library.function is not None:
         text = library.function(context)
         if text is None:
@@ -116,9 +127,16 @@ def ground_text(
     documents = {document.name: document for document in library.all()}
     passages, whole = locate(context, list(documents.values()))
     texts = {p.document_id: documents[p.document_id or ""].shown for p in passages}
-    grounding = replace(ground(passages, texts), draft=context, empty_reason=None)
+    titles = _files(documents.values())
+    grounding = ground(passages, texts, order=order, titles=titles)
+    grounding = replace(grounding, draft=context, empty_reason=None)
     named = tuple(name for name in grounding.document_ids if name)
     return Retrieved(grounding, "" if whole else context, named, confidence)
+
+
+def _files(documents: Iterable[FullText]) -> dict[str, str]:
+    """By id, the files of documents that say it: ids may change when files are read again."""
+    return {document.name: document.file for document in documents if document.file is not None}
 
 
 def _passage(node: BaseNode, shown: str, source: FullText) -> Passage:

@@ -394,6 +394,6 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         if isinstance(context, Context):
             answers = (context.report, *reports())
             return grounded_call(context.retrieved, render, decoder, options, answers)
-        on_empty, sure = options.retrieval.on_empty, retrieval_confidence()
-        retrieved = ground_text(context, self._library, on_empty, sure)
+        on_empty, order = options.retrieval.on_empty, options.retrieval.order
+        retrieved = ground_text(context, self._library, on_empty, retrieval_confidence(), order)
         return grounded_call(retrieved, render, decoder, options, reports())

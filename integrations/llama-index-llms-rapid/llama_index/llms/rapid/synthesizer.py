@@ -37,7 +37,7 @@ from llama_index.llms.rapid.grounding import Retrieved, ground_nodes
 from llama_index.llms.rapid.llm import RapidLLM
 from llama_index.llms.rapid.templates import Context
 from rapid_llm.aio import in_thread
-from rapid_llm.config import OnEmpty, RetrievalConfig
+from rapid_llm.config import OnEmpty, Order, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import require
 from rapid_llm.stats import NOTHING_RETRIEVED
@@ -51,12 +51,12 @@ NOTHING_READ = {"chunk_ids": [], "document_ids": [], "draft_skipped": NOTHING_RE
 class RapidSynthesizer(BaseSynthesizer):
     """One call a question: the drafter reads the retrieved nodes, the target their documents.
 
-    The nodes come after the postprocessors; repeated ones count once. The documents come in the
-    order of their first node, all in one prompt, which must fit into the target's context window:
-    there is no chain of refining calls. The same template makes both prompts.
+    The nodes come after the postprocessors; repeated ones count once. The documents come in
+    one order (``order``), all in one prompt, which must fit into the target's context window: there
+    is no chain of refining calls. The same template makes both prompts.
 
     Pages and sections of one file are one document; :class:`Library` says how a node's document is
-    found. A node of none is read as it is, in its place among them, and where a node says more than
+    found. A node of none is read as it is, behind them, and where a node says more than
     its document (a citation's label, a summary), the target reads it after the documents.
 
     With ``dynamic_eta``, the nodes' scores tell how sure the retrieval was, where all of them are
@@ -77,6 +77,9 @@ class RapidSynthesizer(BaseSynthesizer):
             to the Documents that are one; None joins those of one file.
         on_empty: ``read_all`` lets the target read all documents, without a draft, if nothing was
             retrieved and they can be listed; None takes the LLM's.
+        order: ``given`` has the target read the documents in the order of their first nodes,
+            ``canonical`` in that of their files and ids, with digits compared as numbers; None
+            takes the LLM's.
         text_qa_template: template with ``context_str`` and ``query_str``; LlamaIndex's by default.
         streaming: whether responses stream. It must be set here: ``as_query_engine`` does not pass
             it on to a given synthesizer.
@@ -84,7 +87,7 @@ class RapidSynthesizer(BaseSynthesizer):
 
     Raises:
         InvalidParameterError: ``llm`` is no RapidLLM, ``documents`` is of another type or has one
-            id twice, ``document_key`` is in no metadata, or ``on_empty`` is unknown.
+            id twice, ``document_key`` is in no metadata, or ``on_empty`` or ``order`` is unknown.
         DocumentError: when asked; a document cannot be found, or is empty.
         ContextWindowError: when asked; the documents do not fit and ``llm.truncate`` is None.
     """
@@ -98,6 +101,7 @@ class RapidSynthesizer(BaseSynthesizer):
         documents: DocumentSource,
         document_key: DocumentKey | None = None,
         on_empty: OnEmpty | None = None,
+        order: Order | None = None,
         text_qa_template: BasePromptTemplate | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
@@ -119,7 +123,9 @@ class RapidSynthesizer(BaseSynthesizer):
         self._documents = Library(documents, document_key)
         if on_empty is not None:
             require(RetrievalConfig, on_empty=on_empty)
-        self._on_empty = on_empty
+        if order is not None:
+            require(RetrievalConfig, order=order)
+        self._on_empty, self._order = on_empty, order
         self._text_qa_template = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
 
     def _get_prompts(self) -> PromptDictType:
@@ -180,7 +186,8 @@ class RapidSynthesizer(BaseSynthesizer):
         return [NodeWithScore(node=node) for node in nodes]
 
     def _ground(self, nodes: Sequence[NodeWithScore]) -> Retrieved:
-        return ground_nodes(nodes, self._documents, self._on_empty or self._llm.on_empty)
+        on_empty, order = self._on_empty or self._llm.on_empty, self._order or self._llm.order
+        return ground_nodes(nodes, self._documents, on_empty, order)
 
     def _answer(self, query_str: str, context: Context, **kwargs: Any) -> RESPONSE_TEXT_TYPE:
         if context.retrieved.empty:

@@ -1,0 +1,1 @@
+"""KV kept between calls, in tiers: the device's memory, the host's, and files."""

@@ -1,0 +1,365 @@
+"""Prefix cache: keep the KV of prompts, and reuse it for prompts that begin the same.
+
+Only KV that the prompt's own prefill would compute by the same passes is reused, see
+:mod:`rapid_llm.engine.chunks`, and never KV of answers. So an answer with reuse equals that of a
+fresh prefill, bit for bit.
+
+What leaves the device goes to the host's memory, where the two are apart; long prompts are also
+written to files. A prompt takes what the device has of its beginning and adds what the host has
+more of, or loads a file that has much more than both.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rapid_llm.engine.kept.chain import PassChain, TokenIds
+from rapid_llm.engine.kept.files import KVFiles
+from rapid_llm.engine.kept.host import DevicePrefix, HostPrefix, HostTier
+from rapid_llm.engine.kept.tiers import PrefixTier, ReaderState, Tier
+from rapid_llm.engine.kv_cache import KVCache, kv_nbytes
+from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.errors import InvalidParameterError
+
+WORTH_LOADING = 256
+"""Minimum number of tokens by which a prefix in a file must exceed the one in memory."""
+
+WORTH_SAVING = 1024
+"""Minimum number of newly read prompt tokens for which a file is written."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A cache in use for one prompt.
+
+    Attributes:
+        cache: KV cache with the prompt's first ``reused`` tokens and the requested capacity. The
+            rest of ``prompt[:-1]`` is read into it by :meth:`Session.prefill`. Of these tokens only
+            the last may be changed later, because another lease may be copying them.
+        origins: number of reused tokens by the tier that they come from.
+    """
+
+    cache: KVCache
+    origins: Mapping[Tier, int]
+
+    @property
+    def reused(self) -> int:
+        """Number of tokens that need not be read, at most ``len(prompt) - 1``, because the last
+        token must be read for its logits."""
+        return sum(self.origins.values())
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A cache in use, with the prefill that it is for.
+
+    Attributes:
+        runner: model that computes the KV.
+        rounding: description of the rounding of its passes.
+        cache: KV cache.
+        tokens: tokens of the prefill.
+        chain: passes of the prefill.
+    """
+
+    runner: ModelRunner
+    rounding: str
+    cache: KVCache
+    tokens: TokenIds
+    chain: PassChain
+
+    @property
+    def state(self) -> ReaderState:
+        """The state in which the model has computed what the cache holds now."""
+        return ReaderState(self.runner, self.cache.origin, self.rounding)
+
+    @property
+    def held(self) -> int:
+        """Number of the prefill's tokens that were read."""
+        return min(len(self.tokens), self.cache.length)
+
+    def shared(self, state: ReaderState, chain: PassChain) -> int:
+        """Number of its first tokens whose KV another prefill can reuse now."""
+        if self.cache.origin is None or self.state != state:
+            return 0
+        # A drafter may read the last token of the prefill again.
+        settled = min(self.held, len(self.tokens) - 1)
+        return self.chain.up_to(settled).common(chain)
+
+
+class PrefixCache:
+    """Keeps the KV of prompts, for later prompts that begin with the same tokens.
+
+    Threads, models and documents share one cache; in each tier the least recently used prefixes
+    leave first.
+
+    Args:
+        budget_bytes: maximum bytes of KV kept on devices between generations, without the memory of
+            running generations. KV larger than the budget is not kept there.
+        directory: folder for KV that is kept across processes; None for none. Files contain the
+            prompt's tokens.
+        host_bytes: maximum bytes of KV kept in host memory, of devices that do not share it. With
+            both budgets at 0 nothing is kept in memory, nor shared by concurrent generations.
+        directory_bytes: maximum bytes of all files, see :class:`.folder.Folder`.
+
+    Raises:
+        InvalidParameterError: a budget is negative, or the folder's has no folder.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        directory: Path | None = None,
+        *,
+        host_bytes: int = 0,
+        directory_bytes: int | None = None,
+    ) -> None:
+        for name, budget in (
+            ("kv_cache_bytes", budget_bytes),
+            ("kv_cache_host_bytes", host_bytes),
+            ("kv_cache_dir_bytes", directory_bytes),
+        ):
+            if budget is not None and budget < 0:
+                raise InvalidParameterError(
+                    f"{name}={budget} is negative; give at least 0, which keeps nothing"
+                )
+        if directory is None and directory_bytes is not None:
+            raise InvalidParameterError(
+                f"kv_cache_dir_bytes={directory_bytes} limits no folder: give kv_cache_dir as "
+                "well, or leave it out"
+            )
+        self._files = None if directory is None else KVFiles(directory, directory_bytes)
+        self._device: PrefixTier[DevicePrefix] = PrefixTier(budget_bytes)
+        self._host = HostTier(host_bytes)
+        self._reading: list[_Reading] = []
+        # Reentrant, because the garbage collector may close an abandoned stream, and so end its
+        # lease, in a thread that has the lock.
+        self._lock = threading.RLock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of KV kept on devices, without that of running generations."""
+        return self._device.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of KV kept in host memory."""
+        return self._host.nbytes
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes of the folder's files."""
+        return 0 if self._files is None else self._files.nbytes
+
+    def clear(self) -> None:
+        """Free all KV that no generation uses right now; files stay."""
+        self._drop(None)
+
+    def forget(self, runner: ModelRunner) -> None:
+        """Free all KV of a model that no generation uses right now."""
+        self._drop(runner)
+
+    def free_devices(self) -> None:
+        """Free the devices of all KV that no generation uses right now; it goes to the host."""
+        with self._lock:
+            for prefix in self._device:
+                self._device.discard(prefix)
+                self._host.take(prefix)
+        self._host.wait()
+
+    def keep_only(self, runner: ModelRunner, prompt: Sequence[int]) -> int:
+        """Free all KV that no generation uses, except what a lease of one prompt would reuse.
+
+        Args:
+            runner: model that read the prompt.
+            prompt: token ids of the prompt.
+
+        Returns:
+            Number of the prompt's tokens whose KV is kept.
+        """
+        chain = _chain(runner, _token_ids(prompt[:-1]))
+        state = ReaderState.now(runner, len(prompt))
+        with self._lock:
+            best, shared = self._device.longest(state, chain)
+            further, more = self._host.longest(state, chain)
+            self._drop(None, best, further if more > shared else None)
+            if best is not None:  # without the question that it was read for
+                self._device.discard(best)
+                best.cache.rollback(shared)
+                self._device.add(DevicePrefix(state, chain.up_to(shared), best.cache))
+            return max(shared, more)
+
+    @contextmanager
+    def lease(self, runner: ModelRunner, prompt: Sequence[int], capacity: int) -> Iterator[Lease]:
+        """Lease a cache with the longest kept prefix of a prompt.
+
+        When the context ends, also by an error, the part of the prompt that was read is kept for
+        later prompts.
+
+        Args:
+            runner: model that reads the prompt.
+            prompt: token ids of the prompt, at least one.
+            capacity: capacity of the cache in tokens, at least ``len(prompt)``.
+
+        Raises:
+            torch.OutOfMemoryError: no memory for a copy, even after all idle KV was freed.
+        """
+        tokens = _token_ids(prompt[:-1])
+        chain = _chain(runner, tokens)
+        try:
+            reading, origins = self._acquire(runner, tokens, chain, capacity)
+        except torch.OutOfMemoryError:
+            self.free_devices()
+            reading, origins = self._acquire(runner, tokens, chain, capacity)
+        lease = Lease(reading.cache, origins)
+        try:
+            yield lease
+        finally:
+            try:
+                self._save(reading, lease.reused)
+            finally:
+                self._release(reading)
+
+    def _acquire(
+        self, runner: ModelRunner, tokens: TokenIds, chain: PassChain, capacity: int
+    ) -> tuple[_Reading, Mapping[Tier, int]]:
+        loaded = self._from_file(runner, chain, len(tokens) + 1, capacity)
+        # After the look for a file, which can detect that the model has changed.
+        state = ReaderState.now(runner, len(tokens) + 1)
+        if loaded is not None:
+            reading = _Reading(runner, state.rounding, loaded, tokens, chain)
+            origins: dict[Tier, int] = {"disk": loaded.length}
+        else:
+            with self._lock:
+                # The host first: what leaves the device for this prompt may drive it out there.
+                further, shared = self._host.longest(state, chain)
+                cache = self._from_device(state, chain, capacity)
+            reading = _Reading(runner, state.rounding, cache, tokens, chain)
+            origins = {"device": cache.length, "host": 0}
+            # Outside the lock, because it takes long.
+            if further is not None and shared > cache.length and further.copied.result():
+                further.append_to(cache, shared)
+                cache.origin = state.origin
+                origins["host"] = shared - origins["device"]
+        with self._lock:
+            if self._device.budget or self._host.budget:
+                self._reading.append(reading)
+        return reading, origins
+
+    def _from_file(
+        self, runner: ModelRunner, chain: PassChain, length: int, capacity: int
+    ) -> KVCache | None:
+        """Load the prefix in a file, if it is much longer than the one in memory.
+
+        It runs outside the lock because it takes long; no other thread sees this cache yet.
+        """
+        if self._files is None:
+            return None
+        state = ReaderState.now(runner, length)
+        with self._lock:
+            kept = self._device.longest(state, chain), self._host.longest(state, chain)
+            held = max(shared for _, shared in (self._most_read(state, chain), *kept))
+        if state.origin is None or chain.tokens < held + WORTH_LOADING:
+            return None
+        path, stored = self._files.find(runner, chain, state.origin)
+        if path is None or stored < held + WORTH_LOADING:
+            return None
+        self._make_room(_planned(runner, capacity))
+        return self._files.load(path, runner, state.origin, stored, capacity)
+
+    def _from_device(self, state: ReaderState, chain: PassChain, capacity: int) -> KVCache:
+        """Take over the cache of an idle prefix of the same document, or copy what is shared."""
+        idle, shared = self._device.longest(state, chain)
+        reading, read = self._most_read(state, chain)
+        planned = _planned(state.runner, capacity)
+        if reading is not None and read > shared:
+            self._make_room(planned)
+            # Under the lock, or its owner could release it, and another thread take it over.
+            return reading.cache.copy_prefix(read, capacity)
+        if idle is None:
+            self._make_room(planned)
+            return state.runner.new_cache(capacity)
+        if 2 * shared < idle.chain.tokens:
+            # Another document behind the same system prompt: both are kept.
+            self._make_room(planned)
+            return idle.cache.copy_prefix(shared, capacity)
+        self._device.discard(idle)
+        idle.cache.rollback(shared)
+        if idle.cache.capacity < capacity:
+            self._make_room(planned)
+            idle.cache.grow(capacity)
+        return idle.cache
+
+    def _most_read(self, state: ReaderState, chain: PassChain) -> tuple[_Reading | None, int]:
+        """The running prefill that shares the most tokens, the latest of equals."""
+        best, most = None, 0
+        for reading in reversed(self._reading):
+            if (shared := reading.shared(state, chain)) > most:
+                best, most = reading, shared
+        return best, most
+
+    def _save(self, reading: _Reading, reused: int) -> None:
+        """Write the prompt's KV to a file, unless it was mostly reused or not read to its end."""
+        # It is still in use, so that no other thread rolls it back.
+        tokens, cache = reading.tokens, reading.cache
+        if (
+            self._files is not None
+            and len(tokens) - reused >= WORTH_SAVING
+            and reading.held == len(tokens)
+            and cache.origin is not None
+            and reading.state == ReaderState.now(reading.runner, cache.length)
+        ):
+            self._files.save(reading.runner, tokens, reading.chain, cache)
+
+    def _release(self, reading: _Reading) -> None:
+        """Keep the KV of a prompt, in place of earlier ones on the same document."""
+        with self._lock:
+            if reading in self._reading:
+                self._reading.remove(reading)
+            chain = reading.chain.up_to(reading.held)
+            traceable = reading.cache.origin is not None and reading.runner.state.traceable
+            if not chain.ends or not traceable:
+                return
+            prefix = DevicePrefix(reading.state, chain, reading.cache)
+            if prefix.nbytes > self._device.budget:
+                self._host.take(prefix)
+                return
+            for left in self._device.add(prefix):
+                self._host.take(left)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Move the least recently used prefixes to the host until ``nbytes`` more bytes fit."""
+        with self._lock:
+            for left in self._device.make_room(nbytes):
+                self._host.take(left)
+
+    def _drop(
+        self,
+        runner: ModelRunner | None,
+        kept: DevicePrefix | None = None,
+        kept_on_host: HostPrefix | None = None,
+    ) -> None:
+        """Free the idle KV of a model, or of all, except for two prefixes."""
+        with self._lock:
+            for prefix in self._device:
+                if prefix is not kept and runner in (None, prefix.state.runner):
+                    self._device.discard(prefix)
+            self._host.drop(runner, kept_on_host)
+
+
+def _token_ids(tokens: Sequence[int]) -> TokenIds:
+    return np.asarray(tokens, dtype=np.int32)
+
+
+def _chain(runner: ModelRunner, tokens: TokenIds) -> PassChain:
+    return PassChain.of(tokens, runner.prefill_sizes)
+
+
+def _planned(runner: ModelRunner, capacity: int) -> int:
+    return kv_nbytes(runner.config, runner.model.dtype, capacity)

@@ -1,0 +1,490 @@
+"""KV files: what another process reads from them, what is passed over, and the folder's limit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import xxhash
+from conftest import ARCHITECTURES, threads, tiny_model
+from kept_prompts import (
+    AMPLE,
+    BYTES_PER_TOKEN,
+    CHUNK,
+    DOCUMENT,
+    LONG,
+    OTHER,
+    ask,
+    make_forward,
+    passes_of,
+    read,
+    text,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rapid_llm.engine.cpu.int8 import Int8Linear
+from rapid_llm.engine.kept import file_format
+from rapid_llm.engine.kept.files import KVFiles
+from rapid_llm.engine.kept.fingerprint import bytes_of, fingerprint
+from rapid_llm.engine.kept.folder import Folder
+from rapid_llm.engine.kept.prefixes import PrefixCache
+from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.errors import InvalidParameterError
+
+
+@pytest.fixture
+def runner() -> ModelRunner:
+    return make_forward()
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch) -> None:
+    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def litter_of(folder: Path) -> list[Path]:
+    """What interrupted writers have left."""
+    return [path for path in folder.rglob("*") if "tmp" in path.name]
+
+
+@pytest.fixture
+def saved(runner, tmp_path):
+    """The one file that a long prompt leaves."""
+    folder = tmp_path / "new" / "kv"
+    assert ask(PrefixCache(AMPLE, folder), runner, [*LONG, 5, 6]) == 0
+    (path,) = files_of(folder)
+    assert folder.stat().st_mode & 0o077 == 0
+    return path
+
+
+def later(path) -> PrefixCache:
+    """As in another process."""
+    return PrefixCache(AMPLE, path.parent)
+
+
+def test_another_process_reads_only_the_new_question(saved):
+    cache, runner = later(saved), make_forward()
+    assert ask(cache, runner, [*LONG, 6, 7, 8]) == len(LONG)
+    assert ask(cache, runner, [*LONG[:700], *OTHER]) == 700
+    assert files_of(saved.parent) == [saved]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_file_holds_every_architecture(architecture, tmp_path, monkeypatch):
+    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_SAVING", 40)
+    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_LOADING", 20)
+    for reused in (0, len(DOCUMENT)):
+        runner = ModelRunner(tiny_model(architecture), "tiny")
+        assert ask(PrefixCache(AMPLE, tmp_path), runner, [*DOCUMENT, 5 + bool(reused), 5]) == reused
+
+
+def test_bfloat16_comes_back_as_it_was(tmp_path):
+    model = tiny_model(max_position_embeddings=4096).to(torch.bfloat16)
+    caches = []
+    for _ in range(2):
+        runner = ModelRunner(model, "tiny")
+        with PrefixCache(AMPLE, tmp_path).lease(runner, LONG, len(LONG)) as lease:
+            read(runner, LONG, lease)
+        caches.append(lease.cache)
+    assert lease.reused == len(LONG) - 1
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(a.keys[:, :, : lease.reused], b.keys[:, :, : lease.reused])
+        assert torch.equal(a.values[:, :, : lease.reused], b.values[:, :, : lease.reused])
+
+
+def test_only_whole_long_prompts_that_no_file_covers_are_written(runner, saved):
+    def files() -> int:
+        return len(files_of(saved.parent))
+
+    assert ask(later(saved), runner, text(1000, seed=30)) == 0
+    assert files() == 1
+    assert ask(later(saved), runner, [*LONG, *text(150, seed=31)]) == len(LONG)
+    assert files() == 1
+    half = text(2500, seed=32)
+    with later(saved).lease(runner, half, 2500) as lease:
+        read(runner, half, lease, until=2000)
+    assert files() == 1
+    assert ask(later(saved), runner, [*LONG, *text(1100, seed=33)]) == len(LONG)
+    assert files() == 2
+
+
+def test_two_readers_of_one_document_write_it_once(runner, tmp_path):
+    cache = PrefixCache(AMPLE, tmp_path)
+    with (
+        cache.lease(runner, [*LONG, 5, 6], 1502) as one,
+        cache.lease(runner, [*LONG, 6, 7], 1502) as b,
+    ):
+        read(runner, [*LONG, 5, 6], one)
+        read(runner, [*LONG, 6, 7], b)
+    assert len(files_of(tmp_path)) == 1
+
+
+def test_memory_wins_over_a_file_that_has_little_more(runner, saved, monkeypatch):
+    cache = later(saved)
+    assert ask(cache, runner, LONG[:1300]) == 1290
+    monkeypatch.setattr(KVFiles, "load", None)
+    assert ask(cache, runner, LONG) == 1290
+
+
+def test_a_file_wins_over_memory_that_has_much_less(runner, saved):
+    cache = PrefixCache(AMPLE, saved.parent)
+    with cache.lease(runner, LONG[:200], 200) as lease:
+        read(runner, LONG[:200], lease)
+    assert lease.reused == 0  # too short to be worth loading
+    assert ask(cache, runner, LONG) == len(LONG) - CHUNK
+    assert cache.nbytes == len(LONG) * BYTES_PER_TOKEN  # and replaces it there
+
+
+def damage(path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        lambda path: os.truncate(path, 0),
+        lambda path: path.write_bytes(b"garbage" * 1000),
+        lambda path: damage(path, path.stat().st_size // 2),
+        lambda path: damage(path, path.stat().st_size - 1),
+    ],
+    ids=["truncated", "empty", "garbage", "flipped inside", "flipped at the end"],
+)
+def test_a_damaged_file_is_named_ignored_and_replaced(runner, saved, harm):
+    harm(saved)
+    with pytest.warns(UserWarning, match=rf"{saved.name} is damaged.*delete it"):
+        assert ask(later(saved), runner, [*LONG, 5, 6]) == 0
+    assert ask(later(saved), runner, [*LONG, 5, 6]) == len(LONG) + 1
+    assert files_of(saved.parent) == [saved]
+
+
+def test_a_flipped_byte_anywhere_never_changes_an_answer(runner, tmp_path, monkeypatch):
+    """``ask`` compares the logits; whether a file is used or warned about may differ."""
+    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_SAVING", 40)
+    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_LOADING", 20)
+    prompt = [*DOCUMENT, 5]
+    ask(PrefixCache(AMPLE, tmp_path), runner, prompt)
+    (path,) = files_of(tmp_path)
+    before = path.read_bytes()
+    for at in [*range(0, 700, 23), *range(700, len(before), 499)]:
+        damage(path, at)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ask(PrefixCache(AMPLE, tmp_path), runner, prompt)
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "layers", "tokens"])
+def test_a_file_that_contradicts_the_model_is_refused(runner, saved, change):
+    """Even with a right checksum: no file of ours looks so."""
+    tensors = load_file(saved)
+    with safe_open(saved, "pt") as file:
+        metadata = dict(file.metadata())
+    if change == "shape":
+        tensors["keys.1"] = tensors["keys.1"].transpose(2, 3).contiguous()
+    elif change == "dtype":
+        tensors["keys.1"] = tensors["keys.1"].bfloat16()
+    elif change == "layers":
+        tensors["keys.2"] = tensors["keys.1"].clone()
+    else:
+        tensors["tokens"] = tensors["tokens"].long()
+    order = ["tokens", "keys.0", "values.0", "keys.1", "values.1"]
+    checksum = xxhash.xxh3_128()
+    for name in order:
+        checksum.update(bytes_of(tensors[name]))
+    save_file(tensors, saved, metadata | {"xxh3_128": checksum.hexdigest()})
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert ask(later(saved), runner, [*LONG, 5, 6]) == 0
+
+
+def test_files_of_other_models_dtypes_and_formats_are_passed_over(runner, saved, monkeypatch):
+    finetuned = make_forward()
+    with torch.no_grad():
+        finetuned.model.model.layers[1].mlp.up_proj.weight += 0.01
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    others = [
+        make_forward(seed=1),
+        finetuned,
+        make_forward(rope_parameters=rope),
+        ModelRunner(make_forward().model.to(torch.bfloat16), "tiny"),
+    ]
+    for other in others:
+        with later(saved).lease(other, [*LONG, 6, 7], 1502) as lease:
+            assert lease.reused == 0
+    # Even under our file's name.
+    theirs = fingerprint(others[0].model)
+    assert theirs is not None
+    renamed = saved.rename(saved.with_name(theirs[:16] + saved.name[16:]))
+    with later(saved).lease(others[0], [*LONG, 6, 7], 1502) as lease:
+        assert lease.reused == 0
+    renamed.rename(saved)
+    monkeypatch.setattr(file_format, "FORMAT", "rapid-llm-kv/0")
+    with later(saved).lease(runner, [*LONG, 6, 7], 1502) as lease:
+        assert lease.reused == 0
+
+
+def test_a_file_of_passes_that_round_otherwise_is_passed_over(runner, saved):
+    with (
+        threads(torch.get_num_threads() + 1),
+        later(saved).lease(runner, [*LONG, 6, 7], 1502) as lease,
+    ):
+        assert lease.reused == 0
+    assert ask(later(saved), runner, [*LONG, 6, 7]) == len(LONG)
+
+
+def test_int8_layers_over_the_same_weights_are_another_model(runner):
+    model = runner.model.to(torch.bfloat16)
+    before, mlp = fingerprint(model), model.model.layers[1].mlp
+    mlp.up_proj = Int8Linear(mlp.up_proj)
+    assert fingerprint(model) != before
+
+
+def test_weights_that_are_elsewhere_have_no_files(saved):
+    with torch.device("meta"):
+        runner = make_forward()
+    assert fingerprint(runner.model) is None
+    chain = passes_of(runner, [*LONG, 5])
+    assert KVFiles(saved.parent).find(runner, chain, runner.origin(1502)) == (None, 0)
+
+
+@pytest.mark.parametrize("what", ["os.replace", "rapid_llm.engine.kept.file_format.save_file"])
+def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(runner, tmp_path, monkeypatch, what):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    cache = PrefixCache(AMPLE, tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(what, full)
+        with pytest.warns(UserWarning, match=rf"{tmp_path}.*No space left.*free some space"):
+            assert ask(cache, runner, LONG) == 0
+    assert litter_of(tmp_path) == files_of(tmp_path) == []
+    assert ask(cache, runner, LONG) == len(LONG) - 1
+
+
+def test_a_directory_that_cannot_be_one_is_a_warning(runner, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="could not be written"):
+        assert ask(PrefixCache(AMPLE, tmp_path / "file"), runner, LONG) == 0
+
+
+def test_warnings_as_errors_still_give_the_cache_back(runner, tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = PrefixCache(AMPLE, tmp_path / "file")
+    with pytest.raises(UserWarning, match="could not be written"):
+        ask(cache, runner, LONG)
+    assert cache.nbytes == len(LONG) * BYTES_PER_TOKEN
+
+
+def test_a_file_deleted_meanwhile_is_read_anew(runner, saved):
+    cache = later(saved)
+    assert cache._files is not None
+    chain = passes_of(runner, [*LONG, 5])
+    assert cache._files.find(runner, chain, runner.origin(1502)) == (saved, len(LONG))
+    saved.unlink()
+    assert ask(cache, runner, LONG) == 0
+
+
+def test_headers_are_read_once(runner, saved, monkeypatch):
+    cache = later(saved)
+    ask(cache, runner, LONG)
+    monkeypatch.setattr(file_format, "read_header", None)
+    cache.clear()
+    assert ask(cache, runner, LONG) == len(LONG) - CHUNK
+
+
+# --- the folder: its limit, other processes, what is not ours ---------------------------------
+
+
+def test_the_folder_keeps_what_was_used_last(runner, tmp_path, monkeypatch):
+    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_SAVING", 40)
+    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_LOADING", 20)
+    documents = [text(60, seed) for seed in range(40, 43)]
+
+    def question(document: int, limit: int | None = None) -> int:
+        cache = PrefixCache(AMPLE, tmp_path, directory_bytes=limit)
+        return ask(cache, runner, [*documents[document], 5])
+
+    assert question(0) == 0
+    (first,) = files_of(tmp_path)
+    size = first.stat().st_size
+    limit = 5 * size // 2  # of two files
+    assert question(1, limit) == 0
+    age(tmp_path)
+    assert question(0, limit) == 60  # which makes it the last used
+    assert question(2, limit) == 0
+    assert first in files_of(tmp_path)
+    assert len(files_of(tmp_path)) == 2
+    assert question(0, limit) == 60
+    assert question(1, size // 2) == 0  # more than the limit: nothing goes for it
+    assert first in files_of(tmp_path)
+
+
+def age(folder: Path, seconds: float = 10.0) -> None:
+    """Make all files look older than they are, in the same order."""
+    for path in folder.rglob("*"):
+        found = path.stat()
+        os.utime(path, (found.st_atime - seconds, found.st_mtime - seconds))
+
+
+WRITER = """
+import random, sys
+from pathlib import Path
+from rapid_llm.engine.kept.folder import Folder
+folder, limit, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+draws = random.Random(seed)
+for number in range(40):
+    n = draws.randrange(1, limit)
+    name = f"{seed:016x}-{number:016x}-{draws.randrange(16**16):016x}.safetensors"
+    Folder(folder, limit).write(name, n, lambda path: path.write_bytes(bytes(n)))
+"""
+
+
+def test_the_limit_holds_at_every_moment_under_concurrent_writers(tmp_path):
+    limit = 100_000
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(limit), str(seed)])
+        for seed in range(3)
+    ]
+    most = 0
+    while any(writer.poll() is None for writer in writers):
+        total = 0
+        for path in tmp_path.rglob("*"):
+            with suppress(OSError):  # deleted since it was listed
+                total += path.stat().st_size if path.is_file() else 0
+        most = max(most, total)
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert limit // 4 < sum(path.stat().st_size for path in files_of(tmp_path)) <= limit
+    # A file that was renamed or deleted during the count may have been counted with its successor.
+    assert most <= 2 * limit
+    assert litter_of(tmp_path) == []
+
+
+def test_room_is_kept_for_files_that_are_being_written(tmp_path):
+    folder = Folder(tmp_path, 1000)
+
+    def other(path: Path) -> None:
+        assert not Folder(tmp_path, 1000).write(name_of(2), 500, Path.touch)
+        assert Folder(tmp_path, 1000).write(name_of(3), 400, lambda p: p.write_bytes(bytes(400)))
+        path.write_bytes(bytes(600))
+
+    assert folder.write(name_of(1), 600, other)
+    assert folder.nbytes == 1000
+    assert folder.write(name_of(4), 900, Path.touch)
+    assert [path.name for path in files_of(tmp_path)] == [name_of(4)]
+    assert not folder.write(name_of(5), 1001, Path.touch)
+    assert [path.name for path in files_of(tmp_path)] == [name_of(4)]
+
+
+def name_of(number: int, group: int = 0) -> str:
+    return f"{group:016x}-{group:016x}-{number:016x}.safetensors"
+
+
+def test_without_a_limit_a_quarter_of_the_free_space_is_used(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    folder = Folder(tmp_path, None)
+    for number, free in enumerate((1000, 900, 800)):
+        usage.free = free
+        assert folder.write(name_of(number), 100, lambda path: path.write_bytes(bytes(100)))
+    assert len(files_of(tmp_path)) == 2
+    assert not folder.write(name_of(9), 300, Path.touch)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from rapid_llm.engine.kept.folder import Folder
+
+def killed(path):
+    path.write_bytes(bytes(100))
+    path.with_name(".tmpAb3dE6").touch()
+    os.kill(os.getpid(), 9)
+
+Folder(Path(sys.argv[1]), None).write("0" * 16 + "-" + "0" * 16 + "-" + "0" * 16, 100, killed)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_what_a_killed_writer_leaves_is_swept_when_it_is_old(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    (tmp_path / ".tmpAb3dE6").touch()
+    (tmp_path / ".tmp-notes of mine").touch()
+    assert len(litter_of(tmp_path)) == 4
+    folder = Folder(tmp_path, None)
+    assert folder.write(name_of(1), 10, Path.touch)
+    assert len(litter_of(tmp_path)) == 4  # its writer may be at work
+    age(tmp_path, 3600.0)
+    assert folder.write(name_of(2), 10, Path.touch)
+    assert [path.name for path in litter_of(tmp_path)] == [".tmp-notes of mine"]
+    assert len(files_of(tmp_path)) == 2
+
+
+def test_pipes_folders_and_foreign_files_are_passed_over(runner, saved):
+    for name in ("notes.safetensors", "a.txt", f"{saved.stem}.bak"):
+        saved.with_name(name).write_text("mine")
+    beside = [saved.with_name(f"{saved.name[:34]}{n:016x}.safetensors") for n in range(2)]
+    beside[0].mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(beside[1])
+    assert ask(later(saved), runner, [*LONG, 6, 7]) == len(LONG)
+    assert ask(PrefixCache(AMPLE, saved.parent, directory_bytes=1), runner, text(1100, 7)) == 0
+    assert saved.with_name("notes.safetensors").read_text() == "mine"
+
+
+def test_a_folder_that_has_not_changed_is_not_listed_again(runner, saved, monkeypatch):
+    for number in range(300):
+        saved.with_name(name_of(number)).touch()
+    for number in range(300):  # of this model, but other documents
+        saved.with_name(f"{saved.name[:16]}-{number:016x}-{0:016x}.safetensors").touch()
+    age(saved.parent.parent)
+    cache = later(saved)
+    assert ask(cache, runner, [*LONG, 5]) == len(LONG)
+    cache.clear()
+    monkeypatch.setattr("os.scandir", None)
+    monkeypatch.setattr(file_format, "read_header", None)
+    looked_at = []
+    stat = Path.stat
+    with monkeypatch.context() as context:
+        context.setattr(Path, "stat", lambda path, **k: looked_at.append(path) or stat(path, **k))
+        assert cache._from_file(runner, passes_of(runner, [*LONG, 6]), 1501, 1501) is not None
+    assert set(looked_at) <= {saved, saved.parent}
+
+
+def test_a_file_that_another_process_writes_is_found(runner, saved):
+    cache, other = later(saved), [*text(1100, seed=50), 5]
+    assert ask(cache, runner, [*LONG, 5]) == len(LONG)
+    ask(later(saved), runner, other)
+    assert ask(cache, runner, [*other, 6]) == len(other) - 1
+    for path in files_of(saved.parent):
+        path.unlink()
+    cache.clear()
+    assert ask(cache, runner, [*other, 7]) == 0
+
+
+def test_a_limit_needs_a_folder() -> None:
+    with pytest.raises(InvalidParameterError, match="kv_cache_dir_bytes=5 limits no folder"):
+        PrefixCache(AMPLE, directory_bytes=5)
+    with pytest.raises(InvalidParameterError, match="kv_cache_dir_bytes=-5 is negative"):
+        PrefixCache(AMPLE, Path("kv"), directory_bytes=-5)
