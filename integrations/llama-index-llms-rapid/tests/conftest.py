@@ -26,6 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.encoding import encode_prompt
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.generation import Delta
+from rapid_llm.stats import Stats
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -110,16 +112,47 @@ def smollm2() -> RapidDecoder:
     return RapidDecoder.from_pretrained("smollm2-135m", dtype="float32", device="cpu")
 
 
+class Scripted(RapidDecoder):
+    """A decoder that says what it is told to, some tokens a round, whatever it is asked."""
+
+    def __init__(self, *answers: str, template: str = TEMPLATE) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        super().__init__(tiny_decoder().target.model, tokenizer, name="scripted")
+        self.answers = list(answers)
+        self.prompts: list[str] = []
+        self.constraints: list[Any] = []
+
+    def stream(self, target: Any, draft: Any = None, **options: Any) -> Iterator[Delta]:
+        """The next answer."""
+        variables = options.get("chat_template_kwargs")
+        ids = encode_prompt(target, self.tokenizer, variables)
+        self.prompts.append(self.tokenizer.decode(ids))
+        self.constraints.append(options["sampling"].constraint)
+        answer = self.answers.pop(0)
+        for start in range(0, len(answer), 3):
+            piece = answer[start : start + 3]
+            ids = self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+            yield Delta(piece, tuple(ids), None, Stats())
+        yield Delta("", (self.tokenizer.eos_token_id,), "stop", Stats())
+
+
+@pytest.fixture
+def scripted() -> Callable[..., Scripted]:
+    return Scripted
+
+
 @dataclass
 class Spy:
     """What every generation was given."""
 
     prompts: list[tuple[Any, Any]]
     decoders: list[RapidDecoder]
+    variables: list[Any]
 
     def _ids(self, which: int, call: int) -> list[int] | None:
-        prompt = self.prompts[call][which]
-        return None if prompt is None else encode_prompt(prompt, self.decoders[call].tokenizer)
+        prompt, tokenizer = self.prompts[call][which], self.decoders[call].tokenizer
+        return None if prompt is None else encode_prompt(prompt, tokenizer, self.variables[call])
 
     def target_ids(self, call: int = -1) -> list[int]:
         return self._ids(0, call)
@@ -137,12 +170,13 @@ class Spy:
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    seen = Spy([], [])
+    seen = Spy([], [], [])
     original = RapidDecoder.stream
 
     def stream(self: RapidDecoder, target: Any, draft: Any = None, **options: Any) -> Iterator[Any]:
         seen.prompts.append((target, draft))
         seen.decoders.append(self)
+        seen.variables.append(options.get("chat_template_kwargs"))
         return original(self, target, draft, **options)
 
     monkeypatch.setattr(RapidDecoder, "stream", stream)

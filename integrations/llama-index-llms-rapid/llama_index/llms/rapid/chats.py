@@ -123,12 +123,18 @@ def _formed(
     """The options with what tools and form ask for, and what reads the answer."""
     if not writer.uses_template:
         return _held(options, asked), ChatReader
+    from rapid_llm.chat import template_of
     from rapid_llm.tools.answers import prepare
+    from rapid_llm.tools.formats import reasoning_of
 
     chat = cast("Sequence[Message]", prompt)
     prepared = prepare(decoder.tokenizer, chat, asked, template_variables(decoder, options))
-    engine = replace(options.engine, chat_template_kwargs=prepared.chat_template_kwargs)
+    variables = prepared.chat_template_kwargs
+    engine = replace(options.engine, chat_template_kwargs=variables)
     options = replace(options, sampling=prepared.sampling(options.sampling), engine=engine)
+    thinks = reasoning_of(template_of(decoder.tokenizer, variables)) is not None
+    if not (thinks or asked.callable_tools):
+        return options, ChatReader
     return options, lambda: ChatReader(prepared.stream(decoder, options.sampling))
 
 

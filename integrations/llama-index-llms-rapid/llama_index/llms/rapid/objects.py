@@ -96,7 +96,9 @@ def response_format(output_cls: type[BaseModel]) -> dict[str, Any]:
     """The form of an answer that is an object of a class, in OpenAI's form."""
     if not (isinstance(output_cls, type) and issubclass(output_cls, BaseModel)):
         raise InvalidParameterError(f"output_cls={output_cls!r} is no pydantic class: pass one")
-    described = {"name": output_cls.__name__, "schema": output_cls.model_json_schema()}
+    from rapid_llm.tools.definitions import closed
+
+    described = {"name": output_cls.__name__, "schema": closed(output_cls.model_json_schema())}
     return {"type": "json_schema", "json_schema": described}
 
 
