@@ -91,7 +91,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _RENAMED:
-        raise AttributeError(f"rapid_llm.{name} is now rapid_llm.{_RENAMED[name]}")
+        # Not an AttributeError, whose text ``from rapid_llm import …`` does not show.
+        raise ImportError(f"rapid_llm.{name} is now rapid_llm.{_RENAMED[name]}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_LAZY[name]), name)

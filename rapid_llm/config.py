@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from re import Pattern
 from typing import Annotated, Any, ClassVar, Literal
 
+from rapid_llm.errors import InvalidParameterError
 from rapid_llm.grammars import canonical
-from rapid_llm.options import Option, check, without_secrets
+from rapid_llm.options import Option, check, options_of, without_secrets
 
 Mode = Literal["exact", "augmented", "paper"]
 Drafting = Literal["rag", "streaming", "triforce", "rest"]
@@ -367,6 +368,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for group in ("hub_options", "drafter_options"):
+            for name in getattr(self, group).keys() & options_of(EngineConfig).keys():
+                raise InvalidParameterError(
+                    f"{group} holds {name!r}: give it as {name}= instead, an option of its own"
+                )
 
     def without_secrets(self) -> "EngineConfig":
         """The config without the tokens and proxies of its private options, to be saved."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from rapid_llm.config import EngineConfig, Quantization, SamplingParams, Specula
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.kept.prefixes import PrefixCache
+from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
@@ -40,7 +42,7 @@ from rapid_llm.generation import (
 from rapid_llm.limits import host_memory
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model, resolve_device
 from rapid_llm.opening import Opener
-from rapid_llm.options import RENAMED, given, options_of, sorted_into
+from rapid_llm.options import RENAMED, given, options_of, sorted_into, with_new_names
 from rapid_llm.request import ModelPair
 from rapid_llm.speculation.constraints import Constraints
 from rapid_llm.text import TextStream
@@ -121,6 +123,7 @@ class RapidDecoder:
             is negative, or the folder's has no folder.
     """
 
+    @with_new_names
     def __init__(
         self,
         model: PreTrainedModel,
@@ -458,7 +461,10 @@ class RapidDecoder:
                 f"{len(tokens)}; shorten one of them"
             )
         with self._prefixes.lease(runner, ids, len(ids) + len(tokens)) as lease:
-            return log_likelihood(Session(runner, lease.cache, ids), ids, tokens)
+            session = Session(runner, lease.cache, ids)
+            return with_memory(
+                partial(log_likelihood, session, ids, tokens), self._prefixes.free_devices
+            )
 
     async def astream(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
@@ -23,6 +23,7 @@ from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.device import FEW_TOKENS
 from rapid_llm.engine.kept.tiers import Tier
+from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import GenerationTimeoutError, NumericalError
 from rapid_llm.speculation.acceptance import dynamic_eta
@@ -37,8 +38,6 @@ FinishReason = Literal["stop", "length"]
 _NAN = "{name} produced NaN logits; check its weights, or load it in another dtype"
 DRAFTED: tuple[Method, ...] = ("rapid", "sd")
 """Methods in which the target verifies drafts."""
-
-_TRIES = 4  # attempts at a step after running out of memory: it may capture several graphs
 
 _T = TypeVar("_T")
 
@@ -281,13 +280,13 @@ class Generation:
         """Run a step; when memory runs out, free idle memory and run the step again."""
         generator = self.sampler.generator
         drawn = generator.get_state()
-        for _ in range(_TRIES):
-            with suppress(torch.OutOfMemoryError):  # its traceback would keep tensors alive
-                return step()
+
+        def free() -> None:
             self.target.rollback(self._read)
             generator.set_state(drawn)  # a seed gives the same answer however often it is tried
             self._free_memory()
-        return step()
+
+        return with_memory(step, free)
 
     def require_time(self) -> None:
         """Raise GenerationTimeoutError if the sampling's ``timeout`` has passed."""
@@ -376,6 +375,8 @@ def deltas(
 def log_likelihood(session: Session, prompt: list[int], continuation: list[int]) -> float:
     """Natural logarithm of the probability of a continuation given a prompt.
 
+    After an error it may be called again with the same session, and goes on where it stopped.
+
     Args:
         session: session of the model that scores.
         prompt: token ids of the prompt, at least one.
@@ -384,6 +385,7 @@ def log_likelihood(session: Session, prompt: list[int], continuation: list[int])
     Raises:
         NumericalError: the model produced NaN.
     """
+    session.rollback(len(prompt) - 1)
     session.prefill(prompt[:-1])
     device = session.runner.device
     logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))

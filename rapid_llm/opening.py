@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rapid_llm.engine.costs import ROOM
 from rapid_llm.engine.kept.prefixes import Lease, PrefixCache
+from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
@@ -89,11 +90,15 @@ class Opener:
             return []
         if config.drafting == "rest":
             return [_lookup(request, SIZES)]
+
+        def quantized() -> ModelRunner:
+            return with_memory(lambda: self.quantized.runner, self.prefixes.free_devices)
+
         if config.drafting in compressed.DRAFTERS:
-            own = self.quantized.runner if drafter is self.pair.target else runner
+            own = quantized() if drafter is self.pair.target else runner
             kind = compressed.DRAFTERS[config.drafting]
             return [kind(target, own, request.prompt, sampler, config)]
-        session, _ = lease(self.quantized.runner, request.draft_prompt)
+        session, _ = lease(quantized(), request.draft_prompt)
         if drafter.device != runner.device:
             model = runner.model
             sampler = Sampler(

@@ -9,10 +9,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache
+from functools import cache, wraps
+from inspect import signature
 from math import isfinite
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from rapid_llm.errors import InvalidParameterError
 
@@ -30,6 +41,8 @@ SECRET = frozenset({"token", "use_auth_token", "proxies"})
 
 _Number = TypeVar("_Number", int, float)
 _Settings = TypeVar("_Settings", bound=Any)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -215,6 +228,20 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
             )
         given[name], words[name] = value, word
     return given
+
+
+def with_new_names(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A function whose errors name the new name of an argument that is given by its old one."""
+    known = signature(function).parameters
+
+    @wraps(function)
+    def checked(*args: _P.args, **options: _P.kwargs) -> _T:
+        for name in options:
+            if RENAMED.get(name) in known:
+                raise InvalidParameterError(f"{name!r} is now {RENAMED[name]!r}")
+        return function(*args, **options)
+
+    return checked
 
 
 def require(group: type, **values: Any) -> None:

@@ -218,3 +218,10 @@ def test_settings_next_to_greedy_are_greedy(settings: dict[str, Any]) -> None:
 def test_an_eta_beyond_float32_is_refused() -> None:
     with pytest.raises(InvalidParameterError, match=r"eta=1e\+39.*1e\+30"):
         SpeculationConfig(eta=1e39)
+
+
+@pytest.mark.parametrize("group", ["hub_options", "drafter_options"])
+@pytest.mark.parametrize("name", ["drafter_options", "dtype", "device"])
+def test_an_option_of_its_own_is_none_of_from_pretrained(group: str, name: str) -> None:
+    with pytest.raises(InvalidParameterError, match=f"{group} holds '{name}': give it as {name}="):
+        EngineConfig(**{group: {"revision": "main", name: {}}})

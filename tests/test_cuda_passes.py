@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import ClassVar
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, counting_model, installed, tiny_model, tiny_tokenizer
@@ -211,6 +214,43 @@ def test_weights_that_change_are_those_that_answer(live):
     # Fusing the new projections moves weights once more, and so outdates what another one has read.
     cache, expected = spoilt(ours, IDS[:8]), spoilt(plain, IDS[:8])
     torch.testing.assert_close(ours(IDS[:3], cache, 3), plain(IDS[:3], expected, 3), **CLOSE)
+
+
+@torch.inference_mode()
+def test_a_precision_that_is_set_later_is_that_of_the_next_pass(live):
+    runner = ModelRunner(tiny_model(), "captured")
+    cache = spoilt(runner, IDS[:8])
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, made in (("highest", 1), ("high", 2), ("highest", 2)):
+            torch.set_float32_matmul_precision(precision)
+            runner(IDS[8:9], cache, 1)
+            assert live.made == made
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_captures_of_two_models_in_two_threads_take_turns(monkeypatch):
+    """All are on one stream, which records whatever is launched there."""
+    inside, both_are_inside = [], threading.Event()
+
+    class Slow(Live):
+        def __call__(self, run, changes, generator):
+            inside.append(self)
+            if len(inside) > 1:
+                both_are_inside.set()
+            both_are_inside.wait(0.1)
+            inside.remove(self)
+            return run
+
+    monkeypatch.setattr(graphs, "GraphCapture", Slow)
+    recorders = [graphs.Recorder(HERE, insist=False) for _ in "ab"]
+    threads = [threading.Thread(target=each, args=[IDS.clone, [], None]) for each in recorders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not both_are_inside.is_set()
 
 
 SAMPLINGS = [
@@ -509,15 +549,18 @@ def fail(live, monkeypatch):
     def fail(error, numbers):
         class Failing(Live):
             tried = 0
+            spoilt: ClassVar = set()  # a generator that a capture left behind cannot draw
 
             def __call__(self, run, changes, generator):
                 Failing.tried += 1
+                assert generator not in Failing.spoilt
                 if Failing.tried not in numbers:
                     return super().__call__(run, changes, generator)
                 before = [tensor.clone() for tensor in changes]
                 run()
                 for tensor, value in zip(changes, before, strict=True):
                     tensor.copy_(value)
+                Failing.spoilt |= {generator} - {None}
                 raise error
 
         monkeypatch.setattr(graphs, "GraphCapture", Failing)

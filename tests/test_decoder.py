@@ -27,6 +27,7 @@ from conftest import (
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import Memory, RapidDecoder
 from rapid_llm.engine import supported
+from rapid_llm.engine.cpu import quantizers
 from rapid_llm.engine.kept import prefixes
 from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.engine.model_runner import ModelRunner
@@ -437,6 +438,37 @@ def test_a_seed_gives_the_same_answer_when_memory_runs_out_in_a_round(monkeypatc
         assert answer().token_ids == expected
 
 
+@pytest.mark.usefixtures("short_chunks")
+def test_memory_that_a_likelihood_needs_is_taken_from_what_is_idle(decoder, monkeypatch):
+    expected = forgetful().log_likelihood(DOCUMENT, "w7 w9")
+    for at in range(5):
+        other = DOCUMENT[::-1]
+        ask(decoder, QUESTIONS[0], document=other)
+        with monkeypatch.context() as context:
+            FailingForward(context, at=at, error=torch.OutOfMemoryError)
+            assert decoder.log_likelihood(DOCUMENT, "w7 w9") == expected
+        assert ask(decoder, QUESTIONS[0], document=other).stats.cached_tokens == 0
+        decoder.clear_cache()
+
+
+def test_memory_that_a_quantized_copy_needs_is_taken_from_what_is_idle(monkeypatch):
+    decoder = RapidDecoder(tiny_model(), tiny_tokenizer(), drafter_quantization="int8")
+    ask(decoder, QUESTIONS[0])
+    assert decoder.memory.kept_kv > 0
+    make, kept = quantizers._copy, []
+
+    def once(*arguments):
+        kept.append(decoder.memory.kept_kv)
+        if len(kept) == 1:
+            raise torch.OutOfMemoryError
+        return make(*arguments)
+
+    monkeypatch.setattr(quantizers, "_copy", once)
+    result = decoder.generate(QUESTIONS[0], QUESTIONS[0], sampling=SamplingParams(max_new_tokens=4))
+    assert result.stats.drafted_tokens > 0
+    assert kept[0] > 0 == kept[1]
+
+
 def test_memory_that_stays_short_is_an_error(decoder, monkeypatch):
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError
@@ -827,6 +859,8 @@ HUB = {"token": "t", "revision": "v1", "cache_dir": "/c", "trust_remote_code": T
 def test_an_old_name_of_an_option_names_the_new_one():
     with pytest.raises(InvalidParameterError, match="'target' is now 'model'"):
         RapidDecoder.from_pretrained(target="org/target")
+    with pytest.raises(InvalidParameterError, match="'target' is now 'model'"):
+        RapidDecoder(target=tiny_model(), tokenizer=tiny_tokenizer())
     with pytest.raises(InvalidParameterError, match="'attention' is now 'attn_implementation'"):
         RapidDecoder.from_pretrained("org/target", attention="sdpa")
 

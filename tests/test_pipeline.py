@@ -327,8 +327,10 @@ def test_what_fails_or_is_closed_is_no_part_of_a_chat(
 
 
 def test_the_old_name_names_the_new_one() -> None:
-    with pytest.raises(AttributeError, match=r"Inquiry is now rapid_llm\.RapidPipeline"):
+    with pytest.raises(ImportError, match=r"Inquiry is now rapid_llm\.RapidPipeline"):
         rapid_llm.Inquiry  # noqa: B018
+    with pytest.raises(ImportError, match=r"Inquiry is now rapid_llm\.RapidPipeline"):
+        exec("from rapid_llm import Inquiry")
 
 
 def test_several_questions_are_no_string(decoder: RapidDecoder, embedder: CountingEmbedder) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rapid_llm.engine import sdpa
 from rapid_llm.engine.cuda import has_kernels, int4, prefill
+from rapid_llm.engine.cuda.streams import streams_of
 from rapid_llm.engine.device import Device, Pass
 from rapid_llm.engine.lean import has_fixed_rotary
 from rapid_llm.engine.model_state import ModelState
@@ -82,7 +83,7 @@ class CUDA(Device):
     ) -> None:
         # A stream of its own, so that passes run meanwhile. The host waits for its end, so that
         # neither side's memory is used again before.
-        stream = torch.cuda.Stream(device)
+        stream = streams_of(device).copies
         stream.wait_event(after)
         with torch.cuda.stream(stream):
             for source, target in pairs:

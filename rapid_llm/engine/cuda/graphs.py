@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from rapid_llm.engine.cuda.streams import streams_of
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.forked import ProcessLock
 
 MAX_TOKENS = 17
 """Maximum number of tokens in a captured pass: a draft of 16 tokens and the one before it."""
@@ -21,11 +22,8 @@ Replay = Callable[[], Tensor]
 
 _log = logging.getLogger(__name__)
 
-
-@cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """The stream for all captures; only one, as cuBLAS keeps 32 MiB for each stream."""
-    return torch.cuda.Stream(device)
+_capturing = ProcessLock()
+"""Held during a capture: all models capture on one stream, which records whatever is launched."""
 
 
 class GraphCapture:
@@ -56,7 +54,7 @@ class GraphCapture:
         if generator is not None:
             graph.register_generator_state(generator)
         with torch.cuda.device(self._device):
-            here, aside = torch.cuda.current_stream(), _aside(self._device)
+            here, aside = torch.cuda.current_stream(), streams_of(self._device).captures
             aside.wait_stream(here)
             try:
                 with torch.cuda.stream(aside):
@@ -132,7 +130,8 @@ class Recorder:
         if self._short and self._device.type == "cuda":
             torch.cuda.empty_cache()  # a capture cannot use memory cached by PyTorch
         try:
-            replay = self._capture(run, changes, generator)
+            with _capturing:
+                replay = self._capture(run, changes, generator)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) and not self._short:
                 self._short = True
@@ -180,6 +179,7 @@ class Graphs:
         Returns:
             The result of ``run``, in memory that the next launch may overwrite.
         """
+        key = key, torch.get_float32_matmul_precision()  # a graph keeps that of its capture
         if key not in self._replays and key not in self._uncaptured:
             self._make(key, run, changes)
         if key in self._replays:
@@ -216,12 +216,14 @@ class DrawingGraphs(Graphs):
 
     def _make(self, key: Hashable, run: Replay, changes: Sequence[Tensor]) -> None:
         drawn = self.generator.get_state()
-        super()._make(key, run, changes)
-        if key in self._uncaptured:
-            # The generator is not usable any more, nor are the graphs captured with it.
-            self._replays.clear()
-            self.generator = self._new_generator()
-            self.generator.set_state(drawn)
+        try:
+            super()._make(key, run, changes)
+        finally:
+            if key not in self._replays:
+                # The generator is not usable any more, nor are the graphs captured with it.
+                self._replays.clear()
+                self.generator = self._new_generator()
+                self.generator.set_state(drawn)
 
     @contextmanager
     def drawing_from(self, generator: torch.Generator) -> Iterator[None]:

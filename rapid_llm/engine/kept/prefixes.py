@@ -15,16 +15,17 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rapid_llm.engine.kept.chain import PassChain, TokenIds
 from rapid_llm.engine.kept.files import KVFiles
 from rapid_llm.engine.kept.host import DevicePrefix, HostPrefix, HostTier
 from rapid_llm.engine.kept.tiers import PrefixTier, ReaderState, Tier
 from rapid_llm.engine.kv_cache import KVCache, kv_nbytes
+from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import InvalidParameterError
 
@@ -212,11 +213,8 @@ class PrefixCache:
         """
         tokens = _token_ids(prompt[:-1])
         chain = _chain(runner, tokens)
-        try:
-            reading, origins = self._acquire(runner, tokens, chain, capacity)
-        except torch.OutOfMemoryError:
-            self.free_devices()
-            reading, origins = self._acquire(runner, tokens, chain, capacity)
+        acquire = partial(self._acquire, runner, tokens, chain, capacity)
+        reading, origins = with_memory(acquire, self.free_devices)
         lease = Lease(reading.cache, origins)
         try:
             yield lease
