@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from conftest import smollm2
+from conftest import installed, smollm2
 
 from rapid_llm.grammars import llguidance_grammar
 from rapid_llm.tools.definitions import ChatOptions
@@ -24,7 +24,7 @@ from rapid_llm.tools.formats import (
 )
 from rapid_llm.tools.grammar import answer_constraint
 
-llguidance = pytest.importorskip("llguidance")
+llguidance = installed("llguidance")
 
 THINK = Reasoning("<think>", "</think>")
 ADD = {

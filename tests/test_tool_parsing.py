@@ -115,6 +115,31 @@ def test_calls_have_their_names_and_arguments_as_written(form: ToolFormat) -> No
         assert reasoning in ("", "Which <tool_call>?")
 
 
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_markers_in_strings_of_arguments_are_text(form: ToolFormat) -> None:
+    for marker in {*form.markers, "</think>", "<think>"}:
+        city = f'\\"{marker} {marker[:-1]}'
+        arguments = json.dumps({"city": city, marker: [marker, "\\" + marker]})
+        for written in WRITTEN[form.name]:
+            text = f"{written % arguments}"
+            _, reasoning, calls = parse([text], form)
+            assert calls == [("weather", arguments), ("add", "{}")], text
+            for seed in range(10):
+                assert parse(split(text, seed), form)[1:] == (reasoning, calls), (seed, text)
+
+
+def test_what_follows_the_end_of_a_call_is_content() -> None:
+    text = '<tool_call>{"name": "add", "arguments": {"a": "</tool_call>"}}</tool_call>\nSo <b>.'
+    for pieces in ([text], list(text)):
+        assert parse(pieces, HERMES) == ("So <b>.", "", [("add", '{"a": "</tool_call>"}')])
+
+
+def test_a_call_that_lacks_braces_ends_at_its_end() -> None:
+    text = '<tool_call>{"name": "add", "arguments": {"a": [1]</tool_call>Done.'
+    for pieces in ([text], list(text)):
+        assert parse(pieces, HERMES) == ("Done.", "", [("add", '{"a": [1]')])
+
+
 def test_text_without_calls_is_content() -> None:
     for form in FORMATS:
         for text in ("Hello <tool", '{"name": "nobody", "parameters": {}}', '{"a": 1}', "[1, 2]"):

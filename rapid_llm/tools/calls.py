@@ -51,15 +51,22 @@ class CallReader:
     """Reads the calls in one stretch of text, one character after another.
 
     Each call is a JSON object with a name and arguments, or in the format ``named`` a name and an
-    object. Arguments are passed on as they arrive, once the name is known.
+    object. Arguments are passed on as they arrive, once the name is known. The text that ends the
+    stretch ends it outside of JSON's strings only: in a string it is a part of the string.
 
     Args:
         form: format of the calls.
         index: number of calls before this text.
+
+    Attributes:
+        after: text after the stretch, with the text that begins the next one; None before its end.
     """
 
     def __init__(self, form: ToolFormat, index: int) -> None:
+        self.after: str | None = None
         self._form = form
+        self._end_text = form.end or form.begin  # without an end, the next beginning ends it
+        self._held = ""  # text that may be the beginning of the end
         self._index = index - 1
         self._read: Callable[[str], bool] = self._between
         self._deltas: list[ToolCallDelta] = []
@@ -79,17 +86,42 @@ class CallReader:
 
     def feed(self, text: str) -> list[ToolCallDelta]:
         """Read more text and return what it adds to the calls."""
-        for character in text:
-            self._unread += character
-            while not self._read(character):
-                pass
+        text, self._held = self._held + text, ""
+        end = self._end_text
+        for position, character in enumerate(text):
+            if end and character == end[0] and not self._in_string():
+                if text.startswith(end, position):
+                    self.after = text[position + (len(end) if self._form.end else 0) :]
+                    break
+                if end.startswith(text[position:]):
+                    self._held = text[position:]
+                    break
+            self._take(character)
         deltas, self._deltas = self._deltas, []
         return _joined(deltas)
 
-    def close(self) -> str:
-        """End the text, and return the part of it that is no call."""
+    def finish(self) -> list[ToolCallDelta]:
+        """End the text, and return what was held back."""
+        held, self._held = self._held, ""
+        for character in held:
+            self._take(character)
+        deltas, self._deltas = self._deltas, []
+        return _joined(deltas)
+
+    @property
+    def unread(self) -> str:
+        """The part of the text that is no call, once the text has ended."""
         waiting = self._read == self._between or self._name is not None
         return "" if waiting and self._read != self._rest else self._unread
+
+    def _take(self, character: str) -> None:
+        self._unread += character
+        while not self._read(character):
+            pass
+
+    def _in_string(self) -> bool:
+        quoted = self._quoted or self._token[:1] == '"'
+        return self._read == self._quoted_key or (self._read == self._value and quoted)
 
     # --- states: each reads a character, or returns False and leaves it to the next -------------
 

@@ -31,13 +31,21 @@ class Parsed:
     reasoning_content: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
 
+    def __add__(self, more: Parsed) -> Parsed:
+        return Parsed(
+            self.content + more.content,
+            self.reasoning_content + more.reasoning_content,
+            self.tool_calls + more.tool_calls,
+        )
+
 
 def response_template(
     form: ToolFormat | None, reasoning: Reasoning | None, names: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Response template of transformers for the answers of a model.
 
-    Calls are a region of text, because a region of JSON fails where the JSON is cut.
+    Calls are a region of text, because a region of JSON fails where the JSON is cut. Where it ends
+    its reader knows, because the text that ends it may also stand in a string of the JSON.
 
     Args:
         form: format of the tool calls; None where calls are not looked for.
@@ -60,9 +68,7 @@ def response_template(
             "open_pattern": rf'(?:\A{after})\s*(?:{frames})?\s*(?=\{{\s*"name"\s*:\s*"(?:{known})")'
         }
     elif form is not None:
-        begin = re.escape(form.begin)
-        close = {"close": form.end} if form.end else {"close_pattern": rf"(?={begin})"}
-        fields["tool_calls"] = {"open_pattern": rf"\s*{begin}", **close}
+        fields["tool_calls"] = {"open_pattern": rf"\s*{re.escape(form.begin)}"}
     return {"start_anchor_pattern": r"\A", "fields": fields}
 
 
@@ -89,8 +95,8 @@ class AnswerParser:
         self._reader: CallReader | None = None
         self._calls = 0
         self._fresh = False  # whether no content came since reasoning or a call
-        prefix = opened_reasoning(opening, reasoning)
-        self._parser = ResponseParser(response_template(form, reasoning, names), prefix=prefix)
+        self._template = response_template(form, reasoning, names)
+        self._parser = ResponseParser(self._template, prefix=opened_reasoning(opening, reasoning))
 
     @property
     def calls(self) -> int:
@@ -99,7 +105,12 @@ class AnswerParser:
 
     def feed(self, text: str) -> Parsed:
         """Read a piece of the text and return what it adds."""
-        return self._parsed(self._parser.feed(text))
+        added = self._parsed(self._parser.feed(text))
+        while self._reader is not None and self._reader.after is not None:
+            rest, self._reader = self._reader.after, None
+            self._parser = ResponseParser(self._template, prefix="")
+            added += self._parsed(self._parser.feed(rest))
+        return added
 
     def finish(self) -> Parsed:
         """End the text and return what was held back: the beginning of a marker, or a broken call.
@@ -107,9 +118,9 @@ class AnswerParser:
         A call that was cut after its name stays a call, with the arguments so far.
         """
         _, events = self._parser.finalize()
-        return self._parsed(events, ended=True)
+        return self._parsed(events)
 
-    def _parsed(self, events: Sequence[dict[str, Any]], *, ended: bool = False) -> Parsed:
+    def _parsed(self, events: Sequence[dict[str, Any]]) -> Parsed:
         content, reasoning, calls = [], [], []
         for event in events:
             region, kind = event["field"], event["type"]
@@ -130,18 +141,20 @@ class AnswerParser:
             assert self._reader is not None
             if kind == "region_chunk":
                 calls += self._reader.feed(event["text"])
-            elif kind == "region_close":
-                content.append(self._unread(self._reader, ended=ended))
+            elif kind == "region_close":  # the whole text ends
+                calls += self._reader.finish()
+            if kind == "region_close" or self._reader.after is not None:
+                content.append(self._unread(self._reader))
                 self._calls, self._fresh = self._reader.calls, True
         return Parsed("".join(content), "".join(reasoning), tuple(calls))
 
-    def _unread(self, reader: CallReader, *, ended: bool) -> str:
+    def _unread(self, reader: CallReader) -> str:
         """Text of a region that is no call; with its markers if the region holds no call at all."""
-        unread = reader.close()
+        unread = reader.unread
         if not unread or reader.calls > self._calls:
             return unread
         assert self._form is not None
-        return f"{self._form.begin}{unread}{'' if ended else self._form.end}"
+        return f"{self._form.begin}{unread}{'' if reader.after is None else self._form.end}"
 
 
 def opened_reasoning(opening: str, reasoning: Reasoning | None) -> str:

@@ -44,8 +44,11 @@ def rapid_stats(answer: BaseMessage | Generation) -> RapidStats | None:
     """
     if isinstance(answer, ChatGeneration):
         answer = answer.message
-    of_message = isinstance(answer, BaseMessage)
-    metadata = answer.response_metadata if of_message else answer.generation_info or {}
+    metadata = (
+        answer.response_metadata
+        if isinstance(answer, BaseMessage)
+        else answer.generation_info or {}
+    )
     known = metadata.get("rapid")
     if not isinstance(known, dict):
         return None

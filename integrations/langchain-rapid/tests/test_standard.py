@@ -1,4 +1,8 @@
-"""LangChain's own test suites for chat models, on the packaged model.
+"""LangChain's own test suites for chat models, on the packaged model and on a scripted one.
+
+The packaged model of 135 million parameters takes minutes, and cannot do all that is asked of it:
+what it cannot, it is expected to fail. The scripted model answers as an able model would, which
+shows that prompts, constraints, parsers and messages let it.
 
 What is skipped, and why:
 
@@ -21,6 +25,8 @@ from conftest import SMOLLM2
 from langchain_core.language_models import BaseChatModel
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
+from rapid_llm.decoder import RapidDecoder
+from scripted import Scripted
 from tiny import save_tiny_model
 
 from langchain_rapid import ChatRapid
@@ -46,6 +52,62 @@ class TestUnit(ChatModelUnitTests):
         return True
 
 
+_CALLS = '<tool_call>[{"name": "%s", "arguments": %s}]</tool_call>'
+_JOKE = '{"setup": "Why do cats purr?", "punchline": "They have a motor."}'
+_SCRIPT = {
+    "magic_function_no_args()": _CALLS % ("magic_function_no_args", "{}"),
+    "magic_function(3)": _CALLS % ("magic_function", '{"input": 3}'),
+    "[user]Hello!": _CALLS % ("magic_function", '{"input": 3}'),
+    "Pirate": _CALLS % ("greeting_generator", '{"answer_style": "Pirate"}'),
+    "What is 3 + 4": _CALLS % ("my_adder_tool", '{"a": 3, "b": 4}'),
+    "It's sunny.": "It is sunny in San Francisco.",
+    "San Francisco": _CALLS % ("get_weather", '{"location": "San Francisco, CA"}'),
+    "你好啊集团": _CALLS
+    % ("unicode_customer", '{"customer_name": "你好啊集团", "description": "Technology"}'),
+    "こんにちは": _CALLS
+    % ("unicode_customer", '{"customer_name": "こんにちは株式会社", "description": "Company"}'),
+    '"name": "JokeDict"': _CALLS % ("JokeDict", _JOKE),
+    '"name": "Joke"': _CALLS % ("Joke", _JOKE),
+    "joke": _JOKE,
+}
+
+
+class _Able(Scripted):
+    """Answers as an able model would."""
+
+    def answer(self, prompt: str) -> str:
+        fits = (answer for asked, answer in _SCRIPT.items() if asked in prompt)
+        return next(fits, "Hello there.")
+
+
+@cache
+def _able() -> RapidDecoder:
+    return _Able()
+
+
+class TestScripted(ChatModelIntegrationTests):
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatRapid
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"decoder": _able(), "max_tokens": 200}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+
+class TestScriptedCalls(TestScripted):
+    """Structured output by calls."""
+
+    @property
+    def structured_output_kwargs(self) -> dict[str, Any]:
+        return {"method": "function_calling"}
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("smollm2")
 class TestIntegration(ChatModelIntegrationTests):
     @property

@@ -21,14 +21,11 @@ from langchain_core.tools import tool
 from pydantic import BaseModel
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.generation import Delta
-from rapid_llm.stats import Stats
-from tiny import TEMPLATE, tiny_model, tiny_tokenizer
+from scripted import Scripted
+from tiny import TEMPLATE
 from typing_extensions import TypedDict
 
 from langchain_rapid import ChatRapid, create_rapid_documents_chain
-
-pytest.importorskip("llguidance")
 
 
 class Answer(BaseModel):
@@ -51,25 +48,6 @@ class Place(TypedDict):
 def weather(place: Literal["Rome", "Oslo"]) -> str:
     """Weather of a place."""
     return f"sunny in {place}"
-
-
-class Scripted(RapidDecoder):
-    """A decoder that says what it is told to, one token a round, whatever it is asked."""
-
-    def __init__(self, *answers: str, template: str = TEMPLATE) -> None:
-        tokenizer = tiny_tokenizer()
-        tokenizer.chat_template = template
-        super().__init__(tiny_model(), tokenizer, name="scripted")
-        self.answers = list(answers)
-        self.asked: list[Any] = []
-
-    def stream(self, target_prompt: Any, draft_prompt: Any = None, **options: Any) -> Any:
-        """The next answer."""
-        self.asked.append((target_prompt, draft_prompt, options["sampling"].constraint))
-        ids = self.tokenizer(self.answers.pop(0), add_special_tokens=False)["input_ids"]
-        for token in ids:
-            yield Delta("", (token,), None, Stats())
-        yield Delta("", (self.tokenizer.eos_token_id,), "stop", Stats())
 
 
 @pytest.fixture

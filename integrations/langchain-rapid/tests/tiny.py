@@ -19,17 +19,19 @@ TEMPLATE = (
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 
 
-def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+def tiny_model(
+    seed: int = 0, *, vocab_size: int = len(_CHARACTERS) + 2, window: int = WINDOW
+) -> LlamaForCausalLM:
     """Two layers in float32; greedily decoded, it never ends by itself."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(_CHARACTERS) + 2,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=WINDOW,
+        max_position_embeddings=window,
         initializer_range=0.4,  # logits that differ, so that a wrong token shows
         bos_token_id=0,
         eos_token_id=1,
@@ -40,9 +42,11 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(*, every_byte: bool = False) -> PreTrainedTokenizerFast:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     names = [byte_level.pre_tokenize_str(character)[0][0] for character in _CHARACTERS]
+    if every_byte:  # for texts that are not English
+        names = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {BOS: 0, EOS: 1} | {name: i + 2 for i, name in enumerate(names)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = byte_level
