@@ -20,12 +20,14 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.instrumentation.span_handlers import NullSpanHandler
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.encoding import encode_prompt
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.generation import Delta
+from rapid_llm.stats import Stats
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -37,10 +39,12 @@ TEMPLATE = (
 
 def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     """A token a character; BOS is added to plain text, and written by the chat template."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    names = [byte_level.pre_tokenize_str(character)[0][0] for character in CHARACTERS]
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *names])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<pad>"))
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
     )
@@ -108,16 +112,47 @@ def smollm2() -> RapidDecoder:
     return RapidDecoder.from_pretrained("smollm2-135m", dtype="float32", device="cpu")
 
 
+class Scripted(RapidDecoder):
+    """A decoder that says what it is told to, some tokens a round, whatever it is asked."""
+
+    def __init__(self, *answers: str, template: str = TEMPLATE) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        super().__init__(tiny_decoder().target.model, tokenizer, name="scripted")
+        self.answers = list(answers)
+        self.prompts: list[str] = []
+        self.constraints: list[Any] = []
+
+    def stream(self, target: Any, draft: Any = None, **options: Any) -> Iterator[Delta]:
+        """The next answer."""
+        variables = options.get("chat_template_kwargs")
+        ids = encode_prompt(target, self.tokenizer, variables)
+        self.prompts.append(self.tokenizer.decode(ids))
+        self.constraints.append(options["sampling"].constraint)
+        answer = self.answers.pop(0)
+        for start in range(0, len(answer), 3):
+            piece = answer[start : start + 3]
+            ids = self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+            yield Delta(piece, tuple(ids), None, Stats())
+        yield Delta("", (self.tokenizer.eos_token_id,), "stop", Stats())
+
+
+@pytest.fixture
+def scripted() -> Callable[..., Scripted]:
+    return Scripted
+
+
 @dataclass
 class Spy:
     """What every generation was given."""
 
     prompts: list[tuple[Any, Any]]
     decoders: list[RapidDecoder]
+    variables: list[Any]
 
     def _ids(self, which: int, call: int) -> list[int] | None:
-        prompt = self.prompts[call][which]
-        return None if prompt is None else encode_prompt(prompt, self.decoders[call].tokenizer)
+        prompt, tokenizer = self.prompts[call][which], self.decoders[call].tokenizer
+        return None if prompt is None else encode_prompt(prompt, tokenizer, self.variables[call])
 
     def target_ids(self, call: int = -1) -> list[int]:
         return self._ids(0, call)
@@ -135,12 +170,13 @@ class Spy:
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    seen = Spy([], [])
+    seen = Spy([], [], [])
     original = RapidDecoder.stream
 
     def stream(self: RapidDecoder, target: Any, draft: Any = None, **options: Any) -> Iterator[Any]:
         seen.prompts.append((target, draft))
         seen.decoders.append(self)
+        seen.variables.append(options.get("chat_template_kwargs"))
         return original(self, target, draft, **options)
 
     monkeypatch.setattr(RapidDecoder, "stream", stream)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
-from llama_index.core.base.llms.types import (
-    CompletionResponse,
-    CompletionResponseAsyncGen,
-    CompletionResponseGen,
-)
-
+from llama_index.llms.rapid.answers import Reader, Response, TextReader
 from llama_index.llms.rapid.fields import Options
 from llama_index.llms.rapid.statistics import Report, summary
 from rapid_llm.stats import Stats
@@ -28,7 +23,7 @@ _numbers = count()
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Generic[Response]):
     """What goes to the decoder, and what goes into the response beside its answer.
 
     Attributes:
@@ -41,6 +36,7 @@ class Call:
         omitted_tokens: tokens of the documents that ``truncate`` left out.
         notes: what ``raw["rapid"]`` shows beside the statistics.
         reports: of the engines' answers that this call belongs to.
+        reader: makes what reads the answer.
         number: tells it from other calls in a report.
     """
 
@@ -53,14 +49,15 @@ class Call:
     omitted_tokens: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
     reports: tuple[Report, ...] = ()
+    reader: Callable[[], Reader[Response]] = cast(Any, TextReader)  # noqa: RUF009
     number: int = field(default_factory=partial(next, _numbers))
 
-    def stream(self) -> CompletionResponseGen:
+    def stream(self) -> Generator[Response, None, None]:
         """A response a round. Errors of the prompts do not wait for the first one."""
         self._record(Stats())
         return self._responses(self.decoder.stream(self.target, self.draft, **self._arguments))
 
-    def astream(self) -> CompletionResponseAsyncGen:
+    def astream(self) -> AsyncGenerator[Response, None]:
         """:meth:`stream` for asyncio."""
         self._record(Stats())
         return self._aresponses(self.decoder.astream(self.target, self.draft, **self._arguments))
@@ -74,37 +71,31 @@ class Call:
             "chat_template_kwargs": self.options.engine.chat_template_kwargs,
         }
 
-    def _responses(self, chunks: Iterator[Delta]) -> CompletionResponseGen:
-        text = ""
+    def _responses(self, chunks: Iterator[Delta]) -> Generator[Response, None, None]:
+        reader = self.reader()
         with closing(cast(Any, chunks)):
             for chunk in chunks:
-                text += chunk.text
-                yield self._response(text, chunk)
+                yield reader.push(chunk, self._raw(chunk))
 
-    async def _aresponses(self, chunks: AsyncIterator[Delta]) -> CompletionResponseAsyncGen:
-        text = ""
+    async def _aresponses(self, chunks: AsyncIterator[Delta]) -> AsyncGenerator[Response, None]:
+        reader = self.reader()
         async with aclosing(cast(AsyncGenerator["Delta", None], chunks)):
             async for chunk in chunks:
-                text += chunk.text
-                yield self._response(text, chunk)
+                yield reader.push(chunk, self._raw(chunk))
 
-    def _response(self, text: str, chunk: Delta) -> CompletionResponse:
-        """The answer so far, after a chunk."""
+    def _raw(self, chunk: Delta) -> dict[str, Any]:
+        """What the response after a chunk says of itself."""
         stats = self._record(chunk.stats)
-        return CompletionResponse(
-            text=text,
-            delta=chunk.text,
-            raw={
-                "usage": {
-                    "prompt_tokens": stats.prompt_tokens,
-                    "completion_tokens": stats.completion_tokens,
-                    "total_tokens": stats.prompt_tokens + stats.completion_tokens,
-                    "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
-                },
-                "finish_reason": chunk.finish_reason,
-                "rapid": summary([(stats, self.notes)]),
+        return {
+            "usage": {
+                "prompt_tokens": stats.prompt_tokens,
+                "completion_tokens": stats.completion_tokens,
+                "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
             },
-        )
+            "finish_reason": chunk.finish_reason,
+            "rapid": summary([(stats, self.notes)]),
+        }
 
     def _record(self, stats: Stats) -> Stats:
         """The decoder's statistics with what the pipeline knows, put into the reports."""
@@ -118,13 +109,13 @@ class Call:
         return stats
 
 
-def last_of(responses: CompletionResponseGen) -> CompletionResponse:
+def last_of(responses: Iterator[Response]) -> Response:
     """The whole answer."""
     *_, last = responses
     return last.model_copy(update={"delta": None})
 
 
-async def alast_of(responses: CompletionResponseAsyncGen) -> CompletionResponse:
+async def alast_of(responses: AsyncGenerator[Response, None]) -> Response:
     """The whole answer."""
     async with aclosing(responses):
         *_, last = [response async for response in responses]

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llama_index.core.base.llms.generic_utils import (
-    astream_completion_response_to_chat_response,
-    completion_response_to_chat_response,
-    stream_completion_response_to_chat_response,
-)
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -26,14 +20,13 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.storage.docstore import BaseDocumentStore
-from llama_index.core.types import TokenAsyncGen
 
 from llama_index.llms.rapid import loading
 from llama_index.llms.rapid.calls import Call, alast_of, last_of
 from llama_index.llms.rapid.catalog import DocumentKey
+from llama_index.llms.rapid.chats import chat_call, taken_options
 from llama_index.llms.rapid.counting import count_with
 from llama_index.llms.rapid.documents import Library
 from llama_index.llms.rapid.fields import (
@@ -44,8 +37,10 @@ from llama_index.llms.rapid.fields import (
     as_fields,
     options_of_call,
 )
+from llama_index.llms.rapid.function_calling import ToolCalls
 from llama_index.llms.rapid.grounding import ground_text
 from llama_index.llms.rapid.messages import PromptWriter
+from llama_index.llms.rapid.prediction import Predictions
 from llama_index.llms.rapid.statistics import reports, retrieval_confidence, watch_engines
 from llama_index.llms.rapid.templates import (
     Context,
@@ -54,7 +49,7 @@ from llama_index.llms.rapid.templates import (
     not_swallowed,
     refillable,
 )
-from llama_index.llms.rapid.windows import dropped, grounded_call, latest_turns, template_variables
+from llama_index.llms.rapid.windows import grounded_call, template_variables
 from rapid_llm.aio import in_thread
 from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError
@@ -66,7 +61,7 @@ if TYPE_CHECKING:
     from rapid_llm.encoding import Prompt
 
 
-class RapidLLM(OptionFields, LLM):
+class RapidLLM(OptionFields, Predictions, ToolCalls):
     """A target that reads whole documents, and a drafter that reads what was retrieved from them.
 
     Its fields are the options of :class:`rapid_llm.SamplingParams`,
@@ -251,6 +246,7 @@ class RapidLLM(OptionFields, LLM):
             context_window=window,
             num_output=min(self.max_tokens, window // 2) + beside,
             is_chat_model=writer.has_template,
+            is_function_calling_model=writer.shows_tools,
             model_name=self.model,
         )
 
@@ -310,28 +306,27 @@ class RapidLLM(OptionFields, LLM):
         """Answer messages through the model's chat template.
 
         Args:
-            messages: of text. A model without a template gets them through
-                ``messages_to_prompt``; one given to the constructor always goes first, and writes
-                a finished prompt. The last one may be the assistant's, to be continued.
-            kwargs: ``draft_messages``, and options of a call.
+            messages: of text, calls of tools and their results. A model without a template gets
+                them through ``messages_to_prompt``; one given to the constructor always goes first,
+                and writes a finished prompt. The last one may be the assistant's, to be continued.
+            kwargs: ``draft_messages``, and options of a call; ``tools``, ``tool_choice``,
+                ``parallel_tool_calls`` and ``response_format`` in OpenAI's form.
         """
         with not_swallowed(messages):
-            last = last_of(self._chat_call(messages, **kwargs).stream())
-        return completion_response_to_chat_response(last)
+            return last_of(self._chat_call(messages, **kwargs).stream())
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """:meth:`chat`, a response a round; closing the generator stops the model."""
         with not_swallowed(messages):
-            responses = self._chat_call(messages, **kwargs).stream()
-        return stream_completion_response_to_chat_response(responses)
+            return self._chat_call(messages, **kwargs).stream()
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """:meth:`chat` without blocking the event loop."""
         with not_swallowed(messages):
             call = await in_thread(partial(self._chat_call, messages, **kwargs))
-            return completion_response_to_chat_response(await alast_of(call.astream()))
+            return await alast_of(call.astream())
 
     @llm_chat_callback()
     async def astream_chat(
@@ -340,20 +335,9 @@ class RapidLLM(OptionFields, LLM):
         """:meth:`stream_chat` without blocking the event loop."""
         with not_swallowed(messages):
             call = await in_thread(partial(self._chat_call, messages, **kwargs))
-        return astream_completion_response_to_chat_response(call.astream())
+        return call.astream()
 
-    # --- predict, as engines call it -----------------------------------------------------------
-
-    async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        """Fill a template and answer it; the model is loaded in a thread, not in the event loop."""
-        await in_thread(lambda: self.decoder)
-        # Unwrapped, because this method has its instrumentation span already.
-        return cast(str, await inspect.unwrap(LLM.apredict)(self, prompt, **prompt_args))
-
-    async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
-        """:meth:`apredict` as a stream of texts."""
-        await in_thread(lambda: self.decoder)
-        return cast(TokenAsyncGen, await inspect.unwrap(LLM.astream)(self, prompt, **prompt_args))
+    # --- from LlamaIndex's arguments to the decoder's ------------------------------------------
 
     def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
         fill = super()._get_messages
@@ -363,8 +347,6 @@ class RapidLLM(OptionFields, LLM):
         fill = super()._get_prompt
         return FilledPrompt(*refillable(fill, prompt, prompt_args, self.documents is not None))
 
-    # --- from LlamaIndex's arguments to the decoder's ------------------------------------------
-
     def _options(self, call: Mapping[str, Any]) -> Options:
         return options_of_call(self, call)
 
@@ -373,14 +355,14 @@ class RapidLLM(OptionFields, LLM):
 
     def _completion_call(
         self, prompt: str, formatted: bool, *, draft_prompt: str | None = None, **options: Any
-    ) -> Call:
+    ) -> Call[CompletionResponse]:
         chosen = self._options(options)
         decoder = self._decoder_for(chosen.engine)
         writer = self._writer(decoder)
         if isinstance(prompt, FilledPrompt) and prompt.context is not None:
             fill = prompt.fill
             return self._grounded_call(
-                lambda text: writer.from_engine(fill(text)), prompt.context, decoder, chosen
+                decoder, lambda text: writer.from_engine(fill(text)), prompt.context, chosen
             )
         if isinstance(prompt, FilledPrompt):  # an engine says formatted=True of any prompt
             return Call(decoder, writer.from_engine(prompt), None, chosen)
@@ -394,37 +376,20 @@ class RapidLLM(OptionFields, LLM):
         *,
         draft_messages: Sequence[ChatMessage] | None = None,
         **options: Any,
-    ) -> Call:
+    ) -> Call[ChatResponse]:
+        asked = taken_options(options)
         chosen = self._options(options)
         decoder = self._decoder_for(chosen.engine)
-        writer = self._writer(decoder)
-        if isinstance(messages, FilledMessages) and messages.context is not None:
-            fill = messages.fill
-            return self._grounded_call(
-                lambda text: writer.from_messages(fill(text)), messages.context, decoder, chosen
-            )
-        whole, draft = writer.from_messages(messages), None
-        target = latest_turns(whole, decoder, decoder.target, chosen)
-        if draft_messages is not None:
-            draft = writer.from_messages(draft_messages)
-            draft = latest_turns(draft, decoder, decoder.drafter, chosen)
-        return Call(
-            decoder,
-            target,
-            draft,
-            chosen,
-            notes={"dropped_messages": dropped(whole, target)},
-            # A template without a context, or a text, condenses, reranks or extracts.
-            reports=() if isinstance(messages, FilledMessages) else reports(),
-        )
+        writer, grounded = self._writer(decoder), partial(self._grounded_call, decoder)
+        return chat_call(messages, draft_messages, asked, chosen, decoder, writer, grounded)
 
     def _grounded_call(
         self,
+        decoder: RapidDecoder,
         render: Callable[[str], Prompt],
         context: str,
-        decoder: RapidDecoder,
         options: Options,
-    ) -> Call:
+    ) -> Call[Any]:
         """The prompt with the documents for the target, with the retrieved text for the drafter."""
         if isinstance(context, Context):
             answers = (context.report, *reports())

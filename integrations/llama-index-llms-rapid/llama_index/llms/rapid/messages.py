@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.base.llms.generic_utils import (
     messages_to_prompt as default_messages_to_prompt,
 )
-from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ThinkingBlock
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
 from llama_index.core.llms.llm import default_completion_to_prompt
 
 from rapid_llm.surrogates import without_surrogates
@@ -51,6 +57,21 @@ class PromptWriter:
     def has_template(self) -> bool:
         """Whether the model has a chat template."""
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def uses_template(self) -> bool:
+        """Whether chats go through the model's chat template."""
+        return self.has_template and self._of_messages is None
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether tools can be shown to the model, and its calls be read."""
+        if not self.uses_template:
+            return False
+        from rapid_llm.chat import template_of
+        from rapid_llm.tools.formats import format_of
+
+        return format_of(template_of(self._tokenizer, {"tools": [{}]})) is not None
 
     def template_tokens(self, variables: Mapping[str, Any]) -> int:
         """Tokens that the chat template adds to a user's message, alone or after the system's.
@@ -101,11 +122,22 @@ def _own(function: Callable[..., str] | None, default: object) -> Callable[..., 
 
 
 def as_dict(message: ChatMessage) -> dict[str, Any]:
-    """A message for the chat template, which refuses parts other than text."""
+    """A message for the chat template, in OpenAI's form; parts other than text are refused there.
+
+    Calls of tools are those of its blocks, or else those that older messages carry beside them.
+    """
     role = _ROLES.get(message.role, message.role.value)
-    if all(isinstance(block, TextBlock) for block in message.blocks):
-        return {"role": role, "content": message.content or ""}
-    return {"role": role, "content": [_part(block) for block in message.blocks]}
+    shown: dict[str, Any] = {"role": role}
+    parts = [block for block in message.blocks if not isinstance(block, ToolCallBlock)]
+    if all(isinstance(block, TextBlock) for block in parts):
+        shown["content"] = message.content or ""
+    else:
+        shown["content"] = [_part(block) for block in parts]
+    if role == "assistant" and (calls := _calls(message)):
+        shown["tool_calls"] = calls
+    if role == "tool" and message.additional_kwargs.get("tool_call_id") is not None:
+        shown["tool_call_id"] = message.additional_kwargs["tool_call_id"]
+    return shown
 
 
 def _part(block: Any) -> dict[str, Any]:
@@ -114,6 +146,21 @@ def _part(block: Any) -> dict[str, Any]:
     if isinstance(block, ThinkingBlock):
         return {"type": "thinking", "thinking": block.content or ""}
     return {"type": block.block_type}
+
+
+def _calls(message: ChatMessage) -> list[dict[str, Any]]:
+    blocks = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
+    if not blocks:
+        beside = message.additional_kwargs.get("tool_calls") or ()
+        return [dict(c if isinstance(c, Mapping) else c.model_dump()) for c in beside]
+    return [
+        {
+            "id": block.tool_call_id,
+            "type": "function",
+            "function": {"name": block.tool_name, "arguments": block.tool_kwargs},
+        }
+        for block in blocks
+    ]
 
 
 def literal(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:

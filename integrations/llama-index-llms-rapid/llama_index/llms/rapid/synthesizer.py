@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from llama_index.core.base.response.schema import RESPONSE_TYPE
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.indices.prompt_helper import ChatPromptHelper, PromptHelper
@@ -81,13 +82,16 @@ class RapidSynthesizer(BaseSynthesizer):
             ``canonical`` in that of their files and ids, with digits compared as numbers; None
             takes the LLM's.
         text_qa_template: template with ``context_str`` and ``query_str``; LlamaIndex's by default.
+        output_cls: pydantic class of the answers, whose schema they are held to; the response is a
+            ``PydanticResponse``. Not with ``streaming``.
         streaming: whether responses stream. It must be set here: ``as_query_engine`` does not pass
             it on to a given synthesizer.
         callback_manager: as for every synthesizer.
 
     Raises:
         InvalidParameterError: ``llm`` is no RapidLLM, ``documents`` is of another type or has one
-            id twice, ``document_key`` is in no metadata, or ``on_empty`` or ``order`` is unknown.
+            id twice, ``document_key`` is in no metadata, ``on_empty`` or ``order`` is unknown, or
+            ``output_cls`` is given with ``streaming``.
         DocumentError: when asked; a document cannot be found, or is empty.
         ContextWindowError: when asked; the documents do not fit and ``llm.truncate`` is None.
     """
@@ -103,6 +107,7 @@ class RapidSynthesizer(BaseSynthesizer):
         on_empty: OnEmpty | None = None,
         order: Order | None = None,
         text_qa_template: BasePromptTemplate | None = None,
+        output_cls: type[BaseModel] | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
     ) -> None:
@@ -126,6 +131,12 @@ class RapidSynthesizer(BaseSynthesizer):
         if order is not None:
             require(RetrievalConfig, order=order)
         self._on_empty, self._order = on_empty, order
+        if output_cls is not None and streaming:
+            raise InvalidParameterError(
+                "output_cls cannot be used with streaming=True, as a response streams text and not "
+                "objects: leave one of them out, or use llm.stream_structured_predict"
+            )
+        self._output_cls = output_cls
         self._text_qa_template = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
 
     def _get_prompts(self) -> PromptDictType:
@@ -194,6 +205,10 @@ class RapidSynthesizer(BaseSynthesizer):
             context.report.update(NOTHING_READ)
             return self._empty_response_generator() if self._streaming else self._empty_response
         template = self._text_qa_template.partial_format(query_str=query_str)
+        if self._output_cls is not None:
+            return self._llm.structured_predict(
+                self._output_cls, template, context_str=context, **kwargs
+            )
         if self._streaming:
             return self._llm.stream(template, context_str=context, **kwargs)
         return self._llm.predict(template, context_str=context, **kwargs)
@@ -203,6 +218,10 @@ class RapidSynthesizer(BaseSynthesizer):
             context.report.update(NOTHING_READ)
             return self._empty_response_agenerator() if self._streaming else self._empty_response
         template = self._text_qa_template.partial_format(query_str=query_str)
+        if self._output_cls is not None:
+            return await self._llm.astructured_predict(
+                self._output_cls, template, context_str=context, **kwargs
+            )
         if self._streaming:
             return await self._llm.astream(template, context_str=context, **kwargs)
         return await self._llm.apredict(template, context_str=context, **kwargs)

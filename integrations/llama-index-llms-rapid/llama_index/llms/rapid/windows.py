@@ -47,7 +47,7 @@ def grounded_call(
     decoder: RapidDecoder,
     options: Options,
     reports: tuple[Report, ...],
-) -> Call:
+) -> Call[Any]:
     """The call that answers from documents, drafted from what was retrieved of them.
 
     Where both do not fit, a chat loses its oldest turns before documents are refused; if they may

@@ -1,0 +1,131 @@
+"""The decoder's rounds as LlamaIndex's responses: each is the answer so far."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    ContentBlock,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+from pydantic_core import from_json
+
+if TYPE_CHECKING:
+    from rapid_llm.decoder import Delta
+    from rapid_llm.tools.answers import AnswerStream
+    from rapid_llm.tools.calls import ToolCall
+
+Response = TypeVar("Response", CompletionResponse, ChatResponse)
+"""A response of LlamaIndex's."""
+
+_Response = TypeVar("_Response", CompletionResponse, ChatResponse, covariant=True)
+
+
+class Reader(Protocol, Generic[_Response]):
+    """Reads one answer, a round at a time."""
+
+    def push(self, delta: Delta, raw: dict[str, Any]) -> _Response:
+        """The answer so far, after a round.
+
+        Args:
+            delta: the round.
+            raw: what the response says of itself.
+        """
+
+
+class TextReader:
+    """Reads the answer of a completion."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def push(self, delta: Delta, raw: dict[str, Any]) -> CompletionResponse:
+        """See :class:`Reader`."""
+        self._text += delta.text
+        return CompletionResponse(text=self._text, delta=delta.text, raw=raw)
+
+
+class ChatReader:
+    """Reads the answer of a chat: reasoning, text, and calls of tools.
+
+    Args:
+        stream: tells them apart; None where all of it is text.
+    """
+
+    def __init__(self, stream: AnswerStream | None = None) -> None:
+        self._stream = stream
+        self._text = self._thoughts = ""
+        self._calls: dict[int, ToolCall] = {}
+
+    def push(self, delta: Delta, raw: dict[str, Any]) -> ChatResponse:
+        """See :class:`Reader`."""
+        text, beside = delta.text, {}
+        if self._stream is not None:
+            part = self._stream.push(delta)
+            text, raw = part.content, {**raw, "finish_reason": part.finish_reason}
+            self._thoughts += part.reasoning_content
+            if part.reasoning_content:
+                beside["thinking_delta"] = part.reasoning_content
+            self._add(part.tool_calls)
+        self._text += text
+        cut = raw["finish_reason"] == "length"
+        return ChatResponse(
+            message=self._message(cut), delta=text, raw=raw, additional_kwargs=beside
+        )
+
+    def _add(self, calls: Any) -> None:
+        from rapid_llm.tools.calls import ToolCall
+
+        for each in calls:
+            call = self._calls.get(each.index) or ToolCall(each.id or "", each.name or "", "")
+            self._calls[each.index] = replace(call, arguments=call.arguments + each.arguments)
+
+    def _message(self, cut: bool) -> ChatMessage:
+        blocks: list[ContentBlock] = []
+        if self._thoughts:
+            blocks.append(ThinkingBlock(content=self._thoughts))
+        if self._text or not self._calls:
+            blocks.append(TextBlock(text=self._text))
+        calls = self._calls.values()
+        blocks += [
+            ToolCallBlock(
+                tool_call_id=call.id, tool_name=call.name, tool_kwargs=arguments(call, cut)
+            )
+            for call in calls
+        ]
+        # LlamaIndex's programs look for the calls of a stream here.
+        known = {"tool_calls": [as_openai(call) for call in calls]} if calls else {}
+        return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=known)
+
+
+def as_openai(call: ToolCall) -> dict[str, Any]:
+    """A call in OpenAI's form."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def arguments(call: ToolCall, cut: bool) -> dict[str, Any] | str:
+    """The arguments of a call so far; text where the answer was cut within them."""
+    if cut:
+        try:
+            json.loads(call.arguments)
+        except ValueError:
+            return call.arguments
+    known = from_partial_json(call.arguments)
+    return known if isinstance(known, dict) else {}
+
+
+def from_partial_json(text: str) -> Any:
+    """What the beginning of a JSON text says; None where it says nothing yet."""
+    try:
+        return from_json(text, allow_partial="trailing-strings")
+    except ValueError:
+        return None

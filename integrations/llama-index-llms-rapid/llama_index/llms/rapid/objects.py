@@ -1,0 +1,139 @@
+"""Answers of a chat that are objects of a pydantic class, whose schema is their constraint."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, closing
+from typing import Any
+
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse
+from llama_index.core.bridge.pydantic import BaseModel
+from llama_index.core.llms.llm import LLM
+from llama_index.core.program.utils import FlexibleModel, create_flexible_model
+from llama_index.core.types import Model
+
+from llama_index.llms.rapid.answers import from_partial_json
+from llama_index.llms.rapid.templates import not_swallowed
+from rapid_llm.errors import InvalidParameterError
+
+
+def answered(
+    llm: LLM,
+    output_cls: type[Model],
+    messages: Sequence[ChatMessage],
+    options: Mapping[str, Any] | None = None,
+) -> Model:
+    """The object with which a model answers messages.
+
+    Args:
+        llm: one whose ``chat`` takes a ``response_format``.
+        output_cls: pydantic class of the object.
+        messages: the messages.
+        options: other arguments of ``chat``.
+
+    Raises:
+        InvalidParameterError: the schema of the class cannot be enforced, or the answer was cut
+            (:class:`PipelineError` from it for messages of a template).
+        pydantic.ValidationError: a validator of the class, which its schema does not tell of,
+            refuses the answer.
+    """
+    return whole(llm.chat(messages, **_arguments(output_cls, options)), output_cls, messages)
+
+
+async def aanswered(
+    llm: LLM,
+    output_cls: type[Model],
+    messages: Sequence[ChatMessage],
+    options: Mapping[str, Any] | None = None,
+) -> Model:
+    """:func:`answered` without blocking the event loop."""
+    response = await llm.achat(messages, **_arguments(output_cls, options))
+    return whole(response, output_cls, messages)
+
+
+def streamed(
+    llm: LLM,
+    output_cls: type[Model],
+    messages: Sequence[ChatMessage],
+    options: Mapping[str, Any] | None = None,
+) -> Generator[Model | FlexibleModel, None, None]:
+    """:func:`answered` as a stream of what is known of the object, which is whole at the end.
+
+    What is not yet an object of the class is one with the same fields, None where they are missing.
+    """
+    growing, response = Growing(output_cls), None
+    responses = llm.stream_chat(messages, **_arguments(output_cls, options))
+    with closing(responses):
+        for response in responses:
+            if (known := growing.push(response)) is not None:
+                yield known
+    assert response is not None
+    yield whole(response, output_cls, messages)
+
+
+async def astreamed(
+    llm: LLM,
+    output_cls: type[Model],
+    messages: Sequence[ChatMessage],
+    options: Mapping[str, Any] | None = None,
+) -> AsyncGenerator[Model | FlexibleModel, None]:
+    """:func:`streamed` without blocking the event loop."""
+    growing, response = Growing(output_cls), None
+    responses = await llm.astream_chat(messages, **_arguments(output_cls, options))
+    async with aclosing(responses):
+        async for response in responses:
+            if (known := growing.push(response)) is not None:
+                yield known
+    assert response is not None
+    yield whole(response, output_cls, messages)
+
+
+def _arguments(output_cls: type[BaseModel], options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**(options or {}), "response_format": response_format(output_cls)}
+
+
+def response_format(output_cls: type[BaseModel]) -> dict[str, Any]:
+    """The form of an answer that is an object of a class, in OpenAI's form."""
+    if not (isinstance(output_cls, type) and issubclass(output_cls, BaseModel)):
+        raise InvalidParameterError(f"output_cls={output_cls!r} is no pydantic class: pass one")
+    from rapid_llm.tools.definitions import closed
+
+    described = {"name": output_cls.__name__, "schema": closed(output_cls.model_json_schema())}
+    return {"type": "json_schema", "json_schema": described}
+
+
+def whole(
+    response: ChatResponse, output_cls: type[Model], messages: Sequence[ChatMessage]
+) -> Model:
+    """The object that a finished answer is."""
+    if isinstance(response.raw, dict) and response.raw["finish_reason"] == "length":
+        with not_swallowed(messages):
+            raise InvalidParameterError(
+                f"the answer was cut before the {output_cls.__name__} was complete: raise "
+                "max_tokens"
+            )
+    return output_cls.model_validate_json(response.message.content or "")
+
+
+class Growing:
+    """Objects of a class from an answer that is still streaming.
+
+    Args:
+        output_cls: the class.
+    """
+
+    def __init__(self, output_cls: type[BaseModel]) -> None:
+        self._wanted, self._flexible = output_cls, create_flexible_model(output_cls)
+        self._known: Any = None
+
+    def push(self, response: ChatResponse) -> Any:
+        """What is known of the object; None if that is no more than before, or all of it."""
+        finished = isinstance(response.raw, dict) and response.raw["finish_reason"] is not None
+        known = from_partial_json(response.message.content or "")
+        if finished or known == self._known or not isinstance(known, dict):
+            return None
+        self._known = known
+        try:
+            return self._wanted.model_validate(known)
+        except Exception:  # a validator may fail in any way on half a value
+            return self._flexible.model_validate(known)
