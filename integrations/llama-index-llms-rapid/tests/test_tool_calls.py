@@ -286,6 +286,6 @@ def test_sub_questions_are_gathered(scripted):
 
 
 def test_the_packaged_model_calls_the_tool_that_it_has_to(smollm2, tool):
-    llm = RapidLLM(decoder=smollm2, max_tokens=64)
+    llm = RapidLLM(decoder=smollm2, max_tokens=128)
     said = llm.predict_and_call([tool], "How is the weather in Oslo?", tool_required=True)
     assert said.response in ("sunny in Rome", "sunny in Oslo")
