@@ -48,11 +48,12 @@ demo: install
 
 test: install
 	$(PYTEST) -m "not slow"
-	for wheel in $(WHEELS); do $(PYTEST) -c $$wheel/pyproject.toml $$wheel || exit 1; done
+	for wheel in $(WHEELS); do $(PYTEST) -m "not slow" -c $$wheel/pyproject.toml $$wheel || exit 1; done
 	$(PYTEST) --nbmake --nbmake-timeout=900 cookbook
 
 slow: install
 	$(PYTEST) -m slow
+	$(PYTEST) -m slow -c integrations/langchain-rapid/pyproject.toml integrations/langchain-rapid
 
 # Without bge, which holds transformers back. torch stays the pinned one: a build is chosen for a
 # machine (CPU, or a version of CUDA), and an index often offers the newest for CUDA alone, in gigabytes.
