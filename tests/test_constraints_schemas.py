@@ -14,7 +14,6 @@ from grammar_models import byte_tokenizer
 
 from rapid_llm import RapidDecoder, SamplingParams, SpeculationConfig
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.models import LoadedModel
 
 installed("llguidance")
 jsonschema = installed("jsonschema")
@@ -197,8 +196,8 @@ def test_answers_in_a_real_vocabulary_are_valid() -> None:
 
 
 @pytest.mark.slow
-def test_answers_of_the_packaged_model_are_valid(smollm2_float32: LoadedModel) -> None:
-    decoder = RapidDecoder(smollm2_float32.model, smollm2_float32.tokenizer)
-    counts = check(decoder, 500, 0, 160, "Describe the red car in JSON:")
-    assert counts["stop"] > 300
-    assert counts["refused"] > 20
+def test_answers_of_the_packaged_model_are_valid() -> None:
+    decoder = RapidDecoder.from_pretrained("smollm2-135m", dtype="bfloat16", device="cpu")
+    counts = check(decoder, 120, 0, 160, "Describe the red car in JSON:")
+    assert counts["stop"] > 60
+    assert counts["refused"] > 5

@@ -253,8 +253,10 @@ def test_a_strict_template_takes_what_chat_engines_send(make_decoder, spy, mode)
 def test_roles_of_other_providers(decoder, spy):
     roles = ["developer", "user", "model", "user", "chatbot", "user", "function"]
     RapidLLM(decoder=decoder, max_tokens=1).chat([ChatMessage(role=r, content="x") for r in roles])
-    names = ["system", "user", "assistant", "user", "assistant", "user", "tool"]
-    assert spy.target().split("<|")[1:] == [*(f"{n}>x\n" for n in names), "assistant>"]
+    names = ["system", "user", "assistant", "user", "assistant", "user"]
+    # The template shows no tools: what one said is told by the user.
+    result = "user><tool_response>\nx\n</tool_response>\n"
+    assert spy.target().split("<|")[1:] == [*(f"{n}>x\n" for n in names), result, "assistant>"]
 
 
 THINKING = (
