@@ -53,7 +53,6 @@ test: install
 
 slow: install
 	$(PYTEST) -m slow
-	$(PYTEST) -m slow -c integrations/langchain-rapid/pyproject.toml integrations/langchain-rapid
 
 # Without bge, which holds transformers back. torch stays the pinned one: a build is chosen for a
 # machine (CPU, or a version of CUDA), and an index often offers the newest for CUDA alone, in gigabytes.
