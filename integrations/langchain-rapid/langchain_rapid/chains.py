@@ -14,6 +14,7 @@ from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_do
 from langchain_core.runnables import (
     Runnable,
     RunnableConfig,
+    RunnableParallel,
     RunnableSequence,
     RunnableWithFallbacks,
 )
@@ -106,9 +107,17 @@ def create_rapid_documents_chain(
         as_text=isinstance(innermost, BaseLLM),
     )
     chain: Runnable[dict[str, Any], Any] = answer
-    if output_parser is not None or not isinstance(llm, RunnableSequence):
+    if output_parser is not None or not _has_parser(llm):
         chain = answer | (output_parser or StrOutputParser())
     return chain.with_config(run_name="rapid_documents_chain")
+
+
+def _has_parser(llm: Any) -> bool:
+    """Whether the model's answer is parsed already, as by ``with_structured_output``."""
+    return isinstance(llm, RunnableSequence) and (
+        isinstance(llm.last, BaseOutputParser)
+        or isinstance(llm.first, RunnableParallel)  # with ``include_raw``
+    )
 
 
 def _innermost(llm: Any) -> Any:
