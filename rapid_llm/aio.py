@@ -125,6 +125,27 @@ async def iterate_in_thread(
             worker.end()
 
 
+def iterate_with_progress(
+    start: Callable[[Callable[..., None]], Iterator[T]], progress: Callable[..., None] | None
+) -> AsyncGenerator[T, None]:
+    """:func:`iterate_in_thread` for an iterator that can also be stopped where it tells progress.
+
+    Args:
+        start: function that returns the iterator, called with its progress callback.
+        progress: callback of the caller, called in the thread; None for none.
+    """
+
+    def started(check: Callable[[], None]) -> Iterator[T]:
+        def report(*told: Any) -> None:
+            check()
+            if progress is not None:
+                progress(*told)
+
+        return start(report)
+
+    return iterate_in_thread(started)
+
+
 def _retrieve(step: asyncio.Future[Any]) -> None:
     """Take a future's error, or asyncio logs it as never retrieved."""
     if not step.cancelled():

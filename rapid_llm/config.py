@@ -232,6 +232,29 @@ class SpeculationConfig:
         return "exact" if self.drafting == "rest" else self.mode
 
 
+def _bytes(help: str) -> Option:
+    """A budget of a loaded model."""
+    return Option(
+        help,
+        "None or a whole number of bytes of at least 0",
+        lambda n: n >= 0,
+        metavar="BYTES",
+        per_call=False,
+    )
+
+
+def _device_map(help: str) -> Option:
+    """Where a model is loaded."""
+    return Option(
+        help,
+        "None, one of auto, balanced, balanced_low_0, sequential, or a mapping from modules to "
+        "devices",
+        bool,
+        metavar="WORD|JSON",
+        per_call=False,
+    )
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Engine options: the models to load, their devices, and how their KV is kept.
@@ -277,25 +300,15 @@ class EngineConfig:
     ] = None
     device_map: Annotated[
         str | Mapping[str, Any] | None,
-        Option(
+        _device_map(
             "Spread of the target over devices, in the place of device: auto, balanced, "
-            "balanced_low_0, sequential (accelerate's), or a mapping from modules to devices.",
-            "None, one of auto, balanced, balanced_low_0, sequential, or a mapping from modules to "
-            "devices",
-            bool,
-            metavar="WORD|JSON",
-            per_call=False,
+            "balanced_low_0, sequential (accelerate's), or a mapping from modules to devices."
         ),
     ] = None
     drafter_device_map: Annotated[
         str | Mapping[str, Any] | None,
-        Option(
-            "Spread of the drafter, likewise; by default the target's, unless that is a mapping.",
-            "None, one of auto, balanced, balanced_low_0, sequential, or a mapping from modules to "
-            "devices",
-            bool,
-            metavar="WORD|JSON",
-            per_call=False,
+        _device_map(
+            "Spread of the drafter, likewise; by default the target's, unless that is a mapping."
         ),
     ] = None
     max_memory: Annotated[
@@ -333,24 +346,16 @@ class EngineConfig:
     ] = "auto"
     kv_cache_bytes: Annotated[
         int | None,
-        Option(
+        _bytes(
             "Budget in bytes for the KV of prompts kept on the device between calls (LRU); by "
-            "default a quarter of the device's memory, 0 keeps none.",
-            "None or a whole number of bytes of at least 0",
-            lambda n: n >= 0,
-            metavar="BYTES",
-            per_call=False,
+            "default a quarter of the device's memory, 0 keeps none."
         ),
     ] = None
     kv_cache_host_bytes: Annotated[
         int | None,
-        Option(
+        _bytes(
             "Budget in bytes for KV that had to leave a GPU, in pinned host memory (LRU); by "
-            "default an eighth of what the process may use, or none where kv_cache_bytes is 0.",
-            "None or a whole number of bytes of at least 0",
-            lambda n: n >= 0,
-            metavar="BYTES",
-            per_call=False,
+            "default an eighth of what the process may use, or none where kv_cache_bytes is 0."
         ),
     ] = None
     kv_cache_dir: Annotated[
@@ -365,13 +370,9 @@ class EngineConfig:
     ] = None
     kv_cache_dir_bytes: Annotated[
         int | None,
-        Option(
+        _bytes(
             "Maximum bytes of the files in kv_cache_dir (LRU); by default a quarter of what is "
-            "free on its file system, these files counted as free.",
-            "None or a whole number of bytes of at least 0",
-            lambda n: n >= 0,
-            metavar="BYTES",
-            per_call=False,
+            "free on its file system, these files counted as free."
         ),
     ] = None
     chat_template_kwargs: Annotated[

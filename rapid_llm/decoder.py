@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rapid_llm.aio import iterate_in_thread
+from rapid_llm.aio import iterate_with_progress
 from rapid_llm.chat import checked_variables, end_of_turn
 from rapid_llm.config import EngineConfig, Quantization, SamplingParams, SpeculationConfig
 from rapid_llm.device_maps import placements
@@ -457,7 +457,7 @@ class RapidDecoder:
                 partial(log_likelihood, session, ids, tokens), self._prefixes.free_devices
             )
 
-    async def astream(
+    def astream(
         self,
         target_prompt: Prompt | None,
         draft_prompt: Prompt | None = None,
@@ -474,13 +474,8 @@ class RapidDecoder:
         chunk of the prefill. ``progress`` is called in that thread.
         """
 
-        def start(check: Callable[[], None]) -> Iterator[Delta]:
-            def report(whose: Literal["draft", "target"], done: int, total: int) -> None:
-                check()
-                if progress is not None:
-                    progress(whose, done, total)
-
-            return self.stream(
+        return iterate_with_progress(
+            lambda report: self.stream(
                 target_prompt,
                 draft_prompt,
                 sampling=sampling,
@@ -488,11 +483,9 @@ class RapidDecoder:
                 confidence=confidence,
                 progress=report,
                 chat_template_kwargs=chat_template_kwargs,
-            )
-
-        async with aclosing(iterate_in_thread(start)) as steps:
-            async for delta in steps:
-                yield delta
+            ),
+            progress,
+        )
 
 
 def _unpickled(cls: type[RapidDecoder], made_of: Any) -> RapidDecoder:

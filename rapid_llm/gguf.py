@@ -47,7 +47,7 @@ def load_gguf(
         # Without options: they may change the model, and are not those of the next load.
         plain, tokenizer = _converted(path, dtype, {}, {})
         kept = _keep(folder, plain, tokenizer)
-        if options == {"device_map": {"": "cpu"}}:  # where it is
+        if options in ({}, {"device_map": {"": "cpu"}}):  # where and as it is
             return plain, tokenizer
     if not kept:
         return _converted(path, dtype, options, files)

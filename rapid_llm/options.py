@@ -7,7 +7,7 @@ server build theirs from :func:`options_of` and do not declare any option again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, wraps
 from inspect import signature
@@ -213,8 +213,7 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
     words: dict[str, str] = {}  # by which each was given
     for word, value in options.items():
         name = names.get(word, word)
-        if RENAMED.get(word) in known:
-            raise InvalidParameterError(f"{word!r} is now {RENAMED[word]!r}")
+        _refuse_old_name(word, known)
         if name not in known:
             raise InvalidParameterError(
                 f"unknown option {word!r}; known are {', '.join(sorted({*known, *names}))}"
@@ -230,6 +229,11 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
     return given
 
 
+def _refuse_old_name(name: str, known: Collection[str]) -> None:
+    if RENAMED.get(name) in known:
+        raise InvalidParameterError(f"{name!r} is now {RENAMED[name]!r}")
+
+
 def with_new_names(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """A function whose errors name the new name of an argument that is given by its old one."""
     known = signature(function).parameters
@@ -237,8 +241,7 @@ def with_new_names(function: Callable[_P, _T]) -> Callable[_P, _T]:
     @wraps(function)
     def checked(*args: _P.args, **options: _P.kwargs) -> _T:
         for name in options:
-            if RENAMED.get(name) in known:
-                raise InvalidParameterError(f"{name!r} is now {RENAMED[name]!r}")
+            _refuse_old_name(name, known)
         return function(*args, **options)
 
     return checked

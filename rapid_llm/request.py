@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from transformers import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
@@ -17,7 +16,12 @@ from rapid_llm.generation import DRAFTED
 from rapid_llm.options import given, real
 from rapid_llm.speculation.constraints import Constraints, Matcher
 from rapid_llm.speculation.drafters import compressed
-from rapid_llm.speculation.sampling import generation_config, least_new_tokens
+from rapid_llm.speculation.sampling import (
+    end_ids,
+    generation_config,
+    least_new_tokens,
+    stop_strings,
+)
 from rapid_llm.stats import NO_DRAFT_PROMPT, Method
 from rapid_llm.vocabulary import unreadable
 
@@ -119,9 +123,9 @@ class ModelPair:
                 draft_skipped = f"the draft prompt {draft_skipped}"
                 draft, method = [], "lc"
         settings = generation_config(runner.model)
-        stop = settings.stop_strings or ()
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        ends = frozenset() if sampling.ignore_eos else self._ends(settings)
+        ends: frozenset[int] = frozenset()
+        if not sampling.ignore_eos:
+            ends = end_ids(settings, self.tokenizer, self.end_of_turn)
         least = least_new_tokens(settings, len(prompt))
         constraint = None
         if isinstance(sampling.constraint, Mapping):  # as it is once it was checked
@@ -133,7 +137,9 @@ class ModelPair:
             draft_prompt=draft,
             draft_skipped=draft_skipped,
             runner=runner,
-            sampling=replace(sampling, max_new_tokens=new, stop=(*sampling.stop, *stop)),
+            sampling=replace(
+                sampling, max_new_tokens=new, stop=(*sampling.stop, *stop_strings(settings))
+            ),
             ends=ends,
             least_new_tokens=least,
             constraint=constraint,
@@ -164,10 +170,3 @@ class ModelPair:
     def _unreadable(self, prompt: Sequence[int], runner: ModelRunner) -> str | None:
         unshared = self.unshared if runner is not self.target else frozenset()
         return unreadable(prompt, runner, self.tokenizer, unshared)
-
-    def _ends(self, settings: GenerationConfig) -> frozenset[int]:
-        """Ids that end an answer: those of the model, the tokenizer and the chat template."""
-        own = settings.eos_token_id
-        ids = [own] if own is None or isinstance(own, int) else list(own)
-        ids += [self.tokenizer.eos_token_id, self.end_of_turn]
-        return frozenset(i for i in ids if i is not None)

@@ -56,11 +56,6 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def is_first() -> bool:
-    """Whether this process is rank 0, which alone reads standard input and prints."""
-    return processes() == 1 or int(os.environ.get("RANK", "0")) == 0
-
-
 def is_sharded(model: Any) -> bool:
     """Whether a model's weights are divided among processes."""
     return (getattr(model, "_tp_size", None) or 1) > 1

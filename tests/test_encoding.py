@@ -271,8 +271,9 @@ def test_a_tokenizer_without_template_refuses_messages() -> None:
 
 
 def test_what_the_template_refuses_is_reported_with_its_cause() -> None:
-    messages = [*user("a"), *[{"role": "tool", "content": "b"}] * 2]
-    with pytest.raises(InvalidParameterError, match=r"user, tool, tool.*must alternate") as caught:
+    messages = [*user("a"), *[{"role": "critic", "content": "b"}] * 2]
+    refusal = r"user, critic, critic.*must alternate"
+    with pytest.raises(InvalidParameterError, match=refusal) as caught:
         encode_prompt(messages, KINDS["always"]())
     assert type(caught.value.__cause__).__name__ == "TemplateError"
 

@@ -175,7 +175,8 @@ def test_chunks_without_a_word_of_the_question_are_not_retrieved() -> None:
     assert context.chunks == ()
     assert context.empty_reason == "no chunk has a word of the question"
     cosines = dict(zip(PARTS, (0.1, 0.2, 0.8, 0.3), strict=True))
-    found = builder(Similarities("words", cosines), retriever="hybrid").build(DOCUMENT, "quetzal")
+    embedder = Similarities("no word", cosines)
+    found = builder(embedder, retriever="hybrid").build(DOCUMENT, "quetzal")
     assert [chunk.text for chunk in found.chunks] == [PARTS[2]]
     assert found.chunks[0].score == pytest.approx(1 / 61)
 

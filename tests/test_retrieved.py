@@ -10,11 +10,12 @@ from rapid_llm.errors import DocumentError, InvalidParameterError
 TEXTS = {"a": "First. Second.", "b": "Third. Fourth.", "c": "Fifth."}
 
 
-def test_documents_come_in_the_order_of_their_first_chunk():
-    found = ground([Passage("Fourth.", "b", "1"), Passage("First.", "a", "2")], TEXTS)
+@pytest.mark.parametrize(("order", "ids"), [("canonical", ("a", "b")), ("given", ("b", "a"))])
+def test_documents_come_in_the_order_of_their_ids_or_of_their_first_chunk(order, ids):
+    found = ground([Passage("Fourth.", "b", "1"), Passage("First.", "a", "2")], TEXTS, order=order)
     assert found.draft == "Fourth.\n\nFirst."
-    assert found.target == "Third. Fourth.\n\nFirst. Second."
-    assert found.document_ids == ("b", "a")
+    assert found.target == "\n\n".join(TEXTS[name] for name in ids)
+    assert found.document_ids == ids
     assert found.empty_reason is None
 
 

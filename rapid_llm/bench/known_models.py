@@ -106,7 +106,7 @@ _MODELS: dict[str, _Known] = {
     "gemma-3-27b": _Known("google/gemma-3-27b", "-it", "gemma3_text",
                           (262208, 5376, 21504, 62, 32, 16, 128), 131072, _gemma(62, 1024)),
     "phi-4": _Known("microsoft/phi-4", "", "phi3",
-                    (100352, 5120, 17920, 40, 40, 10, 128), 16384, {"sliding_window": None}),
+                    (100352, 5120, 17920, 40, 40, 10, 128), 16384, _FULL),
     "smollm2-135m": _Known("HuggingFaceTB/SmolLM2-135M", "-Instruct", "llama",
                            (49152, 576, 1536, 30, 9, 3, 64), 8192, _TIED),
     "tiny": _Known("", "", "llama", (512, 64, 128, 2, 4, 2, 32), 2048, {}),

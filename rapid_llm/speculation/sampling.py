@@ -21,6 +21,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.config import SamplingParams
 from rapid_llm.engine.device import device_of
@@ -86,6 +87,28 @@ def least_new_tokens(config: GenerationConfig, prompt_tokens: int) -> int:
     """Minimum length of an answer in tokens, by a generation config."""
     least_length = (config.min_length or 0) - prompt_tokens
     return max(least_length if config.min_new_tokens is None else config.min_new_tokens, 0)
+
+
+def stop_strings(config: GenerationConfig) -> tuple[str, ...]:
+    """Stop strings of a generation config."""
+    stop = config.stop_strings or ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def end_ids(
+    config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None
+) -> frozenset[int]:
+    """Ids of tokens that end an answer: the model's, the tokenizer's and the chat template's.
+
+    Args:
+        config: the model's generation config.
+        tokenizer: its tokenizer.
+        end_of_turn: id of the chat template's end of a turn; None without one.
+    """
+    own = config.eos_token_id
+    ids = [own] if own is None or isinstance(own, int) else list(own)
+    ids += [tokenizer.eos_token_id, end_of_turn]
+    return frozenset(i for i in ids if i is not None)
 
 
 class Sampler:

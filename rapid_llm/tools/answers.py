@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import (
     AsyncIterator,
-    Callable,
     Collection,
     Generator,
     Iterator,
@@ -21,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from rapid_llm.aio import iterate_in_thread
+from rapid_llm.aio import iterate_with_progress
 from rapid_llm.chat import checked_variables, end_of_turn, opening_of_answer, template_of
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.encoding import encode_literal
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import given
-from rapid_llm.speculation.sampling import generation_config
+from rapid_llm.speculation.sampling import end_ids, generation_config, stop_strings
 from rapid_llm.stats import Stats
 from rapid_llm.text import TextStream
 from rapid_llm.tools.calls import ToolCall, ToolCallDelta
@@ -217,17 +216,15 @@ class PreparedChat:
             sampling: sampling options of the call.
         """
         settings = generation_config(decoder.target.model)
-        stop, ends = settings.stop_strings or (), settings.eos_token_id
-        ids = [ends] if ends is None or isinstance(ends, int) else list(ends)
-        ids += [decoder.tokenizer.eos_token_id, end_of_turn(decoder.tokenizer)]
+        ends = end_ids(settings, decoder.tokenizer, end_of_turn(decoder.tokenizer))
         # The caller's own constraint counts each space, also the first.
         counts = self.constraint is None and sampling.constraint is not None
         return AnswerStream(
             AnswerParser(*self._parser),
             decoder.tokenizer,
             self._keep,
-            (*sampling.stop, *((stop,) if isinstance(stop, str) else stop)),
-            frozenset() if sampling.ignore_eos else frozenset(i for i in ids if i is not None),
+            (*sampling.stop, *stop_strings(settings)),
+            frozenset() if sampling.ignore_eos else ends,
             encode_literal("a", decoder.tokenizer) if counts else (),
         )
 
@@ -352,7 +349,7 @@ def chat(
     return ChatAnswer.from_deltas(list(stream_chat(decoder, messages, *args, **kwargs)))
 
 
-async def astream_chat(
+def astream_chat(
     decoder: RapidDecoder,
     messages: Sequence[Message],
     draft_messages: Sequence[Message] | None = None,
@@ -366,13 +363,7 @@ async def astream_chat(
     chunk of the prefill. ``progress`` is called in that thread.
     """
 
-    def start(check: Callable[[], None]) -> Iterator[ChatDelta]:
-        def report(whose: Literal["draft", "target"], done: int, total: int) -> None:
-            check()
-            if progress is not None:
-                progress(whose, done, total)
-
-        return stream_chat(decoder, messages, draft_messages, progress=report, **options)
-
-    async for delta in iterate_in_thread(start):
-        yield delta
+    return iterate_with_progress(
+        lambda report: stream_chat(decoder, messages, draft_messages, progress=report, **options),
+        progress,
+    )

@@ -203,9 +203,11 @@ class ChatRapid(RapidModel, BaseChatModel):
         draft = self._draft(kwargs)
         call = self._call(stop, kwargs)
         chat = to_chat(messages)
-        async for delta in iterate_in_thread(partial(self._answer, chat, draft, call)):
-            if says_something(delta):
-                yield generation_chunk(delta, call)
+        deltas = iterate_in_thread(partial(self._answer, chat, draft, call))
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                if says_something(delta):
+                    yield generation_chunk(delta, call)
 
     def _generate(
         self,
