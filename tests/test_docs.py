@@ -152,13 +152,13 @@ def test_messages_in_the_troubleshooting_page_are_raised_by_the_code() -> None:
 
 def _texts() -> list[str]:
     """Every string in the code."""
-    texts = []
+    texts: list[str] = []
     for file in (*(ROOT / "rapid_llm").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")):
         if "tests" in file.parts:
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.append(node.value)
+        tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        constants = (node.value for node in tree if isinstance(node, ast.Constant))
+        texts += [value for value in constants if isinstance(value, str)]
     return texts
 
 

@@ -36,7 +36,7 @@ def laws() -> None:
         ("drafter: q", q, DRAFT),
         ("exact: p, the target's own", p, EXACT),
         ("augmented: p̂", p_hat, EXACT),
-        ("paper: between both", paper, EXACT),
+        ("paper", paper, EXACT),
     ]
     for axis, (title, values, color) in zip(axes, shown, strict=True):
         axis.barh(words, values, color=color)
@@ -61,9 +61,7 @@ def speed() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 
     def speedups(name: str, acceptance: float) -> list[float]:
-        plans = [
-            make_plan("llama-3.1-8b", n, acceptance=acceptance, device=h100) for n in CONTEXTS
-        ]
+        plans = [make_plan("llama-3.1-8b", n, acceptance=acceptance, device=h100) for n in CONTEXTS]
         return [next(r for r in p.rows if r.drafter == name).best.speedup for p in plans]
 
     for acceptance, style in ((0.9, "-"), (0.8, "--"), (0.7, ":")):
@@ -78,9 +76,7 @@ def speed() -> None:
     rates = [i / 50 for i in range(20, 49)]
     for context, style in ((131072, "-"), (32768, "--")):
         for name, color in (("self, int4", EXACT), ("self, bf16", PLAIN)):
-            made = [
-                make_plan("llama-3.1-8b", context, acceptance=a, device=h100) for a in rates
-            ]
+            made = [make_plan("llama-3.1-8b", context, acceptance=a, device=h100) for a in rates]
             rows = [next(r for r in p.rows if r.drafter == name) for p in made]
             label = f"{name}, {context // 1024}K: c = {rows[0].cost:.2f}"
             right.plot(rates, [r.best.speedup for r in rows], style, color=color, label=label)
@@ -101,7 +97,12 @@ def _save(figure: Any, name: str) -> None:
 
 def answer() -> None:
     """The demo's answer: each token in the colour of who proposed it, and a bar a round."""
-    from rapid_llm.cli.demo import DEMO_CHUNK_TOKENS, DEMO_QUESTION, DEMO_RETRIEVAL_TOKENS, demo_text
+    from rapid_llm.cli.demo import (
+        DEMO_CHUNK_TOKENS,
+        DEMO_QUESTION,
+        DEMO_RETRIEVAL_TOKENS,
+        demo_text,
+    )
     from rapid_llm.config import PACKAGED_EMBEDDER, SamplingParams
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.pipeline import RapidPipeline
@@ -137,7 +138,7 @@ def drawn(question: str, rounds: list[tuple[list[str], int]], stats: Any) -> str
     for words, accepted in rounds:
         first, line = x, y
         for number, word in enumerate(words):
-            shown = word.replace("\n", " ").rstrip() if word.endswith("\n") else word.replace("\n", " ")
+            shown = word.replace("\n", " ")
             if not shown:
                 continue
             if x + len(shown) > per_line:
@@ -156,13 +157,13 @@ def drawn(question: str, rounds: list[tuple[list[str], int]], stats: Any) -> str
     legend = (
         f'<text x="20" y="{bottom}" fill="{DRAFT}">■ proposed by the drafter, from '
         f"{stats.draft_prompt_tokens:,} tokens</text>"
-        f'<text x="380" y="{bottom}" fill="{EXACT}">■ added by the target, from '
+        f'<text x="20" y="{bottom + 22}" fill="{EXACT}">■ added by the target, from '
         f"{stats.prompt_tokens:,} tokens</text>"
-        f'<text x="20" y="{bottom + 26}" fill="#666">{stats.completion_tokens} tokens in '
+        f'<text x="20" y="{bottom + 48}" fill="#666">{stats.completion_tokens} tokens in '
         f"{stats.rounds} passes of the target; {stats.accepted_tokens} of {stats.drafted_tokens} "
         "drafted tokens accepted</text>"
     )
-    width, height = 40 + per_line * wide, bottom + 46
+    width, height = 40 + per_line * wide, bottom + 66
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" '
         'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="14">'

@@ -295,16 +295,24 @@ def _sentence_transformer(name: str, device: str | None) -> Any:
     library = import_extra("sentence_transformers", "retrieval", f"embedding model {name!r}")
     if name != PACKAGED_EMBEDDER:
         return library.SentenceTransformer(name, device=_device(device))
+    model = library.SentenceTransformer(str(packaged_embedder()), device=_device(device))
+    model.max_seq_length = 512  # the default of 256 would cut off half of a chunk
+    return model
+
+
+def packaged_embedder() -> Path:
+    """Folder of the packaged embedding model.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+    """
     package = importlib.util.find_spec(_PACKAGE)
     if package is None or not package.submodule_search_locations:
         raise MissingDependencyError(
-            f"the packaged embedding model {name!r} is not installed: "
+            f"the packaged embedding model {PACKAGED_EMBEDDER!r} is not installed: "
             'install it with pip install "rapid-llm[demo]"'
         )
-    folder = Path(package.submodule_search_locations[0]) / "model"
-    model = library.SentenceTransformer(str(folder), device=_device(device))
-    model.max_seq_length = 512  # the default of 256 would cut off half of a chunk
-    return model
+    return Path(package.submodule_search_locations[0]) / "model"
 
 
 def _device(device: str | None) -> str:
