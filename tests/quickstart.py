@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from llama_index.core import Document, VectorStoreIndex
-from llama_index.llms.rapid import RapidEmbedding, RapidLLM, RapidSynthesizer
-
 from langchain_core.documents import Document as Page
 from langchain_core.runnables import RunnableLambda
 from langchain_rapid import ChatRapid
+from llama_index.core import Document, VectorStoreIndex
+from llama_index.llms.rapid import RapidEmbedding, RapidLLM, RapidSynthesizer
 
 import rapid_llm
 from rapid_llm import RapidDecoder, RapidPipeline, SamplingParams
 from rapid_llm.cli import main
 
 TEXT = (
-    "Audit of the harbour, 2024. The second repair of the lighthouse was paid for by the insurance. "
-    "The report was written by Tomas Lind. All three cranes were in service for the whole year."
+    "Audit of the harbour, 2024. The second repair of the lighthouse was paid for by the "
+    "insurance. The report was written by Tomas Lind. All three cranes were in service."
 )
 QUESTION = "Who wrote the report?"
 
@@ -23,7 +22,8 @@ assert "site-packages" in rapid_llm.__file__, rapid_llm.__file__
 
 pipeline = RapidPipeline(RapidDecoder.from_pretrained(), TEXT)
 answer = pipeline.ask(QUESTION, sampling=SamplingParams(max_new_tokens=16))
-assert answer.text and answer.stats.drafted_tokens, answer
+assert answer.text, answer
+assert answer.stats.drafted_tokens, answer
 print("pipeline:", answer.text)
 
 documents = [Document(text=TEXT, id_="audit")]
