@@ -327,7 +327,7 @@ def test_a_chart_is_drawn_of_what_there_is(tmp_path: Path, report: Report) -> No
 
 def test_the_hosts_tier_is_measured_where_a_device_has_memory_of_its_own(monkeypatch) -> None:
     class Apart(CPUDevice):
-        apart = True
+        own_memory = True
 
     monkeypatch.setitem(devices._devices, "cpu", Apart())
     bench = make_bench(contexts=(1024,))
