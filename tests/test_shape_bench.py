@@ -146,7 +146,7 @@ def test_whatever_rests_on_the_coin_says_so(report: Report) -> None:
     simulated = {row.key for row in rows if row.simulated}
     assert simulated == {row.key for row in rows if row.key.startswith("rapid_")}
     assert simulated
-    assert "acceptance: simulated by a coin in rows marked *" in report.heading()
+    assert "acceptance: simulated in rows marked *" in report.heading()
     assert report.as_dict()["weights"] == "random"
 
 
@@ -267,7 +267,7 @@ def test_the_command_prints_saves_and_draws(
     status, out, err = run(capsys, *options, "--save", str(folder), "--plot", str(png))
     assert (status, err) == (0, "")
     assert "RAPID ÷ plain, a = 0.9 *" in out
-    assert "simulated by a coin" in out
+    assert "simulated" in out
     saved = json.loads((folder / "tiny.json").read_text("utf-8"))
     assert [s["name"] for s in saved["sections"]][:2] == ["memory", "draft steps"]
     assert all(math.isfinite(x) for s in saved["sections"] for r in s["rows"] for x in r["samples"])
