@@ -149,7 +149,7 @@ class Library:
         yield (_OWN, node.node_id) if node.ref_doc_id is None else (_ID, node.ref_doc_id)
 
     def _find(self, name: str, surely: bool = False) -> FullText | None:
-        """The document of an id; unless the id is ``surely`` one, a function's errors are ignored."""
+        """The document of an id; a function's errors are ignored unless it is ``surely`` an id."""
         if self._key is not None and self._source and (found := self._catalog.keyed.get(name)):
             return found
         part = None
