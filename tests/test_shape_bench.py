@@ -141,7 +141,7 @@ def test_the_limit_counts_weights_and_kv(report: Report) -> None:
     assert limit.samples[0] / 1000 * max(read.samples) * 1e9 == pytest.approx(weights + kv)
 
 
-def test_whatever_rests_on_the_coin_says_so(report: Report) -> None:
+def test_rows_of_simulated_acceptance_say_so(report: Report) -> None:
     rows = [row for section in report.sections for row in section.rows]
     simulated = {row.key for row in rows if row.simulated}
     assert simulated == {row.key for row in rows if row.key.startswith("rapid_")}
@@ -151,7 +151,7 @@ def test_whatever_rests_on_the_coin_says_so(report: Report) -> None:
 
 
 @pytest.mark.parametrize(("a", "gamma"), [(0.8, 3), (0.9, 6)])
-def test_a_coin_accepts_as_often_as_it_should(a: float, gamma: int) -> None:
+def test_simulated_acceptance_accepts_at_the_given_rate(a: float, gamma: int) -> None:
     """The mean of a block is E(a, γ) tokens a round, and its rounds differ."""
     bench = make_bench()
     rounds = 60

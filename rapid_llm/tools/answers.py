@@ -29,9 +29,9 @@ from rapid_llm.options import given
 from rapid_llm.speculation.sampling import end_ids, generation_config, stop_strings
 from rapid_llm.stats import Stats
 from rapid_llm.text import TextStream
+from rapid_llm.tool_formats import KNOWN, SMOLLM2, format_of, reasoning_of
 from rapid_llm.tools.calls import ToolCall, ToolCallDelta
 from rapid_llm.tools.definitions import ChatOptions
-from rapid_llm.tools.formats import KNOWN, SMOLLM2, format_of, reasoning_of
 from rapid_llm.tools.grammar import answer_constraint
 from rapid_llm.tools.parsing import AnswerParser, Parsed
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import uuid4
 
-from rapid_llm.tools.formats import ToolFormat
+from rapid_llm.tool_formats import ToolFormat
 
 _BETWEEN = frozenset(" \t\r\n[],;`")
 _SPACE = frozenset(" \t\r\n")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from rapid_llm.grammars import inline_json
+from rapid_llm.tool_formats import Reasoning, ToolFormat
 from rapid_llm.tools.definitions import ChatOptions, Tool, closed
-from rapid_llm.tools.formats import Reasoning, ToolFormat
 from rapid_llm.tools.parsing import opened_reasoning
 
 _META = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")

@@ -1,7 +1,7 @@
 """Parse content, reasoning and tool calls from the text of an answer, while it arrives.
 
 transformers' ``ResponseParser`` separates the regions, with a response template derived from the
-model's :class:`~rapid_llm.tools.formats.ToolFormat`.
+model's :class:`~rapid_llm.tool_formats.ToolFormat`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers.utils.chat_parsing import ResponseParser
 
+from rapid_llm.tool_formats import Reasoning, ToolFormat
 from rapid_llm.tools.calls import CallReader, ToolCallDelta
-from rapid_llm.tools.formats import Reasoning, ToolFormat
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ def _formed(
     if not writer.uses_template:
         return _held(options, asked), ChatReader
     from rapid_llm.chat import template_of
+    from rapid_llm.tool_formats import reasoning_of
     from rapid_llm.tools.answers import prepare
-    from rapid_llm.tools.formats import reasoning_of
 
     chat = cast("Sequence[Message]", prompt)
     prepared = prepare(decoder.tokenizer, chat, asked, template_variables(decoder, options))

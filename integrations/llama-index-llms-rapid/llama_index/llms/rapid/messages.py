@@ -69,7 +69,7 @@ class PromptWriter:
         if not self.uses_template:
             return False
         from rapid_llm.chat import template_of
-        from rapid_llm.tools.formats import format_of
+        from rapid_llm.tool_formats import format_of
 
         return format_of(template_of(self._tokenizer, {"tools": [{}]})) is not None
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.tools.formats import (
+from rapid_llm.tool_formats import (
     SMOLLM2,
     ToolFormat,
     format_of,
