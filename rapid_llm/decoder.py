@@ -103,17 +103,16 @@ class RapidDecoder:
             where the target drafts for itself (on a CPU in bfloat16 only, on a GPU from a gigabyte
             of weights on) and makes no copy elsewhere; None makes no copy. The copy is made at the
             first draft. Models with hooks or replaced methods are not copied.
-        kv_cache_bytes: budget in bytes for the KV of prompts kept on the devices between calls, of
-            which the least recently used leaves first; None is a quarter of the device's memory, 0
-            keeps nothing there.
+        kv_cache_bytes: budget in bytes for the KV of prompts kept on the devices between calls
+            (LRU); None is a quarter of the device's memory, 0 keeps nothing there.
         kv_cache_host_bytes: budget in bytes for KV that has left a device with memory of its own,
             in pinned host memory; None is an eighth of what the process may use, or 0 where
             ``kv_cache_bytes`` is 0. On a CPU it adds nothing.
         kv_cache_dir: folder for the KV of long prompts, kept across processes (safetensors with a
             checksum; valid for this model, dtype and these tokens only).
         kv_cache_dir_bytes: maximum bytes of the folder's files, whoever wrote them, least recently
-            used deleted first; None is a quarter of what is free on its file system, these files
-            counted as free.
+            used deleted first; None is a quarter of the space on its file system that is free or
+            taken by these files.
         chat_template_kwargs: variables of the model's chat template (``enable_thinking``, …) for
             all prompts of chat messages.
 

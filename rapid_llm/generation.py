@@ -343,7 +343,7 @@ def deltas(
         stats, limit = generation.stats, generation.sampler.params.max_new_tokens
         constraint = generation.sampler.constraint
         finish: FinishReason | None = None
-        if constraint is not None and constraint.over():  # the empty answer is the only one
+        if constraint is not None and constraint.over():  # only the empty answer is allowed
             finish = "stop"
             yield Delta(text.finish(), (), finish, replace(stats))
         while finish is None:

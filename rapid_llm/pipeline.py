@@ -51,7 +51,7 @@ class AnswerStream(Iterator[Delta]):
 
     Attributes:
         question: the question asked.
-        context: what the drafter reads; None for method ``lc``.
+        context: retrieval context that the drafter reads; None for method ``lc``.
     """
 
     def __init__(
@@ -361,7 +361,7 @@ class _Call:
 
     @property
     def query(self) -> str:
-        """What is searched for: the question, and the latest ones of the history."""
+        """Text to retrieve for: the question and the latest ones of the history."""
         users = [m for m in self.history if isinstance(m, Mapping) and m.get("role") == "user"]
         return retrieval_query(self.question, [str(message.get("content")) for message in users])
 
