@@ -288,8 +288,10 @@ def _nothing_begins(grammar: str) -> str:
     matcher = LLMatcher(_bytes(), grammar, log_level=0)
     if matcher.get_error():  # of a token that only a model's own tokenizer has
         return ""
-    alive = matcher.is_accepting() or not matcher.is_stopped()
-    return "" if alive else "no text satisfies it; look for a $ref or a rule to itself alone"
+    matcher.compute_bitmask()
+    if not matcher.is_error():
+        return ""
+    return "no text satisfies it; look for a $ref or a rule to itself alone"
 
 
 @lru_cache(maxsize=1)
