@@ -149,6 +149,7 @@ def _regex(value: Any) -> str:
     if isinstance(value, re.Pattern):
         flags = {re.I: "i", re.S: "s", re.M: "m", re.X: "x"}
         letters = "".join(letter for flag, letter in flags.items() if value.flags & flag)
+        letters += "-u" if value.flags & re.A else ""
         value = f"(?{letters}){value.pattern}" if letters else value.pattern
     return _text("regex", value)
 
