@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from langchain_core.documents import Document
 from langchain_core.language_models import LangSmithParams
@@ -123,10 +123,14 @@ class RapidModel(OptionFields):
     """Retriever of the drafter's context for the last human message; needs ``documents``."""
     documents: Annotated[Any, SkipValidation] = Field(default=None, exclude=True, repr=False)
     """Full texts for the target: a string, a mapping from document id to text, a list of Document,
-    or a function from document id to text; needs ``retriever``."""
+    or a function from document id to text; needs ``retriever``, or in a ``ChatRapid`` an agent's
+    tool that returns its documents."""
     document_id_key: str | None = None
     """Key of the chunks' metadata that holds the document's id; by default the first of
     ``document_id``, ``doc_id`` and ``source`` that names a document."""
+
+    _reads_results_of_tools: ClassVar[bool] = False
+    """Whether a tool may retrieve in the place of ``retriever``."""
 
     _loaded: _Loaded = PrivateAttr(default_factory=_Loaded)
     _sources: FullDocuments | None = PrivateAttr(default=None)
@@ -159,8 +163,9 @@ class RapidModel(OptionFields):
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        if (self.retriever is None) != (self.documents is None):
-            given, missing = ("retriever", "documents")[:: 1 if self.documents is None else -1]
+        given, missing = ("retriever", "documents")[:: 1 if self.documents is None else -1]
+        alone = (self.retriever is None) != (self.documents is None)
+        if alone and not (given == "documents" and self._reads_results_of_tools):
             raise InvalidParameterError(
                 f"{given}= was given without {missing}=: the retriever finds the drafter's "
                 "context, the documents are the target's; pass both or neither"
