@@ -24,6 +24,7 @@ from rapid_llm.tools.answers import ChatAnswer, ChatDelta
 if TYPE_CHECKING:
     from rapid_llm.generation import TokenLogprob
 
+_INCOMPLETE = "\ufffd"
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -220,8 +221,11 @@ class _Form:
         raise NotImplementedError
 
     def text_of(self, token_id: int) -> str:
-        """Text of a token by itself."""
-        return self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        """Text of a token by itself; its name in the vocabulary where it is part of a character."""
+        text = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        if _INCOMPLETE in text:
+            text = self.tokenizer.convert_ids_to_tokens(token_id)
+        return text
 
 
 class _Chat(_Form):
@@ -271,7 +275,8 @@ class _Chat(_Form):
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.text_of(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        whole = self.tokenizer.decode([token], clean_up_tokenization_spaces=False) == text
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
 
 class _Text(_Form):

@@ -108,7 +108,6 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     for kind in (RequestValidationError, HTTPException, rapid_llm.RapidError, ClientGoneError):
         app.add_exception_handler(kind, refuse)
-    app.add_exception_handler(Exception, refuse)
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:

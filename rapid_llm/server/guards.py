@@ -6,20 +6,22 @@ import hmac
 import logging
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rapid_llm.server.errors import ApiError
+from rapid_llm.server.errors import ApiError, api_error
 
 logger = logging.getLogger("rapid_llm.server")
 
 OPEN = frozenset({"/", "/health"})
 """Paths that need no key: they tell nothing."""
 
-_LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_UNANSWERED = 499  # nginx' status of a request whose client went away
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Guards:
@@ -55,7 +57,7 @@ class Guards:
             await self._app(scope, receive, send)
             return
         request_id = f"req_{uuid4().hex}"
-        started, status = time.monotonic(), 499  # nginx' status where the client went away
+        started, status = time.monotonic(), _UNANSWERED
 
         async def identified(message: Message) -> None:
             nonlocal status
@@ -67,9 +69,12 @@ class Guards:
         try:
             self._check(scope)
             await self._app(scope, self._limited(receive), identified)
-        except ApiError as error:
-            response = JSONResponse(error.body(), error.status_code, error.headers)
-            await response(scope, receive, identified)
+        except Exception as error:
+            # Here and not in an outer middleware, which would log the error with its text.
+            shown = api_error(error)
+            if status == _UNANSWERED:
+                response = JSONResponse(shown.body(), shown.status_code, shown.headers)
+                await response(scope, receive, identified)
         finally:
             self._answered(scope, status)
             seconds = time.monotonic() - started
@@ -80,7 +85,7 @@ class Guards:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self._local and host.rpartition(":")[0 if ":" in host else 2] not in _LOCAL:
+        if self._local and _name_of(host) not in _LOCAL:
             raise ApiError(403, f"the host {host!r} is not this machine: ask for 127.0.0.1")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
@@ -119,3 +124,11 @@ class Guards:
             "or send fewer",
             code="body_too_long",
         )
+
+
+def _name_of(host: str) -> str | None:
+    """Name or address in a ``Host`` header, without the port; None if it is malformed."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None

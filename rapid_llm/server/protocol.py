@@ -88,7 +88,11 @@ class DataChunk(DataDocument):
     document_id: str | None = None
 
 
-_DOCUMENTS: dict[str, type[Strict]] = {"text": TextDocument, "data": DataDocument, "file_id": FileDocument}
+_DOCUMENTS: dict[str, type[Strict]] = {
+    "text": TextDocument,
+    "data": DataDocument,
+    "file_id": FileDocument,
+}
 _CHUNKS: dict[str, type[Strict]] = {"text": TextChunk, "data": DataChunk}
 
 

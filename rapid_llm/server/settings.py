@@ -3,7 +3,7 @@
 # No ``from __future__ import annotations``: the options declared in annotations are read at run
 # time.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Annotated, ClassVar
 
@@ -50,7 +50,7 @@ class ServerConfig:
             metavar="KEY",
             per_call=False,
         ),
-    ] = None
+    ] = field(default=None, repr=False)
     served_model_name: Annotated[
         str | None,
         Option(
