@@ -285,7 +285,7 @@ def prepare(
 
 def stream_chat(
     decoder: RapidDecoder,
-    messages: Sequence[Message],
+    messages: Sequence[Message] | None,
     draft_messages: Sequence[Message] | None = None,
     *,
     options: ChatOptions | None = None,
@@ -299,7 +299,8 @@ def stream_chat(
 
     Args:
         decoder: the decoder that answers.
-        messages: chat messages of the target's prompt, see :func:`prepare`.
+        messages: chat messages of the target's prompt, see :func:`prepare`; None lets the drafter
+            answer alone from its own.
         draft_messages: chat messages of the draft prompt; the same tools are shown in it. None
             decodes with the target alone.
         options: tools and response format; none by default.
@@ -318,7 +319,12 @@ def stream_chat(
         RapidError: see ``RapidDecoder.stream``.
     """
     variables = {**decoder.chat_template_kwargs, **checked_variables(chat_template_kwargs)}
-    prepared = prepare(decoder.tokenizer, messages, options or ChatOptions(), variables)
+    read = draft_messages if messages is None else messages
+    if read is None:
+        raise InvalidParameterError(
+            "messages and draft_messages are both None; give at least one of them"
+        )
+    prepared = prepare(decoder.tokenizer, read, options or ChatOptions(), variables)
     constrained = prepared.sampling(sampling)
     deltas = decoder.stream(
         messages,
@@ -343,7 +349,7 @@ def _pushed(answer: AnswerStream, deltas: Iterator[Delta]) -> Iterator[ChatDelta
 
 
 def chat(
-    decoder: RapidDecoder, messages: Sequence[Message], *args: Any, **kwargs: Any
+    decoder: RapidDecoder, messages: Sequence[Message] | None, *args: Any, **kwargs: Any
 ) -> ChatAnswer:
     """Answer a chat; arguments and errors are those of :func:`stream_chat`."""
     return ChatAnswer.from_deltas(list(stream_chat(decoder, messages, *args, **kwargs)))
@@ -351,7 +357,7 @@ def chat(
 
 def astream_chat(
     decoder: RapidDecoder,
-    messages: Sequence[Message],
+    messages: Sequence[Message] | None,
     draft_messages: Sequence[Message] | None = None,
     *,
     progress: Progress | None = None,
