@@ -31,7 +31,7 @@ from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
 from rapid_llm.speculation.verification import Judge, Verdict, verify
-from rapid_llm.stats import NOTHING_PAID, Method, Stats
+from rapid_llm.stats import NOTHING_PAID, Method, Origin, Stats
 from rapid_llm.text import TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -57,12 +57,14 @@ class Delta:
             or the tokenizer, the chat template's end of a turn, or a stop string) or ``length``
             (``max_new_tokens`` reached).
         stats: totals so far, complete on the last delta.
+        origins: where each of the tokens came from.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     stats: Stats
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Generation:
         self._free_memory = free_memory
         self._prompt = list(prompt)
         self._output: list[int] = []
+        self.origins: tuple[Origin, ...] = ()  # of the last round's tokens
         self._drafter_name = drafter_name
         self._judge = Judge.of(sampler, config, target.runner.vocab_size)
         self._drafters = drafters
@@ -216,6 +219,8 @@ class Generation:
                 self.stats.method, self.stats.draft_skipped = self._method, None
             schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
+        known: Sequence[Origin] = draft.origins or ["draft" for _ in drafted]
+        self.origins = (*known[:n], "target")
         return [*drafted[:n], verdict.token]
 
     def _draft(self) -> tuple[Draft, Schedule | None]:
@@ -245,7 +250,8 @@ class Generation:
             if len(draft.probabilities) > 0:
                 state.drafted = length + len(draft.tokens)
                 q = draft.probabilities.to(device)
-                return Draft(draft.tokens.to(device), q, draft.passes), state.schedule
+                tokens = draft.tokens.to(device)
+                return Draft(tokens, q, draft.passes, draft.origins), state.schedule
         constraint = self.sampler.constraint
         limit = min(remaining, FEW_TOKENS)
         certain = [] if constraint is None else constraint.forced((), limit)
@@ -253,7 +259,7 @@ class Generation:
         if certain:
             tokens = self.target.runner.tensor(certain)
         q = F.one_hot(tokens, self.target.runner.vocab_size).float()
-        return Draft(tokens, q, passes=0), None
+        return Draft(tokens, q, 0, ["grammar" for _ in certain]), None
 
     def _verify(self, draft: Draft) -> Tensor:
         """Run the target over the draft and judge it; the result is read by :class:`Verdict`."""
@@ -343,7 +349,7 @@ def deltas(
         stats, limit = generation.stats, generation.sampler.params.max_new_tokens
         constraint = generation.sampler.constraint
         finish: FinishReason | None = None
-        if constraint is not None and constraint.over():  # the empty answer is the only one
+        if constraint is not None and constraint.over():  # only the empty answer is allowed
             finish = "stop"
             yield Delta(text.finish(), (), finish, replace(stats))
         while finish is None:
@@ -368,12 +374,30 @@ def deltas(
             generation.keep(new)
             if finish is None:
                 generation.require_time()
-            yield Delta("".join(pieces), tuple(new), finish, replace(stats))
+            origins = generation.origins[: len(new)]
+            yield Delta("".join(pieces), tuple(new), finish, replace(stats), origins)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability, and those of the most likely tokens there.
+
+    Attributes:
+        token_id: id of the token.
+        logprob: logarithm of its probability, at temperature 1 and without other processors.
+        top: ids and logarithms of the most likely tokens, the most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @torch.inference_mode()
-def log_likelihood(session: Session, prompt: list[int], continuation: list[int]) -> float:
-    """Natural logarithm of the probability of a continuation given a prompt.
+def logprobs(
+    session: Session, prompt: list[int], continuation: list[int], top: int
+) -> list[TokenLogprob]:
+    """Logarithms of the probabilities of a continuation's tokens given a prompt.
 
     After an error it may be called again with the same session, and goes on where it stopped.
 
@@ -381,6 +405,7 @@ def log_likelihood(session: Session, prompt: list[int], continuation: list[int])
         session: session of the model that scores.
         prompt: token ids of the prompt, at least one.
         continuation: token ids of the continuation, at least one.
+        top: number of the most likely tokens to tell at each place.
 
     Raises:
         NumericalError: the model produced NaN.
@@ -389,8 +414,10 @@ def log_likelihood(session: Session, prompt: list[int], continuation: list[int])
     session.prefill(prompt[:-1])
     device = session.runner.device
     logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))
-    wanted = torch.tensor(continuation, device=device)
-    total = -F.cross_entropy(logits, wanted, reduction="sum").item()
-    if isnan(total):
+    logs = F.log_softmax(logits.float(), dim=-1)
+    own = logs.gather(1, torch.tensor(continuation, device=device)[:, None])[:, 0].tolist()
+    if any(map(isnan, own)):
         raise NumericalError(_NAN.format(name=session.runner.name))
-    return total
+    best, ids = logs.topk(top, dim=-1)
+    rows = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), best.tolist(), strict=True)]
+    return list(map(TokenLogprob, continuation, own, rows))

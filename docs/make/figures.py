@@ -12,6 +12,7 @@ from typing import Any
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PLAIN, DRAFT, EXACT = "#8a94a0", "#e07a1f", "#2a6f97"
+COLORS = {"lookup": "#2f8f5b", "draft": DRAFT, "target": EXACT}
 CONTEXTS = [4096, 8192, 16384, 32768, 65536, 131072]
 
 
@@ -115,29 +116,27 @@ def answer() -> None:
         retrieval_tokens=DEMO_RETRIEVAL_TOKENS,
         sampling=SamplingParams(max_new_tokens=64),
     )
-    rounds, before = [], 0
+    rounds = []
     ids: list[int] = []
     tokenizer = pipeline.decoder.tokenizer
     for delta in pipeline.stream(DEMO_QUESTION):
-        accepted = delta.stats.accepted_tokens - before
-        before = delta.stats.accepted_tokens
         words = []
         for token in delta.token_ids:
             start = len(tokenizer.decode(ids, skip_special_tokens=True))
             ids.append(token)
             words.append(tokenizer.decode(ids, skip_special_tokens=True)[start:])
-        rounds.append((words, accepted))
+        rounds.append(list(zip(words, delta.origins, strict=True)))
         stats = delta.stats
     (ASSETS / "answer.svg").write_text(drawn(DEMO_QUESTION, rounds, stats), encoding="utf-8")
 
 
-def drawn(question: str, rounds: list[tuple[list[str], int]], stats: Any) -> str:
+def drawn(question: str, rounds: list[list[tuple[str, str]]], stats: Any) -> str:
     """The picture, as SVG: words in lines of a fixed-width font, and a bar under each round."""
     wide, high, per_line = 8.4, 40, 84
     parts, x, y = [], 0, 1
-    for words, accepted in rounds:
+    for words in rounds:
         first, line = x, y
-        for number, word in enumerate(words):
+        for word, origin in words:
             shown = word.replace("\n", " ")
             if not shown:
                 continue
@@ -146,7 +145,7 @@ def drawn(question: str, rounds: list[tuple[list[str], int]], stats: Any) -> str
                 x, y = 0, y + 1
                 shown = shown.lstrip()
                 first, line = x, y
-            color = DRAFT if number < accepted else EXACT
+            color = COLORS[origin]
             parts.append(
                 f'<text x="{20 + x * wide:.1f}" y="{30 + y * high}" fill="{color}" '
                 f'textLength="{len(shown) * wide:.1f}" xml:space="preserve">{escape(shown)}</text>'

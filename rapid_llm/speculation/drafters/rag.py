@@ -25,6 +25,7 @@ from rapid_llm.speculation.schedule import (
     FixedSchedule,
     Schedule,
 )
+from rapid_llm.stats import Origin
 
 _FREE = PassCost(0.0, 0.0)
 
@@ -128,6 +129,7 @@ class RagDrafter:
         tokens = pending.new_empty(0)
         rows: list[Tensor] = []
         passes, drafted, unsure = 0, 0, False
+        origins: list[Origin] = []
         constraint = self._sampler.constraint
         known: list[int] = []  # the drafted tokens on the host, where a constraint needs them
         while drafted < gamma and not unsure:
@@ -140,6 +142,7 @@ class RagDrafter:
                 rows.append(F.one_hot(forced, self._vocab_size).float())
                 tokens, pending = torch.cat([tokens, forced]), torch.cat([pending, forced])
                 drafted += len(forced)
+                origins += ["grammar" for _ in certain]
                 continue
             pending = self._read_all_but_few(pending)
             # With a longer guess the pass would not use the quantized weights.
@@ -148,10 +151,13 @@ class RagDrafter:
             looped = None if len(guess) else self._loop(pending, gamma - drafted, known)
             if looped is not None:
                 new, q = looped
+                origins += ["draft" for _ in new]
             else:
                 read = torch.cat([pending, guess])
                 q = self._read(read, torch.cat([tokens, guess]), len(guess) + 1)
                 new = self._check(q, guess)
+                origins += ["lookup" for _ in new[1:]]
+                origins.append("draft")
             rows.append(q[: len(new)])
             tokens, pending = torch.cat([tokens, new]), new[-1:]
             passes += 1 if looped is None else len(new)
@@ -160,7 +166,7 @@ class RagDrafter:
         if look_ahead:
             rows.append(self._read(self._read_all_but_few(pending), tokens, 1))
             passes += 1
-        return Draft(tokens, torch.cat(rows), passes)
+        return Draft(tokens, torch.cat(rows), passes, origins)
 
     def _read_all_but_few(self, pending: Tensor) -> Tensor:
         """Read tokens until few are pending, which one pass can read."""
