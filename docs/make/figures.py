@@ -97,7 +97,7 @@ def _save(figure: Any, name: str) -> None:
 
 
 def answer() -> None:
-    """The demo's answer: each token in the colour of who proposed it, and a bar a round."""
+    """The demo's answer: each token in the colour of its origin, and a bar a round."""
     from rapid_llm.cli.demo import (
         DEMO_CHUNK_TOKENS,
         DEMO_QUESTION,
@@ -154,8 +154,10 @@ def drawn(question: str, rounds: list[list[tuple[str, str]]], stats: Any) -> str
         parts.append(_bar(first, x, line, wide, high))
     bottom = 30 + (y + 1) * high
     legend = (
-        f'<text x="20" y="{bottom}" fill="{DRAFT}">■ proposed by the drafter, from '
-        f"{stats.draft_prompt_tokens:,} tokens</text>"
+        f'<text x="20" y="{bottom}" fill="{DRAFT}">■ drafted, from '
+        f"{stats.draft_prompt_tokens:,} retrieved tokens</text>"
+        f'<text x="360" y="{bottom}" fill="{COLORS["lookup"]}">'
+        "■ looked up, kept by the drafter</text>"
         f'<text x="20" y="{bottom + 22}" fill="{EXACT}">■ added by the target, from '
         f"{stats.prompt_tokens:,} tokens</text>"
         f'<text x="20" y="{bottom + 48}" fill="#666">{stats.completion_tokens} tokens in '
