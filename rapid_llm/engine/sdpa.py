@@ -16,6 +16,9 @@ from torch.nn.attention.bias import causal_lower_right
 Kernel = Callable[..., Tensor]
 """Function with the arguments of :func:`rapid_llm.engine.attention.attend`, all positional."""
 
+PartKernel = Callable[..., tuple[Tensor, Tensor]]
+"""Function with the arguments of :func:`attend_part`, all positional."""
+
 FEW_QUERIES = 32
 """Number of queries up to which packing is faster than a causal kernel with repeated KV heads."""
 
@@ -46,6 +49,44 @@ def _attend_packed(
     packed = query.reshape(1, kv_heads, group * n, dim)
     out = F.scaled_dot_product_attention(packed, key[None], value[None], mask, scale=scaling)
     return out.reshape(heads, n, -1)
+
+
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of a few tokens to a part of their keys, to be merged with that to the others.
+
+    Args:
+        query: queries, ``[kv_heads, group * tokens, dim]``: for each query head of a KV head the
+            rows of all tokens.
+        key, value: ``[kv_heads, keys, dim]``, same dtype.
+        scaling: factor on the scores.
+        mask: what each token must not see of the last keys, bool ``[tokens, at most keys]``; None
+            if it sees all.
+        causal: whether the mask is the causal rule over the tokens' own keys, which are the last.
+
+    Returns:
+        Attention to this part, float32 ``[kv_heads, group * tokens, dim]``, and the natural
+        log-sum-exp of each row's scores, float32 ``[kv_heads, group * tokens]``; -inf and 0 for a
+        row that sees nothing.
+    """
+    scores = (query @ key.transpose(1, 2)).float() * scaling
+    lse, weights = softmax_part(scores, mask)
+    return (weights.to(value.dtype) @ value).float(), lse
+
+
+def softmax_part(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and softmax of scores, float32 ``[heads, rows, keys]``, which are overwritten.
+
+    Rows that see nothing get weights 0. ``mask`` is that of :func:`attend_part`.
+    """
+    if mask is not None:
+        tokens, masked = mask.shape
+        ends = scores.view(scores.shape[0], -1, tokens, scores.shape[-1])[..., -masked:]
+        ends.masked_fill_(mask, float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    lowest = torch.finfo(torch.float32).min
+    return lse, (scores - lse.clamp(min=lowest)[..., None]).exp_()
 
 
 def causal_mask(n: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
