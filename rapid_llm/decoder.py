@@ -37,7 +37,6 @@ from rapid_llm.generation import (
     FinishReason,
     GenerationResult,
     Progress,
-    deltas,
     log_likelihood,
 )
 from rapid_llm.limits import host_memory
@@ -46,7 +45,6 @@ from rapid_llm.opening import Opener
 from rapid_llm.options import RENAMED, given, options_of, sorted_into, with_new_names
 from rapid_llm.request import ModelPair
 from rapid_llm.speculation.constraints import Constraints
-from rapid_llm.text import TextStream
 from rapid_llm.vocabulary import unshared_tokens
 
 __all__ = ["Delta", "FinishReason", "GenerationResult", "Memory", "Progress", "RapidDecoder"]
@@ -411,11 +409,7 @@ class RapidDecoder:
             confidence,
             self.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
-        # A grammar counts each space, also the first.
-        before = () if request.constraint is None else encode_literal("a", self.tokenizer)
-        text = TextStream(self.tokenizer, request.sampling.stop, before)
-        opened = self._opener.open(request, started)
-        return deltas(opened, text, request.ends, request.least_new_tokens, progress)
+        return self._opener.answer(request, started, progress)
 
     def log_likelihood(self, prompt: Prompt, continuation: str, *, drafter: bool = False) -> float:
         """Natural logarithm of the probability of a continuation given a prompt.

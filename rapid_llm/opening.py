@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
+from rapid_llm.encoding import encode_literal
 from rapid_llm.engine.costs import ROOM
 from rapid_llm.engine.kept.prefixes import Lease, PrefixCache
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
-from rapid_llm.generation import DRAFTED, Generation
+from rapid_llm.engine.steps import Wanted, each_alone
+from rapid_llm.generation import DRAFTED, Delta, Generation, Progress, answering
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
@@ -21,6 +24,7 @@ from rapid_llm.speculation.drafters.lookup import CERTAIN, SIZES, PromptLookupDr
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.tensor_parallel import Ranks
+from rapid_llm.text import TextStream
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,23 @@ class Opener:
     pair: ModelPair
     quantized: QuantizedDrafter
     prefixes: PrefixCache
+
+    def answer(
+        self, request: Request, started: float, progress: Progress | None
+    ) -> Iterator[Delta]:
+        """Answer a request by itself and yield one delta per round, see :func:`.answering`."""
+        with self.open(request, started) as generation:
+            yield from each_alone(self.steps(request, generation, progress))
+
+    def steps(
+        self, request: Request, generation: Generation, progress: Progress | None
+    ) -> Generator[Wanted | Delta, Any, None]:
+        """The passes that the answer to a request takes, and its deltas."""
+        # A grammar counts each space, also the first.
+        tokenizer = self.pair.tokenizer
+        before = () if request.constraint is None else encode_literal("a", tokenizer)
+        text = TextStream(tokenizer, request.sampling.stop, before)
+        return answering(generation, text, request.ends, request.least_new_tokens, progress)
 
     @contextmanager
     def open(self, request: Request, started: float) -> Iterator[Generation]:

@@ -504,13 +504,13 @@ def test_what_keeps_everything_drafts_what_the_target_says(drafting):
 @pytest.mark.parametrize("drafting", ["streaming", "triforce"])
 def test_compression_costs_acceptance_and_reads_no_prompt(small_budget, drafting, monkeypatch):
     read: list[int] = []
-    original = Session.prefill
+    original = Session.reading
 
     def spy(session, tokens, progress=None):
         read.append(len(tokens))
-        original(session, tokens, progress)
+        return original(session, tokens, progress)
 
-    monkeypatch.setattr(Session, "prefill", spy)
+    monkeypatch.setattr(Session, "reading", spy)
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
     config = SpeculationConfig(gamma=4, mode="exact", drafting=drafting)

@@ -1,10 +1,10 @@
-"""Passes over several sequences: their logits are those of each alone, and nothing is read twice."""
+"""Passes over several sequences: the logits of each alone, and nothing is read twice."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import installed, tiny_model
 
 from rapid_llm.engine import sdpa
 from rapid_llm.engine.joined import Part, reads_of
@@ -112,9 +112,10 @@ def test_a_pass_that_fails_changes_no_cache(monkeypatch):
     def fail(*_):
         raise RuntimeError("stopped")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+    with monkeypatch.context() as patch:
         patch.setattr("rapid_llm.engine.joined.Merged.add", fail)
-        runner.joined(parts)
+        with pytest.raises(RuntimeError, match="stopped"):
+            runner.joined(parts)
     assert [cache.length for cache in caches] == [len(DOCUMENT), 2]
     torch.testing.assert_close(runner.joined(parts)[1], alone(runner, [3, 4], [7, 8])[-1:])
 
@@ -125,7 +126,7 @@ def test_kernels_for_parts_agree(kind, keys, tokens, masked):
     if kind == "cpu":
         from rapid_llm.engine.cpu.attention import attend_part
     else:
-        pytest.importorskip("triton")
+        installed("triton")
         from rapid_llm.engine.cuda.attention import attend_part
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, n, 16) for n in (3 * tokens, keys + 9, keys + 9))

@@ -32,7 +32,7 @@ from rapid_llm.engine.supported import (
     require_tokens_alike,
 )
 from rapid_llm.engine.transformers_pass import TransformersPass
-from rapid_llm.errors import InvalidParameterError, OutdatedKVError
+from rapid_llm.errors import InvalidParameterError, ModelError, OutdatedKVError
 from rapid_llm.forked import ProcessLock, in_child
 from rapid_llm.tensor_parallel import head_divisor, is_sharded, ranks_of
 

@@ -12,6 +12,7 @@ from rapid_llm.engine.chunks import pass_ends
 from rapid_llm.engine.device import Judge, NextMask, ReplayedPass, TokenSampler
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.steps import Extend, Steps, alone
 from rapid_llm.errors import OutdatedKVError
 
 PrefillProgress = Callable[[int, int], None]
@@ -62,6 +63,12 @@ class Session:
             tokens: token ids of the prompt without its last one, which is read later.
             progress: callback for the progress.
         """
+        alone(self.reading(tokens, progress))
+
+    def reading(
+        self, tokens: Sequence[int], progress: PrefillProgress | None = None
+    ) -> Steps[None]:
+        """The passes of :meth:`prefill`."""
         self._ends = pass_ends(len(tokens), self.runner.prefill_sizes)
         held = self.length
         assert held in (0, *self._ends)
@@ -69,7 +76,7 @@ class Session:
             if progress is not None:
                 progress(start, len(tokens))
             part = self.runner.tensor(tokens[start:end])
-            self.extend(part, 1, len(tokens) + 1)
+            yield Extend(self, part, 1, len(tokens) + 1)
         if progress is not None:
             progress(len(tokens), len(tokens))
 
