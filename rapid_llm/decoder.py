@@ -43,7 +43,7 @@ from rapid_llm.limits import host_memory
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model
 from rapid_llm.opening import Opener
 from rapid_llm.options import RENAMED, given, options_of, sorted_into, with_new_names
-from rapid_llm.request import ModelPair
+from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.constraints import Constraints
 from rapid_llm.vocabulary import unshared_tokens
 
@@ -196,7 +196,7 @@ class RapidDecoder:
             end_of_turn(tokenizer),
             Constraints(self.tokenizer),
         )
-        self._opener = Opener(self._pair, self._quantized, self._prefixes)
+        self.opener = Opener(self._pair, self._quantized, self._prefixes)
 
     @classmethod
     def from_pretrained(
@@ -400,8 +400,33 @@ class RapidDecoder:
                 while streaming, between two chunks of the prefill or after a round).
         """
         started = time.perf_counter()
+        request = self.request(
+            target_prompt,
+            draft_prompt,
+            sampling=sampling,
+            speculation=speculation,
+            confidence=confidence,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.opener.answer(request, started, progress)
+
+    def request(
+        self,
+        target_prompt: Prompt | None,
+        draft_prompt: Prompt | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        speculation: SpeculationConfig | None = None,
+        confidence: float = 1.0,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """Validate a call of :meth:`stream`, and encode its prompts; no model runs.
+
+        Raises:
+            RapidError: any error of :meth:`stream` that it does not raise while streaming.
+        """
         self._loaded_in.require()
-        request = self._pair.request(
+        return self._pair.request(
             target_prompt,
             draft_prompt,
             given(sampling, SamplingParams, "sampling"),
@@ -409,7 +434,6 @@ class RapidDecoder:
             confidence,
             self.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
-        return self._opener.answer(request, started, progress)
 
     def log_likelihood(self, prompt: Prompt, continuation: str, *, drafter: bool = False) -> float:
         """Natural logarithm of the probability of a continuation given a prompt.

@@ -123,6 +123,9 @@ class Generation:
         draft_skipped: reason why nothing can be drafted; None where drafting is possible.
         started: time of the call (``time.perf_counter``), from which the timeout counts.
         free_memory: function that frees idle memory, called when a step runs out of it.
+
+    Attributes:
+        sequences: number of generations whose passes are joined, from which γ follows.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class Generation:
         free_memory: Callable[[], None],
     ) -> None:
         self.target = target
+        self.sequences = 1
         self.sampler = sampler
         self.config = config
         self._confidence = confidence
@@ -242,6 +246,9 @@ class Generation:
         remaining = min(remaining, max(1, self.target.room - 1))
         look_ahead = self.config.applied_mode == "augmented"
         length = len(self._output)
+
+        for state in self._drafter_states:
+            state.schedule.sequences = self.sequences
 
         def speedup(state: _DrafterState) -> float:
             return state.schedule.speedup(state.lag(length))

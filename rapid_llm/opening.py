@@ -59,12 +59,16 @@ class Opener:
         return answering(generation, text, request.ends, request.least_new_tokens, progress)
 
     @contextmanager
-    def open(self, request: Request, started: float) -> Iterator[Generation]:
+    def open(
+        self, request: Request, started: float, *, joined: bool = False
+    ) -> Iterator[Generation]:
         """A generation for a request, with KV reused from earlier calls and kept for later ones.
 
         Args:
             request: the request.
             started: time of the call (``time.perf_counter``).
+            joined: whether its passes are joined with those of other generations, with which it
+                then shares the KV of a common document.
         """
         with ExitStack() as leases:
             if request.runner.ranks is not None:
@@ -73,12 +77,15 @@ class Opener:
             def lease(runner: ModelRunner, prompt: Sequence[int]) -> tuple[Session, Lease]:
                 length, new = len(prompt), request.sampling.max_new_tokens
                 capacity = max(min(length + new, runner.context_window), length + ROOM)
+                # Compressed drafters copy parts of the target's KV, and want it in one cache.
+                together = joined and runner.joins
+                share = together and request.config.drafting not in compressed.DRAFTERS
                 borrowed = leases.enter_context(
-                    self.prefixes.lease(runner, prompt, runner.capacity_for(capacity))
+                    self.prefixes.lease(runner, prompt, capacity, share=share)
                 )
                 if runner.ranks is not None:  # they may have kept more or less of it
                     borrowed = borrowed.shortened(runner.ranks.agree(least=borrowed.reused))
-                return Session(runner, borrowed.cache, prompt), borrowed
+                return Session(runner, borrowed.cache, prompt, joined=together), borrowed
 
             target, kept = lease(request.runner, request.prompt)
             runner = request.runner

@@ -278,7 +278,7 @@ def test_guesses_are_as_long_as_they_pay(right, monkeypatch):
     monkeypatch.setattr(
         drafter._session,
         "extend",
-        lambda tokens, keep: rows.append(keep) or extend(tokens, keep),
+        lambda tokens, keep, whole: rows.append(keep) or extend(tokens, keep, whole),
     )
     with torch.inference_mode():
         for first in range(5, 50, 5):

@@ -104,7 +104,7 @@ class CompressedDrafter(RagDrafter, ABC):
         room = target.cache.capacity - len(prompt)
         cache = runner.new_cache(min(len(prompt), BUDGET) + room)
         super().__init__(
-            Session(runner, cache),
+            Session(runner, cache, joined=target.joined),
             prompt,
             sampler,
             runner.vocab_size,
