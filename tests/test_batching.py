@@ -8,6 +8,7 @@ import logging
 import random
 import string
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +27,7 @@ from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import kv_nbytes
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import (
+    ContextWindowError,
     GenerationTimeoutError,
     InvalidParameterError,
     NumericalError,
@@ -327,10 +329,48 @@ def test_more_requests_than_may_run_wait_in_their_order():
     assert most <= 2
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "many"])
 def test_a_wrong_limit_is_refused(limit):
-    with pytest.raises(InvalidParameterError, match=f"max_sequences={limit}"):
+    with pytest.raises(InvalidParameterError, match=f"max_sequences={limit!r}"):
         Scheduler(decoder_of(), max_sequences=limit)
+    with pytest.raises(InvalidParameterError, match=f"max_sequences={limit!r}"):
+        decoder_of(max_sequences=limit)
+
+
+def test_a_decoder_has_one_scheduler_while_it_is_used_and_goes_with_it():
+    decoder = decoder_of(max_sequences=3)
+    scheduler = decoder.scheduler
+    assert decoder.scheduler is scheduler
+    assert scheduler.max_sequences == 3
+    results = decoder.generate_many([mixed(0), mixed(1)])
+    alone = [tokens_alone(decoder, mixed(0)), tokens_alone(decoder, mixed(1))]
+    assert [each.token_ids for each in results] == alone
+    _settle(scheduler)
+    decoder = weakref.ref(decoder)
+    del scheduler
+    assert decoder() is None
+
+
+def test_a_limit_of_one_runs_the_passes_of_single_calls(monkeypatch):
+    decoder = decoder_of(max_sequences=1)
+    requests = [mixed(0), mixed(6)]
+    for request in requests:
+        tokens_alone(decoder, request)  # the document's KV is kept
+    passes = count_passes(monkeypatch)
+    for request in requests:
+        tokens_alone(decoder, request)
+    alone = list(passes)
+    passes.clear()
+    decoder.generate_many(requests)
+    assert passes == alone
+
+
+def test_wrong_requests_have_their_errors_in_their_places():
+    decoder = decoder_of()
+    long = GenerationRequest([5] * 600, None, sampling())
+    found = decoder.generate_many([mixed(0), long], return_exceptions=True)
+    assert getattr(found[0], "token_ids", None) == tokens_alone(decoder, mixed(0))
+    assert isinstance(found[1], ContextWindowError)
 
 
 def test_a_wrong_request_is_refused_before_any_begins(monkeypatch):

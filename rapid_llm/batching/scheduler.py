@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -21,19 +21,23 @@ from rapid_llm.aio import in_thread
 from rapid_llm.batching.requests import DeltaStream, GenerationRequest, Outcome, Ticket
 from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
-from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.config import EngineConfig, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt
-from rapid_llm.errors import InvalidParameterError
 from rapid_llm.generation import Delta, GenerationResult, Progress
+from rapid_llm.options import changed
 from rapid_llm.request import Request
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import RapidDecoder
 
-MAX_SEQUENCES = 8
-"""Default number of requests that are answered at once."""
-
 _log = logging.getLogger(__name__)
+
+
+class _Checked(NamedTuple):
+    """A validated request, or what is wrong with it, and its callback."""
+
+    request: Request | Exception
+    progress: Progress | None
 
 
 class Scheduler:
@@ -51,22 +55,18 @@ class Scheduler:
     Args:
         decoder: the models.
         max_sequences: maximum number of requests under way; more wait, first come, first served.
+            1 answers them one by one, by the passes of single calls. None: the decoder's.
 
     Raises:
         InvalidParameterError: ``max_sequences`` is less than 1.
     """
 
-    def __init__(self, decoder: RapidDecoder, *, max_sequences: int = MAX_SEQUENCES) -> None:
-        if isinstance(max_sequences, bool) or not isinstance(max_sequences, int):
-            raise InvalidParameterError(
-                f"max_sequences={max_sequences!r} is not allowed: give a whole number of at least 1"
-            )
-        if max_sequences < 1:
-            raise InvalidParameterError(
-                f"max_sequences={max_sequences} is less than 1: no request could be answered"
-            )
+    def __init__(self, decoder: RapidDecoder, *, max_sequences: int | None = None) -> None:
+        if max_sequences is None:
+            max_sequences = decoder.max_sequences
+        limits = changed(EngineConfig(), {"max_sequences": max_sequences})
         self.decoder = decoder
-        self.max_sequences = max_sequences
+        self.max_sequences = limits.max_sequences
         self._lock = threading.Lock()
         self._waiting: list[Ticket] = []
         self._running: list[Sequence] = []
@@ -176,22 +176,38 @@ class Scheduler:
         self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
     ) -> Iterator[Any]:
         """Answer requests at once; see :meth:`RapidDecoder.stream_many`."""
-        checked = [(self._validated(each), each.progress) for each in requests]
-        return self._streamed(checked, return_exceptions)
+        return self._streamed(self._checked(requests, return_exceptions), return_exceptions)
+
+    def _checked(
+        self, requests: Iterable[GenerationRequest], return_exceptions: bool
+    ) -> list[_Checked]:
+        """Validate requests, before any of them begins."""
+
+        def checked(request: GenerationRequest) -> _Checked:
+            try:
+                return _Checked(self._validated(request), request.progress)
+            except Exception as error:
+                if not return_exceptions:
+                    raise
+                return _Checked(error, None)
+
+        return list(map(checked, requests))
 
     def _streamed(
-        self, requests: list[tuple[Request, Progress | None]], return_exceptions: bool
+        self, requests: list[_Checked], return_exceptions: bool
     ) -> Iterator[tuple[int, Delta | Exception]]:
         outcomes: SimpleQueue[tuple[int, Outcome]] = SimpleQueue()
 
         def put(index: int, outcome: Outcome) -> None:
             outcomes.put((index, outcome))
 
-        tickets = [
-            self._submit(request, progress, partial(put, index))
-            for index, (request, progress) in enumerate(requests)
-        ]
-        missing = len(tickets)
+        tickets = []
+        for index, (request, progress) in enumerate(requests):
+            if isinstance(request, Exception):
+                put(index, request)
+            else:
+                tickets.append(self._submit(request, progress, partial(put, index)))
+        missing = len(requests)
         try:
             while missing:
                 index, outcome = outcomes.get()
@@ -219,10 +235,9 @@ class Scheduler:
         self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
     ) -> list[Any]:
         """Answer requests at once; see :meth:`RapidDecoder.generate_many`."""
-        requests = list(requests)
-        deltas: list[list[Delta]] = [[] for _ in requests]
+        checked = self._checked(requests, return_exceptions)
+        deltas: list[list[Delta]] = [[] for _ in checked]
         errors: dict[int, Exception] = {}
-        checked = [(self._validated(each), each.progress) for each in requests]
         for index, outcome in self._streamed(checked, return_exceptions):
             if isinstance(outcome, Delta):
                 deltas[index].append(outcome)
@@ -288,7 +303,8 @@ class Scheduler:
                 each.end()
         self._running = [each for each in self._running if each.wanted is not None]
         while (ticket := self._next()) is not None:
-            started = Sequence(ticket, self.decoder.opener)
+            joined = self.max_sequences > 1 and ticket.request.runner.joins
+            started = Sequence(ticket, self.decoder.opener, joined=joined)
             started.start()
             if started.wanted is not None:
                 self._running.append(started)

@@ -19,6 +19,7 @@ class Sequence:
     Args:
         ticket: the request.
         opener: opens its generation.
+        joined: whether its passes may be joined with those of others.
 
     Attributes:
         ticket: the request.
@@ -26,10 +27,11 @@ class Sequence:
         by_itself: whether it runs device-side drafts and verifications, which serve one sequence.
     """
 
-    def __init__(self, ticket: Ticket, opener: Opener) -> None:
+    def __init__(self, ticket: Ticket, opener: Opener, *, joined: bool) -> None:
         self.ticket = ticket
         self.wanted: Extend | None = None
-        self.by_itself = False
+        self.by_itself = not joined
+        self._joined = joined
         self._opener = opener
         self._context = ExitStack()
         self._generation: Generation | None = None
@@ -45,7 +47,7 @@ class Sequence:
         request = self.ticket.request
 
         def begin() -> Wanted | Delta | None:
-            opened = self._opener.open(request, self.ticket.started, joined=True)
+            opened = self._opener.open(request, self.ticket.started, joined=self._joined)
             self._generation = self._context.enter_context(opened)
             self._steps = self._opener.steps(request, self._generation, self.ticket.progress)
             return next(self._steps, None)

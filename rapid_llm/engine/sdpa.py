@@ -70,23 +70,29 @@ def attend_part(
         log-sum-exp of each row's scores, float32 ``[kv_heads, group * tokens]``; -inf and 0 for a
         row that sees nothing.
     """
-    scores = (query @ key.transpose(1, 2)).float() * scaling
-    lse, weights = softmax_part(scores, mask)
-    return (weights.to(value.dtype) @ value).float(), lse
+    nothing = query.new_empty(1, 1, 1)
+    scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scaling).float()
+    weights, total, lse = softmax_part(scores, mask)
+    return (weights.to(value.dtype) @ value).float() / total[..., None], lse
 
 
-def softmax_part(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and softmax of scores, float32 ``[heads, rows, keys]``, which are overwritten.
+def softmax_part(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax of scores, float32 ``[heads, rows, keys]``, which are overwritten.
 
-    Rows that see nothing get weights 0. ``mask`` is that of :func:`attend_part`.
+    Returns:
+        Weights that are not normalised, their sums (1 for a row that sees nothing, whose weights
+        are 0), and the log-sum-exp of the scores. ``mask`` is that of :func:`attend_part`.
     """
     if mask is not None:
         tokens, masked = mask.shape
         ends = scores.view(scores.shape[0], -1, tokens, scores.shape[-1])[..., -masked:]
         ends.masked_fill_(mask, float("-inf"))
-    lse = scores.logsumexp(dim=-1)
-    lowest = torch.finfo(torch.float32).min
-    return lse, (scores - lse.clamp(min=lowest)[..., None]).exp_()
+    top = scores.amax(dim=-1)
+    safe = top.clamp(min=torch.finfo(torch.float32).min)  # not where nothing is seen
+    weights = scores.sub_(safe[..., None]).exp_()
+    total = weights.sum(dim=-1)
+    lse = safe + total.log()
+    return weights, torch.where(total > 0, total, 1.0), lse
 
 
 def causal_mask(n: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -105,10 +105,12 @@ def attend_part(
     out = query.new_empty(query.shape, dtype=torch.float32)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     for head in range(key.shape[0]):
-        scores = (query[head].to(wide) @ key[head].to(wide).T).float() * scaling
-        total, weights = softmax_part(scores[None], mask)
-        lse[head] = total[0]
-        out[head] = _mix(weights[0].to(wide), value[head].to(wide))
+        rows, keys = query[head].to(wide), key[head].to(wide)
+        scores = torch.addmm(rows.new_empty(1, 1), rows, keys.T, beta=0, alpha=scaling)
+        weights, total, sums = softmax_part(scores.float()[None], mask)
+        lse[head] = sums[0]
+        mixed = _mix(weights[0].to(wide), value[head].to(wide)).float()
+        out[head] = mixed / total[0, :, None]
     return out, lse
 
 
