@@ -45,7 +45,7 @@ class Scheduler:
 
     Passes of all requests under way are joined: each weight is read once for all of them, and each
     document once for all questions on it. A request gets the law that it gets alone, and the same
-    tokens but for rounding. With ``gamma="auto"`` draft lengths follow the number of requests, so
+    tokens but for rounding; one that nobody joins runs the passes of a single call. With ``gamma="auto"`` draft lengths follow the number of requests, so
     that sampled tokens, and in modes with knowledge transfer their law, depend on it as they depend
     on draft lengths alone.
 
@@ -303,7 +303,9 @@ class Scheduler:
                 each.end()
         self._running = [each for each in self._running if each.wanted is not None]
         while (ticket := self._next()) is not None:
-            joined = self.max_sequences > 1 and ticket.request.runner.joins
+            # The first is opened as a single call is, so that a request that stays alone gets what
+            # a single call gets, to the bit; those beside it borrow from its cache.
+            joined = bool(self._running) and ticket.request.runner.joins
             started = Sequence(ticket, self.decoder.opener, joined=joined)
             started.start()
             if started.wanted is not None:

@@ -19,7 +19,8 @@ class Sequence:
     Args:
         ticket: the request.
         opener: opens its generation.
-        joined: whether its passes may be joined with those of others.
+        joined: whether it is opened to share KV and passes with others; one that is not may still
+            lend its KV, and join their passes.
 
     Attributes:
         ticket: the request.
