@@ -45,9 +45,9 @@ class Scheduler:
 
     Passes of all requests under way are joined: each weight is read once for all of them, and each
     document once for all questions on it. A request gets the law that it gets alone, and the same
-    tokens but for rounding; one that nobody joins runs the passes of a single call. With ``gamma="auto"`` draft lengths follow the number of requests, so
-    that sampled tokens, and in modes with knowledge transfer their law, depend on it as they depend
-    on draft lengths alone.
+    tokens but for rounding; one that nobody joins runs the passes of a single call. With
+    ``gamma="auto"`` draft lengths follow the number of requests, so that sampled tokens, and in
+    modes with knowledge transfer their law, depend on it as they do on draft lengths.
 
     Joined passes take models of the Llama family with our attention and a fixed rotary embedding;
     requests to others are answered one by one, and the log says so once.
