@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from math import fsum
 from pathlib import Path
 from typing import Any, Literal, overload
 from weakref import ReferenceType, ref
@@ -39,7 +40,8 @@ from rapid_llm.generation import (
     FinishReason,
     GenerationResult,
     Progress,
-    log_likelihood,
+    TokenLogprob,
+    logprobs,
 )
 from rapid_llm.limits import host_memory
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model
@@ -103,17 +105,16 @@ class RapidDecoder:
             where the target drafts for itself (on a CPU in bfloat16 only, on a GPU from a gigabyte
             of weights on) and makes no copy elsewhere; None makes no copy. The copy is made at the
             first draft. Models with hooks or replaced methods are not copied.
-        kv_cache_bytes: budget in bytes for the KV of prompts kept on the devices between calls, of
-            which the least recently used leaves first; None is a quarter of the device's memory, 0
-            keeps nothing there.
+        kv_cache_bytes: budget in bytes for the KV of prompts kept on the devices between calls
+            (LRU); None is a quarter of the device's memory, 0 keeps nothing there.
         kv_cache_host_bytes: budget in bytes for KV that has left a device with memory of its own,
             in pinned host memory; None is an eighth of what the process may use, or 0 where
             ``kv_cache_bytes`` is 0. On a CPU it adds nothing.
         kv_cache_dir: folder for the KV of long prompts, kept across processes (safetensors with a
             checksum; valid for this model, dtype and these tokens only).
         kv_cache_dir_bytes: maximum bytes of the folder's files, whoever wrote them, least recently
-            used deleted first; None is a quarter of what is free on its file system, these files
-            counted as free.
+            used deleted first; None is a quarter of the space on its file system that is free or
+            taken by these files.
         max_sequences: maximum number of requests that are answered at once by
             :meth:`generate_many` and :attr:`scheduler`; more wait. 1 answers them one by one.
         chat_template_kwargs: variables of the model's chat template (``enable_thinking``, …) for
@@ -524,14 +525,44 @@ class RapidDecoder:
             NumericalError: the model produced NaN.
             ForkedProcessError: this process was forked from the one that loaded the models.
         """
-        self._loaded_in.require()
-        runner = self.drafter if drafter else self.target
         tokens = encode_literal(continuation, self.tokenizer)
         if not tokens:
             raise InvalidParameterError(
                 f"continuation={continuation!r} has no tokens; give some text"
             )
-        ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
+        return fsum(each.logprob for each in self.logprobs(prompt, tokens, drafter=drafter))
+
+    def logprobs(
+        self,
+        prompt: Prompt,
+        token_ids: Sequence[int],
+        top: int = 0,
+        *,
+        drafter: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[TokenLogprob]:
+        """Natural logarithms of the probabilities of tokens that follow a prompt.
+
+        They are the model's own, at temperature 1 and without other processors.
+
+        Args:
+            prompt: prompt in any form that :meth:`stream` takes.
+            token_ids: ids of the tokens, at least one.
+            top: number of the most likely tokens to tell at each place.
+            drafter: whether to score with the drafter instead of the target.
+            chat_template_kwargs: variables of the chat template, as :meth:`stream` takes them.
+
+        Raises:
+            InvalidParameterError: the prompt is malformed, or there are no tokens.
+            ContextWindowError: both together exceed the model's window.
+            NumericalError: the model produced NaN.
+            ForkedProcessError: this process was forked from the one that loaded the models.
+        """
+        self._loaded_in.require()
+        runner = self.drafter if drafter else self.target
+        tokens = encode_prompt(token_ids, self.tokenizer)
+        variables = self.chat_template_kwargs | checked_variables(chat_template_kwargs)
+        ids = encode_prompt(prompt, self.tokenizer, variables)
         self._pair.require_readable([*ids, *tokens], runner)
         if len(tokens) > (room := self._pair.room(ids, runner)):
             raise ContextWindowError(
@@ -541,13 +572,13 @@ class RapidDecoder:
             )
         with ExitStack() as stack:
             if runner.ranks is not None:
-                stack.enter_context(runner.ranks.call("log_likelihood", ids, tokens))
+                stack.enter_context(runner.ranks.call("logprobs", ids, tokens))
             held = stack.enter_context(self._prefixes.lease(runner, ids, len(ids) + len(tokens)))
             if runner.ranks is not None:
                 held.cache.rollback(runner.ranks.agree(least=held.reused))
             session = Session(runner, held.cache, ids)
             return with_memory(
-                partial(log_likelihood, session, ids, tokens), self._prefixes.free_devices
+                partial(logprobs, session, ids, tokens, top), self._prefixes.free_devices
             )
 
     def astream(

@@ -361,7 +361,7 @@ def answering(
     stats, limit = generation.stats, generation.sampler.params.max_new_tokens
     constraint = generation.sampler.constraint
     finish: FinishReason | None = None
-    if constraint is not None and constraint.over():  # the empty answer is the only one
+    if constraint is not None and constraint.over():  # only the empty answer is allowed
         finish = "stop"
         yield Delta(text.finish(), (), finish, replace(stats))
     while finish is None:
@@ -389,9 +389,26 @@ def answering(
         yield Delta("".join(pieces), tuple(new), finish, replace(stats))
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability, and those of the most likely tokens there.
+
+    Attributes:
+        token_id: id of the token.
+        logprob: logarithm of its probability, at temperature 1 and without other processors.
+        top: ids and logarithms of the most likely tokens, the most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @torch.inference_mode()
-def log_likelihood(session: Session, prompt: list[int], continuation: list[int]) -> float:
-    """Natural logarithm of the probability of a continuation given a prompt.
+def logprobs(
+    session: Session, prompt: list[int], continuation: list[int], top: int
+) -> list[TokenLogprob]:
+    """Logarithms of the probabilities of a continuation's tokens given a prompt.
 
     After an error it may be called again with the same session, and goes on where it stopped.
 
@@ -399,6 +416,7 @@ def log_likelihood(session: Session, prompt: list[int], continuation: list[int])
         session: session of the model that scores.
         prompt: token ids of the prompt, at least one.
         continuation: token ids of the continuation, at least one.
+        top: number of the most likely tokens to tell at each place.
 
     Raises:
         NumericalError: the model produced NaN.
@@ -407,8 +425,10 @@ def log_likelihood(session: Session, prompt: list[int], continuation: list[int])
     session.prefill(prompt[:-1])
     device = session.runner.device
     logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))
-    wanted = torch.tensor(continuation, device=device)
-    total = -F.cross_entropy(logits, wanted, reduction="sum").item()
-    if isnan(total):
+    logs = F.log_softmax(logits.float(), dim=-1)
+    own = logs.gather(1, torch.tensor(continuation, device=device)[:, None])[:, 0].tolist()
+    if any(map(isnan, own)):
         raise NumericalError(_NAN.format(name=session.runner.name))
-    return total
+    best, ids = logs.topk(top, dim=-1)
+    rows = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), best.tolist(), strict=True)]
+    return list(map(TokenLogprob, continuation, own, rows))

@@ -83,7 +83,7 @@ class Opener:
                 borrowed = leases.enter_context(
                     self.prefixes.lease(runner, prompt, capacity, share=share)
                 )
-                if runner.ranks is not None:  # they may have kept more or less of it
+                if runner.ranks is not None:  # other ranks may have kept more or less of it
                     borrowed = borrowed.shortened(runner.ranks.agree(least=borrowed.reused))
                 return Session(runner, borrowed.cache, prompt, joined=together), borrowed
 

@@ -14,13 +14,18 @@ from rapid_llm.batching import GenerationRequest
 from rapid_llm.chat import checked_variables
 from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
-from rapid_llm.context.chunking import MIN_CHUNK_TOKENS
 from rapid_llm.context.embedding import Embedder
-from rapid_llm.context.prompts import Fitted, build_messages, fit_documents, retrieval_query
+from rapid_llm.context.prompts import (
+    Fitted,
+    fit_documents,
+    retrieval_query,
+    room_for_retrieved,
+    with_document,
+)
 from rapid_llm.context.retrieved import SEPARATOR, Passage, texts_by_id
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
-from rapid_llm.encoding import Message, Prompt, encode_prompt
+from rapid_llm.encoding import Message, Prompt
 from rapid_llm.errors import DocumentError, InvalidParameterError
 from rapid_llm.options import changed, given
 from rapid_llm.stats import Method, Stats
@@ -52,7 +57,7 @@ class AnswerStream(Iterator[Delta]):
 
     Attributes:
         question: the question asked.
-        context: what the drafter reads; None for method ``lc``.
+        context: retrieval context that the drafter reads; None for method ``lc``.
     """
 
     def __init__(
@@ -360,9 +365,8 @@ class RapidPipeline:
         """Number of tokens that both context windows leave for the retrieved text."""
         decoder = self.decoder
         window = min(decoder.target.context_window, decoder.drafter.context_window)
-        answer = min(call.sampling.max_new_tokens, window // 2)
-        tokens = len(encode_prompt(call.messages("."), decoder.tokenizer, call.variables))
-        return max(MIN_CHUNK_TOKENS, window - answer - tokens)
+        most = call.sampling.max_new_tokens
+        return room_for_retrieved(call.messages, decoder.tokenizer, window, most, call.variables)
 
     def _prompts(self, method: Method, call: _Call, context: RetrievalContext | None) -> _Prompts:
         found: list[list[Passage]] = [[] for _ in self.documents]
@@ -458,17 +462,13 @@ class _Call:
 
     @property
     def query(self) -> str:
-        """What is searched for: the question, and the latest ones of the history."""
+        """Text to retrieve for: the question and the latest ones of the history."""
         users = [m for m in self.history if isinstance(m, Mapping) and m.get("role") == "user"]
         return retrieval_query(self.question, [str(message.get("content")) for message in users])
 
     def messages(self, text: str) -> list[Message]:
         """Chat messages of the conversation, with a text in the first one."""
-        if not self.history:
-            return [*build_messages(text, self.question)]
-        first, *later = self.history
-        opening = build_messages(text, str(first["content"]))
-        return [*opening, *later, {"role": "user", "content": self.question}]
+        return with_document([*self.history, {"role": "user", "content": self.question}], text)
 
 
 @dataclass(frozen=True)

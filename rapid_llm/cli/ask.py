@@ -40,8 +40,8 @@ def ask(
         typer.Argument(
             metavar="DOCUMENT",
             help="Text, Markdown, HTML or PDF files, or folders and patterns (reports/**/*.pdf) of "
-            "such; - is standard input. Read in the order of their names, or in this one with "
-            "--order given.",
+            "such; - is standard input. They are read in the order of their names, or as given "
+            "here with --order given.",
             show_default=False,
         ),
     ],
@@ -50,7 +50,7 @@ def ask(
         typer.Option(
             "--question",
             "-q",
-            help="What to answer; without it, questions are typed at the terminal.",
+            help="Question to answer; without it, questions are typed at the terminal.",
             show_default=False,
         ),
     ] = None,
@@ -58,16 +58,16 @@ def ask(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="A question a line, or an object with question and id in JSON; - is standard "
-            "input. Prints an object a line.",
+            help="File with one question per line, or one JSON object with question and id per "
+            "line; - is standard input. One JSON object per question is printed.",
             show_default=False,
         ),
     ] = None,
     method: Annotated[
         Method,
         typer.Option(
-            help="rapid; sd: without knowledge transfer; lc: the target alone over the whole; "
-            "rag: the drafter alone over what was retrieved."
+            help="rapid; sd, speculation without knowledge transfer; lc, the target alone over the "
+            "whole documents; rag, the drafter alone over the retrieved passages."
         ),
     ] = "rapid",
     compare: Annotated[
@@ -78,8 +78,8 @@ def ask(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="A JSON schema: every answer is JSON that it allows. The exit status is 1 where "
-            "an answer was cut at --max-new-tokens.",
+            help="File with a JSON schema that every answer follows. The exit status is 1 where an "
+            "answer was cut at --max-new-tokens.",
             show_default=False,
         ),
     ] = None,
@@ -154,16 +154,17 @@ def _with_schema(sampling: SamplingParams, path: str) -> SamplingParams:
 def _check_question(
     documents: Sequence[str], question: str | None, questions: str | None, at_once: bool
 ) -> None:
-    """Validate where questions come from.
+    """Validate the source of questions.
 
     Args:
-        documents: the documents' names.
-        question, questions: as given.
-        at_once: the output asked for is that of a question known beforehand.
+        documents: names of the documents.
+        question, questions: values of the options.
+        at_once: whether the requested output needs a question on the command line or in a file.
 
     Raises:
         DocumentError: the question is empty.
-        InvalidParameterError: there is none, or two sources of questions, or of standard input.
+        InvalidParameterError: there is no question, there are two sources of questions, or
+            standard input would be read twice.
     """
     if question is not None and questions is not None:
         raise InvalidParameterError("--question and --questions exclude each other: give one")

@@ -17,16 +17,16 @@ _OF_ALL = (MissingDependencyError, ModelError)
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what its answer is known by: the file's ``id``, or its number from 1."""
+    """A question, and the id of its answer: ``id`` in the file, or its number from 1."""
 
     id: Any
     text: str
 
 
 def read_questions(path: str) -> list[Question]:
-    """Read a file with a question a line, or with a JSON object a line; ``-`` is standard input.
+    """Read a file with one question or JSON object per line; ``-`` is standard input.
 
-    It holds JSON if its first line begins with a brace. Blank lines are passed over.
+    The file is JSON if its first line begins with a brace. Blank lines are skipped.
 
     Raises:
         DocumentError: the file cannot be read, or is empty.
@@ -63,8 +63,8 @@ def print_answers(
 ) -> int:
     """Print a JSON object for each question as soon as it is answered.
 
-    A question that failed has an ``error`` in its object, and the others go on; what is wrong with
-    the models would be wrong with all of them, and is raised.
+    The object of a question that failed has an ``error``, and the next question follows. Errors of
+    the models, which would repeat for every question, are raised.
 
     Args:
         questions: the questions.

@@ -101,7 +101,7 @@ def measure(session: Session) -> PassCost:
     back = min(ROOM, session.length)
     # Measure at positions that the sequence has reached: rotary scaling may change beyond them.
     cache.position_offset -= back
-    # As at the end of a sequence, like passes that decode, unless its KV is of a longer one.
+    # Passes that decode end their sequence, unless its KV belongs to a longer one.
     cache.expected = session.length + back + 1 if runner.switches else 0
     try:
         with runner.lock:  # keep passes of other threads out of the measurement
@@ -199,8 +199,8 @@ def _read(path: Path) -> PassCost:
 @cache
 def _warn_once(folder: Path, problem: str) -> None:
     warnings.warn(
-        f"what forward passes cost cannot be kept in {folder} ({problem}), so it is measured in "
-        "each process, and one may draft and answer otherwise than another; delete a damaged "
-        "file, or set RAPID_LLM_CACHE to a folder that can be written to",
+        f"the costs of forward passes cannot be kept in {folder} ({problem}), so each process "
+        "measures them, and processes may draft and answer differently; delete a damaged file, or "
+        "set RAPID_LLM_CACHE to a writable folder",
         stacklevel=2,
     )

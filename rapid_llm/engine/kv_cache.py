@@ -223,14 +223,17 @@ def kv_nbytes(config: Any, dtype: torch.dtype, capacity: int) -> int:
     return layers * 2 * heads * dim * capacity * dtype.itemsize
 
 
-def cache_argument(takes_a_cache: Callable[..., Any]) -> str:
+def cache_argument(forward: Callable[..., Any]) -> str:
     """Name of the parameter for the KV cache in a function such as a model's ``forward``.
 
     transformers 5.24 renamed ``past_key_values`` to ``cache``; models outside of transformers may
     have the old name. For a function that only forwards its arguments this is the name that
     ``generate`` uses.
+
+    Args:
+        forward: function with a parameter for a KV cache.
     """
-    for function in (takes_a_cache, GenerationMixin.prepare_inputs_for_generation):
+    for function in (forward, GenerationMixin.prepare_inputs_for_generation):
         parameters = signature(function).parameters
         for name in _CACHE_NAMES:
             if name in parameters:

@@ -1,4 +1,4 @@
-"""Work that is run again after memory ran out, with idle memory freed in between."""
+"""Run a step again after memory ran out, with idle memory freed in between."""
 
 from __future__ import annotations
 

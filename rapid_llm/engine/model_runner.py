@@ -69,8 +69,8 @@ class ModelRunner:
             not possible, or a capture fails, an error is raised instead of running more slowly.
 
     Attributes:
-        ranks: processes that run each pass together, because the model, or the one that it drafts
-            for or is drafted for by, is sharded over them; None for a model of this process alone.
+        ranks: processes that run each pass together, because this model or its partner (its
+            drafter or target) is sharded over them; None for a model of this process alone.
 
     Raises:
         ModelError: the architecture, an adapter or the attention implementation is not supported.

@@ -97,8 +97,9 @@ class Session:
         Args:
             tokens: token ids, int64 ``[n]``.
             keep: number of last tokens for which logits are computed; None for all.
-            whole: length of the whole sequence in tokens, where more will be read than these; the
-                tokens then pass no length at which the rotary embedding switches.
+            whole: final length in tokens of the sequence that these tokens are a part of; None
+                where they end it. Tokens of a part must not cross a length at which the rotary
+                embedding switches.
 
         Returns:
             Logits, float32 ``[keep, vocab]``, each row for the token after the one read.
@@ -152,7 +153,8 @@ class Session:
             steps: maximum number of tokens to draft.
             choice: sampler of the draft steps.
             generator: random generator.
-            masks: masks of the drafted tokens, for which the host takes part; None without.
+            masks: masks of allowed tokens, which the host computes for each drafted token; None
+                without a constraint.
 
         Returns:
             Drafted tokens, int64 ``[at most steps]``, and the q that each was drawn from,
@@ -191,7 +193,8 @@ class Session:
             tokens: int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
             q, eta, generator: see :class:`rapid_llm.engine.device.Judge`.
             judge: verification to run.
-            mask: mask of the judge.
+            mask: mask of allowed tokens, see :class:`rapid_llm.engine.device.Judge`; None without
+                a constraint.
 
         Returns:
             The judge's verdict; None, with nothing read, where this is not possible.

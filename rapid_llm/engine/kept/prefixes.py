@@ -4,9 +4,9 @@ Only KV that the prompt's own prefill would compute by the same passes is reused
 :mod:`rapid_llm.engine.chunks`, and never KV of answers. So an answer with reuse equals that of a
 fresh prefill, bit for bit.
 
-What leaves the device goes to the host's memory, where the two are apart; long prompts are also
-written to files. A prompt takes what the device has of its beginning and adds what the host has
-more of, or loads a file that has much more than both.
+KV evicted from a device with memory of its own moves to the host's memory; long prompts are also
+written to files. A prompt takes its prefix from the device, extends it from the host if the host
+has more, or loads a file that has much more than both.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Lease:
 
 @dataclass(eq=False)
 class _Reading:
-    """A cache in use, with the prefill that it is for.
+    """A leased cache, and the prefill that fills it.
 
     Attributes:
         runner: model that computes the KV.
@@ -85,7 +85,7 @@ class _Reading:
 
     @property
     def state(self) -> ReaderState:
-        """The state in which the model has computed what the cache holds now."""
+        """State of the model that computed the cache's current contents."""
         return ReaderState(self.runner, self.cache.origin, self.rounding)
 
     @property
@@ -204,7 +204,7 @@ class PrefixCache:
             best, shared = self._device.longest(state, chain)
             further, more = self._host.longest(state, chain)
             self._drop(None, best, further if more > shared else None)
-            if best is not None:  # without the question that it was read for
+            if best is not None:  # cut off what follows the shared tokens
                 self._device.discard(best)
                 best.cache.rollback(shared)
                 self._device.add(DevicePrefix(state, chain.up_to(shared), best.cache))
@@ -271,14 +271,14 @@ class PrefixCache:
                 return reading, {"device": reading.cache.length, "host": 0}
         capacity = runner.capacity_for(capacity)
         loaded = self._from_file(runner, chain, len(tokens) + 1, capacity)
-        # After the look for a file, which can detect that the model has changed.
+        # After the search for a file, which can detect that the model has changed.
         state = ReaderState.now(runner, len(tokens) + 1)
         if loaded is not None:
             reading = _Reading(runner, state.rounding, loaded, tokens, chain)
             origins: dict[Tier, int] = {"disk": loaded.length}
         else:
             with self._lock:
-                # The host first: what leaves the device for this prompt may drive it out there.
+                # The host first: a prefix evicted for this prompt may evict that one there.
                 further, shared = self._host.longest(state, chain)
                 cache = self._from_device(state, chain, capacity)
             reading = _Reading(runner, state.rounding, cache, tokens, chain)
@@ -369,7 +369,7 @@ class PrefixCache:
 
     def _save(self, reading: _Reading, reused: int) -> None:
         """Write the prompt's KV to a file, unless it was mostly reused or not read to its end."""
-        # It is still in use, so that no other thread rolls it back.
+        # Called while the cache is in use, so that no other thread rolls it back.
         tokens, cache = reading.tokens, reading.cache
         if (
             self._files is not None
