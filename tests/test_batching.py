@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from rapid_llm.errors import (
     NumericalError,
 )
 from rapid_llm.generation import Delta
+from rapid_llm.opening import Opener
 
 LEAN = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-sliding"]
 CHUNK = 16
@@ -293,6 +295,30 @@ def test_a_joined_pass_that_fails_is_run_one_by_one(monkeypatch):
 
     monkeypatch.setattr("rapid_llm.batching.rounds.extend_all", fail)
     assert [e.token_ids for e in Scheduler(decoder).generate_many(requests)] == alone
+
+
+def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
+    decoder = decoder_of()
+    requests = [mixed(index) for index in (0, 1, 4, 6, 9)]
+    alone = [tokens_alone(decoder, request) for request in requests]
+    opened, under_way = Opener.open, [0]
+
+    @contextmanager
+    def limited(self: Opener, request: Any, started: float, *, joined: bool = False) -> Any:
+        if under_way[0] == 2:
+            raise torch.OutOfMemoryError("room for two")
+        under_way[0] += 1
+        try:
+            with opened(self, request, started, joined=joined) as generation:
+                yield generation
+        finally:
+            under_way[0] -= 1
+
+    monkeypatch.setattr(Opener, "open", limited)
+    assert [each.token_ids for each in Scheduler(decoder).generate_many(requests)] == alone
+    under_way[0] = 2
+    with pytest.raises(torch.OutOfMemoryError, match="room for two"):
+        Scheduler(decoder).generate_many(requests[:1])
 
 
 def test_weights_that_change_are_noticed_by_all():

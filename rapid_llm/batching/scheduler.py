@@ -70,6 +70,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._waiting: list[Ticket] = []
         self._running: list[Sequence] = []
+        self._most = self.max_sequences  # fewer while memory is short
         self._thread: threading.Thread | None = None
         self._said = False
 
@@ -301,7 +302,11 @@ class Scheduler:
         for each in self._running:
             if each.ticket.cancelled:
                 each.end()
+        ended = [each for each in self._running if each.wanted is None]
         self._running = [each for each in self._running if each.wanted is not None]
+        self._most = min(self._most + len(ended), self.max_sequences)
+        for each in ended:
+            self._wait_for_memory(each)
         while (ticket := self._next()) is not None:
             # The first is opened as a single call is, so that a request that stays alone gets what
             # a single call gets, to the bit; those beside it borrow from its cache.
@@ -310,11 +315,24 @@ class Scheduler:
             started.start()
             if started.wanted is not None:
                 self._running.append(started)
+            else:
+                self._wait_for_memory(started)
         with self._lock:
             if self._running or self._waiting:
                 return True
             self._thread = None
             return False
+
+    def _wait_for_memory(self, ended: Sequence) -> None:
+        """Let a request that found no memory be the next one, once another has ended."""
+        if ended.starved is None:
+            return
+        if not self._running:
+            ended.ticket.deliver(ended.starved)
+            return
+        self._most = len(self._running)
+        with self._lock:
+            self._waiting.insert(0, ended.ticket)
 
     def _next(self) -> Ticket | None:
         """Take the first waiting request that may start now; None if there is none."""
@@ -336,7 +354,7 @@ class Scheduler:
     def _has_room(self, ticket: Ticket) -> bool:
         tickets = [ticket, *(each.ticket for each in self._running)]
         together = all(each.request.runner.joins for each in tickets)
-        return len(self._running) < (self.max_sequences if together else 1)
+        return len(self._running) < (self._most if together else 1)
 
     def _will_share(self, ticket: Ticket) -> bool:
         """Whether another request is reading most of the prompt right now."""

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
+
 from rapid_llm.batching.requests import Ticket
 from rapid_llm.engine.steps import Extend, Wanted, answered, sent, thrown
 from rapid_llm.generation import Delta, Generation
@@ -26,12 +28,15 @@ class Sequence:
         ticket: the request.
         wanted: the pass that it waits for; None once it has ended.
         by_itself: whether it runs device-side drafts and verifications, which serve one sequence.
+        starved: the error of one that found no memory before its first delta; None otherwise.
     """
 
     def __init__(self, ticket: Ticket, opener: Opener, *, joined: bool) -> None:
         self.ticket = ticket
         self.wanted: Extend | None = None
         self.by_itself = not joined
+        self.starved: torch.OutOfMemoryError | None = None
+        self._begun = False
         self._joined = joined
         self._opener = opener
         self._context = ExitStack()
@@ -92,6 +97,7 @@ class Sequence:
             while item is not None and not isinstance(item, Extend):
                 assert self._steps is not None
                 if isinstance(item, Delta):
+                    self._begun = True
                     self.ticket.deliver(item)
                     item = next(self._steps, None)
                 elif self.by_itself:
@@ -105,4 +111,7 @@ class Sequence:
             try:
                 self.end()
             finally:
-                self.ticket.deliver(error)
+                if isinstance(error, torch.OutOfMemoryError) and not self._begun:
+                    self.starved = error.with_traceback(None)  # it would keep tensors alive
+                else:
+                    self.ticket.deliver(error)
