@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,13 +16,16 @@ from rapid_llm.cli.answers import Job, comparison, names, note_unread, unread
 from rapid_llm.cli.app import app
 from rapid_llm.cli.documents import read_documents
 from rapid_llm.cli.options import with_options
-from rapid_llm.cli.questions import answer_each, read_questions
+from rapid_llm.cli.questions import print_answers, read_questions
 from rapid_llm.cli.ranks import read_once
 from rapid_llm.cli.session import converse
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.console import Bars, show, status
-from rapid_llm.errors import DocumentError, InvalidParameterError
+from rapid_llm.errors import DocumentError, InvalidParameterError, RapidError
 from rapid_llm.stats import Method
+
+if TYPE_CHECKING:
+    from rapid_llm.pipeline import RapidPipeline
 
 
 @app.command()
@@ -107,7 +110,8 @@ def ask(
         return Job(pipeline, text, read, bars)
 
     if batch is not None:
-        return answer_each(batch, lambda text: _as_json(job(text), method, compare))
+        jobs = [job(question.text) for question in batch]
+        return print_answers(batch, _answers(pipeline, jobs, method, compare))
     if question is None:
         converse(pipeline, read, method, bars)
     elif as_json:
@@ -179,6 +183,28 @@ def _check_question(
             "they are typed only where standard input is a terminal, and without --json and "
             "--compare"
         )
+
+
+def _answers(
+    pipeline: RapidPipeline, jobs: Sequence[Job], method: Method, compare: bool
+) -> Iterator[dict[str, Any] | Exception]:
+    """What is printed of each answer, or its error; all questions at once, by one method."""
+    if compare:
+        for job in jobs:
+            try:
+                outcome: dict[str, Any] | Exception = _as_json(job, method, compare)
+            except RapidError as error:
+                outcome = error
+            yield outcome
+        return
+    texts = [job.question for job in jobs]
+    answers = pipeline.answers(texts, method, return_exceptions=True)
+    for job, answer in zip(jobs, answers, strict=True):
+        if isinstance(answer, Exception):
+            yield answer
+        else:
+            note_unread(answer.stats)
+            yield job.as_dict(method, answer)
 
 
 def _as_json(job: Job, method: Method, compare: bool) -> dict[str, Any]:
