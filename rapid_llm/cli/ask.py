@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, Spec
 from rapid_llm.console import Bars, show, status
 from rapid_llm.errors import DocumentError, InvalidParameterError
 from rapid_llm.stats import Method
+
+if TYPE_CHECKING:
+    from rapid_llm.generation import GenerationResult
 
 
 @app.command()
@@ -106,27 +109,43 @@ def ask(
     def job(text: str) -> Job:
         return Job(pipeline, text, read, bars)
 
+    results: list[GenerationResult] = []
+
+    def outcome(text: str) -> dict[str, Any]:
+        given, told = _as_json(job(text), method, compare)
+        results.extend(given)
+        return told
+
+    status_of_all = 0
     if batch is not None:
-        return answer_each(batch, lambda text: _as_json(job(text), method, compare))
-    if question is None:
+        status_of_all = answer_each(batch, outcome)
+    elif question is None:
         converse(pipeline, read, method, bars)
     elif as_json:
-        print(json.dumps(_as_json(job(question), method, compare)), flush=True)
+        print(json.dumps(outcome(question)), flush=True)
     elif compare:
-        _compare(job(question))
+        results += _compare(job(question))
     else:
         result = job(question).stream(method)
         note_unread(result.stats)
         if not unread(result.stats):
             show(job(question).summary(method, result), stderr=True)
-        if schema is not None and result.finish_reason == "length":
-            show(
-                f"The answer was cut after {len(result.token_ids)} tokens, so the JSON is not "
-                "complete: raise --max-new-tokens.",
-                stderr=True,
-            )
-            return 1
-    return 0
+        results.append(result)
+    return max(status_of_all, 0 if schema is None else _status_of_cut(results))
+
+
+def _status_of_cut(results: Sequence[GenerationResult]) -> int:
+    """Exit status of answers that are to be JSON: 1, and a line, if one was cut."""
+    cut = [len(result.token_ids) for result in results if result.finish_reason == "length"]
+    if not cut:
+        return 0
+    those = "The answer was" if len(results) == 1 else f"{len(cut)} of {len(results)} answers were"
+    show(
+        f"{those} cut after {max(cut)} tokens, so the JSON is not complete: raise "
+        "--max-new-tokens.",
+        stderr=True,
+    )
+    return 1
 
 
 def _with_schema(sampling: SamplingParams, path: str) -> SamplingParams:
@@ -180,16 +199,20 @@ def _check_question(
         )
 
 
-def _as_json(job: Job, method: Method, compare: bool) -> dict[str, Any]:
+def _as_json(
+    job: Job, method: Method, compare: bool
+) -> tuple[Collection[GenerationResult], dict[str, Any]]:
+    """The answers, and the object that tells them."""
     results = job.compare() if compare else {method: job.answer(method)}
     note_unread(results["rapid" if compare else method].stats)
     objects = [job.as_dict(each, result) for each, result in results.items()]
-    return {"results": objects} if compare else objects[0]
+    return results.values(), {"results": objects} if compare else objects[0]
 
 
-def _compare(job: Job) -> None:
+def _compare(job: Job) -> Collection[GenerationResult]:
     results = job.compare()
     stats = results["rapid"].stats
     show(comparison(results))
     show(names(job.models("rapid", stats)), stderr=True)
     note_unread(stats)
+    return results.values()
