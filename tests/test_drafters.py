@@ -279,7 +279,7 @@ def test_guesses_are_as_long_as_they_pay(right, monkeypatch):
     monkeypatch.setattr(
         drafter._session,
         "extend",
-        lambda tokens, keep: rows.append(keep) or extend(tokens, keep),
+        lambda tokens, keep, whole: rows.append(keep) or extend(tokens, keep, whole),
     )
     with torch.inference_mode():
         for first in range(5, 50, 5):
@@ -505,13 +505,13 @@ def test_what_keeps_everything_drafts_what_the_target_says(drafting):
 @pytest.mark.parametrize("drafting", ["streaming", "triforce"])
 def test_compression_costs_acceptance_and_reads_no_prompt(small_budget, drafting, monkeypatch):
     read: list[int] = []
-    original = Session.prefill
+    original = Session.reading
 
     def spy(session, tokens, progress=None):
         read.append(len(tokens))
-        original(session, tokens, progress)
+        return original(session, tokens, progress)
 
-    monkeypatch.setattr(Session, "prefill", spy)
+    monkeypatch.setattr(Session, "reading", spy)
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
     config = SpeculationConfig(gamma=4, mode="exact", drafting=drafting)

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -140,6 +140,35 @@ def default_embedder() -> str:
     """Name of the packaged embedder if it is installed, else of BGE-M3."""
     installed = importlib.util.find_spec(_PACKAGE) is not None
     return PACKAGED_EMBEDDER if installed else DEFAULT_EMBEDDER
+
+
+def require_embedder(name: str | None = None) -> None:
+    """Refuse a name under which there is no embedding model, before other models are loaded.
+
+    Args:
+        name: the name, as for :func:`load_embedder`; None is the default's.
+
+    Raises:
+        ModelError: there is no such folder or repository, or no model in it.
+        MissingDependencyError: the packaged model is not installed.
+    """
+    name = default_embedder() if name is None else name
+    if name == PACKAGED_EMBEDDER:
+        packaged_embedder()
+        return
+    from rapid_llm.models import require_file
+
+    files = ("config.json", "modules.json")
+    if "/" not in name:  # sentence-transformers takes names of its own organization so
+        with suppress(OSError):
+            require_file(f"sentence-transformers/{name}", files)
+            return
+    try:
+        require_file(name, files)
+    except OSError as error:
+        raise ModelError(
+            f"embedding model {name!r} cannot be loaded ({first_line(error)}): {_REMEDY}"
+        ) from error
 
 
 class _Tokens:

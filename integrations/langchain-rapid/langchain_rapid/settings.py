@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -49,8 +50,21 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     VERSION = "0+unknown"
 
+AT_ONCE: ContextVar[bool] = ContextVar("at_once", default=False)
+"""Whether calls are those of a batch, to be answered at once."""
+
 # LangChain's standard parameters of hosted models, which have no meaning for local ones.
 _HOSTED = ("api_key", "max_retries")
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Context in which calls, of any threads and tasks that begin in it, are those of a batch."""
+    before = AT_ONCE.set(True)
+    try:
+        yield
+    finally:
+        AT_ONCE.reset(before)
 
 
 class Contexts(NamedTuple):
@@ -235,7 +249,8 @@ class RapidModel(OptionFields):
         """Generate an answer; ``check`` is called during the prefill and may stop it by raising."""
         decoder = self._decoder_for(call.engine.model)
         prompts = encoded(target, draft, decoder, call)
-        for chunk in decoder.stream(
+        answering = decoder.scheduler if AT_ONCE.get() else decoder
+        for chunk in answering.stream(
             prompts.target,
             prompts.draft,
             sampling=call.sampling,
