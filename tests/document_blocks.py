@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WHEELS = sorted((ROOT / "integrations").iterdir())
+WHEELS = sorted(file.parent for file in ROOT.glob("integrations/*/README.md"))
+"""Folders of the wheels; none in an unpacked sdist."""
+
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *(wheel / "README.md" for wheel in WHEELS),

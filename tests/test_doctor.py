@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from rapid_llm import doctor
+from rapid_llm import doctor, self_test
 from rapid_llm.cli import main
 from rapid_llm.engine.cpu import kernels
 from rapid_llm.engine.cuda import refusal
@@ -51,7 +51,7 @@ def test_a_self_test_that_cannot_be_made_says_why_and_the_rest_is_shown(capsys, 
     def missing(*_, **__):
         raise ModelError("no such model")
 
-    monkeypatch.setattr(doctor, "load_model", missing)
+    monkeypatch.setattr(self_test, "load_model", missing)
     assert main(["doctor", "--model", "somewhere/else"]) == 1
     text = capsys.readouterr().out
     assert "Versions" in text
