@@ -128,6 +128,17 @@ def test_compiled_kernels_that_are_disabled_or_missing_say_why(monkeypatch):
     assert set(kernels.refusals().values()) == {"it was not built"}
 
 
+def test_a_gpu_is_shown_with_its_free_memory_and_why_kernels_do_not_serve(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 10**9, 16 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    (found,) = doctor.gpus()
+    assert (found.name, found.free, found.total) == ("Tesla T4", 3 * 10**9, 16 * 10**9)
+    assert all(reason is not None for reason in found.kernels.values())
+
+
 def test_an_old_gpu_and_a_missing_triton_are_reasons(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
