@@ -154,12 +154,12 @@ def drawn(question: str, rounds: list[list[tuple[str, str]]], stats: Any) -> str
         parts.append(_bar(first, x, line, wide, high))
     bottom = 30 + (y + 1) * high
     legend = (
-        f'<text x="20" y="{bottom}" fill="{DRAFT}">■ drafted, from '
-        f"{stats.draft_prompt_tokens:,} retrieved tokens</text>"
+        f'<text x="20" y="{bottom}" fill="{DRAFT}">■ drafted, from a '
+        f"prompt of {stats.draft_prompt_tokens:,} tokens</text>"
         f'<text x="360" y="{bottom}" fill="{COLORS["lookup"]}">'
         "■ looked up, kept by the drafter</text>"
         f'<text x="20" y="{bottom + 22}" fill="{EXACT}">■ added by the target, from '
-        f"{stats.prompt_tokens:,} tokens</text>"
+        f"a prompt of {stats.prompt_tokens:,} tokens</text>"
         f'<text x="20" y="{bottom + 48}" fill="#666">{stats.completion_tokens} tokens in '
         f"{stats.rounds} passes of the target; {stats.accepted_tokens} of {stats.drafted_tokens} "
         "drafted tokens accepted</text>"
