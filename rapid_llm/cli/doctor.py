@@ -15,7 +15,8 @@ from rapid_llm.console import show, status
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rapid_llm.doctor import DeviceReport, Report, SelfTest
+    from rapid_llm.doctor import DeviceReport, Report
+    from rapid_llm.self_test import SelfTest
 
 
 @app.command()
