@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from document_blocks import DOCUMENTS, ROOT, WHEELS, Block, anchors, blocks, commands, links
+from shell_blocks import Shell
 
 from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.models import load_model
@@ -33,14 +34,11 @@ def packaged() -> Any:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``rapid-llm`` and ``python`` of this interpreter."""
-    folder = tmp_path_factory.mktemp("bin")
-    for name, module in (("rapid-llm", " -m rapid_llm"), ("python", "")):
-        program = folder / name
-        program.write_text(f'#!/bin/sh\nexec "{sys.executable}"{module} "$@"\n')
-        program.chmod(0o755)
-    return folder
+def shell() -> Iterator[Shell]:
+    with TemporaryDirectory() as folder:
+        found = Shell(Path(folder))
+        yield found
+        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +53,13 @@ def costs(tmp_path_factory: pytest.TempPathFactory, converted: Path) -> Path:
 def test_code_runs_from_the_top_of_its_page_to_the_bottom(
     page: Path,
     packaged: Any,
-    programs: Path,
+    shell: Shell,
     costs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAPID_LLM_CACHE", str(costs))
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), *sys.path))))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     namespace: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page):
@@ -72,8 +68,7 @@ def test_code_runs_from_the_top_of_its_page_to_the_bottom(
         if block.language == "python":
             exec(compiled(page, block), namespace)
         else:
-            script = ["bash", "-euo", "pipefail", "-c", block.code]
-            done = subprocess.run(script, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            done = shell.run(block.code)
             assert done.returncode == 0, f"{name_of(page)}:{block.line}\n{done.stderr}"
 
 
