@@ -221,7 +221,7 @@ class Bench(ABC):
         request = self._decoder._pair.request(
             prompt, retrieved, self._sampling, speculation, 1.0, {}
         )
-        with self._decoder._opener.open(request, time.perf_counter()) as generation:
+        with self._decoder.opener.open(request, time.perf_counter()) as generation:
             if generation.target.length == 0:
                 self._decoder.clear_cache()  # no other kept KV is used again
             self._fill(generation.target, prompt[:-1])

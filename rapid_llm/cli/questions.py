@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from rapid_llm.cli.documents import warned
 from rapid_llm.console import show
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError, RapidError
+
+_OF_ALL = (MissingDependencyError, ModelError)
+"""What is wrong with the models, and so with all questions."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ def _from_json(line: str, place: str, number: int) -> Question:
     return Question(given.get("id", number), question)
 
 
-def answer_each(questions: Iterable[Question], answer: Callable[[str], dict[str, Any]]) -> int:
+def print_answers(
+    questions: Iterable[Question], answers: Iterable[dict[str, Any] | Exception]
+) -> int:
     """Print a JSON object for each question as soon as it is answered.
 
     The object of a question that failed has an ``error``, and the next question follows. Errors of
@@ -63,20 +68,20 @@ def answer_each(questions: Iterable[Question], answer: Callable[[str], dict[str,
 
     Args:
         questions: the questions.
-        answer: function from a question to the object to print.
+        answers: what is printed of each answer, or its error.
 
     Returns:
         Exit status: 1 if a question failed, else 0.
     """
     asked = failed = 0
-    for question in questions:
+    for question, answer in zip(questions, answers, strict=True):
         asked += 1
-        try:
-            outcome = answer(question.text)
-        except (MissingDependencyError, ModelError):
-            raise
-        except RapidError as error:
-            outcome, failed = {"error": str(error)}, failed + 1
+        if isinstance(answer, Exception):
+            if not isinstance(answer, RapidError) or isinstance(answer, _OF_ALL):
+                raise answer
+            outcome, failed = {"error": str(answer)}, failed + 1
+        else:
+            outcome = answer
         line = {"id": question.id, "question": question.text} | outcome
         print(json.dumps(line), flush=True)
     if failed:

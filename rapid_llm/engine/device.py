@@ -227,6 +227,10 @@ class Device:
         """Fastest kernel for these arguments of :func:`rapid_llm.engine.attention.attend`."""
         return sdpa.attend
 
+    def attend_part(self, query: Tensor, value: Tensor) -> sdpa.PartKernel:
+        """Fastest kernel for these arguments of :func:`rapid_llm.engine.sdpa.attend_part`."""
+        return sdpa.attend_part
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: ``[..., in]`` with ``[out, in]`` and ``[out]``, in x's dtype."""
         return F.linear(x, weight, bias)

@@ -27,7 +27,7 @@ from rapid_llm.encoding import encode_literal
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import given
 from rapid_llm.speculation.sampling import end_ids, generation_config, stop_strings
-from rapid_llm.stats import Stats
+from rapid_llm.stats import Origin, Stats
 from rapid_llm.text import TextStream
 from rapid_llm.tool_formats import KNOWN, SMOLLM2, format_of, reasoning_of
 from rapid_llm.tools.calls import ToolCall, ToolCallDelta
@@ -56,6 +56,7 @@ class ChatDelta:
             tools), ``stop`` (it is complete) or ``length`` (``max_new_tokens`` reached; the last
             call may be incomplete).
         stats: totals so far, complete on the last delta.
+        origins: where each of the tokens came from.
     """
 
     content: str
@@ -64,6 +65,7 @@ class ChatDelta:
     token_ids: tuple[int, ...]
     finish_reason: ChatFinishReason | None
     stats: Stats
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class AnswerStream:
             token_ids=delta.token_ids,
             finish_reason=finish,
             stats=delta.stats,
+            origins=delta.origins,
         )
 
 
@@ -285,7 +288,7 @@ def prepare(
 
 def stream_chat(
     decoder: RapidDecoder,
-    messages: Sequence[Message],
+    messages: Sequence[Message] | None,
     draft_messages: Sequence[Message] | None = None,
     *,
     options: ChatOptions | None = None,
@@ -299,7 +302,8 @@ def stream_chat(
 
     Args:
         decoder: the decoder that answers.
-        messages: chat messages of the target's prompt, see :func:`prepare`.
+        messages: chat messages of the target's prompt, see :func:`prepare`; None lets the drafter
+            answer alone from its own.
         draft_messages: chat messages of the draft prompt; the same tools are shown in it. None
             decodes with the target alone.
         options: tools and response format; none by default.
@@ -318,7 +322,12 @@ def stream_chat(
         RapidError: see ``RapidDecoder.stream``.
     """
     variables = {**decoder.chat_template_kwargs, **checked_variables(chat_template_kwargs)}
-    prepared = prepare(decoder.tokenizer, messages, options or ChatOptions(), variables)
+    read = draft_messages if messages is None else messages
+    if read is None:
+        raise InvalidParameterError(
+            "messages and draft_messages are both None; give at least one of them"
+        )
+    prepared = prepare(decoder.tokenizer, read, options or ChatOptions(), variables)
     constrained = prepared.sampling(sampling)
     deltas = decoder.stream(
         messages,
@@ -343,7 +352,7 @@ def _pushed(answer: AnswerStream, deltas: Iterator[Delta]) -> Iterator[ChatDelta
 
 
 def chat(
-    decoder: RapidDecoder, messages: Sequence[Message], *args: Any, **kwargs: Any
+    decoder: RapidDecoder, messages: Sequence[Message] | None, *args: Any, **kwargs: Any
 ) -> ChatAnswer:
     """Answer a chat; arguments and errors are those of :func:`stream_chat`."""
     return ChatAnswer.from_deltas(list(stream_chat(decoder, messages, *args, **kwargs)))
@@ -351,7 +360,7 @@ def chat(
 
 def astream_chat(
     decoder: RapidDecoder,
-    messages: Sequence[Message],
+    messages: Sequence[Message] | None,
     draft_messages: Sequence[Message] | None = None,
     *,
     progress: Progress | None = None,

@@ -109,8 +109,8 @@ class ChatOptions:
 def closed(schema: Any) -> Any:
     """A schema whose objects allow only the properties that they name.
 
-    Objects that already allow or forbid others, and those combined by ``allOf`` and the like, are
-    not changed.
+    Objects that already allow or forbid others, those that require one which they do not describe,
+    and those combined by ``allOf`` and the like, are not changed.
 
     Args:
         schema: JSON schema.
@@ -126,7 +126,8 @@ def closed(schema: Any) -> Any:
     for keyword in ("items", "prefixItems", "anyOf", "oneOf"):
         if keyword in made:
             made[keyword] = closed(made[keyword])
-    if "properties" in made and not made.keys() & _OPEN:
+    named, required = made.get("properties"), made.get("required") or ()
+    if isinstance(named, Mapping) and not made.keys() & _OPEN and named.keys() >= set(required):
         made["additionalProperties"] = False
     return made
 
@@ -194,6 +195,11 @@ def _checked_tool(given: Any, position: int) -> Tool:
         raise InvalidParameterError(
             f"tools[{position}] has the name {name!r}: give it a name of letters, digits, _, -, . "
             "and :"
+        )
+    if name in MODES:
+        raise InvalidParameterError(
+            f"tools[{position}] has the name {name!r}, which is a value of tool_choice: give it "
+            "another name"
         )
     description = function.get("description")
     if not isinstance(description, str | None):

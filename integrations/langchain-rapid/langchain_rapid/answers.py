@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.outputs import LLMResult
 from rapid_llm.stats import NOTHING_RETRIEVED
 
 if TYPE_CHECKING:
@@ -40,3 +42,12 @@ def response_metadata(delta: Delta | ChatDelta, call: Call) -> dict[str, Any]:
         "finish_reason": delta.finish_reason,
         "rapid": rapid,
     }
+
+
+def joined(results: Sequence[LLMResult]) -> LLMResult:
+    """The answers to several chats, each of which was asked by itself."""
+    return LLMResult(
+        generations=[generations for result in results for generations in result.generations],
+        llm_output={},
+        run=[info for result in results for info in result.run or []] or None,
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from langchain_core.documents import Document
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
@@ -14,6 +15,9 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from rapid_llm.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from langchain_rapid.options import Call
 
 _REASONING = ("reasoning", "thinking", "redacted_thinking", "reasoning_content")
 """Types of message parts that hold a model's reasoning."""
@@ -91,6 +95,30 @@ def _reasoning_of(message: BaseMessage) -> str:
     ]
     beside = message.additional_kwargs.get("reasoning_content")
     return "\n".join(text for text in (beside, *thoughts) if text and isinstance(text, str))
+
+
+def documents_of(message: BaseMessage) -> list[Document]:
+    """The documents that a tool returned, blank ones left out; none of any other message."""
+    artifact = message.artifact if isinstance(message, ToolMessage) else None
+    listed: list[Any] = list(artifact) if isinstance(artifact, list | tuple) else [artifact]
+    if not all(isinstance(each, Document) for each in listed):
+        return []
+    return [document for document in listed if document.page_content.strip()]
+
+
+def require_read(documents: Any, messages: Sequence[BaseMessage], call: Call) -> None:
+    """Refuse a call that would leave a model's ``documents=`` out in silence.
+
+    Raises:
+        InvalidParameterError: nothing was retrieved for the call, and it has no tool to do so.
+    """
+    by_tools = call.chat.tools or any(isinstance(each, ToolMessage) for each in messages)
+    if documents is not None and call.retrieved is None and not by_tools:
+        raise InvalidParameterError(
+            "documents= was given without retriever=, and no tool retrieves in this call: pass "
+            "retriever=, or bind create_retriever_tool(..., "
+            'response_format="content_and_artifact")'
+        )
 
 
 def search_query(messages: Sequence[BaseMessage]) -> str:

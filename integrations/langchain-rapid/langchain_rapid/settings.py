@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from langchain_core.documents import Document
 from langchain_core.language_models import LangSmithParams
@@ -49,8 +50,21 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     VERSION = "0+unknown"
 
+AT_ONCE: ContextVar[bool] = ContextVar("at_once", default=False)
+"""Whether calls are those of a batch, to be answered at once."""
+
 # LangChain's standard parameters of hosted models, which have no meaning for local ones.
 _HOSTED = ("api_key", "max_retries")
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Context in which calls, of any threads and tasks that begin in it, are those of a batch."""
+    before = AT_ONCE.set(True)
+    try:
+        yield
+    finally:
+        AT_ONCE.reset(before)
 
 
 class Contexts(NamedTuple):
@@ -123,10 +137,14 @@ class RapidModel(OptionFields):
     """Retriever of the drafter's context for the last human message; needs ``documents``."""
     documents: Annotated[Any, SkipValidation] = Field(default=None, exclude=True, repr=False)
     """Full texts for the target: a string, a mapping from document id to text, a list of Document,
-    or a function from document id to text; needs ``retriever``."""
+    or a function from document id to text; needs ``retriever``, or in a ``ChatRapid`` an agent's
+    tool that returns its documents."""
     document_id_key: str | None = None
     """Key of the chunks' metadata that holds the document's id; by default the first of
     ``document_id``, ``doc_id`` and ``source`` that names a document."""
+
+    _reads_results_of_tools: ClassVar[bool] = False
+    """Whether a tool may retrieve in the place of ``retriever``."""
 
     _loaded: _Loaded = PrivateAttr(default_factory=_Loaded)
     _sources: FullDocuments | None = PrivateAttr(default=None)
@@ -158,8 +176,9 @@ class RapidModel(OptionFields):
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        if (self.retriever is None) != (self.documents is None):
-            given, missing = ("retriever", "documents")[:: 1 if self.documents is None else -1]
+        given, missing = ("retriever", "documents")[:: 1 if self.documents is None else -1]
+        alone = (self.retriever is None) != (self.documents is None)
+        if alone and not (given == "documents" and self._reads_results_of_tools):
             raise InvalidParameterError(
                 f"{given}= was given without {missing}=: the retriever finds the drafter's "
                 "context, the documents are the target's; pass both or neither"
@@ -229,7 +248,8 @@ class RapidModel(OptionFields):
         """Generate an answer; ``check`` is called during the prefill and may stop it by raising."""
         decoder = self._decoder_for(call.engine.model)
         prompts = encoded(target, draft, decoder, call)
-        for chunk in decoder.stream(
+        answering = decoder.scheduler if AT_ONCE.get() else decoder
+        for chunk in answering.stream(
             prompts.target,
             prompts.draft,
             sampling=call.sampling,

@@ -318,6 +318,7 @@ TARGET = f"<s>[user]{ASKED.format(DOCUMENTS)}\n[assistant]"
 DRAFT = "<s>[user]{}\n[assistant]".format(ASKED.format("Bob bakes.\n\nAnn sings."))
 
 
+@pytest.mark.filterwarnings("ignore:.*is in beta:DeprecationWarning")
 async def test_every_way_to_call_retrieves(grounded, retriever, prompts):
     answer = grounded.invoke("Who bakes?")
     assert answer.response_metadata["rapid"]["chunks"][0]["id"] == "1"

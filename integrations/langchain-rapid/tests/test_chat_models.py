@@ -90,7 +90,6 @@ def test_a_model_is_looked_for_when_it_is_needed():
         ({"kv_cache_bytes": -1}, "kv_cache_bytes"),
         ({"stop": [""]}, "non-empty"),
         ({"truncate": "end"}, "truncate"),
-        ({"documents": "text"}, "without retriever="),
     ],
 )
 def test_wrong_fields_are_refused_at_once(wrong, message):

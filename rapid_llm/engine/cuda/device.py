@@ -55,6 +55,13 @@ class CUDA(Device):
 
         return attention.attend
 
+    def attend_part(self, query: Tensor, value: Tensor) -> sdpa.PartKernel:
+        if query.shape[2] != value.shape[2] or not has_kernels(query.device):
+            return sdpa.attend_part
+        from rapid_llm.engine.cuda import attention
+
+        return attention.attend_part
+
     def capacity_for(self, tokens: int) -> int:
         return tokens + -tokens % _PLANNED
 

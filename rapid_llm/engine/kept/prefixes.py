@@ -101,6 +101,12 @@ class _Reading:
         settled = min(self.held, len(self.tokens) - 1)
         return self.chain.up_to(settled).common(chain)
 
+    def will_share(self, runner: ModelRunner, chain: PassChain) -> int:
+        """Number of its first tokens that another prefill can reuse once it has read them."""
+        if runner is not self.runner:
+            return 0
+        return self.chain.up_to(len(self.tokens) - 1).common(chain)
+
 
 class PrefixCache:
     """Keeps the KV of prompts, for later prompts that begin with the same tokens.
@@ -192,7 +198,7 @@ class PrefixCache:
         Returns:
             Number of the prompt's tokens whose KV is kept.
         """
-        chain = _chain(runner, _token_ids(prompt[:-1]))
+        chain = chain_of(runner, prompt)
         state = ReaderState.now(runner, len(prompt))
         with self._lock:
             best, shared = self._device.longest(state, chain)
@@ -205,7 +211,9 @@ class PrefixCache:
             return max(shared, more)
 
     @contextmanager
-    def lease(self, runner: ModelRunner, prompt: Sequence[int], capacity: int) -> Iterator[Lease]:
+    def lease(
+        self, runner: ModelRunner, prompt: Sequence[int], capacity: int, *, share: bool = False
+    ) -> Iterator[Lease]:
         """Lease a cache with the longest kept prefix of a prompt.
 
         When the context ends, also by an error, the part of the prompt that was read is kept for
@@ -215,13 +223,15 @@ class PrefixCache:
             runner: model that reads the prompt.
             prompt: token ids of the prompt, at least one.
             capacity: capacity of the cache in tokens, at least ``len(prompt)``.
+            share: whether the cache may borrow most of the prompt from another that stays in use,
+                see :class:`rapid_llm.engine.kv_cache.KVCache`. What such a cache adds is not kept.
 
         Raises:
             torch.OutOfMemoryError: no memory for a copy, even after all idle KV was freed.
         """
         tokens = _token_ids(prompt[:-1])
         chain = _chain(runner, tokens)
-        acquire = partial(self._acquire, runner, tokens, chain, capacity)
+        acquire = partial(self._acquire, runner, tokens, chain, capacity, share)
         reading, origins = with_memory(acquire, self.free_devices)
         lease = Lease(reading.cache, origins)
         try:
@@ -232,9 +242,34 @@ class PrefixCache:
             finally:
                 self._release(reading)
 
+    def will_share(self, runner: ModelRunner, chain: PassChain, length: int) -> bool:
+        """Whether a running prefill has yet to read most of a prompt, which can then be shared.
+
+        Args:
+            runner: model that reads the prompt.
+            chain: passes of its prefill, see :func:`chain_of`.
+            length: length of the prompt in tokens.
+        """
+        state = ReaderState.now(runner, length)
+        with self._lock:
+            best = max((r.will_share(runner, chain) for r in self._reading), default=0)
+            now = max(self._device.longest(state, chain)[1], self._most_read(state, chain)[1])
+        return best > now and _is_most(best, chain)
+
     def _acquire(
-        self, runner: ModelRunner, tokens: TokenIds, chain: PassChain, capacity: int
+        self,
+        runner: ModelRunner,
+        tokens: TokenIds,
+        chain: PassChain,
+        capacity: int,
+        share: bool,
     ) -> tuple[_Reading, Mapping[Tier, int]]:
+        if share:
+            with self._lock:
+                reading = self._borrowed(runner, tokens, chain, capacity)
+            if reading is not None:
+                return reading, {"device": reading.cache.length, "host": 0}
+        capacity = runner.capacity_for(capacity)
         loaded = self._from_file(runner, chain, len(tokens) + 1, capacity)
         # After the search for a file, which can detect that the model has changed.
         state = ReaderState.now(runner, len(tokens) + 1)
@@ -254,9 +289,31 @@ class PrefixCache:
                 cache.origin = state.origin
                 origins["host"] = shared - origins["device"]
         with self._lock:
-            if self._device.budget or self._host.budget:
+            if self._device.budget or self._host.budget or share:
                 self._reading.append(reading)
         return reading, origins
+
+    def _borrowed(
+        self, runner: ModelRunner, tokens: TokenIds, chain: PassChain, capacity: int
+    ) -> _Reading | None:
+        """A cache that borrows most of a prompt; None where no other holds so much of it."""
+        state = ReaderState.now(runner, len(tokens) + 1)
+        idle, kept = self._device.longest(state, chain)
+        reading, read = self._most_read(state, chain)
+        shared = max(kept, read)
+        if not _is_most(shared, chain) or self._host.longest(state, chain)[1] > shared:
+            return None
+        if idle is not None and kept >= read:
+            self._device.use(idle)
+            source = idle.cache
+        else:
+            assert reading is not None
+            source = reading.cache
+        self._make_room(_planned(runner, capacity - shared))
+        cache = source.borrow(shared, capacity)
+        borrowed = _Reading(runner, state.rounding, cache, tokens, chain)
+        self._reading.append(borrowed)
+        return borrowed
 
     def _from_file(
         self, runner: ModelRunner, chain: PassChain, length: int, capacity: int
@@ -291,8 +348,8 @@ class PrefixCache:
         if idle is None:
             self._make_room(planned)
             return state.runner.new_cache(capacity)
-        if 2 * shared < idle.chain.tokens:
-            # Another document behind the same system prompt: both are kept.
+        if 2 * shared < idle.chain.tokens or idle.cache.lent > shared:
+            # Another document behind the same system prompt, or one in use: both are kept.
             self._make_room(planned)
             return idle.cache.copy_prefix(shared, capacity)
         self._device.discard(idle)
@@ -316,6 +373,7 @@ class PrefixCache:
         tokens, cache = reading.tokens, reading.cache
         if (
             self._files is not None
+            and not cache.prefix
             and len(tokens) - reused >= WORTH_SAVING
             and reading.held == len(tokens)
             and cache.origin is not None
@@ -328,6 +386,8 @@ class PrefixCache:
         with self._lock:
             if reading in self._reading:
                 self._reading.remove(reading)
+            if reading.cache.prefix:
+                return
             chain = reading.chain.up_to(reading.held)
             traceable = reading.cache.origin is not None and reading.runner.state.traceable
             if not chain.ends or not traceable:
@@ -359,8 +419,18 @@ class PrefixCache:
             self._host.drop(runner, kept_on_host)
 
 
+def _is_most(shared: int, chain: PassChain) -> bool:
+    """Whether so many of a prefill's first tokens are worth sharing: at least half of them."""
+    return shared > 0 and 2 * shared >= chain.tokens
+
+
 def _token_ids(tokens: Sequence[int]) -> TokenIds:
     return np.asarray(tokens, dtype=np.int32)
+
+
+def chain_of(runner: ModelRunner, prompt: Sequence[int]) -> PassChain:
+    """The passes of the prefill of a prompt: all but its last token."""
+    return _chain(runner, _token_ids(prompt[:-1]))
 
 
 def _chain(runner: ModelRunner, tokens: TokenIds) -> PassChain:

@@ -58,9 +58,10 @@ class Call(Generic[Response]):
         return self._responses(self.decoder.stream(self.target, self.draft, **self._arguments))
 
     def astream(self) -> AsyncGenerator[Response, None]:
-        """:meth:`stream` for asyncio."""
+        """:meth:`stream` for asyncio; calls that are awaited together are answered at once."""
         self._record(Stats())
-        return self._aresponses(self.decoder.astream(self.target, self.draft, **self._arguments))
+        stream = self.decoder.scheduler.astream(self.target, self.draft, **self._arguments)
+        return self._aresponses(stream)
 
     @property
     def _arguments(self) -> dict[str, Any]:
