@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -45,6 +46,7 @@ _DRAFT_TOKENS, _ROOM = 4096, 512  # tokens of the drafter's context, and of an a
 _REPEATS = 20
 _ROUNDS = 12  # rounds of a block; blocks of all methods take turns
 _TURNS = 5
+_ASKED = 48  # tokens of each answer where several questions are asked at once
 _FORCED = 3  # γ where the schedule would not draft
 _SURE = 1e6  # number of past tokens from which the schedule takes its acceptance rate
 _STEPS = 8  # steps of a draft
@@ -267,7 +269,7 @@ class ShapeBench(Bench):
                 GenerationRequest(
                     document + self._tokens(QUESTION),
                     None if a is None else self._tokens(self._draft_tokens),
-                    self._sampling,
+                    replace(self._sampling, max_new_tokens=_ASKED),
                     SpeculationConfig(lookup=False),
                 )
                 for _ in range(max(self._questions))
