@@ -23,6 +23,7 @@ from rapid_llm.errors import (
     NumericalError,
     RankError,
     RapidError,
+    ServerError,
     TokenizerMismatchError,
 )
 from rapid_llm.stats import Stats
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
     from rapid_llm.models import LoadedModel, load_model
     from rapid_llm.pipeline import Answer, Conversation, RapidPipeline
+    from rapid_llm.remote import RemoteDecoder
 
 try:
     __version__ = version("rapid-llm")
@@ -50,6 +52,7 @@ _LAZY = {
     "LoadedModel": "rapid_llm.models",
     "RapidDecoder": "rapid_llm.decoder",
     "RapidPipeline": "rapid_llm.pipeline",
+    "RemoteDecoder": "rapid_llm.remote",
     "RetrievalContext": "rapid_llm.context",
     "build_messages": "rapid_llm.context.prompts",
     "load_model": "rapid_llm.models",
@@ -81,9 +84,11 @@ __all__ = [
     "RapidDecoder",
     "RapidError",
     "RapidPipeline",
+    "RemoteDecoder",
     "RetrievalConfig",
     "RetrievalContext",
     "SamplingParams",
+    "ServerError",
     "SpeculationConfig",
     "Stats",
     "TokenizerMismatchError",

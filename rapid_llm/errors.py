@@ -49,6 +49,10 @@ class DataError(RapidError, ValueError):
     """The data of an evaluation is missing, unreadable, too small, or lacks a field."""
 
 
+class ServerError(RapidError):
+    """A server of models cannot be reached, refuses a request for its own reasons, or failed."""
+
+
 class JudgeError(RapidError):
     """The model that rates answers cannot be reached, or gave no rating."""
 

@@ -31,7 +31,7 @@ from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
 from rapid_llm.speculation.verification import Judge, Verdict, verify
-from rapid_llm.stats import NOTHING_PAID, Method, Stats
+from rapid_llm.stats import NOTHING_PAID, Method, Origin, Stats
 from rapid_llm.text import TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -57,12 +57,14 @@ class Delta:
             or the tokenizer, the chat template's end of a turn, or a stop string) or ``length``
             (``max_new_tokens`` reached).
         stats: totals so far, complete on the last delta.
+        origins: where each of the tokens came from.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     stats: Stats
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ class Generation:
         self._free_memory = free_memory
         self._prompt = list(prompt)
         self._output: list[int] = []
+        self.origins: tuple[Origin, ...] = ()  # of the last round's tokens
         self._drafter_name = drafter_name
         self._judge = Judge.of(sampler, config, target.runner.vocab_size)
         self._drafters = drafters
@@ -229,6 +232,8 @@ class Generation:
                 self.stats.method, self.stats.draft_skipped = self._method, None
             schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
+        known: Sequence[Origin] = draft.origins or ["draft" for _ in drafted]
+        self.origins = (*known[:n], "target")
         return [*drafted[:n], verdict.token]
 
     def _draft(self) -> Steps[tuple[Draft, Schedule | None]]:
@@ -261,7 +266,8 @@ class Generation:
             if len(draft.probabilities) > 0:
                 state.drafted = length + len(draft.tokens)
                 q = draft.probabilities.to(device)
-                return Draft(draft.tokens.to(device), q, draft.passes), state.schedule
+                tokens = draft.tokens.to(device)
+                return Draft(tokens, q, draft.passes, draft.origins), state.schedule
         constraint = self.sampler.constraint
         limit = min(remaining, FEW_TOKENS)
         certain = [] if constraint is None else constraint.forced((), limit)
@@ -269,7 +275,7 @@ class Generation:
         if certain:
             tokens = self.target.runner.tensor(certain)
         q = F.one_hot(tokens, self.target.runner.vocab_size).float()
-        return Draft(tokens, q, passes=0), None
+        return Draft(tokens, q, 0, ["grammar" for _ in certain]), None
 
     def _verify(self, draft: Draft) -> Steps[Tensor]:
         """Run the target over the draft and judge it; the result is read by :class:`Verdict`."""
@@ -386,7 +392,8 @@ def answering(
         generation.keep(new)
         if finish is None:
             generation.require_time()
-        yield Delta("".join(pieces), tuple(new), finish, replace(stats))
+        origins = generation.origins[: len(new)]
+        yield Delta("".join(pieces), tuple(new), finish, replace(stats), origins)
 
 
 @dataclass(frozen=True)

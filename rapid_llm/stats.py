@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Method = Literal["rapid", "sd", "lc", "rag"]
+Origin = Literal["lookup", "draft", "grammar", "target"]
+"""Where a token came from: a lookup in the prompts, the drafter, a constraint that allowed no other
+token, or the target itself."""
 
 NOTHING_RETRIEVED = "the retriever returned nothing"
 """``Stats.draft_skipped`` where an external retriever found nothing for the drafter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -632,3 +633,20 @@ def test_rest_that_finds_nothing_decodes_plainly():
     assert result.token_ids == [*range(6, 46)]
     assert (result.stats.drafted_tokens, result.stats.rounds) == (0, 40)
     assert result.stats.method == "lc"
+
+
+def test_every_token_says_where_it_came_from() -> None:
+    decoder = RapidDecoder(counting_model(), tiny_tokenizer())
+    words = [*range(3, 30)]
+    sampling = SamplingParams(max_new_tokens=12)
+    speculation = SpeculationConfig(gamma=4)
+    plain = list(decoder.stream(words, sampling=sampling))
+    assert {origin for delta in plain for origin in delta.origins} == {"target"}
+    for lookup, drafted in ((True, "lookup"), (False, "draft")):
+        config = replace(speculation, lookup=lookup)
+        # The drafter's prompt continues as the answer does.
+        for delta in decoder.stream(words, [*range(3, 60), *range(20, 30)], sampling=sampling,
+                                    speculation=config):  # fmt: skip
+            assert len(delta.origins) == len(delta.token_ids)
+            assert set(delta.origins[:-1]) <= {drafted, "draft"}
+            assert drafted in delta.origins or len(delta.token_ids) < 3

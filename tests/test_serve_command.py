@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,10 @@ def test_after_the_limit_a_running_request_is_stopped(command: Any, model: str) 
         next(lines)
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(60)
-        with pytest.raises(httpx.HTTPError):
-            assert "data: [DONE]" in list(lines), "the answer was finished"
-            raise AssertionError
+        rest: list[str] = []
+        with suppress(httpx.HTTPError):
+            rest.extend(lines)
+    assert "data: [DONE]" not in rest
 
 
 @pytest.mark.parametrize(

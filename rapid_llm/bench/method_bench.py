@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from math import inf
@@ -30,16 +30,45 @@ from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.device import device_of
-from rapid_llm.errors import ContextWindowError
+from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.stats import Stats
 
 ROOM = 32
 """Minimum tokens of an answer, more than the longest pass that is timed."""
 
 _GENERATE = "transformers generate"
+_GENERATE_WIDE = f"{_GENERATE}, float32"
+_LOOKUP, _ASSISTED = "transformers prompt lookup", "transformers assisted"
+_LLAMA_CPP = "llama.cpp, 4 bit"
+# By name: whether the drafter's copy is quantized, and options of the speculation.
+_VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "rapid": (True, {}),
+    "rapid γ=10, as published": (False, {"gamma": 10, "lookup": False}),
+    "rapid without quantization": (False, {}),
+    "rapid without lookup": (True, {"lookup": False}),
+    "rapid without quantization, lookup": (False, {"lookup": False}),
+    "rapid without adaptive γ (4)": (True, {"gamma": 4}),
+    **{name: (True, {"drafting": name}) for name in ("streaming", "triforce", "rest")},
+}
 _COLUMNS = (
     "medians of interleaved greedy runs (range); a acceptance rate, E tokens a round, γ tokens "
     "drafted, c a drafter's pass and v a verification ÷ a plain step"
+)
+
+
+def _exact(name: str) -> str:
+    """Name of a variant's row with η = 0: sd is rapid so, and rest is always exact."""
+    return {"rapid": "sd", "rest": "rest"}.get(name, f"{name}, η=0")
+
+
+_NAMES = tuple(
+    dict.fromkeys(
+        (
+            *("lc", "rag"),
+            *(row for name in _VARIANTS for row in (_exact(name), name)),
+            *(_GENERATE, _LOOKUP, _ASSISTED, _GENERATE_WIDE, _LLAMA_CPP),
+        )
+    )
 )
 
 
@@ -65,23 +94,32 @@ def our_methods(decoder: RapidDecoder) -> dict[str, Method]:
     """Methods of our decoder; each speculative one with η = 0 (``exact``) and the default η."""
     model, name = decoder.target.model, decoder.target.name
     own = RapidDecoder(model, decoder.tokenizer, name=name, drafter_quantization=None)
-    variants: dict[str, tuple[RapidDecoder, dict[str, Any]]] = {
-        "rapid": (decoder, {}),
-        "rapid γ=10, as published": (own, {"gamma": 10, "lookup": False}),
-        "rapid without quantization": (own, {}),
-        "rapid without lookup": (decoder, {"lookup": False}),
-        "rapid without quantization, lookup": (own, {"lookup": False}),
-        "rapid without adaptive γ (4)": (decoder, {"gamma": 4}),
-        **{name: (decoder, {"drafting": name}) for name in ("streaming", "triforce", "rest")},
-    }
     rows = {"lc": _ours(decoder, None), "rag": _ours(decoder, None, rag=True)}
-    for name, (which, changes) in variants.items():
-        # sd is rapid with η = 0; rest is always exact.
-        exact = {"rapid": "sd", "rest": "rest"}.get(name, f"{name}, η=0")
-        rows[exact] = _ours(which, SpeculationConfig(mode="exact", **changes))
+    for name, (quantized, changes) in _VARIANTS.items():
+        which = decoder if quantized else own
+        rows[_exact(name)] = _ours(which, SpeculationConfig(mode="exact", **changes))
         if name != "rest":
             rows[name] = _ours(which, SpeculationConfig(**changes))
     return rows
+
+
+def named(part: str, rows: Collection[str] | None = None) -> list[str]:
+    """Rows of that name, or all whose names contain it.
+
+    Args:
+        part: name of a row, or a part of some.
+        rows: rows to choose from; None for all that there may be on any machine.
+
+    Raises:
+        InvalidParameterError: there is none.
+    """
+    every = _NAMES if rows is None else rows
+    found = [part] if part in every else [name for name in every if part in name]
+    if not found:
+        raise InvalidParameterError(
+            f"method={part!r} names no method; choose from {', '.join(every)}"
+        )
+    return found
 
 
 def peer_methods(decoder: RapidDecoder, gguf: Path | None = None) -> dict[str, Method]:
@@ -94,14 +132,14 @@ def peer_methods(decoder: RapidDecoder, gguf: Path | None = None) -> dict[str, M
     model = decoder.target.model
     rows = {
         _GENERATE: _generate(lambda: model),
-        "transformers prompt lookup": _generate(lambda: model, prompt_lookup_num_tokens=10),
-        "transformers assisted": _generate(lambda: model, assistant_model=model),
+        _LOOKUP: _generate(lambda: model, prompt_lookup_num_tokens=10),
+        _ASSISTED: _generate(lambda: model, assistant_model=model),
     }
     if device_of(model.device).product_dtype(model.dtype) != model.dtype:
         wide = cache(lambda: copy.deepcopy(model).float())  # made at the first run
-        rows[f"{_GENERATE}, float32"] = _generate(wide)
+        rows[_GENERATE_WIDE] = _generate(wide)
     if gguf is not None and importlib.util.find_spec("llama_cpp") is not None:
-        rows["llama.cpp, 4 bit"] = _llama_cpp(gguf, decoder.target.context_window)
+        rows[_LLAMA_CPP] = _llama_cpp(gguf, decoder.target.context_window)
     return rows
 
 

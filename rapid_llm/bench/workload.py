@@ -36,6 +36,18 @@ class Workload:
     draft: list[int]
 
 
+def require_task(task: str) -> None:
+    """Refuse an unknown task.
+
+    Raises:
+        InvalidParameterError: the task is unknown.
+    """
+    if task not in QUESTIONS:
+        raise InvalidParameterError(
+            f"task={task!r} is unknown; choose one of {', '.join(QUESTIONS)}"
+        )
+
+
 def make_workload(
     task: str, context: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> Workload:
@@ -53,10 +65,7 @@ def make_workload(
     Raises:
         InvalidParameterError: the task is unknown, or ``context`` leaves no room for a document.
     """
-    if task not in QUESTIONS:
-        raise InvalidParameterError(
-            f"task={task!r} is unknown; choose one of {', '.join(QUESTIONS)}"
-        )
+    require_task(task)
     question = QUESTIONS[task]
     # The longest question's, so that all tasks of one context share their document.
     frame = max(len(_prompt("x", asked, tokenizer)) for asked in QUESTIONS.values())

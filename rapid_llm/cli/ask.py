@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from rapid_llm.errors import DocumentError, InvalidParameterError, RapidError
 from rapid_llm.stats import Method
 
 if TYPE_CHECKING:
+    from rapid_llm.generation import GenerationResult
     from rapid_llm.pipeline import RapidPipeline
 
 
@@ -93,9 +94,12 @@ def ask(
     shown = sys.stderr.isatty() and not as_json and batch is None
     drafter = f" and {engine.drafter}" if engine.drafter else ""
     with status(f"loading {engine.model}{drafter}", shown):
+        from rapid_llm.context.embedding import require_embedder
         from rapid_llm.decoder import RapidDecoder
         from rapid_llm.pipeline import RapidPipeline
 
+        if retrieval.retriever != "bm25" and (compare or method != "lc"):
+            require_embedder(retrieval.embedder)
         pipeline = RapidPipeline(
             RapidDecoder.from_config(engine),
             texts,
@@ -109,28 +113,38 @@ def ask(
     def job(text: str) -> Job:
         return Job(pipeline, text, read, bars)
 
+    results: list[GenerationResult] = []
+    status_of_all = 0
     if batch is not None:
         jobs = [job(question.text) for question in batch]
-        return print_answers(batch, _answers(pipeline, jobs, method, compare))
-    if question is None:
+        status_of_all = print_answers(batch, _answers(pipeline, jobs, method, compare, results))
+    elif question is None:
         converse(pipeline, read, method, bars)
     elif as_json:
-        print(json.dumps(_as_json(job(question), method, compare)), flush=True)
+        print(json.dumps(_as_json(job(question), method, compare, results)), flush=True)
     elif compare:
-        _compare(job(question))
+        results += _compare(job(question))
     else:
         result = job(question).stream(method)
         note_unread(result.stats)
         if not unread(result.stats):
             show(job(question).summary(method, result), stderr=True)
-        if schema is not None and result.finish_reason == "length":
-            show(
-                f"The answer was cut after {len(result.token_ids)} tokens, so the JSON is not "
-                "complete: raise --max-new-tokens.",
-                stderr=True,
-            )
-            return 1
-    return 0
+        results.append(result)
+    return max(status_of_all, 0 if schema is None else _status_of_cut(results))
+
+
+def _status_of_cut(results: Sequence[GenerationResult]) -> int:
+    """Exit status of answers that are to be JSON: 1, and a line, if one was cut."""
+    cut = [len(result.token_ids) for result in results if result.finish_reason == "length"]
+    if not cut:
+        return 0
+    those = "The answer was" if len(results) == 1 else f"{len(cut)} of {len(results)} answers were"
+    show(
+        f"{those} cut after {max(cut)} tokens, so the JSON is not complete: raise "
+        "--max-new-tokens.",
+        stderr=True,
+    )
+    return 1
 
 
 def _with_schema(sampling: SamplingParams, path: str) -> SamplingParams:
@@ -186,13 +200,25 @@ def _check_question(
 
 
 def _answers(
-    pipeline: RapidPipeline, jobs: Sequence[Job], method: Method, compare: bool
+    pipeline: RapidPipeline,
+    jobs: Sequence[Job],
+    method: Method,
+    compare: bool,
+    results: list[GenerationResult],
 ) -> Iterator[dict[str, Any] | Exception]:
-    """What is printed of each answer, or its error; all questions at once, by one method."""
+    """Objects to print, or errors; all questions at once by one method, else one by one.
+
+    Args:
+        pipeline: the pipeline.
+        jobs: the questions.
+        method: method of the answers.
+        compare: whether every method answers.
+        results: list to which the answers are added.
+    """
     if compare:
         for job in jobs:
             try:
-                outcome: dict[str, Any] | Exception = _as_json(job, method, compare)
+                outcome: dict[str, Any] | Exception = _as_json(job, method, compare, results)
             except RapidError as error:
                 outcome = error
             yield outcome
@@ -204,19 +230,25 @@ def _answers(
             yield answer
         else:
             note_unread(answer.stats)
+            results.append(answer)
             yield job.as_dict(method, answer)
 
 
-def _as_json(job: Job, method: Method, compare: bool) -> dict[str, Any]:
-    results = job.compare() if compare else {method: job.answer(method)}
-    note_unread(results["rapid" if compare else method].stats)
-    objects = [job.as_dict(each, result) for each, result in results.items()]
+def _as_json(
+    job: Job, method: Method, compare: bool, results: list[GenerationResult]
+) -> dict[str, Any]:
+    """The object to print of an answer, or of all methods' answers, which are added to a list."""
+    answers = job.compare() if compare else {method: job.answer(method)}
+    note_unread(answers["rapid" if compare else method].stats)
+    results += answers.values()
+    objects = [job.as_dict(each, result) for each, result in answers.items()]
     return {"results": objects} if compare else objects[0]
 
 
-def _compare(job: Job) -> None:
+def _compare(job: Job) -> Collection[GenerationResult]:
     results = job.compare()
     stats = results["rapid"].stats
     show(comparison(results))
     show(names(job.models("rapid", stats)), stderr=True)
     note_unread(stats)
+    return results.values()

@@ -133,10 +133,14 @@ def _method_bench(
 ) -> Bench:
     """Bench of a model and the methods named in ``parts``, by full name or a part of it."""
     from rapid_llm.bench import method_bench as comparing
-    from rapid_llm.bench.workload import QUESTIONS, make_workload
+    from rapid_llm.bench.workload import QUESTIONS, make_workload, require_task
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.models import load_model, packaged_model, stretched
 
+    for task in tasks or ():
+        require_task(task)
+    for part in parts or ():
+        comparing.named(part)
     loaded = load_model(source, dtype=dtype)
     works = [
         make_workload(task, tokens, demo_text(), loaded.tokenizer)
@@ -149,16 +153,7 @@ def _method_bench(
     ours = comparing.our_methods(decoder)
     peers = comparing.peer_methods(decoder, path if path.suffix == ".gguf" else None)
     every = [*ours, *peers]
-    chosen = {
-        name
-        for part in parts or [""]
-        for name in ([part] if part in every else every)
-        if part in name
-    }
-    if not chosen:
-        raise InvalidParameterError(
-            f"method={parts!r} names no method; choose from {', '.join(every)}"
-        )
+    chosen = {name for part in parts or [""] for name in comparing.named(part, every)}
     ours, peers = ({k: v for k, v in rows.items() if k in chosen} for rows in (ours, peers))
     return comparing.MethodBench(
         decoder, ours, works, peers=peers, new_tokens=new_tokens, repeats=repeats,

@@ -131,6 +131,7 @@ def evaluate(
         import transformers
 
         from rapid_llm import RapidDecoder, __version__
+        from rapid_llm.context.embedding import require_embedder
         from rapid_llm.evaluation.journal import Journal
         from rapid_llm.evaluation.judge import Judge
         from rapid_llm.evaluation.retrieval import Retrieval
@@ -139,6 +140,9 @@ def evaluate(
         from rapid_llm.evaluation.tasks import load_task
         from rapid_llm.evaluation.tasks.base import Source
 
+        for one in methods:
+            if one.retrieval is not None and one.retrieval.embedder is not None:
+                require_embedder(one.retrieval.embedder)
         decoder = RapidDecoder.from_config(engine) if layers is None else _upward(engine, layers)
         judge = None if judge_model is None else Judge(judge_model, judge_url)
         source = Source(decoder.tokenizer, data, context_tokens, limit, seed, judge)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -24,6 +26,7 @@ from rapid_llm.tools.answers import ChatAnswer, ChatDelta
 if TYPE_CHECKING:
     from rapid_llm.generation import TokenLogprob
 
+_PATIENCE = 1.0  # seconds after which a stream tells how far the prefill is
 _INCOMPLETE = "\ufffd"
 _DONE = b"data: [DONE]\n\n"
 
@@ -75,13 +78,32 @@ async def _events(
         for chunk in form.opening():
             yield _event(chunk)
         try:
-            async for part in parts:
+            async for part in _patiently(parts):
+                if part is None:
+                    for told in started.progress:
+                        yield b": %s %d %d\n\n" % (told[0].encode(), *told[1:])
+                    continue
                 delta = form.read(part)
                 for chunk in [] if delta is None else form.chunks(delta):
                     yield _event(chunk)
         except Exception as error:
             yield _event(api_error(error).body())
         yield _DONE
+
+
+async def _patiently(parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Part | None, None]:
+    """The parts, and None for each second in which there is none."""
+    while True:
+        step = asyncio.ensure_future(anext(parts, None))
+        try:
+            while not (await asyncio.wait({step}, timeout=_PATIENCE))[0]:
+                yield None
+            part = step.result()
+        finally:
+            step.cancel()
+        if part is None:
+            return
+        yield part
 
 
 def _event(body: dict[str, Any]) -> bytes:
@@ -160,10 +182,10 @@ class _Form:
         if delta.finish_reason is not None and pieces:
             pieces[-1] += self._pieces.finish()
         told = [
-            {"id": token, "text": piece}
-            for token, piece in zip(delta.token_ids, pieces, strict=True)
+            {"id": token, "text": piece, "origin": origin}
+            for token, piece, origin in zip_longest(delta.token_ids, pieces, delta.origins)
         ]
-        return {"tokens": told}
+        return {"tokens": told, "stats": delta.stats.as_dict()}
 
     def rapid(self, stats: Stats) -> dict[str, Any]:
         """Statistics, and where the retrieved chunks stand."""

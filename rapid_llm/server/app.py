@@ -21,6 +21,7 @@ from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.server.answers import respond
 from rapid_llm.server.errors import ApiError, api_error, validation_error
 from rapid_llm.server.guards import Guards
+from rapid_llm.server.models import about
 from rapid_llm.server.protocol import ChatRequest, CompletionRequest
 from rapid_llm.server.service import ClientGoneError, Service
 from rapid_llm.server.settings import ServerConfig
@@ -183,6 +184,10 @@ def _add_information(app: FastAPI, service: Service) -> None:
                 code="model_not_found",
             )
         return model
+
+    @app.get("/v1/tokenizer")
+    async def tokenizer() -> dict[str, Any]:
+        return await in_thread(lambda: about(decoder))
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -43,10 +43,12 @@ class Started:
     """What is known of an answer before its first token: its request can be served.
 
     Attributes:
+        progress: how far the prefill is: whose prompt, tokens read, tokens in all.
         grounded: what both models read.
         sampling: the sampling options in effect.
     """
 
+    progress: list[tuple[str, int, int]]
     grounded: Grounded
     sampling: SamplingParams
 
@@ -135,7 +137,7 @@ class Service:
         if request.rapid.method == "sd":
             speculation = replace(speculation, mode="exact")
         variables = request.options(EngineConfig).get("chat_template_kwargs", {})
-        call = _Call(sampling, speculation, variables, check)
+        call = _Call(sampling, speculation, variables, check, [])
         if isinstance(request, ChatRequest):
             asked = self._chat(request, call)
         else:
@@ -144,7 +146,7 @@ class Service:
         last: Stats | None = None
         try:
             with closing(cast(Any, asked.parts)):
-                yield Started(grounded, sampling)
+                yield Started(call.progress, grounded, sampling)
                 for part in asked.parts:
                     part.stats.omitted_tokens = grounded.omitted_tokens
                     part.stats.draft_skipped = grounded.skipped or part.stats.draft_skipped
@@ -225,12 +227,18 @@ class Service:
 
 
 class _Call(NamedTuple):
-    """Options of a request, and a function that raises once nobody waits for its answer."""
+    """Options of a request, what raises once nobody waits for its answer, and its progress."""
 
     sampling: SamplingParams
     speculation: SpeculationConfig
     variables: dict[str, Any]
     check: Callable[[], None]
+    progress: list[tuple[str, int, int]]
+
+    def report(self, whose: str, done: int, total: int) -> None:
+        """Note how far the prefill is."""
+        self.check()
+        self.progress[:] = [(whose, done, total)]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -239,7 +247,7 @@ class _Call(NamedTuple):
             "sampling": self.sampling,
             "speculation": self.speculation,
             "chat_template_kwargs": self.variables,
-            "progress": lambda *_: self.check(),
+            "progress": self.report,
         }
 
 
@@ -266,7 +274,7 @@ def _as_parts(deltas: Iterator[Delta]) -> Iterator[ChatDelta]:
     with closing(cast(Any, deltas)):
         for delta in deltas:
             finish: FinishReason | None = delta.finish_reason
-            yield ChatDelta(delta.text, "", (), delta.token_ids, finish, delta.stats)
+            yield ChatDelta(delta.text, "", (), delta.token_ids, finish, delta.stats, delta.origins)
 
 
 async def unless_gone(request: HttpRequest, work: Coroutine[Any, Any, _T]) -> _T:

@@ -27,7 +27,7 @@ from rapid_llm.encoding import encode_literal
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import given
 from rapid_llm.speculation.sampling import end_ids, generation_config, stop_strings
-from rapid_llm.stats import Stats
+from rapid_llm.stats import Origin, Stats
 from rapid_llm.text import TextStream
 from rapid_llm.tool_formats import KNOWN, SMOLLM2, format_of, reasoning_of
 from rapid_llm.tools.calls import ToolCall, ToolCallDelta
@@ -56,6 +56,7 @@ class ChatDelta:
             tools), ``stop`` (it is complete) or ``length`` (``max_new_tokens`` reached; the last
             call may be incomplete).
         stats: totals so far, complete on the last delta.
+        origins: where each of the tokens came from.
     """
 
     content: str
@@ -64,6 +65,7 @@ class ChatDelta:
     token_ids: tuple[int, ...]
     finish_reason: ChatFinishReason | None
     stats: Stats
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class AnswerStream:
             token_ids=delta.token_ids,
             finish_reason=finish,
             stats=delta.stats,
+            origins=delta.origins,
         )
 
 

@@ -12,6 +12,7 @@ from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.session import PrefillProgress
 from rapid_llm.engine.steps import Steps
 from rapid_llm.speculation.schedule import Prior
+from rapid_llm.stats import Origin
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Draft:
         probabilities: float32 ``[γ, vocab]``; row i is the distribution q that token i was drawn
             from. ``[γ+1, vocab]`` with ``look_ahead``.
         passes: number of forward passes of the drafter.
+        origins: where each token came from; empty where all are the drafter's.
     """
 
     tokens: Tensor
     probabilities: Tensor
     passes: int
+    origins: Sequence[Origin] = ()
 
 
 class Drafter(Protocol):

@@ -19,6 +19,7 @@ from rapid_llm.engine.steps import Steps
 from rapid_llm.speculation.constraints import Matcher
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.schedule import GUESS
+from rapid_llm.stats import Origin
 
 SIZES = (4, 3, 2)
 """Lengths of the n-grams that are looked up, the longest first."""
@@ -139,4 +140,7 @@ class PromptLookupDrafter:
         if self._constraint is not None:
             guess = [*forced, *self._constraint.legal(forced, guess)]
         tokens = torch.tensor(guess, dtype=torch.long, device=self._device)
-        return Draft(tokens, F.one_hot(tokens, self._vocab_size).float(), passes=0)
+        q = F.one_hot(tokens, self._vocab_size).float()
+        origins: list[Origin] = ["grammar" for _ in forced]
+        origins += ["lookup" for _ in guess[len(forced) :]]
+        return Draft(tokens, q, 0, origins)

@@ -26,6 +26,7 @@ from rapid_llm.speculation.schedule import (
     FixedSchedule,
     Schedule,
 )
+from rapid_llm.stats import Origin
 
 _FREE = PassCost(0.0, 0.0)
 
@@ -138,6 +139,7 @@ class RagDrafter:
         tokens = pending.new_empty(0)
         rows: list[Tensor] = []
         passes, drafted, unsure = 0, 0, False
+        origins: list[Origin] = []
         constraint = self._sampler.constraint
         known: list[int] = []  # the drafted tokens on the host, where a constraint needs them
         while drafted < gamma and not unsure:
@@ -150,6 +152,7 @@ class RagDrafter:
                 rows.append(F.one_hot(forced, self._vocab_size).float())
                 tokens, pending = torch.cat([tokens, forced]), torch.cat([pending, forced])
                 drafted += len(forced)
+                origins += ["grammar" for _ in certain]
                 continue
             pending = yield from self._read_all_but_few(pending)
             # With a longer guess the pass would not use the quantized weights.
@@ -160,10 +163,13 @@ class RagDrafter:
                 looped = yield from self._loop(pending, gamma - drafted, known)
             if looped is not None:
                 new, q = looped
+                origins += ["draft" for _ in new]
             else:
                 read = torch.cat([pending, guess])
                 q = yield from self._read(read, torch.cat([tokens, guess]), len(guess) + 1)
                 new = self._check(q, guess)
+                origins += ["lookup" for _ in new[1:]]
+                origins.append("draft")
             rows.append(q[: len(new)])
             tokens, pending = torch.cat([tokens, new]), new[-1:]
             passes += 1 if looped is None else len(new)
@@ -173,7 +179,7 @@ class RagDrafter:
             pending = yield from self._read_all_but_few(pending)
             rows.append((yield from self._read(pending, tokens, 1)))
             passes += 1
-        return Draft(tokens, torch.cat(rows), passes)
+        return Draft(tokens, torch.cat(rows), passes, origins)
 
     def _read_all_but_few(self, pending: Tensor) -> Steps[Tensor]:
         """Read tokens until few are pending, which one pass can read."""
