@@ -277,14 +277,6 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request; starts the thread if there is none."""
         ticket = Ticket(request, time.perf_counter(), progress, deliver)
-        if not request.runner.joins and not self._said:
-            self._said = True
-            _log.warning(
-                "%s cannot read several sequences in one pass, which takes a model of the Llama "
-                "family with our attention and a fixed rotary embedding: requests are answered "
-                "one by one",
-                request.runner.name,
-            )
         with self._lock:
             self._waiting.append(ticket)
             if self._thread is None:
@@ -323,7 +315,7 @@ class Scheduler:
         while (ticket := self._next()) is not None:
             # The first is opened as a single call is, so that a request that stays alone gets what
             # a single call gets, to the bit; those beside it borrow from its cache.
-            joined = bool(self._running) and ticket.request.runner.joins
+            joined = bool(self._running) and self._joins(ticket)
             started = Sequence(ticket, self.decoder.opener, joined=joined)
             started.start()
             if started.wanted is not None:
@@ -350,24 +342,40 @@ class Scheduler:
     def _next(self) -> Ticket | None:
         """Take the first waiting request that may start now; None if there is none."""
         with self._lock:
-            for ticket in list(self._waiting):
-                if ticket.cancelled:
-                    self._waiting.remove(ticket)
-                elif (error := ticket.late()) is not None:
-                    self._waiting.remove(ticket)
-                    ticket.deliver(error)
-            for ticket in self._waiting:
-                if not self._has_room(ticket):
-                    return None
-                if not self._will_share(ticket):
-                    self._waiting.remove(ticket)
-                    return ticket
-        return None
+            waiting = list(self._waiting)
+        # Outside the lock, as callers must not wait for a pass.
+        for ticket in waiting:
+            error = None if ticket.cancelled else ticket.late()
+            if error is not None:
+                ticket.deliver(error)
+                ticket.cancel()
+        waiting = [ticket for ticket in waiting if not ticket.cancelled]
+        room = bool(waiting) and self._has_room(waiting[0])
+        found = next((each for each in waiting if room and not self._will_share(each)), None)
+        if found is not None and not self._has_room(found):
+            found = None
+        with self._lock:
+            self._waiting = [e for e in self._waiting if not e.cancelled and e is not found]
+        return found
 
     def _has_room(self, ticket: Ticket) -> bool:
+        """Whether a request may run beside those under way."""
         tickets = [ticket, *(each.ticket for each in self._running)]
-        together = all(each.request.runner.joins for each in tickets)
+        together = all(map(self._joins, tickets))
         return len(self._running) < (self._most if together else 1)
+
+    def _joins(self, ticket: Ticket) -> bool:
+        """Whether the passes of a request can be joined; the log says so once if not."""
+        runner = ticket.request.runner
+        if not runner.joins and not self._said:
+            self._said = True
+            _log.warning(
+                "%s cannot read several sequences in one pass, which takes a model of the Llama "
+                "family in one process, with our attention and a fixed rotary embedding: requests "
+                "are answered one by one",
+                runner.name,
+            )
+        return runner.joins
 
     def _will_share(self, ticket: Ticket) -> bool:
         """Whether another request is reading most of the prompt right now."""
