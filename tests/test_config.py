@@ -32,7 +32,7 @@ def test_options_are_sorted_into_what_declares_them() -> None:
     assert sorted_into({"stop": "end"}, *BOTH)[0].stop == ("end",)
 
 
-def test_unknown_and_bad_options() -> None:
+def test_unknown_bad_and_doubled_options_are_refused() -> None:
     with pytest.raises(InvalidParameterError, match=r"'gama'.*gamma.*max_tokens"):
         sorted_into({"gama": 3}, *BOTH)
     with pytest.raises(InvalidParameterError, match="eta=-1"):

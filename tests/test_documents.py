@@ -134,7 +134,9 @@ def test_a_few_words_of_another_script_or_language_stay_so(
 
 @pytest.mark.parametrize("text", [PROSE, RUSSIAN, JAPANESE])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf16_without_a_mark(tmp_path: Path, text: str, encoding: str) -> None:
+def test_utf16_without_a_mark_is_guessed_with_a_warning(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
     text = f"{text}\n"
     with pytest.warns(UserWarning, match="a guess"):
         assert read_document(write(tmp_path / "a.txt", text.encode(encoding))) == text
@@ -191,12 +193,12 @@ def test_a_missing_reader_says_what_to_install(
     assert "\n" not in message
 
 
-def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße\r\n".encode())))
     assert read_document("-") == "Grüße\n"
 
 
-def test_html_and_pdf_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_html_and_pdf_are_recognized_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     for data in (b"\n <HTML><body><p>The mill.</p></body></HTML>", pdf("The mill.")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert read_document("-") == "The mill."

@@ -138,5 +138,5 @@ def test_a_page_reads_as_a_browser_shows_it(page: str, text: str) -> None:
         ("<svg>" * 300_000 + "<p>x", "x"),
     ],
 )
-def test_pages_of_two_megabytes_of_any_shape(page: str, text: str) -> None:
+def test_pages_of_two_megabytes_of_any_shape_are_read_in_time(page: str, text: str) -> None:
     assert html_text(page) == text

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +39,8 @@ from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import InvalidParameterError
 
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
+
 
 @pytest.fixture
 def runner() -> ModelRunner:
@@ -49,13 +50,6 @@ def runner() -> ModelRunner:
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch) -> None:
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
-
-
-@pytest.fixture(autouse=True)
-def _warnings_are_errors() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """Compare the speed of methods, their ablations and other libraries on the same prompts.
 
-Runs are interleaved, so that a change in the machine's load meets all methods. The first of each
-warms up and is not counted; in it peers read the drafter's prompt: unlike us they measure nothing
-that the next run uses, and on a CPU a long prompt takes them minutes.
+Runs are interleaved, so that a change in the machine's load affects all methods. The first run of
+each warms up and is not counted. In it, other libraries read the short prompt of the drafter,
+because their later runs reuse nothing, and a long prompt takes minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.stats import Stats
 
 ROOM = 32
-"""The least tokens of an answer: as many as the longest pass, and more."""
+"""Minimum tokens of an answer, more than the longest pass that is timed."""
 
 _GENERATE = "transformers generate"
 _GENERATE_WIDE = f"{_GENERATE}, float32"
@@ -71,8 +71,13 @@ _NAMES = tuple(
 
 
 class Run(NamedTuple):
-    """One generation: seconds to the end of the prompts (None where they were read before), seconds
-    a token after that, and our stats (None for a peer)."""
+    """Result of one generation.
+
+    Attributes:
+        prefill: seconds of reading the prompts; None where they were read before.
+        per_token: seconds per token after that.
+        stats: statistics of our decoder; None for other libraries.
+    """
 
     prefill: float | None
     per_token: float
@@ -80,11 +85,11 @@ class Run(NamedTuple):
 
 
 Method = Callable[[Workload, int], Run]
-"""Called with what to answer and how many tokens to decode, end-of-sequence tokens ignored."""
+"""Function of a workload and the number of tokens to decode; end-of-sequence tokens are ignored."""
 
 
 def our_methods(decoder: RapidDecoder) -> dict[str, Method]:
-    """Our rows. Each speculative one runs with η = 0 (``exact``) and with the default η."""
+    """Methods of our decoder; each speculative one with η = 0 (``exact``) and the default η."""
     model, name = decoder.target.model, decoder.target.name
     own = RapidDecoder(model, decoder.tokenizer, name=name, drafter_quantization=None)
     rows = {"lc": _ours(decoder, None), "rag": _ours(decoder, None, rag=True)}
@@ -116,11 +121,11 @@ def named(part: str, rows: Collection[str] | None = None) -> list[str]:
 
 
 def peer_methods(decoder: RapidDecoder, gguf: Path | None = None) -> dict[str, Method]:
-    """transformers' own decoding, and llama.cpp where it is installed and has a file.
+    """Methods of transformers, and of llama.cpp where it is installed and a GGUF file is given.
 
-    Assisted generation takes the target itself as its assistant: no smaller model shares its
-    tokenizer, and so self-speculation meets self-speculation. On a CPU that does not multiply the
-    model's dtype, transformers is measured in float32 too, which serves it better there.
+    In assisted generation the target is its own assistant, as in our self-speculation. On a CPU
+    without fast products in the model's dtype, transformers is also measured in float32, where it
+    is faster.
     """
     model = decoder.target.model
     rows = {
@@ -153,7 +158,7 @@ def _ours(
 
 
 def _generate(model: Callable[[], PreTrainedModel], **options: Any) -> Method:
-    """``generate`` with the attention and the cache that it chooses itself."""
+    """transformers' ``generate`` with its default attention and cache."""
 
     @torch.inference_mode()
     def run(work: Workload, new_tokens: int) -> Run:
@@ -165,7 +170,7 @@ def _generate(model: Callable[[], PreTrainedModel], **options: Any) -> Method:
 
 
 def _llama_cpp(path: Path, window: int) -> Method:
-    """llama.cpp on as many threads as torch."""
+    """llama.cpp with as many threads as torch."""
 
     @cache
     def load() -> Any:
@@ -191,9 +196,12 @@ class MethodBench(Bench):
     """Measures methods on workloads, and the engine of the decoder.
 
     Args:
-        peers: methods whose runs do not depend on those before.
+        decoder: our decoder.
+        methods: methods of our decoder by name.
+        works: the workloads.
+        peers: methods of other libraries by name.
         new_tokens: tokens decoded in a run, at least 2.
-        repeats: counted runs of each, at least 1.
+        repeats: counted runs of each method, at least 1.
 
     Raises:
         ContextWindowError: a prompt and the new tokens exceed the model's window.
@@ -234,7 +242,7 @@ class MethodBench(Bench):
             yield Step("prefill", context, inf, partial(self._prefill, context))
 
     def _compared(self, work: Workload) -> Iterator[Row]:
-        """A row a method, tokens a second; ratios are of medians."""
+        """A row of tokens/s per method; ratios are those of medians."""
         total, done = len(self._methods) * (self._repeats + 1), 0
         runs: dict[str, list[Run]] = {name: [] for name in self._methods}
         short = replace(work, target=work.draft)
@@ -260,7 +268,7 @@ class MethodBench(Bench):
 
 
 def _speculation(stats: Stats, plain: float) -> dict[str, float]:
-    """Acceptance, yield and costs; ``plain``: seconds of a plain step."""
+    """Acceptance, tokens per round and costs, from stats and the seconds of a plain step."""
     checking = (stats.decode_seconds - stats.draft_seconds) / stats.rounds
     costs = {"a": stats.acceptance_rate, "E": stats.tokens_per_round, "v": checking / plain}
     if stats.draft_passes:  # else no model drafted

@@ -49,13 +49,13 @@ def other_value(declared):
 def given(monkeypatch) -> list[dict[str, Any]]:
     """What every generation was given beside the prompts."""
     seen: list[dict[str, Any]] = []
-    original = RapidDecoder.stream
+    original = RapidDecoder.request
 
-    def stream(self, target, draft=None, **options):
+    def request(self, target, draft=None, **options):
         seen.append(options)
         return original(self, target, draft)
 
-    monkeypatch.setattr(RapidDecoder, "stream", stream)
+    monkeypatch.setattr(RapidDecoder, "request", request)
     return seen
 
 
