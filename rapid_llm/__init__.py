@@ -23,16 +23,19 @@ from rapid_llm.errors import (
     NumericalError,
     RankError,
     RapidError,
+    ServerError,
     TokenizerMismatchError,
 )
 from rapid_llm.stats import Stats
 
 if TYPE_CHECKING:
+    from rapid_llm.batching import GenerationRequest
     from rapid_llm.context import ContextBuilder, RetrievalContext, read_document
     from rapid_llm.context.prompts import build_messages
     from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
     from rapid_llm.models import LoadedModel, load_model
     from rapid_llm.pipeline import Answer, Conversation, RapidPipeline
+    from rapid_llm.remote import RemoteDecoder
 
 try:
     __version__ = version("rapid-llm")
@@ -44,10 +47,12 @@ _LAZY = {
     "Delta": "rapid_llm.decoder",
     "ContextBuilder": "rapid_llm.context",
     "Conversation": "rapid_llm.pipeline",
+    "GenerationRequest": "rapid_llm.batching",
     "GenerationResult": "rapid_llm.decoder",
     "LoadedModel": "rapid_llm.models",
     "RapidDecoder": "rapid_llm.decoder",
     "RapidPipeline": "rapid_llm.pipeline",
+    "RemoteDecoder": "rapid_llm.remote",
     "RetrievalContext": "rapid_llm.context",
     "build_messages": "rapid_llm.context.prompts",
     "load_model": "rapid_llm.models",
@@ -66,6 +71,7 @@ __all__ = [
     "DocumentError",
     "EngineConfig",
     "ForkedProcessError",
+    "GenerationRequest",
     "GenerationResult",
     "GenerationTimeoutError",
     "InvalidParameterError",
@@ -78,9 +84,11 @@ __all__ = [
     "RapidDecoder",
     "RapidError",
     "RapidPipeline",
+    "RemoteDecoder",
     "RetrievalConfig",
     "RetrievalContext",
     "SamplingParams",
+    "ServerError",
     "SpeculationConfig",
     "Stats",
     "TokenizerMismatchError",

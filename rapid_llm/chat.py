@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rapid_llm.errors import InvalidParameterError, RapidError
 from rapid_llm.literal import Controls, controls_of, copy_of
 from rapid_llm.surrogates import nested_without_surrogates
-from rapid_llm.tools.history import adapted, checked_calls, one_call_each
+from rapid_llm.tool_messages import adapted, checked_calls, one_call_each
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ def encode_chat(
     """Encode a chat, with the opening of the assistant's answer.
 
     A last message of the assistant is continued. Tools, earlier calls and their results are shown
-    to every model, see :func:`rapid_llm.tools.history.adapted`.
+    to every model, see :func:`rapid_llm.tool_messages.adapted`.
 
     Args:
         messages: chat messages, dicts with a role and a content.
@@ -70,7 +70,7 @@ def encode_chat(
         InvalidParameterError: a message or a variable is malformed, or the template refuses them.
     """
     template = template_of(tokenizer, checked_variables(variables))
-    chat = [nested_without_surrogates(_checked_message(message)) for message in messages]
+    chat = [nested_without_surrogates(checked_message(message)) for message in messages]
     variables = nested_without_surrogates(checked_variables(variables))
     controls = controls_of(tokenizer)
     quoted = [controls.quote_message(message) for message in chat]
@@ -141,7 +141,7 @@ def opening_of_answer(
         tokenizer: tokenizer with a chat template.
         variables: extra variables for the chat template.
     """
-    chat = [nested_without_surrogates(_checked_message(message)) for message in messages]
+    chat = [nested_without_surrogates(checked_message(message)) for message in messages]
     if chat[-1]["role"] == "assistant" and not chat[-1].get("tool_calls"):
         content: str = chat[-1]["content"]
         return content
@@ -173,7 +173,12 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 # --- messages ----------------------------------------------------------------------------------
 
 
-def _checked_message(message: Any) -> dict[str, Any]:
+def checked_message(message: Any) -> dict[str, Any]:
+    """A chat message with its content as text, and the arguments of its calls as objects.
+
+    Raises:
+        InvalidParameterError: it has no role, or a part that is not text.
+    """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidParameterError(
             f"message {message!r} is not allowed: each message is a dict with a role (text) and "

@@ -34,7 +34,7 @@ class GenerationTimeoutError(RapidError, TimeoutError):
 
 
 class ForkedProcessError(RapidError, RuntimeError):
-    """What another process loaded was used in a process that was forked from it."""
+    """A forked process used models or a store that its parent process had opened."""
 
 
 class NumericalError(RapidError, ArithmeticError):
@@ -47,6 +47,10 @@ class MissingDependencyError(RapidError, ImportError):
 
 class DataError(RapidError, ValueError):
     """The data of an evaluation is missing, unreadable, too small, or lacks a field."""
+
+
+class ServerError(RapidError):
+    """A server of models cannot be reached, refuses a request for its own reasons, or failed."""
 
 
 class JudgeError(RapidError):

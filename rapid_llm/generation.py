@@ -8,12 +8,11 @@ one pass; the output grows by the longest accepted prefix and one token after it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +22,17 @@ from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.device import FEW_TOKENS
 from rapid_llm.engine.kept.tiers import Tier
-from rapid_llm.engine.memory import with_memory
+from rapid_llm.engine.memory import steps_with_memory
 from rapid_llm.engine.session import Session
+from rapid_llm.engine.steps import Extend, Steps, VerifyAlone, Wanted, alone
 from rapid_llm.errors import GenerationTimeoutError, NumericalError
+from rapid_llm.old_names import OldName
 from rapid_llm.speculation.acceptance import dynamic_eta
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, FixedSchedule, Schedule
 from rapid_llm.speculation.verification import Judge, Verdict, verify
-from rapid_llm.stats import NOTHING_PAID, Method, Stats
+from rapid_llm.stats import NOTHING_PAID, Method, Origin, Stats
 from rapid_llm.text import TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -57,12 +58,14 @@ class Delta:
             or the tokenizer, the chat template's end of a turn, or a stop string) or ``length``
             (``max_new_tokens`` reached).
         stats: totals so far, complete on the last delta.
+        origins: where each of the tokens came from.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     stats: Stats
+    origins: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class GenerationResult:
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats
+
+    from_chunks = OldName("from_deltas")
 
     @classmethod
     def from_deltas(cls, deltas: Sequence[Delta]) -> GenerationResult:
@@ -123,6 +128,9 @@ class Generation:
         draft_skipped: reason why nothing can be drafted; None where drafting is possible.
         started: time of the call (``time.perf_counter``), from which the timeout counts.
         free_memory: function that frees idle memory, called when a step runs out of it.
+
+    Attributes:
+        sequences: number of generations whose passes are joined, from which γ follows.
     """
 
     def __init__(
@@ -141,6 +149,7 @@ class Generation:
         free_memory: Callable[[], None],
     ) -> None:
         self.target = target
+        self.sequences = 1
         self.sampler = sampler
         self.config = config
         self._confidence = confidence
@@ -149,6 +158,7 @@ class Generation:
         self._free_memory = free_memory
         self._prompt = list(prompt)
         self._output: list[int] = []
+        self.origins: tuple[Origin, ...] = ()  # of the last round's tokens
         self._drafter_name = drafter_name
         self._judge = Judge.of(sampler, config, target.runner.vocab_size)
         self._drafters = drafters
@@ -166,21 +176,26 @@ class Generation:
 
     @torch.inference_mode()
     def prefill(self, progress: Progress | None) -> None:
+        """Run :meth:`reading` by itself."""
+        alone(self.reading(progress))
+
+    def reading(self, progress: Progress | None) -> Steps[None]:
         """Read both prompts except their last tokens, which the first round reads."""
         started = time.perf_counter()
-        self._with_memory(partial(self._prefill, progress))  # a retry goes on where it stopped
+        # A retry goes on where it stopped.
+        yield from self._with_memory(partial(self._read_prompts, progress))
         self.target.runner.synchronize()  # so that the prefill's time is not the first round's
         self.stats.prefill_seconds = time.perf_counter() - started
 
-    def _prefill(self, progress: Progress | None) -> None:
+    def _read_prompts(self, progress: Progress | None) -> Steps[None]:
         def report(whose: Literal["target", "draft"], done: int, total: int) -> None:
             self.require_time()
             if progress is not None:
                 progress(whose, done, total)
 
-        self.target.prefill(self._prompt[:-1], partial(report, "target"))
+        yield from self.target.reading(self._prompt[:-1], partial(report, "target"))
         for drafter in self._drafters:
-            drafter.prefill(partial(report, "draft"))
+            yield from drafter.reading(partial(report, "draft"))
         gamma = self.config.gamma
         schedules: list[Schedule] = []
         if gamma != "auto":
@@ -195,12 +210,16 @@ class Generation:
 
     @torch.inference_mode()
     def round(self) -> list[int]:
-        """Run one round with one pass of the target; returns its 1 to γ+1 new tokens."""
+        """Run one :meth:`rounding` by itself."""
+        return alone(self.rounding())
+
+    def rounding(self) -> Steps[list[int]]:
+        """One round with one pass of the target; returns its 1 to γ+1 new tokens."""
         started = time.perf_counter()
-        draft, schedule = self._with_memory(self._draft)
+        draft, schedule = yield from self._with_memory(self._draft)
         self.stats.draft_seconds += time.perf_counter() - started
 
-        judged = self._with_memory(partial(self._verify, draft))
+        judged = yield from self._with_memory(partial(self._verify, draft))
         verdict = Verdict.read(judged)  # the only host synchronisation of the round
         if verdict.target_nan or verdict.drafter_nan:
             name = self.target.runner.name if verdict.target_nan else self._drafter_name
@@ -216,9 +235,11 @@ class Generation:
                 self.stats.method, self.stats.draft_skipped = self._method, None
             schedule.record(len(drafted), n, draft.passes)
         self.stats.decode_seconds += time.perf_counter() - started
+        known: Sequence[Origin] = draft.origins or ["draft" for _ in drafted]
+        self.origins = (*known[:n], "target")
         return [*drafted[:n], verdict.token]
 
-    def _draft(self) -> tuple[Draft, Schedule | None]:
+    def _draft(self) -> Steps[tuple[Draft, Schedule | None]]:
         """Draft with the drafter of the highest expected speedup that has something to propose.
 
         Returns:
@@ -234,6 +255,9 @@ class Generation:
         look_ahead = self.config.applied_mode == "augmented"
         length = len(self._output)
 
+        for state in self._drafter_states:
+            state.schedule.sequences = self.sequences
+
         def speedup(state: _DrafterState) -> float:
             return state.schedule.speedup(state.lag(length))
 
@@ -241,11 +265,12 @@ class Generation:
             gamma = min(state.schedule.next(state.lag(length)), remaining)
             if gamma + look_ahead == 0:
                 continue
-            draft = state.drafter.draft(self._output, gamma, look_ahead=look_ahead)
+            draft = yield from state.drafter.drafting(self._output, gamma, look_ahead=look_ahead)
             if len(draft.probabilities) > 0:
                 state.drafted = length + len(draft.tokens)
                 q = draft.probabilities.to(device)
-                return Draft(draft.tokens.to(device), q, draft.passes), state.schedule
+                tokens = draft.tokens.to(device)
+                return Draft(tokens, q, draft.passes, draft.origins), state.schedule
         constraint = self.sampler.constraint
         limit = min(remaining, FEW_TOKENS)
         certain = [] if constraint is None else constraint.forced((), limit)
@@ -253,9 +278,9 @@ class Generation:
         if certain:
             tokens = self.target.runner.tensor(certain)
         q = F.one_hot(tokens, self.target.runner.vocab_size).float()
-        return Draft(tokens, q, passes=0), None
+        return Draft(tokens, q, 0, ["grammar" for _ in certain]), None
 
-    def _verify(self, draft: Draft) -> Tensor:
+    def _verify(self, draft: Draft) -> Steps[Tensor]:
         """Run the target over the draft and judge it; the result is read by :class:`Verdict`."""
         # The last output token is not in the cache yet. The logits after token i - 1 judge token i.
         pending = self.target.runner.tensor(self._output[-1:] or self._prompt[-1:])
@@ -266,17 +291,22 @@ class Generation:
             eta = dynamic_eta(strength, self._confidence, len(self._output), q)
         generator = self.sampler.generator
         if self._judge is not None:
-            known = [] if self.sampler.constraint is None else draft.tokens.tolist()
-            mask = self.sampler.mask(known, len(tokens))
-            verdict = self.target.verify(tokens, q, eta, self._judge, generator, mask)
+
+            def mask() -> Tensor | None:
+                known = [] if self.sampler.constraint is None else draft.tokens.tolist()
+                return self.sampler.mask(known, len(tokens))
+
+            verdict: Tensor | None = yield VerifyAlone(
+                self.target, tokens, q, eta, self._judge, generator, mask
+            )
             if verdict is not None:
                 return verdict
-        logits = self.target.extend(tokens)
+        logits = yield Extend(self.target, tokens, purpose="verify")
         s = self.sampler.scores(logits, draft.tokens)
         draws = None if self.sampler.params.greedy else generator
         return verify(logits, s, draft.tokens, q, eta, self.config, draws)
 
-    def _with_memory(self, step: Callable[[], _T]) -> _T:
+    def _with_memory(self, step: Callable[[], Steps[_T]]) -> Steps[_T]:
         """Run a step; when memory runs out, free idle memory and run the step again."""
         generator = self.sampler.generator
         drawn = generator.get_state()
@@ -286,7 +316,7 @@ class Generation:
             generator.set_state(drawn)  # a seed gives the same answer however often it is tried
             self._free_memory()
 
-        return with_memory(step, free)
+        return (yield from steps_with_memory(step, free))
 
     def require_time(self) -> None:
         """Raise GenerationTimeoutError if the sampling's ``timeout`` has passed."""
@@ -316,19 +346,17 @@ class Generation:
             self.stats.time_to_first_token = time.perf_counter() - self._started
 
 
-def deltas(
-    opened: AbstractContextManager[Generation],
+def answering(
+    generation: Generation,
     text: TextStream,
     ends: Collection[int],
     least_new_tokens: int,
     progress: Progress | None,
-) -> Iterator[Delta]:
+) -> Generator[Wanted | Delta, Any, None]:
     """Read the prompts, run rounds until the answer ends, and yield one delta per round.
 
-    Only the generation runs in inference mode, not the caller's code between the rounds.
-
     Args:
-        opened: context of the generation, entered at the first delta.
+        generation: the generation; nothing of it was run yet.
         text: detokenizer of the answer.
         ends: ids of tokens that end the answer.
         least_new_tokens: minimum length of the answer, in tokens, before they end it.
@@ -338,42 +366,59 @@ def deltas(
         GenerationTimeoutError: the sampling's ``timeout`` has passed.
         NumericalError: a model produced NaN.
     """
-    with opened as generation:
-        generation.prefill(progress)
-        stats, limit = generation.stats, generation.sampler.params.max_new_tokens
-        constraint = generation.sampler.constraint
-        finish: FinishReason | None = None
-        if constraint is not None and constraint.over():  # the empty answer is the only one
-            finish = "stop"
-            yield Delta(text.finish(), (), finish, replace(stats))
-        while finish is None:
-            new: list[int] = []
-            pieces: list[str] = []
-            for token in generation.round():
-                new.append(token)
-                length = stats.completion_tokens + len(new)
-                if token in ends and length > least_new_tokens:
-                    finish = "stop"
-                    break
-                pieces.append(text.push(token))
-                if text.stopped or (constraint is not None and constraint.over(new)):
-                    finish = "stop"
-                    break
-                if length == limit:
-                    finish = "length"
-                    break
-            if finish is not None:
-                pieces.append(text.finish())
-                finish = "stop" if text.stopped else finish
-            generation.keep(new)
-            if finish is None:
-                generation.require_time()
-            yield Delta("".join(pieces), tuple(new), finish, replace(stats))
+    yield from generation.reading(progress)
+    stats, limit = generation.stats, generation.sampler.params.max_new_tokens
+    constraint = generation.sampler.constraint
+    finish: FinishReason | None = None
+    if constraint is not None and constraint.over():  # only the empty answer is allowed
+        finish = "stop"
+        yield Delta(text.finish(), (), finish, replace(stats))
+    while finish is None:
+        new: list[int] = []
+        pieces: list[str] = []
+        for token in (yield from generation.rounding()):
+            new.append(token)
+            length = stats.completion_tokens + len(new)
+            if token in ends and length > least_new_tokens:
+                finish = "stop"
+                break
+            pieces.append(text.push(token))
+            if text.stopped or (constraint is not None and constraint.over(new)):
+                finish = "stop"
+                break
+            if length == limit:
+                finish = "length"
+                break
+        if finish is not None:
+            pieces.append(text.finish())
+            finish = "stop" if text.stopped else finish
+        generation.keep(new)
+        if finish is None:
+            generation.require_time()
+        origins = generation.origins[: len(new)]
+        yield Delta("".join(pieces), tuple(new), finish, replace(stats), origins)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability, and those of the most likely tokens there.
+
+    Attributes:
+        token_id: id of the token.
+        logprob: logarithm of its probability, at temperature 1 and without other processors.
+        top: ids and logarithms of the most likely tokens, the most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @torch.inference_mode()
-def log_likelihood(session: Session, prompt: list[int], continuation: list[int]) -> float:
-    """Natural logarithm of the probability of a continuation given a prompt.
+def logprobs(
+    session: Session, prompt: list[int], continuation: list[int], top: int
+) -> list[TokenLogprob]:
+    """Logarithms of the probabilities of a continuation's tokens given a prompt.
 
     After an error it may be called again with the same session, and goes on where it stopped.
 
@@ -381,6 +426,7 @@ def log_likelihood(session: Session, prompt: list[int], continuation: list[int])
         session: session of the model that scores.
         prompt: token ids of the prompt, at least one.
         continuation: token ids of the continuation, at least one.
+        top: number of the most likely tokens to tell at each place.
 
     Raises:
         NumericalError: the model produced NaN.
@@ -389,8 +435,10 @@ def log_likelihood(session: Session, prompt: list[int], continuation: list[int])
     session.prefill(prompt[:-1])
     device = session.runner.device
     logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))
-    wanted = torch.tensor(continuation, device=device)
-    total = -F.cross_entropy(logits, wanted, reduction="sum").item()
-    if isnan(total):
+    logs = F.log_softmax(logits.float(), dim=-1)
+    own = logs.gather(1, torch.tensor(continuation, device=device)[:, None])[:, 0].tolist()
+    if any(map(isnan, own)):
         raise NumericalError(_NAN.format(name=session.runner.name))
-    return total
+    best, ids = logs.topk(top, dim=-1)
+    rows = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), best.tolist(), strict=True)]
+    return list(map(TokenLogprob, continuation, own, rows))

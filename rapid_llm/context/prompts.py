@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.config import RetrievalConfig, Truncate
+from rapid_llm.context.chunking import MIN_CHUNK_TOKENS
 from rapid_llm.context.retrieved import Passage
 from rapid_llm.context.truncation import OMISSION, CuttableDocument, share_out
 from rapid_llm.context.validation import require_text
-from rapid_llm.encoding import Prompt, encode_prompt
-from rapid_llm.errors import ContextWindowError
+from rapid_llm.encoding import Message, Prompt, encode_prompt
+from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.options import require
 
 INSTRUCTION = "Answer the question using only the text above."
@@ -43,11 +44,53 @@ def build_messages(
     return [{"role": "user", "content": content}]
 
 
+def with_document(messages: Sequence[Message], document: str) -> list[Message]:
+    """A chat with a document in its first user message, as :func:`build_messages` has it there.
+
+    Later questions then share all tokens up to the end of the conversation so far.
+
+    Args:
+        messages: chat messages, of which one is a user's; their content is text.
+        document: whole document, or retrieved text.
+
+    Raises:
+        DocumentError: the document or the first question is empty, or not text.
+        InvalidParameterError: no message is a user's.
+    """
+    first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), None)
+    if first is None:
+        raise InvalidParameterError(
+            "no message has the role 'user', into which documents are put: add the question"
+        )
+    (opening,) = build_messages(document, messages[first]["content"])
+    return [*messages[:first], {**messages[first], **opening}, *messages[first + 1 :]]
+
+
+def room_for_retrieved(
+    render: Callable[[str], Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    max_new_tokens: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> int:
+    """Number of tokens that a context window leaves for retrieved text, enough for one chunk.
+
+    Args:
+        render: function that makes a prompt from the retrieved text.
+        tokenizer: the model's tokenizer.
+        window: the context window in tokens.
+        max_new_tokens: number of tokens kept free for the answer, at most half of the window.
+        chat_template_kwargs: variables of the chat template.
+    """
+    tokens = len(encode_prompt(render("."), tokenizer, chat_template_kwargs))
+    return max(MIN_CHUNK_TOKENS, window - min(max_new_tokens, window // 2) - tokens)
+
+
 def retrieval_query(question: str, earlier: Sequence[str]) -> str:
     """Text to retrieve for in a conversation: a question and the two before it, the latest first.
 
-    A follow-up ("and the second one?") names with its own words little that a document has. An
-    embedder that reads only so much leaves out the oldest.
+    A follow-up ("and the second one?") shares few words with the documents. An embedder whose
+    maximum input is too short for all leaves out the oldest question.
 
     Args:
         question: latest question.
@@ -139,7 +182,7 @@ def fit_documents(
         return Fitted(whole, 0)
     if any(passages):
         raise ContextWindowError(
-            f"the passages retrieved, which truncate does not cut, have {least} tokens and the "
+            f"the retrieved passages, which truncate does not cut, have {least} tokens and the "
             f"rest of the prompt {frame}: too much for the context window of {window} tokens; "
             "retrieve less or shorten the question"
         )

@@ -1,4 +1,4 @@
-"""ChatRapid: a chat model whose drafter reads what was retrieved, its target whole documents."""
+"""ChatRapid: a chat model whose drafter reads retrieved chunks and whose target whole documents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from langchain_rapid.messages import (
 )
 from langchain_rapid.options import Call, overrides
 from langchain_rapid.runs import beside, child_of
-from langchain_rapid.settings import VERSION, RapidModel
+from langchain_rapid.settings import VERSION, RapidModel, at_once
 from langchain_rapid.structured import (
     BoundChatRapid,
     Method,
@@ -63,16 +63,16 @@ class ChatRapid(RapidModel, BaseChatModel):
 
     The messages are the target's prompt. The drafter's comes from one of four places:
 
-    - :func:`create_rapid_documents_chain`, where ``create_stuff_documents_chain`` stood;
-    - ``retriever=`` and ``documents=``: the last human message is the question, and is searched
-      for with the two before it, without which a follow-up finds nothing;
+    - :func:`create_rapid_documents_chain`, in the place of ``create_stuff_documents_chain``;
+    - ``retriever=`` and ``documents=``: the last human message is the question; the retriever gets
+      it with the two before it, because a follow-up alone says too little;
     - results of tools with documents as their artifact; with ``documents=`` the target reads the
-      whole documents behind them (:mod:`langchain_rapid.conversations`);
+      whole documents that they come from (:mod:`langchain_rapid.conversations`);
     - ``draft_messages=`` of a call, or bound by ``bind``.
 
-    Without one the target decodes plainly. Fields may be overridden for one call by arguments of
-    their names, but for those that load models. None leaves a field as it is, ``seed=None`` draws
-    afresh. ``confidence=`` of a call, in [0, 1], says how sure the retrieval of the draft was, for
+    Without one the target decodes plainly. Arguments of a call override the fields of the same
+    names, except those that load models. None leaves a field's value, but ``seed=None`` is a random
+    seed. ``confidence=`` of a call is the confidence of the draft's retrieval, in [0, 1], for
     ``dynamic_eta``.
 
     Example:
@@ -113,7 +113,7 @@ class ChatRapid(RapidModel, BaseChatModel):
     # --- tools and structured output -----------------------------------------------------------
 
     def bind(self, **kwargs: Any) -> BoundChatRapid:  # type: ignore[override]
-        """The model with arguments of every call, which stay when tools or a schema are bound."""
+        """The model with arguments for every call, kept when tools or a schema are bound too."""
         return BoundChatRapid(bound=self, kwargs=kwargs, config={})
 
     def bind_tools(
@@ -125,9 +125,9 @@ class ChatRapid(RapidModel, BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The model with tools that it may call, or must.
+        """The model with tools that it may or must call.
 
-        A call that the model begins is one of the tools', with arguments of its schema.
+        A call that the model begins names one of the tools, with arguments of its schema.
 
         Args:
             tools: LangChain's tools, functions, pydantic classes, TypedDicts, or OpenAI's form.
@@ -179,11 +179,40 @@ class ChatRapid(RapidModel, BaseChatModel):
             "tool_choice": True,
             "structured_output": True,
         }
-        if self.decoder is not None:  # a model is not loaded to be asked
+        if self.decoder is not None:  # a profile does not load the model
             profile["max_input_tokens"] = self.decoder.target.context_window
         return profile
 
     # --- generation ----------------------------------------------------------------------------
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """LangChain's; the inputs are answered at once, and a common document is read once.
+
+        At most ``max_sequences`` are under way, and no more than ``max_concurrency`` of the config.
+        """
+        with at_once():
+            return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """:meth:`batch` for asyncio."""
+        with at_once():
+            return await super().abatch(
+                inputs, config, return_exceptions=return_exceptions, **kwargs
+            )
 
     def _stream(
         self,
@@ -192,7 +221,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        if self._is_ungrounded(messages, kwargs):  # not done yet: stream_events (v3)
+        if self._is_ungrounded(messages, kwargs):  # not retrieved before, in stream_events (v3)
             messages, found = self._ground(messages, child_of(run_manager, CallbackManager), kwargs)
             kwargs |= found
         draft = self._draft(kwargs)
@@ -253,7 +282,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         call: Call,
         check: Callable[[], None] = lambda: None,
     ) -> Iterator[ChatDelta]:
-        """Content, reasoning and tool calls; ``check`` is that of :meth:`_run`."""
+        """Deltas of content, reasoning and tool calls; ``check`` as for :meth:`_run`."""
         from rapid_llm.tools.answers import prepare
 
         decoder = self._decoder_for(call.engine.model)
@@ -286,7 +315,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         callbacks: Callbacks = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """LangChain's; each chat with something retrieved for it is grounded first."""
+        """LangChain's method; each chat with something retrieved for it is grounded first."""
         if not any(self._is_ungrounded(chat, kwargs) for chat in messages):
             return super().generate(messages, stop, callbacks, **kwargs)
         config = beside({"callbacks": callbacks, **kwargs})
@@ -321,7 +350,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
-        """LangChain's; a chat with something retrieved for it is grounded first."""
+        """LangChain's method; a chat with something retrieved for it is grounded first."""
         messages = self._convert_input(input).to_messages()
         if self._is_ungrounded(messages, kwargs):
             input, found = self._ground(messages, beside(config), kwargs)
@@ -345,7 +374,7 @@ class ChatRapid(RapidModel, BaseChatModel):
             yield chunk
 
     def _is_ungrounded(self, messages: list[BaseMessage], kwargs: dict[str, Any]) -> bool:
-        """Whether the draft is still to be made; what a call brings along goes first."""
+        """Whether the draft is still to be made; a draft given by the call takes precedence."""
         if kwargs.get("draft_messages") is not None or kwargs.get("retrieved") is not None:
             return False
         return self.retriever is not None or any(map(documents_of, messages))
@@ -369,7 +398,7 @@ class ChatRapid(RapidModel, BaseChatModel):
     def _with_contexts(
         self, messages: list[BaseMessage], chunks: list[Document], arguments: Mapping[str, Any]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
-        """The target's messages, and what tells a call of the drafter's and the documents'."""
+        """The target's messages, and arguments of the call for the draft and the documents."""
         from langchain_rapid.conversations import around_question
 
         index = last_question(messages)
@@ -390,12 +419,12 @@ class ChatRapid(RapidModel, BaseChatModel):
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
-        """Tokens of a prompt as the model reads it, the chat template's included.
+        """Number of tokens of a prompt as the model reads it, including the chat template's.
 
-        A history that ends with an answer is counted with the opening of the next question, as it
-        would be read then. What cannot be sent in this form (images, an order that no template
-        takes) is counted as LangChain counts it, by the text alone. So any part of a history can be
-        measured, as ``trim_messages`` and memories do.
+        A history that ends with an answer is counted with the opening of the next question.
+        Messages that the model cannot be sent (images, an order that no template takes) are counted
+        as LangChain counts them, by their text. So any part of a history can be counted, as
+        ``trim_messages`` and memories do.
         """
         if not messages:
             return 0

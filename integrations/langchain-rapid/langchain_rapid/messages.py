@@ -1,4 +1,4 @@
-"""LangChain's messages as messages of a chat template."""
+"""Convert LangChain's messages to messages of a chat template."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """Messages in OpenAI's form for the model's chat template: roles, texts, reasoning, calls.
 
     Raises:
-        InvalidParameterError: a message holds anything but text and calls of tools.
+        InvalidParameterError: a message contains something other than text and tool calls.
     """
     return [_chat_message(message) for message in messages]
 
 
 def text_of(message: BaseMessage) -> str:
-    """A message's text, its reasoning left out; its parts, if several, on lines of their own.
+    """Text of a message without reasoning, with a line for each part.
 
     Raises:
-        InvalidParameterError: a part is no text.
+        InvalidParameterError: a part is not text.
     """
     if isinstance(message.content, str):
         return message.content
@@ -74,7 +74,7 @@ def _chat_message(message: BaseMessage) -> dict[str, Any]:
 
 
 def _calls_of(message: AIMessage) -> list[dict[str, Any]]:
-    """Calls of an answer; arguments that were no JSON are text."""
+    """Calls of an answer; arguments that are not JSON are text."""
     calls = [*message.tool_calls, *message.invalid_tool_calls]
     return [
         {
@@ -122,10 +122,10 @@ def require_read(documents: Any, messages: Sequence[BaseMessage], call: Call) ->
 
 
 def search_query(messages: Sequence[BaseMessage]) -> str:
-    """The user's last message and the two before it, as a retriever is asked for them.
+    """Query for a retriever: the user's last message and the two before it.
 
     Raises:
-        InvalidParameterError: there is none, or a part of one is no text.
+        InvalidParameterError: there is no such message, or a part of one is not text.
     """
     from rapid_llm.context.prompts import retrieval_query
 

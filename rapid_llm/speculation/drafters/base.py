@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.session import PrefillProgress
+from rapid_llm.engine.steps import Steps
 from rapid_llm.speculation.schedule import Prior
+from rapid_llm.stats import Origin
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,13 @@ class Draft:
         probabilities: float32 ``[γ, vocab]``; row i is the distribution q that token i was drawn
             from. ``[γ+1, vocab]`` with ``look_ahead``.
         passes: number of forward passes of the drafter.
+        origins: where each token came from; empty where all are the drafter's.
     """
 
     tokens: Tensor
     probabilities: Tensor
     passes: int
+    origins: Sequence[Origin] = ()
 
 
 class Drafter(Protocol):
@@ -36,8 +40,8 @@ class Drafter(Protocol):
     def prompt_tokens(self) -> int:
         """Number of tokens in the drafter's prompt; 0 if it has none."""
 
-    def prefill(self, progress: PrefillProgress | None) -> None:
-        """Read the prompt; called once, before the first draft."""
+    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
+        """Read the prompt, once, before the first draft."""
 
     @property
     def prior(self) -> Prior:
@@ -46,7 +50,7 @@ class Drafter(Protocol):
     def cost(self) -> PassCost:
         """Cost of a forward pass in seconds; called after the prefill."""
 
-    def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
+    def drafting(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Steps[Draft]:
         """Propose tokens after the output so far.
 
         Args:

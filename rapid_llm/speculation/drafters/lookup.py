@@ -15,9 +15,11 @@ import torch.nn.functional as F
 
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.session import PrefillProgress
+from rapid_llm.engine.steps import Steps
 from rapid_llm.speculation.constraints import Matcher
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.schedule import GUESS
+from rapid_llm.stats import Origin
 
 SIZES = (4, 3, 2)
 """Lengths of the n-grams that are looked up, the longest first."""
@@ -118,11 +120,15 @@ class PromptLookupDrafter:
     def prompt_tokens(self) -> int:
         return 0
 
-    def prefill(self, progress: PrefillProgress | None) -> None:
-        pass
+    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
+        yield from ()
 
     def cost(self) -> PassCost:
         return PassCost(0.0, 0.0)
+
+    def drafting(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Steps[Draft]:
+        yield from ()  # no pass
+        return self.draft(output, gamma, look_ahead=look_ahead)
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
         """Propose tokens, see :class:`.base.Drafter`; the draft is empty if nothing was found."""
@@ -134,4 +140,7 @@ class PromptLookupDrafter:
         if self._constraint is not None:
             guess = [*forced, *self._constraint.legal(forced, guess)]
         tokens = torch.tensor(guess, dtype=torch.long, device=self._device)
-        return Draft(tokens, F.one_hot(tokens, self._vocab_size).float(), passes=0)
+        q = F.one_hot(tokens, self._vocab_size).float()
+        origins: list[Origin] = ["grammar" for _ in forced]
+        origins += ["lookup" for _ in guess[len(forced) :]]
+        return Draft(tokens, q, 0, origins)

@@ -1,0 +1,87 @@
+"""``rapid-llm serve``: an HTTP server with OpenAI's protocol."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from rapid_llm.cli.app import app
+from rapid_llm.cli.options import with_options
+from rapid_llm.config import (
+    PACKAGED_MODEL,
+    EngineConfig,
+    RetrievalConfig,
+    SamplingParams,
+    SpeculationConfig,
+)
+from rapid_llm.console import status
+from rapid_llm.errors import InvalidParameterError, MissingDependencyError
+from rapid_llm.server.settings import ServerConfig
+
+_KEY = "RAPID_LLM_API_KEY"
+
+
+@app.command()
+@with_options(
+    ServerConfig,
+    EngineConfig,
+    RetrievalConfig,
+    SamplingParams,
+    SpeculationConfig,
+    leave_out=("model", "constraint"),
+    defaults={"seed": None},
+)
+def serve(
+    server: ServerConfig,
+    engine: EngineConfig,
+    retrieval: RetrievalConfig,
+    sampling: SamplingParams,
+    speculation: SpeculationConfig,
+    model: Annotated[
+        str,
+        typer.Argument(help="Target: hub id, folder, GGUF file, or the packaged model's name."),
+    ] = PACKAGED_MODEL,
+) -> None:
+    """Serve a model by OpenAI's protocol, with documents that stay read.
+
+    Options of sampling, speculation and retrieval are defaults, which a request may override.
+    """
+    try:
+        import uvicorn
+
+        from rapid_llm.server.app import create_app
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"a server needs {error.name}, which is not installed; "
+            'run: pip install "rapid-llm[server]"'
+        ) from error
+    server = replace(server, api_key=server.api_key or os.environ.get(_KEY) or None)
+    if not server.local and server.api_key is None:
+        raise InvalidParameterError(
+            f"--host {server.host} lets other machines ask, so that a key is needed: give one as "
+            f"--api-key or in {_KEY}"
+        )
+    engine = replace(engine, model=model)
+    with status(f"loading {engine.model}", sys.stderr.isatty()):
+        from rapid_llm.decoder import RapidDecoder
+
+        decoder = RapidDecoder.from_config(engine)
+    logging.disable(logging.NOTSET)  # the command line's quiet; here the log is wanted
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("rapid_llm.server").setLevel(logging.INFO)
+    web = create_app(
+        decoder, server, sampling=sampling, speculation=speculation, retrieval=retrieval
+    )
+    uvicorn.run(
+        web,
+        host=server.host,
+        port=server.port,
+        access_log=False,  # the application logs its requests, without queries
+        timeout_graceful_shutdown=server.shutdown_seconds,
+        server_header=False,
+    )

@@ -1,0 +1,202 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Scope
+
+import rapid_llm
+from rapid_llm.aio import in_thread
+from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.server.answers import respond
+from rapid_llm.server.errors import ApiError, api_error, validation_error
+from rapid_llm.server.guards import Guards
+from rapid_llm.server.models import about
+from rapid_llm.server.protocol import ChatRequest, CompletionRequest
+from rapid_llm.server.service import ClientGoneError, Service
+from rapid_llm.server.settings import ServerConfig
+
+if TYPE_CHECKING:
+    from rapid_llm.decoder import RapidDecoder
+
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
+_FILE = "/v1/files/{file_id}"
+
+
+def create_app(
+    decoder: RapidDecoder,
+    config: ServerConfig | None = None,
+    *,
+    sampling: SamplingParams | None = None,
+    speculation: SpeculationConfig | None = None,
+    retrieval: RetrievalConfig | None = None,
+    embedder: Any = None,
+) -> FastAPI:
+    """The server's application, for any ASGI server.
+
+    Args:
+        decoder: the models.
+        config: options of the server; ``host`` and ``port`` only tell who reaches it.
+        sampling, speculation, retrieval: defaults of requests. Without ``sampling`` each request
+            draws afresh.
+        embedder: embedding model in any form that ``rapid_llm.context.load_embedder`` takes; by
+            default the retrieval options'.
+    """
+    config = config or ServerConfig()
+    service = Service(
+        decoder,
+        config,
+        sampling or SamplingParams(seed=None),
+        speculation or SpeculationConfig(),
+        retrieval or RetrievalConfig(),
+        embedder,
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="rapid-llm", version=rapid_llm.__version__, lifespan=lifespan, docs_url=None,
+        redoc_url=None,
+    )  # fmt: skip
+    app.state.service = service
+    _add_errors(app, service)
+    _add_answers(app, service)
+    _add_files(app, service)
+    _add_information(app, service)
+
+    def answered(scope: Scope, status: int) -> None:
+        route = scope.get("route")  # its path has no ids in it, so that there are few labels
+        service.metrics.answered(getattr(route, "path", "other"), status)
+
+    app.add_middleware(
+        Guards,
+        api_key=config.api_key,
+        local=config.local,
+        max_body_bytes=config.max_body_bytes,
+        answered=answered,
+    )
+    return app
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
+    async def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientGoneError):
+            service.metrics.cancelled()
+            return Response(status_code=499)
+        if isinstance(error, RequestValidationError):
+            body = _BODIES.get(request.url.path)
+            known = () if body is None else tuple(body.model_fields)
+            shown = validation_error(error.errors(), known)
+        else:
+            shown = api_error(error)
+        return JSONResponse(shown.body(), shown.status_code, shown.headers)
+
+    for kind in (RequestValidationError, HTTPException, rapid_llm.RapidError, ClientGoneError):
+        app.add_exception_handler(kind, refuse)
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        return await respond(service, body, request)
+
+    @app.post("/v1/completions", response_model=None)
+    async def complete(request: Request, body: CompletionRequest) -> Response:
+        return await respond(service, body, request)
+
+
+def _add_files(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/files", response_model=None)
+    async def upload(request: Request) -> dict[str, Any]:
+        async with request.form(max_files=1, max_fields=4) as form:
+            file, purpose = form.get("file"), form.get("purpose", "user_data")
+            if unknown := form.keys() - {"file", "purpose"}:
+                raise ApiError(
+                    400,
+                    f"unknown field {min(unknown)!r}; known are file, purpose",
+                    param=min(unknown),
+                    code="unknown_parameter",
+                )
+            if not isinstance(file, UploadFile):
+                raise ApiError(
+                    400, "the form has no file: send one as the field file", param="file"
+                )
+            name = file.filename or "document"
+            stored = await in_thread(lambda: service.files.add(file.file, name, str(purpose)))
+        return stored.as_dict()
+
+    @app.get("/v1/files")
+    async def list_files() -> dict[str, Any]:
+        files = [file.as_dict() for file in await in_thread(lambda: list(service.files))]
+        return {"object": "list", "data": files, "has_more": False}
+
+    @app.get(_FILE)
+    async def get_file(file_id: str) -> dict[str, Any]:
+        return service.files.get(file_id).as_dict()
+
+    @app.get(f"{_FILE}/content")
+    async def content(file_id: str) -> PlainTextResponse:
+        return PlainTextResponse(await in_thread(lambda: service.files.text(file_id)))
+
+    @app.delete(_FILE)
+    async def delete_file(file_id: str) -> dict[str, Any]:
+        service.files.delete(file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    decoder, started = service.decoder, int(time.time())
+    model = {
+        "id": service.name,
+        "object": "model",
+        "created": started,
+        "owned_by": "rapid-llm",
+        "max_model_len": decoder.target.context_window,
+        "drafter": decoder.drafter.name,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served, only {service.name!r}",
+                code="model_not_found",
+            )
+        return model
+
+    @app.get("/v1/tokenizer")
+    async def tokenizer() -> dict[str, Any]:
+        return await in_thread(lambda: about(decoder))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": rapid_llm.__version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

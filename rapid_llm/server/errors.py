@@ -1,0 +1,130 @@
+"""Errors in OpenAI's form: which status, type and code an error of the library has."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from rapid_llm.errors import (
+    ContextWindowError,
+    DocumentError,
+    GenerationTimeoutError,
+    InvalidParameterError,
+    MissingDependencyError,
+    RapidError,
+    TokenizerMismatchError,
+)
+
+logger = logging.getLogger("rapid_llm.server")
+
+_NO_RETRY = {"x-should-retry": "false"}
+"""Header by which OpenAI's client does not send a request again that would fail again."""
+
+
+class ApiError(HTTPException):
+    """An error as a client sees it.
+
+    Args:
+        status: status of the response.
+        message: description of the error, with the limit and the remedy.
+        param: name of the request's field; None if it is of no field.
+        code: OpenAI's word for it; None without one.
+        headers: headers of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.param, self.code = param, code
+
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI's clients read it."""
+        return {
+            "error": {
+                "message": self.detail,
+                "type": _TYPES.get(self.status_code, _type_of(self.status_code)),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+def _type_of(status: int) -> str:
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+def api_error(error: BaseException) -> ApiError:
+    """The error that a client sees of one that was raised.
+
+    The text of an unexpected error stays out of the answer and the log, as it may quote a document:
+    the log tells its type and where it was raised.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, error.detail, headers=error.headers)
+    if isinstance(error, ContextWindowError):
+        return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, InvalidParameterError | DocumentError | TokenizerMismatchError):
+        return ApiError(400, str(error))
+    if isinstance(error, GenerationTimeoutError):
+        return ApiError(504, str(error), param="timeout", code="timeout", headers=_NO_RETRY)
+    if isinstance(error, MissingDependencyError):
+        return ApiError(501, str(error), code="not_installed", headers=_NO_RETRY)
+    frames = traceback.extract_tb(error.__traceback__)[-8:]
+    places = " < ".join(f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in reversed(frames))
+    logger.error("%s at %s", type(error).__name__, places)
+    if isinstance(error, RapidError):
+        return ApiError(500, str(error), headers=_NO_RETRY)
+    return ApiError(
+        500,
+        f"the server failed ({type(error).__name__}); its log says where, under the request's id",
+        code="internal_error",
+        headers=_NO_RETRY,
+    )
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -> ApiError:
+    """The error of a body that pydantic refuses: the first of its errors, in a sentence.
+
+    Args:
+        errors: pydantic's errors.
+        known: the body's fields, told where one is unknown at its top level.
+    """
+    first = errors[0]
+    where = [part for part in first["loc"] if part != "body"]
+    field = ".".join(map(str, where)) or None
+    kind = first["type"]
+    if kind == "extra_forbidden":
+        more = f"; known are {', '.join(known)}" if len(where) == 1 and known else ""
+        return ApiError(
+            400, f"unknown field {field!r}{more}", param=field, code="unknown_parameter"
+        )
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error', '')})")
+    if kind == "missing":
+        what = f"the field {field!r} is missing" if field else "the body is missing"
+        return ApiError(400, what, param=field, code="missing_required_parameter")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if kind != "value_error":  # pydantic's own sentences do not name the field
+        message = f"{field}: {message}" if field else message
+    return ApiError(400, message, param=field)

@@ -1,0 +1,171 @@
+"""RemoteDecoder: the decoder of a server, as one of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import socket
+from collections.abc import Iterator
+from contextlib import aclosing, closing
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from serving import SAMPLING, SPECULATION, Server, served, tiny_decoder
+from test_encoding import user
+from test_server_clients import until
+
+from rapid_llm import (
+    ContextWindowError,
+    GenerationTimeoutError,
+    InvalidParameterError,
+    RapidDecoder,
+    RapidPipeline,
+    RemoteDecoder,
+    ServerError,
+)
+from rapid_llm.tools.answers import chat
+from rapid_llm.tools.definitions import ChatOptions
+
+CHAT = user("The fox lives in the den.")
+DRAFT = user("The den.")
+COUNTS = ("method", "prompt_tokens", "draft_prompt_tokens", "completion_tokens", "rounds",
+          "drafted_tokens", "accepted_tokens", "rejections", "max_new_tokens")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def decoder() -> RapidDecoder:
+    return tiny_decoder()
+
+
+@pytest.fixture(scope="module")
+def server(decoder: RapidDecoder) -> Iterator[Server]:
+    with served(decoder, max_queue=1) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def remote(server: Server) -> RemoteDecoder:
+    return RemoteDecoder(f"{server.url}/v1/")
+
+
+def test_models_and_tokenizer_are_the_server_s(
+    remote: RemoteDecoder, decoder: RapidDecoder
+) -> None:
+    assert remote.target.name == "tiny"
+    assert remote.target.context_window == decoder.target.context_window
+    assert remote.drafter is remote.target
+    assert remote.tokenizer.chat_template == decoder.tokenizer.chat_template
+    text = "The fox <tool_call> sees é"
+    assert remote.tokenizer(text)["input_ids"] == decoder.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "sampling", [SAMPLING, replace(SAMPLING, temperature=1.0, seed=5, top_k=9, stop=("e", "a"))]
+)
+@pytest.mark.parametrize(
+    "prompts", [(CHAT,), (CHAT, DRAFT), (None, DRAFT), ("The fox",), ([5, 6, 7], [7, 8])]
+)
+def test_deltas_are_the_decoder_s(
+    remote: RemoteDecoder, decoder: RapidDecoder, prompts: Any, sampling: Any
+) -> None:
+    here = list(decoder.stream(*prompts, sampling=sampling, speculation=SPECULATION))
+    there = list(remote.stream(*prompts, sampling=sampling, speculation=SPECULATION))
+    for own, other in zip(here, there, strict=True):
+        assert other.text == own.text
+        assert other.token_ids == own.token_ids
+        assert other.origins == own.origins
+        assert other.finish_reason == own.finish_reason
+        assert [getattr(other.stats, n) for n in COUNTS] == [getattr(own.stats, n) for n in COUNTS]
+
+
+def test_without_a_seed_each_answer_is_another(remote: RemoteDecoder) -> None:
+    sampling = replace(SAMPLING, temperature=2.0, seed=None)
+    assert len({remote.generate(CHAT, sampling=sampling).text for _ in range(3)}) > 1
+
+
+def test_tools_and_pipelines_work_on_it(remote: RemoteDecoder, decoder: RapidDecoder) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    options, plainly = ChatOptions(response_format=form), {"enable_thinking": False}
+    sampling = replace(SAMPLING, max_new_tokens=60)
+    there, here = (
+        chat(one, CHAT, options=options, sampling=sampling, chat_template_kwargs=plainly)
+        for one in (remote, decoder)
+    )
+    assert there.content == here.content
+    asked = [
+        RapidPipeline(one, "The fox lives in the den.", sampling=SAMPLING).ask("Who?", "lc")
+        for one in (remote, decoder)
+    ]
+    assert asked[0].token_ids == asked[1].token_ids
+    many = [
+        RapidPipeline(one, "The fox lives in the den.", sampling=SAMPLING).ask_many(
+            ["Who?", "Where?"], "lc"
+        )
+        for one in (remote, decoder)
+    ]
+    assert [each.token_ids for each in many[0]] == [each.token_ids for each in many[1]]
+    assert many[0][0].token_ids == asked[0].token_ids
+    assert remote.generate_many([], return_exceptions=True) == []
+
+
+def test_errors_are_those_of_a_decoder(remote: RemoteDecoder) -> None:
+    with pytest.raises(ContextWindowError, match="context window of tiny"):
+        remote.generate(user("fox " * 2500))
+    with pytest.raises(GenerationTimeoutError, match="timeout"):
+        remote.generate(CHAT, sampling=replace(SAMPLING, timeout=1e-6))
+    with pytest.raises(InvalidParameterError, match="confidence"):
+        remote.generate(CHAT, confidence=2.0)
+    with pytest.raises(InvalidParameterError, match="both None"):
+        remote.stream(None)
+
+
+def test_a_closed_stream_stops_the_server(remote: RemoteDecoder, server: Server) -> None:
+    endless = replace(SAMPLING, max_new_tokens=1500, ignore_eos=True)
+    with closing(remote.stream(CHAT, sampling=endless)) as deltas:  # type: ignore[type-var]
+        next(deltas)
+        assert server.service.admission.active == 1
+    until(lambda: server.service.admission.active == 0)
+
+    async def cancelled() -> None:
+        async with aclosing(remote.astream(CHAT, sampling=endless)) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                assert delta.token_ids
+                break
+
+    asyncio.run(cancelled())
+    until(lambda: server.service.admission.active == 0)
+
+
+def test_asyncio_gives_the_same(remote: RemoteDecoder, decoder: RapidDecoder) -> None:
+    async def tokens() -> list[int]:
+        return [t async for d in remote.astream(CHAT, sampling=SAMPLING) for t in d.token_ids]
+
+    assert asyncio.run(tokens()) == decoder.generate(CHAT, sampling=SAMPLING).token_ids
+
+
+def test_progress_is_told_while_a_prompt_is_read(
+    remote: RemoteDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rapid_llm.server.answers._PATIENCE", 0.001)
+    told: list[tuple[str, int, int]] = []
+    remote.generate(user("den " * 300), sampling=SAMPLING, progress=lambda *each: told.append(each))
+    assert told
+    assert all(whose == "target" and 0 <= done <= total for whose, done, total in told)
+
+
+def test_what_cannot_be_reached_is_named(decoder: RapidDecoder) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(ServerError, match=f"http://127.0.0.1:{port} cannot be reached"):
+        _ = RemoteDecoder(f"http://127.0.0.1:{port}").target
+    with pytest.raises(InvalidParameterError, match="ftp://x"):
+        RemoteDecoder("ftp://x")
+    with served(decoder, api_key="secret") as guarded:
+        with pytest.raises(ServerError, match="API key is missing or wrong"):
+            _ = RemoteDecoder(guarded.url, "wrong").target
+        keyed = RemoteDecoder(guarded.url, "secret")
+        assert keyed.generate(CHAT, sampling=SAMPLING).token_ids
+        assert b"secret" not in pickle.dumps(keyed)
+        assert "secret" not in repr(keyed)

@@ -1,0 +1,302 @@
+"""Many clients, clients that go away, and clients that may not ask."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from serving import Server, served, tiny_decoder
+from test_encoding import user
+from test_server import events, refused
+
+from rapid_llm import RapidDecoder
+from rapid_llm.server.admission import Admission
+from rapid_llm.server.errors import ApiError
+from rapid_llm.server.settings import ServerConfig
+
+CHAT = user("The fox lives in the den.")
+LONG = {"messages": CHAT, "max_tokens": 1500, "ignore_eos": True}
+SHORT = {"messages": CHAT, "max_tokens": 4}
+PATH = "/v1/chat/completions"
+KEY = "a secret key"
+
+
+@pytest.fixture(scope="module")
+def decoder() -> RapidDecoder:
+    """One that answers one request at a time."""
+    return tiny_decoder(max_sequences=1)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that happens soon."""
+    for _ in range(1200):
+        if holds():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen within a minute")
+
+
+def send(server: Server, body: dict[str, Any], path: str = PATH) -> socket.socket:
+    """Send a request, and do not wait for its answer."""
+    request = httpx.Request("POST", server.url + path, json=body)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    connection = socket.create_connection(("127.0.0.1", request.url.port or 0))
+    connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + request.content)
+    return connection
+
+
+# --- clients that go away ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(decoder: RapidDecoder) -> Iterator[Server]:
+    with served(decoder, max_queue=2) as server:
+        yield server
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_stops_its_generation(
+    server: Server, decoder: RapidDecoder, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[int] = []
+    counted = server.service.metrics.generated
+    monkeypatch.setattr(
+        server.service.metrics,
+        "generated",
+        lambda stats: (rounds.append(stats.completion_tokens), counted(stats)),
+    )
+    connection = send(server, LONG | {"stream": stream})
+    until(lambda: server.service.admission.active == 1)
+    if stream:
+        assert b"data:" in connection.recv(4096)
+    connection.close()
+    until(lambda: server.service.admission.active == 0)
+    assert httpx.post(server.url + PATH, json=SHORT, timeout=60).status_code == 200
+    assert rounds == [4] or rounds[0] < 1500
+    assert rounds[-1] == 4
+
+
+def test_a_client_that_leaves_stops_a_prefill(
+    server: Server, decoder: RapidDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks: list[int] = []
+    reading, go_on = threading.Event(), threading.Event()
+    read = decoder.stream
+
+    def stream(*prompts: Any, progress: Any, **options: Any) -> Any:
+        def report(whose: Any, done: int, total: int) -> None:
+            chunks.append(done)
+            reading.set()
+            assert go_on.wait(60)
+            progress(whose, done, total)
+
+        return read(*prompts, progress=report, **options)
+
+    monkeypatch.setattr(server.service._models, "stream", stream)
+    connection = send(server, {"messages": user("fox " * 400), "max_tokens": 1})
+    assert reading.wait(60)
+    connection.close()
+    until(lambda: server.service.admission.active == 0)
+    go_on.set()
+    monkeypatch.undo()
+    assert httpx.post(server.url + PATH, json=SHORT, timeout=60).status_code == 200
+    assert len(chunks) == 1
+
+
+def test_a_client_that_leaves_the_queue_takes_no_turn(server: Server) -> None:
+    admission = server.service.admission
+    running = send(server, LONG)
+    until(lambda: admission.active == 1)
+    waiting = send(server, LONG)
+    until(lambda: admission.queued == 1)
+    waiting.close()
+    until(lambda: admission.queued == 0)
+    running.close()
+    until(lambda: admission.active == 0)
+
+
+# --- the queue ---------------------------------------------------------------------------------
+
+
+def test_more_than_the_queue_holds_is_refused_until_there_is_room(server: Server) -> None:
+    admission = server.service.admission
+    held = [send(server, LONG) for _ in range(3)]
+    until(lambda: (admission.active, admission.queued) == (1, 2))
+    response = httpx.post(server.url + PATH, json=SHORT)
+    error = refused(response, 429)
+    assert error["code"] == "queue_full"
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+    text = httpx.get(server.url + "/metrics").text  # answered beside them
+    assert "rapid_llm_requests_waiting 2.0" in text
+    for connection in held:
+        connection.close()
+    until(lambda: (admission.active, admission.queued) == (0, 0))
+    assert httpx.post(server.url + PATH, json=SHORT, timeout=60).status_code == 200
+
+
+def test_turns_are_taken_in_the_order_of_arrival() -> None:
+    async def run() -> list[int]:
+        admission, order = Admission(1, 10), list[int]()
+
+        async def ask(number: int) -> None:
+            async with admission.turn():
+                order.append(number)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*map(ask, range(8)))
+        assert (admission.active, admission.queued) == (0, 0)
+        return order
+
+    assert asyncio.run(run()) == list(range(8))
+
+
+def test_a_refusal_leaves_the_queue_as_it_was() -> None:
+    async def run() -> None:
+        admission = Admission(1, 0)
+        async with admission.turn():
+            with pytest.raises(ApiError, match="1 requests run and 0 wait"):
+                async with admission.turn():
+                    pass
+        async with admission.turn():
+            pass
+
+    asyncio.run(run())
+
+
+def post(server: Server, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(server.url + PATH, json=body, timeout=120)
+
+
+def load(server: Server, clients: int, each: int) -> int:
+    """Requests of several clients, of which a quarter go away; how many were answered."""
+    questions = [f"Question {number}: where is the fox?" for number in range(6)]
+    alone: dict[tuple[str, int], str] = {}
+    for number, question in enumerate(questions):
+        body = {"messages": user(question), "max_tokens": 6, "temperature": 1.0, "seed": number}
+        reply = httpx.post(server.url + PATH, json=body, timeout=60).json()
+        alone[question, number] = reply["choices"][0]["message"]["content"]
+    answered, wrong = [], []
+
+    def client(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(each):
+            number = chance.randrange(len(questions))
+            stream, leaves = chance.random() < 0.5, chance.random() < 0.25
+            body = {"messages": user(questions[number]), "max_tokens": 6, "temperature": 1.0,
+                    "seed": number, "stream": stream}  # fmt: skip
+            if leaves:
+                connection = send(server, body)
+                time.sleep(chance.random() * 0.1)
+                connection.close()
+                continue
+            while (
+                reply := httpx.post(server.url + PATH, json=body, timeout=120)
+            ).status_code == 429:
+                time.sleep(0.05)
+            if stream:
+                deltas = (part["choices"][0]["delta"] for part in events(reply))
+                text = "".join(delta.get("content", "") for delta in deltas)
+            else:
+                text = reply.json()["choices"][0]["message"]["content"]
+            answered.append(seed)
+            if text != alone[questions[number], number]:
+                wrong.append((number, text))
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+        assert not thread.is_alive()
+    assert wrong == []
+    admission = server.service.admission
+    until(lambda: (admission.active, admission.queued) == (0, 0))
+    return len(answered)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("each", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_answers_under_load_are_those_of_one_client(each: int, at_once: int) -> None:
+    with served(tiny_decoder(max_sequences=at_once), max_queue=8) as server:
+        before = threading.active_count()
+        assert load(server, 16, each) > 8 * each
+        until(lambda: threading.active_count() <= before + 1)
+        assert httpx.post(server.url + PATH, json=SHORT, timeout=60).status_code == 200
+
+
+# --- who may ask -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guarded(decoder: RapidDecoder) -> Iterator[Server]:
+    with served(decoder, api_key=KEY) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "given", [None, "", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", KEY]
+)
+def test_without_the_key_nothing_is_served(guarded: Server, given: str | None) -> None:
+    headers = {} if given is None else {"authorization": given}
+    for path in ("/v1/models", "/v1/files", "/metrics"):
+        error = refused(httpx.get(guarded.url + path, headers=headers), 401)
+        assert error["code"] == "invalid_api_key"
+        assert KEY not in str(error)
+    refused(httpx.post(guarded.url + PATH, json=SHORT, headers=headers), 401)
+    assert httpx.get(guarded.url + "/health").status_code == 200
+
+
+def test_the_key_opens(guarded: Server) -> None:
+    for scheme in ("Bearer", "bearer"):
+        headers = {"authorization": f"{scheme} {KEY}"}
+        assert httpx.get(guarded.url + "/v1/models", headers=headers).status_code == 200
+
+
+def test_pages_of_other_origins_and_names_are_refused(server: Server) -> None:
+    refused(httpx.get(server.url + "/v1/models", headers={"origin": "http://evil.example"}), 403)
+    refused(httpx.get(server.url + "/v1/models", headers={"host": "evil.example"}), 403)
+    own = {"origin": server.url}
+    assert httpx.get(server.url + "/v1/models", headers=own).status_code == 200
+    port = server.url.rpartition(":")[2]
+    for host in ("localhost", f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "[::1]"):
+        reply = httpx.get(server.url + "/v1/models", headers={"host": host})
+        assert reply.status_code == 200, host
+    text = httpx.post(server.url + PATH, content=b'{"messages": []}',
+                      headers={"content-type": "text/plain"})  # fmt: skip
+    assert text.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.0.0.5", True), ("localhost", True), ("::1", True),
+     ("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("example.org", False)],
+)  # fmt: skip
+def test_what_is_local_is_known(host: str, local: bool) -> None:
+    assert ServerConfig(host=host).local is local
+
+
+def test_the_key_is_not_shown() -> None:
+    with pytest.raises(ValueError, match="api_key=…") as error:
+        ServerConfig(api_key=5)  # type: ignore[arg-type]
+    assert "5" not in str(error.value).replace("api_key", "")
+    assert KEY not in repr(ServerConfig(api_key=KEY))
+
+
+def test_logs_hold_no_text_of_a_request(server: Server, caplog: Any) -> None:
+    caplog.set_level("DEBUG")
+    for body in (
+        SHORT | {"documents": ["SECRET fox"], "chunks": ["SECRET"]},
+        {"messages": [{"role": "SECRET", "content": "SECRET"}]},
+        SHORT | {"tools": "SECRET"},
+    ):
+        httpx.post(server.url + PATH + "?q=SECRET", json=body, timeout=60)
+    assert PATH in caplog.text
+    own = [r.getMessage() for r in caplog.records if not r.name.startswith(("httpx", "httpcore"))]
+    assert not any("SECRET" in message for message in own)
