@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 
@@ -24,13 +24,26 @@ from rapid_llm.batching.sequence import Sequence
 from rapid_llm.config import EngineConfig, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt
 from rapid_llm.generation import Delta, GenerationResult, Progress
+from rapid_llm.opening import Opener
 from rapid_llm.options import changed
 from rapid_llm.request import Request
 
-if TYPE_CHECKING:
-    from rapid_llm.decoder import RapidDecoder
-
 _log = logging.getLogger(__name__)
+
+
+class Models(Protocol):
+    """What the scheduler needs of a :class:`rapid_llm.RapidDecoder`.
+
+    Attributes:
+        max_sequences: maximum number of requests under way.
+        opener: opener of generations.
+    """
+
+    max_sequences: int
+    opener: Opener
+
+    def request(self, *prompts: Any, **options: Any) -> Request:
+        """Validate a call, and encode its prompts; no model runs."""
 
 
 class _Checked(NamedTuple):
@@ -61,7 +74,7 @@ class Scheduler:
         InvalidParameterError: ``max_sequences`` is less than 1.
     """
 
-    def __init__(self, decoder: RapidDecoder, *, max_sequences: int | None = None) -> None:
+    def __init__(self, decoder: Models, *, max_sequences: int | None = None) -> None:
         if max_sequences is None:
             max_sequences = decoder.max_sequences
         limits = changed(EngineConfig(), {"max_sequences": max_sequences})

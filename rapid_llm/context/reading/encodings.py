@@ -61,14 +61,15 @@ _NOISY, _ODD = 0.03, 8  # misfits of noise, for a byte beyond ASCII and in all, 
 _LIKELY = 4  # ratio of confidences within which words tell which it is
 _MOSTLY = 0.8  # minimum share of ASCII in a text of Latin letters
 _WORDS_WITHIN = 20_000  # bytes whose words are compared
+# Letters of other alphabets than Latin; Chinese, Japanese and Korean words stand beside Latin ones.
+_OTHER = r"[\p{L}--[\p{Latin}\p{Han}\p{Hiragana}\u30a0-\u30ff\p{Bopomofo}\p{Hangul}]]"
 # What no word holds, in the order of the lines: a symbol between letters (but for apostrophes,
 # dashes and the like), a capital after a small letter, letters of two alphabets side by side, and
 # controls of ISO-8859 or undecodable bytes.
 _MISFIT = regex.compile(
     r"(?<=[\p{Ll}\p{Lu}])[^\p{L}\p{M}\p{Z}\p{Cf}\x00-\x9f\u00b4\u00b7\u2010-\u2019\u2026](?=\p{Ll})"
     r"|(?<=\p{Ll})[\p{Lu}--[A-Z]]"
-    r"|(?<=[A-Za-z])[\p{L}--[\p{Latin}\p{scx=Han}\p{scx=Hiragana}\p{scx=Hangul}]]"
-    r"|[\p{L}--[\p{Latin}\p{scx=Han}\p{scx=Hiragana}\p{scx=Hangul}]](?=[A-Za-z])"
+    rf"|(?<=[A-Za-z]){_OTHER}|{_OTHER}(?=[A-Za-z])"
     r"|(?<=\p{L})[\u2500-\u259f]|[\u2500-\u259f](?=\p{L})"
     r"|[\x80-\x9f\ufffd]",
     flags=regex.VERSION1,
