@@ -141,9 +141,7 @@ def test_progress_is_told_while_a_prompt_is_read(
 ) -> None:
     monkeypatch.setattr("rapid_llm.server.answers._PATIENCE", 0.001)
     told: list[tuple[str, int, int]] = []
-    remote.generate(
-        user("den " * 300), sampling=SAMPLING, progress=lambda *each: told.append(each)
-    )
+    remote.generate(user("den " * 300), sampling=SAMPLING, progress=lambda *each: told.append(each))
     assert told
     assert all(whose == "target" and 0 <= done <= total for whose, done, total in told)
 

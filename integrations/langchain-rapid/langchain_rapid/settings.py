@@ -13,7 +13,7 @@ from langchain_core.language_models import LangSmithParams
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.config import EngineConfig, RetrievalConfig
+from rapid_llm.config import EngineConfig, RemoteConfig, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.forked import Owner, ProcessLock
 from rapid_llm.options import options_of, require, without_secrets
@@ -41,6 +41,7 @@ from langchain_rapid.window import encoded, places_of
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import Delta, RapidDecoder
+    from rapid_llm.remote import RemoteDecoder
 else:  # importing them would import torch
     RapidDecoder = Any
 
@@ -49,8 +50,8 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     VERSION = "0+unknown"
 
-# LangChain's standard parameters of hosted models: here is no key to give and nothing to retry.
-_HOSTED = ("api_key", "max_retries")
+# LangChain's standard parameter of hosted models: here is nothing to retry.
+_HOSTED = ("max_retries",)
 
 
 class Contexts(NamedTuple):
@@ -155,6 +156,8 @@ class RapidModel(OptionFields):
             return values
         values = without_none(values)
         require_one_name(values)
+        if values.get("base_url") is not None and values.get("decoder") is None:
+            values = values | {"decoder": _on_server(values)}
         values = hub.gathered({k: value for k, value in values.items() if k not in _HOSTED})
         return values if values.get("decoder") is None else values | _names_of_decoder(values)
 
@@ -181,7 +184,7 @@ class RapidModel(OptionFields):
             for name, declared in OPTIONS.items()
             if declared.option.private
         }
-        return state | {"__dict__": state["__dict__"] | private}
+        return state | {"__dict__": state["__dict__"] | private | {"api_key": None}}
 
     # --- one call ------------------------------------------------------------------------------
 
@@ -315,6 +318,7 @@ class RapidModel(OptionFields):
         }
         template = self.decoder.chat_template_kwargs if self.decoder is not None else {}
         return shown | {
+            "base_url": self.base_url,
             "hub_options": hub.identifying(self.hub_options),
             "drafter_options": hub.identifying(self.drafter_options),
             # Once more, as in a cache key a call's arguments stand in the place of those above,
@@ -348,12 +352,22 @@ class RapidModel(OptionFields):
         return params
 
 
+def _on_server(values: Mapping[str, Any]) -> RemoteDecoder:
+    from rapid_llm.remote import RemoteDecoder
+
+    given = {name: values.get(name) for name in options_of(RemoteConfig)}
+    config = RemoteConfig(**given)
+    assert config.base_url is not None
+    return RemoteDecoder(config.base_url, config.api_key)
+
+
 def _names_of_decoder(values: Mapping[str, Any]) -> dict[str, str]:
     """So that traces and cache keys tell one decoder from another."""
     from rapid_llm.decoder import RapidDecoder  # imported already, by who made the decoder
+    from rapid_llm.remote import RemoteDecoder
 
     decoder = values["decoder"]
-    if not isinstance(decoder, RapidDecoder):
+    if not isinstance(decoder, RapidDecoder | RemoteDecoder):
         raise InvalidParameterError(
             f"decoder of type {type(decoder).__name__} is not allowed: pass a "
             "rapid_llm.RapidDecoder"

@@ -59,6 +59,7 @@ from rapid_llm.options import without_secrets
 if TYPE_CHECKING:
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.encoding import Prompt
+    from rapid_llm.remote import RemoteDecoder
 
 
 class RapidLLM(OptionFields, Predictions, ToolCalls):
@@ -101,7 +102,8 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
     Args:
         model: the target; by default the packaged model.
         drafter: another model that drafts.
-        decoder: loaded models in the place of those named. Options that belong to loaded models,
+        decoder: loaded models in the place of those named, or those of a server, which
+            ``base_url`` is short for. Options that belong to loaded models,
             and the name of another model, cannot be given beside it.
         fields: the other fields, by name.
 
@@ -139,17 +141,19 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         model: str | Path | None = None,
         drafter: str | Path | None = None,
         *,
-        decoder: RapidDecoder | None = None,
+        decoder: RapidDecoder | RemoteDecoder | None = None,
         preload: bool = False,
         **fields: Any,
     ) -> None:
         fields |= {"model": model, "drafter": drafter}
         options = {name: fields.pop(name) for name in WORDS & fields.keys()}
         hub = loading.take_hub_access(fields, type(self).model_fields)
-        if hub and decoder is not None:
+        if hub and (decoder is not None or fields.get("base_url") is not None):
             raise loading.not_for_loaded(min(hub))
         options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
         given = as_fields(options)
+        if decoder is None:
+            decoder = loading.on_server(fields)
         if decoder is not None:
             loading.require_loaded(decoder, given)
             given["model"] = decoder.target.name
@@ -186,7 +190,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         private = [name for name, each in KNOWN.items() if each.option.private]
         # Without secrets: a token is found in the environment by who opens the pickle.
         bare = self.model_copy(update={n: without_secrets(getattr(self, n)) for n in private})
-        bare._known = None
+        bare._known = bare.api_key = None
         if not self._was_given:  # the pickle names the models, and loads them where it is opened
             bare._loaded = {}
         return super(RapidLLM, bare).__getstate__()
