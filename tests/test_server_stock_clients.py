@@ -131,7 +131,8 @@ def test_llamaindex_openai_like_works(server: Server) -> None:
     from llama_index.llms.openai_like import OpenAILike
 
     common: Any = {"model": "tiny", "api_base": f"{server.url}/v1", "api_key": KEY,
-                   "max_tokens": 12, "max_retries": 0, "context_window": 2048, "temperature": 0.0}  # fmt: skip
+                   "max_tokens": 12, "max_retries": 0,
+                   "context_window": 2048, "temperature": 0.0}  # fmt: skip
     plain = OpenAILike(**common)
     assert plain.complete("The owl").text
     chat = OpenAILike(**common, is_chat_model=True, additional_kwargs={"extra_body": RAPID})
