@@ -29,6 +29,7 @@ from rapid_llm.errors import (
 from rapid_llm.stats import Stats
 
 if TYPE_CHECKING:
+    from rapid_llm.batching import GenerationRequest
     from rapid_llm.context import ContextBuilder, RetrievalContext, read_document
     from rapid_llm.context.prompts import build_messages
     from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
@@ -46,6 +47,7 @@ _LAZY = {
     "Delta": "rapid_llm.decoder",
     "ContextBuilder": "rapid_llm.context",
     "Conversation": "rapid_llm.pipeline",
+    "GenerationRequest": "rapid_llm.batching",
     "GenerationResult": "rapid_llm.decoder",
     "LoadedModel": "rapid_llm.models",
     "RapidDecoder": "rapid_llm.decoder",
@@ -69,6 +71,7 @@ __all__ = [
     "DocumentError",
     "EngineConfig",
     "ForkedProcessError",
+    "GenerationRequest",
     "GenerationResult",
     "GenerationTimeoutError",
     "InvalidParameterError",

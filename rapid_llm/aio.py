@@ -37,7 +37,7 @@ class _Worker:
         weakref.finalize(self, self._work.put, None).atexit = False
 
     def __call__(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        """Begin a function; what it returns or raises is the future's."""
+        """Begin a function; the future gets its result or its error."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         context = contextvars.copy_context()
@@ -49,27 +49,27 @@ class _Worker:
         def work() -> None:
             try:
                 ended = partial(settle, future.set_result, context.run(function))
-            except StopIteration as error:  # which no future takes
+            except StopIteration as error:  # a future refuses it
                 wrapped = RuntimeError(f"StopIteration was raised: {error}")
                 wrapped.__cause__ = error
                 ended = partial(settle, future.set_exception, wrapped)
             except BaseException as error:
                 ended = partial(settle, future.set_exception, error)
-            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so nobody awaits the result
                 loop.call_soon_threadsafe(ended)
 
         self._work.put(work)
         return future
 
     def end(self) -> None:
-        """Let the thread end after what it was given."""
+        """Let the thread end after the functions it was given."""
         self._work.put(None)
 
 
 def _run(queue: _Work) -> None:
     while (work := queue.get()) is not None:
         work()
-        del work  # or what it was made of lives until there is more
+        del work  # frees the objects that it holds, while the thread waits for more
 
 
 async def in_thread(function: Callable[[], T]) -> T:
@@ -86,8 +86,9 @@ async def iterate_in_thread(
     """Run an iterator in a thread of its own, one step at a time.
 
     Args:
-        start: makes the iterator, in the thread too. It is given a function that a long step may
-            call now and then: it raises once the asynchronous iterator was closed or cancelled.
+        start: function that returns the iterator, called in the thread. Its argument is a function
+            for long steps to call now and then, which raises once the asynchronous iterator was
+            closed or cancelled.
 
     Raises:
         Exception: any error that the iterator raises.
@@ -119,7 +120,7 @@ async def iterate_in_thread(
             worker.end()
             if step is None or step.done():
                 await asyncio.shield(closed)
-            else:  # cancelled, which is not to wait
+            else:  # cancelled: do not wait for the step
                 step.add_done_callback(_retrieve)
         else:
             worker.end()
@@ -128,7 +129,7 @@ async def iterate_in_thread(
 def iterate_with_progress(
     start: Callable[[Callable[..., None]], Iterator[T]], progress: Callable[..., None] | None
 ) -> AsyncGenerator[T, None]:
-    """:func:`iterate_in_thread` for an iterator that can also be stopped where it tells progress.
+    """:func:`iterate_in_thread` for an iterator that can be stopped at its progress callbacks.
 
     Args:
         start: function that returns the iterator, called with its progress callback.
@@ -136,10 +137,10 @@ def iterate_with_progress(
     """
 
     def started(check: Callable[[], None]) -> Iterator[T]:
-        def report(*told: Any) -> None:
+        def report(*values: Any) -> None:
             check()
             if progress is not None:
-                progress(*told)
+                progress(*values)
 
         return start(report)
 
@@ -147,6 +148,6 @@ def iterate_with_progress(
 
 
 def _retrieve(step: asyncio.Future[Any]) -> None:
-    """Take a future's error, or asyncio logs it as never retrieved."""
+    """Retrieve a future's error, because asyncio logs errors that were never retrieved."""
     if not step.cancelled():
         step.exception()

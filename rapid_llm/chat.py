@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rapid_llm.errors import InvalidParameterError, RapidError
 from rapid_llm.literal import Controls, controls_of, copy_of
 from rapid_llm.surrogates import nested_without_surrogates
-from rapid_llm.tools.history import adapted, checked_calls, one_call_each
+from rapid_llm.tool_messages import adapted, checked_calls, one_call_each
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ def encode_chat(
     """Encode a chat, with the opening of the assistant's answer.
 
     A last message of the assistant is continued. Tools, earlier calls and their results are shown
-    to every model, see :func:`rapid_llm.tools.history.adapted`.
+    to every model, see :func:`rapid_llm.tool_messages.adapted`.
 
     Args:
         messages: chat messages, dicts with a role and a content.

@@ -375,6 +375,16 @@ class EngineConfig:
             "free on its file system, these files counted as free."
         ),
     ] = None
+    max_sequences: Annotated[
+        int,
+        Option(
+            "Maximum number of requests that are answered at once; more wait. 1 answers them one "
+            "by one.",
+            "a whole number of at least 1",
+            lambda n: n >= 1,
+            per_call=False,
+        ),
+    ] = 8
     chat_template_kwargs: Annotated[
         Mapping[str, Any],
         Option(

@@ -19,7 +19,7 @@ _FILE_WIDTH = 110  # width in characters of a table that is not printed on a ter
 
 
 def show(what: str | Table, *, stderr: bool = False) -> None:
-    # A fixed width in a file; the terminal's width on a terminal.
+    """Print a line or a table, as wide as the terminal, or of a fixed width in a file."""
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else _FILE_WIDTH
     console = Console(stderr=stderr, markup=False, highlight=False, width=width)
     console.print(what, soft_wrap=isinstance(what, str))
@@ -28,9 +28,13 @@ def show(what: str | Table, *, stderr: bool = False) -> None:
 def number_table(
     first: str, others: Sequence[str], *, box: Box = SIMPLE_HEAD, **options: Any
 ) -> Table:
-    """An empty table of names, in the column ``first``, and numbers, in the others.
+    """An empty table with a column of names and right-aligned columns of numbers.
 
-    ``options`` are those of rich's ``Table``.
+    Args:
+        first: heading of the column of names.
+        others: headings of the columns of numbers.
+        box: lines of the table.
+        options: other options of rich's ``Table``.
     """
     table = Table(box=box, **options)
     table.add_column(first, overflow="fold")
@@ -40,13 +44,14 @@ def number_table(
 
 
 def as_text(what: str | Table, width: int) -> str:
-    """What a file of so many columns holds of it, without blanks at the lines' ends."""
+    """Plain text of a line or a table, ``width`` columns wide, without trailing blanks."""
     file = StringIO()
     Console(file=file, width=width, markup=False, highlight=False).print(what)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def status(text: str, shown: bool) -> AbstractContextManager[object]:
+    """Context with a spinner and a text on stderr, if ``shown``."""
     return Console(stderr=True).status(text) if shown else nullcontext()
 
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import fsum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
+from weakref import ReferenceType, ref
 
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_with_progress
+from rapid_llm.batching import GenerationRequest, Scheduler
 from rapid_llm.chat import checked_variables, end_of_turn
 from rapid_llm.config import EngineConfig, Quantization, SamplingParams, SpeculationConfig
 from rapid_llm.device_maps import placements
@@ -32,23 +34,22 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
-from rapid_llm.forked import Owner, limit_threads
+from rapid_llm.forked import Owner, ProcessLock, limit_threads
 from rapid_llm.generation import (
     Delta,
     FinishReason,
     GenerationResult,
     Progress,
     TokenLogprob,
-    deltas,
     logprobs,
 )
 from rapid_llm.limits import host_memory
-from rapid_llm.models import HUB_ACCESS, device_memory, load_model
+from rapid_llm.models import HUB_ACCESS, device_memory, load_model, require_model
+from rapid_llm.old_names import RENAMED, with_new_names
 from rapid_llm.opening import Opener
-from rapid_llm.options import RENAMED, given, options_of, sorted_into, with_new_names
-from rapid_llm.request import ModelPair
+from rapid_llm.options import changed, given, options_of, sorted_into
+from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.constraints import Constraints
-from rapid_llm.text import TextStream
 from rapid_llm.vocabulary import unshared_tokens
 
 __all__ = ["Delta", "FinishReason", "GenerationResult", "Memory", "Progress", "RapidDecoder"]
@@ -105,17 +106,18 @@ class RapidDecoder:
             where the target drafts for itself (on a CPU in bfloat16 only, on a GPU from a gigabyte
             of weights on) and makes no copy elsewhere; None makes no copy. The copy is made at the
             first draft. Models with hooks or replaced methods are not copied.
-        kv_cache_bytes: budget in bytes for the KV of prompts kept on the devices between calls, of
-            which the least recently used leaves first; None is a quarter of the device's memory, 0
-            keeps nothing there.
+        kv_cache_bytes: budget in bytes for the KV of prompts kept on the devices between calls
+            (LRU); None is a quarter of the device's memory, 0 keeps nothing there.
         kv_cache_host_bytes: budget in bytes for KV that has left a device with memory of its own,
             in pinned host memory; None is an eighth of what the process may use, or 0 where
             ``kv_cache_bytes`` is 0. On a CPU it adds nothing.
         kv_cache_dir: folder for the KV of long prompts, kept across processes (safetensors with a
             checksum; valid for this model, dtype and these tokens only).
         kv_cache_dir_bytes: maximum bytes of the folder's files, whoever wrote them, least recently
-            used deleted first; None is a quarter of what is free on its file system, these files
-            counted as free.
+            used deleted first; None is a quarter of the space on its file system that is free or
+            taken by these files.
+        max_sequences: maximum number of requests that are answered at once by
+            :meth:`generate_many` and :attr:`scheduler`; more wait. 1 answers them one by one.
         chat_template_kwargs: variables of the model's chat template (``enable_thinking``, …) for
             all prompts of chat messages.
 
@@ -143,9 +145,11 @@ class RapidDecoder:
         kv_cache_host_bytes: int | None = None,
         kv_cache_dir: str | Path | None = None,
         kv_cache_dir_bytes: int | None = None,
+        max_sequences: int = EngineConfig.max_sequences,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         limit_threads()
+        self.max_sequences = changed(EngineConfig(), {"max_sequences": max_sequences}).max_sequences
         # A copy: the caller may let theirs cut or pad, which a fast tokenizer remembers.
         self.tokenizer = copy.deepcopy(tokenizer)
         self.chat_template_kwargs = checked_variables(chat_template_kwargs)
@@ -162,6 +166,7 @@ class RapidDecoder:
                 "kv_cache_host_bytes": kv_cache_host_bytes,
                 "kv_cache_dir": kv_cache_dir,
                 "kv_cache_dir_bytes": kv_cache_dir_bytes,
+                "max_sequences": max_sequences,
                 "chat_template_kwargs": self.chat_template_kwargs,
             },
         )
@@ -200,7 +205,9 @@ class RapidDecoder:
             end_of_turn(tokenizer),
             Constraints(self.tokenizer),
         )
-        self._opener = Opener(self._pair, self._quantized, self._prefixes)
+        self.opener = Opener(self._pair, self._quantized, self._prefixes)
+        self._scheduler: ReferenceType[Scheduler] | None = None
+        self._choosing = ProcessLock()
 
     @classmethod
     def from_pretrained(
@@ -246,13 +253,14 @@ class RapidDecoder:
         """
         place, draft_place = placements(config)
         hub = dict(config.hub_options)
+        options = {k: v for k, v in hub.items() if k in HUB_ACCESS} | dict(config.drafter_options)
+        if config.drafter is not None:
+            require_model(config.drafter, **options)
         loaded = load_model(config.model, dtype=config.dtype, **place | hub)
         tokenizer, name, draft_by_name = None, None, drafter is None
         own = config.drafter != config.model or draft_place != place or config.drafter_options
         if config.drafter is not None and own:
-            shared = {k: v for k, v in hub.items() if k in HUB_ACCESS}
-            options = draft_place | shared | dict(config.drafter_options)
-            other = load_model(config.drafter, dtype=config.dtype, **options)
+            other = load_model(config.drafter, dtype=config.dtype, **draft_place | options)
             drafter, tokenizer, name = other.model, other.tokenizer, other.name
         decoder = cls(
             loaded.model,
@@ -268,6 +276,7 @@ class RapidDecoder:
             kv_cache_host_bytes=config.kv_cache_host_bytes,
             kv_cache_dir=config.kv_cache_dir,
             kv_cache_dir_bytes=config.kv_cache_dir_bytes,
+            max_sequences=config.max_sequences,
             chat_template_kwargs=config.chat_template_kwargs,
         )
         if draft_by_name:
@@ -404,8 +413,98 @@ class RapidDecoder:
                 while streaming, between two chunks of the prefill or after a round).
         """
         started = time.perf_counter()
+        request = self.request(
+            target_prompt,
+            draft_prompt,
+            sampling=sampling,
+            speculation=speculation,
+            confidence=confidence,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.opener.answer(request, started, progress)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler for calls of threads and tasks that are to be answered at once.
+
+        It is one object as long as it is in use or held by someone.
+        """
+        with self._choosing:
+            found = None if self._scheduler is None else self._scheduler()
+            if found is None:
+                found = Scheduler(self)
+                # Weak, so that the memory of a decoder that is dropped is freed at once.
+                self._scheduler = ref(found)
+            return found
+
+    @overload
+    def generate_many(self, requests: Iterable[GenerationRequest]) -> list[GenerationResult]: ...
+
+    @overload
+    def generate_many(
+        self, requests: Iterable[GenerationRequest], *, return_exceptions: Literal[True]
+    ) -> list[GenerationResult | Exception]: ...
+
+    def generate_many(
+        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
+    ) -> Any:
+        """Answer many requests at once, at most ``max_sequences`` of them.
+
+        Their passes are joined, and a document that several share is read and held once, see
+        :class:`rapid_llm.batching.Scheduler`. Answers have the law of single calls, and the same
+        tokens but for rounding.
+
+        Args:
+            requests: arguments of :meth:`stream`, one object a request.
+            return_exceptions: whether a request that failed has its error in the place of a result,
+                and the others go on. Otherwise the first error is raised, and the others stop.
+
+        Returns:
+            One result a request, in their order.
+
+        Raises:
+            RapidError: any error of :meth:`stream`.
+        """
+        if return_exceptions:
+            return self.scheduler.generate_many(requests, return_exceptions=True)
+        return self.scheduler.generate_many(requests)
+
+    @overload
+    def stream_many(self, requests: Iterable[GenerationRequest]) -> Iterator[tuple[int, Delta]]: ...
+
+    @overload
+    def stream_many(
+        self, requests: Iterable[GenerationRequest], *, return_exceptions: Literal[True]
+    ) -> Iterator[tuple[int, Delta | Exception]]: ...
+
+    def stream_many(
+        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
+    ) -> Any:
+        """:meth:`generate_many` as a stream of (index of the request, delta), as they come.
+
+        Closing it cancels all requests.
+        """
+        if return_exceptions:
+            return self.scheduler.stream_many(requests, return_exceptions=True)
+        return self.scheduler.stream_many(requests)
+
+    def request(
+        self,
+        target_prompt: Prompt | None,
+        draft_prompt: Prompt | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        speculation: SpeculationConfig | None = None,
+        confidence: float = 1.0,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """Validate a call of :meth:`stream`, and encode its prompts; no model runs.
+
+        Raises:
+            RapidError: any error of :meth:`stream` that it does not raise while streaming.
+        """
         self._loaded_in.require()
-        request = self._pair.request(
+        return self._pair.request(
             target_prompt,
             draft_prompt,
             given(sampling, SamplingParams, "sampling"),
@@ -413,11 +512,6 @@ class RapidDecoder:
             confidence,
             self.chat_template_kwargs | checked_variables(chat_template_kwargs),
         )
-        # A grammar counts each space, also the first.
-        before = () if request.constraint is None else encode_literal("a", self.tokenizer)
-        text = TextStream(self.tokenizer, request.sampling.stop, before)
-        opened = self._opener.open(request, started)
-        return deltas(opened, text, request.ends, request.least_new_tokens, progress)
 
     def log_likelihood(self, prompt: Prompt, continuation: str, *, drafter: bool = False) -> float:
         """Natural logarithm of the probability of a continuation given a prompt.

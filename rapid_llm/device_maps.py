@@ -18,9 +18,11 @@ WORDS = ("auto", "balanced", "balanced_low_0", "sequential")
 def placements(config: EngineConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of :func:`rapid_llm.models.load_model` that place the target and the drafter.
 
+    The drafter goes where the target does, unless it has a device or a device map of its own; a
+    mapping of the target's modules does not apply to another drafter.
+
     Args:
-        config: the options. The drafter goes where the target does, unless it has a device or a
-            device map of its own; a mapping of the target's modules is not the drafter's.
+        config: engine options.
 
     Raises:
         InvalidParameterError: options exclude each other, or have no effect.
@@ -60,7 +62,7 @@ def _placed(
     config: EngineConfig, device: str | None, device_map: str | Mapping[str, Any] | None
 ) -> dict[str, Any]:
     if device_map is None:
-        # torchrun's processes share a model whose device nobody numbers.
+        # Under torchrun a model whose device has no number is sharded over the processes.
         return {"device": resolve_device(device) if processes() == 1 else device}
     limits = {"max_memory": config.max_memory} if config.max_memory else {}
     return {"device": None, "device_map": device_map, **limits}

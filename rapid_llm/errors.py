@@ -34,7 +34,7 @@ class GenerationTimeoutError(RapidError, TimeoutError):
 
 
 class ForkedProcessError(RapidError, RuntimeError):
-    """What another process loaded was used in a process that was forked from it."""
+    """A forked process used models or a store that its parent process had opened."""
 
 
 class NumericalError(RapidError, ArithmeticError):

@@ -34,7 +34,11 @@ def new_figure(who_needs: str, width: float, height: float, dpi: float | None = 
 
 
 def draw_bars(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Draw samples by name as bars of their medians with their range, a panel a title.
+    """Draw samples as bars of their medians with their ranges, one panel for each title.
+
+    Args:
+        path: image file to write.
+        panels: samples by name, by the title of their panel.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

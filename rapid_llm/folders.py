@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``RAPID_LLM_CACHE``, or the user's cache folder for us."""
+    """``RAPID_LLM_CACHE``, or ``rapid-llm`` in the user's cache folder."""
     if given := os.environ.get("RAPID_LLM_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rapid-llm")

@@ -1,8 +1,8 @@
-"""Processes made by fork: what a child cannot use of its parent, and what it has to renew.
+"""Fork safety: locks that a forked process finds released, and errors for its parent's objects.
 
 A forked child has its parent's memory, but only the thread that forked. Threads of OpenMP, CUDA and
-Chroma are gone, and whoever waits for them waits for ever; so does whoever waits for a lock that
-another thread held at the fork.
+Chroma are gone: code that waits for them, or for a lock that another thread held at the fork, waits
+forever.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _REMEDY = "load it in this process, after the fork, or start processes by 'spawn
 
 _locks: WeakSet[ProcessLock] = WeakSet()
 _torch_is_inherited = False
-_this_process = uuid.uuid4()  # not its number, which the system gives out again
+_this_process = uuid.uuid4()  # not the process id, which the system reuses
 
 
 class ProcessLock:
-    """A reentrant lock that a forked child finds released, whoever held it in the parent.
+    """A reentrant lock that a forked child finds released, whichever thread held it.
 
-    Copied or pickled, it is another one, released.
+    Copies and pickles are new, released locks.
     """
 
     def __init__(self) -> None:
@@ -50,15 +50,15 @@ class ProcessLock:
         return ProcessLock, ()
 
     def renew(self) -> None:
-        """Replace the lock if a thread holds it that is not here."""
-        if self._lock.acquire(blocking=False):  # nobody does, or the thread that forked
+        """Replace the lock if it is held by a thread that this process does not have."""
+        if self._lock.acquire(blocking=False):  # free, or held by the thread that forked
             self._lock.release()
         else:
             self._lock = threading.RLock()
 
 
 class Owner:
-    """The process that made an object, which no child of it can use.
+    """The process that made an object; forked children of it cannot use the object.
 
     Args:
         what: description of the object, for the error.
@@ -71,14 +71,14 @@ class Owner:
 
     @property
     def here(self) -> bool:
-        """Whether this is the process."""
+        """Whether this is the process that made the object."""
         return self._process == _this_process
 
     def require(self) -> None:
-        """Refuse to be used by a forked child.
+        """Refuse a use of the object by a forked child.
 
         Raises:
-            ForkedProcessError: this is another process.
+            ForkedProcessError: another process made the object.
         """
         if not self.here:
             raise ForkedProcessError(
@@ -90,16 +90,16 @@ class Owner:
 
 
 def in_child(renew: Callable[[], object]) -> None:
-    """Have a function called in each forked child, before anything else runs there."""
+    """Register a function to be called in each forked child before anything else runs there."""
     if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
         os.register_at_fork(after_in_child=renew)
 
 
 def limit_threads() -> None:
-    """Have PyTorch compute with one thread where it was imported before the fork.
+    """Set PyTorch to one thread where it was imported before the fork, with one warning.
 
-    OpenMP would wait for the threads that computed in the parent. To be called before anything is
-    computed on a CPU; a warning says it once.
+    OpenMP would wait for the threads that computed in the parent. Call this before anything is
+    computed on a CPU.
     """
     global _torch_is_inherited
     if not _torch_is_inherited:

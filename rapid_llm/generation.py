@@ -8,12 +8,11 @@ one pass; the output grows by the longest accepted prefix and one token after it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,11 @@ from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.device import FEW_TOKENS
 from rapid_llm.engine.kept.tiers import Tier
-from rapid_llm.engine.memory import with_memory
+from rapid_llm.engine.memory import steps_with_memory
 from rapid_llm.engine.session import Session
+from rapid_llm.engine.steps import Extend, Steps, VerifyAlone, Wanted, alone
 from rapid_llm.errors import GenerationTimeoutError, NumericalError
+from rapid_llm.old_names import OldName
 from rapid_llm.speculation.acceptance import dynamic_eta
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.sampling import Sampler
@@ -83,6 +84,8 @@ class GenerationResult:
     finish_reason: FinishReason
     stats: Stats
 
+    from_chunks = OldName("from_deltas")
+
     @classmethod
     def from_deltas(cls, deltas: Sequence[Delta]) -> GenerationResult:
         """Join all deltas of a finished stream."""
@@ -125,6 +128,9 @@ class Generation:
         draft_skipped: reason why nothing can be drafted; None where drafting is possible.
         started: time of the call (``time.perf_counter``), from which the timeout counts.
         free_memory: function that frees idle memory, called when a step runs out of it.
+
+    Attributes:
+        sequences: number of generations whose passes are joined, from which γ follows.
     """
 
     def __init__(
@@ -143,6 +149,7 @@ class Generation:
         free_memory: Callable[[], None],
     ) -> None:
         self.target = target
+        self.sequences = 1
         self.sampler = sampler
         self.config = config
         self._confidence = confidence
@@ -169,21 +176,26 @@ class Generation:
 
     @torch.inference_mode()
     def prefill(self, progress: Progress | None) -> None:
+        """Run :meth:`reading` by itself."""
+        alone(self.reading(progress))
+
+    def reading(self, progress: Progress | None) -> Steps[None]:
         """Read both prompts except their last tokens, which the first round reads."""
         started = time.perf_counter()
-        self._with_memory(partial(self._prefill, progress))  # a retry goes on where it stopped
+        # A retry goes on where it stopped.
+        yield from self._with_memory(partial(self._read_prompts, progress))
         self.target.runner.synchronize()  # so that the prefill's time is not the first round's
         self.stats.prefill_seconds = time.perf_counter() - started
 
-    def _prefill(self, progress: Progress | None) -> None:
+    def _read_prompts(self, progress: Progress | None) -> Steps[None]:
         def report(whose: Literal["target", "draft"], done: int, total: int) -> None:
             self.require_time()
             if progress is not None:
                 progress(whose, done, total)
 
-        self.target.prefill(self._prompt[:-1], partial(report, "target"))
+        yield from self.target.reading(self._prompt[:-1], partial(report, "target"))
         for drafter in self._drafters:
-            drafter.prefill(partial(report, "draft"))
+            yield from drafter.reading(partial(report, "draft"))
         gamma = self.config.gamma
         schedules: list[Schedule] = []
         if gamma != "auto":
@@ -198,12 +210,16 @@ class Generation:
 
     @torch.inference_mode()
     def round(self) -> list[int]:
-        """Run one round with one pass of the target; returns its 1 to γ+1 new tokens."""
+        """Run one :meth:`rounding` by itself."""
+        return alone(self.rounding())
+
+    def rounding(self) -> Steps[list[int]]:
+        """One round with one pass of the target; returns its 1 to γ+1 new tokens."""
         started = time.perf_counter()
-        draft, schedule = self._with_memory(self._draft)
+        draft, schedule = yield from self._with_memory(self._draft)
         self.stats.draft_seconds += time.perf_counter() - started
 
-        judged = self._with_memory(partial(self._verify, draft))
+        judged = yield from self._with_memory(partial(self._verify, draft))
         verdict = Verdict.read(judged)  # the only host synchronisation of the round
         if verdict.target_nan or verdict.drafter_nan:
             name = self.target.runner.name if verdict.target_nan else self._drafter_name
@@ -223,7 +239,7 @@ class Generation:
         self.origins = (*known[:n], "target")
         return [*drafted[:n], verdict.token]
 
-    def _draft(self) -> tuple[Draft, Schedule | None]:
+    def _draft(self) -> Steps[tuple[Draft, Schedule | None]]:
         """Draft with the drafter of the highest expected speedup that has something to propose.
 
         Returns:
@@ -239,6 +255,9 @@ class Generation:
         look_ahead = self.config.applied_mode == "augmented"
         length = len(self._output)
 
+        for state in self._drafter_states:
+            state.schedule.sequences = self.sequences
+
         def speedup(state: _DrafterState) -> float:
             return state.schedule.speedup(state.lag(length))
 
@@ -246,7 +265,7 @@ class Generation:
             gamma = min(state.schedule.next(state.lag(length)), remaining)
             if gamma + look_ahead == 0:
                 continue
-            draft = state.drafter.draft(self._output, gamma, look_ahead=look_ahead)
+            draft = yield from state.drafter.drafting(self._output, gamma, look_ahead=look_ahead)
             if len(draft.probabilities) > 0:
                 state.drafted = length + len(draft.tokens)
                 q = draft.probabilities.to(device)
@@ -261,7 +280,7 @@ class Generation:
         q = F.one_hot(tokens, self.target.runner.vocab_size).float()
         return Draft(tokens, q, 0, ["grammar" for _ in certain]), None
 
-    def _verify(self, draft: Draft) -> Tensor:
+    def _verify(self, draft: Draft) -> Steps[Tensor]:
         """Run the target over the draft and judge it; the result is read by :class:`Verdict`."""
         # The last output token is not in the cache yet. The logits after token i - 1 judge token i.
         pending = self.target.runner.tensor(self._output[-1:] or self._prompt[-1:])
@@ -272,17 +291,22 @@ class Generation:
             eta = dynamic_eta(strength, self._confidence, len(self._output), q)
         generator = self.sampler.generator
         if self._judge is not None:
-            known = [] if self.sampler.constraint is None else draft.tokens.tolist()
-            mask = self.sampler.mask(known, len(tokens))
-            verdict = self.target.verify(tokens, q, eta, self._judge, generator, mask)
+
+            def mask() -> Tensor | None:
+                known = [] if self.sampler.constraint is None else draft.tokens.tolist()
+                return self.sampler.mask(known, len(tokens))
+
+            verdict: Tensor | None = yield VerifyAlone(
+                self.target, tokens, q, eta, self._judge, generator, mask
+            )
             if verdict is not None:
                 return verdict
-        logits = self.target.extend(tokens)
+        logits = yield Extend(self.target, tokens, purpose="verify")
         s = self.sampler.scores(logits, draft.tokens)
         draws = None if self.sampler.params.greedy else generator
         return verify(logits, s, draft.tokens, q, eta, self.config, draws)
 
-    def _with_memory(self, step: Callable[[], _T]) -> _T:
+    def _with_memory(self, step: Callable[[], Steps[_T]]) -> Steps[_T]:
         """Run a step; when memory runs out, free idle memory and run the step again."""
         generator = self.sampler.generator
         drawn = generator.get_state()
@@ -292,7 +316,7 @@ class Generation:
             generator.set_state(drawn)  # a seed gives the same answer however often it is tried
             self._free_memory()
 
-        return with_memory(step, free)
+        return (yield from steps_with_memory(step, free))
 
     def require_time(self) -> None:
         """Raise GenerationTimeoutError if the sampling's ``timeout`` has passed."""
@@ -322,19 +346,17 @@ class Generation:
             self.stats.time_to_first_token = time.perf_counter() - self._started
 
 
-def deltas(
-    opened: AbstractContextManager[Generation],
+def answering(
+    generation: Generation,
     text: TextStream,
     ends: Collection[int],
     least_new_tokens: int,
     progress: Progress | None,
-) -> Iterator[Delta]:
+) -> Generator[Wanted | Delta, Any, None]:
     """Read the prompts, run rounds until the answer ends, and yield one delta per round.
 
-    Only the generation runs in inference mode, not the caller's code between the rounds.
-
     Args:
-        opened: context of the generation, entered at the first delta.
+        generation: the generation; nothing of it was run yet.
         text: detokenizer of the answer.
         ends: ids of tokens that end the answer.
         least_new_tokens: minimum length of the answer, in tokens, before they end it.
@@ -344,38 +366,37 @@ def deltas(
         GenerationTimeoutError: the sampling's ``timeout`` has passed.
         NumericalError: a model produced NaN.
     """
-    with opened as generation:
-        generation.prefill(progress)
-        stats, limit = generation.stats, generation.sampler.params.max_new_tokens
-        constraint = generation.sampler.constraint
-        finish: FinishReason | None = None
-        if constraint is not None and constraint.over():  # the empty answer is the only one
-            finish = "stop"
-            yield Delta(text.finish(), (), finish, replace(stats))
-        while finish is None:
-            new: list[int] = []
-            pieces: list[str] = []
-            for token in generation.round():
-                new.append(token)
-                length = stats.completion_tokens + len(new)
-                if token in ends and length > least_new_tokens:
-                    finish = "stop"
-                    break
-                pieces.append(text.push(token))
-                if text.stopped or (constraint is not None and constraint.over(new)):
-                    finish = "stop"
-                    break
-                if length == limit:
-                    finish = "length"
-                    break
-            if finish is not None:
-                pieces.append(text.finish())
-                finish = "stop" if text.stopped else finish
-            generation.keep(new)
-            if finish is None:
-                generation.require_time()
-            origins = generation.origins[: len(new)]
-            yield Delta("".join(pieces), tuple(new), finish, replace(stats), origins)
+    yield from generation.reading(progress)
+    stats, limit = generation.stats, generation.sampler.params.max_new_tokens
+    constraint = generation.sampler.constraint
+    finish: FinishReason | None = None
+    if constraint is not None and constraint.over():  # only the empty answer is allowed
+        finish = "stop"
+        yield Delta(text.finish(), (), finish, replace(stats))
+    while finish is None:
+        new: list[int] = []
+        pieces: list[str] = []
+        for token in (yield from generation.rounding()):
+            new.append(token)
+            length = stats.completion_tokens + len(new)
+            if token in ends and length > least_new_tokens:
+                finish = "stop"
+                break
+            pieces.append(text.push(token))
+            if text.stopped or (constraint is not None and constraint.over(new)):
+                finish = "stop"
+                break
+            if length == limit:
+                finish = "length"
+                break
+        if finish is not None:
+            pieces.append(text.finish())
+            finish = "stop" if text.stopped else finish
+        generation.keep(new)
+        if finish is None:
+            generation.require_time()
+        origins = generation.origins[: len(new)]
+        yield Delta("".join(pieces), tuple(new), finish, replace(stats), origins)
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,15 @@ def load_gguf(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer of a GGUF file.
 
-    Converting takes many times as long as loading. So what it gave is kept in the folder ``gguf``
-    of :func:`rapid_llm.folders.cache_folder`, under the checksum of every byte of the file, and is
-    checked before it is used. Where it cannot be kept, a warning says so.
+    Converting takes many times as long as loading, so the result is kept in the folder ``gguf`` of
+    :func:`rapid_llm.folders.cache_folder`, under a checksum of the file's bytes, and is verified
+    before it is used. Where it cannot be kept, a warning says so.
 
     Args:
-        path: of the file.
-        dtype: of the weights.
-        options: arguments of ``from_pretrained`` of the model.
-        files: arguments of ``from_pretrained`` of the tokenizer.
+        path: path of the file.
+        dtype: dtype of the weights.
+        options: arguments of ``from_pretrained`` for the model.
+        files: arguments of ``from_pretrained`` for the tokenizer.
 
     Raises:
         Exception: whatever transformers raises for a file that it cannot read.
@@ -44,10 +44,10 @@ def load_gguf(
     name = f"{_checksum(path)}-{str(dtype).removeprefix('torch.')}-{transformers.__version__}"
     folder = cache_folder() / "gguf" / name
     if not (kept := _is_whole(folder)):
-        # Without options: they may change the model, and are not those of the next load.
+        # Without options: they may change the model, and the next load may have others.
         plain, tokenizer = _converted(path, dtype, {}, {})
         kept = _keep(folder, plain, tokenizer)
-        if options in ({}, {"device_map": {"": "cpu"}}):  # where and as it is
+        if options in ({}, {"device_map": {"": "cpu"}}):  # they change nothing
             return plain, tokenizer
     if not kept:
         return _converted(path, dtype, options, files)
@@ -69,7 +69,7 @@ def _converted(
 
 
 def _keep(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Write a folder that is there as a whole or not at all; returns whether it is there."""
+    """Write model and tokenizer to a folder atomically; returns whether the folder exists."""
     new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         new.mkdir(parents=True)
@@ -80,8 +80,8 @@ def _keep(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         tokenizer.save_pretrained(new)
         sums = {file.name: _checksum(file) for file in new.iterdir()}
         (new / _CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
-        if not _is_whole(folder):  # else another process was first, and may be reading it
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        if not _is_whole(folder):  # another process may have written it, and may be reading it
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged folder
             os.replace(new, folder)
         return True
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -97,7 +97,7 @@ def _keep(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a folder holds what was written to it."""
+    """Whether a folder's files match the checksums that were written with them."""
     try:
         sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
         return bool(sums) and all(_checksum(folder / name) == each for name, each in sums.items())

@@ -11,9 +11,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 Form = Literal["json", "regex", "choice", "grammar"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -146,6 +149,7 @@ def _regex(value: Any) -> str:
     if isinstance(value, re.Pattern):
         flags = {re.I: "i", re.S: "s", re.M: "m", re.X: "x"}
         letters = "".join(letter for flag, letter in flags.items() if value.flags & flag)
+        letters += "-u" if value.flags & re.A else ""
         value = f"(?{letters}){value.pattern}" if letters else value.pattern
     return _text("regex", value)
 
@@ -270,12 +274,32 @@ def llguidance_grammar(constraint: str) -> str:
             grammar = value
         else:
             grammar = grammar_from("grammar", value)
-        problem = LLMatcher.validate_grammar(grammar)
+        problem = LLMatcher.validate_grammar(grammar) or _nothing_begins(grammar)
     except ValueError as refused:  # of GBNF, and of JSON that is no grammar
         raise _unusable(form, refused) from refused
     if problem:
         raise _unusable(form, problem)
     return grammar
+
+
+def _nothing_begins(grammar: str) -> str:
+    """Why no answer can begin, such as a rule that is nothing but itself; "" if one can."""
+    from llguidance import LLMatcher
+
+    matcher = LLMatcher(_bytes(), grammar, log_level=0)
+    if matcher.get_error():  # of a token that only a model's own tokenizer has
+        return ""
+    matcher.compute_bitmask()
+    if not matcher.is_error():
+        return ""
+    return "no text satisfies it; look for a $ref or a rule to itself alone"
+
+
+@lru_cache(maxsize=1)
+def _bytes() -> LLTokenizer:
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")
 
 
 def _without_anchors(regex: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from rapid_llm.config import PACKAGED_MODEL
 from rapid_llm.device_maps import checked_map, checked_memory, resolve_device
@@ -33,6 +35,7 @@ from rapid_llm.errors import (
 from rapid_llm.forked import ProcessLock, in_child, limit_threads
 from rapid_llm.gguf import load_gguf
 from rapid_llm.limits import host_memory
+from rapid_llm.old_names import refuse_old_names
 from rapid_llm.tensor_parallel import processes, ranks, require_divisible
 
 HUB_ACCESS = frozenset(
@@ -50,6 +53,9 @@ HUB_ACCESS = frozenset(
 
 _FILES = HUB_ACCESS | {"subfolder"}
 """Arguments that say where files are; only these apply to the tokenizer as well."""
+
+_CONFIGS = ("config.json", "adapter_config.json")
+"""Files of which a folder or repository with a model, or an adapter of one, has one."""
 
 _SPREADING = ("distributed_config", "tp_plan", "tp_size")
 """Arguments with which transformers itself decides about devices."""
@@ -114,8 +120,9 @@ def load_model(
             or the processes cannot share its heads evenly.
         MissingDependencyError: the packaged model, or a package that the format of the weights
             needs, is not installed.
-        InvalidParameterError: an unknown dtype, device or device map.
+        InvalidParameterError: an unknown dtype, device or device map; an option's old name.
     """
+    refuse_old_names(hub_options, ["attn_implementation"])
     limit_threads()
     name = str(source)
     resolved = _resolve_dtype(name, dtype)
@@ -153,6 +160,46 @@ def _placed(
 
         return {**options, "distributed_config": DistributedConfig(tp_size=size)}
     return {**options, "device_map": {"": str(place)}}
+
+
+def require_model(source: str | Path, **options: Any) -> None:
+    """Refuse a name under which there is no model, before anything else is loaded.
+
+    Args:
+        source: the model, as for :func:`load_model`.
+        options: arguments of ``from_pretrained``; those that say where files are count.
+
+    Raises:
+        ModelError: there is no such file, folder or repository, or no model in it.
+        MissingDependencyError: the packaged model is not installed.
+    """
+    name = str(source)
+    location, gguf = _locate(name)
+    if not gguf:
+        try:
+            require_file(location, _CONFIGS, **options)
+        except _LOADING_ERRORS as error:
+            raise _not_loaded(name, error) from error
+
+
+def require_file(location: str, names: Sequence[str], **options: Any) -> None:
+    """Find one of several files in a folder, or in a repository of a hub.
+
+    Args:
+        location: the folder, or the repository's id.
+        names: names of the files.
+        options: arguments of ``from_pretrained``; those that say where files are count.
+
+    Raises:
+        OSError: there is none of them.
+    """
+    files = {key: options[key] for key in _FILES & options.keys() - {"trust_remote_code"}}
+    *others, last = names
+    for name in others:
+        with suppress(OSError):
+            cached_file(location, name, **files)
+            return
+    cached_file(location, last, **files)
 
 
 def load_config(source: str | Path) -> PretrainedConfig:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
+from rapid_llm.encoding import encode_literal
 from rapid_llm.engine.costs import ROOM
 from rapid_llm.engine.kept.prefixes import Lease, PrefixCache
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
-from rapid_llm.generation import DRAFTED, Generation
+from rapid_llm.engine.steps import Wanted, each_alone
+from rapid_llm.generation import DRAFTED, Delta, Generation, Progress, answering
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
@@ -21,6 +24,7 @@ from rapid_llm.speculation.drafters.lookup import CERTAIN, SIZES, PromptLookupDr
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.tensor_parallel import Ranks
+from rapid_llm.text import TextStream
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,34 @@ class Opener:
     quantized: QuantizedDrafter
     prefixes: PrefixCache
 
+    def answer(
+        self, request: Request, started: float, progress: Progress | None
+    ) -> Iterator[Delta]:
+        """Answer a request by itself and yield one delta per round, see :func:`.answering`."""
+        with self.open(request, started) as generation:
+            yield from each_alone(self.steps(request, generation, progress))
+
+    def steps(
+        self, request: Request, generation: Generation, progress: Progress | None
+    ) -> Generator[Wanted | Delta, Any, None]:
+        """The passes that the answer to a request takes, and its deltas."""
+        # A grammar counts each space, also the first.
+        tokenizer = self.pair.tokenizer
+        before = () if request.constraint is None else encode_literal("a", tokenizer)
+        text = TextStream(tokenizer, request.sampling.stop, before)
+        return answering(generation, text, request.ends, request.least_new_tokens, progress)
+
     @contextmanager
-    def open(self, request: Request, started: float) -> Iterator[Generation]:
+    def open(
+        self, request: Request, started: float, *, joined: bool = False
+    ) -> Iterator[Generation]:
         """A generation for a request, with KV reused from earlier calls and kept for later ones.
 
         Args:
             request: the request.
             started: time of the call (``time.perf_counter``).
+            joined: whether its passes are joined with those of other generations, with which it
+                then shares the KV of a common document.
         """
         with ExitStack() as leases:
             if request.runner.ranks is not None:
@@ -52,12 +77,15 @@ class Opener:
             def lease(runner: ModelRunner, prompt: Sequence[int]) -> tuple[Session, Lease]:
                 length, new = len(prompt), request.sampling.max_new_tokens
                 capacity = max(min(length + new, runner.context_window), length + ROOM)
+                # Compressed drafters copy parts of the target's KV, and want it in one cache.
+                together = joined and runner.joins
+                share = together and request.config.drafting not in compressed.DRAFTERS
                 borrowed = leases.enter_context(
-                    self.prefixes.lease(runner, prompt, runner.capacity_for(capacity))
+                    self.prefixes.lease(runner, prompt, capacity, share=share)
                 )
-                if runner.ranks is not None:  # they may have kept more or less of it
+                if runner.ranks is not None:  # other ranks may have kept more or less of it
                     borrowed = borrowed.shortened(runner.ranks.agree(least=borrowed.reused))
-                return Session(runner, borrowed.cache, prompt), borrowed
+                return Session(runner, borrowed.cache, prompt, joined=together), borrowed
 
             target, kept = lease(request.runner, request.prompt)
             runner = request.runner

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
+from rapid_llm.batching import GenerationRequest
 from rapid_llm.chat import checked_variables
 from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
@@ -56,7 +57,7 @@ class AnswerStream(Iterator[Delta]):
 
     Attributes:
         question: the question asked.
-        context: what the drafter reads; None for method ``lc``.
+        context: retrieval context that the drafter reads; None for method ``lc``.
     """
 
     def __init__(
@@ -151,17 +152,81 @@ class RapidPipeline:
     def ask_many(
         self, questions: Iterable[str], method: Method = "rapid", **call: Any
     ) -> list[Answer]:
-        """Answer several questions in order; the documents are read once.
+        """Answer several questions at once; the documents are read once.
+
+        At most the decoder's ``max_sequences`` are under way; answers have the law of single ones,
+        see :meth:`RapidDecoder.generate_many`.
 
         Raises:
             DocumentError: one string was given instead of several.
             RapidError: any other error of :meth:`stream`.
         """
+        return cast("list[Answer]", list(self.answers(questions, method, **call)))
+
+    def answers(
+        self,
+        questions: Iterable[str],
+        method: Method = "rapid",
+        *,
+        return_exceptions: bool = False,
+        **call: Any,
+    ) -> Iterator[Answer | Exception]:
+        """:meth:`ask_many`, with each answer as soon as it and those before it are there.
+
+        Args:
+            questions: the questions.
+            method, call: as for :meth:`stream`.
+            return_exceptions: whether a question that failed has its error in the place of an
+                answer, and the others go on. Otherwise the first error is raised.
+        """
         if isinstance(questions, str):
             raise DocumentError(
                 f"questions={questions!r} is one string: give a list of questions, or use ask"
             )
-        return [self.ask(question, method, **call) for question in questions]
+
+        def prepared(question: str) -> _Prepared | Exception:
+            try:
+                return self._prepared(question, method, **call)
+            except Exception as error:
+                if not return_exceptions:
+                    raise
+                return error
+
+        return self._answered(list(map(prepared, questions)), return_exceptions)
+
+    def _answered(
+        self, prepared: Sequence[_Prepared | Exception], return_exceptions: bool
+    ) -> Iterator[Answer | Exception]:
+        """Answers and errors in order, each as soon as all before it are there."""
+        asked = [
+            (place, each.request)
+            for place, each in enumerate(prepared)
+            if isinstance(each, _Prepared) and each.request is not None
+        ]
+        requests = [request for _, request in asked]
+        deltas: list[list[Delta]] = [[] for _ in prepared]
+        errors = {place: each for place, each in enumerate(prepared) if isinstance(each, Exception)}
+        stream = self.decoder.stream_many(requests, return_exceptions=True)
+        for place, each in enumerate(prepared):
+            if isinstance(each, _Prepared) and each.request is None:
+                deltas[place] = [each.nothing]
+        with closing(cast("Generator[tuple[int, Delta | Exception], None, None]", stream)):
+            for place, each in enumerate(prepared):
+                while place not in errors and not (
+                    deltas[place] and deltas[place][-1].finish_reason is not None
+                ):
+                    index, outcome = next(stream)
+                    if isinstance(outcome, Delta):
+                        deltas[asked[index][0]].append(outcome)
+                    else:
+                        errors[asked[index][0]] = outcome
+                if place not in errors:
+                    assert isinstance(each, _Prepared)
+                    yield each.stream(iter(())).answer(list(each.explained(deltas[place])))
+                elif return_exceptions:
+                    yield errors[place]
+                else:
+                    raise errors[place]
 
     def chat(self, method: Method = "rapid") -> Conversation:
         """Begin a conversation about the documents; each question sees the earlier ones."""
@@ -199,6 +264,41 @@ class RapidPipeline:
             ContextWindowError: a prompt is too long for its model.
             RapidError: any other error of :meth:`retrieve` and :meth:`RapidDecoder.stream`.
         """
+        prepared = self._prepared(
+            question,
+            method,
+            history=history,
+            sampling=sampling,
+            speculation=speculation,
+            chat_template_kwargs=chat_template_kwargs,
+            progress=progress,
+        )
+        request = prepared.request
+        if request is None:
+            return prepared.stream(prepared.explained([prepared.nothing]))
+        deltas = self.decoder.stream(
+            request.target_prompt,
+            request.draft_prompt,
+            sampling=request.sampling,
+            speculation=request.speculation,
+            confidence=request.confidence,
+            progress=request.progress,
+            chat_template_kwargs=request.chat_template_kwargs,
+        )
+        return prepared.stream(prepared.explained(deltas))
+
+    def _prepared(
+        self,
+        question: str,
+        method: Method,
+        *,
+        history: Sequence[Message] = (),
+        sampling: SamplingParams | None = None,
+        speculation: SpeculationConfig | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> _Prepared:
+        """Retrieve for a question, and make its request; arguments are those of :meth:`stream`."""
         require_method(method)
         question = require_text("the question", question)
         call = _Call(
@@ -213,22 +313,19 @@ class RapidPipeline:
         context = None if method == "lc" else self._retrieved(call, progress)
         skipped = context.empty_reason if context is not None else None
         if skipped is not None and self.retrieval.on_empty == "empty":
-            stats = Stats(method="rag" if method == "rag" else "lc")
-            nothing = iter([Delta("", (), "stop", stats)])
-            return AnswerStream(question, context, _explained(nothing, skipped, 0))
+            return _Prepared(question, method, context, skipped, 0, None)
         prompts = self._prompts("lc" if skipped is not None else method, call, context)
         exact = replace(call.speculation, mode="exact")
-        deltas = self.decoder.stream(
+        request = GenerationRequest(
             prompts.target,
             prompts.draft,
-            sampling=call.sampling,
-            speculation=exact if method == "sd" else call.speculation,
-            confidence=1.0 if context is None else context.confidence,
-            progress=progress,
-            chat_template_kwargs=call.variables,
+            call.sampling,
+            exact if method == "sd" else call.speculation,
+            1.0 if context is None else context.confidence,
+            progress,
+            call.variables,
         )
-        explained = _explained(deltas, skipped, prompts.omitted_tokens)
-        return AnswerStream(question, context, explained)
+        return _Prepared(question, method, context, skipped, prompts.omitted_tokens, request)
 
     def retrieve(self, question: str, *, progress: Progress | None = None) -> RetrievalContext:
         """Retrieve the drafter's context for a question.
@@ -365,13 +462,48 @@ class _Call:
 
     @property
     def query(self) -> str:
-        """What is searched for: the question, and the latest ones of the history."""
+        """Text to retrieve for: the question and the latest ones of the history."""
         users = [m for m in self.history if isinstance(m, Mapping) and m.get("role") == "user"]
         return retrieval_query(self.question, [str(message.get("content")) for message in users])
 
     def messages(self, text: str) -> list[Message]:
         """Chat messages of the conversation, with a text in the first one."""
         return with_document([*self.history, {"role": "user", "content": self.question}], text)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A question for which was retrieved, ready to be answered.
+
+    Attributes:
+        question: the question.
+        method: the method asked for.
+        context: what was retrieved; None for method ``lc``.
+        skipped: reason why nothing was retrieved; None otherwise.
+        omitted_tokens: number of document tokens that were left out.
+        request: what the decoder is asked; None where nothing is to be read.
+    """
+
+    question: str
+    method: Method
+    context: RetrievalContext | None
+    skipped: str | None
+    omitted_tokens: int
+    request: GenerationRequest | None
+
+    @property
+    def nothing(self) -> Delta:
+        """The answer where nothing is to be read."""
+        stats = Stats(method="rag" if self.method == "rag" else "lc")
+        return Delta("", (), "stop", stats)
+
+    def explained(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
+        """Deltas of the decoder, with what their statistics lack."""
+        return _explained(deltas, self.skipped, self.omitted_tokens)
+
+    def stream(self, deltas: Iterator[Delta]) -> AnswerStream:
+        """The stream of the answer with these deltas."""
+        return AnswerStream(self.question, self.context, deltas)
 
 
 class _Retrieved(NamedTuple):
@@ -422,7 +554,7 @@ def _checked_history(history: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _explained(
-    deltas: Iterator[Delta], skipped: str | None, omitted_tokens: int
+    deltas: Iterable[Delta], skipped: str | None, omitted_tokens: int
 ) -> Iterator[Delta]:
     for delta in deltas:
         delta.stats.draft_skipped = skipped or delta.stats.draft_skipped

@@ -128,7 +128,7 @@ class ModelPair:
             ends = end_ids(settings, self.tokenizer, self.end_of_turn)
         least = least_new_tokens(settings, len(prompt))
         constraint = None
-        if isinstance(sampling.constraint, Mapping):  # as it is once it was checked
+        if isinstance(sampling.constraint, Mapping):  # always, after SamplingParams' validation
             constraint = self.constraints.matcher(
                 sampling.constraint, runner.vocab_size, ends, least
             )

@@ -49,8 +49,7 @@ class Stats:
         decode_seconds: wall time of all rounds.
         draft_seconds: part of ``decode_seconds`` spent drafting; on a GPU, where the host does not
             wait for drafts, the host's time only.
-        mask_seconds: part of ``decode_seconds`` in which a constraint's grammar told which tokens
-            may follow; 0 without a constraint.
+        mask_seconds: part of ``decode_seconds`` spent on the masks of a constraint; 0 without one.
         time_to_first_token: seconds from the call to the first round's tokens; None before that.
         draft_skipped: reason why nothing was drafted (method ``lc``) or retrieved; None otherwise.
         omitted_tokens: number of document tokens that ``truncate`` left out.

@@ -1,17 +1,17 @@
 """Tensor parallelism: models sharded over the processes (ranks) that ``torchrun`` has started.
 
 transformers shards the weights (``DistributedConfig(tp_size=N)``), and each rank's KV cache holds
-its own KV heads. Every rank makes the same calls and decodes the same tokens. Three rules see to
-it, and to an end without a hang:
+its own KV heads. Every rank makes the same calls and decodes the same tokens. Three rules ensure
+this, and that no rank waits forever:
 
-- Before each pass all ranks agree that they are about to run the same one. A rank that has ended
-  its call, by its last token, a closed stream or an error, has told so; the others raise RankError.
-- Logits, and choices that rest on measured times or on memory, are those of rank 0.
-- A rank that dies is noticed at once, one that does not join a pass after
+- Before each pass all ranks agree that they are about to run the same one. A rank that ends its
+  call (last token, closed stream or error) announces it, and the others raise RankError.
+- Logits, and choices that depend on measured times or on memory, are those of rank 0.
+- A rank that dies is noticed at once, and one that does not join a pass after
   :data:`PASS_SECONDS`.
 
-The agreement is a star around rank 0 over gloo, apart from the collectives of the passes: a rank
-that waits for another in a chain could not tell which one has failed.
+The ranks agree through rank 0, over gloo, separate from the collectives of the passes: a rank that
+waits for another in a chain could not tell which one has failed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from rapid_llm.errors import InvalidParameterError, ModelError, RankError
 PASS_SECONDS = 25
 """Seconds within which all ranks must join a pass, and each of its collectives."""
 
-_CALL_SECONDS = 600  # within which they must begin a call; each may first do work of its own
-_GROUP_SECONDS = 86_400  # of waiting for what rank 0 reads, such as a typed question
+_CALL_SECONDS = 600  # within which all ranks must begin a call; each may first do other work
+_GROUP_SECONDS = 86_400  # of waiting for input that rank 0 reads, such as a typed question
 
 _PASS, _DONE, _CLOSED, _FAILED, _OUT_OF_STEP = range(5)
 _REASONS = {
@@ -62,7 +62,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def _divided(config: Any) -> dict[str, int]:
-    """What the ranks of a model divide evenly; empty where each has all heads."""
+    """Counts that the number of ranks must divide; empty where each rank has all heads."""
     plan = getattr(config, "base_model_tp_plan", None) or {}
     parts: dict[str, int] = {}
     if plan.get("layers.*.self_attn.k_proj") == "colwise":
@@ -132,10 +132,10 @@ class Ranks:
 
     @contextmanager
     def call(self, *arguments: Any) -> Iterator[None]:
-        """A call that all ranks make.
+        """Context of a call that all ranks make.
 
         Args:
-            arguments: what all ranks must have been given alike; values with a stable ``repr``.
+            arguments: values that must be equal on all ranks; their ``repr`` must be stable.
 
         Raises:
             RankError: another rank makes another call, or an earlier pass has failed.
@@ -164,10 +164,10 @@ class Ranks:
 
         Args:
             details: at most three numbers that must be the same on all ranks.
-            least: a number of which the smallest of all ranks is returned.
+            least: this rank's number; the minimum over all ranks is returned.
 
         Raises:
-            RankError: another rank has ended its call, is elsewhere, or does not come.
+            RankError: another rank has ended its call, is at another point, or does not respond.
         """
         self._require_whole()
         first, self._step = self._step == 0, self._step + 1
@@ -183,7 +183,7 @@ class Ranks:
                         self._send(other, [code, *own[1:]])
                     raise self._stopped(other, code)
                 least = min(least, theirs[-1])
-            if not first:  # they have read all that was sent before
+            if not first:  # the other ranks have read all earlier messages
                 self._sent.clear()
             for other in range(1, self.size):
                 self._send(other, [*own[:-1], least])
@@ -197,12 +197,12 @@ class Ranks:
         return least
 
     def from_first(self, value: _T) -> _T:
-        """Rank 0's value of something that may differ between ranks."""
+        """Rank 0's value, for values that may differ between ranks."""
         self.agree()
         return self._broadcast(value)
 
     def shared(self, read: Callable[[], _T]) -> _T:
-        """What rank 0 alone reads, or the error that it meets; others wait as long as it takes."""
+        """Result or error of a function that only rank 0 calls; the other ranks wait for it."""
         outcome: tuple[Any, Exception | None] = (None, None)
         if self.rank == 0:
             try:
@@ -218,15 +218,16 @@ class Ranks:
     def running(
         self, model: Any, place: torch.device, tokens: int, length: int, keep: int
     ) -> Iterator[None]:
-        """A pass that all ranks run, after they have agreed on it.
+        """Context of a pass that all ranks run, after they have agreed on it.
 
-        Where it fails on one rank, the others wait in a collective of the pass until its time is
-        over, and no later one would find its partner: the ranks have to be started anew.
+        If the pass fails on one rank, the others wait in a collective until its time limit. Later
+        collectives would not match, so all ranks must be restarted.
 
         Args:
             model: the model.
-            place: its device.
-            tokens, length, keep: new tokens, tokens in the cache, and rows of logits.
+            place: the model's device.
+            tokens, length, keep: numbers of new tokens, of tokens in the cache, and of rows of
+                logits.
 
         Raises:
             RankError: the ranks do not agree, or another rank has failed during the pass.
@@ -239,11 +240,11 @@ class Ranks:
             reason = str(error).strip().splitlines() or [repr(error)]
             self._broken = f"a pass has failed on rank {self.rank} ({reason[0][:200]})"
             if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-                raise self._no_more() from error  # of a collective, most likely
+                raise self._no_more() from error  # most likely an error of a collective
             raise
 
     def first_logits(self, logits: Tensor) -> Tensor:
-        """Rank 0's logits: other hardware, or another kernel, may round otherwise."""
+        """Rank 0's logits, because other hardware or kernels may round differently."""
         logits = logits.contiguous()
         dist.broadcast(logits, 0)
         return logits
@@ -255,7 +256,7 @@ class Ranks:
         return box[0]
 
     def _tell_others(self, code: int, of: int | None = None) -> None:
-        """Tell that this call has ended here; a rank waits for it only if it still runs it."""
+        """Announce that this call has ended; ranks that still run it read the message."""
         if self._broken:
             return
         message = [code, self._call, self._step, self._key, 0, 0, 0, 0]
@@ -289,7 +290,7 @@ class Ranks:
             late = seconds is not None and "timed out" in str(error).lower()
             what = f"did not come within {seconds} s" if late else "has ended"
             if self.rank == 0 and not self._broken:
-                with suppress(RuntimeError, ValueError):  # those that are still there
+                with suppress(RuntimeError, ValueError):  # of other ranks that have ended
                     self._tell_others(_FAILED, of=who)
             self._broken = f"rank {who} {what}"
             raise self._no_more() from error
@@ -310,7 +311,7 @@ class Ranks:
 
 @cache
 def ranks() -> Ranks:
-    """The processes that ``torchrun`` has started; joins them at the first call, by all of them."""
+    """The processes that ``torchrun`` has started; all of them must make the first call."""
     return Ranks()
 
 
@@ -322,7 +323,7 @@ def ranks_of(name: str, model: Any) -> Ranks | None:
         model: the model.
 
     Raises:
-        ModelError: they cannot share its heads evenly, or are not all that were started.
+        ModelError: they cannot share its heads evenly, or are only some of those started.
     """
     if not is_sharded(model):
         return None
@@ -337,7 +338,7 @@ def ranks_of(name: str, model: Any) -> Ranks | None:
 
 
 def shared(read: Callable[[], _T]) -> _T:
-    """What rank 0 alone reads; without ``torchrun``, what ``read`` returns."""
+    """Result of a function that only rank 0 calls; without ``torchrun`` it is simply called."""
     return read() if processes() == 1 else ranks().shared(read)
 
 
@@ -350,7 +351,7 @@ def _start() -> None:
     if place.type == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(own)
-    # Ranks may read their weights for long before they meet.
+    # Some ranks may take much longer than others to load their weights.
     dist.init_process_group(
         "gloo" if own is None else "nccl", timeout=timedelta(hours=2), device_id=own
     )
@@ -358,7 +359,7 @@ def _start() -> None:
 
 @contextmanager
 def _limited(model: Any, place: torch.device) -> Iterator[None]:
-    """Time limit of the collectives of a pass; those of the caller keep theirs."""
+    """Context with a time limit on the collectives of a pass; the caller's are not changed."""
     groups: list[Any] = [dist.group.WORLD]
     if is_sharded(model):
         mesh = model._device_mesh

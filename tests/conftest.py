@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -207,6 +208,14 @@ def smollm2() -> Any:
     """The packaged model's tokenizer."""
     path = packaged_model()
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@pytest.fixture
+def warnings_are_errors() -> Iterator[None]:
+    """Every warning of rapid-llm for users is raised as an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
 
 
 @pytest.fixture(scope="session")

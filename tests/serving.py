@@ -17,7 +17,7 @@ import uvicorn
 from chat_templates import TEMPLATES, with_template
 from conftest import tiny_model
 
-from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.server.app import create_app
 from rapid_llm.server.settings import ServerConfig
@@ -45,12 +45,15 @@ SPECULATION = SpeculationConfig(gamma=3)  # auto measures anew with every test
 
 
 @cache
-def tiny_decoder(family: str = "qwen", **changes: Any) -> RapidDecoder:
+def tiny_decoder(
+    family: str = "qwen", *, max_sequences: int = EngineConfig.max_sequences, **changes: Any
+) -> RapidDecoder:
     """A tiny model whose tokenizer has bytes, and a chat template with tools."""
     tokenizer = with_template(TEMPLATES[family], "<tool_call>", "</tool_call>")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     settings = {"eos_token_id": end, "max_position_embeddings": 2048, **changes}
-    return RapidDecoder(tiny_model(vocab_size=len(tokenizer), **settings), tokenizer, name="tiny")
+    model = tiny_model(vocab_size=len(tokenizer), **settings)
+    return RapidDecoder(model, tokenizer, name="tiny", max_sequences=max_sequences)
 
 
 @contextmanager

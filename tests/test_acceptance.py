@@ -34,7 +34,7 @@ def distributions(rows: int, vocab: int = 8, seed: int = 0) -> tuple[torch.Tenso
     return s, q
 
 
-def test_transfer_by_hand():
+def test_transfer_follows_its_formula():
     s = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     q = torch.tensor([[0.2, 0.7, 0.06, 0.04]])  # the tail is below 0.1 * 0.7 = 0.07
     s_hat = transfer(s, q, eta=10.0, alpha=0.1)
@@ -108,7 +108,7 @@ def test_an_eta_for_each_position_replaces_the_configs(greedy):
     assert [judge(40, 40), judge(40, 0), judge(0, 40)] == [2, 1, 0]
 
 
-def test_residuals_of_the_three_modes():
+def test_residuals_of_the_three_modes_are_those_of_the_literature():
     """norm(max(base - m, 0)) is each mode's residual as the literature writes it."""
     s, q = distributions(1)
     p, p_hat = s[0].softmax(-1), transfer(s, q, 5.0, 0.1)[0].softmax(-1)
@@ -176,7 +176,7 @@ def test_an_empty_draft_is_plain_decoding(mode):
     assert verify_greedy(s, none, NO_DRAFT, config)[1] == s.argmax()
 
 
-def test_greedy_by_hand():
+def test_greedy_verification_accepts_the_argmax_of_each_mode():
     s = torch.log(torch.tensor([[0.6, 0.4, 1e-9], [0.6, 0.4, 1e-9], [0.2, 0.8, 1e-9]]))
     q = torch.tensor([[0.1, 0.9, 0.0], [0.1, 0.0, 0.9], [0.9, 0.1, 0.0]])
     exact, paper, augmented = (

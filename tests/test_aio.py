@@ -47,7 +47,7 @@ async def collect(decoder: RapidDecoder) -> list[int]:
     return [token async for chunk in chunks for token in chunk.token_ids]
 
 
-def test_the_same_tokens_as_without_asyncio(decoder):
+def test_streams_under_asyncio_give_the_same_tokens(decoder):
     expected = decoder.generate(PROMPT, DRAFT, sampling=SAMPLING).token_ids
 
     async def together():
@@ -116,7 +116,7 @@ def test_a_stream_may_be_left_early(decoder):
     assert asyncio.run(main()) > 0
 
 
-def test_errors_arrive(decoder):
+def test_errors_reach_an_asyncio_stream(decoder):
     async def main() -> None:
         async for _ in decoder.astream([999], sampling=SAMPLING):
             pass

@@ -80,7 +80,7 @@ def test_exact_greedy_is_what_generate_gives_with_the_same_generation_config(nam
             assert drafted.token_ids == want, drafting
 
 
-def test_a_forced_first_token_of_a_prompt_of_one() -> None:
+def test_a_forced_first_token_follows_a_prompt_of_one() -> None:
     model = model_with({"forced_bos_token_id": 37})
     want = generated(model, [9])
     assert want[0] == 37

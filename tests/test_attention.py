@@ -66,7 +66,7 @@ def test_bfloat16_is_about_as_accurate_as_sdpa():
     assert ours < 3 * theirs  # scores are rounded to bfloat16 before the softmax
 
 
-def test_no_scores_of_all_queries_at_once(monkeypatch):
+def test_scores_are_computed_for_a_block_of_queries_at_a_time(monkeypatch):
     """Prefill memory grows with the block, not with the square of the length."""
     widths = []
     softmax = torch.Tensor.softmax

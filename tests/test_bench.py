@@ -219,8 +219,13 @@ sys.exit(main(["bench", "--help"]))
     ],
 )
 def test_the_command_refuses_what_it_does_not_know(
-    capsys: pytest.CaptureFixture[str], options: tuple[str, str], mention: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, str],
+    mention: str,
 ) -> None:
+    if options[0] in ("--task", "--method"):
+        monkeypatch.setattr("rapid_llm.models.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert cli.main(["bench", *options]) == 2
     assert mention in capsys.readouterr().err
 

@@ -431,6 +431,18 @@ def test_bad_models_are_refused(ask: Any, tmp_path: Path, model: str) -> None:
     assert_refused(ask("--device", "abacus"), "abacus")
 
 
+@pytest.mark.parametrize("option", ["--drafter", "--embedder"])
+def test_a_name_of_nothing_is_refused_before_any_model_is_loaded(
+    ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("rapid_llm.decoder.load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert_refused(
+        ask(option, tmp_path / "nowhere"),
+        "nowhere",
+        "could not be loaded" if option == "--drafter" else "cannot be loaded",
+    )
+
+
 def test_a_long_document_is_refused_or_truncated(ask: Any, document: str) -> None:
     Path(document).write_text(" ".join([TEXT] * 4), encoding="utf-8")
     assert_refused(ask(), "512", "12", "truncate")

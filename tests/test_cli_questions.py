@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -25,6 +26,7 @@ from rapid_llm.cli import documents as cli_documents
 from rapid_llm.cli.documents import read_documents
 from rapid_llm.context import builder, documents
 from rapid_llm.errors import DocumentError, GenerationTimeoutError
+from rapid_llm.opening import Opener
 
 
 @pytest.fixture(scope="module")
@@ -226,35 +228,41 @@ def test_json_lines_keep_their_ids(ask: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert lines[1]["question"] == "w7 \u2028 w8"
 
 
-def test_an_answer_is_written_before_the_next_question_is_read(
+def test_an_answer_is_written_while_others_are_under_way(
     ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[int] = []
-    stream = RapidDecoder.stream
+    """With one at a time the second question begins, here, once the first answer is written."""
+    written: list[int] = []
+    opened = Opener.open
 
-    def spy(self: RapidDecoder, *prompts: Any, **options: Any) -> Any:
-        seen.append(capsys.readouterr().out.count("\n"))
-        return stream(self, *prompts, **options)
+    def spy(self: Opener, *request: Any, **options: Any) -> Any:
+        deadline = time.monotonic() + 60
+        while sum(written) < opening[0] and time.monotonic() < deadline:
+            written.append(capsys.readouterr().out.count("\n"))
+            time.sleep(0.01)
+        opening[0] += 1
+        return opened(self, *request, **options)
 
-    monkeypatch.setattr(RapidDecoder, "stream", spy)
+    opening = [0]
+    monkeypatch.setattr(Opener, "open", spy)
     questions = tmp_path / "questions.txt"
     questions.write_text("w5\nw6\nw7\n")
-    assert ask("--questions", questions).status == 0
-    assert seen == [0, 1, 1]
+    assert ask("--questions", questions, "--max-sequences", 1).status == 0
+    assert sum(written) == 2
 
 
 def test_a_failed_question_is_reported_and_the_others_are_answered(
     ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = RapidDecoder.stream
+    request = RapidDecoder.request
 
     def failing(self: RapidDecoder, target: Any, *prompts: Any, **options: Any) -> Any:
         if "w7" in target[-1]["content"].split("\n")[-1]:
             raise GenerationTimeoutError("3 seconds passed")
-        return stream(self, target, *prompts, **options)
+        return request(self, target, *prompts, **options)
 
-    monkeypatch.setattr(RapidDecoder, "stream", failing)
-    monkeypatch.setattr("rapid_llm.pipeline.build_messages", lambda text, question: [
+    monkeypatch.setattr(RapidDecoder, "request", failing)
+    monkeypatch.setattr("rapid_llm.context.prompts.build_messages", lambda text, question: [
         {"role": "user", "content": f"{text}\n{question}"}])  # fmt: skip
     questions = tmp_path / "questions.txt"
     questions.write_text(f"w5\nw7\n{'w9 ' * 600}\nw6\n")

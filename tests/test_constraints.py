@@ -128,13 +128,16 @@ def test_forms_of_a_constraint_are_told_apart(given: Any, form: str) -> None:
         ({"minimum": 1, "exclusiveMinimum": True}, "exclusiveMinimum"),
         ({"extends": {"type": "string"}, "type": "string"}, "extends"),
         ({"$ref": "#/$defs/nowhere"}, "/$defs/nowhere"),
+        ({"$ref": "#"}, "$ref"),
         ({"colour": "red"}, "colour"),
         ({"json": [1]}, "no JSON schema"),
         ({"json": "{bad"}, "no JSON"),
         ({"json": {}, "regex": "a"}, "give one of json, regex, choice, grammar"),
         ("(", "unclosed group"),
         (r"\bword", "lookaround"),
+        (r"[^\s\S]", "no text satisfies it"),
         ("start: nowhere", "nowhere"),
+        ("start: a\na: a", "a rule to itself"),
         ("root ::= nowhere", "nowhere"),
         ([], "no list of strings"),
         (["a", 1], "no list of strings"),
@@ -319,9 +322,9 @@ def valid(name: str, text: str) -> bool:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("way", SPECULATIONS)
 def test_every_finished_answer_is_allowed_whatever_drafts(decoder, way, temperature) -> None:
-    finished = 0
+    finished, seeds = 0, range(2 if temperature else 1)
     for name, constraint in TEXTS.items():
-        for seed in range(3):
+        for seed in seeds:
             sampling = SamplingParams(
                 temperature=temperature, seed=seed, max_new_tokens=60, constraint=constraint
             )
@@ -332,7 +335,7 @@ def test_every_finished_answer_is_allowed_whatever_drafts(decoder, way, temperat
             if deltas[-1].finish_reason == "stop":
                 finished += 1
                 assert valid(name, "".join(delta.text for delta in deltas))
-    assert finished >= 6
+    assert finished >= 2 * len(seeds)
 
 
 class FreshMask(LogitsProcessor):

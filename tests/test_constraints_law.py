@@ -31,7 +31,7 @@ PATTERN = "[ab]{1,3}(de?|c[ab])?|cc"
 """Answers of one to five tokens; some must go on, some may end, some can only end."""
 
 ETA, TEMPERATURE = 5.0, 0.8
-SAMPLES, FEWER_SAMPLES = 1_500, 600
+SAMPLES, FEWER_SAMPLES = 1_500, 400
 
 
 @pytest.fixture(autouse=True, scope="module")

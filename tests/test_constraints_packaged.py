@@ -49,6 +49,10 @@ def test_ask_answers_in_the_schema_of_a_file(tmp_path: Path, capsys) -> None:
     jsonschema.validate(json.loads(capsys.readouterr().out), SCHEMA)
     assert main([*ask, "--max-new-tokens", "3"]) == 1
     assert "--max-new-tokens" in capsys.readouterr().err
+    assert main([*ask, "--max-new-tokens", "3", "--json"]) == 1
+    cut = capsys.readouterr()
+    assert json.loads(cut.out)["finish_reason"] == "length"
+    assert "--max-new-tokens" in cut.err
 
 
 @pytest.mark.parametrize(

@@ -114,16 +114,29 @@ def _any_of(random: Random, depth: int) -> dict[str, Any]:
 
 def _all_of(random: Random, depth: int) -> dict[str, Any]:
     if random.random() < 0.5:
-        return {"$defs": {"node": schema(random, depth)}, "$ref": "#/$defs/node"}
+        name = f"node{random.randrange(10_000)}"
+        return {"$defs": {name: schema(random, depth)}, "$ref": f"#/$defs/{name}"}
     return {"allOf": [_object(random, 0), {"required": [random.choice(NAMES)]}]}
 
 
 def with_refused(random: Random, made: dict[str, Any]) -> dict[str, Any]:
-    """Now and then a keyword that cannot be enforced, somewhere inside."""
+    """Now and then a keyword that cannot be enforced, somewhere inside; definitions at the root."""
     if random.random() < 0.1:
         name = random.choice(list(REFUSED))
-        return {"type": "object", "properties": {"inner": {**made, name: REFUSED[name]}}}
-    return made
+        made = {"type": "object", "properties": {"inner": {**made, name: REFUSED[name]}}}
+    definitions: dict[str, Any] = {}
+    made = _without_definitions(made, definitions)
+    return {**made, "$defs": definitions} if definitions else made
+
+
+def _without_definitions(value: Any, found: dict[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_without_definitions(each, found) for each in value]
+    if not isinstance(value, dict):
+        return value
+    inside = {key: _without_definitions(each, found) for key, each in value.items()}
+    found.update(inside.pop("$defs", {}))
+    return inside
 
 
 def words_of(value: Any) -> set[str]:
@@ -143,7 +156,7 @@ def sampling_for(made: dict[str, Any], seed: int, new: int) -> SamplingParams | 
         )
     except InvalidParameterError as refused:
         message = str(refused)
-    named = [word for word in words_of(made) if re.search(rf"\b{re.escape(word)}\b", message)]
+    named = [w for w in words_of(made) if re.search(rf"(?<!\w){re.escape(w)}(?!\w)", message)]
     assert named or "Unsatisfiable" in message, f"{made}: {message}"
     return None
 
@@ -179,9 +192,9 @@ def test_answers_of_a_random_model_are_valid() -> None:
     tokenizer = byte_tokenizer(['{"', '":', '",', '"}', "Ġ{", "ĠĠ"])
     own = {"vocab_size": 280, "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.1}
     decoder = RapidDecoder(tiny_model(**own), tokenizer, tiny_model(seed=1, **own))
-    counts = check(decoder, 120, 0, 150, "Give it.")
-    assert counts["stop"] > 60
-    assert counts["refused"] > 5
+    counts = check(decoder, 60, 0, 150, "Give it.")
+    assert counts["stop"] > 30
+    assert counts["refused"] > 2
 
 
 def test_answers_in_a_real_vocabulary_are_valid() -> None:
@@ -191,8 +204,8 @@ def test_answers_in_a_real_vocabulary_are_valid() -> None:
     own |= {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
     with torch.no_grad():
         decoder = RapidDecoder(tiny_model(**own), tokenizer)
-    counts = check(decoder, 30, 1000, 120, "Give it.")
-    assert counts["stop"] > 10
+    counts = check(decoder, 15, 1000, 120, "Give it.")
+    assert counts["stop"] > 5
 
 
 @pytest.mark.slow

@@ -262,7 +262,7 @@ def check_vectors(embedder: Embedder) -> None:
     assert np.argmax(vectors[: len(TOPICS)] @ query) == list(TOPICS).index("chess")
 
 
-def test_packaged_embedder(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_packaged_embedder_loads_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     embedder = load_embedder(PACKAGED_EMBEDDER, device="cpu")
     assert isinstance(embedder, Embedder)
     check_vectors(embedder)
@@ -578,7 +578,7 @@ def test_a_chunk_that_no_longer_fits_leaves_room_for_a_smaller_one(
     assert [chunk.score for chunk in context.chunks] == pytest.approx([0.6, 0.9, 0.7])
 
 
-def test_nothing_above_the_threshold(builder: ContextBuilder) -> None:
+def test_a_threshold_that_nothing_reaches_leaves_an_empty_context(builder: ContextBuilder) -> None:
     context = builder.build(DOCUMENT, "What did the parliament decide about taxes?")
     assert (context.text, context.chunks, context.tokens) == ("", (), 0)
     assert context.empty_reason is not None
@@ -677,7 +677,7 @@ def test_unicode_documents_are_searched(tokenizer: PreTrainedTokenizerBase) -> N
         ("text", None, "the question is NoneType, not text"),
     ],
 )
-def test_documents_and_questions_that_are_no_text(
+def test_documents_and_questions_that_are_no_text_are_refused(
     tokenizer: PreTrainedTokenizerBase, documents: Any, question: Any, message: str
 ) -> None:
     builder = ContextBuilder(tokenizer, Recorder("refusals"))
@@ -701,7 +701,9 @@ def test_documents_and_questions_that_are_no_text(
         ("compression", float("inf")),
     ],
 )
-def test_parameters_out_of_range(tokenizer: PreTrainedTokenizerBase, name: str, value: Any) -> None:
+def test_parameters_out_of_range_are_refused(
+    tokenizer: PreTrainedTokenizerBase, name: str, value: Any
+) -> None:
     with pytest.raises(InvalidParameterError) as caught:
         ContextBuilder(tokenizer, Recorder("x"), **{name: value})
     assert f"{name}={value!r}" in str(caught.value)

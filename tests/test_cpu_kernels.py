@@ -173,19 +173,19 @@ def four_bits(model):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen2"])
-def test_a_twin_multiplies_with_its_blocks(build, monkeypatch, name, bits):
+def test_a_quantized_copy_multiplies_with_its_blocks(build, monkeypatch, name, bits):
     monkeypatch.setattr(blocks, "MAX_QUANTIZED_ROWS", MAX_TOKENS)  # for PyTorch to do the same
     model = bfloat16_model(name, intermediate_size=224)[0]
-    twin = (
+    quantized = (
         quantized_copy(four_bits(model), Int4Blocks)
         if bits == 4
         else quantized_copy(model, Int8Blocks)
     )
-    layers = [m for m in twin.modules() if isinstance(m, BlockLinear)]
-    assert [layer.bits for layer in layers] == [bits] * 7 * len(twin.model.layers) + [8]
+    layers = [m for m in quantized.modules() if isinstance(m, BlockLinear)]
+    assert [layer.bits for layer in layers] == [bits] * 7 * len(quantized.model.layers) + [8]
     ids = torch.randint(3, 60, (80,), generator=torch.Generator().manual_seed(3))
-    plain = uncompiled(twin)
-    runner, own = ModelRunner(twin, "twin"), ModelRunner(model, "model")
+    plain = uncompiled(quantized)
+    runner, own = ModelRunner(quantized, "quantized"), ModelRunner(model, "model")
     assert is_compiled(runner)
     for sizes in ([1, 2, 8], [3, 4], [5, 6], [MAX_TOKENS]):
         logits, expected = run(runner, ids, sizes)[0], run(plain, ids, sizes)[0]
@@ -298,10 +298,10 @@ def test_a_cache_of_another_kind_is_not_touched_by_the_kernels(build):
         torch.testing.assert_close(runner(ids[-4:], cache, 4), expected)
 
 
-def test_a_twin_of_which_a_layer_stays_whole_runs_without_the_kernels(build):
-    twin = quantized_copy(bfloat16_model(intermediate_size=80)[0], Int8Blocks)
-    assert not is_compiled(ModelRunner(twin, "twin"))
-    assert run(ModelRunner(twin, "twin"), torch.arange(3, 50), [3])[0].isfinite().all()
+def test_a_quantized_copy_with_a_whole_layer_runs_without_the_kernels(build):
+    quantized = quantized_copy(bfloat16_model(intermediate_size=80)[0], Int8Blocks)
+    assert not is_compiled(ModelRunner(quantized, "quantized"))
+    assert run(ModelRunner(quantized, "quantized"), torch.arange(3, 50), [3])[0].isfinite().all()
 
 
 def test_attention_of_other_tensors_is_not_for_the_kernels(build):
@@ -343,14 +343,14 @@ def test_a_nan_is_not_hidden(build):
 @pytest.mark.parametrize("wrong", ["nan", "inf"])
 def test_products_of_few_bits_do_not_hide_a_nan(build, wrong, bits):
     model = bfloat16_model()[0]
-    twin = (
+    quantized = (
         quantized_copy(model, Int8Blocks)
         if bits == 8
         else quantized_copy(four_bits(model), Int4Blocks)
     )
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 5] = float(wrong)
-    runner = ModelRunner(twin, "twin")
+    runner = ModelRunner(quantized, "quantized")
     assert is_compiled(runner)
     logits, _ = run(runner, torch.tensor([7, 8, 3, 4]), [1, 1, 1])
     assert logits[0].isfinite().all()
@@ -362,11 +362,11 @@ def test_whole_numbers_keep_what_bfloat16_does_beside_an_outlier(build):
     with torch.no_grad():  # one activation is a thousand times as large as the others
         model.model.layers[0].mlp.up_proj.weight[700] *= 1000
         model.model.layers[0].mlp.down_proj.weight[:, 700] /= 1000
-    twin = quantized_copy(model, Int8Blocks)
+    quantized = quantized_copy(model, Int8Blocks)
     ids = torch.randint(3, 60, (60,), generator=torch.Generator().manual_seed(5))
-    plain = uncompiled(twin)
+    plain = uncompiled(quantized)
     expected = run(plain, ids, [1, 3, 8])[0]
-    logits = run(ModelRunner(twin, "twin"), ids, [1, 3, 8])[0]
+    logits = run(ModelRunner(quantized, "quantized"), ids, [1, 3, 8])[0]
     assert error(logits, expected) < 0.05 * expected.std()
 
 
@@ -378,7 +378,7 @@ def test_the_environment_can_leave_the_work_to_pytorch(monkeypatch):
 @pytest.mark.parametrize("window", [None, 1, 40, 300])
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4)], ids=str)
 @pytest.mark.parametrize(("n", "length"), [(33, 33), (64, 64), (65, 500), (200, 261)])
-def test_attention_of_many_queries(build, n, length, heads, window):
+def test_attention_of_many_queries_is_close_to_double_precision(build, n, length, heads, window):
     torch.manual_seed(0)
     heads, kv_heads = heads
     query = torch.randn(heads, n, 64).bfloat16()

@@ -58,7 +58,7 @@ def check(heads: int, kv_heads: int, dim: int, n: int, length: int, window: int 
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 47, 48, 49, 97])
-def test_lengths_around_the_borders_of_blocks_and_parts(length):
+def test_lengths_around_the_borders_of_blocks_and_parts_are_right(length):
     check(4, 2, 16, 1, length, None)
     if length > 5:
         check(4, 2, 16, 5, length, None)
@@ -68,7 +68,7 @@ def test_lengths_around_the_borders_of_blocks_and_parts(length):
     ("heads", "kv_heads", "dim"),
     [(7, 1, 16), (2, 2, 64), (3, 1, 80), (2, 1, 96), (2, 2, 128), (2, 1, 256), (4, 2, 8)],
 )
-def test_any_group_of_heads_and_any_size_of_head(heads, kv_heads, dim):
+def test_any_group_of_heads_and_any_size_of_head_is_right(heads, kv_heads, dim):
     check(heads, kv_heads, dim, 3, 33, None)
 
 
@@ -84,7 +84,7 @@ def test_many_new_tokens_take_several_tiles(n, window):
     check(8, 2, 16, n, 60, window)
 
 
-def test_a_tile_of_the_last_tokens_alone():
+def test_the_last_tile_may_hold_few_tokens():
     check(4, 2, 16, 9, 9, None)
 
 
@@ -154,7 +154,7 @@ def test_a_chunk_attends_to_all_that_was_read_before_it(monkeypatch, chunks):
 
 @pytest.mark.parametrize("size", [48, 64])
 @pytest.mark.parametrize("adds", [True, False])
-def test_add_and_norm(size, adds):
+def test_add_rms_norm_is_the_sum_and_the_norm_of_pytorch(size, adds):
     torch.manual_seed(0)
     x, weight = torch.randn(3, size), torch.rand(size)
     delta = torch.randn(3, size) if adds else None
@@ -165,7 +165,7 @@ def test_add_and_norm(size, adds):
 
 
 @pytest.mark.parametrize("size", [40, 1500])
-def test_silu_of_the_gate_times_up(size):
+def test_silu_times_is_the_product_of_pytorch(size):
     torch.manual_seed(0)
     pairs = torch.randn(2, 2 * size)
     gate, up = pairs.split(size, dim=1)

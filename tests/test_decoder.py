@@ -269,7 +269,7 @@ def test_kv_memory_follows_the_formula(decoder, monkeypatch, draft_prompt):
     assert sorted(cache.nbytes for cache in counted.caches.values()) == expected
 
 
-def test_one_host_synchronisation_a_round(decoder, monkeypatch):
+def test_a_round_waits_for_the_device_once(decoder, monkeypatch):
     """On a GPU each ``tolist``/``item`` waits for the device, as does a look at the weights, one
     for each prompt."""
     syncs = Counter()
@@ -688,7 +688,7 @@ def test_nan_names_the_model(broken):
         ("stop", [""]), ("stop", [3]), ("seed", -1), ("seed", 2**63),
     ],
 )  # fmt: skip
-def test_bad_sampling_parameters(name, value):
+def test_bad_sampling_parameters_are_refused(name, value):
     with pytest.raises(InvalidParameterError, match=rf"{name}=.* must be ") as caught:
         SamplingParams(**{name: value})
     assert repr(value).strip("[]") in str(caught.value)
@@ -703,7 +703,7 @@ def test_bad_sampling_parameters(name, value):
         ("min_confidence", -0.1),
     ],
 )  # fmt: skip
-def test_bad_speculation_parameters(name, value):
+def test_bad_speculation_parameters_are_refused(name, value):
     with pytest.raises(InvalidParameterError, match=rf"{name}=.* must be "):
         SpeculationConfig(**{name: value})
 
@@ -771,7 +771,7 @@ def test_a_drafter_drafts_as_far_as_its_window_goes(mode, sampling, drafted):
         assert result.token_ids == transformers_greedy(decoder.target.model, TARGET_PROMPT, 40)
 
 
-def test_bad_prompts(decoder):
+def test_bad_prompts_are_refused_at_the_call(decoder):
     for target, draft in ((None, None), ([], None), ("", None), ([99], None), (TARGET_PROMPT, [])):
         with pytest.raises(InvalidParameterError):
             decoder.stream(target, draft)  # at the call, not at the first chunk
@@ -974,7 +974,7 @@ def test_what_is_not_on_this_machine_is_named(tmp_path, monkeypatch):
         RapidDecoder.from_pretrained(tmp_path, device="cpu")
 
 
-def test_memory_is_told(monkeypatch):
+def test_a_decoder_tells_its_memory(monkeypatch):
     monkeypatch.setattr(
         "rapid_llm.engine.device.Device.prefill_chunk", 3
     )  # of short prompts none were kept

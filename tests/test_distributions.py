@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # An unpacked sdist of rapid-llm has no integrations.
 FOLDERS = [ROOT, *sorted(path.parent for path in ROOT.glob("integrations/*/pyproject.toml"))]
-SAME = ("license", "license-files", "authors", "version")
+SAME = ("license", "license-files", "authors", "urls", "version")
 
 
 def field(folder: Path, name: str) -> str:

@@ -62,13 +62,21 @@ JAPANESE = "これは日本語の文章です。漢字も仮名も含みます�
         ("Räksmörgås på ön åt älgen", "cp1252"),
         ("naïve café", "cp1252"),
         ("Zażółć gęślą jaźń. Wczoraj poszedłem do sklepu kupić chleb.", "cp1250"),
+        ("Zażółć gęślą jaźń. Wczoraj poszedłem do sklepu kupić chleb.", "iso8859-2"),
+        ("Zażółć gęślą jaźń. Wczoraj poszedłem do sklepu kupić chleb.", "cp852"),
+        ("Příliš žluťoučký kůň úpěl ďábelské ódy.", "iso8859-2"),
+        ("Die Mühle am Fluß wurde 1871 gebaut; schöne Grüße.", "cp850"),
+        ("Die Mühle am Fluß wurde 1871 gebaut; schöne Grüße.", "mac_roman"),
+        ("Le moulin près de la rivière était fermé. « Où ? » — l\u2019œuvre…", "mac_roman"),
         (RUSSIAN, "cp1251"),
+        (RUSSIAN, "mac_cyrillic"),
         (RUSSIAN, "koi8-r"),
         ("Ξεσκεπάζω την ψυχοφθόρα βδελυγμία.", "iso8859-7"),
         ("דג סקרן שט בים מאוכזב ולפתע מצא חברה.", "cp1255"),
         ("ذهبت أمس إلى السوق لشراء الخبز والحليب.", "cp1256"),
         ("เป็นมนุษย์สุดประเสริฐเลิศคุณค่า", "cp874"),
         (JAPANESE, "shift_jis"),
+        ("テストA項目とCPU設定、東京Towerの高さ。これはテストBです。", "euc_jp"),
         (JAPANESE, "euc_jp"),
         (JAPANESE, "iso2022_jp"),
         ("这是一个中文文件。昨天下雨。大家都在家里看书喝茶。", "gb18030"),
@@ -126,7 +134,9 @@ def test_a_few_words_of_another_script_or_language_stay_so(
 
 @pytest.mark.parametrize("text", [PROSE, RUSSIAN, JAPANESE])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf16_without_a_mark(tmp_path: Path, text: str, encoding: str) -> None:
+def test_utf16_without_a_mark_is_guessed_with_a_warning(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
     text = f"{text}\n"
     with pytest.warns(UserWarning, match="a guess"):
         assert read_document(write(tmp_path / "a.txt", text.encode(encoding))) == text
@@ -183,12 +193,12 @@ def test_a_missing_reader_says_what_to_install(
     assert "\n" not in message
 
 
-def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße\r\n".encode())))
     assert read_document("-") == "Grüße\n"
 
 
-def test_html_and_pdf_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_html_and_pdf_are_recognized_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     for data in (b"\n <HTML><body><p>The mill.</p></body></HTML>", pdf("The mill.")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert read_document("-") == "The mill."

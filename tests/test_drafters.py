@@ -279,7 +279,7 @@ def test_guesses_are_as_long_as_they_pay(right, monkeypatch):
     monkeypatch.setattr(
         drafter._session,
         "extend",
-        lambda tokens, keep: rows.append(keep) or extend(tokens, keep),
+        lambda tokens, keep, whole: rows.append(keep) or extend(tokens, keep, whole),
     )
     with torch.inference_mode():
         for first in range(5, 50, 5):
@@ -394,7 +394,7 @@ def test_streaming_keeps_the_first_tokens_and_the_latest(small_budget, length, k
     assert streaming(random_layer(length)).tolist() == [kept, kept]
 
 
-def test_streaming_of_less_than_the_sinks(monkeypatch):
+def test_streaming_keeps_the_first_tokens_of_a_budget_below_the_sinks(monkeypatch):
     monkeypatch.setattr(compressed, "BUDGET", 2)
     assert streaming(random_layer(9)).tolist() == [[0, 1], [0, 1]]
 
@@ -505,13 +505,13 @@ def test_what_keeps_everything_drafts_what_the_target_says(drafting):
 @pytest.mark.parametrize("drafting", ["streaming", "triforce"])
 def test_compression_costs_acceptance_and_reads_no_prompt(small_budget, drafting, monkeypatch):
     read: list[int] = []
-    original = Session.prefill
+    original = Session.reading
 
     def spy(session, tokens, progress=None):
         read.append(len(tokens))
-        original(session, tokens, progress)
+        return original(session, tokens, progress)
 
-    monkeypatch.setattr(Session, "prefill", spy)
+    monkeypatch.setattr(Session, "reading", spy)
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
     config = SpeculationConfig(gamma=4, mode="exact", drafting=drafting)
@@ -530,7 +530,7 @@ def test_compression_costs_acceptance_and_reads_no_prompt(small_budget, drafting
 
 @pytest.mark.parametrize("drafting", KINDS)
 @pytest.mark.parametrize("prompt", [[5], [5, 6], [5, 6, 7]])
-def test_prompts_of_a_few_tokens(drafting, prompt):
+def test_prompts_of_a_few_tokens_are_drafted_for(drafting, prompt):
     model = tiny_model(eos_token_id=None)
     decoder = RapidDecoder(model, tiny_tokenizer())
     config = SpeculationConfig(gamma=3, eta=0, drafting=drafting)
@@ -570,7 +570,7 @@ def test_memory_that_runs_out_while_triforce_chooses_costs_no_answer(
     assert len(ends) == layer + 1 + 2  # once more, over both layers
 
 
-def test_compressed_drafts_use_the_int8_twin_of_the_target_only(small_budget):
+def test_compressed_drafts_use_the_int8_copy_of_the_target_only(small_budget):
     config = SpeculationConfig(gamma=3, mode="exact", drafting="streaming")
     reference = transformers_greedy(tiny_model(eos_token_id=None), PROMPT, 40)
     for drafter in (None, tiny_model(seed=1)):

@@ -74,7 +74,7 @@ def tiny_bge_m3(folder: Path) -> Path:
     return folder
 
 
-def test_bge_m3_through_flag_embedding(
+def test_bge_m3_embeds_as_flag_embedding_does(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flag_embedding = installed("FlagEmbedding")
@@ -187,7 +187,9 @@ def test_a_decoder_needs_flag_embedding(tmp_path: Path, no_flag_embedding: None)
         load_embedder(folder, device="cpu")
 
 
-def test_the_error_names_both(no_flag_embedding: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_beside_its_alternative(
+    no_flag_embedding: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(
         MissingDependencyError, match=r"'BAAI/bge-m3' .*FlagEmbedding .*sentence-transformers"

@@ -58,7 +58,7 @@ def test_f1_counts_common_words_and_takes_the_best_reference() -> None:
     assert token_f1("", ["fox"]) == 0
 
 
-def test_rouge_l_and_its_sum_over_lines() -> None:
+def test_rouge_l_counts_words_in_order_and_its_sum_each_line() -> None:
     reference, answer = "the cat sat\ndogs bark", "dogs bark loud\nthe cat"
     # Of 5 words each, one after the other, "dogs bark" (or "the cat") are in order: 2/5.
     assert rouge("rougeL", answer, [reference]) == pytest.approx(0.4)

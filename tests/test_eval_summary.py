@@ -114,7 +114,7 @@ def test_means_have_a_bootstrap_interval_that_repeats() -> None:
     assert mean(values) == found
 
 
-def test_degenerate_means() -> None:
+def test_one_value_has_no_interval_and_equal_values_have_none_of_width() -> None:
     assert mean([0.25] * 5) == (0.25, 0.25, 0.25)
     assert mean([0.5]) == (0.5, None, None)
 
@@ -300,7 +300,9 @@ def test_folders_without_a_run_and_damaged_runs_are_named(tmp_path: Path) -> Non
     refused(scoreless, r"run\.json cannot be read")
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_report_where_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = written(tmp_path / "run", record("1"))
     assert cli.main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.md")

@@ -51,7 +51,7 @@ BOOK = {"context": "The long book.", "input": "Who baked?", "answer": ["Old Ann"
 CHOICE = BOOK | {"answer": ["A miller"], "options": ["A smith", "A miller", "A monk", "A maid"]}
 
 
-def test_infinitebench_qa(tmp_path: Path) -> None:
+def test_infinitebench_qa_asks_as_its_authors_do(tmp_path: Path) -> None:
     write_lines(tmp_path / "longbook_qa_eng.jsonl", BOOK, BOOK | {"input": "Who ate?"})
     task = load("infinitebench-qa", tmp_path)
     assert [item.id for item in task.items] == ["1", "2"]
@@ -70,7 +70,7 @@ def test_infinitebench_qa(tmp_path: Path) -> None:
     assert task.score(item, "Ann baked.") == {"f1": pytest.approx(2 / 3)}
 
 
-def test_infinitebench_mc(tmp_path: Path) -> None:
+def test_infinitebench_mc_takes_the_letter_of_the_choice(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "any-name.jsonl", CHOICE)
     task = load("infinitebench-mc", path)
     (item,) = task.items
@@ -84,7 +84,7 @@ def test_infinitebench_mc(tmp_path: Path) -> None:
     assert task.score(item, "A") == {"accuracy": 0}
 
 
-def test_infinitebench_sum(tmp_path: Path) -> None:
+def test_infinitebench_sum_scores_with_rouge_l_of_lines(tmp_path: Path) -> None:
     write_lines(tmp_path / "longbook_sum_eng.jsonl", BOOK | {"answer": ["Ann bakes.\nAll eat."]})
     task = load("infinitebench-sum", tmp_path)
     (item,) = task.items
@@ -102,7 +102,7 @@ def test_infinitebench_sum(tmp_path: Path) -> None:
         ("kv", "kv_retrieval", "ab-12", 50, '"k": "ab-12"', "xab-12", "Extract the value"),
     ],
 )
-def test_infinitebench_retrieval(
+def test_infinitebench_retrieval_wants_the_value_itself(
     tmp_path: Path,
     name: str,
     file: str,
@@ -150,7 +150,7 @@ CHOICES = "Choices:\n(A) Ann\n(B) Bob\n(C) Cyd\n(D) Dan"
 
 
 @pytest.mark.parametrize("as_list", [True, False])
-def test_longbench_v2(tmp_path: Path, as_list: bool) -> None:
+def test_longbench_v2_asks_as_its_authors_do(tmp_path: Path, as_list: bool) -> None:
     path = tmp_path / "data.json"
     text = json.dumps([LONGBENCH], indent=1) if as_list else json.dumps(LONGBENCH)
     path.write_text(text, encoding="utf-8")

@@ -50,6 +50,11 @@ def test_html_charset_declaration_is_honoured(tmp_path: Path) -> None:
         ("gb18030", "gb2312", "漢字测试"),
         ("cp932", "Shift_JIS", "①漢字"),
         ("koi8-r", "koi8-r", "Мельница"),
+        ("cp932", "x-sjis", "水車"),
+        ("cp1251", "X-CP1251", "Мельница"),
+        ("cp874", "windows-874", "โรงสี"),
+        ("iso8859-8", "iso-8859-8-i", "הטחנה"),
+        ("cp949", "csEUCKR", "방앗간"),
     ],
 )
 def test_declared_encodings_are_what_browsers_take_them_for(
@@ -84,6 +89,17 @@ def test_a_declaration_that_does_not_hold_is_passed_over(tmp_path: Path, declare
         ("&lt;p&gt; &amp;amp; &eacute; &#x41;&#8364;&nbsp;x", "<p> &amp; é A€ x"),
         ("Fahr&shy;rad", "Fahrrad"),
         ("<p hidden>no</p><input hidden>yes", "yes"),
+        ("<dialog>no</dialog><dialog open>yes</dialog>", "yes"),
+        ("<p style='color: red; DISPLAY : none'>no<p style='visibility:hidden'>no<p>yes", "yes"),
+        ("<body style='display:none'>yes<p style='display:none-such'>so", "yes\n\nso"),
+        (
+            "<center>Mills</center>by the river<listing>old</listing>",
+            "Mills\n\nby the river\n\nold",
+        ),
+        (
+            "<a>Home<svg></svg></a><a>Mills<img src=x></a><button>Search</button>Name<input>Age",
+            "Home Mills Search Name Age",
+        ),
         ("<svg><text>no</text></svg><template>no</template><noscript>no</noscript>yes", "yes"),
         ("<svg><g><title>no</title><p>yes", "yes"),
         ("<script src=x /><p>yes", "yes"),
@@ -122,5 +138,5 @@ def test_a_page_reads_as_a_browser_shows_it(page: str, text: str) -> None:
         ("<svg>" * 300_000 + "<p>x", "x"),
     ],
 )
-def test_pages_of_two_megabytes_of_any_shape(page: str, text: str) -> None:
+def test_pages_of_two_megabytes_of_any_shape_are_read_in_time(page: str, text: str) -> None:
     assert html_text(page) == text

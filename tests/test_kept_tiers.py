@@ -53,7 +53,7 @@ class Apart(CPU):
         full: whether host buffers are refused.
     """
 
-    apart = True
+    own_memory = True
 
     def __init__(self) -> None:
         self.copied: list[int] = []

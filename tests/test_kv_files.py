@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +39,8 @@ from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import InvalidParameterError
 
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
+
 
 @pytest.fixture
 def runner() -> ModelRunner:
@@ -49,13 +50,6 @@ def runner() -> ModelRunner:
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch) -> None:
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
-
-
-@pytest.fixture(autouse=True)
-def _warnings_are_errors() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -387,6 +381,8 @@ def test_room_is_kept_for_files_that_are_being_written(tmp_path):
     def other(path: Path) -> None:
         assert not Folder(tmp_path, 1000).write(name_of(2), 500, Path.touch)
         assert Folder(tmp_path, 1000).write(name_of(3), 400, lambda p: p.write_bytes(bytes(400)))
+        assert not Folder(tmp_path, 1000).write(name_of(2), 500, Path.touch)
+        assert [path.name for path in files_of(tmp_path)] == [name_of(3)]  # nothing was deleted
         path.write_bytes(bytes(600))
 
     assert folder.write(name_of(1), 600, other)

@@ -428,7 +428,7 @@ def test_a_hook_on_all_modules_counts():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_weights_that_torchao_quantized(dtype, when):
+def test_weights_that_torchao_quantized_are_used(dtype, when):
     quantization = installed("torchao.quantization")
     changed = tiny_model(**WIDE).to(dtype)
     runner = ModelRunner(changed, "x")
@@ -842,7 +842,7 @@ def test_dynamic_scaling_is_refused_where_each_token_changes_all():
             session.extend(ids[2001:])
 
 
-# --- twins --------------------------------------------------------------------------------------
+# --- quantized copies ---------------------------------------------------------------------------
 
 
 def difference(ours, theirs):
@@ -851,20 +851,20 @@ def difference(ours, theirs):
 
 @pytest.mark.parametrize("rank", [1, 4, 8, 16, 64])
 @pytest.mark.parametrize("hidden", [40, 64])
-def test_a_twin_has_the_adapter_and_leaves_tiny_layers_alone(rank, hidden):
+def test_a_quantized_copy_has_the_adapter_and_leaves_tiny_layers_whole(rank, hidden):
     torch.manual_seed(1)
     base = tiny_model(**WIDE | {"hidden_size": hidden, "intermediate_size": 100})
     tuned = get_peft_model(base, lora(r=rank, lora_alpha=rank)).bfloat16()
-    twin = ModelRunner(quantized_copy(tuned, Int8Linear), "twin")
-    inner = {m.weight.shape[1] for m in twin.model.modules() if isinstance(m, Int8Linear)}
+    quantized = ModelRunner(quantized_copy(tuned, Int8Linear), "quantized")
+    inner = {m.weight.shape[1] for m in quantized.model.modules() if isinstance(m, Int8Linear)}
     assert inner == {size for size in (hidden, rank, 128) if size % 16 == 0}
-    assert difference(as_decoder(twin), own(tuned)) < 0.15
+    assert difference(as_decoder(quantized), own(tuned)) < 0.15
     with tuned.disable_adapter():
-        assert difference(own(tuned), as_decoder(twin)) > 0.15
+        assert difference(own(tuned), as_decoder(quantized)) > 0.15
 
 
 @pytest.mark.parametrize("edit", [written_in_place, written_through_data, linear_subclass])
-def test_the_twin_is_made_anew_of_a_changed_model(edit):
+def test_the_quantized_copy_of_a_changed_model_is_made_again(edit):
     changed = tiny_model(**WIDE).bfloat16()
     decoder = RapidDecoder(changed, tiny_tokenizer())
     first = decoder.draft_runner
@@ -874,7 +874,7 @@ def test_the_twin_is_made_anew_of_a_changed_model(edit):
     assert decoder.draft_runner is not first
 
 
-def test_the_twin_follows_the_adapter():
+def test_the_quantized_copy_follows_the_adapter():
     torch.manual_seed(3)
     tuned = get_peft_model(tiny_model(**WIDE), lora(r=16), adapter_name="a")
     tuned.add_adapter("b", lora(r=16))
@@ -883,12 +883,12 @@ def test_the_twin_follows_the_adapter():
     decoder = RapidDecoder(tuned, tiny_tokenizer())
     for name in ("a", "b", "a"):
         tuned.set_adapter(name)
-        twin = decoder.draft_runner
-        assert twin is not decoder.drafter
-        assert difference(as_decoder(twin), own(tuned)) < 0.2
+        quantized = decoder.draft_runner
+        assert quantized is not decoder.drafter
+        assert difference(as_decoder(quantized), own(tuned)) < 0.2
 
 
-def test_there_is_no_twin_of_hooks_and_the_model_drafts_itself():
+def test_a_model_with_hooks_has_no_quantized_copy_and_drafts_itself():
     changed = tiny_model(**WIDE, eos_token_id=None).bfloat16()
     decoder = RapidDecoder(changed, tiny_tokenizer())
     hook("mlp")(changed)
@@ -901,10 +901,10 @@ def test_there_is_no_twin_of_hooks_and_the_model_drafts_itself():
 @pytest.mark.parametrize("inner", [1, 3, 8, 20, 31, 100])
 def test_layers_that_a_product_would_read_beyond_are_not_quantized(kind, inner):
     odd = tiny_model(hidden_size=64, intermediate_size=inner).bfloat16()
-    twin = quantized_copy(odd, kind)
-    mlp = twin.model.layers[0].mlp
+    quantized = quantized_copy(odd, kind)
+    mlp = quantized.model.layers[0].mlp
     assert (type(mlp.up_proj), type(mlp.down_proj)) == (kind, nn.Linear)
-    assert difference(as_decoder(ModelRunner(twin, "twin")), own(odd)) < 0.2
+    assert difference(as_decoder(ModelRunner(quantized, "quantized")), own(odd)) < 0.2
 
 
 # --- vocabularies of two widths -------------------------------------------------------------------

@@ -25,7 +25,7 @@ def pages(tmp_path: Path, *contents: str | list[str] | bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "renamed.txt", "no-suffix"])
-def test_pdf_text_page_after_page(tmp_path: Path, name: str) -> None:
+def test_a_pdf_is_read_page_after_page_whatever_its_name(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, pdf("The mill by the river.", "Its wheel.", "The end."))
     assert read_document(path) == "The mill by the river.\fIts wheel.\fThe end."
 
@@ -133,5 +133,5 @@ def test_a_pdf_that_is_too_large_is_refused(
 @pytest.mark.parametrize(
     "page", ["a" * 1_000_000, "1 " * 500_000 + "1", "a-" * 500_000 + "a", "." + " . x" * 250_000]
 )
-def test_pages_of_any_shape(page: str) -> None:
+def test_long_pages_of_any_shape_are_read_in_time(page: str) -> None:
     assert flowing_text([page] * 3) == [page] * 3

@@ -227,7 +227,7 @@ def retrieving(decoder: RapidDecoder, embedder: CountingEmbedder, **options: Any
     return Asked(decoder, builder, [FIRST, SECOND], QUESTION, **options)
 
 
-def test_template_variables_of_an_inquiry_reach_both_prompts(embedder: CountingEmbedder) -> None:
+def test_template_variables_of_a_question_reach_both_prompts(embedder: CountingEmbedder) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE + "{{ one }} {{ two }}"
     decoder = RapidDecoder(

@@ -108,7 +108,7 @@ def test_kv_bytes_are_those_of_the_cache(architecture: str) -> None:
     assert cache.nbytes == 10 * size_of(model.config, "tiny").kv_bytes_per_token
 
 
-def test_known_models() -> None:
+def test_sizes_of_models_count_their_parameters() -> None:
     assert size_of(LLAMA_8B, "8B").parameters == 8_030_261_248
     assert size_of(LLAMA_1B, "1B").parameters == 1_235_814_400
     assert read_size("smollm2-135m").parameters == 134_515_008
@@ -159,7 +159,7 @@ def test_a_mixture_reads_the_experts_that_its_tokens_choose() -> None:
 # --- formulas --------------------------------------------------------------------------------
 
 
-def test_tokens_a_round() -> None:
+def test_expected_tokens_follow_the_formula() -> None:
     assert expected_tokens(0, 5) == 1
     assert expected_tokens(1, 5) == 6
     assert expected_tokens(0.9, 0) == 1
@@ -193,7 +193,7 @@ def test_an_h100_takes_what_is_predicted(context: int) -> None:
     assert rows[None].prefill_seconds == pytest.approx(prefill[context], rel=0.1)
 
 
-def test_what_the_paper_retrieves() -> None:
+def test_the_paper_retrieves_4096_tokens_or_a_24th() -> None:
     assert [paper_retrieved(n) for n in (100, 4096, 32_768, 131_072)] == [100, 4096, 4096, 5461]
 
 
@@ -285,7 +285,7 @@ def test_memory_is_shared_weights_once_and_both_caches() -> None:
     assert other.kv_bytes == 131_072 * k + 5461 * small.kv_bytes_per_token
 
 
-def test_what_fits() -> None:
+def test_a_plan_fits_where_the_memory_holds_it() -> None:
     assert all(row.fits for row in plan().rows)
     assert not any(row.fits for row in plan(device=DEVICES["4090"]).rows)
     assert all(row.fits for row in plan(device=DEVICES["l40s"]).rows)

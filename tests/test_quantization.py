@@ -1,4 +1,4 @@
-"""The int8 twin: its numbers, what it shares with the model, and who drafts with it."""
+"""The int8 copy of a model: its numbers, what it shares with the model, and who drafts with it."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_row_of_zeros_gives_the_bias():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, MAX_QUANTIZED_ROWS, MAX_QUANTIZED_ROWS + 1])
-def test_projections_together_are_those_apart(rows, bias):
+def test_projections_of_one_product_equal_separate_ones(rows, bias):
     torch.manual_seed(0)
     layers = [Int8Linear(nn.Linear(32, out, bias=bias)) for out in (48, 16, 16)]
     x = torch.randn(rows, 32)
@@ -212,18 +212,18 @@ def test_projections_together_are_those_apart(rows, bias):
 
 def test_projections_together_are_one_product_and_store_nothing_twice():
     model = tiny_model()
-    twin = quantized_copy(model, Int8Linear)
-    storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for b in twin.buffers()}
+    quantized = quantized_copy(model, Int8Linear)
+    storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for b in quantized.buffers()}
     shared = {b.untyped_storage().data_ptr() for b in model.buffers()}
     own = sum(storage.nbytes() for start, storage in storages.items() if start not in shared)
-    assert own == quantized_nbytes(twin)
+    assert own == quantized_nbytes(quantized)
 
     with torch.profiler.profile() as profiler:
-        logits_after(twin, torch.arange(3, 20))
+        logits_after(quantized, torch.arange(3, 20))
     products = [e.count for e in profiler.key_averages() if e.key == "aten::_weight_int8pack_mm"]
     # The head of either pass, and of the one of few tokens, in each layer: query, key and value
     # together, the output, three of the MLP.
-    assert products == [2 + 5 * len(twin.model.layers)]
+    assert products == [2 + 5 * len(quantized.model.layers)]
 
 
 # --- a model ---------------------------------------------------------------------------------
@@ -257,42 +257,42 @@ def logits_after(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_twin_of_every_architecture_is_close_to_the_model(architecture):
+def test_the_quantized_copy_of_every_architecture_is_close_to_the_model(architecture):
     model = tiny_model(architecture)
-    twin = quantized_copy(model, Int8Linear)
-    assert int8_layers(twin)
+    quantized = quantized_copy(model, Int8Linear)
+    assert int8_layers(quantized)
     assert (
-        ModelRunner(twin, "twin").lean
+        ModelRunner(quantized, "quantized").lean
         == ModelRunner(model, "model").lean
         == (architecture in FAMILY)
     )
     ids = torch.randint(3, 64, (40,), generator=torch.Generator().manual_seed(1))
-    before, after = logits_after(model, ids), logits_after(twin, ids)
+    before, after = logits_after(model, ids), logits_after(quantized, ids)
     error = (after - before).norm() / before.norm()
     # A router of experts may choose another one.
     assert 0 < error < (0.05 if architecture in FAMILY else 0.2)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=str)
-def test_the_twin_shares_every_weight_and_the_model_is_as_it_was(changes):
+def test_the_quantized_copy_shares_every_weight_and_the_model_is_unchanged(changes):
     model = tiny_model("qwen2", **changes)  # has biases
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     values = {name: p.detach().clone() for name, p in model.named_parameters()}
-    twin = quantized_copy(model, Int8Linear)
-    assert int8_layers(twin).keys() == linears.keys()
+    quantized = quantized_copy(model, Int8Linear)
+    assert int8_layers(quantized).keys() == linears.keys()
     assert not int8_layers(model)
-    ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    ours, theirs = dict(model.named_parameters()), dict(quantized.named_parameters())
     assert ours.keys() == theirs.keys() == values.keys()
     for name, parameter in ours.items():
         assert theirs[name].data_ptr() == parameter.data_ptr()
         assert torch.equal(parameter, values[name])
-    assert twin.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    buffers = dict(twin.named_buffers())
+    assert quantized.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    buffers = dict(quantized.named_buffers())
     for name, buffer in model.named_buffers():
         assert buffers[name].data_ptr() == buffer.data_ptr()
 
 
-def test_quantized_nbytes_counts_what_the_twin_adds():
+def test_quantized_nbytes_counts_what_the_quantized_copy_adds():
     model = tiny_model()
     sizes = [m.weight.shape for m in model.modules() if type(m) is nn.Linear]
     expected = sum(rows * columns + 4 * rows for rows, columns in sizes)  # int8, float32 scales
@@ -300,13 +300,13 @@ def test_quantized_nbytes_counts_what_the_twin_adds():
     assert quantized_nbytes(model) == 0
 
 
-def test_a_model_has_one_twin_and_takes_it_along():
+def test_a_model_has_one_quantized_copy_and_keeps_it_alive():
     model = tiny_model()
-    twin = quantized_copy(model, Int8Linear)
-    assert quantized_copy(model, Int8Linear) is twin
-    assert quantized_copy(tiny_model(), Int8Linear) is not twin
-    freed = weakref.ref(model), weakref.ref(twin)
-    del model, twin
+    quantized = quantized_copy(model, Int8Linear)
+    assert quantized_copy(model, Int8Linear) is quantized
+    assert quantized_copy(tiny_model(), Int8Linear) is not quantized
+    freed = weakref.ref(model), weakref.ref(quantized)
+    del model, quantized
     gc.collect()
     assert [reference() for reference in freed] == [None, None]
 

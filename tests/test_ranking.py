@@ -72,7 +72,7 @@ def test_a_question_without_a_known_word_scores_nothing(question: str) -> None:
     assert bm25(PARTS, question) == [0, 0, 0, 0]
 
 
-def test_texts_without_words() -> None:
+def test_texts_without_words_score_zero() -> None:
     assert bm25(["…", "!"], "zebrawood") == [0, 0]
 
 

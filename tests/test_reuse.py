@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import threading
-import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,6 +29,8 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
+
 
 @pytest.fixture
 def runner() -> ModelRunner:
@@ -40,13 +40,6 @@ def runner() -> ModelRunner:
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch) -> None:
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
-
-
-@pytest.fixture(autouse=True)
-def _warnings_are_errors() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

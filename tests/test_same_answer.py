@@ -252,7 +252,7 @@ def test_streams_side_by_side_answer_as_each_alone_would(case):
     assert [tuple(tokens) for tokens in said] == [case.cold(q).tokens for q in QUESTIONS[:3]]
 
 
-def test_without_the_compiled_kernels_too(monkeypatch, seen, tmp_path):
+def test_no_history_changes_an_answer_without_the_compiled_kernels(monkeypatch, seen, tmp_path):
     monkeypatch.setenv("RAPID_LLM_NATIVE", "0")
     case = Case(tiny_model(**WIDE).bfloat16(), None, {}, SPECULATIONS["paper"], SAMPLED, seen)
     assert not any(isinstance(each, CompiledPass) for each in case.decoder().target.passes)

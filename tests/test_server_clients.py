@@ -30,7 +30,8 @@ KEY = "a secret key"
 
 @pytest.fixture(scope="module")
 def decoder() -> RapidDecoder:
-    return tiny_decoder()
+    """One that answers one request at a time."""
+    return tiny_decoder(max_sequences=1)
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -220,9 +221,10 @@ def load(server: Server, clients: int, each: int) -> int:
     return len(answered)
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize("each", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_answers_under_load_are_those_of_one_client(decoder: RapidDecoder, each: int) -> None:
-    with served(decoder, max_queue=8) as server:
+def test_answers_under_load_are_those_of_one_client(each: int, at_once: int) -> None:
+    with served(tiny_decoder(max_sequences=at_once), max_queue=8) as server:
         before = threading.active_count()
         assert load(server, 16, each) > 8 * each
         until(lambda: threading.active_count() <= before + 1)

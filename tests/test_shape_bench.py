@@ -141,17 +141,17 @@ def test_the_limit_counts_weights_and_kv(report: Report) -> None:
     assert limit.samples[0] / 1000 * max(read.samples) * 1e9 == pytest.approx(weights + kv)
 
 
-def test_whatever_rests_on_the_coin_says_so(report: Report) -> None:
+def test_rows_of_simulated_acceptance_say_so(report: Report) -> None:
     rows = [row for section in report.sections for row in section.rows]
     simulated = {row.key for row in rows if row.simulated}
     assert simulated == {row.key for row in rows if row.key.startswith("rapid_")}
     assert simulated
-    assert "acceptance: simulated by a coin in rows marked *" in report.heading()
+    assert "acceptance: simulated in rows marked *" in report.heading()
     assert report.as_dict()["weights"] == "random"
 
 
 @pytest.mark.parametrize(("a", "gamma"), [(0.8, 3), (0.9, 6)])
-def test_a_coin_accepts_as_often_as_it_should(a: float, gamma: int) -> None:
+def test_simulated_acceptance_accepts_at_the_given_rate(a: float, gamma: int) -> None:
     """The mean of a block is E(a, γ) tokens a round, and its rounds differ."""
     bench = make_bench()
     rounds = 60
@@ -267,12 +267,22 @@ def test_the_command_prints_saves_and_draws(
     status, out, err = run(capsys, *options, "--save", str(folder), "--plot", str(png))
     assert (status, err) == (0, "")
     assert "RAPID ÷ plain, a = 0.9 *" in out
-    assert "simulated by a coin" in out
+    assert "simulated" in out
     saved = json.loads((folder / "tiny.json").read_text("utf-8"))
     assert [s["name"] for s in saved["sections"]][:2] == ["memory", "draft steps"]
     assert all(math.isfinite(x) for s in saved["sections"] for r in s["rows"] for x in r["samples"])
     assert (folder / "tiny.txt").read_text("utf-8") == out
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_questions_at_once_are_measured_plainly_and_by_coin() -> None:
+    bench = ShapeBench("tiny", [600], [0.9], "float32", 180, questions=(1, 3))
+    rows = {row.key: row for row in bench._asked(600)}
+    ways = "plain", "RAPID, a = 0.9"
+    assert list(rows) == [f"questions_{n}_{way}" for way in ways for n in (1, 3)]
+    assert all(speed > 0 for row in rows.values() for speed in row.samples)
+    assert [row.simulated for row in rows.values()] == [False, False, True, True]
+    assert rows["questions_1_plain"].columns == {"÷ 1": 1}
 
 
 def test_json_is_all_that_is_printed_and_a_failure_is_the_status(
@@ -327,7 +337,7 @@ def test_a_chart_is_drawn_of_what_there_is(tmp_path: Path, report: Report) -> No
 
 def test_the_hosts_tier_is_measured_where_a_device_has_memory_of_its_own(monkeypatch) -> None:
     class Apart(CPUDevice):
-        apart = True
+        own_memory = True
 
     monkeypatch.setitem(devices._devices, "cpu", Apart())
     bench = make_bench(contexts=(1024,))

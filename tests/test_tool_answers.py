@@ -206,7 +206,7 @@ def test_what_excludes_each_other_is_refused(call: dict[str, Any], says: str) ->
 
 def test_a_template_whose_calls_are_unknown_is_refused_for_tools_only() -> None:
     tokenizer = with_template(TEMPLATES["qwen-coder"])
-    with pytest.raises(InvalidParameterError, match="how its model calls them is not known"):
+    with pytest.raises(InvalidParameterError, match="in a format that is not known"):
         prepare(tokenizer, CHAT, ChatOptions(TOOLS))
     assert prepare(tokenizer, CHAT, ChatOptions()).constraint is None
 

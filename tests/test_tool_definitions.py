@@ -27,6 +27,7 @@ def tool(name: Any = "add", parameters: Any = OBJECT, **more: Any) -> dict[str, 
         ({"tools": [{"function": {}}]}, r"tools\[0\] has the name None: give it a name"),
         ({"tools": [tool("")]}, r"tools\[0\] has the name ''"),
         ({"tools": [tool("a b")]}, r"has the name 'a b'"),
+        ({"tools": [tool("none")]}, r"the name 'none', which is a value of tool_choice"),
         ({"tools": [tool(), tool(parameters={})]}, r"two tools have the name 'add'"),
         ({"tools": [tool(description=3)]}, r"description of the tool 'add' is of type int"),
         ({"tools": [tool(parameters="none")]}, r"parameters of the tool 'add' is of type str"),
@@ -138,3 +139,5 @@ def test_objects_of_a_schema_are_closed_where_they_do_not_say_otherwise() -> Non
         "allOf": [inner],
         "$defs": {"c": shut},
     }
+    undescribed = {**inner, "required": ["b"]}
+    assert closed(undescribed) == undescribed

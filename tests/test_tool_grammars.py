@@ -10,8 +10,7 @@ import pytest
 from conftest import installed, smollm2
 
 from rapid_llm.grammars import llguidance_grammar
-from rapid_llm.tools.definitions import ChatOptions
-from rapid_llm.tools.formats import (
+from rapid_llm.tool_formats import (
     GEMMA,
     GRANITE,
     HERMES,
@@ -22,6 +21,7 @@ from rapid_llm.tools.formats import (
     Reasoning,
     ToolFormat,
 )
+from rapid_llm.tools.definitions import ChatOptions
 from rapid_llm.tools.grammar import answer_constraint
 
 llguidance = installed("llguidance")

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from rapid_llm.tools.answers import joined_calls
-from rapid_llm.tools.formats import (
+from rapid_llm.tool_formats import (
     GEMMA,
     GRANITE,
     HERMES,
@@ -21,6 +20,7 @@ from rapid_llm.tools.formats import (
     Reasoning,
     ToolFormat,
 )
+from rapid_llm.tools.answers import joined_calls
 from rapid_llm.tools.parsing import AnswerParser, Parsed
 
 THINK = Reasoning("<think>", "</think>")

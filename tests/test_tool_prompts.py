@@ -13,7 +13,7 @@ from test_encoding import CHATML, control_ids, user
 from rapid_llm.chat import opening_of_answer
 from rapid_llm.encoding import encode_prompt
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.tools.formats import (
+from rapid_llm.tool_formats import (
     GEMMA,
     GRANITE,
     HERMES,

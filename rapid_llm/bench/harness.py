@@ -1,7 +1,6 @@
-"""Measure passes, rounds and prefills of a decoder: what both benches share.
+"""Base of both benches: measure passes, memory and prefills of a decoder, step by step.
 
-A step that fails is reported so and costs the others nothing. KV is made up where nobody needs what
-it says.
+A step that fails is reported, and the others go on. Where only speed counts, KV is random.
 """
 
 from __future__ import annotations
@@ -31,15 +30,22 @@ PASSES = (1, 2, 5, 8, 11, 16)
 """Tokens of the passes that are timed."""
 
 _REPEATS = 20
-_NUMBERS = {"cuda": 2**30, "cpu": 2**26}  # float32, to measure the memory with
-_READ = 16  # tokens of a prompt that are read, before KV is made up
-_PIECE = 8192  # of KV written at once
-QUESTION = 64  # tokens
-_SHARE = 0.6  # of a step's time after which no further repeat begins
+_NUMBERS = {"cuda": 2**30, "cpu": 2**26}  # float32 numbers that are read to measure bandwidth
+_READ = 16  # tokens of a prompt that the model reads before random KV is appended
+_PIECE = 8192  # tokens of random KV that are written at once
+QUESTION = 64  # tokens of a question
+_SHARE = 0.6  # share of a step's time after which no further repeat begins
 
 
 class Step(NamedTuple):
-    """What becomes a section; it begins where ``seconds`` are left, and repeats less if slower."""
+    """A measurement that becomes a section of the report.
+
+    Attributes:
+        name: name of the section.
+        context: tokens of the target's prompt; None where it does not matter.
+        seconds: time limit; the step is skipped if less is left, and repeats less if it is slow.
+        measure: function that yields the rows.
+    """
 
     name: str
     context: int | None
@@ -48,15 +54,18 @@ class Step(NamedTuple):
 
 
 class Bench(ABC):
-    """Measures steps with one decoder, in so many seconds or a little more.
+    """Measures steps with one decoder within about a time limit.
 
     Args:
-        facts: of the report, beside those of the machine.
-        room: tokens of an answer.
-        draft_tokens: of the drafter's context.
+        decoder: the decoder.
+        facts: facts for the report, in addition to those of the machine.
+        room: maximum tokens of an answer.
+        draft_tokens: tokens of the drafter's context.
+        seconds: time limit of all steps.
 
     Attributes:
-        progress: called with (what is measured, runs done, runs to do).
+        report: the results so far.
+        progress: callback, called with (name of the measurement, runs done, runs in total).
     """
 
     def __init__(
@@ -86,10 +95,10 @@ class Bench(ABC):
 
     @abstractmethod
     def steps(self) -> Iterator[Step]:
-        """What is measured, those first that others are compared with."""
+        """The steps in order; those that others are compared with come first."""
 
     def run(self) -> Iterator[Section]:
-        """Measure, a section after another."""
+        """Run the steps and yield the section of each."""
         for name, context, seconds, measure in self.steps():
             started = time.perf_counter()
             rows: list[Row] = []
@@ -101,10 +110,10 @@ class Bench(ABC):
                 self._until = started + _SHARE * seconds
                 try:
                     with torch.inference_mode():
-                        rows.extend(measure())  # what came before a failure stays
+                        rows.extend(measure())  # rows before a failure are kept
                 except Exception as error:
                     failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self._decoder.clear_cache()  # other sections need the memory
+            self._decoder.clear_cache()  # the next steps need the memory
             gc.collect()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -113,10 +122,10 @@ class Bench(ABC):
             self.report.sections.append(Section(name, context, rows, failed, now - started))
             yield self.report.sections[-1]
 
-    # --- what both benches measure -----------------------------------------------------------
+    # --- measurements of both benches ----------------------------------------------------------
 
     def _memory(self) -> Iterator[Row]:
-        """Of sums that no cache holds."""
+        """Memory bandwidth, from sums over more numbers than caches hold."""
         watch = Stopwatch(self._device)
         block = torch.ones(_NUMBERS[self._device.type], device=self._device)
         for _ in self._turns(10, watch):
@@ -131,7 +140,7 @@ class Bench(ABC):
             batches = {n: torch.tensor(self._tokens(n), device=self._device) for n in PASSES}
             watch = Stopwatch(self._device)
             for _ in self._turns(_REPEATS, watch, warm=3):
-                session.extend(batches[1])  # the host is ahead from here on
+                session.extend(batches[1])  # from here on the device never waits for the host
                 session.rollback(length)
                 for n, tokens in batches.items():
                     with watch(n):
@@ -152,7 +161,7 @@ class Bench(ABC):
             yield Row("share", "plain step, share of the limit", "%", share, "the device's time")
 
     def _prefill(self, context: int) -> Iterator[Row]:
-        """Of a new document; then of questions that differ in their last tokens."""
+        """Prefill of a new document, then first tokens of questions with other last tokens."""
         first = self._tokens(context)
         self._first_token(first[: 2 * self._draft_tokens], None)
         self._decoder.clear_cache()
@@ -171,18 +180,20 @@ class Bench(ABC):
                 question = first[:-QUESTION] + self._tokens(QUESTION)
                 retrieved = self._tokens(self._draft_tokens) if name == "RAPID" else None
                 times.append(self._first_token(question, retrieved)[0])
-        for name, (_, *times) in again.items():  # the first measures what passes cost here
+        for name, (_, *times) in again.items():  # the first call also measures the pass costs
             read = f"drafter reads {self._draft_tokens:,} tokens anew" if name == "RAPID" else ""
             key = f"second_question_{name.lower()}"
             yield Row(key, f"first token, next question, {name}", "s", times, read)
             shares = [100 * s / asked for s in times]
             yield Row(f"{key}_share", "÷ the first question's", "%", shares)
 
-    # --- how ---------------------------------------------------------------------------------
+    # --- helpers -------------------------------------------------------------------------------
 
     def _turns(self, counted: int, watch: Stopwatch | None = None, warm: int = 1) -> Iterator[int]:
-        """Numbers of repeats, negative ones to warm up, which a watch forgets; at least 0, more
-        where there is time."""
+        """Numbers of repeats from ``-warm`` on, as far as the step's time allows, but at least 0.
+
+        Negative ones warm up; the watch is cleared after them.
+        """
         for turn in range(-warm, counted):
             if turn > 0 and time.perf_counter() > self._until:
                 return
@@ -195,15 +206,14 @@ class Bench(ABC):
         return self._random.choices(range(self._vocabulary), k=n)
 
     def _prompt(self, n: int) -> list[int]:
-        """The same for the same length."""
+        """A random prompt that depends on its length only."""
         return random.Random(n).choices(range(self._vocabulary), k=n)
 
     @contextmanager
     def _open(self, context: int, *, draft: bool, gamma: int = 1) -> Iterator[Any]:
-        """A generation whose target holds a prompt of so many tokens.
+        """A generation whose target has read a prompt of ``context`` tokens.
 
-        The KV is made up the first time, then whole chunks of it are taken over from the generation
-        before.
+        Its KV is random the first time; later generations reuse whole chunks of it.
         """
         retrieved = self._prompt(self._draft_tokens) if draft else None
         prompt = self._prompt(context)
@@ -211,15 +221,15 @@ class Bench(ABC):
         request = self._decoder._pair.request(
             prompt, retrieved, self._sampling, speculation, 1.0, {}
         )
-        with self._decoder._opener.open(request, time.perf_counter()) as generation:
+        with self._decoder.opener.open(request, time.perf_counter()) as generation:
             if generation.target.length == 0:
-                self._decoder.clear_cache()  # whatever else is kept has no use any more
+                self._decoder.clear_cache()  # no other kept KV is used again
             self._fill(generation.target, prompt[:-1])
             generation.prefill(None)
             yield generation
 
     def _fill(self, session: Session, prompt: list[int]) -> None:
-        """The model itself reads the first tokens, so that the cache is known to be its own."""
+        """Fill a cache with random KV after a few tokens that the model reads, as its origin."""
         if session.length == 0:
             session.prefill(prompt[:_READ])
         for start in range(session.length, len(prompt), _PIECE):
@@ -234,7 +244,7 @@ class Bench(ABC):
         return [make(1, heads, tokens, dim) for _ in range(2)]
 
     def _first_token(self, prompt: list[int], retrieved: list[int] | None) -> tuple[float, Any]:
-        """Seconds from the call to the first round's tokens, and what the decoder counted."""
+        """Seconds from the call to the first round's tokens, and the stats at that time."""
         stream = self._decoder.stream(prompt, retrieved, sampling=self._sampling)
         stats = next(stream).stats
         stream.close()  # type: ignore[attr-defined]
@@ -242,7 +252,7 @@ class Bench(ABC):
         return stats.time_to_first_token, stats
 
     def _allocated(self, peak: bool = False) -> int:
-        """Bytes on a GPU now, from which the next peak is counted; or the peak since."""
+        """Bytes allocated on a GPU now, which resets the peak; or the peak since the last call."""
         if self._device.type != "cuda":
             return 0
         if peak:

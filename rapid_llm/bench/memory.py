@@ -1,4 +1,4 @@
-"""Memory that models and their KV take: on several devices, and in the tiers of kept KV."""
+"""Memory of models and their KV: on several devices, and in the tiers of kept KV."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from rapid_llm.bench.speed_model import MEMORY_FRACTION, Device, ModelSize
 
 DEVICE_COUNTS = (1, 2, 4, 8)
 
-_KEPT = 0.25  # of a device's memory, for kept KV: the default of kv_cache_bytes
-# Bytes/s at which KV comes back: from pinned host memory as on an H100 (PCIe 5), from an NVMe disk
-# as assumed.
+_KEPT = 0.25  # share of a device's memory for kept KV: the default of kv_cache_bytes
+# Bytes/s at which KV is restored: from pinned host memory as measured on an H100 (PCIe 5), from an
+# NVMe disk as assumed.
 _HOST, _DISK = 55e9, 3e9
 _UNITS = (("host", 100 * 10**9, _HOST), ("disk", 10**12, _DISK))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A number of equal devices, and what the fullest of them holds.
+    """A number of equal devices, and the memory used on the fullest of them.
 
     Attributes:
         devices: number of devices.
@@ -37,13 +37,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Tier:
-    """Where the KV of documents is kept, so that the next question need not read them.
+    """A tier in which the KV of documents is kept, so that the next question need not read them.
 
     Attributes:
         name: device, host or disk.
         nbytes: bytes of the tier: a device's default budget, a unit of host memory or of disk.
-        documents: number of documents whose KV they hold.
-        seconds: time until the KV of one is on the device.
+        documents: number of documents whose KV fits into the tier.
+        seconds: time to restore the KV of one document to the device.
     """
 
     name: str
@@ -58,10 +58,10 @@ def spreads(
     device: Device,
     copied: int = 0,
 ) -> list[Spread]:
-    """What :data:`DEVICE_COUNTS` devices hold.
+    """Memory used on each number of devices in :data:`DEVICE_COUNTS`.
 
     Args:
-        models: each loaded model and the tokens in its cache.
+        models: loaded models, each with the number of tokens in its cache.
         caches: further caches of these models, for a model that drafts for itself.
         device: one of the devices.
         copied: bytes of a quantized copy, which is made only of a model on one device.
@@ -87,12 +87,12 @@ def spreads(
 
 
 def tiers(size: ModelSize, context: int, device: Device) -> list[Tier]:
-    """Documents of ``context`` tokens that are kept beside the models.
+    """Tiers with the number of documents of ``context`` tokens that each keeps.
 
     Args:
         size: the target.
         context: tokens of a document.
-        device: the device; a CPU's memory is the host's.
+        device: the device; a CPU has no separate host tier.
     """
     kv = size.kv_bytes_per_token * context
     found = []

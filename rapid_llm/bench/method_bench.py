@@ -1,8 +1,8 @@
 """Compare the speed of methods, their ablations and other libraries on the same prompts.
 
-Runs are interleaved, so that a change in the machine's load meets all methods. The first of each
-warms up and is not counted; in it peers read the drafter's prompt: unlike us they measure nothing
-that the next run uses, and on a CPU a long prompt takes them minutes.
+Runs are interleaved, so that a change in the machine's load affects all methods. The first run of
+each warms up and is not counted. In it, other libraries read the short prompt of the drafter,
+because their later runs reuse nothing, and a long prompt takes minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from math import inf
@@ -21,29 +21,65 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from rapid_llm.batching import GenerationRequest
 from rapid_llm.bench.harness import Bench, Step
+from rapid_llm.bench.questions import question_rows
 from rapid_llm.bench.report import Row
 from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.device import device_of
-from rapid_llm.errors import ContextWindowError
+from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.stats import Stats
 
 ROOM = 32
-"""The least tokens of an answer: as many as the longest pass, and more."""
+"""Minimum tokens of an answer, more than the longest pass that is timed."""
 
 _GENERATE = "transformers generate"
+_GENERATE_WIDE = f"{_GENERATE}, float32"
+_LOOKUP, _ASSISTED = "transformers prompt lookup", "transformers assisted"
+_LLAMA_CPP = "llama.cpp, 4 bit"
+# By name: whether the drafter's copy is quantized, and options of the speculation.
+_VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "rapid": (True, {}),
+    "rapid γ=10, as published": (False, {"gamma": 10, "lookup": False}),
+    "rapid without quantization": (False, {}),
+    "rapid without lookup": (True, {"lookup": False}),
+    "rapid without quantization, lookup": (False, {"lookup": False}),
+    "rapid without adaptive γ (4)": (True, {"gamma": 4}),
+    **{name: (True, {"drafting": name}) for name in ("streaming", "triforce", "rest")},
+}
 _COLUMNS = (
     "medians of interleaved greedy runs (range); a acceptance rate, E tokens a round, γ tokens "
     "drafted, c a drafter's pass and v a verification ÷ a plain step"
 )
 
 
+def _exact(name: str) -> str:
+    """Name of a variant's row with η = 0: sd is rapid so, and rest is always exact."""
+    return {"rapid": "sd", "rest": "rest"}.get(name, f"{name}, η=0")
+
+
+_NAMES = tuple(
+    dict.fromkeys(
+        (
+            *("lc", "rag"),
+            *(row for name in _VARIANTS for row in (_exact(name), name)),
+            *(_GENERATE, _LOOKUP, _ASSISTED, _GENERATE_WIDE, _LLAMA_CPP),
+        )
+    )
+)
+
+
 class Run(NamedTuple):
-    """One generation: seconds to the end of the prompts (None where they were read before), seconds
-    a token after that, and our stats (None for a peer)."""
+    """Result of one generation.
+
+    Attributes:
+        prefill: seconds of reading the prompts; None where they were read before.
+        per_token: seconds per token after that.
+        stats: statistics of our decoder; None for other libraries.
+    """
 
     prefill: float | None
     per_token: float
@@ -51,50 +87,59 @@ class Run(NamedTuple):
 
 
 Method = Callable[[Workload, int], Run]
-"""Called with what to answer and how many tokens to decode, end-of-sequence tokens ignored."""
+"""Function of a workload and the number of tokens to decode; end-of-sequence tokens are ignored."""
 
 
 def our_methods(decoder: RapidDecoder) -> dict[str, Method]:
-    """Our rows. Each speculative one runs with η = 0 (``exact``) and with the default η."""
+    """Methods of our decoder; each speculative one with η = 0 (``exact``) and the default η."""
     model, name = decoder.target.model, decoder.target.name
     own = RapidDecoder(model, decoder.tokenizer, name=name, drafter_quantization=None)
-    variants: dict[str, tuple[RapidDecoder, dict[str, Any]]] = {
-        "rapid": (decoder, {}),
-        "rapid γ=10, as published": (own, {"gamma": 10, "lookup": False}),
-        "rapid without quantization": (own, {}),
-        "rapid without lookup": (decoder, {"lookup": False}),
-        "rapid without quantization, lookup": (own, {"lookup": False}),
-        "rapid without adaptive γ (4)": (decoder, {"gamma": 4}),
-        **{name: (decoder, {"drafting": name}) for name in ("streaming", "triforce", "rest")},
-    }
     rows = {"lc": _ours(decoder, None), "rag": _ours(decoder, None, rag=True)}
-    for name, (which, changes) in variants.items():
-        # sd is rapid with η = 0; rest is always exact.
-        exact = {"rapid": "sd", "rest": "rest"}.get(name, f"{name}, η=0")
-        rows[exact] = _ours(which, SpeculationConfig(mode="exact", **changes))
+    for name, (quantized, changes) in _VARIANTS.items():
+        which = decoder if quantized else own
+        rows[_exact(name)] = _ours(which, SpeculationConfig(mode="exact", **changes))
         if name != "rest":
             rows[name] = _ours(which, SpeculationConfig(**changes))
     return rows
 
 
-def peer_methods(decoder: RapidDecoder, gguf: Path | None = None) -> dict[str, Method]:
-    """transformers' own decoding, and llama.cpp where it is installed and has a file.
+def named(part: str, rows: Collection[str] | None = None) -> list[str]:
+    """Rows of that name, or all whose names contain it.
 
-    Assisted generation takes the target itself as its assistant: no smaller model shares its
-    tokenizer, and so self-speculation meets self-speculation. On a CPU that does not multiply the
-    model's dtype, transformers is measured in float32 too, which serves it better there.
+    Args:
+        part: name of a row, or a part of some.
+        rows: rows to choose from; None for all that there may be on any machine.
+
+    Raises:
+        InvalidParameterError: there is none.
+    """
+    every = _NAMES if rows is None else rows
+    found = [part] if part in every else [name for name in every if part in name]
+    if not found:
+        raise InvalidParameterError(
+            f"method={part!r} names no method; choose from {', '.join(every)}"
+        )
+    return found
+
+
+def peer_methods(decoder: RapidDecoder, gguf: Path | None = None) -> dict[str, Method]:
+    """Methods of transformers, and of llama.cpp where it is installed and a GGUF file is given.
+
+    In assisted generation the target is its own assistant, as in our self-speculation. On a CPU
+    without fast products in the model's dtype, transformers is also measured in float32, where it
+    is faster.
     """
     model = decoder.target.model
     rows = {
         _GENERATE: _generate(lambda: model),
-        "transformers prompt lookup": _generate(lambda: model, prompt_lookup_num_tokens=10),
-        "transformers assisted": _generate(lambda: model, assistant_model=model),
+        _LOOKUP: _generate(lambda: model, prompt_lookup_num_tokens=10),
+        _ASSISTED: _generate(lambda: model, assistant_model=model),
     }
     if device_of(model.device).product_dtype(model.dtype) != model.dtype:
         wide = cache(lambda: copy.deepcopy(model).float())  # made at the first run
-        rows[f"{_GENERATE}, float32"] = _generate(wide)
+        rows[_GENERATE_WIDE] = _generate(wide)
     if gguf is not None and importlib.util.find_spec("llama_cpp") is not None:
-        rows["llama.cpp, 4 bit"] = _llama_cpp(gguf, decoder.target.context_window)
+        rows[_LLAMA_CPP] = _llama_cpp(gguf, decoder.target.context_window)
     return rows
 
 
@@ -115,7 +160,7 @@ def _ours(
 
 
 def _generate(model: Callable[[], PreTrainedModel], **options: Any) -> Method:
-    """``generate`` with the attention and the cache that it chooses itself."""
+    """transformers' ``generate`` with its default attention and cache."""
 
     @torch.inference_mode()
     def run(work: Workload, new_tokens: int) -> Run:
@@ -127,7 +172,7 @@ def _generate(model: Callable[[], PreTrainedModel], **options: Any) -> Method:
 
 
 def _llama_cpp(path: Path, window: int) -> Method:
-    """llama.cpp on as many threads as torch."""
+    """llama.cpp with as many threads as torch."""
 
     @cache
     def load() -> Any:
@@ -153,9 +198,13 @@ class MethodBench(Bench):
     """Measures methods on workloads, and the engine of the decoder.
 
     Args:
-        peers: methods whose runs do not depend on those before.
+        decoder: our decoder.
+        methods: methods of our decoder by name.
+        works: the workloads.
+        peers: methods of other libraries by name.
         new_tokens: tokens decoded in a run, at least 2.
-        repeats: counted runs of each, at least 1.
+        repeats: counted runs of each method, at least 1.
+        questions: numbers of questions at once to measure as well; the same question each time.
 
     Raises:
         ContextWindowError: a prompt and the new tokens exceed the model's window.
@@ -170,6 +219,7 @@ class MethodBench(Bench):
         peers: Mapping[str, Method] | None = None,
         new_tokens: int,
         repeats: int,
+        questions: Sequence[int] = (),
     ) -> None:
         window, longest = decoder.target.context_window, max(len(work.target) for work in works)
         if longest + new_tokens > window:
@@ -180,7 +230,7 @@ class MethodBench(Bench):
             )
         self._peers, self._works = peers or {}, works
         self._methods = {**methods, **self._peers}
-        self._new_tokens, self._repeats = new_tokens, repeats
+        self._new_tokens, self._repeats, self._questions = new_tokens, repeats, questions
         facts = {"model": decoder.target.name, "new_tokens": new_tokens, "repeats": repeats}
         facts["columns"] = _COLUMNS
         draft_tokens = max(len(work.draft) for work in works)
@@ -191,12 +241,15 @@ class MethodBench(Bench):
         yield Step("memory", None, inf, self._memory)
         for work in self._works:
             yield Step(work.task, work.context, inf, partial(self._compared, work))
+            if self._questions:
+                name = f"{work.task}, questions at once"
+                yield Step(name, work.context, inf, partial(self._asked, work))
         for context in dict.fromkeys(work.context for work in self._works):
             yield Step("passes", context, inf, partial(self._passes, context))
             yield Step("prefill", context, inf, partial(self._prefill, context))
 
     def _compared(self, work: Workload) -> Iterator[Row]:
-        """A row a method, tokens a second; ratios are of medians."""
+        """A row of tokens/s per method; ratios are those of medians."""
         total, done = len(self._methods) * (self._repeats + 1), 0
         runs: dict[str, list[Run]] = {name: [] for name in self._methods}
         short = replace(work, target=work.draft)
@@ -220,9 +273,19 @@ class MethodBench(Bench):
                 columns["prefill, s"] = median(read)
             yield Row(name, name, "tokens/s", speeds[name], columns=columns)
 
+    def _asked(self, work: Workload) -> Iterator[Row]:
+        """Tokens a second of several questions at once, plainly and by RAPID."""
+        sampling = SamplingParams(max_new_tokens=self._new_tokens, ignore_eos=True)
+        self._decoder.generate(work.target, sampling=replace(sampling, max_new_tokens=1))
+        ways = {}
+        for name, draft in (("lc", None), ("rapid", work.draft)):
+            request = GenerationRequest(work.target, draft, sampling)
+            ways[name] = self._decoder.opener, [request] * max(self._questions)
+        yield from question_rows(self._decoder, self._questions, ways, self._repeats)
+
 
 def _speculation(stats: Stats, plain: float) -> dict[str, float]:
-    """Acceptance, yield and costs; ``plain``: seconds of a plain step."""
+    """Acceptance, tokens per round and costs, from stats and the seconds of a plain step."""
     checking = (stats.decode_seconds - stats.draft_seconds) / stats.rounds
     costs = {"a": stats.acceptance_rate, "E": stats.tokens_per_round, "v": checking / plain}
     if stats.draft_passes:  # else no model drafted

@@ -1,4 +1,4 @@
-"""Plan: the predicted speed and memory of a model, a context length and a device."""
+"""Predicted speed and memory of a model for a context length and a device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SENSITIVITY = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft length and what it gains: γ (0 is plain decoding) and the speedup over plain."""
+    """A draft length γ (0 is plain decoding) and its speedup over plain decoding."""
 
     gamma: int
     speedup: float
@@ -37,37 +37,60 @@ class Draft:
 
 @dataclass(frozen=True)
 class Row:
-    """The prediction for one drafter."""
+    """Predictions for one drafter.
 
-    drafter: str | None  # None is plain decoding
-    cost: float | None  # c, a draft step ÷ a plain step
-    best: Draft  # the draft length that decodes fastest at the plan's acceptance rate
-    tokens_a_round: float  # E for it
+    Attributes:
+        drafter: name of the drafter; None for plain decoding.
+        cost: c, time of a draft step ÷ time of a plain step.
+        best: fastest draft length at the plan's acceptance rate.
+        tokens_a_round: E at that length.
+        seconds_a_token: seconds per token at that length.
+        prefill_seconds: seconds of reading both prompts.
+        weight_bytes: bytes of both models' weights; shared weights count once.
+        kv_bytes: bytes of both KV caches.
+        fits: whether weights and KV leave room for activations; None where the memory is unknown.
+        sensitivity: fastest draft lengths at other acceptance rates.
+        spreads: memory on several devices.
+    """
+
+    drafter: str | None
+    cost: float | None
+    best: Draft
+    tokens_a_round: float
     seconds_a_token: float
-    prefill_seconds: float  # of the target's prompt and the drafter's
-    weight_bytes: int  # of both models; weights that they share count once
-    kv_bytes: int  # of both caches
-    fits: bool | None  # whether these leave enough of the memory; None where that is unknown
-    sensitivity: dict[float, Draft]  # the best draft for other acceptance rates
-    spreads: list[Spread]  # on several devices; a quantized copy is made on one only
+    prefill_seconds: float
+    weight_bytes: int
+    kv_bytes: int
+    fits: bool | None
+    sensitivity: dict[float, Draft]
+    spreads: list[Spread]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A case, and what the speed model predicts for it."""
+    """A model, context length and device, with the predictions of the speed model.
 
-    model: ModelSize  # the target
-    drafter: ModelSize | None  # another model to consider beside self-speculation
+    Attributes:
+        model: the target.
+        drafter: another model to draft with, in addition to self-speculation; None for none.
+        device: the device.
+        context: L, tokens that the target reads.
+        retrieval_tokens: S, tokens that the drafter reads.
+        acceptance: a, probability that a drafted token is accepted if those before it were.
+    """
+
+    model: ModelSize
+    drafter: ModelSize | None
     device: Device
-    context: int  # tokens the target reads, L
-    retrieval_tokens: int  # tokens the drafter reads, S
-    acceptance: float  # a, the probability that a draft token is accepted if those before it were
+    context: int
+    retrieval_tokens: int
+    acceptance: float
 
     @property
     def rows(self) -> list[Row]:
-        """Plain decoding, self-speculation by 16 and the device's few bits, another drafter."""
+        """Rows for plain decoding, self-speculation by weight format, and the other drafter."""
         rows = [self._row(None), self._row(f"self, {self.device.dtype}", self.model)]
-        for bits in self.device.few_bits:
+        for bits in self.device.quantizations:
             extra = self.model.quantized_bytes(bits)
             rows.append(self._row(f"self, {bits[:4]}", self.model, bits, extra))
         if self.drafter is not None:
@@ -79,7 +102,7 @@ class Plan:
         self, label: str | None, drafter: ModelSize | None = None, precision: Precision = "bf16",
         extra: int = 0,
     ) -> Row:  # fmt: skip
-        """``extra``: bytes of weights that the target has not."""
+        """The row of a drafter, whose weights take ``extra`` bytes beside the target's."""
         device, step = self.device, self._round(1)
         weights = self.model.weight_bytes + extra
         kv = self.model.kv_bytes_per_token * self.context
@@ -111,7 +134,7 @@ class Plan:
         )
 
     def _spreads(self, drafter: ModelSize | None, copied: int) -> list[Spread]:
-        """``copied``: bytes of a quantized copy."""
+        """Memory on several devices, with a quantized copy of ``copied`` bytes."""
         models = [(self.model, self.context)]
         caches: list[tuple[ModelSize, int]] = []
         if drafter is not None:
@@ -121,17 +144,17 @@ class Plan:
 
     @property
     def tiers(self) -> list[Tier]:
-        """Documents of the context's length whose KV is kept."""
+        """Tiers of kept KV, for documents as long as the context."""
         return tiers(self.model, self.context, self.device)
 
     def _round(self, tokens: int) -> float:
-        """Seconds of a round but for its drafts: the target reads so many tokens."""
+        """Seconds of a round without its drafts, in which the target reads ``tokens`` tokens."""
         seconds = pass_seconds(self.model, self.device, self.context, tokens=tokens)
         return seconds + self.device.round_seconds
 
     @property
     def warnings(self) -> list[str]:
-        """Prompts longer than a model was made for."""
+        """Warnings about prompts longer than a model's context window."""
         reads = [(self.model, self.context), (self.drafter, self.retrieval_tokens)]
         return [
             f"{size.name} was made for {size.context_window:,} tokens, fewer than the {tokens:,} "
@@ -142,7 +165,7 @@ class Plan:
 
     @property
     def assumptions(self) -> list[str]:
-        """What the predictions rest on."""
+        """Assumptions of the predictions, in sentences."""
         return [
             f"{self.device.name}, {self.device.source}: {self.device.rates}",
             f"target and KV in {self.device.dtype}, batch 1; every layer reads its whole cache in "
@@ -173,9 +196,12 @@ def make_plan(
     """A plan from names: configs are read, weights are not.
 
     Args:
-        model: the target, as :func:`rapid_llm.models.load_model` takes it; ``drafter`` likewise.
-        retrieval_tokens: tokens the drafter reads; None is :func:`paper_retrieved`.
-        device: None measures this machine.
+        model: name of the target, as :func:`rapid_llm.models.load_model` takes it.
+        context: tokens that the target reads.
+        retrieval_tokens: tokens that the drafter reads; None is :func:`paper_retrieved`.
+        drafter: name of another model to draft with; None for self-speculation only.
+        acceptance: acceptance rate a.
+        device: the device; None measures this machine.
 
     Raises:
         InvalidParameterError: a number is out of range.
@@ -192,12 +218,12 @@ def make_plan(
 
 
 def paper_retrieved(context: int) -> int:
-    """Tokens the paper retrieves: the larger of 4,096 and L/24, and never more than L."""
+    """Tokens that the paper retrieves: the larger of 4,096 and L/24, but at most L."""
     return min(context, max(4096, context // 24))
 
 
 def paper_plans(context: int, device: Device) -> list[Plan]:
-    """Plans of the paper's rows, for a context of so many tokens.
+    """Plans of the paper's pairs of models for a context of ``context`` tokens.
 
     Raises:
         InvalidParameterError: the context is out of range.

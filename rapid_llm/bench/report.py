@@ -19,43 +19,62 @@ _DRAWN = ("tokens/s", "ms/token", "ms")
 
 @dataclass(frozen=True)
 class Row:
-    """A quantity."""
+    """A measured quantity.
+
+    Attributes:
+        key: name of the quantity in JSON.
+        label: name of the quantity in tables.
+        unit: unit of the samples.
+        samples: a value for each counted run; empty where nothing could be measured.
+        note: remark on the measurement.
+        simulated: whether acceptance was simulated.
+        columns: further numbers by heading.
+    """
 
     key: str
     label: str
     unit: str
-    samples: list[float]  # one a counted run; empty where nothing could be measured
-    note: str = ""  # what a number alone would not say
-    simulated: bool = False  # whether a coin decided what was accepted
-    columns: dict[str, float] = field(default_factory=dict)  # further figures, by their heading
+    samples: list[float]
+    note: str = ""
+    simulated: bool = False
+    columns: dict[str, float] = field(default_factory=dict)
 
     @property
     def median(self) -> float | None:
-        """None without samples."""
+        """Median of the samples; None without samples."""
         return median(self.samples) if self.samples else None
 
     @property
     def name(self) -> str:
-        """The label, with the mark of what was simulated."""
+        """The label, marked with ``*`` if the row is simulated."""
         return f"{self.label} *" if self.simulated else self.label
 
 
 @dataclass(frozen=True)
 class Section:
-    """What belongs together."""
+    """The rows of one step of a bench.
+
+    Attributes:
+        name: name of the step.
+        context: context length in tokens; None where it does not matter.
+        rows: the rows.
+        failed: reason why rows are missing; None if the step succeeded.
+        seconds: duration of the step.
+    """
 
     name: str
-    context: int | None  # its length; None where any will do
+    context: int | None
     rows: list[Row]
-    failed: str | None  # why there are not all rows; None where there are
-    seconds: float  # that measuring took
+    failed: str | None
+    seconds: float
 
     @property
     def title(self) -> str:
+        """Name and context length."""
         return self.name if self.context is None else f"{self.name}, {self.context:,} tokens"
 
     def text(self) -> str:
-        """A table, a line a row, with what failed below."""
+        """The rows as a table, followed by the failure if there was one."""
         columns = list(dict.fromkeys(name for row in self.rows for name in row.columns))
         failed = f"failed: {self.failed}" if self.failed else None
         table = number_table(
@@ -75,7 +94,14 @@ class Section:
 
 @dataclass
 class Report:
-    """What was measured, on what and how (``facts``); ``sections`` grow with time."""
+    """Results of a bench.
+
+    Attributes:
+        name: name of the model or shape.
+        facts: facts about model, machine and method, by name.
+        sections: sections of the finished steps.
+        seconds: duration so far.
+    """
 
     name: str
     facts: dict[str, Any]
@@ -84,15 +110,16 @@ class Report:
 
     @property
     def failed(self) -> bool:
+        """Whether any step failed."""
         return any(section.failed for section in self.sections)
 
     def row(self, key: str, context: int | None = None) -> Row | None:
-        """None where it was not measured."""
+        """The row of a key and context length; None where it was not measured."""
         rows = (row for s in self.sections if s.context == context for row in s.rows)
         return next((row for row in rows if row.key == key), None)
 
     def heading(self) -> str:
-        """The facts, as they are printed."""
+        """The facts, in one line."""
         return as_text("; ".join(f"{name}: {fact}" for name, fact in self.facts.items()), _WIDTH)
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,7 +131,11 @@ class Report:
         return {**self.facts, "sections": sections, "seconds": self.seconds}
 
     def save(self, path: Path) -> None:
-        """Write JSON to ``path`` (a folder holds ``NAME.json``), and what is printed beside it."""
+        """Write the results as JSON, and as printed text next to it.
+
+        Args:
+            path: file ``*.json``, or folder for ``NAME.json``.
+        """
         path = path if path.suffix == ".json" else path / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -112,7 +143,10 @@ class Report:
         path.with_suffix(".txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
 
     def plot(self, path: Path) -> None:
-        """Draw bars and their range, a panel a section and unit; a token's time in one for all.
+        """Draw a bar chart with a panel per section and unit, and one for all times per token.
+
+        Args:
+            path: image file to write.
 
         Raises:
             MissingDependencyError: matplotlib is not installed.

@@ -1,8 +1,8 @@
-"""Measure the engine on a model of a named shape, with random weights and made-up KV.
+"""Measure the engine on a model of a named shape, with random weights and random KV.
 
-Every number that does not depend on what is said, and transformers beside them. How many drafted
-tokens are accepted does depend on it: that is thrown by a coin, and every row that rests on it
-says so.
+This covers all times that do not depend on the text, for our engine and for transformers. The
+number of accepted tokens depends on the text, so it is simulated, and rows that depend on it are
+marked.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
+from rapid_llm.batching import GenerationRequest
 from rapid_llm.bench.harness import QUESTION, Bench, Step
+from rapid_llm.bench.questions import CoinOpener, question_rows
 from rapid_llm.bench.report import Row
 from rapid_llm.bench.shapes import number_tokenizer, random_model, shape_config, size_of
 from rapid_llm.bench.speed_model import require
@@ -32,29 +35,33 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import device_memory
+from rapid_llm.opening import Opener
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, Prior
 
-SIMULATED = "simulated by a coin in rows marked *, as random weights accept at random"
+SIMULATED = "simulated in rows marked *, because random weights accept at random"
 
-_DRAFT_TOKENS, _ROOM = 4096, 512  # of the drafter's context, and of an answer
+_DRAFT_TOKENS, _ROOM = 4096, 512  # tokens of the drafter's context, and of an answer
 _REPEATS = 20
-_ROUNDS = 12  # of a block; blocks of all methods take turns
+_ROUNDS = 12  # rounds of a block; blocks of all methods take turns
 _TURNS = 5
+_ASKED = 48  # tokens of each answer where several questions are asked at once
 _FORCED = 3  # γ where the schedule would not draft
-_SURE = 1e6  # throws of the coin that the schedule is told of
-_STEPS = 8  # of a draft
-_GENERATIONS, _GENERATED = 4, 6  # of transformers, the first not counted, and tokens of each
+_SURE = 1e6  # number of past tokens from which the schedule takes its acceptance rate
+_STEPS = 8  # steps of a draft
+_GENERATIONS, _GENERATED = 4, 6  # generations of transformers (the first warms up), tokens of each
 
 
 class ShapeBench(Bench):
     """Measures one of :data:`rapid_llm.bench.known_models.NAMES` on the first GPU, or else the CPU.
 
     Args:
+        shape: name of the shape.
         contexts: tokens of the target's prompt, at least 256 each.
         acceptances: probabilities that a drafted token is accepted, in (0, 1).
-        dtype: of weights and KV; ``auto`` is bfloat16.
+        dtype: dtype of weights and KV; ``auto`` is bfloat16.
+        seconds: time limit of all steps.
 
     Raises:
         InvalidParameterError: an unknown shape, a number out of range, or too little memory.
@@ -62,7 +69,7 @@ class ShapeBench(Bench):
 
     def __init__(
         self, shape: str, contexts: Sequence[int], acceptances: Sequence[float], dtype: str,
-        seconds: float,
+        seconds: float, questions: Sequence[int] = (),
     ) -> None:  # fmt: skip
         for name, value, ok, limit in (
             *(("context", n, n >= 256, "at least 256") for n in contexts),
@@ -80,18 +87,18 @@ class ShapeBench(Bench):
                 f"{shape} with {longest:,} tokens needs {needed / 1e9:.0f} GB, more than the "
                 f"{memory / 1e9:.0f} GB of {device}; take a smaller shape or context"
             )
-        self._contexts, self._acceptances = contexts, acceptances
+        self._contexts, self._acceptances, self._questions = contexts, acceptances, questions
         self._tokenizer = number_tokenizer(config.vocab_size)
         model = random_model(config, wanted, device)
-        # The bench itself decides which KV goes.
+        # Unlimited budgets: the bench itself frees KV.
         decoder = RapidDecoder(
             model, self._tokenizer, name=shape, kv_cache_bytes=2**62, kv_cache_host_bytes=2**62
         )
-        facts = {"shape": shape, "weights": "random", "KV": "made up"}
+        facts = {"shape": shape, "weights": "random", "KV": "random"}
         facts |= {"acceptance": SIMULATED, "rows": "medians (range) at temperature 1"}
         draft_tokens = min(_DRAFT_TOKENS, min(contexts) // 2)
         super().__init__(decoder, facts, room=_ROOM, draft_tokens=draft_tokens, seconds=seconds)
-        self._gamma = _FORCED  # of the rounds whose calls are counted
+        self._gamma = _FORCED  # γ of the rounds whose host calls are counted
 
     def steps(self) -> Iterator[Step]:
         yield Step("memory", None, 2, self._memory)
@@ -99,6 +106,8 @@ class ShapeBench(Bench):
         for n in self._contexts:
             yield Step("passes", n, 15, partial(self._passes, n))
             yield Step("rounds", n, 25, partial(self._rounds, n))
+            if self._questions:
+                yield Step("questions at once", n, 25, partial(self._asked, n))
             if self._device.type == "cuda":
                 yield Step("host calls", n, 5, partial(self._host_calls, n))
             make = partial(DynamicCache, config=self._model.config)
@@ -114,10 +123,10 @@ class ShapeBench(Bench):
             generate = partial(self._generate, "static", "generate, static cache", n, make)
             yield Step("static cache", n, 60, generate)  # which is compiled on a GPU
 
-    # --- what is measured --------------------------------------------------------------------
+    # --- measurements --------------------------------------------------------------------------
 
     def _draft_steps(self) -> Iterator[Row]:
-        """A step of the drafter over its context, sampler included, in each precision."""
+        """Steps of the drafter over its context, including the sampler, for each weight format."""
         forwards: dict[str, ModelRunner | None] = {}
         for name in (self.report.facts["dtype"], "int8", "int4"):
             kind: Any = None if name not in ("int8", "int4") else name
@@ -136,12 +145,12 @@ class ShapeBench(Bench):
         for name, runner in forwards.items():
             note = "" if runner else "refused on this device"
             if runner and runner.model is chosen:
-                note = "what the decoder takes"
+                note = "the decoder's choice"
             ms = [1000 * s / _STEPS for s in samples.get(name, [])]
             yield Row(f"draft_{name}", f"draft step, {name}", "ms", ms, note)
 
     def _rounds(self, context: int) -> Iterator[Row]:
-        """Blocks of plain rounds and of RAPID's, in turns; a round ends with its host sync."""
+        """Blocks of plain rounds and of RAPID's in turns; each round ends with its host sync."""
         with self._open(context, draft=False) as generation:
             cost = pass_cost(generation.target)
         draft_cost = self._drafter(self._decoder.draft_runner).cost()
@@ -182,7 +191,7 @@ class ShapeBench(Bench):
         self._gamma = max(chosen.values()) or _FORCED
 
     def _host_calls(self, context: int) -> Iterator[Row]:
-        """Kernels, graphs and waits of a round."""
+        """Numbers of kernel launches, graph replays and host synchronisations of a round."""
         gamma = self._gamma
         for name, draft in (("plain", False), ("RAPID", True)):
             with self._open(context, draft=draft, gamma=gamma) as generation:
@@ -194,7 +203,7 @@ class ShapeBench(Bench):
                 yield Row(f"{name.lower()}_{key}", f"{what} a {name} round", "", [count], note)
 
     def _prefills(self, context: int) -> Iterator[Row]:
-        """Ours, then transformers'."""
+        """Prefills of our engine, then of transformers."""
         yield (ours := next(rows := self._prefill(context)))
         yield from rows
         self._decoder.clear_cache()
@@ -209,7 +218,7 @@ class ShapeBench(Bench):
         yield Row("prefill_ratio", "prefill ÷ transformers'", "", [ours.samples[0] / theirs])
 
     def _host_tier(self, context: int) -> Iterator[Row]:
-        """Copies to the host and back, and questions on a document that is on the host."""
+        """Copies of KV to the host and back, and questions on a document in the host tier."""
         prefixes, runner = self._decoder._prefixes, self._decoder.target
         document = self._tokens(context)
         asked, _ = self._first_token(document, None)
@@ -235,7 +244,7 @@ class ShapeBench(Bench):
         yield Row("host_question_share", "÷ the first question's", "%", shares)
 
     def _generate(self, key: str, label: str, context: int, cache: Any) -> Iterator[Row]:
-        """transformers' milliseconds a token, and how many times as fast we decode."""
+        """Milliseconds per token of transformers, and our speedup over it."""
         started = time.perf_counter()
         seconds = self._generated(cache, context)
         waited = time.perf_counter() - started - sum(seconds) * _GENERATED
@@ -247,10 +256,31 @@ class ShapeBench(Bench):
                 ratios = [peer / ms for ms in row.samples]
                 yield Row(f"{ours}_to_{key}", times, "×", ratios, "", row.simulated)
 
-    # --- how ---------------------------------------------------------------------------------
+    def _asked(self, context: int) -> Iterator[Row]:
+        """Tokens a second of several questions at once, plainly and with simulated acceptance."""
+        with self._open(context, draft=False):
+            pass  # the document's KV, which is random, is kept
+        document, opener = self._prompt(context)[:-QUESTION], self._decoder.opener
+        ways: dict[str, tuple[Opener, list[GenerationRequest]]] = {}
+        for a in (None, *self._acceptances):
+            name = "plain" if a is None else f"RAPID, a = {a:g}"
+            way = opener if a is None else CoinOpener.of(opener, a)
+            requests = [
+                GenerationRequest(
+                    document + self._tokens(QUESTION),
+                    None if a is None else self._tokens(self._draft_tokens),
+                    replace(self._sampling, max_new_tokens=_ASKED),
+                    SpeculationConfig(lookup=False),
+                )
+                for _ in range(max(self._questions))
+            ]
+            ways[name] = way, requests
+        yield from question_rows(self._decoder, self._questions, ways, 2, simulated=True)
+
+    # --- helpers -------------------------------------------------------------------------------
 
     def _drafter(self, runner: ModelRunner) -> RagDrafter:
-        """Draws without lookup: nothing in random tokens is worth a guess."""
+        """A drafter without lookup, which finds nothing in random tokens."""
         prompt = self._prompt(self._draft_tokens)
         session = Session(runner, runner.new_cache(self._draft_tokens + _ROOM))
         self._fill(session, prompt[:-1])
@@ -259,39 +289,40 @@ class ShapeBench(Bench):
         return RagDrafter(session, prompt, sampler, self._vocabulary, config)
 
     def _block(self, generation: Any, rounds: int, a: float) -> tuple[float, int]:
-        """Seconds and tokens of some rounds in which a coin, not the target, accepts.
+        """Seconds and tokens of rounds with a simulated number n of accepted tokens.
 
-        Draws are stratified: each round's number accepted follows the coin's law, P(n ≥ k) = aᵏ,
-        and all of a block's together are near its mean.
+        n follows P(n ≥ k) = aᵏ. Draws are stratified, so that their mean in a block is nearly
+        exact.
         """
         draws = [(i + self._random.random()) / rounds for i in range(rounds)]
         self._random.shuffle(draws)
-        said = 0
+        generated = 0
         started = time.perf_counter()
         for draw in draws:
             before = generation.stats.drafted_tokens
             tokens = generation.round()
             drafted = generation.stats.drafted_tokens - before
             accepted = min(drafted, int(math.log(1 - draw) / math.log(a)))
-            # Other tokens in each round: the drafter looks up what repeats.
+            # Random tokens, because prompt lookup would find repeated ones.
             generation.keep([*tokens, *self._tokens(accepted)][: accepted + 1])
-            said += accepted + 1
+            generated += accepted + 1
         wait_for(self._device)
-        return time.perf_counter() - started, said
+        return time.perf_counter() - started, generated
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _generated(self, make_cache: Callable[[], Cache], context: int) -> list[float]:
-        """Seconds a token of transformers' ``generate`` behind made-up KV, the first run apart.
+        """Seconds per token of transformers' ``generate`` after random KV, without the first run.
 
-        Without gradients, as it runs by itself: what it compiles may not like inference mode.
+        It runs without gradients, as ``generate`` does itself, and not in inference mode, in which
+        its compiled code may fail.
         """
         cache, (key, value) = make_cache(), self._random_kv(context)
         for layer in range(self._model.config.num_hidden_layers):
             cache.update(key, value, layer)
         seconds = []
         for run in range(_GENERATIONS):
-            # Each run goes on behind the one before, whose last token was not read.
+            # Each run continues the previous one, whose last token was not read.
             ids = torch.tensor([self._tokens(context + run * _GENERATED + 1)], device=self._device)
             stamps = Stamps.of_generate(
                 self._model, ids, _GENERATED, **{cache_argument(self._model.generate): cache}

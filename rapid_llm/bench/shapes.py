@@ -1,4 +1,4 @@
-"""Shapes of models: sizes counted from a config, and named ones with random weights."""
+"""Sizes of models counted from their configs, and models of a named shape with random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rapid_llm.tensor_parallel import head_divisor
 
 
 def read_size(source: str | Path) -> ModelSize:
-    """The size of a model that :func:`rapid_llm.models.load_model` would load; no weights are.
+    """The size of a model that :func:`rapid_llm.models.load_model` would load, from its config.
 
     Args:
         source: the model, or a name of :data:`rapid_llm.bench.known_models.NAMES`. Models that are
@@ -42,8 +42,12 @@ def read_size(source: str | Path) -> ModelSize:
 def size_of(config: PretrainedConfig, name: str) -> ModelSize:
     """The size of the language model that a config describes.
 
+    Args:
+        config: config of the model.
+        name: name of the model in errors.
+
     Raises:
-        ModelError: it describes none, or one whose architecture is not supported.
+        ModelError: it describes no causal language model, or its architecture is not supported.
     """
     text = config.get_text_config()
     try:
@@ -54,7 +58,7 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
             f"{name}: architecture {config.model_type!r} is no decoder-only language model; "
             "choose a causal one, such as Llama or Qwen"
         ) from error
-    runner = ModelRunner(model, name)  # refuses what could not be decoded with
+    runner = ModelRunner(model, name)  # refuses unsupported architectures
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     lookup = 0 if embedding is head else embedding.numel()
     # transformers stacks the routed experts of a layer: [experts, out, in].
@@ -82,7 +86,11 @@ def size_of(config: PretrainedConfig, name: str) -> ModelSize:
 
 
 def shape_config(name: str, positions: int) -> PretrainedConfig:
-    """The config of a shape; its rotary embedding is not scaled, which costs the same.
+    """The config of a shape; its rotary embedding is not scaled, which takes the same time.
+
+    Args:
+        name: name of the shape.
+        positions: maximum length in tokens.
 
     Raises:
         InvalidParameterError: there is no shape of that name.
@@ -96,13 +104,13 @@ def shape_config(name: str, positions: int) -> PretrainedConfig:
 def random_model(
     config: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """A model whose weights are drawn on the device."""
+    """A model with random weights, drawn on the device."""
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
 
 
 def number_tokenizer(words: int) -> PreTrainedTokenizerBase:
-    """Token 17 is the word "17": for models that mean nothing."""
+    """A tokenizer in which token 17 is the word "17", for models with random weights."""
     known = models.WordLevel({str(word): word for word in range(words)}, unk_token="0")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(known))

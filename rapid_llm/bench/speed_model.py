@@ -1,9 +1,9 @@
 """Predict the time of a pass and of a round of speculation from sizes alone, without torch.
 
 A pass is modelled by its roofline (Williams et al., 2009). On a GPU its matrix products take as
-long as reading their bytes or doing their arithmetic, whichever is longer; on a CPU these do not
-overlap, and add up (11 tokens take half as long again as 1). The rest of each layer adds to that. A
-round drafts γ tokens, verifies γ+1 in one pass, and waits for the host once; its yield is that of
+long as reading their bytes or doing their arithmetic, whichever is longer; on a CPU both times add
+up (11 tokens take half as long again as 1). Each layer adds a constant. A round drafts γ tokens,
+verifies γ+1 in one pass, and waits for the host once; its expected number of tokens is that of
 Leviathan et al. (2023).
 """
 
@@ -16,27 +16,27 @@ from typing import Literal
 from rapid_llm.errors import InvalidParameterError
 
 Precision = Literal["bf16", "int8", "int4", "int4g64"]
-"""``int4`` as GGUF files and our drafter on a CPU have it, ``int4g64`` as on CUDA."""
+"""Formats of weights: ``int4`` of GGUF files and of our drafter on a CPU, ``int4g64`` on CUDA."""
 
 ACCEPTANCE = 0.8
-"""The acceptance rate a, where none is given. Self-speculation of a small model on a text of 7.6K
-tokens at γ = 10 yielded 4 tokens a round at temperature 1 and 5 to 6 greedily, which are a = 0.76
-and 0.83 to 0.87."""
+"""Default acceptance rate a. Self-speculation of a small model on a text of 7.6K tokens at γ = 10
+yielded 4 tokens per round at temperature 1 and 5 to 6 greedily, which are a = 0.76 and 0.83 to
+0.87."""
 
-# What passes on an H100 reached: the 8B model of cookbook/results/gpu; assumed of other GPUs.
-_WEIGHTS = 0.85  # of a data sheet's memory bandwidth, by the products of few tokens
-_KV = 0.93  # of it, by attention over long contexts
-_INT4 = 0.66  # of the weights' rate in bf16, by 4-bit weights (tinygemm, one token)
-_COMPUTE = 0.57  # of a data sheet's matrix throughput, by a prefill
+# Measured on an H100 with an 8B model (cookbook/results/gpu), and assumed for other GPUs.
+_WEIGHTS = 0.85  # share of the data sheet's memory bandwidth in products of few tokens
+_KV = 0.93  # share of that bandwidth in attention over long contexts
+_INT4 = 0.66  # rate of reading 4-bit weights ÷ that of bf16 (tinygemm, one token)
+_COMPUTE = 0.57  # share of the data sheet's matrix throughput in a prefill
 _LAYER = 25e-6  # seconds of a layer's norms, rotation and activation, and gaps between kernels
 _ROUND = 0.95e-3  # seconds of a round on the host, which waits once for the device
 
 MEMORY_FRACTION = 0.9
-"""Of a device's memory, what weights and KV may fill; the rest is for activations (assumed)."""
+"""Share of a device's memory for weights and KV; the rest is for activations (assumed)."""
 
-_ITEMSIZE = 2  # bytes of a 16-bit number: KV, scales, and whatever is not quantized
-# Bytes of a weight of the layers, and of the output layer. 32 weights share a scale of 16 bits, and
-# in 4 bits their smallest weight too, where the output layer stays int8; on CUDA 64 do.
+_ITEMSIZE = 2  # bytes of a 16-bit number: KV, scales, and weights that are not quantized
+# Bytes of a weight of the layers, and of the output layer. 32 weights share a 16-bit scale, and in
+# int4 a 16-bit minimum too, with an output layer in int8; on CUDA 64 weights share both.
 _BYTES: dict[Precision, tuple[float, float]] = {
     "bf16": (2, 2),
     "int8": (1 + 2 / 32, 1 + 2 / 32),
@@ -46,38 +46,52 @@ _BYTES: dict[Precision, tuple[float, float]] = {
 
 
 def require(ok: bool, name: str, value: object, limit: str) -> None:
-    """Raises InvalidParameterError unless ok."""
+    """Raise InvalidParameterError, which names a value and its limit, unless ``ok``."""
     if not ok:
         raise InvalidParameterError(f"{name}={value} is not allowed: it must be {limit}")
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the speed model needs to know of a model; all counts are of parameters."""
+    """Sizes of a model, in parameters where no other unit is given.
+
+    Attributes:
+        name: name of the model.
+        lookup: input embedding, of which a pass reads only some rows; 0 if it is tied.
+        head: output layer, tied or not; part of ``matrices``.
+        matrices: weights that every pass reads in full and that can be quantized, without experts.
+        experts: all routed experts of all layers.
+        expert_share: experts that a token is routed to ÷ experts of a layer.
+        vectors: norms and biases, never quantized.
+        layers, heads, kv_heads, head_dim, hidden_size: as in the model's config.
+        context_window: context window in tokens.
+        shared_by: number that the number of tensor-parallel ranks must divide; 0 if each rank has
+            all KV.
+    """
 
     name: str
-    lookup: int  # the input embedding, of which a pass reads some rows only; 0 if it is tied
-    head: int  # the output layer, tied or not; part of the matrices
-    matrices: int  # what every pass reads in full and quantization shrinks, experts apart
-    experts: int  # all routed experts of all layers
-    expert_share: float  # experts a token is routed to ÷ experts of a layer
-    vectors: int  # norms and biases, never quantized
+    lookup: int
+    head: int
+    matrices: int
+    experts: int
+    expert_share: float
+    vectors: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     hidden_size: int
-    context_window: int  # positions that the model was made for
-    shared_by: int  # tensor parallel: ranks divide this number evenly; 0 if each has all KV
+    context_window: int
+    shared_by: int
 
     @property
     def parameters(self) -> int:
-        """All of them, tied ones once."""
+        """Number of parameters; tied ones count once."""
         return self.lookup + self.matrices + self.experts + self.vectors
 
     @property
     def active_parameters(self) -> float:
-        """Those that one token is multiplied with."""
+        """Number of parameters that one token is multiplied with."""
         return self.matrices + self.experts * self.expert_share
 
     @property
@@ -87,11 +101,11 @@ class ModelSize:
 
     @property
     def weight_bytes(self) -> int:
-        """All weights in bf16."""
+        """Bytes of all weights in bf16."""
         return self.parameters * _ITEMSIZE
 
     def mapped_bytes(self, devices: int, tokens: int) -> int:
-        """The most that one of the devices holds of a device map: layers in turn, with their KV.
+        """Bytes on the fullest device under a device map, which spreads whole layers with their KV.
 
         Args:
             devices: number of devices.
@@ -104,7 +118,12 @@ class ModelSize:
         return round(weights * _ITEMSIZE + self.kv_bytes_per_token * tokens / self.layers * layers)
 
     def sharded_bytes(self, devices: int, tokens: int) -> int | None:
-        """What each of the devices holds in tensor parallel; None where heads do not divide."""
+        """Bytes on each device in tensor parallel; None where heads do not divide.
+
+        Args:
+            devices: number of devices.
+            tokens: tokens in the cache.
+        """
         if self.shared_by and self.shared_by % devices:
             return None
         weights = (self.lookup + self.matrices + self.experts) / devices + self.vectors
@@ -112,50 +131,64 @@ class ModelSize:
         return round(weights * _ITEMSIZE + kv)
 
     def quantized_bytes(self, precision: Precision) -> int:
-        """What a copy of the matrices in few bits takes beside the model's own weights."""
+        """Bytes of a quantized copy, which shares all other weights with the model."""
         return round(self._matrix_bytes(self.experts, precision))
 
     def bytes_read(self, tokens: int, precision: Precision) -> float:
-        """Weight bytes that a pass over ``tokens`` reads: W, for one token.
+        """Bytes of weights that a pass over ``tokens`` tokens reads (W for one token).
 
-        Tokens are taken to choose their experts independently and evenly, so n of them need the
+        Tokens are assumed to choose experts independently and evenly, so that n tokens read the
         share 1 − (1 − share)ⁿ of the experts.
         """
         experts = self.experts * (1 - (1 - self.expert_share) ** tokens)
         return self._matrix_bytes(experts, precision) + self.vectors * _ITEMSIZE
 
     def _matrix_bytes(self, experts: float, precision: Precision) -> float:
-        """Bytes of the matrices and so many of the experts' weights."""
+        """Bytes of the matrices and of ``experts`` weights of experts."""
         layers, head = _BYTES[precision]
         return self.head * head + (self.matrices - self.head + experts) * layers
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device achieves, in bytes, seconds and floating-point operations."""
+    """Rates that a device achieves.
+
+    Attributes:
+        name: name of the device.
+        bandwidth: bytes/s of weights read by matrix-vector products.
+        kv_bandwidth: bytes/s of keys and values read by attention.
+        flops: operations/s of bf16 matrix products in a prefill.
+        pass_flops: operations/s in passes of few tokens.
+        memory: bytes of memory; None if unknown.
+        layer_seconds: constant time of a layer in a pass.
+        round_seconds: time of a round or plain step in addition to its passes.
+        is_gpu: whether it is a GPU.
+        source: source of the numbers.
+        dtype: dtype of KV and of weights that are not quantized.
+    """
 
     name: str
-    bandwidth: float  # bytes/s of weights read by a matrix-vector product
-    kv_bandwidth: float  # bytes/s of keys and values read by attention
-    flops: float  # a second, in bf16 matrix products of a prefill
-    pass_flops: float  # a second, in passes of few tokens
-    memory: int | None  # bytes; None where it cannot be told
-    layer_seconds: float  # of a layer of a pass in which there is next to nothing to compute
-    round_seconds: float  # of a round or a plain step, beside its passes
+    bandwidth: float
+    kv_bandwidth: float
+    flops: float
+    pass_flops: float
+    memory: int | None
+    layer_seconds: float
+    round_seconds: float
     is_gpu: bool
-    source: str  # where the numbers come from
-    dtype: Literal["bf16", "fp16"] = "bf16"  # of weights that are not quantized, and of KV
+    source: str
+    dtype: Literal["bf16", "fp16"] = "bf16"
 
     @property
-    def few_bits(self) -> tuple[Precision, ...]:
-        """How a drafter's weights may be quantized there; 4 bits on a GPU need bfloat16."""
+    def quantizations(self) -> tuple[Precision, ...]:
+        """Formats of a drafter's quantized weights; int4 on a GPU needs bfloat16."""
         if not self.is_gpu:
             return "int8", "int4"
         return ("int4g64",) if self.dtype == "bf16" else ()
 
     @property
     def rates(self) -> str:
-        """What it achieves, in words."""
+        """The rates in a sentence."""
         return (
             f"weights are read at {self.bandwidth / 1e9:,.1f} GB/s, KV at "
             f"{self.kv_bandwidth / 1e9:,.1f}; {self.flops / 1e12:,.2f} TFLOP/s in a prefill, "
@@ -205,15 +238,15 @@ DEVICES = {
     "3090": _gpu("RTX 3090 24 GB", 936e9, 71e12, 24 * 10**9),
     "t4": _gpu("T4 16 GB", 300e9, 65e12, 16 * 10**9, dtype="fp16"),
 }
-"""By the names that ``--device`` takes. A T4 has no bfloat16."""
+"""GPUs by the names that ``--device`` takes. A T4 has no bfloat16."""
 
 
 def pass_seconds(
     size: ModelSize, device: Device, length: int, *, tokens: int = 1, precision: Precision = "bf16"
 ) -> float:
-    """Seconds of a pass over ``tokens`` that follow ``length`` cached ones.
+    """Seconds of a pass over ``tokens`` tokens after ``length`` cached ones.
 
-    Every layer is taken to read the whole cache, sliding windows included.
+    Every layer is assumed to read the whole cache, even with a sliding window.
     """
     slower = _INT4 if device.is_gpu and precision != "bf16" else 1
     reading = size.bytes_read(tokens, precision) / (device.bandwidth * slower)
@@ -224,22 +257,28 @@ def pass_seconds(
 
 
 def prefill_flops(size: ModelSize, length: int) -> float:
-    """Operations that read a prompt of ``length`` tokens, which bound its prefill.
+    """Operations of the prefill of a prompt of ``length`` tokens.
 
-    Query i sees i keys, length²/2 pairs in all. Logits are computed for the last token only.
+    Query i attends to i keys, length²/2 pairs in all. Logits are computed for the last token only.
     """
     return flops(size, length, length**2 / 2) - 2 * size.head * (length - 1)
 
 
 def flops(size: ModelSize, tokens: int, pairs: float) -> float:
-    """Operations of a pass: two a weight and token; four a layer, query head, pair of query and
-    key, and dimension."""
+    """Operations of a pass over ``tokens`` tokens with ``pairs`` pairs of query and key.
+
+    There are two per weight and token, and four per layer, query head, pair and dimension.
+    """
     width = size.heads * size.head_dim
     return 2 * size.active_parameters * tokens + 4 * pairs * size.layers * width
 
 
 def named_device(name: str) -> Device:
-    """A device of the table; raises InvalidParameterError where it is not in it."""
+    """A device of :data:`DEVICES`.
+
+    Raises:
+        InvalidParameterError: the name is unknown.
+    """
     if name not in DEVICES:
         raise InvalidParameterError(
             f"device={name!r} is unknown; use 'this' to measure this machine, "
@@ -249,12 +288,12 @@ def named_device(name: str) -> Device:
 
 
 def described_device(bandwidth: float, tflops: float, memory: float | None = None) -> Device:
-    """A GPU by the numbers of its data sheet.
+    """A GPU described by its data sheet.
 
     Args:
-        bandwidth: of its memory, in GB/s.
-        tflops: dense bf16 matrix throughput, in TFLOP/s.
-        memory: in GB; None if unknown.
+        bandwidth: memory bandwidth in GB/s.
+        tflops: dense bf16 matrix throughput in TFLOP/s.
+        memory: memory in GB; None if unknown.
 
     Raises:
         InvalidParameterError: a number is not positive, or not finite.

@@ -1,4 +1,4 @@
-"""Measure what the speed model must know of this machine, in a few seconds."""
+"""Measure the rates of this machine for the speed model, in a few seconds."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.models import device_memory
 
-_COLD = {"cpu": 2**28, "cuda": 2**32}  # bytes of weights: no cache holds them, no launch hides them
-_WIDTH = {"cpu": 2048, "cuda": 2**20}  # from which on matrices are read as fast as they ever will
-_LONG = 32_768  # cached tokens, from which on attention reads as fast as it ever will
-_SHORT = 64  # of which next to nothing is read
-_MOST_LAYERS = 32
+_COLD = {"cpu": 2**28, "cuda": 2**32}  # bytes of weights, too many for caches and to hide launches
+_WIDTH = {"cpu": 2048, "cuda": 2**20}  # width from which on matrices are read at full speed
+_LONG = 32_768  # cached tokens from which on attention reads at full speed
+_SHORT = 64  # cached tokens of a context whose reading takes no time
+_MAX_LAYERS = 32
 
 
 @torch.inference_mode()
 def measure_device(size: ModelSize, context: int) -> Device:
     """Measure the first GPU, or else the CPU, in bf16, by passes of small models.
 
-    What another token costs is arithmetic; the rest of a pass, but for the layers' overhead, is
-    reading: of KV, too, where the context is long.
+    The time of each further token is arithmetic. The rest of a pass, without the constant of its
+    layers, is reading of weights, and of KV where the context is long.
 
     Args:
-        size: a model; passes are timed with its heads and width, and some of its layers.
-        context: tokens it will hold; attention is timed over so many, from 2,048 to 32,768.
+        size: model whose heads and width the timed passes have, with some of its layers.
+        context: tokens in the cache, of which 2,048 to 32,768 are used to time attention.
     """
     place = resolve_device(None)
     on_gpu = place.type == "cuda"
-    # Next to nothing is to be computed here, in heads that kernels take.
+    # Tiny layers, with a head size that the kernels support, take only their constant time.
     shallow, deep = (_cost(_forward(64, 64, n, 2, 1, 32), _SHORT).first for n in (2, 10))
     layer = max(deep - shallow, shallow / 100) / 8
-    once = max(0.0, shallow - 2 * layer)  # of a pass
+    once = max(0.0, shallow - 2 * layer)  # constant time of a pass
 
     width, length = min(size.hidden_size, _WIDTH[place.type]), min(max(context, 2048), _LONG)
     weights = width * (2 * size.head_dim * (size.heads + size.kv_heads) + 12 * width)
-    layers = min(max(2, _COLD[place.type] // (2 * weights)), _MOST_LAYERS)
+    layers = min(max(2, _COLD[place.type] // (2 * weights)), _MAX_LAYERS)
     runner = _forward(width, 4 * width, layers, size.heads, size.kv_heads, size.head_dim)
     small = size_of(runner.config, runner.name)
     short, long = (_cost(runner, tokens) for tokens in (_SHORT, length))
@@ -59,7 +59,7 @@ def measure_device(size: ModelSize, context: int) -> Device:
         flops=prefill,
         pass_flops=prefill if on_gpu else flops(small, 1, length) / max(long.row, least / 10),
         memory=device_memory(place),
-        # On a GPU drafts follow one another without the host.
+        # On a GPU draft steps run without the host.
         layer_seconds=layer if on_gpu else layer + once / size.layers,
         round_seconds=once if on_gpu else 0.0,
         is_gpu=on_gpu,
@@ -75,7 +75,7 @@ def _forward(*shape: int) -> ModelRunner:
 
 
 def _cost(runner: ModelRunner, tokens: int) -> PassCost:
-    """Of passes after so many cached tokens."""
+    """Cost of passes after ``tokens`` cached tokens."""
     session, config = Session(runner, runner.new_cache(tokens + _SHORT)), runner.config
     session.prefill([0])
     shape = 1, config.num_key_value_heads, tokens, config.head_dim
@@ -86,7 +86,7 @@ def _cost(runner: ModelRunner, tokens: int) -> PassCost:
 
 
 def _prefill_flops(runner: ModelRunner, size: ModelSize) -> float:
-    """Operations/s of a prefill's first chunk: the best of two, after one to warm up."""
+    """Operations/s of a prefill's first chunk: the best of two runs after a warm-up."""
     tokens, times = runner.prefill_sizes[0], []
     for _ in range(3):
         session = Session(runner, runner.new_cache(tokens))

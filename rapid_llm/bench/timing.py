@@ -1,4 +1,4 @@
-"""Time work on a device, and count the host calls that launch it."""
+"""Time work on a device, count its host calls, and time transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _CALLS = {
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when everything that was launched there is done."""
+    """Wait until all launched work of a device is done."""
     device_of(device).synchronize(device)
 
 
 class Stopwatch:
-    """Seconds of pieces of work, by key: a GPU's own events, or the clock on a CPU.
+    """Times pieces of work by key, with events on a GPU and the clock on a CPU.
 
-    Nothing waits for the device until the samples are asked for, so that the pieces follow one
-    another as they do in a generation.
+    Nothing waits for the device before :meth:`samples`, so that pieces follow one another as in a
+    generation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,11 +53,11 @@ class Stopwatch:
         self._marks[key].append((start, self._now()))
 
     def clear(self) -> None:
-        """Forget what was done so far, which warmed up."""
+        """Forget all pieces so far, such as those of a warm-up."""
         self._marks.clear()
 
     def samples(self) -> dict[Any, list[float]]:
-        """By key, in the order of the work."""
+        """Seconds of all pieces by key, in order."""
         wait_for(self._device)
         on_gpu = self._device.type == "cuda"
         return {
@@ -67,8 +67,16 @@ class Stopwatch:
 
 
 def host_calls(work: Callable[[], Any], device: torch.device, times: int = 3) -> dict[str, float]:
-    """What some work asks of a GPU each time, by torch's profiler: kernels launched one by one
-    (``launches``), captured graphs replayed (``graphs``), and waits for the device (``waits``).
+    """Number of host calls of some work on a GPU, by torch's profiler.
+
+    Args:
+        work: function that does the work.
+        device: the GPU.
+        times: number of calls to average over.
+
+    Returns:
+        Kernels launched one by one (``launches``), captured graphs replayed (``graphs``), and waits
+        for the device (``waits``).
 
     Raises:
         RuntimeError: the profiler saw nothing.
@@ -86,7 +94,7 @@ def host_calls(work: Callable[[], Any], device: torch.device, times: int = 3) ->
 
 
 class Stamps(BaseStreamer):
-    """When ``generate`` handed out the prompt (at once), then each token or run of tokens."""
+    """Streamer that records when ``generate`` returned the prompt (at once) and its tokens."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
@@ -94,7 +102,14 @@ class Stamps(BaseStreamer):
 
     @classmethod
     def of_generate(cls, model: Any, ids: torch.Tensor, tokens: int, **options: Any) -> Stamps:
-        """Of a greedy generation of exactly so many tokens after int64 ids ``[1, n]``."""
+        """Stamps of a greedy generation of exactly ``tokens`` tokens.
+
+        Args:
+            model: transformers model.
+            ids: prompt, int64 ``[1, n]``.
+            tokens: number of tokens to generate.
+            options: other arguments of ``generate``.
+        """
         stamps, mask = cls(), torch.ones_like(ids)
         options |= {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
         model.generate(ids, attention_mask=mask, streamer=stamps, **options)
@@ -107,7 +122,7 @@ class Stamps(BaseStreamer):
 
     @property
     def per_token(self) -> float:
-        """Seconds a token after the first run of them."""
+        """Seconds per token after the first token, or first run of tokens."""
         return (self._times[-1] - self._times[1]) / max(1, sum(self._sizes[2:]))
 
     def put(self, value: torch.Tensor) -> None:

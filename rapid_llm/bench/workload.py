@@ -1,4 +1,4 @@
-"""Workload of the bench: two tasks on one document of a given length."""
+"""Prompts for the bench: two tasks on one document of a given length."""
 
 from __future__ import annotations
 
@@ -21,12 +21,31 @@ _LEAST_DOCUMENT = 128
 
 @dataclass(frozen=True)
 class Workload:
-    """One question, as the target and as the drafter read it."""
+    """The prompts of one question.
+
+    Attributes:
+        task: name of the task.
+        context: requested tokens of the target's prompt.
+        target: token ids of the target's prompt.
+        draft: token ids of the drafter's prompt: a part of the document, and the question.
+    """
 
     task: str
     context: int
-    target: list[int]  # token ids of about ``context`` tokens
-    draft: list[int]  # token ids of a part of it and the question
+    target: list[int]
+    draft: list[int]
+
+
+def require_task(task: str) -> None:
+    """Refuse an unknown task.
+
+    Raises:
+        InvalidParameterError: the task is unknown.
+    """
+    if task not in QUESTIONS:
+        raise InvalidParameterError(
+            f"task={task!r} is unknown; choose one of {', '.join(QUESTIONS)}"
+        )
 
 
 def make_workload(
@@ -34,16 +53,19 @@ def make_workload(
 ) -> Workload:
     """Cut or repeat a text so that the prompt has ``context`` tokens.
 
-    Documents are cut around the entry that is to be quoted. So is what stands for the retrieved
-    passages, which needs no retriever; for the free task it is the document's beginning.
+    Documents are cut around the entry that is to be quoted. The drafter's part, which needs no
+    retriever, is cut around it too; for the free task it is the document's beginning.
+
+    Args:
+        task: key of :data:`QUESTIONS`.
+        context: tokens of the target's prompt.
+        text: text to cut or repeat.
+        tokenizer: the models' tokenizer.
 
     Raises:
         InvalidParameterError: the task is unknown, or ``context`` leaves no room for a document.
     """
-    if task not in QUESTIONS:
-        raise InvalidParameterError(
-            f"task={task!r} is unknown; choose one of {', '.join(QUESTIONS)}"
-        )
+    require_task(task)
     question = QUESTIONS[task]
     # The longest question's, so that all tasks of one context share their document.
     frame = max(len(_prompt("x", asked, tokenizer)) for asked in QUESTIONS.values())

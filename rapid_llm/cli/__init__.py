@@ -1,6 +1,6 @@
-"""The command line: one module a command.
+"""The command line: one module per command.
 
-torch and the models are imported inside the commands: help and refusals need not wait for them.
+torch and the models are imported inside the commands, so that help and usage errors are quick.
 """
 
 from rapid_llm.cli import ask, bench, demo, evaluate, plan, report, serve  # noqa: F401  (each adds its commands)

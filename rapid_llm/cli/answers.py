@@ -22,7 +22,14 @@ COMPARED: tuple[Method, ...] = ("lc", "rag", "sd", "rapid")
 
 @dataclass(frozen=True)
 class Job:
-    """A pipeline and a question, with the names that the command line knows their parts by."""
+    """A question to a pipeline, with names for its documents and progress bars.
+
+    Attributes:
+        pipeline: the pipeline that answers.
+        question: the question.
+        documents: names of the documents, in the pipeline's order.
+        bars: progress bars.
+    """
 
     pipeline: RapidPipeline
     question: str
@@ -30,6 +37,7 @@ class Job:
     bars: Bars
 
     def answer(self, method: Method) -> Answer:
+        """The answer by one method."""
         with self.bars:
             return self.pipeline.ask(self.question, method, progress=self.bars)
 
@@ -39,11 +47,11 @@ class Job:
         return deltas.answer(printed(deltas, self.bars))
 
     def compare(self, **known: Answer) -> dict[Method, Answer]:
-        """The answers of all methods; those that are known are not asked for again."""
+        """Answers by all methods; ``known`` ones, by method, are not computed again."""
         return {method: known.get(method) or self.answer(method) for method in COMPARED}
 
     def models(self, method: Method, stats: Stats) -> dict[str, str | None]:
-        """What each model that took part is called."""
+        """Names of the models that took part, by role; None for a role without a model."""
         decoder = self.pipeline.decoder
         idle = unread(stats)
         return {
@@ -53,7 +61,7 @@ class Job:
         }
 
     def summary(self, method: Method, answer: Answer) -> str:
-        """What took part, what was retrieved and left out, and how fast it was, in one line."""
+        """Models, method, retrieved and omitted tokens, and speed of an answer, in one line."""
         stats, context = answer.stats, answer.context
         parts = [names(self.models(method, stats)), stats.method]
         if stats.draft_skipped is not None and method != "lc":
@@ -71,7 +79,7 @@ class Job:
         return " | ".join(parts)
 
     def as_dict(self, method: Method, result: Answer) -> dict[str, Any]:
-        """What ``--json`` prints; ``start`` and ``end`` count characters of the text as read."""
+        """The object for ``--json``; ``start`` and ``end`` are offsets in the text as read."""
         chunks = () if result.context is None else result.context.chunks
         return {
             "text": result.text,
@@ -96,7 +104,7 @@ class Job:
 def printed(deltas: Iterator[Delta], bars: Bars) -> list[Delta]:
     """Print the text of a stream as it comes, and return its deltas."""
     with bars:
-        read = [next(deltas)]  # all reading comes before it
+        read = [next(deltas)]  # after the prefill, which the bars show
     print(read[0].text, end="", flush=True)
     for delta in deltas:
         print(delta.text, end="", flush=True)
@@ -106,12 +114,12 @@ def printed(deltas: Iterator[Delta], bars: Bars) -> list[Delta]:
 
 
 def names(models: Mapping[str, str | None]) -> str:
-    """The models that took part, with their roles."""
+    """Roles and names of the models that took part, in one line."""
     return ", ".join(f"{role} {name}" for role, name in models.items() if name is not None)
 
 
 def note_unread(stats: Stats) -> None:
-    """Say so where nothing was read, and what to do."""
+    """Print a note with a remedy where nothing was retrieved, and so nothing was read."""
     if unread(stats):
         show(
             f"Nothing was retrieved ({stats.draft_skipped}), so nothing was read: lower "
@@ -121,11 +129,12 @@ def note_unread(stats: Stats) -> None:
 
 
 def unread(stats: Stats) -> bool:
-    """Whether neither model read anything, as nothing was retrieved."""
+    """Whether neither model read anything, because nothing was retrieved."""
     return not stats.prompt_tokens and not stats.draft_prompt_tokens
 
 
 def comparison(results: Mapping[Method, Answer]) -> Table:
+    """Table of the answers of several methods and their speed."""
     table = Table("method", "answer", box=SIMPLE_HEAD)
     for heading in ("tokens/s", "acceptance", "tokens\na round", "prefill\nseconds"):
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-"""The command-line application: its commands, and the exit status where one fails."""
+"""The command-line application and its entry point, with error messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import typer
 import rapid_llm
 from rapid_llm.cli.ranks import RANK, printing_once, require_shareable
 from rapid_llm.errors import DocumentError, InvalidParameterError, RankError, RapidError
-from rapid_llm.options import RENAMED
+from rapid_llm.old_names import RENAMED
 
 _LEAVE = 5  # seconds
 
@@ -51,7 +51,7 @@ def _options(
 _RENAMED = {
     f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for old, new in RENAMED.items()
 }
-_RENAMED |= {  # words that only the command line had
+_RENAMED |= {  # old names that only the command line had
     "--context-tokens": "--retrieval-tokens",
     "--kv-cache": "--kv-cache-dir",
     "--retrieved": "--retrieval-tokens",
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _quiet(), printing_once():
             status = app(arguments or ["--help"], prog_name="rapid-llm", standalone_mode=False)
     except (InvalidParameterError, DocumentError, RankError) as error:
-        return _fail(2, str(error)) if RANK == 0 else _left(2)  # rank 0 meets it too
+        return _fail(2, str(error)) if RANK == 0 else _left(2)  # rank 0 raises it too
     except RapidError as error:
         return _fail(2, str(error))
     except _UsageError as error:
@@ -94,7 +94,7 @@ def _fail(status: int, message: str) -> int:
 
 
 def _left(status: int) -> int:
-    """The exit status; a rank that fails lets rank 0 print first, which torchrun then ends."""
+    """The exit status; a failed rank waits until rank 0 has printed, before torchrun ends all."""
     if RANK and status:
         time.sleep(_LEAVE)
     return status
@@ -113,7 +113,7 @@ def _usage_message(error: Any) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars, warnings or log lines of the libraries; their errors reach the user as ours."""
+    """Suppress progress bars, warnings and log lines of libraries."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

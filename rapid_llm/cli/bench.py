@@ -44,53 +44,61 @@ def bench(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only the method of this name, or all whose names contain it; may be repeated.",
+            help="Name or part of the name of a method to measure; may be repeated.",
             show_default=False,
         ),
     ] = None,
     new_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Tokens decoded in a run.", show_default="64")
+        int | None, typer.Option(min=2, help="Tokens decoded in each run.", show_default="64")
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Counted runs of each.", show_default="3")
+        int | None, typer.Option(min=1, help="Counted runs of each method.", show_default="3")
+    ] = None,
+    questions: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Number of questions on one document at once, to measure as well; may be "
+            "repeated, the first is what the others are compared with.",
+            show_default=False,
+        ),
     ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Random weights of this shape (a name that plan knows, or tiny) in the place of "
-            "a model, and no text: what the engine does on this device."
+            help="Shape of a model with random weights (a name that plan knows, or tiny): measures "
+            "the engine on this device without a model or text."
         ),
     ] = None,
     acceptance: Annotated[
         list[float] | None,
         typer.Option(
-            help="With --shape: how likely a drafted token is accepted, by the throw of a coin; "
-            "may be repeated.",
+            help="With --shape, simulated probability that a drafted token is accepted; may be "
+            "repeated.",
             show_default="0.8, 0.9, 0.95",
         ),
     ] = None,
     seconds: Annotated[
         int | None,
-        typer.Option(min=1, help="With --shape: stop measuring after so long.", show_default="180"),
+        typer.Option(min=1, help="With --shape, time limit in seconds.", show_default="180"),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = "bfloat16",
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the model.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     save: Annotated[
         Path | None,
         typer.Option(
-            help="Write that object as well, and beside it what is printed: to this .json file, or "
-            "into this folder.",
+            help="File (.json) or folder for the JSON object and the printed tables.",
             metavar="PATH",
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the speeds as bars.", metavar="PNG")
+        Path | None, typer.Option(help="Image file for a bar chart of the speeds.", metavar="PNG")
     ] = None,
 ) -> None:
-    """Time every method beside transformers' own decoding, or the engine alone (--shape).
+    """Compare the speed of every method with transformers, or measure the engine alone (--shape).
 
-    Contexts longer than the model's window are read with a YaRN-scaled rotary embedding, which is
-    good for measuring speed and for nothing else.
+    Contexts longer than the model's window are read with a YaRN-scaled rotary embedding, which
+    serves to measure speed only.
     """
     shown = sys.stderr.isatty() and not as_json
     if shape is not None:
@@ -103,11 +111,11 @@ def bench(
 
         if shape is not None:
             contexts, coins = context or [32_768], acceptance or [0.8, 0.9, 0.95]
-            made: Bench = ShapeBench(shape, contexts, coins, dtype, seconds or 180)
+            made: Bench = ShapeBench(shape, contexts, coins, dtype, seconds or 180, questions or ())
         else:
             made = _method_bench(
                 model or PACKAGED_MODEL, context or [1700, 7500], task, method, dtype,
-                new_tokens=new_tokens or 64, repeats=repeats or 3,
+                new_tokens=new_tokens or 64, repeats=repeats or 3, questions=questions or (),
             )  # fmt: skip
     raise typer.Exit(_measure(made, as_json, save, plot, shown))
 
@@ -118,48 +126,48 @@ def _method_bench(
     tasks: Sequence[str] | None,
     parts: Sequence[str] | None,
     dtype: str,
-    **counts: int,
+    *,
+    new_tokens: int,
+    repeats: int,
+    questions: Sequence[int],
 ) -> Bench:
-    """A model, and all methods or those whose name is, or contains, one of ``parts``."""
+    """Bench of a model and the methods named in ``parts``, by full name or a part of it."""
     from rapid_llm.bench import method_bench as comparing
-    from rapid_llm.bench.workload import QUESTIONS, make_workload
+    from rapid_llm.bench.workload import QUESTIONS, make_workload, require_task
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.models import load_model, packaged_model, stretched
 
+    for task in tasks or ():
+        require_task(task)
+    for part in parts or ():
+        comparing.named(part)
     loaded = load_model(source, dtype=dtype)
     works = [
         make_workload(task, tokens, demo_text(), loaded.tokenizer)
         for tokens in contexts
         for task in tasks or QUESTIONS
     ]
-    model = stretched(loaded.model, max(contexts) + max(counts["new_tokens"], comparing.ROOM))
+    model = stretched(loaded.model, max(contexts) + max(new_tokens, comparing.ROOM))
     decoder = RapidDecoder(model, loaded.tokenizer, name=loaded.name)
     path = packaged_model() if source == PACKAGED_MODEL else Path(source)
     ours = comparing.our_methods(decoder)
     peers = comparing.peer_methods(decoder, path if path.suffix == ".gguf" else None)
     every = [*ours, *peers]
-    chosen = {
-        name
-        for part in parts or [""]
-        for name in ([part] if part in every else every)
-        if part in name
-    }
-    if not chosen:
-        raise InvalidParameterError(
-            f"method={parts!r} names no method; choose from {', '.join(every)}"
-        )
+    chosen = {name for part in parts or [""] for name in comparing.named(part, every)}
     ours, peers = ({k: v for k, v in rows.items() if k in chosen} for rows in (ours, peers))
-    return comparing.MethodBench(decoder, ours, works, peers=peers, **counts)
+    return comparing.MethodBench(
+        decoder, ours, works, peers=peers, new_tokens=new_tokens, repeats=repeats,
+        questions=questions,
+    )  # fmt: skip
 
 
 def _measure(made: Bench, as_json: bool, save: Path | None, plot: Path | None, shown: bool) -> int:
-    """Measure and print; 1 if a section failed, else 0.
+    """Measure and print; returns 1 if a section failed, else 0.
 
-    What is saved is written anew after each section, so that an end that comes too soon loses no
-    more than the section that it comes in.
+    The saved files are rewritten after each section, so that an interrupt loses one section only.
     """
     if plot is not None:
-        new_figure("--plot needs", 1, 1)  # before it takes minutes
+        new_figure("--plot needs", 1, 1)  # fails before minutes of measuring, not after
     bars = made.progress = Bars(shown)
     sections = made.run()
     if not as_json:

@@ -1,4 +1,4 @@
-"""The documents that a command line names: files, folders, patterns, standard input."""
+"""Read the documents named on a command line: files, folders, patterns, standard input."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def read_documents(names: Sequence[str]) -> dict[str, str]:
     """Read documents and return their texts by name, in this order and without blank ones.
 
     A folder stands for all files in it, a pattern (``*``, ``?``, ``[…]``, ``**``) for all that
-    match, in both cases sorted and without hidden ones. Of these, files that cannot be read are
-    passed over, with a note.
+    match, in both cases sorted and without hidden ones. Files among these that cannot be read are
+    skipped with a note.
 
     Args:
         names: files, folders, patterns; ``-`` for standard input.
@@ -34,8 +34,8 @@ def read_documents(names: Sequence[str]) -> dict[str, str]:
         MissingDependencyError: the package that reads a document's format is not installed.
     """
     texts: dict[str, str] = {}
-    failed: dict[str, DocumentError] = {}  # of files that nobody named
-    read: set[str] = set()  # a file counts once, however it is named
+    failed: dict[str, DocumentError] = {}  # errors of files in folders and patterns
+    read: set[str] = set()  # normalised paths, because one file may be named twice
     for name in names:
         if not _stands_for_files(name):
             if os.path.normpath(name) not in read:
@@ -62,7 +62,7 @@ def read_documents(names: Sequence[str]) -> dict[str, str]:
 
 
 def _try(name: str, found: dict[str, str], failed: dict[str, DocumentError]) -> None:
-    """Read a file into ``found``, or the reason why it cannot be read into ``failed``."""
+    """Read a file and add its text to ``found``, or its error to ``failed``."""
     try:
         found[name] = _read(name, may_be_blank=True)
     except DocumentError as error:
@@ -70,12 +70,12 @@ def _try(name: str, found: dict[str, str], failed: dict[str, DocumentError]) -> 
 
 
 def _note(blank: Sequence[str], failed: Mapping[str, DocumentError]) -> None:
-    """Say which files are passed over: those of unknown formats at once, and why any others."""
+    """Print which files were skipped: unknown formats in one line, others with their errors."""
     from rapid_llm.context.documents import SUFFIXES
 
     unknown = [name for name in failed if Path(name).suffix.lower() not in SUFFIXES]
     for name, error in failed.items():
-        if name not in unknown:  # a text that whoever gave the folder would miss
+        if name not in unknown:  # a document that the user probably wants
             show(f"Warning: {error}; it is passed over", stderr=True)
     if blank:
         holds = "hold no text and are" if len(blank) > 1 else "holds no text and is"
@@ -132,7 +132,7 @@ def _in_folder(folder: str) -> list[str]:
 
 
 def _regular(paths: Iterable[str]) -> Iterator[str]:
-    """Without pipes and devices, which may never end, and dangling links."""
+    """Paths of regular files; pipes and devices may never end."""
     return filter(os.path.isfile, paths)
 
 

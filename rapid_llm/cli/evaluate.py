@@ -37,7 +37,7 @@ _KEPT = (
     *("attn_implementation", "drafter_quantization", "kv_cache_bytes"),
     *("judge_url", "judge_model"),
 )
-"""The options that answers depend on, but for those that are swept."""
+"""Options recorded with a run because answers depend on them; swept options are recorded apart."""
 
 _NOT_RECORDED = ("cuda_graphs", "kv_cache_host_bytes", "kv_cache_dir", "kv_cache_dir_bytes",
                  "chat_template_kwargs", "hub_options", "drafter_options",
@@ -58,17 +58,17 @@ def evaluate(
         ),
     ] = None,
     layers: Annotated[
-        _Number, Option(help="The model's first so many layers are the target, all draft.")
+        _Number, Option(help="Number of first layers that are the target; all layers draft.")
     ] = None,
     data: Annotated[
-        _Folder, Option(exists=True, help="Benchmark's file or folder; by default the hub's.")
+        _Folder, Option(exists=True, help="File or folder of the benchmark; by default the hub's.")
     ] = None,
     limit: Annotated[_Number, Option(help="Number of items; by default all.")] = None,
     out: Annotated[
-        _Folder, Option(help="Folder of the answers, gone on with; by default evaluation/TASK.")
+        _Folder, Option(help="Folder of the answers, resumed; by default evaluation/TASK.")
     ] = None,
     context_tokens: Annotated[
-        _Number, Option(help="Length of documents that the task makes to a length.")
+        _Number, Option(help="Tokens of the contexts that a task makes to a given length.")
     ] = None,
     eta: Annotated[list[float] | None, Option(help="η of rapid (10); may be repeated.")] = None,
     gamma: Annotated[
@@ -76,32 +76,33 @@ def evaluate(
         Option(
             parser=number_or_word(options_of(SpeculationConfig)["gamma"].choices),
             metavar="N|auto",
-            help=f"Tokens drafted a round (4); scores of auto need not reproduce{_SWEPT}",
+            help=f"Tokens drafted per round (4); scores of auto may not reproduce{_SWEPT}",
         ),
     ] = None,
     mode: Annotated[_Names, Option(help=f"paper (default) or augmented, of rapid{_SWEPT}")] = None,
     retrieval_tokens: Annotated[
         _Numbers, Option(help=f"Tokens retrieved (4096), or a 24th of a longer document{_SWEPT}")
     ] = None,
-    chunk_tokens: Annotated[_Numbers, Option(help=f"The longest chunk (512){_SWEPT}")] = None,
+    chunk_tokens: Annotated[_Numbers, Option(help=f"Tokens of a chunk (512){_SWEPT}")] = None,
     retriever: Annotated[_Names, Option(help=f"dense (default), bm25 or hybrid{_SWEPT}")] = None,
     embedder: Annotated[_Names, Option(help=f"Embedding model (as for ask){_SWEPT}")] = None,
     irrelevant: Annotated[
-        bool, Option("--irrelevant", help="Retrieve once more, from another item's document.")
+        bool, Option("--irrelevant", help="Whether to also retrieve from another item's document.")
     ] = False,
     dynamic_eta: Annotated[
-        bool, Option("--dynamic-eta", help="Run rapid once more, with a dynamic η.")
+        bool, Option("--dynamic-eta", help="Whether to also run rapid with a dynamic η.")
     ] = False,
-    seed: Annotated[int, Option(help="Of whatever is drawn at random.")] = 0,
+    seed: Annotated[int, Option(help="Seed of all random draws.")] = 0,
     judge_url: Annotated[
         _Name, Option(help="OpenAI-compatible endpoint that rates mtbench101's answers.")
     ] = None,
-    judge_model: Annotated[_Name, Option(help="The judge, as it is called there.")] = None,
+    judge_model: Annotated[_Name, Option(help="Name of the judge at that endpoint.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a benchmark's questions by every method, and compare quality and speed.
 
-    Answers are kept as they come: the same command goes on after an interrupt. Decoding is greedy.
+    Each answer is saved at once, and the same command resumes an interrupted run. Decoding is
+    greedy.
     """
     if judge_url is not None and judge_model is None:
         raise InvalidParameterError(f"--judge-url {judge_url} needs --judge-model: name the judge")
@@ -130,6 +131,7 @@ def evaluate(
         import transformers
 
         from rapid_llm import RapidDecoder, __version__
+        from rapid_llm.context.embedding import require_embedder
         from rapid_llm.evaluation.journal import Journal
         from rapid_llm.evaluation.judge import Judge
         from rapid_llm.evaluation.retrieval import Retrieval
@@ -138,6 +140,9 @@ def evaluate(
         from rapid_llm.evaluation.tasks import load_task
         from rapid_llm.evaluation.tasks.base import Source
 
+        for one in methods:
+            if one.retrieval is not None and one.retrieval.embedder is not None:
+                require_embedder(one.retrieval.embedder)
         decoder = RapidDecoder.from_config(engine) if layers is None else _upward(engine, layers)
         judge = None if judge_model is None else Judge(judge_model, judge_url)
         source = Source(decoder.tokenizer, data, context_tokens, limit, seed, judge)
@@ -150,7 +155,7 @@ def evaluate(
         "data_sha256": checksum,
         "task": task,
         "metrics": loaded.metrics,
-        # Of what the loader makes of the data, seed and lengths.
+        # Checks what the loader makes of data, seed and lengths.
         "first_item_sha256": hashlib.sha256(repr(loaded.items[:1]).encode()).hexdigest(),
         "device": str(decoder.target.device),
         **sweep.own,
@@ -168,7 +173,7 @@ def evaluate(
     except KeyboardInterrupt:
         show(
             f"Interrupted after {len(journal.records)} answers, which are kept in {folder}; "
-            "the same command goes on with the rest.",
+            "the same command resumes the run.",
             stderr=True,
         )
         raise
@@ -183,7 +188,7 @@ def evaluate(
 
 
 def _upward(engine: EngineConfig, layers: int) -> RapidDecoder:
-    """The whole model drafts for its first layers."""
+    """Decoder whose target is the model's first layers and whose drafter is the whole model."""
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.device_maps import placements
     from rapid_llm.models import first_layers, load_model
@@ -203,7 +208,7 @@ def _upward(engine: EngineConfig, layers: int) -> RapidDecoder:
 
 
 def _checksum(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files with their names; hidden ones do not count."""
+    """SHA-256 of a file, or of the names and contents of a folder's files, hidden ones left out."""
     files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
     total = hashlib.sha256()
     for one in files:

@@ -13,7 +13,7 @@ import typer
 from rapid_llm.options import Declared, options_of, sorted_into
 
 _NONE = "none"
-"""What stands for None where another value is the default."""
+"""Word for None in options whose default is another value."""
 
 
 def with_options(
@@ -21,12 +21,12 @@ def with_options(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that gives a command the options of dataclasses.
 
-    The command gets an instance of each, in this order, as its first arguments.
+    The command receives an instance of each dataclass, in this order, as its first arguments.
 
     Args:
         groups: dataclasses whose fields declare options.
         leave_out: names of options that the command does not offer.
-        defaults: in the place of those declared, where the command line documents others.
+        defaults: defaults that differ from the declared ones, by option name.
     """
     own = defaults or {}
 
@@ -75,7 +75,7 @@ def _annotation(declared: Declared) -> Any:
     elif declared.choices:
         words = _words(declared)
         kind = Literal[words]
-    elif origin is not None:  # lists and mappings: one a time
+    elif origin is not None:  # a list or mapping, given one element at a time
         kind = list[str] | None
         if issubclass(origin, Mapping):
             settings["metavar"] = "NAME=VALUE"
@@ -92,12 +92,12 @@ def _annotation(declared: Declared) -> Any:
 
 
 def _container(declared: Declared) -> Any:
-    """``Sequence`` or ``Mapping`` for an option of several values; None for one of a single."""
+    """``Sequence`` or ``Mapping`` for an option of several values; None for a single value."""
     return get_origin(declared.kinds[0]) if declared.kinds else None
 
 
 def _origins(declared: Declared) -> list[Any]:
-    """The general types that the option takes."""
+    """Unparametrized types that the option takes."""
     return [get_origin(kind) for kind in declared.kinds]
 
 
@@ -111,13 +111,13 @@ def _json(declared: Declared, given: str) -> Any:
 
 
 def _words(declared: Declared) -> tuple[str, ...]:
-    """Words that the option takes, with one for None where another value is the default."""
+    """Words that the option takes, including one for None if its default is another value."""
     none = declared.optional and declared.default is not None
     return (*declared.choices, _NONE) if none else declared.choices
 
 
 def _flag(declared: Declared) -> str:
-    """The plural of what is given one a time is singular here."""
+    """Flag of the option, in the singular where elements are given one at a time."""
     name = declared.name
     if _container(declared) is not None:
         name = name.removesuffix("s")
@@ -129,7 +129,7 @@ def _default(declared: Declared, default: Any) -> Any:
 
 
 def _value(declared: Declared, given: Any) -> Any:
-    """A value of the command line as the option takes it."""
+    """Convert a value of the command line to a value of the option."""
     origin = _container(declared)
     if origin is not None and given is None:
         return declared.default
@@ -143,7 +143,7 @@ def _value(declared: Declared, given: Any) -> Any:
 
 
 def _pairs(declared: Declared, given: Sequence[str]) -> dict[str, Any]:
-    """``name=value`` of each, the value in JSON, or text where it is none."""
+    """Parse ``name=value`` pairs; a value that is not JSON is text."""
     pairs = {}
     for each in given:
         name, equals, value = each.partition("=")
@@ -165,7 +165,7 @@ def _json_or_text(value: str) -> Any:
 
 
 def number_or_word(words: Sequence[str]) -> Callable[[str], Any]:
-    """A parser of an option whose values are a number and words."""
+    """A parser for options whose values are a whole number or one of some words."""
 
     def parse(value: Any) -> Any:
         if value in words or not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""``rapid-llm plan``: speed and memory predicted from a model's config."""
+"""``rapid-llm plan``: predicted speed and memory of a model, from its config."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @app.command()
 def plan(
     context: Annotated[
-        int, typer.Option(min=1, help="Tokens the target reads.", show_default=False)
+        int, typer.Option(min=1, help="Tokens that the target reads.", show_default=False)
     ],
     model: Annotated[
         str,
@@ -39,20 +39,18 @@ def plan(
         ),
     ] = PACKAGED_MODEL,
     drafter: Annotated[
-        str | None, typer.Option(help="The same: a smaller or larger model to draft with.")
+        str | None, typer.Option(help="Another model to draft with, named like the model.")
     ] = None,
     retrieval_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens the drafter reads; by default 4,096, or 1/24 if more."),
+        typer.Option(min=1, help="Tokens that the drafter reads; by default 4,096 or L/24."),
     ] = None,
     acceptance: Annotated[
         float, typer.Option(min=0, max=1, help="Probability that a draft token is accepted.")
     ] = ACCEPTANCE,
     device: Annotated[
         str | None,
-        typer.Option(
-            help=f"{', '.join(DEVICES)}; or this, which is measured.", show_default="this"
-        ),
+        typer.Option(help=f"{', '.join(DEVICES)}, or this (measured).", show_default="this"),
     ] = None,
     bandwidth: Annotated[
         float | None,
@@ -64,14 +62,14 @@ def plan(
     ] = None,
     tflops: Annotated[
         float | None,
-        typer.Option(help="Its dense bfloat16 throughput, in TFLOP/s.", show_default=False),
+        typer.Option(help="Dense bfloat16 throughput of that GPU.", show_default=False),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="Its memory.", show_default=False)
+        float | None, typer.Option(metavar="GB", help="Memory of that GPU.", show_default=False)
     ] = None,
     paper: Annotated[
         bool,
-        typer.Option("--paper", help="What 1 to 8 devices hold of the paper's rows; no --model."),
+        typer.Option("--paper", help="Show memory on 1 to 8 devices for the paper's models."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -119,12 +117,12 @@ def _paper(context: int, device: Device | None, as_json: bool) -> None:
 
 
 def paper_name(plan: Plan) -> str:
-    """Target and drafter as the paper's tables have them."""
+    """Names of target and drafter in the style of the paper's tables."""
     return f"{plan.model.name} ← {plan.drafter.name}" if plan.drafter else f"{plan.model.name} self"
 
 
 def spread_table(rows: Mapping[str, Row]) -> Table:
-    """What the fullest of several devices holds, by both ways to spread models."""
+    """Table of the memory on the fullest of several devices, by device map and tensor parallel."""
     counts = [each.devices for each in max((row.spreads for row in rows.values()), key=len)]
     table = number_table(
         "GB a device, of",
@@ -148,7 +146,7 @@ def _cell(nbytes: int | None, fits: bool | None) -> str:
 
 
 def kept(made: Plan) -> str:
-    """How many documents each tier keeps, and how soon one is back."""
+    """Number of documents whose KV each tier keeps, and the time to restore one, in a sentence."""
     size = made.model.kv_bytes_per_token * made.context
     parts = [
         f"{tier.documents:,} in {tier.nbytes / 1e9:,.0f} GB of the {tier.name}"
@@ -161,7 +159,7 @@ def kept(made: Plan) -> str:
 def _device(
     name: str | None, bandwidth: float | None, tflops: float | None, memory: float | None
 ) -> Device | None:
-    """The device that was named or described; None is this machine."""
+    """The device that the options name or describe; None for this machine."""
     if bandwidth is tflops is memory is None:
         return None if name in (None, "this") else named_device(name)
     if name is not None:
@@ -176,7 +174,7 @@ def _device(
 
 
 def heading(made: Plan) -> str:
-    """The model, how much of it there is, and where and on what it would run."""
+    """Model, number of parameters, device and context, in one line."""
     size = made.model
     active = f", {_count(size.active_parameters)} active" if size.experts else ""
     return (
@@ -187,7 +185,7 @@ def heading(made: Plan) -> str:
 
 
 def tables(made: Plan) -> tuple[Table, ...]:
-    """A line a drafter: what it gains, also at other acceptance rates, and the memory it takes."""
+    """Tables with a row per drafter: speed, speedup by acceptance rate, memory, several devices."""
     memory = "unknown" if made.device.memory is None else f"{made.device.memory / 1e9:.0f} GB"
     columns = "c", "γ", "tokens\na round", "ms\na token", "speedup", "prefill\ns"
     rates = [f"{acceptance:g}" for acceptance in made.rows[-1].sensitivity]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +11,22 @@ from rapid_llm.cli.documents import warned
 from rapid_llm.console import show
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError, RapidError
 
+_OF_ALL = (MissingDependencyError, ModelError)
+"""What is wrong with the models, and so with all questions."""
+
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what its answer is known by: the file's ``id``, or its number from 1."""
+    """A question, and the id of its answer: ``id`` in the file, or its number from 1."""
 
     id: Any
     text: str
 
 
 def read_questions(path: str) -> list[Question]:
-    """Read a file with a question a line, or with a JSON object a line; ``-`` is standard input.
+    """Read a file with one question or JSON object per line; ``-`` is standard input.
 
-    It holds JSON if its first line begins with a brace. Blank lines are passed over.
+    The file is JSON if its first line begins with a brace. Blank lines are skipped.
 
     Raises:
         DocumentError: the file cannot be read, or is empty.
@@ -55,28 +58,30 @@ def _from_json(line: str, place: str, number: int) -> Question:
     return Question(given.get("id", number), question)
 
 
-def answer_each(questions: Iterable[Question], answer: Callable[[str], dict[str, Any]]) -> int:
+def print_answers(
+    questions: Iterable[Question], answers: Iterable[dict[str, Any] | Exception]
+) -> int:
     """Print a JSON object for each question as soon as it is answered.
 
-    A question that failed has an ``error`` in its object, and the others go on; what is wrong with
-    the models would be wrong with all of them, and is raised.
+    The object of a question that failed has an ``error``, and the next question follows. Errors of
+    the models, which would repeat for every question, are raised.
 
     Args:
         questions: the questions.
-        answer: gives what is printed of an answer.
+        answers: what is printed of each answer, or its error.
 
     Returns:
         Exit status: 1 if a question failed, else 0.
     """
     asked = failed = 0
-    for question in questions:
+    for question, answer in zip(questions, answers, strict=True):
         asked += 1
-        try:
-            outcome = answer(question.text)
-        except (MissingDependencyError, ModelError):
-            raise
-        except RapidError as error:
-            outcome, failed = {"error": str(error)}, failed + 1
+        if isinstance(answer, Exception):
+            if not isinstance(answer, RapidError) or isinstance(answer, _OF_ALL):
+                raise answer
+            outcome, failed = {"error": str(answer)}, failed + 1
+        else:
+            outcome = answer
         line = {"id": question.id, "question": question.text} | outcome
         print(json.dumps(line), flush=True)
     if failed:

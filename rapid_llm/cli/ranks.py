@@ -1,4 +1,4 @@
-"""The command line in the processes of ``torchrun``, over which a model is sharded."""
+"""The command line under ``torchrun``: input is read and output printed by rank 0 only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 from rapid_llm.errors import InvalidParameterError
 
 RANK = int(os.environ.get("RANK", "0"))
-"""Number of this process; 0 alone reads standard input and prints."""
+"""Number of this process; only process 0 reads standard input and prints."""
 
 _SHARED = ("ask", "demo", "plan")
 
@@ -18,10 +18,10 @@ _T = TypeVar("_T")
 
 
 def require_shareable(command: str | None) -> None:
-    """Refuse commands that one process runs.
+    """Refuse commands that do not run in several processes.
 
     Raises:
-        InvalidParameterError: there are several processes.
+        InvalidParameterError: ``torchrun`` has started several.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and command not in _SHARED:
@@ -32,7 +32,7 @@ def require_shareable(command: str | None) -> None:
 
 
 def read_once(read: Callable[[], _T]) -> _T:
-    """What rank 0 alone reads, handed to the other ranks."""
+    """Result of a function that only rank 0 calls, sent to the other ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return read()
     from rapid_llm.tensor_parallel import shared
@@ -42,7 +42,7 @@ def read_once(read: Callable[[], _T]) -> _T:
 
 @contextmanager
 def printing_once() -> Iterator[None]:
-    """Nothing that other ranks than 0 print is seen."""
+    """Context in which only rank 0 prints."""
     if RANK == 0:
         yield
         return

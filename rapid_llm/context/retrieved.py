@@ -95,7 +95,7 @@ def ground(
         order: order of the documents: ``canonical`` is that of their ids, see
             :func:`.ordering.in_order`; ``given`` that of their first chunks or, where nothing was
             retrieved, their own.
-        titles: by id, what orders documents before their ids, such as the file's path.
+        titles: sort keys that are compared before the ids, by id, such as file paths.
 
     Raises:
         DocumentError: a document id is missing, unknown or given twice, a document is not text, all

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from rapid_llm.engine.joined import Part
 from rapid_llm.engine.rounding import rounding
 from rapid_llm.folders import cache_folder
 from rapid_llm.forked import ProcessLock
@@ -51,6 +52,10 @@ class PassCost:
 
     def seconds(self, tokens: float) -> float:
         return self.first + self.row * (tokens - 1)
+
+    def together(self, sequences: int) -> PassCost:
+        """Cost of joined passes, of n tokens of each of so many sequences."""
+        return PassCost(self.seconds(sequences), self.row * sequences)
 
 
 _known: dict[Path, PassCost] = {}
@@ -96,14 +101,17 @@ def measure(session: Session) -> PassCost:
     back = min(ROOM, session.length)
     # Measure at positions that the sequence has reached: rotary scaling may change beyond them.
     cache.position_offset -= back
-    # As at the end of a sequence, like passes that decode, unless its KV is of a longer one.
+    # Passes that decode end their sequence, unless its KV belongs to a longer one.
     cache.expected = session.length + back + 1 if runner.switches else 0
     try:
         with runner.lock:  # keep passes of other threads out of the measurement
             for n in (1, ROOM) * _REPEATS:
                 tokens = torch.zeros(n, dtype=torch.long, device=device)
                 started = time.perf_counter()
-                runner(tokens, cache, n)
+                if session.joined:
+                    runner.joined([Part(tokens, cache, n)])
+                else:
+                    runner(tokens, cache, n)
                 runner.synchronize()
                 times[n].append(time.perf_counter() - started)
                 cache.rollback(held)
@@ -118,7 +126,8 @@ def _key(session: Session) -> str:
     """Hash of everything that a cost depends on."""
     runner, length = session.runner, session.cache.length
     bucket = round(2 * log2(length + 1))
-    description = f"{_architecture(runner.model)} {rounding(runner)} {bucket}"
+    kind = " joined" if session.joined else ""
+    description = f"{_architecture(runner.model)} {rounding(runner)} {bucket}{kind}"
     return hashlib.sha256(description.encode()).hexdigest()
 
 
@@ -190,8 +199,8 @@ def _read(path: Path) -> PassCost:
 @cache
 def _warn_once(folder: Path, problem: str) -> None:
     warnings.warn(
-        f"what forward passes cost cannot be kept in {folder} ({problem}), so it is measured in "
-        "each process, and one may draft and answer otherwise than another; delete a damaged "
-        "file, or set RAPID_LLM_CACHE to a folder that can be written to",
+        f"the costs of forward passes cannot be kept in {folder} ({problem}), so each process "
+        "measures them, and processes may draft and answer differently; delete a damaged file, or "
+        "set RAPID_LLM_CACHE to a writable folder",
         stacklevel=2,
     )

@@ -133,7 +133,7 @@ DraftLoop = Callable[
 """Function of ``(pending, steps, cache, generator, masks)`` that drafts at most ``steps`` tokens.
 
 It returns the tokens, int64 ``[at most steps]``, and the q that each was drawn from, float32
-``[…, width]``. ``masks`` are asked before each step, for which the host waits for the step before.
+``[…, width]``. ``masks`` is called before each step, after the host has waited for the last one.
 """
 
 
@@ -201,12 +201,12 @@ class Device:
         quantizers: quantizers for drafters by weight format, the fastest first.
         prefill_chunk: number of tokens of a prefill pass, which bounds the memory of activations.
         prefill_pieces: numbers of tokens of passes over the rest of a prompt, descending, less
-            than a chunk. About as many tokens as the smallest are read again for the next question
-            on a document, see :mod:`rapid_llm.engine.chunks`.
-        apart: whether its memory is apart from the host's.
+            than a chunk. The next question on a document reads about the smallest of them again,
+            see :mod:`rapid_llm.engine.chunks`.
+        own_memory: whether it has memory separate from the host's.
     """
 
-    apart: ClassVar[bool] = False
+    own_memory: ClassVar[bool] = False
     quantizers: ClassVar[Mapping[WeightKind, Quantizer]] = {}
     prefill_chunk = 512
     prefill_pieces: tuple[int, ...] = ()
@@ -226,6 +226,10 @@ class Device:
     ) -> sdpa.Kernel:
         """Fastest kernel for these arguments of :func:`rapid_llm.engine.attention.attend`."""
         return sdpa.attend
+
+    def attend_part(self, query: Tensor, value: Tensor) -> sdpa.PartKernel:
+        """Fastest kernel for these arguments of :func:`rapid_llm.engine.sdpa.attend_part`."""
+        return sdpa.attend_part
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: ``[..., in]`` with ``[out, in]`` and ``[out]``, in x's dtype."""
@@ -255,29 +259,29 @@ class Device:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def free_host_buffers(self) -> None:
-        """Give the memory of host buffers that are no longer used back to the system."""
+        """Return the memory of unused host buffers to the system."""
 
     def queued(self, device: torch.device) -> object:
-        """The work of this thread that is queued on the device, for :meth:`transfer`."""
+        """Marker of the work that this thread has queued on the device, for :meth:`transfer`."""
         return None
 
     def transfer(
         self, pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device, after: object
     ) -> None:
-        """Copy tensors between the device and host buffers, beside the device's other work.
+        """Copy tensors between the device and host buffers, in parallel to the device's passes.
 
         It returns once they are copied.
 
         Args:
             pairs: sources and targets, contiguous and of the same size each.
             device: the device.
-            after: the work after which the copies may begin, from :meth:`queued`.
+            after: marker of the work that must end before the copies, from :meth:`queued`.
         """
         for source, target in pairs:
             target.copy_(source)
 
     def rounding(self, device: torch.device) -> str:
-        """Description of everything on which the rounding of passes depends, but their sizes."""
+        """Description of everything that the rounding of passes depends on except their sizes."""
         return device.type
 
 

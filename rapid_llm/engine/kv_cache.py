@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -73,15 +74,34 @@ class PreallocatedLayer(CacheLayerMixin):
         return self.capacity
 
 
+class Segment(NamedTuple):
+    """Tokens in another cache's buffers, read and never written by who borrows them.
+
+    Attributes:
+        cache: the cache that holds them.
+        end: number of its own first tokens that are borrowed.
+    """
+
+    cache: KVCache
+    end: int
+
+
 class KVCache(Cache):
     """KV cache of one sequence (batch size 1), with preallocated layers.
 
+    The first tokens may be borrowed from other caches (``prefix``), which then hold them once for
+    many sequences; the layers hold the tokens after them. Only passes of
+    :mod:`rapid_llm.engine.joined` read such a cache.
+
     Args:
         num_layers: number of decoder layers.
-        capacity: maximum number of tokens.
+        capacity: maximum number of tokens, those of the prefix included.
+        prefix: segments that the sequence begins with, in order.
 
     Attributes:
         capacity: maximum number of tokens.
+        prefix: segments that the sequence begins with; empty where it borrows nothing.
+        prefix_length: number of tokens of the prefix.
         position_offset: number of the sequence's tokens that are left out of the cache; added to
             the positions of new tokens.
         expected: length of the whole sequence while a part of it is read, in tokens; some kinds of
@@ -92,9 +112,12 @@ class KVCache(Cache):
 
     layers: list[PreallocatedLayer]
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        super().__init__(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, capacity: int, prefix: tuple[Segment, ...] = ()) -> None:
+        held = sum(segment.end for segment in prefix)
+        super().__init__(layers=[PreallocatedLayer(capacity - held) for _ in range(num_layers)])
         self.capacity = capacity
+        self.prefix, self.prefix_length = prefix, held
+        self._borrowers: WeakKeyDictionary[KVCache, int] = WeakKeyDictionary()
         self.position_offset = 0
         self.expected = 0
         self.origin: KVOrigin | None = None
@@ -102,11 +125,12 @@ class KVCache(Cache):
     @property
     def length(self) -> int:
         """Number of tokens in all layers; during a pass the first layers have more."""
-        return min(layer.length for layer in self.layers)
+        return self.prefix_length + min(layer.length for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
-        """Allocated bytes: ``layers * 2 * kv_heads * capacity * dim * itemsize``."""
+        """Allocated bytes, without the prefix: those of
+        ``layers * 2 * kv_heads * (capacity - prefix_length) * dim`` numbers."""
         tensors = [t for layer in self.layers for t in (layer.keys, layer.values)]
         return sum(t.nbytes for t in tensors if t is not None)
 
@@ -117,18 +141,56 @@ class KVCache(Cache):
             layer.length += tokens
 
     def rollback(self, length: int) -> None:
-        """Drop all tokens from index ``length`` on; nothing is copied."""
-        assert 0 <= length <= self.capacity
+        """Drop all tokens from index ``length`` on; nothing is copied.
+
+        The prefix stays, unless all tokens are dropped.
+        """
+        if length == 0 and self.prefix:
+            self._restart()
+        own = length - self.prefix_length
+        assert 0 <= own <= self.capacity
         for layer in self.layers:
             # min, because a forward pass that failed half-way leaves layers of unequal length.
-            layer.length = min(layer.length, length)
+            layer.length = min(layer.length, own)
+
+    def _restart(self) -> None:
+        """Give the prefix back, with new buffers for all tokens."""
+        self.prefix, self.prefix_length = (), 0
+        self.layers = [PreallocatedLayer(self.capacity) for _ in self.layers]
+
+    def segments(self, length: int) -> tuple[Segment, ...]:
+        """The buffers that hold the first ``length`` tokens, in order."""
+        found: list[Segment] = []
+        for segment in (*self.prefix, Segment(self, length)):
+            end = min(segment.end, length)
+            if end > 0:
+                found.append(Segment(segment.cache, end))
+            length -= end
+        return tuple(found)
+
+    def borrow(self, length: int, capacity: int) -> KVCache:
+        """A cache for ``capacity`` tokens that begins with the first ``length`` of this one.
+
+        They must not change here while the new cache is in use.
+        """
+        borrowed = KVCache(len(self.layers), capacity, self.segments(length))
+        borrowed.origin = self.origin
+        for cache, end in borrowed.prefix:
+            cache._borrowers[borrowed] = end
+        return borrowed
+
+    @property
+    def lent(self) -> int:
+        """Number of its own first tokens that other caches borrow, and that must not change."""
+        return max(self._borrowers.values(), default=0)
 
     def copy_prefix(self, length: int, capacity: int) -> KVCache:
         """Copy the first ``length`` tokens to a new cache for ``capacity`` tokens."""
         copied = KVCache(len(self.layers), capacity)
         copied.origin = self.origin
-        for old, new in zip(self.layers, copied.layers, strict=True):
-            new.update(old.keys[:, :, :length], old.values[:, :, :length])
+        for cache, end in self.segments(length):
+            for old, new in zip(cache.layers, copied.layers, strict=True):
+                new.update(old.keys[:, :, :end], old.values[:, :, :end])
         return copied
 
     def grow(self, capacity: int) -> None:
@@ -161,14 +223,17 @@ def kv_nbytes(config: Any, dtype: torch.dtype, capacity: int) -> int:
     return layers * 2 * heads * dim * capacity * dtype.itemsize
 
 
-def cache_argument(takes_a_cache: Callable[..., Any]) -> str:
+def cache_argument(forward: Callable[..., Any]) -> str:
     """Name of the parameter for the KV cache in a function such as a model's ``forward``.
 
     transformers 5.24 renamed ``past_key_values`` to ``cache``; models outside of transformers may
     have the old name. For a function that only forwards its arguments this is the name that
     ``generate`` uses.
+
+    Args:
+        forward: function with a parameter for a KV cache.
     """
-    for function in (takes_a_cache, GenerationMixin.prepare_inputs_for_generation):
+    for function in (forward, GenerationMixin.prepare_inputs_for_generation):
         parameters = signature(function).parameters
         for name in _CACHE_NAMES:
             if name in parameters:

@@ -7,6 +7,7 @@ of the classes below; all others (with adapters, hooks, tensor subclasses) run t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,14 +51,45 @@ class LeanPass:
         self._model = model
 
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
-        return True
+        return not cache.prefix
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
         return lean_logits(self._model, ids, positions, cache, keep)
 
 
+Mix = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]
+"""Attention of a layer over a cache to which the new tokens are written.
+
+A function of ``(index of the layer, its attention module, query, key, value)``, rotated and
+``[n, heads, dim]`` each, that returns ``[n, heads, dim]``.
+"""
+
+
 def lean_logits(model: Any, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
     """Run a lean model; arguments and result as for :class:`.device.Pass`."""
+
+    def mix(index: int, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        kv: PreallocatedLayer = cache.layers[index]
+        keys, values = kv.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+        query, window = query.transpose(0, 1), window_of(module)
+        return attend(query, keys[0], values[0], module.scaling, window).transpose(0, 1)
+
+    return run(model, ids, positions, mix, slice(-keep, None))
+
+
+def run(model: Any, ids: Tensor, positions: Tensor, mix: Mix, rows: slice | Tensor) -> Tensor:
+    """Run a lean model with any attention.
+
+    Args:
+        model: the model.
+        ids: token ids, int64 ``[n]``.
+        positions: int64 ``[n]``, or longer, see :class:`.device.Pass`.
+        mix: attention of each layer.
+        rows: tokens for which logits are computed: a slice, or indices.
+
+    Returns:
+        Logits ``[rows, vocab]`` in the model's dtype.
+    """
     body = model.model
     x = F.embedding(ids, body.embed_tokens.weight)
     # The model's own rotary module, so that all kinds of scaling are right.
@@ -66,25 +98,24 @@ def lean_logits(model: Any, ids: Tensor, positions: Tensor, cache: KVCache, keep
     signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     n = ids.shape[0]
     rotary = cos[0, :n, None], signed[0, :n, None]
-    for layer, kv in zip(body.layers, cache.layers, strict=True):
-        x = x + _attention(layer.self_attn, _rms_norm(x, layer.input_layernorm), rotary, kv)
+    for index, layer in enumerate(body.layers):
+        normed = _rms_norm(x, layer.input_layernorm)
+        x = x + _attention(index, layer.self_attn, normed, rotary, mix)
         x = x + _mlp(layer.mlp, _rms_norm(x, layer.post_attention_layernorm))
-    return _linear(_rms_norm(x[-keep:], body.norm), model.lm_head)
+    return _linear(_rms_norm(x[rows], body.norm), model.lm_head)
 
 
 def _attention(
-    module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], kv: PreallocatedLayer
+    index: int, module: Any, x: Tensor, rotary: tuple[Tensor, Tensor], mix: Mix
 ) -> Tensor:
     n, dim = x.shape[0], module.head_dim
     query, key, value = (part.view(n, -1, dim) for part in _projections(module, x))
     if hasattr(module, "q_norm"):  # Qwen3
         query, key = _rms_norm(query, module.q_norm), _rms_norm(key, module.k_norm)
     heads = query.shape[1]
-    rotated = _rotate(torch.cat([query, key], dim=1), rotary).transpose(0, 1)
-    keys, values = kv.update(rotated[None, heads:], value.transpose(0, 1)[None])
-    window = window_of(module)
-    mixed = attend(rotated[:heads], keys[0], values[0], module.scaling, window)
-    return _linear(mixed.transpose(0, 1).reshape(n, -1), module.o_proj)
+    rotated = _rotate(torch.cat([query, key], dim=1), rotary)
+    mixed = mix(index, module, rotated[:, :heads], rotated[:, heads:], value)
+    return _linear(mixed.reshape(n, -1), module.o_proj)
 
 
 def window_of(attention: Any) -> int | None:

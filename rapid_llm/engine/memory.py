@@ -1,4 +1,4 @@
-"""Work that is run again after memory ran out, with idle memory freed in between."""
+"""Run a step again after memory ran out, with idle memory freed in between."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import suppress
 from typing import TypeVar
 
 import torch
+
+from rapid_llm.engine.steps import Steps
 
 _TRIES = 4  # attempts after running out of memory: a step may capture several graphs
 
@@ -28,3 +30,12 @@ def with_memory(step: Callable[[], _T], free: Callable[[], object]) -> _T:
             return step()
         free()
     return step()
+
+
+def steps_with_memory(step: Callable[[], Steps[_T]], free: Callable[[], object]) -> Steps[_T]:
+    """:func:`with_memory` for a step that yields the passes it wants."""
+    for _ in range(_TRIES):
+        with suppress(torch.OutOfMemoryError):
+            return (yield from step())
+        free()
+    return (yield from step())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -21,6 +21,7 @@ from rapid_llm.engine.device import (
     device_of,
     register,
 )
+from rapid_llm.engine.joined import Part, joined_logits
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
 from rapid_llm.engine.model_state import ModelState
@@ -31,7 +32,7 @@ from rapid_llm.engine.supported import (
     require_tokens_alike,
 )
 from rapid_llm.engine.transformers_pass import TransformersPass
-from rapid_llm.errors import InvalidParameterError, OutdatedKVError
+from rapid_llm.errors import InvalidParameterError, ModelError, OutdatedKVError
 from rapid_llm.forked import ProcessLock, in_child
 from rapid_llm.tensor_parallel import head_divisor, is_sharded, ranks_of
 
@@ -68,8 +69,8 @@ class ModelRunner:
             not possible, or a capture fails, an error is raised instead of running more slowly.
 
     Attributes:
-        ranks: processes that run each pass together, because the model, or the one that it drafts
-            for or is drafted for by, is sharded over them; None for a model of this process alone.
+        ranks: processes that run each pass together, because this model or its partner (its
+            drafter or target) is sharded over them; None for a model of this process alone.
 
     Raises:
         ModelError: the architecture, an adapter or the attention implementation is not supported.
@@ -132,6 +133,13 @@ class ModelRunner:
         with self._lock:
             self._refresh()
             return self._lean
+
+    @property
+    def joins(self) -> bool:
+        """Whether new tokens of several sequences can be read in one pass, see :meth:`joined`."""
+        with self._lock:
+            self._refresh()
+            return self._static and self.ranks is None
 
     @property
     def lock(self) -> threading.RLock:
@@ -253,6 +261,8 @@ class ModelRunner:
             ModelError: an unsupported adapter was added.
         """
         ids = tokens.to(self.device, non_blocking=True)
+        if cache.prefix:
+            return self.joined([Part(ids, cache, keep_logits)])[0]
         length = max(cache.expected, cache.length + cache.position_offset + ids.shape[0])
 
         def launch(replayed: ReplayedPass) -> Tensor | None:
@@ -275,6 +285,30 @@ class ModelRunner:
                             logits = self.ranks.first_logits(own.to(self.device, torch.float32))
                             self.synchronize()  # time limits count from the launch
             return logits.to(self.device, torch.float32)
+
+    def joined(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Run the model on new tokens of several sequences in one pass.
+
+        Args:
+            parts: new tokens and caches, with different caches. No cache changes if the pass fails.
+
+        Returns:
+            For each part logits, float32 ``[keep, vocab_size]``.
+
+        Raises:
+            OutdatedKVError: a cache was computed with another state of the model.
+            ModelError: passes over several sequences are not known to be exact for the model.
+        """
+        with self._lock, ExitStack() as contexts:
+            for part in parts:
+                length = part.cache.length + part.cache.position_offset + len(part.ids)
+                contexts.enter_context(self._pass_context(part.cache, length))
+            if not self.joins:
+                raise ModelError(
+                    f"{self.name} cannot read several sequences at once: that takes a model of the "
+                    "Llama family with our attention and a fixed rotary embedding"
+                )
+            return [logits.float() for logits in joined_logits(self.model, parts)]
 
     def replay(
         self,
@@ -301,6 +335,8 @@ class ModelRunner:
         """
         with self._lock:
             if self._replayed is None or self.ranks is not None:  # drafts differ where logits do
+                return None
+            if cache.prefix:  # a graph knows one buffer a layer
                 return None
             start, drawn = cache.length, None if generator is None else generator.get_state()
             if cache.origin == KVOrigin(self.state.number, 0):

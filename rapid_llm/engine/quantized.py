@@ -38,12 +38,12 @@ class QuantizedLinear(QuantizedWeights):
     Attributes:
         weight, bias: tensors of the original layer, shared; faster for a prefill.
         stands_for: type of the original layer.
-        made_anew: names of the tensors that the original layer lacks.
+        added: names of the tensors that the original layer lacks.
         divides: required divisor of the number of inputs.
     """
 
     stands_for = nn.Linear
-    made_anew: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     divides = 1
 
     def __init__(self, linear: nn.Linear) -> None:

@@ -1,4 +1,4 @@
-"""The model that drafts: a drafter as it is, or its quantized copy, which costs less per step."""
+"""The model that drafts: a drafter, or its quantized copy, whose steps are faster."""
 
 from __future__ import annotations
 

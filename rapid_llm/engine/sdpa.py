@@ -16,6 +16,9 @@ from torch.nn.attention.bias import causal_lower_right
 Kernel = Callable[..., Tensor]
 """Function with the arguments of :func:`rapid_llm.engine.attention.attend`, all positional."""
 
+PartKernel = Callable[..., tuple[Tensor, Tensor]]
+"""Function with the arguments of :func:`attend_part`, all positional."""
+
 FEW_QUERIES = 32
 """Number of queries up to which packing is faster than a causal kernel with repeated KV heads."""
 
@@ -46,6 +49,50 @@ def _attend_packed(
     packed = query.reshape(1, kv_heads, group * n, dim)
     out = F.scaled_dot_product_attention(packed, key[None], value[None], mask, scale=scaling)
     return out.reshape(heads, n, -1)
+
+
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of a few tokens to a part of their keys, to be merged with that to the others.
+
+    Args:
+        query: queries, ``[kv_heads, group * tokens, dim]``: for each query head of a KV head the
+            rows of all tokens.
+        key, value: ``[kv_heads, keys, dim]``, same dtype.
+        scaling: factor on the scores.
+        mask: what each token must not see of the last keys, bool ``[tokens, at most keys]``; None
+            if it sees all.
+        causal: whether the mask is the causal rule over the tokens' own keys, which are the last.
+
+    Returns:
+        Attention to this part, float32 ``[kv_heads, group * tokens, dim]``, and the natural
+        log-sum-exp of each row's scores, float32 ``[kv_heads, group * tokens]``; -inf and 0 for a
+        row that sees nothing.
+    """
+    nothing = query.new_empty(1, 1, 1)
+    scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scaling).float()
+    weights, total, lse = softmax_part(scores, mask)
+    return (weights.to(value.dtype) @ value).float() / total[..., None], lse
+
+
+def softmax_part(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax of scores, float32 ``[heads, rows, keys]``, which are overwritten.
+
+    Returns:
+        Weights that are not normalised, their sums (1 for a row that sees nothing, whose weights
+        are 0), and the log-sum-exp of the scores. ``mask`` is that of :func:`attend_part`.
+    """
+    if mask is not None:
+        tokens, masked = mask.shape
+        ends = scores.view(scores.shape[0], -1, tokens, scores.shape[-1])[..., -masked:]
+        ends.masked_fill_(mask, float("-inf"))
+    top = scores.amax(dim=-1)
+    safe = top.clamp(min=torch.finfo(torch.float32).min)  # not where nothing is seen
+    weights = scores.sub_(safe[..., None]).exp_()
+    total = weights.sum(dim=-1)
+    lse = safe + total.log()
+    return weights, torch.where(total > 0, total, 1.0), lse
 
 
 def causal_mask(n: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from rapid_llm.engine.chunks import pass_ends
 from rapid_llm.engine.device import Judge, NextMask, ReplayedPass, TokenSampler
+from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.steps import Extend, Steps, alone
 from rapid_llm.errors import OutdatedKVError
 
 PrefillProgress = Callable[[int, int], None]
@@ -28,11 +30,21 @@ class Session:
         runner: the model.
         cache: the model's KV cache; may contain the beginning of the sequence.
         tokens: token ids of the sequence, at least those in the cache.
+        joined: whether its passes are joined with those of other sequences, see
+            :func:`extend_all`.
     """
 
-    def __init__(self, runner: ModelRunner, cache: KVCache, tokens: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        cache: KVCache,
+        tokens: Sequence[int] = (),
+        *,
+        joined: bool = False,
+    ) -> None:
         self.runner = runner
         self.cache = cache
+        self.joined = joined
         self._ends: list[int] = []  # end positions of the passes of the prefill
         self._tokens = torch.empty(cache.capacity, dtype=torch.long, device=runner.device)
         self._has_tokens = cache.position_offset == 0 and len(tokens) >= cache.length
@@ -62,6 +74,12 @@ class Session:
             tokens: token ids of the prompt without its last one, which is read later.
             progress: callback for the progress.
         """
+        alone(self.reading(tokens, progress))
+
+    def reading(
+        self, tokens: Sequence[int], progress: PrefillProgress | None = None
+    ) -> Steps[None]:
+        """The passes of :meth:`prefill`."""
         self._ends = pass_ends(len(tokens), self.runner.prefill_sizes)
         held = self.length
         assert held in (0, *self._ends)
@@ -69,7 +87,7 @@ class Session:
             if progress is not None:
                 progress(start, len(tokens))
             part = self.runner.tensor(tokens[start:end])
-            self.extend(part, 1, len(tokens) + 1)
+            yield Extend(self, part, 1, len(tokens) + 1)
         if progress is not None:
             progress(len(tokens), len(tokens))
 
@@ -79,8 +97,9 @@ class Session:
         Args:
             tokens: token ids, int64 ``[n]``.
             keep: number of last tokens for which logits are computed; None for all.
-            whole: length of the whole sequence in tokens, where more will be read than these; the
-                tokens then pass no length at which the rotary embedding switches.
+            whole: final length in tokens of the sequence that these tokens are a part of; None
+                where they end it. Tokens of a part must not cross a length at which the rotary
+                embedding switches.
 
         Returns:
             Logits, float32 ``[keep, vocab]``, each row for the token after the one read.
@@ -101,9 +120,13 @@ class Session:
                 raise
             self._recompute()
             logits = self.runner(tokens, self.cache, keep)
-        if self._has_tokens:  # after the launch, so that the device is not kept waiting
-            self._tokens[held : self.cache.length] = tokens
+        self._remember(tokens, held)
         return logits
+
+    def _remember(self, tokens: Tensor, held: int) -> None:
+        """Note what a pass has read; after its launch, so that the device is not kept waiting."""
+        if self._has_tokens:
+            self._tokens[held : self.cache.length] = tokens
 
     def _recompute(self) -> None:
         """Compute all KV again: the prompt by the passes of its prefill, as its KV may be kept."""
@@ -130,7 +153,8 @@ class Session:
             steps: maximum number of tokens to draft.
             choice: sampler of the draft steps.
             generator: random generator.
-            masks: masks of the drafted tokens, for which the host takes part; None without.
+            masks: masks of allowed tokens, which the host computes for each drafted token; None
+                without a constraint.
 
         Returns:
             Drafted tokens, int64 ``[at most steps]``, and the q that each was drawn from,
@@ -169,7 +193,8 @@ class Session:
             tokens: int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
             q, eta, generator: see :class:`rapid_llm.engine.device.Judge`.
             judge: verification to run.
-            mask: mask of the judge.
+            mask: mask of allowed tokens, see :class:`rapid_llm.engine.device.Judge`; None without
+                a constraint.
 
         Returns:
             The judge's verdict; None, with nothing read, where this is not possible.
@@ -195,3 +220,25 @@ class Session:
     def rollback(self, length: int) -> None:
         """Drop all tokens after the first ``length``."""
         self.cache.rollback(length - self.cache.position_offset)
+
+
+def extend_all(wanted: Sequence[Extend]) -> list[Tensor]:
+    """Read new tokens of several sequences of one model in one pass.
+
+    Args:
+        wanted: passes of different sessions of one runner, see :attr:`.ModelRunner.joins`. No
+            session changes if the pass fails.
+
+    Returns:
+        Logits for each, see :meth:`Session.extend`.
+    """
+    parts = []
+    for session, tokens, keep in ((each.session, each.tokens, each.keep) for each in wanted):
+        session.cache.expected = session.length + tokens.shape[0]
+        ids = tokens.to(session.runner.device, non_blocking=True)
+        parts.append(Part(ids, session.cache, keep or ids.shape[0]))
+    held = [part.cache.length for part in parts]
+    logits = wanted[0].session.runner.joined(parts)
+    for each, length in zip(wanted, held, strict=True):
+        each.session._remember(each.tokens, length)
+    return logits

@@ -338,7 +338,7 @@ def _outline(model: nn.Module) -> dict[str, tuple[type, dict[str, torch.Size]]]:
             {
                 each: tensor.shape
                 for each, tensor in (*module._parameters.items(), *module._buffers.items())
-                if tensor is not None and each not in getattr(module, "made_anew", ())
+                if tensor is not None and each not in getattr(module, "added", ())
             },
         )
         for name, (kind, module) in kinds.items()

@@ -1,4 +1,4 @@
-"""JSON checked against a pydantic model: an error names the place, the field and the value."""
+"""Parse JSON with a pydantic model; errors name the place, the field and the value."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ T = TypeVar("T")
 
 
 def parse(adapter: TypeAdapter[T], text: bytes, place: str) -> T:
-    """The value that a JSON text holds.
+    """Parse and validate a JSON text.
+
+    Args:
+        adapter: type of the value.
+        text: JSON text in UTF-8.
+        place: place of the text, with which the error begins.
 
     Raises:
-        DataError: it is no JSON, or no such value; begins with ``place``.
+        DataError: the text is no JSON, or not a value of the type.
     """
     try:
         return adapter.validate_json(text.removeprefix(b"\xef\xbb\xbf"))

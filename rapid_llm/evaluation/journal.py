@@ -1,4 +1,4 @@
-"""Results folder of a run: its settings, and each answer as soon as it is there."""
+"""Results folder of a run: its settings, and each answer, written as soon as it is known."""
 
 from __future__ import annotations
 
@@ -25,35 +25,37 @@ class Record(BaseModel, frozen=True, extra="forbid"):
     """One answer, a line of ``results.jsonl``."""
 
     task: str
-    item: str  # its id
-    method: str  # with its options, such as "rapid η=10, irrelevant"
-    base: str  # the method without options, such as "rapid"
+    item: str  # id of the item
+    method: str  # method with its options, such as "rapid η=10, irrelevant"
+    base: str  # method without options, such as "rapid"
     options: Mapping[str, Any]
-    answer: str  # the text that was scored
-    scores: Mapping[str, float]  # by metric
-    groups: Mapping[str, str] = {}  # the item's
-    stats: Mapping[str, Any] = {}  # of the generation (Stats.as_dict())
-    accepted_at: Positions = ()  # of its drafts
-    retrieved: bool | None = None  # whether a reference was; None if nothing was, or none could be
+    answer: str  # text that was scored
+    scores: Mapping[str, float]  # scores by metric
+    groups: Mapping[str, str] = {}  # groups of the item
+    stats: Mapping[str, Any] = {}  # Stats.as_dict() of the generation
+    accepted_at: Positions = ()  # acceptance by position in the draft
+    retrieved: bool | None = None  # whether a reference was retrieved; None if that cannot be told
 
 
 def add_positions(counts: Iterable[Positions]) -> Positions:
-    """The sum, position by position."""
+    """Sum of counts, position by position."""
     each = zip_longest(*counts, fillvalue=(0, 0))
     return tuple((sum(n for n, _ in at), sum(k for _, k in at)) for at in each)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a run; ``metrics`` among them, the task's, its headline first."""
+    """The settings of a run, including the task's ``metrics``, the headline first."""
     path = folder / SETTINGS
     return parse(TypeAdapter(dict[str, Any]), _read(path), str(path))
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Every answer of a run, in the order in which they were given.
+    """All answers of a run, in order.
 
-    A last line without an end is one whose writing was interrupted, and is left out. Raises
-    DataError, with line and field, where another is no record.
+    A last line without a line end, whose writing was interrupted, is left out.
+
+    Raises:
+        DataError: a line is no record; names the line and the field.
     """
     path, record = folder / RESULTS, TypeAdapter(Record)
     lines = _read(path).split(b"\n")[:-1]
@@ -61,7 +63,11 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """The settings and the answers of a run; DataError if they are damaged or there is none."""
+    """The settings and the answers of a run.
+
+    Raises:
+        DataError: they are damaged, or there is no answer.
+    """
     settings, records = read_settings(folder), read_records(folder)
     metrics = settings.get("metrics")
     if not isinstance(metrics, dict) or not metrics:
@@ -78,10 +84,17 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 class Journal:
-    """Opens a run's folder to go on with it, or makes a new one; ``records`` are those so far.
+    """Opens the folder of a run to resume it, or makes a new one.
+
+    Args:
+        folder: folder of the run.
+        settings: settings that the answers depend on.
+
+    Attributes:
+        records: answers so far.
 
     Raises:
-        InvalidParameterError: it holds a run with other settings (what the answers depend on).
+        InvalidParameterError: the folder holds a run with other settings.
         DataError: the folder cannot be written, or its files are damaged.
     """
 
@@ -94,7 +107,7 @@ class Journal:
                 _require_same(folder, settings)
             elif self._path.exists():
                 raise DataError(f"{folder} has {RESULTS} without {SETTINGS}: give another --out")
-            else:  # it is there whole or not at all
+            else:  # written atomically
                 _write(folder / "run.new", json.dumps(settings, indent=2, ensure_ascii=False))
                 (folder / "run.new").replace(folder / SETTINGS)
             with self._path.open("ab") as file:  # drop the line that was cut off by a kill
@@ -111,7 +124,7 @@ class Journal:
         return asked in self._done
 
     def append(self, record: Record) -> None:
-        """Keep an answer: when this returns, it is on the disk."""
+        """Add an answer, which is on the disk when this returns."""
         _write(self._path, record.model_dump_json())
         self.records.append(record)
         self._done.add((record.item, record.method))
@@ -139,7 +152,7 @@ def _read(path: Path) -> bytes:
 
 
 def _write(path: Path, line: str) -> None:
-    """Add a line to a file's end; it is on the disk when this returns."""
+    """Append a line to a file; it is on the disk when this returns."""
     with path.open("ab") as file:
         file.write(line.encode() + b"\n")
         file.flush()

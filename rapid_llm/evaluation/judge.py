@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint that rates answers from 1 to 10."""
+"""LLM as a judge: ratings of answers from 1 to 10 by a model behind an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Judge:
     """Rates the last answer of a conversation.
 
     Args:
-        model: as the endpoint calls it.
-        base_url: of the endpoint; None takes ``OPENAI_BASE_URL``, or OpenAI's own.
-        api_key: None takes ``OPENAI_API_KEY``; an endpoint without keys takes any text.
+        model: name of the model at the endpoint.
+        base_url: URL of the endpoint; None takes ``OPENAI_BASE_URL``, or OpenAI's.
+        api_key: key; None takes ``OPENAI_API_KEY``. Endpoints without keys take any text.
     """
 
     def __init__(self, model: str, base_url: str | None = None, api_key: str | None = None) -> None:
@@ -40,9 +40,12 @@ class Judge:
     def rate(
         self, conversation: Sequence[Message], answer: str, reference: str | None = None
     ) -> float:
-        """A number from 1 to 10, for the answer to a conversation's last message.
+        """Rating from 1 to 10 of an answer to the last message of a conversation.
 
-        ``reference`` is a right answer to compare with, where there is one.
+        Args:
+            conversation: chat messages.
+            answer: answer to rate.
+            reference: correct answer to compare with; None if unknown.
 
         Raises:
             JudgeError: the endpoint fails, or its reply holds no rating from 1 to 10.
@@ -66,7 +69,7 @@ class Judge:
                 f"the judge {self._model!r} at {self._client.base_url} failed ({error}): check the "
                 "endpoint, the model's name and the key, then run again"
             ) from error
-        # A page that is no endpoint's comes back as its text.
+        # A URL that is no such endpoint may return text.
         if not getattr(completion, "choices", None):
             raise JudgeError(
                 f"{self._client.base_url} did not reply as OpenAI's endpoint does: check the base "

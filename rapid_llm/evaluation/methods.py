@@ -20,10 +20,10 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("streaming", "triforce", "rest"), ("gamma",)),
     "speculative-rag": _RETRIEVAL,
 }
-"""The methods, and the options that mean something for each."""
+"""The methods, and the options that apply to each."""
 
 DRAFTER_ALONE = ("rag", "speculative-rag")
-"""Methods whose answer the target does not write."""
+"""Methods in which the drafter writes the answer alone."""
 
 _LOSSLESS: dict[str, Any] = {"eta": 0.0, "mode": "exact", "dynamic_eta": False}
 _LABELS = {
@@ -33,50 +33,54 @@ _LABELS = {
 
 
 class RetrievalSpec(NamedTuple):
-    """How the drafter's context is retrieved."""
+    """Options of the retrieval of the drafter's context."""
 
-    retrieval_tokens: int  # of long documents a 24th, if that is more
-    chunk_tokens: int  # the longest chunk
+    retrieval_tokens: int  # retrieval budget, or a 24th of a longer document
+    chunk_tokens: int  # maximum length of a chunk
     retriever: Retriever
-    embedder: str | None  # None for bm25, which needs none
-    irrelevant: bool  # from another item's document, the paper's stress test
+    embedder: str | None  # embedding model; None for bm25
+    irrelevant: bool  # whether to retrieve from another item's document, as the paper's stress test
 
 
 class MethodSpec(NamedTuple):
     """A method with its options."""
 
-    name: str  # unique in a run, such as "rapid η=10, irrelevant"
-    base: str  # one of METHODS
-    options: Mapping[str, Any]  # what means something for it, by name
-    speculation: SpeculationConfig | None  # None where nothing is verified
-    retrieval: RetrievalSpec | None  # None where nothing is retrieved
+    name: str  # name that is unique in a run, such as "rapid η=10, irrelevant"
+    base: str  # key of METHODS
+    options: Mapping[str, Any]  # options that apply to the method, by name
+    speculation: SpeculationConfig | None  # speculation options; None without verification
+    retrieval: RetrievalSpec | None  # retrieval options; None without retrieval
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The values to run of each option; the first of each is the run's own and goes unnamed."""
+    """Values of each option to run; the first of each is the default, left out of method names."""
 
-    # auto follows costs that are each machine's own, so that scores would not reproduce.
+    # auto depends on costs measured on each machine, so that scores would not reproduce.
     gamma: Sequence[int | Literal["auto"]] = (4,)
-    eta: Sequence[float] = (SpeculationConfig.eta,)  # of rapid, always named; 0 is sd
-    mode: Sequence[Mode] = (SpeculationConfig.mode,)  # of rapid; exact is sd
+    eta: Sequence[float] = (SpeculationConfig.eta,)  # η of rapid, always named; 0 is sd
+    mode: Sequence[Mode] = (SpeculationConfig.mode,)  # mode of rapid; exact is sd
     retrieval_tokens: Sequence[int] = (4096,)
     chunk_tokens: Sequence[int] = (512,)
     retriever: Sequence[Retriever] = ("dense",)
     embedder: Sequence[str] = ("all-minilm-l6-v2",)
-    irrelevant: bool = False  # run methods that retrieve a second time, with irrelevant chunks
-    dynamic_eta: bool = False  # run rapid a second time, η following the retrieval's confidence
+    irrelevant: bool = False  # whether to also run with irrelevant chunks
+    dynamic_eta: bool = False  # whether to also run rapid with a dynamic η
 
     @property
     def own(self) -> dict[str, Any]:
-        """The values that go unnamed: one run has one of each."""
+        """Default values of the swept options, which method names leave out."""
         swept = {name: value for name, value in vars(self).items() if name in _LABELS}
         return {name: value[0] for name, value in swept.items() if not isinstance(value, bool)}
 
     def methods(self, bases: Sequence[str]) -> tuple[MethodSpec, ...]:
-        """Every method with every combination of the options that mean something for it, once.
+        """Every method with every combination of the options that apply to it, once.
 
-        Raises InvalidParameterError where a name is unknown, or a value outside its range.
+        Args:
+            bases: keys of :data:`METHODS`.
+
+        Raises:
+            InvalidParameterError: a name is unknown, or a value is outside its range.
         """
         for name, given, known in (
             ("retriever", self.retriever, get_args(Retriever)),
@@ -101,17 +105,18 @@ class Sweep:
         speculation = retrieval = None
         if base == "sd" or not options.get("eta", True) or options.get("mode") == "exact":
             base, options = "sd", options | _LOSSLESS
-        if "gamma" in options:  # what reads no passages is lossless, as published
+        if "gamma" in options:  # methods without retrieval are lossless, as published
             drafting: Any = "rag" if "retriever" in options else base
             drafts = _LOSSLESS | {name: options[name] for name in _DRAFTS if name in options}
             speculation = SpeculationConfig(**drafts, drafting=drafting)
         if "retriever" in options:
-            if options["retriever"] == "bm25" and base != "speculative-rag":  # which clusters
+            # Speculative RAG clusters embeddings, whatever the retriever.
+            if options["retriever"] == "bm25" and base != "speculative-rag":
                 options["embedder"] = None
             retrieval = RetrievalSpec(**{name: options[name] for name in _RETRIEVAL})
         own = self.own | {"dynamic_eta": False, "irrelevant": False}
         if base == "sd":
-            own["mode"] = "exact"  # it has no other
+            own["mode"] = "exact"  # the only mode of sd
         parts = [f"rapid η={options['eta']:g}" if base == "rapid" else base]
         parts += [
             label.format(options[name])

@@ -1,4 +1,4 @@
-"""Retrieve the drafter's context, once per item for all methods that read the same."""
+"""Retrieve the drafter's context of an item, once for all methods with the same options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from rapid_llm.evaluation.tasks.base import Item
 
 
 class Retrieval:
-    """Retrieves for a run's items, as ``specs`` say; ``tokenizer`` is the target's."""
+    """Retrieves contexts for the items of a run.
+
+    Args:
+        tokenizer: the target's tokenizer.
+        specs: retrieval options of all methods.
+        device: device of the embedders; None for the default.
+    """
 
     def __init__(
         self,
@@ -36,7 +42,7 @@ class Retrieval:
                 retriever=spec.retriever,
                 chunk_tokens=spec.chunk_tokens,
                 retrieval_tokens=spec.retrieval_tokens,
-                # Hardly a chunk of another document is similar, and yet something is to be read.
+                # Chunks of another document are hardly similar, but some must be retrieved.
                 threshold=-1 if spec.irrelevant else None,
             )
             for spec, embedder in self._embedders.items()
@@ -44,23 +50,31 @@ class Retrieval:
 
         @lru_cache(maxsize=2 * len(builders) + 1)
         def context(spec: RetrievalSpec, text: str, query: str) -> RetrievalContext:
-            """What of a text belongs to a query."""
+            """Chunks of a text that are relevant to a query."""
             return builders[spec].build(text, query)
 
         self.context = context
 
     def embed(self, spec: RetrievalSpec, texts: Sequence[str]) -> Vectors:
-        """Unit vectors ``[len(texts), d]`` by the spec's embedder, which it must have."""
+        """Unit vectors ``[len(texts), d]`` by the embedder of a spec, which must have one."""
         embedder = self._embedders[spec]
         assert embedder is not None
         return embedder.embed_documents(texts)
 
 
 def other_context(items: Sequence[Item], index: int, seed: int) -> str:
-    """The context of another item, to retrieve what is irrelevant to item ``index``.
+    """The context of another item, for an irrelevant retrieval.
 
-    It is drawn from the items before this one, so that more items change nothing; the first ones
-    take the next. Raises InvalidParameterError if all items have the same context.
+    It is drawn from the items before this one, so that it does not depend on the number of items;
+    the first items take the next one with another context.
+
+    Args:
+        items: all items.
+        index: index of the item that is asked.
+        seed: seed of the draw.
+
+    Raises:
+        InvalidParameterError: all items have the same context.
     """
     item = items[index]
     before, after = (
@@ -78,9 +92,9 @@ def other_context(items: Sequence[Item], index: int, seed: int) -> str:
 
 
 def found(item: Item, retrieved: str) -> bool | None:
-    """Whether a reference stands in what was retrieved, whatever its case and white space.
+    """Whether the retrieved text contains a reference, ignoring case and white space.
 
-    None if none could: the references (a summary, a single letter) are not quoted from the context.
+    None if no reference (a summary, a single letter) is a quote of the item's context.
     """
     references = [_plain(reference) for reference in item.references if len(reference) > 1]
     context = _plain(item.context)

@@ -1,8 +1,8 @@
-"""Run a task: ask its items by each method, and record the answers.
+"""Run a task: answer its items by each method, and record the answers.
 
-Items are outermost, so that the target reads a document once for all methods. Before each of them
-the kept KV is brought into one state that depends on the item alone: rounding depends on how many
-tokens a pass reads, and a run that was interrupted has to answer as one that was not.
+The outer loop is over items, so that the target reads a document once for all methods. Before each
+method the kept KV is brought into a state that depends on the item only: rounding depends on the
+sizes of passes, and a resumed run must give the same answers.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from rapid_llm.stats import Stats
 
 Progress = Callable[[int, int], None]
 Render = Callable[[str], list[Message]]
-"""The messages of a question around a context."""
+"""Function from a context to the messages of a question."""
 
 
 class _Turn(NamedTuple):
-    """A question; ``prompt`` is what the target reads of it, but for ``omitted_tokens``."""
+    """A question with the target's prompt, from which ``omitted_tokens`` tokens were cut."""
 
     render: Render
     prompt: list[int]
@@ -48,9 +48,14 @@ class _Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run asks, greedily, of target and drafter.
+    """A run of a task by several methods, with greedy decoding.
 
-    ``seed`` is that of irrelevant contexts and of Speculative RAG's subsets.
+    Attributes:
+        decoder: target and drafter.
+        task: the task.
+        methods: the methods.
+        retrieval: retrieval of the drafter's contexts.
+        seed: seed of irrelevant contexts and of Speculative RAG's subsets.
     """
 
     decoder: RapidDecoder
@@ -60,13 +65,15 @@ class Evaluation:
     seed: int = 0
 
     def run(self, journal: Journal, progress: Progress = lambda done, total: None) -> None:
-        """Ask what the journal does not hold yet, item by item; answers go to the journal.
+        """Answer, item by item, all that the journal lacks, and add the answers to it.
 
-        ``progress`` is called with (answers that are there, answers asked for).
+        Args:
+            journal: journal of the run.
+            progress: callback, called with (number of answers, total number).
 
         Raises:
             RapidError: an item does not fit a model, the judge cannot be reached, …; the answers so
-                far are in the journal, and the same call goes on with the rest.
+                far are in the journal, and the same call resumes the run.
         """
         total, done = len(self.task.items) * len(self.methods), 0
         reads = any(method.base not in DRAFTER_ALONE for method in self.methods)
@@ -82,7 +89,7 @@ class Evaluation:
                 if kept is None or self.decoder.keep_only(first.prompt) < kept:
                     self.decoder.generate(first.prompt, sampling=SamplingParams(max_new_tokens=1))
                     kept = self.decoder.keep_only(first.prompt)
-                if kept == 0:  # it is short or would not fit, so that each method reads on its own
+                if kept == 0:  # too short or too large to be kept: each method reads it itself
                     self.decoder.clear_cache()
                 journal.append(self._ask(index, method, first))
                 done += 1
@@ -104,7 +111,7 @@ class Evaluation:
             answers.append(self._answer(base, method, turn, read))
         text = answers[-1].text
         stats = Stats.together([answer.stats for answer in answers])
-        stats.draft_skipped = skipped  # the summary counts what the retrieval left out
+        stats.draft_skipped = skipped  # for the summary, which counts items without retrieval
         return Record(
             task=self.task.name,
             item=item.id,
@@ -132,7 +139,7 @@ class Evaluation:
             texts = {CONTEXT: context} | {f"{{{name}}}": text for name, text in said.items()}
             places = re.compile("|".join(map(re.escape, texts)))
 
-            def fill(content: str) -> str:  # in one go: what is put in is data
+            def fill(content: str) -> str:  # in one pass, because inserted texts are data
                 return places.sub(lambda at: texts[at[0]], content, count=len(texts))
 
             return [message | {"content": fill(message["content"])} for message in messages]
@@ -179,7 +186,7 @@ class Evaluation:
 
 
 def accepted_at(chunks: Sequence[Delta]) -> Positions:
-    """Of the drafts in a stream."""
+    """Acceptance by position in the drafts of a stream."""
     rounds = []
     drafted = accepted = 0
     for chunk in chunks:

@@ -21,7 +21,7 @@ def normalise(text: str) -> str:
 
 
 def contains(answer: str, references: Sequence[str]) -> float:
-    """1 if a reference stands in the answer, both normalised; else 0.
+    """1 if the answer contains a reference, both normalised; else 0.
 
     Lost in the Middle calls it ``best_subspan_em`` (Liu et al. 2023).
     """
@@ -30,22 +30,25 @@ def contains(answer: str, references: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer is a reference, both normalised; else 0."""
+    """1 if the answer equals a reference, both normalised; else 0."""
     return float(normalise(answer) in map(normalise, references))
 
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
-    """F1 of the normalised words in common with the reference that gives the most."""
+    """F1 of the normalised words shared with a reference, the best of all references."""
     said = Counter(normalise(answer).split())
     words = [Counter(normalise(reference).split()) for reference in references]
     return max(2 * (said & own).total() / ((said + own).total() or 1) for own in words)
 
 
 def rouge(kind: str, answer: str, references: Sequence[str]) -> float:
-    """F of a ROUGE, best of the references.
+    """F-measure of ROUGE, the best of all references.
 
-    ``rougeL`` has the longest common subsequence of words; ``rougeLsum`` the union of the lines'
-    own, a line being a sentence, as in the ``evaluate`` library's ROUGE, which ∞Bench uses.
+    Args:
+        kind: ``rougeL``, of the longest common subsequence of words; or ``rougeLsum``, of the
+            union of those of the lines, each a sentence, as in the ``evaluate`` library.
+        answer: answer to score.
+        references: references.
     """
     from rouge_score.rouge_scorer import RougeScorer  # takes a second to import
 

@@ -1,10 +1,10 @@
-"""Speculative RAG (Wang et al. 2024, arXiv 2407.08223): whole answers are drafted, one is chosen.
+"""Speculative RAG (Wang et al. 2024, arXiv 2407.08223): draft whole answers and choose one.
 
 The retrieved chunks are clustered, and subsets with a chunk of each cluster are drawn. The drafter
-answers from each subset, with a rationale. The target, which reads none of the chunks, judges each
-draft by how likely it is itself (self-consistency) and how likely it says that the rationale
-supports the answer (self-reflection). There the drafter was trained to write rationales; here it
-is asked to. Drafts are written one after the other, where the paper runs them in parallel.
+answers from each subset, with a rationale. The target, which reads no chunks, scores each draft by
+its probability (self-consistency) and by the probability of saying that the rationale supports the
+answer (self-reflection). The paper trains the drafter to write rationales, here it is prompted; the
+paper writes drafts in parallel, here they are written one after another.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _ANSWER = re.compile(r"\banswer\W*:\W*", re.IGNORECASE)
 
 
 def split(text: str) -> tuple[str, str]:
-    """Rationale, with the word that introduces the answer, and answer; "" where there is none."""
+    """Split a draft into its rationale, up to the word "answer", and its answer.
+
+    Without that word the rationale is empty.
+    """
     found = _ANSWER.search(text)
     if found is None or not text[found.end() :].strip():
         return "", text
@@ -46,9 +49,14 @@ def split(text: str) -> tuple[str, str]:
 
 
 def draw_subsets(vectors: Vectors, seed: int) -> list[list[int]]:
-    """At most ``DRAFTS`` different subsets of chunks, each in order: one chunk of every cluster.
+    """At most ``DRAFTS`` different subsets of chunks, with one chunk of every cluster each.
 
-    ``vectors``: ``[chunks, d]``.
+    Args:
+        vectors: vectors of the chunks, ``[chunks, d]``.
+        seed: seed of the draws.
+
+    Returns:
+        Indices of chunks, ascending.
     """
     clusters = min(CHUNKS_A_DRAFT, len(np.unique(vectors, axis=0)))
     labels = KMeans(clusters, n_init=10, random_state=seed).fit_predict(vectors)
@@ -65,10 +73,14 @@ def answer(
     vectors: Vectors,
     sampling: SamplingParams,
 ) -> tuple[str, Stats]:
-    """The answer of the draft that scores best, with the seconds of all drafts and scores.
+    """The answer of the best draft, and stats with the seconds of all drafts and scores.
 
-    ``render`` makes the question's messages around a context; ``vectors`` are the chunks',
-    ``[len(chunks), d]``; a rationale may take ``RATIONALE_TOKENS`` more than ``sampling`` says.
+    Args:
+        decoder: target and drafter.
+        render: function from a context to the messages of the question.
+        chunks: retrieved chunks.
+        vectors: vectors of the chunks, ``[len(chunks), d]``.
+        sampling: sampling options; a draft may be ``RATIONALE_TOKENS`` longer.
     """
     longer = replace(sampling, max_new_tokens=sampling.max_new_tokens + RATIONALE_TOKENS)
     drafts: list[tuple[float, str, Stats]] = []
@@ -89,7 +101,7 @@ def answer(
 def _confidence(
     decoder: RapidDecoder, prompt: list[Message], question: list[Message], *draft: str
 ) -> float:
-    """The logarithm of the paper's product of three probabilities (its section 3.3)."""
+    """Logarithm of the product of three probabilities in section 3.3 of the paper."""
     text = "".join(draft)
     if not text.strip():
         return float("-inf")

@@ -11,13 +11,13 @@ from scipy import stats
 from rapid_llm.evaluation.journal import Record, add_positions
 
 BASELINE = "lc"
-"""The method that the others are compared with: the target alone over the whole context."""
+"""Method that the others are compared with: the target alone over the whole context."""
 
 CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % interval; None where a single number tells nothing of it."""
+    """A mean with its 95 % interval, whose bounds are None for a single number."""
 
     value: float
     low: float | None
@@ -47,12 +47,12 @@ def summarize(records: Iterable[Record], metrics: Mapping[str, str]) -> dict[str
     """Compare the methods of a run.
 
     Args:
-        records: in any number, such as those of a run that is under way.
-        metrics: the task's, its headline first (``read_settings(folder)["metrics"]``).
+        records: answers of a run, finished or not.
+        metrics: metrics of the task, the headline first (``read_settings(folder)["metrics"]``).
 
     Returns:
-        ``rows``, a method each in the order in which they were first run, and ``groups``, the same
-        by group and value, such as ``groups["difficulty"]["hard"]``; ready for JSON.
+        ``rows`` with a row per method, in the order of the run, and ``groups`` with such rows by
+        group and value, such as ``groups["difficulty"]["hard"]``; ready for JSON.
     """
     records = list(records)
     groups: dict[str, dict[str, Any]] = {}
@@ -73,7 +73,7 @@ def _rows(records: Sequence[Record], metrics: Mapping[str, str]) -> list[dict[st
 def _row(
     records: Sequence[Record], baseline: Mapping[str, Record], metrics: Mapping[str, str]
 ) -> dict[str, Any]:
-    """One method on some items. What does not apply, or was not measured, is None."""
+    """Row of one method on some items; values that do not apply or are unknown are None."""
     first, headline = records[0], next(iter(metrics))
     ours = [record for record in records if record.item in baseline and record.method != BASELINE]
     theirs = [baseline[record.item] for record in ours]
@@ -94,19 +94,19 @@ def _row(
             )._asdict()
             for name, kind in metrics.items()
         },
-        # Of pairs, the headline's to lc's on the same items: what these have in common cancels out.
+        # Paired difference of the headline to lc's on the same items, which has a smaller variance.
         "difference": mean(differences)._asdict() if differences else None,
-        # All tokens ÷ all seconds of decoding; reading the prompts is left out.
+        # All tokens ÷ all seconds of decoding, without the prefill.
         "tokens_per_second": _speed(records),
         "speedup": _ratio(_speed(ours), _speed(theirs)),
         "acceptance_ratio": _ratio(accepted, _total(records, "drafted_tokens")),
-        # Of the judged tokens: those after a rejection are not.
+        # Share of the judged tokens; those after a rejection are not judged.
         "acceptance_rate": _ratio(accepted, accepted + _total(records, "rejections")),
         "tokens_per_round": _ratio(_total(records, "completion_tokens"), _total(records, "rounds")),
         "accepted_at": add_positions(record.accepted_at for record in records),
-        # The share of items with a reference in what the drafter read.
+        # Share of items with a reference in the retrieved text.
         "retrieved": _ratio(sum(seen), len(seen)),
-        # Items for which nothing was retrieved, so that lc answered.
+        # Number of items for which nothing was retrieved, so that lc answered.
         "fell_back": sum(record.stats.get("draft_skipped") is not None for record in records),
     }
 

@@ -1,4 +1,4 @@
-"""What requests ask of the models: prompts, turns, and the parts of an answer."""
+"""Requests answered by the models: prompts, admission, and the parts of an answer."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Started:
     """What is known of an answer before its first token: its request can be served.
 
     Attributes:
-        progress: how far the prefill is: whose prompt, tokens read, tokens in all.
-        grounded: what both models read.
+        progress: progress of the prefill: the model, tokens read, tokens in all.
+        grounded: prompts of both models.
         sampling: the sampling options in effect.
     """
 
@@ -89,12 +89,12 @@ class Service:
         self.decoder, self.config = decoder, config
         self.sampling, self.speculation = sampling, speculation
         self.name = config.served_model_name or decoder.target.name
-        self.admission = Admission(config.max_sequences, config.max_queue)
+        self.admission = Admission(decoder.max_sequences, config.max_queue)
         self.metrics = Metrics(decoder, self.admission)
         folder = None if retrieval.store is None else Path(retrieval.store) / "files"
         self.files = FileStore(folder, config.max_files_bytes)
         self._grounder = Grounder(decoder, self.files, retrieval, config.max_documents, embedder)
-        self._engine: Any = decoder  # whose stream() answers; a scheduler goes here
+        self._engine = decoder.scheduler  # requests are answered at once
         self._models = SimpleNamespace(
             tokenizer=decoder.tokenizer,
             target=decoder.target,

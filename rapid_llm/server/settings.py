@@ -61,10 +61,6 @@ class ServerConfig:
             per_call=False,
         ),
     ] = None
-    max_sequences: Annotated[
-        int,
-        Option("Requests that run at once.", _WHOLE, lambda n: n >= 1, per_call=False),
-    ] = 1
     max_queue: Annotated[
         int,
         Option(

@@ -1,8 +1,7 @@
 """Constraints on answers: which tokens may follow, by a grammar that llguidance reads.
 
-The tokens that may follow depend on the tokens before them only, so target and drafter share one
-mask a position. Masked logits give the masked distributions p and q, for which all that holds of a
-mode holds unchanged.
+The tokens that may follow depend only on the tokens before them, so target and drafter share one
+mask per position. The rules of all modes apply unchanged to the p and q of masked logits.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 _WORD = 32  # bits of a word of a mask
 _KEPT = 64  # compiled grammars that are kept
-_END = "<|end of grammar|>"
+_GRAMMAR_END = "<|end of grammar|>"
 _OCTETS = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
     np.float32("inf"),
@@ -41,8 +40,8 @@ _Words = NDArray[np.uint32]
 def masked(logits: Tensor, mask: Tensor) -> Tensor:
     """Logits with -inf for tokens that may not follow.
 
-    Where the logits processors before forbid all tokens that may follow, such as a suppressed token
-    that the grammar demands, these get equal logits.
+    If earlier logits processors forbid every allowed token, such as a suppressed token that the
+    grammar requires, the allowed tokens get equal logits.
 
     Args:
         logits: float32 ``[n, vocab]``.
@@ -74,7 +73,7 @@ def _highest(mask: Tensor, width: int) -> Tensor:
 
 
 def _shifted(mask: Tensor, width: int) -> Tensor:
-    """:func:`_highest` by operators that any device has, and a CUDA graph may contain."""
+    """:func:`_highest` by operators that run on any device and in a CUDA graph."""
     shifts = torch.arange(_WORD, dtype=torch.int32, device=mask.device)
     bits = ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :width]
     return (2 * bits - 1).float() * float("inf")
@@ -149,10 +148,10 @@ class Constraints:
         own = Tokenizer.from_str(backend.to_str())
         own.no_padding()
         own.no_truncation()
-        # An end of its own, because a grammar may end with any of several tokens, or, to measure
-        # speed, with none.
-        own.add_special_tokens([AddedToken(_END, special=True)])
-        end = own.token_to_id(_END)
+        # A separate token for the end, because an answer may end with any of several tokens, or
+        # with none (``ignore_eos``).
+        own.add_special_tokens([AddedToken(_GRAMMAR_END, special=True)])
+        end = own.token_to_id(_GRAMMAR_END)
         assert end is not None
         self._end = end
         try:
@@ -164,10 +163,10 @@ class Constraints:
 
 
 class Matcher:
-    """A grammar at a place in one answer; target and drafter share it.
+    """State of a grammar within one answer, shared by target and drafter.
 
-    The answer so far is what :meth:`commit` was given. The other methods look beyond it, at drafted
-    tokens, of which those that earlier calls have seen are not read again.
+    The state is the one after the tokens passed to :meth:`commit`. The other methods look ahead at
+    drafted tokens; those that the previous call has read are not read again.
 
     Args:
         matcher: llguidance's matcher at the beginning of an answer.
@@ -258,7 +257,7 @@ class Matcher:
         self._rows, self._over = self._rows[-1:], self._over[-1:]
 
     def _reach(self, drafted: Sequence[int]) -> None:
-        """Read drafted tokens, after those that were read before and are among them."""
+        """Read drafted tokens, except those that the previous call has read."""
         same = 0
         for known, token in zip(self._drafted, drafted, strict=False):
             if known != token:
@@ -269,8 +268,8 @@ class Matcher:
         started = time.perf_counter()
         self._forget(same)
         for token in drafted[same:]:
-            # What follows the end of the answer is never part of it. Nor is a token that may not
-            # follow, which only a q of NaN gives: the verification reports it.
+            # Tokens after the end are never part of the answer. A token that may not follow is
+            # drafted only from a q of NaN, which the verification reports.
             ended = self._read < len(self._drafted) or self._over[-1] or token in self._ends
             ended = ended or not _has(self._rows[-1], token)
             self._drafted.append(token)
@@ -293,7 +292,7 @@ class Matcher:
         del self._drafted[kept:], self._rows[kept + 1 :], self._over[kept + 1 :]
 
     def _look(self) -> None:
-        """Note which tokens may follow those that the grammar has read."""
+        """Record the mask after the tokens that the grammar has read."""
         own, row = self._buffer, np.zeros_like(self._others)
         self._matcher.unsafe_compute_mask_ptr(own.ctypes.data, own.nbytes)
         shared = min(len(own), len(row))
@@ -321,7 +320,7 @@ class Matcher:
 
 
 def _words(flags: NDArray[np.bool_]) -> _Words:
-    """A mask in words, from one flag a token."""
+    """A mask in words, from one flag per token."""
     return np.packbits(flags, bitorder="little").view(np.uint32)
 
 

@@ -97,7 +97,12 @@ class Schedule(Protocol):
     """Chooses the draft length of each round.
 
     ``lag`` is the number of tokens since the drafter's last draft, which it must read first.
+
+    Attributes:
+        sequences: number of sequences whose passes are joined in the next round.
     """
+
+    sequences: int
 
     def speedup(self, lag: int) -> float:
         """Expected speedup of the next round over plain decoding."""
@@ -109,11 +114,12 @@ class Schedule(Protocol):
         """Record a round: tokens drafted and accepted, and passes of the drafter."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class FixedSchedule:
     """The same draft length in every round."""
 
     gamma: int
+    sequences: int = 1
 
     def speedup(self, lag: int) -> float:
         return 1.0  # unknown, and not needed: there is nothing to choose
@@ -147,21 +153,32 @@ class AdaptiveSchedule:
         *,
         always: bool = False,
     ) -> None:
-        self._target, self._drafter, self._always = target, drafter, always
+        self.sequences = 1
+        self._alone, self._always = (target, drafter), always
         self._accepted, self._tried = prior
         self._passes, self._drafted = prior.accepted, prior.accepted
+
+    @property
+    def _target(self) -> PassCost:
+        return self._alone[0].together(self.sequences)
+
+    @property
+    def _drafter(self) -> PassCost:
+        return self._alone[1].together(self.sequences)
 
     def speedup(self, lag: int) -> float:
         return self._best(lag)[1]
 
     def _best(self, lag: int) -> tuple[int, float]:
         passes = self._passes / self._drafted  # per drafted token; below 1 where lookup saves some
+        drafter = self._drafter
         # Passes that verify guesses read more rows, in total one per token.
-        draft = passes * self._drafter.first + (1 - passes) * self._drafter.row
-        missing = lag * self._drafter.row / _RUN
-        verify = (missing + self._target.seconds(gamma + 1) for gamma in range(1, MAX_GAMMA + 1))
+        draft = passes * drafter.first + (1 - passes) * drafter.row
+        missing = lag * drafter.row / _RUN
+        target = self._target
+        verify = (missing + target.seconds(gamma + 1) for gamma in range(1, MAX_GAMMA + 1))
         tokens = believed_tokens(self._accepted, self._tried)
-        best = best_draft(tokens, self._target.first, draft, verify, always=self._always)
+        best = best_draft(tokens, target.first, draft, verify, always=self._always)
         return best if self._always or best[1] > _MIN_SPEEDUP else (0, 1.0)
 
     def next(self, lag: int) -> int:

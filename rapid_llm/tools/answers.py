@@ -1,8 +1,8 @@
 """Answers of a decoder to chats with tools: content, reasoning and tool calls, whole or streamed.
 
-:func:`prepare` turns messages and options into what ``RapidDecoder.stream`` takes, and an
-:class:`AnswerStream` into parts of an answer what it yields. :func:`stream_chat`, :func:`chat` and
-:func:`astream_chat` are all of it in one call.
+:func:`prepare` turns messages and options into arguments of ``RapidDecoder.stream``, and an
+:class:`AnswerStream` turns its deltas into content, reasoning and calls. :func:`stream_chat`,
+:func:`chat` and :func:`astream_chat` do both in one call.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from rapid_llm.options import given
 from rapid_llm.speculation.sampling import end_ids, generation_config, stop_strings
 from rapid_llm.stats import Origin, Stats
 from rapid_llm.text import TextStream
+from rapid_llm.tool_formats import KNOWN, SMOLLM2, format_of, reasoning_of
 from rapid_llm.tools.calls import ToolCall, ToolCallDelta
 from rapid_llm.tools.definitions import ChatOptions
-from rapid_llm.tools.formats import KNOWN, SMOLLM2, format_of, reasoning_of
 from rapid_llm.tools.grammar import answer_constraint
 from rapid_llm.tools.parsing import AnswerParser, Parsed
 
@@ -120,7 +120,7 @@ class ChatAnswer:
 
 
 def joined_calls(deltas: Sequence[ToolCallDelta]) -> tuple[ToolCall, ...]:
-    """Calls of which these are all deltas, in order."""
+    """Join all deltas of an answer's calls, in order."""
     calls: dict[int, ToolCall] = {}
     for delta in deltas:
         call = calls.get(delta.index) or ToolCall(delta.id or "", delta.name or "", "")
@@ -182,7 +182,7 @@ def _all_calls(parsed: Sequence[Parsed]) -> tuple[ToolCallDelta, ...]:
 
 @dataclass(frozen=True)
 class PreparedChat:
-    """What a decoder needs to answer a chat.
+    """Arguments with which a decoder answers a chat, and the reader of its answer.
 
     Attributes:
         chat_template_kwargs: variables of the chat template, the tools among them, for both
@@ -220,7 +220,7 @@ class PreparedChat:
         """
         settings = generation_config(decoder.target.model)
         ends = end_ids(settings, decoder.tokenizer, end_of_turn(decoder.tokenizer))
-        # The caller's own constraint counts each space, also the first.
+        # Under the caller's own constraint the first space matters too.
         counts = self.constraint is None and sampling.constraint is not None
         return AnswerStream(
             AnswerParser(*self._parser),
@@ -238,15 +238,15 @@ def prepare(
     options: ChatOptions,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PreparedChat:
-    """What a decoder needs to answer a chat with tools, or in a form.
+    """Prepare an answer to a chat with tools, or with a response format.
 
     Args:
         tokenizer: the model's tokenizer, with a chat template.
         messages: chat messages of the target's prompt. Earlier calls (``tool_calls`` of an
             assistant's message) and their results (messages of the role ``tool`` with a
             ``tool_call_id``) have OpenAI's form.
-        options: tools and form of the answer.
-        chat_template_kwargs: variables of the chat template, all that apply to the call.
+        options: tools and response format.
+        chat_template_kwargs: all variables of the chat template that apply to the call.
 
     Raises:
         InvalidParameterError: the messages are malformed, ``chat_template_kwargs`` has tools
@@ -264,9 +264,9 @@ def prepare(
     form, reasoning = format_of(template), reasoning_of(template)
     if form is None and options.checked_tools:
         raise InvalidParameterError(
-            "the model's chat template shows tools, but how its model calls them is not known (the "
-            f"formats {', '.join(each.name for each in KNOWN)} are): take a model of these "
-            "families, or leave the tools out"
+            "the model's chat template shows tools in a format that is not known (known are "
+            f"{', '.join(each.name for each in KNOWN)}): take a model of these families, or leave "
+            "the tools out"
         )
     form = form or SMOLLM2
     opening = ""
@@ -306,7 +306,7 @@ def stream_chat(
             answer alone from its own.
         draft_messages: chat messages of the draft prompt; the same tools are shown in it. None
             decodes with the target alone.
-        options: tools and form of the answer; none by default.
+        options: tools and response format; none by default.
         sampling: sampling options; greedy by default.
         speculation: speculation options; ignored without draft messages.
         confidence: confidence of the retrieval, in [0, 1]; used with ``dynamic_eta``.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import uuid4
 
-from rapid_llm.tools.formats import ToolFormat
+from rapid_llm.tool_formats import ToolFormat
 
 _BETWEEN = frozenset(" \t\r\n[],;`")
 _SPACE = frozenset(" \t\r\n")
@@ -32,7 +32,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """What was added to a call.
+    """An addition to a call.
 
     Attributes:
         index: position of the call in the answer.
@@ -51,15 +51,15 @@ class CallReader:
     """Reads the calls in one stretch of text, one character after another.
 
     Each call is a JSON object with a name and arguments, or in the format ``named`` a name and an
-    object. Arguments are passed on as they arrive, once the name is known. The text that ends the
-    stretch ends it outside of JSON's strings only: in a string it is a part of the string.
+    object. Arguments are passed on as they arrive, once the name is known. The end marker ends the
+    stretch only outside of JSON strings.
 
     Args:
         form: format of the calls.
         index: number of calls before this text.
 
     Attributes:
-        after: text after the stretch, with the text that begins the next one; None before its end.
+        after: text after the stretch, including the marker of the next one; None before its end.
     """
 
     def __init__(self, form: ToolFormat, index: int) -> None:
@@ -101,7 +101,7 @@ class CallReader:
         return _joined(deltas)
 
     def finish(self) -> list[ToolCallDelta]:
-        """End the text, and return what was held back."""
+        """End the text, and return the deltas that were held back."""
         held, self._held = self._held, ""
         for character in held:
             self._take(character)

@@ -1,6 +1,6 @@
-"""What a call may answer with: tools, the choice among them, or JSON of a schema.
+"""Tools, tool choice and response format of a call, validated before anything is loaded.
 
-All of it comes in the form of OpenAI's chat completions, and is checked before anything is loaded.
+All are given in the form of OpenAI's chat completions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Tools of a call, and the form of its answer.
+    """Tools and response format of a call.
 
     Args:
         tools: tools in OpenAI's form, ``{"type": "function", "function": {"name": …, "description":
@@ -49,7 +49,7 @@ class ChatOptions:
             keeps it from calling one; the name of a tool, or ``{"type": "function", "function":
             {"name": …}}``, makes it call that tool. None is ``auto`` where there are tools.
         parallel_tool_calls: whether an answer may hold several calls.
-        response_format: form of an answer in text: ``{"type": "json_schema", "json_schema":
+        response_format: format of an answer in text: ``{"type": "json_schema", "json_schema":
             {"schema": …}}``, ``{"type": "json_object"}``, ``{"type": "text"}`` or None.
 
     Attributes:
@@ -107,10 +107,10 @@ class ChatOptions:
 
 
 def closed(schema: Any) -> Any:
-    """A schema whose objects have no properties but those that they name.
+    """A schema whose objects allow only the properties that they name.
 
-    Objects that say themselves whether they may have others, and those that are combined by
-    ``allOf`` and the like, stay as they are.
+    Objects that already allow or forbid others, those that require one which they do not describe,
+    and those combined by ``allOf`` and the like, are not changed.
 
     Args:
         schema: JSON schema.
@@ -126,7 +126,8 @@ def closed(schema: Any) -> Any:
     for keyword in ("items", "prefixItems", "anyOf", "oneOf"):
         if keyword in made:
             made[keyword] = closed(made[keyword])
-    if "properties" in made and not made.keys() & _OPEN:
+    named, required = made.get("properties"), made.get("required") or ()
+    if isinstance(named, Mapping) and not made.keys() & _OPEN and named.keys() >= set(required):
         made["additionalProperties"] = False
     return made
 
@@ -135,8 +136,8 @@ def check_schema(schema: Any, what: str) -> Mapping[str, Any]:
     """Validate a JSON schema.
 
     Args:
-        schema: what was given.
-        what: what it describes, for the error.
+        schema: value to validate.
+        what: name of the schema in errors.
 
     Raises:
         InvalidParameterError: it is no schema, or cannot be enforced; the message names the
@@ -175,7 +176,7 @@ def _checked_tools(tools: Any) -> tuple[Tool, ...]:
 
 
 def _untitled(schema: Any) -> Any:
-    """A schema without titles, in which the same tool differs by how it was written down."""
+    """A schema without titles, which differ between two descriptions of the same tool."""
     if isinstance(schema, Mapping):
         titled = isinstance(schema.get("title"), str)
         return {k: _untitled(v) for k, v in schema.items() if not (titled and k == "title")}
@@ -194,6 +195,11 @@ def _checked_tool(given: Any, position: int) -> Tool:
         raise InvalidParameterError(
             f"tools[{position}] has the name {name!r}: give it a name of letters, digits, _, -, . "
             "and :"
+        )
+    if name in MODES:
+        raise InvalidParameterError(
+            f"tools[{position}] has the name {name!r}, which is a value of tool_choice: give it "
+            "another name"
         )
     description = function.get("description")
     if not isinstance(description, str | None):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from rapid_llm.grammars import inline_json
+from rapid_llm.tool_formats import Reasoning, ToolFormat
 from rapid_llm.tools.definitions import ChatOptions, Tool, closed
-from rapid_llm.tools.formats import Reasoning, ToolFormat
 from rapid_llm.tools.parsing import opened_reasoning
 
 _META = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
@@ -25,15 +25,15 @@ def answer_constraint(
 ) -> dict[str, Any] | None:
     """Constraint on an answer, in a form that ``SamplingParams`` takes; None for free text.
 
-    Once the model begins a call, it is a call of one of the tools, with arguments by its schema.
-    Reasoning is never constrained.
+    A call that the model begins names one of the tools, with arguments of its schema. Reasoning is
+    never constrained.
 
     Args:
-        options: tools and form of the answer.
+        options: tools and response format.
         form: format of the model's tool calls.
-        reasoning: texts around the model's reasoning; None if it has none.
+        reasoning: markers of the model's reasoning; None if it has none.
         opening: text with which the prompt opens the answer.
-        special: function from a text to the id of the special token that it is, or None.
+        special: function from a text to the id of the special token of that text, or None.
     """
     if not options.checked_tools:
         if options.schema is None:
@@ -47,8 +47,8 @@ class _Grammar:
     """Writes a grammar in llguidance's dialect of Lark.
 
     Terminals are W, bounded white space, and texts; rules marked ``lazy`` end as soon as they can.
-    The lexer takes the longest terminal: what may stand where free text may is one terminal, and
-    free text excludes it.
+    The lexer takes the longest terminal, so each alternative to free text is one terminal, which
+    free text excludes.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class _Grammar:
             yield f"W {self._literal(self.form.begin)} calls"
 
     def _framed(self, tools: tuple[Tool, ...], *, free: bool) -> Iterable[str]:
-        """Calls that are the whole answer, beside free text or not."""
+        """Bodies for calls that are the whole answer, as alternatives to free text if ``free``."""
         for number, (begin, end) in enumerate(self.form.frames):
             tail = f" W {self._literal(end.strip())}" if end else ""
             if not free:
@@ -115,7 +115,7 @@ class _Grammar:
     # --- calls ---------------------------------------------------------------------------------
 
     def _define_calls(self, tools: tuple[Tool, ...]) -> None:
-        """Define the rule ``calls``: what follows the text that begins a call."""
+        """Define the rule ``calls``: the text after the marker that begins a call."""
         form = self.form
         for number, tool in enumerate(tools):
             self.rules[f"arguments_{number}"] = inline_json(closed(tool.parameters))
@@ -146,12 +146,12 @@ class _Grammar:
     # --- text ----------------------------------------------------------------------------------
 
     def _free_text(self) -> str:
-        """Terminal of a text in which neither a call nor reasoning begins."""
+        """Name of a terminal for text in which neither a call nor reasoning begins."""
         self.rules["TEXT"] = f"/(?s:.*)/{self._without(self._beginnings())}"
         return "TEXT"
 
     def _beginnings(self) -> list[str]:
-        """Regular expressions of the texts that the parser takes for the beginning of a call."""
+        """Regular expressions of texts in which the parser finds the beginning of a call."""
         if self.form.shape != "bare":
             return [f"(?s:.*){_escaped(self.form.begin)}(?s:.*)"]
         none = self.options.tool_choice == "none"
@@ -166,7 +166,7 @@ class _Grammar:
         return f"{_SPACE}*".join(parts)
 
     def _thinking(self, begin: str) -> str:
-        """The beginning of reasoning, where the answer begins."""
+        """Expression for the beginning of reasoning at the start of an answer."""
         if self.special(begin) is not None:
             return self._literal(begin)
         self.rules["THINKING"] = f"/{_SPACE}{{0,8}}{_escaped(begin)}/"
@@ -178,7 +178,7 @@ class _Grammar:
         return "".join(f" & ~/{beginning}/" for beginning in beginnings)
 
     def _until(self, name: Literal["text", "thoughts"], end: str) -> str:
-        """Any text up to and including another one, which may be a special token."""
+        """Expression for any text up to and including an end marker or special token."""
         if self.special(end) is not None:
             if name == "text":
                 return f"{self._free_text()} {self._literal(end)}"
@@ -192,7 +192,7 @@ class _Grammar:
         return terminal.lower()
 
     def _literal(self, text: str) -> str:
-        """A text, or the special token that it is."""
+        """Expression for a text, by its special token if it is one."""
         token = self.special(text) if text else None
         return _text(text) if token is None else f"<[{token}]>"
 

@@ -1,7 +1,7 @@
-"""Content, reasoning and tool calls from the text of an answer, while it arrives.
+"""Parse content, reasoning and tool calls from the text of an answer, while it arrives.
 
-Regions are told apart by transformers' ``ResponseParser``, with a response template that follows
-from the model's :class:`~rapid_llm.tools.formats.ToolFormat`.
+transformers' ``ResponseParser`` separates the regions, with a response template derived from the
+model's :class:`~rapid_llm.tool_formats.ToolFormat`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from transformers.utils.chat_parsing import ResponseParser
 
+from rapid_llm.tool_formats import Reasoning, ToolFormat
 from rapid_llm.tools.calls import CallReader, ToolCallDelta
-from rapid_llm.tools.formats import Reasoning, ToolFormat
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a piece of text adds to an answer.
+    """Additions to an answer by a piece of text.
 
     Attributes:
         content: text of the answer itself.
@@ -44,12 +44,12 @@ def response_template(
 ) -> dict[str, Any]:
     """Response template of transformers for the answers of a model.
 
-    Calls are a region of text, because a region of JSON fails where the JSON is cut. Where it ends
-    its reader knows, because the text that ends it may also stand in a string of the JSON.
+    Calls are a region of text, because a region of JSON fails where the JSON is cut. The region has
+    no end pattern: :class:`CallReader` finds the end marker, which may also occur in JSON strings.
 
     Args:
         form: format of the tool calls; None where calls are not looked for.
-        reasoning: texts around the reasoning; None where there is none.
+        reasoning: markers of the reasoning; None where there is none.
         names: names of the tools. A ``bare`` call has one of them: other JSON is content.
     """
     fields: dict[str, Any] = {"content": {"content": "text"}}
@@ -79,7 +79,7 @@ class AnswerParser:
 
     Args:
         form: format of the tool calls; None where the answer may hold none.
-        reasoning: texts around the reasoning; None where the model has none.
+        reasoning: markers of the reasoning; None where the model has none.
         names: names of the tools that may be called.
         opening: text with which the prompt opened the answer.
     """
@@ -104,7 +104,7 @@ class AnswerParser:
         return self._calls
 
     def feed(self, text: str) -> Parsed:
-        """Read a piece of the text and return what it adds."""
+        """Read a piece of the text and return its additions."""
         added = self._parsed(self._parser.feed(text))
         while self._reader is not None and self._reader.after is not None:
             rest, self._reader = self._reader.after, None
@@ -113,7 +113,7 @@ class AnswerParser:
         return added
 
     def finish(self) -> Parsed:
-        """End the text and return what was held back: the beginning of a marker, or a broken call.
+        """End the text and return the rest: a partial marker, or an incomplete call.
 
         A call that was cut after its name stays a call, with the arguments so far.
         """
@@ -158,7 +158,7 @@ class AnswerParser:
 
 
 def opened_reasoning(opening: str, reasoning: Reasoning | None) -> str:
-    """Part of a prompt's opening from the beginning of reasoning that it leaves open, or ``""``."""
+    """Part of a prompt's opening from unclosed reasoning on; ``""`` if there is none."""
     if reasoning is None:
         return ""
     _, begin, thoughts = opening.rpartition(reasoning.begin)

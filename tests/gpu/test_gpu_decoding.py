@@ -151,7 +151,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):
 
 @cuda_only
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_drafter_on_another_gpu():
+def test_a_drafter_on_another_gpu_changes_no_exact_answer():
     model = model_on_device(eos_token_id=None)
     drafter = model_on_device(seed=1, eos_token_id=None).to("cuda:1")
     exact = SpeculationConfig(mode="exact", gamma=4)
@@ -159,7 +159,7 @@ def test_a_drafter_on_another_gpu():
 
 
 @cuda_only
-def test_a_drafter_on_the_cpu():
+def test_a_drafter_on_the_cpu_changes_no_exact_answer():
     model = model_on_device(eos_token_id=None)
     drafter = model_on_device(seed=1, eos_token_id=None).to("cpu")
     decoder = make_decoder(model, drafter)

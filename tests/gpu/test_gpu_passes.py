@@ -71,13 +71,13 @@ def test_every_architecture_reads_as_its_own_forward_does(architecture, dtype, g
 @pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", HEADS)
-def test_every_head_size_and_group(heads, dtype, graphs):
+def test_every_head_size_and_group_is_as_good_as_transformers(heads, dtype, graphs):
     check(with_heads(heads, DTYPES[dtype]), IDS, PROMPT, graphs)
 
 
 @pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("window", [64, 100, 2000])
-def test_windows_that_slide_over_many_blocks_of_keys(window, graphs):
+def test_sliding_windows_over_many_blocks_of_keys_are_followed(window, graphs):
     ids = torch.randint(3, 64, (1400,), generator=torch.Generator().manual_seed(2))
     check(with_heads("128, group 7", torch.bfloat16, sliding_window=window), ids, 1290, graphs)
 
@@ -91,7 +91,7 @@ def test_long_prompts_are_read_in_chunks(length, dtype):
 
 @cuda_only
 @pytest.mark.parametrize("heads", ["64, group 1", "128, group 8", "256, group 2"])
-def test_prompts_of_several_chunks(heads):
+def test_prompts_of_several_chunks_are_as_good_as_transformers(heads):
     """13,000 tokens: a chunk of any size up to 4,096 has whole chunks before it."""
     ids = torch.randint(3, 64, (13_000 + 90,), generator=torch.Generator().manual_seed(4))
     check(with_heads(heads, torch.bfloat16), ids, 13_000, False)
@@ -99,7 +99,7 @@ def test_prompts_of_several_chunks(heads):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17])
 @torch.inference_mode()
-def test_a_pass_of_any_few_tokens_at_any_length(n):
+def test_a_pass_of_few_tokens_is_as_good_as_transformers_at_any_length(n):
     """Lengths around the borders of blocks, one cache for all: nothing of a longer past is seen."""
     model = with_heads("64, group 1", torch.float32)
     runner = ModelRunner(model, "m", cuda_graphs=CAPTURED)

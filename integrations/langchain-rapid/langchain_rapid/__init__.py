@@ -1,4 +1,4 @@
-"""RAPID for LangChain: long-context answers, drafted from what the chain's retriever found."""
+"""RAPID for LangChain: long-context answers, drafted from the chain's retrieved chunks."""
 
 from langchain_rapid.chains import create_rapid_documents_chain
 from langchain_rapid.chat_models import ChatRapid

@@ -1,10 +1,12 @@
-"""Token counts and metadata of an answer."""
+"""Usage and response metadata of an answer, in LangChain's form."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.outputs import LLMResult
 from rapid_llm.stats import NOTHING_RETRIEVED
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def usage(stats: Stats) -> UsageMetadata:
-    """The target's token counts, as LangChain has them."""
+    """Token counts of the target, in LangChain's form."""
     return UsageMetadata(
         input_tokens=stats.prompt_tokens,
         output_tokens=stats.completion_tokens,
@@ -25,18 +27,27 @@ def usage(stats: Stats) -> UsageMetadata:
     )
 
 
-def response_metadata(chunk: Delta | ChatDelta, call: Call) -> dict[str, Any]:
-    """The metadata of a finished answer, all of its counts and seconds under ``rapid``.
+def response_metadata(delta: Delta | ChatDelta, call: Call) -> dict[str, Any]:
+    """Metadata of a finished answer, with all statistics under ``rapid``.
 
     Args:
-        chunk: the last of the answer.
-        call: what it was made with.
+        delta: last delta of the answer.
+        call: options and retrieval of the answer.
     """
-    rapid = chunk.stats.as_dict() | {"chunks": call.retrieved or []}
+    rapid = delta.stats.as_dict() | {"chunks": call.retrieved or []}
     if call.retrieved == []:
         rapid["draft_skipped"] = NOTHING_RETRIEVED
     return {
         "model_name": call.engine.model,
-        "finish_reason": chunk.finish_reason,
+        "finish_reason": delta.finish_reason,
         "rapid": rapid,
     }
+
+
+def joined(results: Sequence[LLMResult]) -> LLMResult:
+    """The answers to several chats, each of which was asked by itself."""
+    return LLMResult(
+        generations=[generations for result in results for generations in result.generations],
+        llm_output={},
+        run=[info for result in results for info in result.run or []] or None,
+    )

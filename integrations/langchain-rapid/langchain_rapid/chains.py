@@ -55,20 +55,22 @@ def create_rapid_documents_chain(
 
     Args:
         llm: a ``ChatRapid`` or ``RapidLLM``, or one with bound arguments, tools or a schema.
-        prompt: with ``document_variable_name`` among its input variables.
-        documents: the full texts: one string, a mapping from document id to text, a list of
-            Document (as a loader returned them), or a function from document id to text. A text
-            may be a Document too.
-        output_parser: ``StrOutputParser`` if None, unless the LLM has a parser of its own, as by
-            ``with_structured_output``; :class:`MessageOutputParser` returns the message, which
-            :func:`rapid_stats` reads.
-        document_prompt: formats a chunk and a full document alike; what it may say of a full
-            document is in :func:`langchain_rapid.labels.label`. Only the text if None.
-        document_separator: between two formatted chunks or documents.
-        document_variable_name: the prompt's variable for them, and their key in the input.
-        document_id_key: the key of a chunk's metadata that holds the document's id; None takes
-            the first of ``document_id``, ``doc_id`` and ``source`` that names a document.
-        on_empty: ``read_all`` has the target read every document where nothing was retrieved.
+        prompt: prompt template with the input variable ``document_variable_name``.
+        documents: full texts: one string, a mapping from document id to text, a list of Document
+            (as a loader returned them), or a function from document id to text. A text may be a
+            Document too.
+        output_parser: parser of the answer; None is ``StrOutputParser``, unless the LLM has a
+            parser of its own, as by ``with_structured_output``. :class:`MessageOutputParser`
+            returns the message, which :func:`rapid_stats` reads.
+        document_prompt: template of a chunk and of a full document, with the labels of
+            :func:`langchain_rapid.labels.label`; None is the text alone.
+        document_separator: text between two formatted chunks or documents.
+        document_variable_name: variable of the prompt for the documents, and their key in the
+            input.
+        document_id_key: key of a chunk's metadata that holds the document's id; None takes the
+            first of ``document_id``, ``doc_id`` and ``source`` that names a document.
+        on_empty: action where nothing was retrieved: ``read_all`` has the target read every
+            document.
         order: order of the full documents: ``canonical`` is that of their ids, with digits compared
             as numbers, so that the same documents are the same prompt; ``given`` that of their
             first chunks.
@@ -79,8 +81,8 @@ def create_rapid_documents_chain(
         gives it, to the output parser's result.
 
     Raises:
-        InvalidParameterError: the prompt has no such variable, the LLM is another, or there is no
-            such ``on_empty`` or ``order``.
+        InvalidParameterError: the prompt lacks the variable, the LLM is not of this package, or
+            ``on_empty`` or ``order`` is unknown.
         DocumentError: ``documents`` cannot be used; when called: a chunk's document is unknown.
     """
     if document_variable_name not in prompt.input_variables:
@@ -113,7 +115,7 @@ def create_rapid_documents_chain(
 
 
 def _has_parser(llm: Any) -> bool:
-    """Whether the model's answer is parsed already, as by ``with_structured_output``."""
+    """Whether the LLM ends with a parser of its own, as by ``with_structured_output``."""
     return isinstance(llm, RunnableSequence) and (
         isinstance(llm.last, BaseOutputParser)
         or isinstance(llm.first, RunnableParallel)  # with ``include_raw``
@@ -121,7 +123,7 @@ def _has_parser(llm: Any) -> bool:
 
 
 def _innermost(llm: Any) -> Any:
-    """The model itself, in whatever binds, configures or follows it."""
+    """The model inside bindings, configurations, fallbacks and sequences."""
     while True:
         if isinstance(llm, RunnableBindingBase):
             llm = llm.bound
@@ -136,10 +138,10 @@ def _innermost(llm: Any) -> Any:
 
 
 class _GroundedAnswer(Runnable[dict[str, Any], Any]):
-    """From chunks and question to the LLM's answer.
+    """Runnable from retrieved chunks and a question to the LLM's answer.
 
-    One step without runs of its own but the LLM's, or a trace would hold the whole documents once
-    for each run that they pass through.
+    It is one step whose only run is the LLM's, because a trace would repeat the whole documents for
+    each run that they pass through.
     """
 
     name = "grounded_answer"

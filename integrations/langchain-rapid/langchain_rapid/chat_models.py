@@ -1,4 +1,4 @@
-"""ChatRapid: a chat model whose drafter reads what was retrieved, its target whole documents."""
+"""ChatRapid: a chat model whose drafter reads retrieved chunks and whose target whole documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from langchain_core.callbacks import (
     AsyncCallbackManager,
@@ -26,11 +26,19 @@ from rapid_llm.aio import in_thread, iterate_in_thread
 from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
+from langchain_rapid.answers import joined
 from langchain_rapid.encoding import Encoder
-from langchain_rapid.messages import last_question, search_query, text_of, to_chat
-from langchain_rapid.options import Call
+from langchain_rapid.messages import (
+    documents_of,
+    last_question,
+    require_read,
+    search_query,
+    text_of,
+    to_chat,
+)
+from langchain_rapid.options import Call, overrides
 from langchain_rapid.runs import beside, child_of
-from langchain_rapid.settings import VERSION, RapidModel
+from langchain_rapid.settings import VERSION, RapidModel, at_once
 from langchain_rapid.structured import (
     BoundChatRapid,
     Method,
@@ -53,16 +61,18 @@ if TYPE_CHECKING:
 class ChatRapid(RapidModel, BaseChatModel):
     """Chat model with retrieval-augmented speculative decoding.
 
-    The messages are the target's prompt. The drafter's comes from one of three places:
+    The messages are the target's prompt. The drafter's comes from one of four places:
 
-    - :func:`create_rapid_documents_chain`, where ``create_stuff_documents_chain`` stood;
-    - ``retriever=`` and ``documents=``: the last human message is the question, and is searched
-      for with the two before it, without which a follow-up finds nothing;
+    - :func:`create_rapid_documents_chain`, in the place of ``create_stuff_documents_chain``;
+    - ``retriever=`` and ``documents=``: the last human message is the question; the retriever gets
+      it with the two before it, because a follow-up alone says too little;
+    - results of tools with documents as their artifact; with ``documents=`` the target reads the
+      whole documents that they come from (:mod:`langchain_rapid.conversations`);
     - ``draft_messages=`` of a call, or bound by ``bind``.
 
-    Without one the target decodes plainly. Fields may be overridden for one call by arguments of
-    their names, but for those that load models. None leaves a field as it is, ``seed=None`` draws
-    afresh. ``confidence=`` of a call, in [0, 1], says how sure the retrieval of the draft was, for
+    Without one the target decodes plainly. Arguments of a call override the fields of the same
+    names, except those that load models. None leaves a field's value, but ``seed=None`` is a random
+    seed. ``confidence=`` of a call is the confidence of the draft's retrieval, in [0, 1], for
     ``dynamic_eta``.
 
     Example:
@@ -78,6 +88,8 @@ class ChatRapid(RapidModel, BaseChatModel):
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    _reads_results_of_tools: ClassVar[bool] = True
 
     streaming: bool = False
     """Whether ``invoke`` streams to callbacks as well."""
@@ -101,7 +113,7 @@ class ChatRapid(RapidModel, BaseChatModel):
     # --- tools and structured output -----------------------------------------------------------
 
     def bind(self, **kwargs: Any) -> BoundChatRapid:  # type: ignore[override]
-        """The model with arguments of every call, which stay when tools or a schema are bound."""
+        """The model with arguments for every call, kept when tools or a schema are bound too."""
         return BoundChatRapid(bound=self, kwargs=kwargs, config={})
 
     def bind_tools(
@@ -113,9 +125,9 @@ class ChatRapid(RapidModel, BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The model with tools that it may call, or must.
+        """The model with tools that it may or must call.
 
-        A call that the model begins is one of the tools', with arguments of its schema.
+        A call that the model begins names one of the tools, with arguments of its schema.
 
         Args:
             tools: LangChain's tools, functions, pydantic classes, TypedDicts, or OpenAI's form.
@@ -167,11 +179,40 @@ class ChatRapid(RapidModel, BaseChatModel):
             "tool_choice": True,
             "structured_output": True,
         }
-        if self.decoder is not None:  # a model is not loaded to be asked
+        if self.decoder is not None:  # a profile does not load the model
             profile["max_input_tokens"] = self.decoder.target.context_window
         return profile
 
     # --- generation ----------------------------------------------------------------------------
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """LangChain's; the inputs are answered at once, and a common document is read once.
+
+        At most ``max_sequences`` are under way, and no more than ``max_concurrency`` of the config.
+        """
+        with at_once():
+            return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """:meth:`batch` for asyncio."""
+        with at_once():
+            return await super().abatch(
+                inputs, config, return_exceptions=return_exceptions, **kwargs
+            )
 
     def _stream(
         self,
@@ -180,11 +221,13 @@ class ChatRapid(RapidModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        if self._retrieves(kwargs):  # not done yet: stream_events (v3)
+        if self._is_ungrounded(messages, kwargs):  # not retrieved before, in stream_events (v3)
             messages, found = self._ground(messages, child_of(run_manager, CallbackManager), kwargs)
             kwargs |= found
         draft = self._draft(kwargs)
         call = self._call(stop, kwargs)
+        if draft is None:
+            require_read(self.documents, messages, call)
         for delta in self._answer(to_chat(messages), draft, call):
             if says_something(delta):
                 yield generation_chunk(delta, call)
@@ -196,12 +239,14 @@ class ChatRapid(RapidModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        if self._retrieves(kwargs):
+        if self._is_ungrounded(messages, kwargs):
             child = child_of(run_manager, AsyncCallbackManager)
             messages, found = await self._aground(messages, child, kwargs)
             kwargs |= found
         draft = self._draft(kwargs)
         call = self._call(stop, kwargs)
+        if draft is None:
+            require_read(self.documents, messages, call)
         chat = to_chat(messages)
         deltas = iterate_in_thread(partial(self._answer, chat, draft, call))
         async with contextlib.aclosing(deltas):
@@ -237,7 +282,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         call: Call,
         check: Callable[[], None] = lambda: None,
     ) -> Iterator[ChatDelta]:
-        """Content, reasoning and tool calls; ``check`` is that of :meth:`_run`."""
+        """Deltas of content, reasoning and tool calls; ``check`` as for :meth:`_run`."""
         from rapid_llm.tools.answers import prepare
 
         decoder = self._decoder_for(call.engine.model)
@@ -260,7 +305,7 @@ class ChatRapid(RapidModel, BaseChatModel):
         messages = kwargs.pop("draft_messages", None)
         return None if messages is None else to_chat(self._convert_input(messages).to_messages())
 
-    # --- retriever= ----------------------------------------------------------------------------
+    # --- retriever= and documents of tools ---------------------------------------------------
     # Retrieval comes before LangChain looks into its cache, so that both prompts are in the key.
 
     def generate(
@@ -270,15 +315,15 @@ class ChatRapid(RapidModel, BaseChatModel):
         callbacks: Callbacks = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """LangChain's; with a retriever, each chat is grounded first."""
-        if not self._retrieves(kwargs):
+        """LangChain's method; each chat with something retrieved for it is grounded first."""
+        if not any(self._is_ungrounded(chat, kwargs) for chat in messages):
             return super().generate(messages, stop, callbacks, **kwargs)
         config = beside({"callbacks": callbacks, **kwargs})
         results = []
         for chat in messages:
             grounded, found = self._ground(chat, config, kwargs)
             results.append(super().generate([grounded], stop, callbacks, **(kwargs | found)))
-        return _joined(results)
+        return joined(results)
 
     async def agenerate(
         self,
@@ -288,14 +333,14 @@ class ChatRapid(RapidModel, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """:meth:`generate` for asyncio."""
-        if not self._retrieves(kwargs):
+        if not any(self._is_ungrounded(chat, kwargs) for chat in messages):
             return await super().agenerate(messages, stop, callbacks, **kwargs)
         config = beside({"callbacks": callbacks, **kwargs})
         results = []
         for chat in messages:
             grounded, found = await self._aground(chat, config, kwargs)
             results.append(await super().agenerate([grounded], stop, callbacks, **(kwargs | found)))
-        return _joined(results)
+        return joined(results)
 
     def stream(
         self,
@@ -305,9 +350,9 @@ class ChatRapid(RapidModel, BaseChatModel):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
-        """LangChain's; with a retriever, the chat is grounded first."""
-        if self._retrieves(kwargs):
-            messages = self._convert_input(input).to_messages()
+        """LangChain's method; a chat with something retrieved for it is grounded first."""
+        messages = self._convert_input(input).to_messages()
+        if self._is_ungrounded(messages, kwargs):
             input, found = self._ground(messages, beside(config), kwargs)
             kwargs |= found
         yield from super().stream(input, config, stop=stop, **kwargs)
@@ -321,58 +366,65 @@ class ChatRapid(RapidModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """:meth:`stream` for asyncio."""
-        if self._retrieves(kwargs):
-            messages = self._convert_input(input).to_messages()
+        messages = self._convert_input(input).to_messages()
+        if self._is_ungrounded(messages, kwargs):
             input, found = await self._aground(messages, beside(config), kwargs)
             kwargs |= found
         async for chunk in super().astream(input, config, stop=stop, **kwargs):
             yield chunk
 
-    def _retrieves(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the draft is still to be retrieved; what a call brings along goes first."""
-        given = kwargs.get("draft_messages") is not None or kwargs.get("retrieved") is not None
-        return self.retriever is not None and not given
+    def _is_ungrounded(self, messages: list[BaseMessage], kwargs: dict[str, Any]) -> bool:
+        """Whether the draft is still to be made; a draft given by the call takes precedence."""
+        if kwargs.get("draft_messages") is not None or kwargs.get("retrieved") is not None:
+            return False
+        return self.retriever is not None or any(map(documents_of, messages))
 
     def _ground(
         self, messages: list[BaseMessage], config: RunnableConfig, arguments: Mapping[str, Any]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
+        if self.retriever is None:
+            return self._with_tool_documents(messages, arguments)
         chunks = self._retrieve(search_query(messages), config)
         return self._with_contexts(messages, chunks, arguments)
 
     async def _aground(
         self, messages: list[BaseMessage], config: RunnableConfig, arguments: Mapping[str, Any]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
+        if self.retriever is None:
+            return await in_thread(partial(self._with_tool_documents, messages, arguments))
         chunks = await self._aretrieve(search_query(messages), config)
         return await in_thread(partial(self._with_contexts, messages, chunks, arguments))
 
     def _with_contexts(
         self, messages: list[BaseMessage], chunks: list[Document], arguments: Mapping[str, Any]
     ) -> tuple[list[BaseMessage], dict[str, Any]]:
-        """The target's messages, and what tells a call of the drafter's and the documents'."""
+        """The target's messages, and arguments of the call for the draft and the documents."""
+        from langchain_rapid.conversations import around_question
+
         index = last_question(messages)
         contexts = self._contexts(chunks, text_of(messages[index]), arguments)
+        return around_question(messages, index, contexts).as_call()
 
-        def around(content: str) -> list[BaseMessage]:
-            question = messages[index].model_copy(update={"content": content})
-            return [*messages[:index], question, *messages[index + 1 :]]
+    def _with_tool_documents(
+        self, messages: list[BaseMessage], arguments: Mapping[str, Any]
+    ) -> tuple[list[BaseMessage], dict[str, Any]]:
+        from langchain_rapid.conversations import with_tool_documents
 
-        places = [{**place, "message": index} for place in contexts.found["documents_at"]]
-        found = contexts.found | {"documents_at": places}
-        if contexts.draft is not None:
-            found["draft_messages"] = around(contexts.draft)
-        return around(contexts.target), found
+        given = {"order": self.order} | overrides(arguments)
+        order, confidence = given["order"], given.get("confidence")
+        return with_tool_documents(messages, self._sources, order, confidence).as_call()
 
     # --- token counts --------------------------------------------------------------------------
 
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
     ) -> int:
-        """Tokens of a prompt as the model reads it, the chat template's included.
+        """Number of tokens of a prompt as the model reads it, including the chat template's.
 
-        A history that ends with an answer is counted with the opening of the next question, as it
-        would be read then. What cannot be sent in this form (images, an order that no template
-        takes) is counted as LangChain counts it, by the text alone. So any part of a history can be
-        measured, as ``trim_messages`` and memories do.
+        A history that ends with an answer is counted with the opening of the next question.
+        Messages that the model cannot be sent (images, an order that no template takes) are counted
+        as LangChain counts them, by their text. So any part of a history can be counted, as
+        ``trim_messages`` and memories do.
         """
         if not messages:
             return 0
@@ -387,11 +439,3 @@ class ChatRapid(RapidModel, BaseChatModel):
                     chat.append({"role": "user", "content": ""})
                 return len(Encoder(decoder.tokenizer, variables).chat(chat))
         return super().get_num_tokens_from_messages(messages)
-
-
-def _joined(results: list[LLMResult]) -> LLMResult:
-    return LLMResult(
-        generations=[generations for result in results for generations in result.generations],
-        llm_output={},
-        run=[info for result in results for info in result.run or []] or None,
-    )

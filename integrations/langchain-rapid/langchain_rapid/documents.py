@@ -1,4 +1,4 @@
-"""The full documents, in whichever form the pipeline has them."""
+"""Find full documents by the ids in chunks' metadata, in any form that a pipeline has them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rapid_llm.errors import DocumentError
 
 Text: TypeAlias = str | Document
 Documents: TypeAlias = str | Mapping[Any, Text] | Sequence[Document] | Callable[[Any], Text | None]
-"""One text; texts by document id; what a loader returned; or a function from id to text."""
+"""One text; texts by document id; documents of a loader; or a function from id to text."""
 
 ID_KEYS = ("document_id", "doc_id", "source")
 """Keys of metadata that may hold a document's id, the first one first."""
@@ -31,8 +31,8 @@ class Part:
     """A part of a document, such as a page.
 
     Attributes:
-        metadata: what its loader said of it.
-        start: its first character in the whole text.
+        metadata: metadata from its loader.
+        start: offset of its first character in the whole text.
     """
 
     metadata: Mapping[str, Any]
@@ -44,8 +44,8 @@ class Whole:
     """One full document.
 
     Attributes:
-        text: all of it.
-        parts: what it was joined from; none if nothing but the text is known.
+        text: whole text.
+        parts: parts that it was joined from; empty if only the text is known.
     """
 
     text: str
@@ -64,11 +64,11 @@ class FullDocuments:
     """Full texts by document id. Ids are compared as text: a number or a path may be one.
 
     Args:
-        documents: see :data:`Documents`. Of a list, those with the same id are parts of one
-            document, in the order of their page numbers, file by file, if all have one, or else of
-            the list (a PDF loader returns a page each). ``Document.id`` serves if the metadata
-            holds none.
-        id_key: the metadata's key for the id; None tries ``ID_KEYS`` in turn.
+        documents: full texts, see :data:`Documents`. Elements of a list with the same id are parts
+            of one document (a PDF loader returns a page each), in the order of their page numbers,
+            file by file, if all have one, or else of the list. ``Document.id`` is the id where the
+            metadata has none.
+        id_key: key of the metadata for the id; None tries ``ID_KEYS`` in turn.
 
     Attributes:
         id_keys: keys of metadata that may hold an id.
@@ -107,10 +107,10 @@ class FullDocuments:
             raise DocumentError("documents is empty: pass at least one document")
 
     def find(self, key: str, value: Any) -> tuple[str, Whole] | None:
-        """The document, and its id, that a chunk's metadata names with this key and value.
+        """Id and document that a chunk's metadata names by this key and value.
 
         Raises:
-            DocumentError: it is no text.
+            DocumentError: the document is not text.
         """
         name = self._ids.get((key, id_text(value)), id_text(value))
         if name is None:
@@ -126,10 +126,10 @@ class FullDocuments:
         return None if text is None else (name, _whole(name, text))
 
     def find_without(self, keys: Collection[str]) -> tuple[str, Whole] | None:
-        """The single document, and its id, for a chunk that has other ids, under ``keys``, or none.
+        """Id and document of a chunk whose ids (under ``keys``) name no document, or are missing.
 
-        None if there are several documents, or the document has an id under one of these keys too,
-        so that the chunk must be another's.
+        None if there are several documents, or if the only one has an id under one of these keys,
+        so that the chunk must be from another document.
         """
         return None if any(key in keys for key, _ in self._ids) else self._only
 
@@ -137,7 +137,7 @@ class FullDocuments:
         """Every document by its id.
 
         Raises:
-            DocumentError: they cannot be listed, two have the same id, or one is no text.
+            DocumentError: they cannot be listed, two have the same id, or one is not text.
         """
         if not isinstance(self._texts, Mapping):
             raise DocumentError(
@@ -191,18 +191,18 @@ class FullDocuments:
 
 
 def ids_of(document: Document, keys: Sequence[str] = ID_KEYS) -> list[tuple[str, Any]]:
-    """What the metadata of a chunk or a document say of the document's id: keys and values.
+    """Keys and values of the document's id in the metadata of a chunk or document.
 
-    ``Document.id`` is not it: a vector store gives every chunk an id of its own.
+    ``Document.id`` is not used, because a vector store gives every chunk an id of its own.
     """
     metadata = document.metadata
     return [(key, metadata[key]) for key in keys if id_text(metadata.get(key))]
 
 
 def id_text(value: Any) -> str:
-    """An id as text, by which ids are compared; "" for none.
+    """An id as text, for comparison; "" for no id.
 
-    A whole number is the same as a float, as which some stores return it, and NaN is none.
+    A whole number has the same text as int and as float, which some stores return; NaN is no id.
     """
     if isinstance(value, Real) and not isinstance(value, Integral):
         number = float(value)
@@ -213,7 +213,7 @@ def id_text(value: Any) -> str:
 def _ask(texts: Callable[[Any], Text | None], name: Any) -> Text | None:
     try:
         return texts(name)
-    except (KeyError, FileNotFoundError):  # so a dictionary's look-up or a file's reading says it
+    except (KeyError, FileNotFoundError):  # from a dictionary or a file: no such document
         return None
 
 
@@ -230,7 +230,7 @@ def _whole(name: str, text: object) -> Whole:
 
 
 def _in_order(documents: list[Document]) -> list[Document]:
-    """By their page numbers, if all have one; files that are read as one stay one after another."""
+    """Parts sorted by page number, if all have one, and files joined as one file by file."""
     files = [str(document.metadata.get("source")) for document in documents]
     rank = {file: number for number, file in enumerate(dict.fromkeys(files))}
     for key in _PAGE_KEYS:
@@ -243,7 +243,7 @@ def _in_order(documents: list[Document]) -> list[Document]:
 
 
 def _require_one_file(name: str, documents: list[Document], keys: Sequence[str]) -> None:
-    """Entries with one id are parts of one file, or else one id was given twice."""
+    """Refuse elements with the same id that are not parts of one file."""
     sources = {str(d.metadata["source"]) for d in documents if "source" in d.metadata}
     if len(sources) > 1:
         (key, _), *_ = ids_of(documents[0], keys)

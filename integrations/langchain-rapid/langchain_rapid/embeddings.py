@@ -1,4 +1,4 @@
-"""rapid-llm's embedding models as LangChain's."""
+"""RapidEmbeddings: rapid-llm's embedding models for LangChain."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class RapidEmbeddings(BaseModel, Embeddings):
     Vectors have unit length. Copies share the loaded model; a pickle loads it anew.
 
     Args:
-        model_name: any that :func:`rapid_llm.context.load_embedder` takes: ``all-minilm-l6-v2``
+        model_name: name that :func:`rapid_llm.context.load_embedder` takes: ``all-minilm-l6-v2``
             (packaged), a hub id or a folder. By default the packaged one, or BGE-M3 where it is not
             installed.
-        batch_size: texts that the model reads at a time.
-        device: the model's device; None takes the first accelerator, or the CPU.
+        batch_size: number of texts that the model reads at a time.
+        device: device of the model; None takes the first accelerator, or the CPU.
 
     Raises:
         ModelError: at the first use, the model cannot be found or loaded.
@@ -44,22 +44,22 @@ class RapidEmbeddings(BaseModel, Embeddings):
         self._embedder = LazyEmbedder(self.model_name, self.device)
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Vectors of texts that are to be found."""
+        """Vectors of documents' texts."""
         return self._current().embed_documents(texts, self.batch_size)
 
     def embed_query(self, text: str) -> list[float]:
-        """Vector of a question, after the model's own prompt for questions."""
+        """Vector of a question, with the model's prompt for questions."""
         return self._current().embed_query(text)
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Like :meth:`embed_documents`, in a thread of its own."""
+        """:meth:`embed_documents` for asyncio, in a thread of its own."""
         return await in_thread(lambda: self.embed_documents(texts))
 
     async def aembed_query(self, text: str) -> list[float]:
-        """Like :meth:`embed_query`, in a thread of its own."""
+        """:meth:`embed_query` for asyncio, in a thread of its own."""
         return await in_thread(lambda: self.embed_query(text))
 
     def _current(self) -> LazyEmbedder:
-        """The embedder that the fields name, also in a copy that changes them."""
+        """The embedder named by the fields, which copies may have changed."""
         self._embedder = self._embedder.named(self.model_name, self.device)
         return self._embedder

@@ -1,4 +1,4 @@
-"""Encoding of prompts: texts and chat messages become what the decoder reads."""
+"""Encode texts and chat messages as prompts of the decoder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Written: TypeAlias = "str | Sequence[Message]"
 
 
 class Encoder(NamedTuple):
-    """How prompts are encoded.
+    """Encodes prompts for one model.
 
     Attributes:
-        tokenizer: the model's.
-        variables: of its chat template.
-        formatted: a text is a finished prompt, whose control tokens steer the model; otherwise
-            they are ordinary text.
+        tokenizer: the model's tokenizer.
+        variables: variables of its chat template.
+        formatted: whether a text is a finished prompt, whose control tokens steer the model;
+            otherwise they are ordinary text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ class Encoder(NamedTuple):
     formatted: bool = False
 
     def __call__(self, prompt: Written) -> Prompt:
-        """What the decoder reads; an empty text is left to the decoder, which refuses it.
+        """Encode a prompt; an empty text is left to the decoder, which refuses it.
 
         Raises:
             InvalidParameterError: the messages do not fit the chat template.
@@ -38,13 +38,13 @@ class Encoder(NamedTuple):
         return prompt if self.formatted or not prompt else self._literal(prompt)
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of chat messages, the opening of the answer included."""
+        """Token ids of chat messages, including the opening of the answer."""
         from rapid_llm.encoding import encode_prompt
 
         return encode_prompt(messages, self.tokenizer, self.variables)
 
     def _literal(self, text: str) -> list[int]:
-        """The text's token ids between what the tokenizer puts around every text, as BOS."""
+        """Token ids of a text, with the special tokens that the tokenizer adds, such as BOS."""
         from rapid_llm.encoding import encode_literal
 
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Both models' contexts, made from the chunks that a retriever found."""
+"""Contexts of drafter and target: retrieved chunks, and the full documents that they are from."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Cited:
     """A retrieved chunk of a document.
 
     Attributes:
-        chunk: as the retriever returned it.
-        start: its first character in the document; None if it is not found there.
+        chunk: the retriever's result.
+        start: offset of its first character in the document; None if it is not found there.
     """
 
     chunk: Document
@@ -39,8 +39,8 @@ class Source:
     """A document that the target reads.
 
     Attributes:
-        document: its text, with the labels asked for as metadata.
-        cited: what was retrieved from it.
+        document: text of the document, with the requested labels as metadata.
+        cited: chunks retrieved from it.
     """
 
     document: Document
@@ -52,12 +52,12 @@ class Sources:
     """The contexts of one question.
 
     Attributes:
-        chunks: the retrieved ones without repetitions, in the retriever's order: the drafter's
-            context. Empty if nothing was retrieved.
-        full: the full documents that they were cut from: the target's context.
-        retrieved: of each chunk its ``id``, its ``document_id`` and its ``start_index`` (in
-            characters of the full text), as far as they are known.
-        confidence: of the retrieval, in [0, 1], after the chunks' scores.
+        chunks: the drafter's context: retrieved chunks without repetitions, in the retriever's
+            order; empty if nothing was retrieved.
+        full: the target's context: the full documents that the chunks are from.
+        retrieved: known ones of ``id``, ``document_id`` and ``start_index`` (in characters of the
+            full text) of each chunk.
+        confidence: confidence of the retrieval, in [0, 1], from the chunks' scores.
     """
 
     chunks: list[Document]
@@ -82,18 +82,19 @@ def find_sources(
 ) -> Sources:
     """Find the full documents behind retrieved chunks.
 
-    A chunk's document is named by the first of its ids (``documents.id_keys``) that names one at
-    all. A chunk without an id, beside others that have one, is read as it is by both models.
+    The document of a chunk is given by the first of the chunk's ids (``documents.id_keys``) that
+    names one. A chunk without an id, among others with one, is read as it is by both models.
 
     Args:
-        chunks: what was retrieved, best first.
-        documents: where the full texts are.
-        on_empty: ``read_all`` reads every document where nothing was retrieved.
-        order: ``given`` keeps the order of the documents' first chunks; else it is that of ids.
-        labels: what to say of a full document, see :func:`langchain_rapid.labels.label`.
+        chunks: retrieved chunks, best first.
+        documents: the full texts.
+        on_empty: action where nothing was retrieved: ``read_all`` reads every document.
+        order: order of the documents: that of their ids, or for ``given`` that of their first
+            chunks.
+        labels: keys of metadata for the full documents, see :func:`langchain_rapid.labels.label`.
 
     Raises:
-        DocumentError: a chunk is no ``Document`` or of an unknown document, none says its
+        DocumentError: a chunk is no ``Document`` or is from an unknown document, no chunk names its
             document, all documents are blank, or all are to be read and cannot be listed.
     """
     given = [chunk for chunk in _checked(chunks) if chunk.page_content.strip()]
@@ -122,11 +123,10 @@ def find_sources(
 
 
 def confidence_of(chunks: Sequence[Document]) -> float:
-    """How sure a retrieval was, by its best chunk (:mod:`rapid_llm.context.confidence`).
+    """Confidence of a retrieval from its scores, see :mod:`rapid_llm.context.confidence`.
 
-    Its scores are the numbers under the first key of ``SCORE_KEYS`` that any chunk's metadata has,
-    if they are all in [-1, 1], as cosine similarities are. Without such scores it is 1: LangChain's
-    retrievers need not give any.
+    Scores are the numbers under the first key of ``SCORE_KEYS`` in any chunk's metadata, if they
+    are all in [-1, 1], as cosine similarities are. Without such scores the confidence is 1.
     """
     for key in SCORE_KEYS:
         said = [real(chunk.metadata.get(key)) for chunk in chunks]
@@ -155,7 +155,7 @@ def _checked(chunks: object) -> list[Document]:
 def _resolved(
     chunks: Sequence[Document], documents: FullDocuments
 ) -> tuple[list[_Chunk], dict[str, Whole]]:
-    """The chunks with the names of their documents, and these."""
+    """The chunks with the names of their documents, and the documents by name."""
     look_up = _LookUp(documents)
     passages: list[_Chunk] = []
     wholes: dict[str, Whole] = {}
@@ -173,7 +173,7 @@ def _resolved(
 
 
 class _LookUp:
-    """From a chunk to its document, each document being asked for once."""
+    """Finds the documents of chunks, and looks each document up once."""
 
     def __init__(self, documents: FullDocuments) -> None:
         self.without_id = 0
@@ -181,7 +181,7 @@ class _LookUp:
         self._asked: dict[tuple[str, str], tuple[str, Whole] | None] = {}
 
     def __call__(self, chunk: Document) -> tuple[str, Whole, str | None]:
-        """Its document's name here, the document, and what the document's id is said to be."""
+        """Name of a chunk's document, the document, and the id in the chunk's metadata."""
         ids = ids_of(chunk, self._documents.id_keys)
         for key, value in ids:
             question = key, id_text(value)
@@ -212,7 +212,7 @@ def _hint(chunk: Document, documents: FullDocuments) -> str:
 
 
 def _start(chunk: Document, whole: Whole) -> int | None:
-    """The chunk's first character in the whole text; None if it is not in it as it stands."""
+    """Offset of a chunk in the whole text; None if the text does not contain it unchanged."""
     text = chunk.page_content
     given = id_text(chunk.metadata.get("start_index"))
     said = int(given) if given.isdecimal() else None  # a splitter says -1 where it lost its place

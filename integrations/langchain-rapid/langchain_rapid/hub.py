@@ -9,9 +9,9 @@ from pydantic import SecretStr
 from rapid_llm.errors import InvalidParameterError
 
 SHORT = ("token", "revision", "cache_dir")
-"""Names that constructors take by themselves, as other LangChain models have them."""
+"""Names that constructors take directly, like those of other LangChain models."""
 
-# How a model is fetched, not which one. Some of these are secrets.
+# Options of access to a model, which do not identify it. Some of these are secrets.
 _FETCHING = (
     "token",
     "use_auth_token",
@@ -33,7 +33,7 @@ def gathered(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_own(options: Mapping[str, Any], fields: Iterable[str]) -> None:
-    """Raises InvalidParameterError for an option that has a field of its own."""
+    """Raise InvalidParameterError for an option that has a field of its own."""
     if taken := options.keys() & set(fields):
         name = min(taken)
         raise InvalidParameterError(
@@ -42,9 +42,11 @@ def require_own(options: Mapping[str, Any], fields: Iterable[str]) -> None:
 
 
 def for_loading(options: Mapping[str, Any], *, other_model: bool = False) -> dict[str, Any]:
-    """The options as ``from_pretrained`` takes them.
+    """Hub options as arguments of ``from_pretrained``, with secrets revealed.
 
-    ``other_model``: a call named another model, for which ``revision`` does not count.
+    Args:
+        options: the hub options.
+        other_model: whether a call named another model, to which ``revision`` does not apply.
     """
     plain = {name: _revealed(value) for name, value in options.items()}
     if other_model:
@@ -53,7 +55,7 @@ def for_loading(options: Mapping[str, Any], *, other_model: bool = False) -> dic
 
 
 def identifying(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that tell models apart, for traces and cache keys, without secrets."""
+    """Options that identify a model, for traces and cache keys, without secrets."""
     return {
         name: identifying(value) if isinstance(value, Mapping) else value
         for name, value in options.items()

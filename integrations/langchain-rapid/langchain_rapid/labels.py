@@ -1,4 +1,4 @@
-"""Labels of whole documents, for a ``document_prompt``."""
+"""Metadata of whole documents, for the variables of a ``document_prompt``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from langchain_core.documents import Document
 from langchain_rapid.documents import Whole
 
 _OF_A_PART = ("page", "page_label", "page_number", "row", "seq_num", "start_index")
-"""Keys under which loaders and splitters say where in a document a chunk is."""
+"""Keys under which loaders and splitters store a chunk's position in its document."""
 
 
 def label(key: str, name: str, whole: Whole, chunks: Sequence[Document]) -> Any:
-    """The metadata of a whole document under one key.
+    """Metadata of a whole document under one key, if it is known for all of the document.
 
-    What its parts say: the value they share, or else all of their values (``0-9`` for the pages 0
-    to 9). If they say nothing, what all chunks retrieved from it agree on, but for where in the
-    document a chunk is. The document's id is its ``source`` if nothing else is. Else "", so that
-    no label is claimed that is not known to be true of the whole document.
+    This is the value that all parts share, or else their values joined (``0-9`` for pages 0 to 9).
+    If the parts have none, it is the value that all retrieved chunks share, unless the key is a
+    position. Otherwise it is the document's id for ``source``, and "" for other keys.
+
+    Args:
+        key: key of the metadata.
+        name: id of the document.
+        whole: the document.
+        chunks: chunks retrieved from it.
     """
     said = [part.metadata[key] for part in whole.parts if part.metadata.get(key) is not None]
     if said:

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 class RapidLLM(RapidModel, BaseLLM):
-    """Completes text as it stands: no chat template is applied (use ``ChatRapid`` for that).
+    """LLM that completes text; no chat template is applied (use ``ChatRapid`` for that).
 
-    All of it is text: a control token in it, which an inserted document may hold, is read as the
-    characters it is written with, unless ``formatted=True`` says that the prompt is a finished one.
+    Control tokens in a prompt, which inserted documents may contain, are ordinary text, unless
+    ``formatted=True`` marks the prompt as finished.
 
     The prompt is the target's. The drafter's comes from :func:`create_rapid_documents_chain`, from
     ``retriever=`` and ``documents=`` (the prompt is the question), or from ``draft_prompt=`` of a
-    call. Fields and overrides are those of ``ChatRapid``. What an answer says of itself is in
+    call. Fields and overrides are those of ``ChatRapid``. Metadata of an answer are in
     ``generate(...).generations[i][0].generation_info``.
 
     Raises:
@@ -65,8 +65,8 @@ class RapidLLM(RapidModel, BaseLLM):
 
     @model_validator(mode="after")
     def _forbid_cache_with_retriever(self) -> Self:
-        # LangChain looks into the cache before it calls an LLM: what is retrieved then could
-        # not be in the key.
+        # LangChain reads the cache before it calls an LLM, so that chunks retrieved by the call
+        # could not be part of the key.
         if self.retriever is not None:
             if self.cache not in (None, False):
                 raise InvalidParameterError(
@@ -88,8 +88,8 @@ class RapidLLM(RapidModel, BaseLLM):
         return self._tracing_params("llm", stop, kwargs)
 
     # --- the cache key -------------------------------------------------------------------------
-    # LangChain makes an LLM's key of its identifying parameters and leaves out the arguments of
-    # the call, of which the draft is one.
+    # LangChain builds an LLM's key from its identifying parameters, without arguments of the call
+    # such as the draft.
 
     def generate(
         self,
@@ -98,7 +98,7 @@ class RapidLLM(RapidModel, BaseLLM):
         callbacks: Callbacks | list[Callbacks] | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """LangChain's, with the arguments of the call in the cache key."""
+        """LangChain's method, with the arguments of the call in the cache key."""
         return super(RapidLLM, self._called_with(kwargs)).generate(
             prompts, stop, callbacks, **kwargs
         )

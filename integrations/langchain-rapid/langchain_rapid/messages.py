@@ -1,10 +1,11 @@
-"""LangChain's messages as messages of a chat template."""
+"""Convert LangChain's messages to messages of a chat template."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from langchain_core.documents import Document
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
@@ -14,6 +15,9 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from rapid_llm.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from langchain_rapid.options import Call
 
 _REASONING = ("reasoning", "thinking", "redacted_thinking", "reasoning_content")
 """Types of message parts that hold a model's reasoning."""
@@ -27,16 +31,16 @@ def to_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     """Messages in OpenAI's form for the model's chat template: roles, texts, reasoning, calls.
 
     Raises:
-        InvalidParameterError: a message holds anything but text and calls of tools.
+        InvalidParameterError: a message contains something other than text and tool calls.
     """
     return [_chat_message(message) for message in messages]
 
 
 def text_of(message: BaseMessage) -> str:
-    """A message's text, its reasoning left out; its parts, if several, on lines of their own.
+    """Text of a message without reasoning, with a line for each part.
 
     Raises:
-        InvalidParameterError: a part is no text.
+        InvalidParameterError: a part is not text.
     """
     if isinstance(message.content, str):
         return message.content
@@ -70,7 +74,7 @@ def _chat_message(message: BaseMessage) -> dict[str, Any]:
 
 
 def _calls_of(message: AIMessage) -> list[dict[str, Any]]:
-    """Calls of an answer; arguments that were no JSON are text."""
+    """Calls of an answer; arguments that are not JSON are text."""
     calls = [*message.tool_calls, *message.invalid_tool_calls]
     return [
         {
@@ -93,11 +97,35 @@ def _reasoning_of(message: BaseMessage) -> str:
     return "\n".join(text for text in (beside, *thoughts) if text and isinstance(text, str))
 
 
-def search_query(messages: Sequence[BaseMessage]) -> str:
-    """The user's last message and the two before it, as a retriever is asked for them.
+def documents_of(message: BaseMessage) -> list[Document]:
+    """The documents that a tool returned, blank ones left out; none of any other message."""
+    artifact = message.artifact if isinstance(message, ToolMessage) else None
+    listed: list[Any] = list(artifact) if isinstance(artifact, list | tuple) else [artifact]
+    if not all(isinstance(each, Document) for each in listed):
+        return []
+    return [document for document in listed if document.page_content.strip()]
+
+
+def require_read(documents: Any, messages: Sequence[BaseMessage], call: Call) -> None:
+    """Refuse a call that would leave a model's ``documents=`` out in silence.
 
     Raises:
-        InvalidParameterError: there is none, or a part of one is no text.
+        InvalidParameterError: nothing was retrieved for the call, and it has no tool to do so.
+    """
+    by_tools = call.chat.tools or any(isinstance(each, ToolMessage) for each in messages)
+    if documents is not None and call.retrieved is None and not by_tools:
+        raise InvalidParameterError(
+            "documents= was given without retriever=, and no tool retrieves in this call: pass "
+            "retriever=, or bind create_retriever_tool(..., "
+            'response_format="content_and_artifact")'
+        )
+
+
+def search_query(messages: Sequence[BaseMessage]) -> str:
+    """Query for a retriever: the user's last message and the two before it.
+
+    Raises:
+        InvalidParameterError: there is no such message, or a part of one is not text.
     """
     from rapid_llm.context.prompts import retrieval_query
 

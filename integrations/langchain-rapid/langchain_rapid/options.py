@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, create_model
-from pydantic.fields import FieldInfo
+from pydantic import create_model
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema, PydanticOmit
 from rapid_llm.config import (
@@ -25,7 +22,7 @@ from rapid_llm.tools.definitions import ChatOptions
 
 _GROUPS = (SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig)
 
-# How chunks are made and ranked is up to LangChain's retriever.
+# LangChain's retriever makes and ranks chunks.
 _LEFT_OUT = options_of(RetrievalConfig).keys() - {"truncate", "on_empty", "order"}
 
 _NAMES = {"max_new_tokens": "max_tokens"}
@@ -47,10 +44,12 @@ _FIELDS = {
 """Fields by the names that a call may use for them."""
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from langchain_rapid.places import Place
 
     class OptionFields(BaseModel):
-        """What a type checker sees: options of any name and type."""
+        """The class for type checkers: options of any name and type."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -65,7 +64,7 @@ Settings: TypeAlias = tuple[SamplingParams, SpeculationConfig, EngineConfig, Ret
 
 
 def without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a constructor without None where it is no value, but stands for the default."""
+    """Arguments of a constructor without those that are None where None is not a value."""
     words = {
         word: declared
         for field, declared in OPTIONS.items()
@@ -79,7 +78,7 @@ def without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_one_name(fields: Mapping[str, Any]) -> None:
-    """Raises InvalidParameterError where a field is given by two of its names."""
+    """Raise InvalidParameterError where a field is given by two of its names."""
     for declared in OPTIONS.values():
         if len(names := fields.keys() & {declared.name, *declared.option.aliases}) > 1:
             raise InvalidParameterError(
@@ -90,27 +89,31 @@ def require_one_name(fields: Mapping[str, Any]) -> None:
 def overrides(call: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call without those that are None.
 
-    None is kept where it is a value and not the option's default: ``seed=None`` draws afresh.
+    None is kept where it is a value but not the default: ``seed=None`` is a random seed.
     """
 
-    def says(word: str, value: Any) -> bool:
+    def is_given(word: str, value: Any) -> bool:
         if value is not None or word not in _FIELDS:
             return value is not None
         declared = OPTIONS[_FIELDS[word]]
         return declared.optional and declared.default is not None
 
-    return {word: value for word, value in call.items() if says(word, value)}
+    return {word: value for word, value in call.items() if is_given(word, value)}
 
 
 def by_field(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The options among :func:`overrides`, by their fields' names and unchecked."""
+    """Options among the arguments of a call, by field name, not validated."""
     return {_FIELDS[w]: value for w, value in overrides(call).items() if w in _FIELDS}
 
 
 def settings(fields: Mapping[str, Any], call: Mapping[str, Any]) -> Settings:
-    """The options of one generation: a call's arguments before a model's fields.
+    """Options of one generation, in which a call's arguments override a model's fields.
 
     Variables of the chat template are merged, name by name.
+
+    Args:
+        fields: values of the model's fields.
+        call: arguments of the call.
 
     Raises:
         InvalidParameterError: an argument that no call takes, or a value outside its range.
@@ -132,12 +135,12 @@ class Call(NamedTuple):
     """The options and the retrieval of one generation.
 
     Attributes:
-        sampling, speculation, engine, retrieval: its options.
-        retrieved: of each retrieved chunk what is known of it; None if nothing was asked for.
-        places: where documents stand in the target's prompt.
-        confidence: of the retrieval, in [0, 1].
-        formatted: a text prompt's control tokens steer the model.
-        chat: tools, and the form of the answer.
+        sampling, speculation, engine, retrieval: options.
+        retrieved: known ids and positions of each retrieved chunk; None without a retrieval.
+        places: positions of documents in the target's prompt.
+        confidence: confidence of the retrieval, in [0, 1].
+        formatted: whether control tokens of a text prompt steer the model.
+        chat: tools and response format.
     """
 
     sampling: SamplingParams
@@ -151,43 +154,8 @@ class Call(NamedTuple):
     chat: ChatOptions = ChatOptions()
 
 
-# --- help --------------------------------------------------------------------------------------
-
-
-def with_fields(model: type[BaseModel]) -> str:
-    """A class's docstring, followed by the fields that have a description."""
-    described = [
-        fill(
-            f"{name}: {field.description}{_default(field)}",
-            width=96,
-            initial_indent="    ",
-            subsequent_indent="        ",
-            break_on_hyphens=False,
-        )
-        for name, field in model.model_fields.items()
-        if field.description
-    ]
-    return "\n".join([inspect.cleandoc(model.__doc__ or ""), "", "Attributes:", *described])
-
-
-def plain_signature(model: type[BaseModel]) -> inspect.Signature:
-    """A constructor's signature with the fields' types alone, without how they are checked."""
-    signature = inspect.signature(model)
-    plain = [
-        parameter.replace(annotation=get_args(parameter.annotation)[0])
-        if get_origin(parameter.annotation) is Annotated
-        else parameter
-        for parameter in signature.parameters.values()
-    ]
-    return signature.replace(parameters=plain)
-
-
-def _default(field: FieldInfo) -> str:
-    return "" if field.default is None else f" Default: {field.default!r}."
-
-
 class OptionsSchema(GenerateJsonSchema):
-    """JSON schema without fields that JSON cannot hold: LangChain's functions and objects."""
+    """JSON schema without fields that JSON cannot represent: LangChain's functions and objects."""
 
     def handle_invalid_for_json_schema(self, schema: CoreSchema, error_info: str) -> Any:
         """Leave the field out."""

@@ -6,13 +6,13 @@ from typing import TypedDict
 
 
 class Place(TypedDict):
-    """Where a document stands in a prompt. Plain values, as it passes through LangChain's runs.
+    """Position of a document in a prompt, in plain values that LangChain's runs can carry.
 
     Attributes:
         message: index of the message; 0 in a text.
-        start, end: the document's characters in it.
-        passages: what was retrieved from it: characters of the document, or a text that is not
-            found there.
+        start, end: character range of the document in the message.
+        passages: passages retrieved from it: character ranges of the document, or texts that are
+            not found there.
     """
 
     message: int

@@ -1,4 +1,4 @@
-"""Configs of runs inside or beside an LLM's run, so that traces show them in their place."""
+"""Configs of a retriever's runs, so that traces show them inside or beside an LLM's run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Manager = TypeVar("Manager", CallbackManager, AsyncCallbackManager)
 
 
 def child_of(run: BaseRunManager | None, manager: type[Manager]) -> RunnableConfig:
-    """The config of a run inside an LLM's run; LangChain's own managers make none."""
+    """Config of a run inside an LLM's run, which LangChain's managers of LLM runs cannot make."""
     if run is None:
         return RunnableConfig()
     child = manager(handlers=[], parent_run_id=run.run_id)
@@ -24,7 +24,7 @@ def child_of(run: BaseRunManager | None, manager: type[Manager]) -> RunnableConf
 
 
 def beside(config: Mapping[str, Any] | None) -> RunnableConfig:
-    """The config of a run beside an LLM's run: its own without name and id."""
+    """Config of a run beside an LLM's run: that of the LLM's run without name and id."""
     inherited = ("callbacks", "tags", "metadata", "configurable")
     given = {name: value for name, value in (config or {}).items() if name in inherited}
     return cast(RunnableConfig, given)

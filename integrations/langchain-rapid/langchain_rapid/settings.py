@@ -1,12 +1,13 @@
-"""Base class of ChatRapid and RapidLLM: their fields, and how the decoder is run."""
+"""Base class of ChatRapid and RapidLLM: fields, loading of models, retrieval and generation."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from langchain_core.documents import Document
 from langchain_core.language_models import LangSmithParams
@@ -15,7 +16,9 @@ from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_valid
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import EngineConfig, RemoteConfig, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.field_help import with_field_help
 from rapid_llm.forked import Owner, ProcessLock
+from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import options_of, require, without_secrets
 from typing_extensions import Self
 
@@ -30,10 +33,8 @@ from langchain_rapid.options import (
     OptionsSchema,
     by_field,
     overrides,
-    plain_signature,
     require_one_name,
     settings,
-    with_fields,
     without_none,
 )
 from langchain_rapid.places import Place
@@ -50,17 +51,30 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     VERSION = "0+unknown"
 
-# LangChain's standard parameter of hosted models: here is nothing to retry.
+AT_ONCE: ContextVar[bool] = ContextVar("at_once", default=False)
+"""Whether calls are those of a batch, to be answered at once."""
+
+# LangChain's standard parameter of hosted models, which has no meaning here.
 _HOSTED = ("max_retries",)
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Context in which calls, of any threads and tasks that begin in it, are those of a batch."""
+    before = AT_ONCE.set(True)
+    try:
+        yield
+    finally:
+        AT_ONCE.reset(before)
+
+
 class Contexts(NamedTuple):
-    """What both models are to read; no draft if nothing was retrieved.
+    """Prompts of both models.
 
     Attributes:
         target: the target's prompt.
-        draft: the drafter's.
-        found: arguments of the call that tell it what was retrieved.
+        draft: the drafter's prompt; None if nothing was retrieved.
+        found: arguments of the call that describe the retrieval.
     """
 
     target: str
@@ -69,10 +83,9 @@ class Contexts(NamedTuple):
 
 
 class _Loaded:
-    """Decoders with what they were loaded from.
+    """Loaded decoders by their configs, shared by copies of a model.
 
-    Copies of a model share them. A pickled one, and a forked process, leave them behind, and load
-    them anew.
+    Pickled models and forked processes load their own.
     """
 
     def __init__(self) -> None:
@@ -81,7 +94,7 @@ class _Loaded:
         self._loaded_in = Owner("the models")
 
     def get(self, config: EngineConfig) -> RapidDecoder:
-        """The decoder of a config, loaded when it is first asked for."""
+        """The decoder of a config, loaded at the first use."""
         with self._lock:
             if not self._loaded_in.here:
                 self._decoders, self._loaded_in = [], Owner("the models")
@@ -95,7 +108,7 @@ class _Loaded:
             return decoder
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Loaded)  # models do not differ by what was loaded so far
+        return isinstance(other, _Loaded)  # models are equal whatever they have loaded
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -109,26 +122,30 @@ class _Loaded:
 class RapidModel(OptionFields):
     """Fields and generation of both classes.
 
-    Nothing is loaded, and torch is not imported, before the first token is asked for.
+    Models are loaded, and torch is imported, at the first generation.
     """
 
-    # Errors do not show what was given, as a token may be among it.
+    # Errors do not show the given values, among which a token may be.
     model_config = ConfigDict(
         arbitrary_types_allowed=True, hide_input_in_errors=True, use_attribute_docstrings=True
     )
 
     decoder: RapidDecoder | None = Field(default=None, exclude=True, repr=False)
-    """A loaded decoder, in the place of the options that load models."""
+    """Loaded decoder, used instead of the options that load models."""
     preload: bool = Field(default=False, exclude=True, repr=False)
-    """Load the models when the object is made, not at its first call."""
+    """Whether to load the models when the object is made, not at its first call."""
     retriever: Runnable[str, list[Document]] | None = Field(default=None, exclude=True, repr=False)
     """Retriever of the drafter's context for the last human message; needs ``documents``."""
     documents: Annotated[Any, SkipValidation] = Field(default=None, exclude=True, repr=False)
     """Full texts for the target: a string, a mapping from document id to text, a list of Document,
-    or a function from document id to text; needs ``retriever``."""
+    or a function from document id to text; needs ``retriever``, or in a ``ChatRapid`` an agent's
+    tool that returns its documents."""
     document_id_key: str | None = None
     """Key of the chunks' metadata that holds the document's id; by default the first of
     ``document_id``, ``doc_id`` and ``source`` that names a document."""
+
+    _reads_results_of_tools: ClassVar[bool] = False
+    """Whether a tool may retrieve in the place of ``retriever``."""
 
     _loaded: _Loaded = PrivateAttr(default_factory=_Loaded)
     _sources: FullDocuments | None = PrivateAttr(default=None)
@@ -136,17 +153,15 @@ class RapidModel(OptionFields):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if cls.__doc__:
-            cls.__doc__ = with_fields(cls)
-        cls.__signature__ = plain_signature(cls)
+        with_field_help(cls)
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Pydantic's, of every field that JSON can hold."""
+        """Pydantic's schema, of all fields that JSON can represent."""
         return super().model_json_schema(*args, **{"schema_generator": OptionsSchema, **kwargs})
 
     def model_post_init(self, context: Any, /) -> None:
-        """Pass on to LangChain's own, which pydantic's for private attributes would hide."""
+        """Call LangChain's method, which pydantic's for private attributes would hide."""
         super().model_post_init(context)
 
     @model_validator(mode="before")
@@ -154,6 +169,7 @@ class RapidModel(OptionFields):
     def _gather(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        refuse_old_names(values, cls.model_fields)
         values = without_none(values)
         require_one_name(values)
         if values.get("base_url") is not None and values.get("decoder") is None:
@@ -163,8 +179,9 @@ class RapidModel(OptionFields):
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        if (self.retriever is None) != (self.documents is None):
-            given, missing = ("retriever", "documents")[:: 1 if self.documents is None else -1]
+        given, missing = ("retriever", "documents")[:: 1 if self.documents is None else -1]
+        alone = (self.retriever is None) != (self.documents is None)
+        if alone and not (given == "documents" and self._reads_results_of_tools):
             raise InvalidParameterError(
                 f"{given}= was given without {missing}=: the retriever finds the drafter's "
                 "context, the documents are the target's; pass both or neither"
@@ -177,7 +194,7 @@ class RapidModel(OptionFields):
         return self
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Pydantic's, without secrets: a token is found in the environment by who opens it."""
+        """Pydantic's state without secrets; where it is restored, the environment has the token."""
         state = super().__getstate__()
         private = {
             name: without_secrets(getattr(self, name))
@@ -189,7 +206,7 @@ class RapidModel(OptionFields):
     # --- one call ------------------------------------------------------------------------------
 
     def _call(self, stop: list[str] | None, arguments: Mapping[str, Any]) -> Call:
-        """Merge the fields with what a call was given.
+        """Merge the fields with the arguments of a call.
 
         Raises:
             InvalidParameterError: an unknown argument, or a value outside its range.
@@ -197,14 +214,14 @@ class RapidModel(OptionFields):
         given = overrides(arguments)
         if stop is not None:
             given["stop"] = stop
-        given.pop("stream", None)  # LangChain's own; how we are called says it already
+        given.pop("stream", None)  # LangChain's argument; the called method implies it
         retrieved, places = given.pop("retrieved", None), given.pop("documents_at", [])
         confidence = given.pop("confidence", 1.0)
         fields = {name: getattr(self, name) for name in OPTIONS}
         return Call(*settings(fields, given), retrieved, places, confidence)
 
     def load(self) -> Self:
-        """Load the models now, so that the first call need not wait for them.
+        """Load the models now instead of at the first call.
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -213,12 +230,12 @@ class RapidModel(OptionFields):
         return self
 
     def _decoder_for(self, model: str) -> RapidDecoder:
-        """The decoder, loaded when first needed; objects with the same models share weights."""
+        """The decoder, loaded at the first use; objects with the same models share weights."""
         if self.decoder is not None and model == self.model:
             return self.decoder
         config = replace(
             self._call(None, {"model": model}).engine,
-            chat_template_kwargs={},  # every call brings its own
+            chat_template_kwargs={},  # each call passes all variables
             hub_options=hub.for_loading(self.hub_options, other_model=model != self.model),
             drafter_options=hub.for_loading(self.drafter_options),
         )
@@ -231,10 +248,11 @@ class RapidModel(OptionFields):
         call: Call,
         check: Callable[[], None] = lambda: None,
     ) -> Iterator[Delta]:
-        """Generate; ``check`` is called during prefill and may stop it by raising."""
+        """Generate an answer; ``check`` is called during the prefill and may stop it by raising."""
         decoder = self._decoder_for(call.engine.model)
         prompts = encoded(target, draft, decoder, call)
-        for chunk in decoder.stream(
+        answering = decoder.scheduler if AT_ONCE.get() else decoder
+        for chunk in answering.stream(
             prompts.target,
             prompts.draft,
             sampling=call.sampling,
@@ -248,7 +266,7 @@ class RapidModel(OptionFields):
     async def _arun(
         self, target: Written, draft: Written | None, call: Call
     ) -> AsyncIterator[Delta]:
-        """The same in worker threads, loading included; cancelled within one round."""
+        """:meth:`_run` in a thread, including loading; a cancellation takes effect in one round."""
         chunks = iterate_in_thread(lambda check: self._run(target, draft, call, check))
         async with aclosing(chunks):
             async for chunk in chunks:
@@ -273,9 +291,13 @@ class RapidModel(OptionFields):
     def _contexts(
         self, chunks: list[Document], question: str, arguments: Mapping[str, Any]
     ) -> Contexts:
-        """What both models are to read of the retrieved chunks and the documents behind them.
+        """Prompts of both models, from the retrieved chunks and the documents that they are from.
 
-        ``arguments`` of the call go before fields, and its confidence before the chunks' scores.
+        Args:
+            chunks: retrieved chunks.
+            question: the question.
+            arguments: arguments of the call; they override fields, and ``confidence`` among them
+                overrides the chunks' scores.
         """
         from rapid_llm.context.prompts import INSTRUCTION, build_messages
 
@@ -307,7 +329,7 @@ class RapidModel(OptionFields):
             },
         )
 
-    # --- what LangChain asks for ---------------------------------------------------------------
+    # --- for LangChain's caches, traces and token counts ---------------------------------------
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
@@ -321,8 +343,8 @@ class RapidModel(OptionFields):
             "base_url": self.base_url,
             "hub_options": hub.identifying(self.hub_options),
             "drafter_options": hub.identifying(self.drafter_options),
-            # Once more, as in a cache key a call's arguments stand in the place of those above,
-            # and None or variables of the template do not say all that they stand for.
+            # Repeated here, because in a cache key a call's arguments replace the values above,
+            # and the meaning of None or of template variables depends on these.
             "defaults": {name: shown[name] for name in shown if OPTIONS[name].option.per_call}
             | {"chat_template_kwargs": {**template, **self.chat_template_kwargs}},
         }
@@ -362,8 +384,8 @@ def _on_server(values: Mapping[str, Any]) -> RemoteDecoder:
 
 
 def _names_of_decoder(values: Mapping[str, Any]) -> dict[str, str]:
-    """So that traces and cache keys tell one decoder from another."""
-    from rapid_llm.decoder import RapidDecoder  # imported already, by who made the decoder
+    """Names of a given decoder's models, for traces and cache keys."""
+    from rapid_llm.decoder import RapidDecoder  # imported already, because a decoder exists
     from rapid_llm.remote import RemoteDecoder
 
     decoder = values["decoder"]
@@ -380,7 +402,7 @@ def _names_of_decoder(values: Mapping[str, Any]) -> dict[str, str]:
     for option, declared in options_of(EngineConfig).items():
         allowed = [declared.default]
         if option == "drafter":
-            allowed.append(decoder.drafter.name)  # of an object that is made from another
+            allowed.append(decoder.drafter.name)  # as in the fields of an existing object
         given = values.get(option, declared.default)
         if not declared.option.per_call and declared.checked(given) not in allowed:
             raise InvalidParameterError(

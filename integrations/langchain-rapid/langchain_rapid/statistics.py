@@ -1,4 +1,4 @@
-"""What answers cost, of one message or over all calls of a chain or agent."""
+"""Statistics of answers: of one message, or of all calls of a chain or agent."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ class RapidStats(Stats):
 
     Attributes:
         model_name: name of the target.
-        chunks: of each retrieved chunk its ``id``, ``document_id`` and ``start_index``, as far as
-            known.
+        chunks: known ones of ``id``, ``document_id`` and ``start_index`` of each retrieved chunk.
     """
 
     model_name: str = ""
@@ -36,11 +35,11 @@ def rapid_stats(answer: BaseMessage | Generation) -> RapidStats | None:
     """The statistics of an answer of ``ChatRapid`` or ``RapidLLM``.
 
     Args:
-        answer: message of a ``ChatRapid``, or a generation of either class; of a stream the sum of
+        answer: message of a ``ChatRapid``, or generation of either class; for a stream the sum of
             its chunks.
 
     Returns:
-        The statistics; None where the answer is of another model, or is not finished.
+        The statistics; None where the answer is from another model, or not finished.
     """
     if isinstance(answer, ChatGeneration):
         answer = answer.message
@@ -64,7 +63,7 @@ class MessageOutputParser(BaseTransformOutputParser[BaseMessage]):
     ``create_rapid_documents_chain(llm, prompt, documents=…, output_parser=MessageOutputParser())``.
 
     Raises:
-        InvalidParameterError: the model is no chat model, whose answer is not a message.
+        InvalidParameterError: the model is not a chat model, so that its answer is no message.
     """
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> BaseMessage:
@@ -85,8 +84,7 @@ class MessageOutputParser(BaseTransformOutputParser[BaseMessage]):
 class RapidStatsCallbackHandler(BaseCallbackHandler):
     """Callback handler that collects the statistics of all calls of ``ChatRapid`` and ``RapidLLM``.
 
-    Calls of other models are left out, as are those that failed, and answers from LangChain's
-    cache, for which nothing was computed.
+    Calls of other models, failed calls, and answers from LangChain's cache are left out.
 
     Example:
         .. code-block:: python
@@ -165,7 +163,7 @@ def _plain(stats: Stats) -> Stats:
 
 
 def _from_cache(generation: Generation) -> bool:
-    """Whether LangChain took a chat's answer from its cache, which says that it cost nothing."""
+    """Whether LangChain took a chat's answer from its cache, which sets its cost to 0."""
     message = generation.message if isinstance(generation, ChatGeneration) else None
     usage = message.usage_metadata if isinstance(message, AIMessage) else None
     return usage is not None and cast("dict[str, Any]", usage).get("total_cost") == 0

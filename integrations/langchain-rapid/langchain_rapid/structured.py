@@ -41,15 +41,15 @@ _METHODS = ("json_schema", "function_calling", "json_mode")
 
 
 class BoundChatRapid(RunnableBinding[Any, AIMessage]):  # type: ignore[no-redef]
-    """A ``ChatRapid`` with arguments, which stay bound when tools or a schema are bound too.
+    """A ``ChatRapid`` with bound arguments, kept when tools or a schema are bound too.
 
-    A plain binding would pass ``bind_tools`` and ``with_structured_output`` on to the model, which
-    knows nothing of the binding's arguments: those of the draft would be lost.
+    LangChain's binding would call ``bind_tools`` and ``with_structured_output`` of the model, so
+    that the bound arguments, such as the draft, would be lost.
     """
 
     @classmethod
     def lc_id(cls) -> list[str]:
-        """Serialised as LangChain's own binding."""
+        """Id of LangChain's binding, as which this class is serialised."""
         return [*cls.get_lc_namespace(), "RunnableBinding"]
 
     def bind_tools(
@@ -61,7 +61,7 @@ class BoundChatRapid(RunnableBinding[Any, AIMessage]):  # type: ignore[no-redef]
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Those of :meth:`ChatRapid.bind_tools`, beside what is bound."""
+        """:meth:`ChatRapid.bind_tools`, in addition to the bound arguments."""
         return self.bind(**bound_tools(tools, tool_choice, parallel_tool_calls, strict), **kwargs)
 
     def with_structured_output(
@@ -73,14 +73,14 @@ class BoundChatRapid(RunnableBinding[Any, AIMessage]):  # type: ignore[no-redef]
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
-        """That of :meth:`ChatRapid.with_structured_output`, beside what is bound."""
+        """:meth:`ChatRapid.with_structured_output`, in addition to the bound arguments."""
         return structured(
             self, schema, method=method, include_raw=include_raw, strict=strict, kwargs=kwargs
         )
 
 
 class _Whole(BaseCumulativeTransformOutputParser[Any]):
-    """A parser that refuses an answer that the length cut: LangChain's would complete its JSON."""
+    """A parser that refuses answers cut at ``max_tokens``; LangChain would complete their JSON."""
 
     parser: Any
 
@@ -104,7 +104,7 @@ def bound_tools(
     parallel_tool_calls: bool | None = None,
     strict: bool | None = None,
 ) -> dict[str, Any]:
-    """Arguments of a call with these tools, checked."""
+    """Arguments of a call with tools, validated."""
     bound: dict[str, Any] = {"tools": as_openai_tools(tools, strict)}
     if tool_choice is not None:
         bound["tool_choice"] = as_openai_choice(tool_choice)
@@ -130,7 +130,7 @@ def structured(
     Args:
         model: a ``ChatRapid``, or one with bound arguments.
         schema, method, include_raw, strict: see :meth:`ChatRapid.with_structured_output`.
-        kwargs: other arguments, of which there must be none but a call's.
+        kwargs: other arguments of a call.
 
     Raises:
         InvalidParameterError: the method is unknown, or the schema is missing or cannot be
@@ -189,7 +189,7 @@ def _response_format(schema: Any, strict: bool | None) -> dict[str, Any]:
         "parameters" in schema or "input_schema" in schema or schema.get("type") == "function"
     )
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        json_schema: Any = schema.model_json_schema()  # with its references, maybe recursive
+        json_schema: Any = schema.model_json_schema()  # with references, which may be recursive
     elif isinstance(schema, Mapping) and not function:
         json_schema = schema
     else:

@@ -1,4 +1,4 @@
-"""Tools and forms of answers as LangChain gives them, and answers as it wants them."""
+"""Convert LangChain's tools and response formats to OpenAI's form, and answers to its messages."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from langchain_rapid.options import Call
 
 ARGUMENTS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
-"""Arguments of a call that say which tools there are, and what form the answer has."""
+"""Arguments of a call for tools and the response format."""
 
 _IGNORED = ("strict", "ls_structured_output_format", "structured_output_format")
-"""What LangChain passes along; every schema is enforced strictly."""
+"""Arguments that LangChain adds; every schema is enforced strictly."""
 
 
 def as_openai_tools(
     tools: Sequence[Mapping[str, Any] | type | Callable[..., Any] | BaseTool],
     strict: bool | None = None,
 ) -> list[dict[str, Any]]:
-    """Tools of any kind that LangChain knows in OpenAI's form.
+    """Convert tools of any kind that LangChain knows to OpenAI's form.
 
     Raises:
-        InvalidParameterError: one of them is no tool.
+        InvalidParameterError: one of them is not a tool.
     """
 
     def formatted(tool: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def as_openai_tools(
 
 
 def as_openai_choice(choice: Any) -> Any:
-    """LangChain's ``tool_choice``: ``any`` and True are ``required``, False is ``none``."""
+    """Convert LangChain's ``tool_choice``: ``any`` and True to ``required``, False to ``none``."""
     if choice is True or choice == "any":
         return "required"
     if choice is False:
@@ -62,7 +62,7 @@ def as_openai_choice(choice: Any) -> Any:
 
 
 def taken_options(arguments: dict[str, Any]) -> ChatOptions:
-    """Take the tools and the form of the answer out of the arguments of a call.
+    """Remove tools and response format from the arguments of a call, and return them.
 
     Raises:
         InvalidParameterError: they are malformed, or exclude each other.
@@ -82,7 +82,7 @@ def taken_options(arguments: dict[str, Any]) -> ChatOptions:
 
 
 def generation_chunk(delta: ChatDelta, call: Call) -> ChatGenerationChunk:
-    """A delta of an answer as a chunk of a message."""
+    """Convert a delta of an answer to a chunk of a message."""
     fields: dict[str, Any] = {
         "content": delta.content,
         "tool_call_chunks": [
@@ -102,15 +102,12 @@ def generation_chunk(delta: ChatDelta, call: Call) -> ChatGenerationChunk:
 
 
 def says_something(delta: ChatDelta) -> bool:
-    """Whether a delta is worth a chunk."""
+    """Whether a delta has any content for a chunk."""
     return bool(delta.content or delta.reasoning_content or delta.tool_calls or delta.finish_reason)
 
 
 def with_cut_calls(result: ChatResult, chunks: Sequence[ChatGenerationChunk]) -> ChatResult:
-    """An answer whose calls, where the length cut them, are told as invalid.
-
-    LangChain completes the JSON of a call's chunks.
-    """
+    """Mark tool calls that ``max_tokens`` cut as invalid; LangChain has completed their JSON."""
     arguments: dict[str, str] = {}
     ids: dict[Any, str] = {}
     for chunk in chunks:

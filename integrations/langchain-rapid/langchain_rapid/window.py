@@ -1,4 +1,4 @@
-"""Shorten prompts that exceed a context window, their documents first."""
+"""Shorten prompts that exceed a context window: cut documents first, then drop old turns."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 def places_of(
     sources: Sequence[Source], blocks: Sequence[str], separator: str, contents: Sequence[str]
 ) -> list[Place]:
-    """The places of documents in a prompt.
+    """Positions of documents in a prompt.
 
-    Of a prompt whose template changed them (an escape, a cut) the longest message counts as one
-    document.
+    If the template has changed the documents (escaped or cut them), the longest message counts as
+    one document.
 
     Args:
         sources: the documents.
-        blocks: how each was formatted.
-        separator: between two of them.
-        contents: the messages' texts, or the text, that they were put into.
+        blocks: formatted text of each document.
+        separator: text between two of them.
+        contents: texts of the prompt's messages, or its text.
     """
     text = separator.join(blocks)
     found: list[Place] = []
@@ -58,7 +58,7 @@ def places_of(
 
 
 def _around(sources: Sequence[Source], contents: Sequence[str]) -> Place:
-    """The longest of several texts, with the passages that it holds."""
+    """The longest of several texts as one document, with the passages that it contains."""
     longest, _ = _longest(contents)
     content = contents[longest["message"]]
     texts = [cited.chunk.page_content for source in sources for cited in source.cited]
@@ -81,7 +81,7 @@ def _passages(source: Source) -> list[tuple[int, int] | str]:
 
 
 class Encoded(NamedTuple):
-    """Both prompts as the decoder reads them, and how many tokens of documents were left out."""
+    """Encoded prompts, and the number of tokens of documents that were left out."""
 
     target: Prompt
     draft: Prompt | None
@@ -89,10 +89,10 @@ class Encoded(NamedTuple):
 
 
 def encoded(target: Written, draft: Written | None, decoder: RapidDecoder, call: Call) -> Encoded:
-    """Encode the prompts, and shorten them to their models' windows if the call says so.
+    """Encode the prompts, and with ``truncate`` shorten them to their models' context windows.
 
     Raises:
-        ContextWindowError: ``truncate`` is given, and the target's prompt cannot be made to fit.
+        ContextWindowError: ``truncate`` is given, and the target's prompt still does not fit.
         InvalidParameterError: a prompt does not fit the chat template.
     """
     variables = {**decoder.chat_template_kwargs, **call.engine.chat_template_kwargs}
@@ -106,16 +106,16 @@ def encoded(target: Written, draft: Written | None, decoder: RapidDecoder, call:
     try:
         short = Window(decoder.drafter.context_window, most, encode).fit(draft).prompt
     except ContextWindowError:
-        short = encode(draft)  # the decoder leaves it out, and says so
+        short = encode(draft)  # the decoder leaves it out, see Stats.draft_skipped
     return Encoded(whole.prompt, short, whole.omitted_tokens)
 
 
 class Window(NamedTuple):
-    """The room for a prompt and its answer.
+    """Context window for a prompt and its answer.
 
     Attributes:
-        tokens: what the model can hold.
-        answer: tokens kept free for the answer, half of the window at most.
+        tokens: context window in tokens.
+        answer: tokens kept free for the answer, at most half of the window.
         encode: encoder of prompts.
     """
 
@@ -126,16 +126,16 @@ class Window(NamedTuple):
     def fit(self, prompt: Written, places: Sequence[Place] = ()) -> Fitted:
         """A prompt shortened to the window.
 
-        Documents are cut around what was retrieved from them. Where none is known, the longest
-        message is cut if it is most of the prompt. Otherwise, or if that is not enough, a chat
-        loses its oldest turns: as few as make room for half a window of its documents.
+        Documents are cut around the passages retrieved from them. Without known documents, the
+        longest message is cut if it is most of the prompt. Otherwise, or if that is not enough, a
+        chat loses as few of its oldest turns as leave half a window for its documents.
 
         Args:
-            prompt: a text or chat messages.
-            places: where documents stand in it.
+            prompt: text or chat messages.
+            places: positions of documents in the prompt.
 
         Raises:
-            ContextWindowError: the last turn is too long, however short its documents.
+            ContextWindowError: the last turn is too long even with the shortest documents.
         """
         from rapid_llm.context.prompts import Fitted
 
@@ -199,12 +199,12 @@ class Window(NamedTuple):
 
 
 def contents_of(prompt: Written) -> list[str]:
-    """The texts of a prompt: one, or one a message."""
+    """Texts of a prompt, one for each message."""
     return [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
 
 
 def _documents_at(places: Sequence[Place], prompt: Written) -> list[tuple[str, list[Passage]]]:
-    """Each document in a prompt, and what was retrieved from it."""
+    """Documents in a prompt, each with the passages retrieved from it."""
     from rapid_llm.context.retrieved import Passage
 
     contents = contents_of(prompt)
@@ -222,7 +222,7 @@ def _documents_at(places: Sequence[Place], prompt: Written) -> list[tuple[str, l
 
 
 def _with_parts(prompt: Written, places: Sequence[Place], parts: Sequence[str]) -> Written:
-    """The prompt with what is left of its documents."""
+    """The prompt with shortened documents in the place of the whole ones."""
     contents = contents_of(prompt)
     for place, part in reversed(list(zip(places, parts, strict=True))):  # the last first
         whole = contents[place["message"]]
@@ -237,7 +237,7 @@ def _all_of(message: int, content: str) -> Place:
 
 
 def _longest(contents: Sequence[str]) -> tuple[Place, bool]:
-    """The longest of the messages' texts, and whether it is more than half of all."""
+    """The longest of several texts, and whether it is more than half of them all."""
     longest = max(range(len(contents)), key=lambda i: len(contents[i]))
     is_most = 2 * len(contents[longest]) > sum(map(len, contents))
     return _all_of(longest, contents[longest]), is_most
@@ -246,7 +246,7 @@ def _longest(contents: Sequence[str]) -> tuple[Place, bool]:
 def _moved(
     places: Sequence[Place], messages: Sequence[Message], shorter: Sequence[Message]
 ) -> list[Place]:
-    """The places in a chat that has lost some of its messages."""
+    """Positions of documents in a chat without some of its messages."""
     index = {id(message): i for i, message in enumerate(shorter)}
     moved = [(index.get(id(messages[place["message"]])), place) for place in places]
     return [Place(**{**place, "message": i}) for i, place in moved if i is not None]

@@ -114,7 +114,7 @@ def traced(chain: Any, inputs: Any) -> Runs:
 # --- the chain ---------------------------------------------------------------------------------
 
 
-def test_the_swap(llm, retriever, prompts):
+def test_swapping_the_llm_changes_only_the_target_prompt(llm, retriever, prompts):
     """Nothing differs but the LLM and one argument; the draft is what the old LLM read."""
     read: list[str] = []
 
@@ -140,7 +140,7 @@ def test_the_swap(llm, retriever, prompts):
     assert read == ["system:Use this:\nBob bakes.\n\nAnn sings.|human:Who bakes?"]
 
 
-async def test_invoke_stream_and_their_twins_agree(llm, retriever, prompts):
+async def test_invoke_stream_batch_and_their_async_forms_agree(llm, retriever, prompts):
     chain = create_retrieval_chain(
         retriever, create_rapid_documents_chain(llm, PROMPT, documents=TEXTS)
     )
@@ -157,7 +157,7 @@ async def test_invoke_stream_and_their_twins_agree(llm, retriever, prompts):
     assert set(prompts) == {rendered(DOCUMENTS), rendered("Bob bakes.\n\nAnn sings.")}
 
 
-def test_as_plain_lcel(llm, retriever, prompts):
+def test_a_plain_chain_of_runnables_answers(llm, retriever, prompts):
     chain = {"context": retriever, "input": RunnablePassthrough()} | create_rapid_documents_chain(
         llm, PROMPT, documents=TEXTS
     )

@@ -29,6 +29,7 @@ from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import ContextWindowError, InvalidParameterError, ModelError
 from tiny import BOS, WINDOW, tiny_decoder, tiny_model, tiny_tokenizer
 
@@ -90,7 +91,6 @@ def test_a_model_is_looked_for_when_it_is_needed():
         ({"kv_cache_bytes": -1}, "kv_cache_bytes"),
         ({"stop": [""]}, "non-empty"),
         ({"truncate": "end"}, "truncate"),
-        ({"documents": "text"}, "without retriever="),
     ],
 )
 def test_wrong_fields_are_refused_at_once(wrong, message):
@@ -198,7 +198,7 @@ def test_what_cannot_be_read_is_refused(llm, message, error):
         llm.invoke([HumanMessage("Look"), message])
 
 
-def test_draft_messages_of_any_form(llm, prompts):
+def test_draft_messages_may_have_any_form(llm, prompts):
     draft = "<s>[user]Short\n[assistant]"
     for given in (
         "Short",
@@ -234,7 +234,7 @@ def test_calls_and_bindings_override_fields(llm):
     assert answer(llm.invoke("Hello", **draft, gamma="auto")) == whole
 
 
-def test_configurable_fields(llm):
+def test_fields_may_be_configured_for_a_call(llm):
     configurable = llm.configurable_fields(max_tokens=ConfigurableField(id="length"))
     assert len(answer(configurable.invoke("Hello", {"configurable": {"length": 3}}))) == 3
 
@@ -245,7 +245,7 @@ def test_unknown_and_wrong_overrides_are_refused(llm):
             llm.invoke("Hello", **wrong)
 
 
-def test_seed(llm):
+def test_a_seed_fixes_the_answer_and_none_draws_afresh(llm):
     hot = llm.bind(temperature=3.0)
     assert hot.invoke("Hi", seed=5).content == hot.invoke("Hi", seed=5).content
     assert hot.invoke("Hi", seed=5).content != hot.invoke("Hi", seed=6).content
@@ -277,7 +277,7 @@ def test_stop_strings_cut_exactly(decoder, llm):
     assert unheeded.invoke("Hello", stop=[]).content == whole
 
 
-def test_another_model_for_one_call(llm, tiny_folder, prompts):
+def test_one_call_may_use_another_model(llm, tiny_folder, prompts):
     message = llm.invoke("Hello", model=tiny_folder)
     assert message.response_metadata["model_name"] == tiny_folder
     assert llm.invoke("Hello").response_metadata["model_name"] == "tiny-0"
@@ -329,7 +329,7 @@ def test_truncation_keeps_both_ends_and_the_other_messages(llm, prompts):
 # --- what an answer says of itself -------------------------------------------------------------
 
 
-def test_metadata_and_usage(llm, monkeypatch):
+def test_metadata_and_usage_count_prompts_drafts_and_the_cache(llm, monkeypatch):
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
     plain = llm.invoke("Hello")
     counts = {"input_tokens": 24, "output_tokens": 20, "total_tokens": 44}
@@ -427,6 +427,30 @@ def test_threads_get_the_answers_they_get_alone(llm):
     assert together == alone
     texts = [text for text, _ in calls]
     assert [m.content for m in llm.batch(texts)] == [llm.invoke(t).content for t in texts]
+
+
+async def test_batches_are_answered_at_once_and_single_calls_alone(llm, monkeypatch):
+    texts = [f"Question {i}" for i in range(4)]
+    alone = [llm.invoke(text).content for text in texts]
+    together: list[int] = []
+    original = ModelRunner.joined
+
+    def joined(runner: ModelRunner, parts: Any) -> Any:
+        together.append(len(parts))
+        return original(runner, parts)
+
+    monkeypatch.setattr(ModelRunner, "joined", joined)
+    assert [llm.invoke(text).content for text in texts] == alone
+    assert together == []
+    assert [message.content for message in llm.batch(texts)] == alone
+    assert max(together) > 1
+    together.clear()
+    assert [message.content for message in await llm.abatch(texts)] == alone
+    assert max(together) > 1
+    for config in ({"max_concurrency": 2}, {"max_concurrency": 1}):
+        together.clear()
+        assert [message.content for message in llm.batch(texts, config)] == alone
+        assert max(together, default=0) <= config["max_concurrency"]
 
 
 async def test_tasks_get_the_answers_they_get_alone(llm):

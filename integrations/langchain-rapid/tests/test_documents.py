@@ -60,7 +60,7 @@ def test_a_documents_own_id_serves_in_a_list():
     assert read([chunk("Two", "2")], FullDocuments(documents)) == ["Two."]
 
 
-def test_another_key():
+def test_the_key_of_the_ids_may_be_named():
     documents = [Document("One.", metadata={"url": "1"}), Document("Two.", metadata={"url": "2"})]
     assert read([chunk("Two", "1", url="2")], FullDocuments(documents, "url")) == ["Two."]
 

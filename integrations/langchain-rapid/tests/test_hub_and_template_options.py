@@ -175,7 +175,7 @@ def test_variables_reach_the_template(thinker, prompts):
     assert prompts == [quiet]
 
 
-async def test_in_streams_and_under_asyncio(thinker, prompts):
+async def test_template_variables_reach_streams_batches_and_asyncio(thinker, prompts):
     llm = ChatRapid(decoder=thinker, max_tokens=2, chat_template_kwargs=QUIET)
     list(llm.stream("Hi"))
     await llm.ainvoke("Hi")
@@ -206,7 +206,7 @@ def test_variables_are_part_of_the_cache_key(thinker, prompts):
     assert len(prompts) == 5
 
 
-def test_they_may_be_configured(thinker, prompts):
+def test_template_variables_may_be_configured(thinker, prompts):
     llm = ChatRapid(decoder=thinker, max_tokens=2).configurable_fields(
         chat_template_kwargs=ConfigurableField(id="template")
     )

@@ -36,7 +36,7 @@ async def test_every_way_to_call_agrees(llm):
     assert await llm.abatch(["Once upon", "Twice"]) == [answer, other]
 
 
-def test_a_draft_and_overrides(llm, prompts):
+def test_a_call_may_have_a_draft_and_options_of_its_own(llm, prompts):
     answer = llm.invoke("Once upon")
     prompts.clear()
     assert llm.invoke("Once upon", draft_prompt="Once", mode="exact") == answer
@@ -47,7 +47,7 @@ def test_a_draft_and_overrides(llm, prompts):
         llm.invoke("Once upon", tempature=1)
 
 
-def test_what_an_answer_says_of_itself(llm):
+def test_a_completion_describes_itself_and_its_usage(llm):
     result = llm.generate(["Once upon", "Twice"])
     info = result.generations[0][0].generation_info
     assert (info["model_name"], info["finish_reason"]) == ("tiny-0", "length")
@@ -86,7 +86,7 @@ def test_what_a_call_is_given_is_part_of_the_cache_key(decoder, prompts, asynchr
     assert runs() == 0
 
 
-def test_the_context_window(llm, prompts):
+def test_a_prompt_beyond_the_window_is_refused_or_cut(llm, prompts):
     with pytest.raises(ContextWindowError, match=str(WINDOW)):
         llm.invoke("x" * 3000)
     prompts.clear()

@@ -70,7 +70,7 @@ def test_a_retrieving_model_keeps_every_retrieved_passage(decoder, prompts):
     assert "[system]Be brief.\n[user]Hi.\n[assistant]Yes?\n" in prompts[0]
 
 
-async def test_streams_and_completion_models_too(decoder, prompts):
+async def test_streams_and_completion_models_cut_the_documents_too(decoder, prompts):
     llm = RapidLLM(decoder=decoder, max_tokens=20)
     chain = create_rapid_documents_chain(llm.bind(truncate="middle"), TEXT_PROMPT, documents=TEXTS)
     list(chain.stream(INPUT))
@@ -111,7 +111,7 @@ def test_documents_that_stand_in_a_prompt_twice_are_cut_twice(decoder, prompts):
     assert_cut_around_what_was_retrieved(decoder, prompts[0])
 
 
-def test_a_template_that_escapes_what_is_put_into_it(decoder, prompts):
+def test_a_template_that_escapes_its_variables_keeps_the_passages(decoder, prompts):
     text = TEXTS["a"].replace("a" * 2000, '<b>"' + "a" * 1990)
     llm = ChatRapid(decoder=decoder, max_tokens=20, truncate="middle")
     prompt = ChatPromptTemplate.from_template(
@@ -258,7 +258,7 @@ def test_a_document_in_an_early_turn_is_cut_and_not_lost(decoder, prompts):
     assert "xEND\n[assistant]Read.\n[user]And?" in prompts[0]
 
 
-def test_no_messages_at_all(decoder):
+def test_an_empty_prompt_is_refused(decoder):
     for truncate in (None, "middle"):
         with pytest.raises(InvalidParameterError, match="empty"):
             ChatRapid(decoder=decoder, truncate=truncate).invoke([])

@@ -244,7 +244,7 @@ def test_only_documents_that_hold_a_found_chunk_are_read(decoder, prompts, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_none_is_read_where_no_chunk_passes(decoder, prompts, kind):
+def test_no_document_is_read_where_no_chunk_passes(decoder, prompts, kind):
     retriever = retrievers("closes", lambda document: False)[kind]
     llm = ChatRapid(decoder=decoder, max_tokens=2)
     answer = create_rapid_documents_chain(llm, PROMPT, documents=TEXTS)
@@ -256,13 +256,13 @@ def test_none_is_read_where_no_chunk_passes(decoder, prompts, kind):
     assert SECRET not in prompts[2]
 
 
-def test_an_index_not_filled_yet(decoder, prompts):
+def test_an_empty_index_opens_no_document(decoder, prompts):
     empty = InMemoryVectorStore(DeterministicFakeEmbedding(size=8)).as_retriever()
     ChatRapid(decoder=decoder, max_tokens=2, retriever=empty, documents=TEXTS).invoke("When?")
     assert not any(text in prompts[0] for text in TEXTS.values())
 
 
-def test_a_question_rewritten_from_the_history(decoder, prompts):
+def test_a_question_rewritten_from_the_history_opens_the_document_it_finds(decoder, prompts):
     ask = FakeListChatModel(responses=["When does the canteen open?"])
     rewrite = ChatPromptTemplate.from_messages([("placeholder", "{chat_history}"), "{input}"])
     retriever = create_history_aware_retriever(ask, finds(CANTEEN), rewrite)

@@ -50,7 +50,7 @@ RETRIEVERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", RETRIEVERS)
-def test_any_retriever_of_chroma(store, llm, prompts, kind):
+def test_every_retriever_of_chroma_serves(store, llm, prompts, kind):
     retriever = store.as_retriever(**RETRIEVERS[kind])
     chain = create_retrieval_chain(
         retriever, create_rapid_documents_chain(llm, PROMPT, documents=loaded())
@@ -66,7 +66,7 @@ def test_any_retriever_of_chroma(store, llm, prompts, kind):
     assert draft == rendered("\n\n".join(chunk.page_content for chunk in chunks))
 
 
-def test_a_threshold_that_nothing_reaches(store, llm, prompts):
+def test_a_threshold_that_nothing_reaches_opens_no_document(store, llm, prompts):
     retriever = store.as_retriever(
         search_type="similarity_score_threshold", search_kwargs={"score_threshold": 0.99}
     )
@@ -78,7 +78,7 @@ def test_a_threshold_that_nothing_reaches(store, llm, prompts):
     assert prompts == [rendered("")]
 
 
-def test_a_store_opened_again(embeddings, llm, prompts, tmp_path: Path):
+def test_a_store_opened_again_gives_the_same_chunks(embeddings, llm, prompts, tmp_path: Path):
     folder = str(tmp_path / "chroma")
     Chroma.from_documents(split(), embeddings, persist_directory=folder)
     again = Chroma(embedding_function=embeddings, persist_directory=folder)
@@ -100,7 +100,7 @@ def test_a_store_opened_again(embeddings, llm, prompts, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("smollm2")
-def test_a_real_answer(store):
+def test_a_real_answer_comes_from_the_document(store):
     """The question is answered from the document, and most of what was drafted is kept."""
     llm = ChatRapid(**SMOLLM2, max_tokens=30, gamma=4)
     chain = create_retrieval_chain(

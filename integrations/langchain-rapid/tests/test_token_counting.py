@@ -57,21 +57,21 @@ def test_every_part_of_a_history_is_counted(llm):
     assert llm.get_num_tokens_from_messages([*HISTORY, IMAGE]) > 0
 
 
-def test_more_is_never_less(llm):
+def test_more_messages_never_count_less(llm):
     counts = [llm.get_num_tokens_from_messages(HISTORY[:n]) for n in range(len(HISTORY) + 1)]
     assert counts == sorted(counts)
 
 
 @pytest.mark.parametrize("strategy", ["first", "last"])
 @pytest.mark.parametrize("messages", [HISTORY, HISTORY[:-1], HISTORY[1:], HISTORY[2:]])
-def test_trim_messages(llm, strategy, messages):
+def test_trim_messages_counts_with_the_model(llm, strategy, messages):
     for most in range(0, 200, 20):
         kept = trim_messages(messages, max_tokens=most, strategy=strategy, token_counter=llm)
         assert llm.get_num_tokens_from_messages(kept) <= most
     assert trim_messages(messages, max_tokens=500, strategy=strategy, token_counter=llm) == messages
 
 
-def test_memories(llm):
+def test_memories_stay_within_their_limit(llm):
     for kind in (ConversationSummaryBufferMemory, ConversationTokenBufferMemory):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

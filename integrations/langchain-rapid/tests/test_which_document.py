@@ -45,7 +45,7 @@ def test_a_number_or_a_path_is_an_id(name):
         assert read([chunk("Te", source=str(name))], documents) == ["Text."]
 
 
-def test_a_store_that_returns_numbers_as_floats():
+def test_ids_that_a_store_returns_as_floats_are_found():
     for number in (7.0, np.float32(7), np.int64(7)):
         assert read([chunk("Te", document_id=number)], {7: "Text.", 8: "Other."}) == ["Text."]
     assert read([chunk("Te", document_id=7.0)], {"7": "Text."}.get) == ["Text."]
@@ -159,7 +159,7 @@ def test_pages_are_one_document_in_their_order(key):
     assert read([chunk("Page 2.", source="r.pdf")], pages) == ["Page 1.\n\nPage 2.\n\nPage 10."]
 
 
-def test_pages_that_a_store_returns_as_floats():
+def test_pages_that_a_store_returns_as_floats_are_sorted():
     pages = [chunk(f"Page {n}.", source="r.pdf", page=float(n)) for n in (10, 2)]
     assert read([pages[0]], pages) == ["Page 2.\n\nPage 10."]
 
@@ -198,7 +198,7 @@ def test_where_a_chunk_of_a_page_begins_in_the_whole_document():
 
 
 @pytest.mark.parametrize("lost", [-1, float("nan"), "", None])
-def test_a_splitter_that_lost_its_place(lost):
+def test_a_chunk_without_a_position_is_looked_up_in_the_text(lost):
     """LangChain's say -1 where a chunk is not in the text; a store may make NaN of it."""
     texts = ["Second.", "Reworded."]
     found = find_sources(
@@ -235,7 +235,7 @@ def test_a_chunk_without_a_source_is_read_as_it_is_beside_others(documents):
     assert found.retrieved == [{"start_index": 0}, {"document_id": "b", "start_index": 0}]
 
 
-def test_both_models_read_it(decoder, prompts):
+def test_both_models_read_a_chunk_without_a_source(decoder, prompts):
     chain = create_rapid_documents_chain(
         ChatRapid(decoder=decoder, max_tokens=2), PROMPT, documents=TEXTS
     )

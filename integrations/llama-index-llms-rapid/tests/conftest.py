@@ -171,15 +171,15 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     seen = Spy([], [], [])
-    original = RapidDecoder.stream
+    original = RapidDecoder.request
 
-    def stream(self: RapidDecoder, target: Any, draft: Any = None, **options: Any) -> Iterator[Any]:
+    def request(self: RapidDecoder, target: Any, draft: Any = None, **options: Any) -> Any:
         seen.prompts.append((target, draft))
         seen.decoders.append(self)
         seen.variables.append(options.get("chat_template_kwargs"))
         return original(self, target, draft, **options)
 
-    monkeypatch.setattr(RapidDecoder, "stream", stream)
+    monkeypatch.setattr(RapidDecoder, "request", request)
     return seen
 
 

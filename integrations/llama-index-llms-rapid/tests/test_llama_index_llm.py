@@ -364,7 +364,7 @@ def test_token_counts_reach_the_handler(decoder, expected, row):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_callbacks_and_events_of_each_row(decoder, row, trace):
+def test_every_way_to_call_fires_its_callbacks_and_events(decoder, row, trace):
     debug = LlamaDebugHandler(print_trace_on_end=False)
     llm = RapidLLM(decoder=decoder, max_tokens=8, callback_manager=CallbackManager([debug]))
     found = responses(llm, row)

@@ -141,7 +141,7 @@ def llm(decoder):
 # --- RapidSynthesizer ----------------------------------------------------------------------------
 
 
-def test_the_swap(pipeline, llm, documents, spy):
+def test_swapping_the_llm_changes_only_the_target_prompt(pipeline, llm, documents, spy):
     recorder = Recorder()
     before = pipeline(recorder)
     after = pipeline(llm, response_synthesizer=RapidSynthesizer(llm, documents=documents))
@@ -276,7 +276,7 @@ def forms(documents):
 
 
 @pytest.mark.parametrize("form", forms([Document(text="x")]))
-def test_documents_in_every_form(index, llm, documents, spy, form):
+def test_documents_are_read_in_every_form(index, llm, documents, spy, form):
     nodes = ask(index, llm, forms(documents)[form]).source_nodes
     assert texts_behind(nodes, documents) in spy.target()
 
@@ -312,7 +312,7 @@ def test_ones_own_template_makes_both_prompts(index, llm, documents, spy):
         assert seen == f"<s><|system>Read {text}\n<|user>{QUESTION}\n<|assistant>"
 
 
-def test_a_model_without_a_chat_template(index, documents, make_decoder, spy):
+def test_a_model_without_a_chat_template_reads_plain_text(index, documents, make_decoder, spy):
     llm = RapidLLM(decoder=make_decoder(chat=False), max_tokens=4)
     nodes = ask(index, llm, documents, text_qa_template=QA).source_nodes
     end = f"\nQuestion: {QUESTION}\nAnswer:"
@@ -380,7 +380,7 @@ def test_a_retriever_that_fails_is_heard(llm, documents, spy):
     assert not spy.prompts
 
 
-def test_nodes_that_are_whole_documents(documents, llm, spy):
+def test_nodes_that_are_whole_documents_are_read(documents, llm, spy):
     """Indexed without a splitter: they have no ``ref_doc_id``."""
     index = SummaryIndex(nodes=documents)
     for source in (documents, {"some": "other"}):
@@ -524,7 +524,7 @@ def test_every_kind_of_template_is_filled_twice(index, decoder, spy, template):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_it_streams(index, decoder, spy, asynchronous):
+def test_a_query_engine_streams_its_answer(index, decoder, spy, asynchronous):
     llm = RapidLLM(decoder=decoder, max_tokens=8, documents=whole)
     expected = str(index.as_query_engine(llm=llm).query(QUESTION))
     engine = index.as_query_engine(llm=llm, streaming=True)
@@ -679,7 +679,7 @@ def test_it_takes_the_global_llm(monkeypatch, llm, index, documents, spy):
     assert spy.decoders == [llm.decoder]
 
 
-def test_texts_without_nodes(llm, documents, spy):
+def test_texts_without_nodes_open_the_document_that_holds_them(llm, documents, spy):
     synthesizer = RapidSynthesizer(llm, documents=WHOLE, text_qa_template=QA)
     answer = synthesizer.get_response(QUESTION, ["One.", "Two."])
     assert "Text: One.\n\nTwo.\n" in spy.draft()

@@ -100,7 +100,7 @@ def test_nothing_is_read_whatever_the_documents_are(decoder, spy, documents):
     assert spy.prompts == []
 
 
-def test_an_index_not_filled_yet(decoder, staff, spy):
+def test_an_empty_index_opens_no_document(decoder, staff, spy):
     index = VectorStoreIndex([], embed_model=MockEmbedding(8))
     llm = RapidLLM(decoder=decoder, documents=staff)
     synthesizer = RapidSynthesizer(llm, documents=staff)
@@ -170,7 +170,7 @@ def test_a_plain_engine_reads_only_documents_that_hold_a_passage(
 
 
 @pytest.mark.parametrize("mode", ["no_text", "context_only"])
-def test_modes_without_an_llm(index, staff, decoder, spy, mode, monkeypatch):
+def test_modes_without_an_llm_read_no_document(index, staff, decoder, spy, mode, monkeypatch):
     llm = RapidLLM(decoder=decoder, documents=staff)
     monkeypatch.setattr(Settings, "_llm", llm)  # these modes take no other
     engine = index.as_query_engine(llm=llm, response_mode=mode, filters=only("globex"))

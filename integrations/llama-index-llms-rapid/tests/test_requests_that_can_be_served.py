@@ -250,7 +250,7 @@ def test_a_strict_template_takes_what_chat_engines_send(make_decoder, spy, mode)
     assert spy.target().startswith("<s><|user>")
 
 
-def test_roles_of_other_providers(decoder, spy):
+def test_roles_of_other_providers_are_understood(decoder, spy):
     roles = ["developer", "user", "model", "user", "chatbot", "user", "function"]
     RapidLLM(decoder=decoder, max_tokens=1).chat([ChatMessage(role=r, content="x") for r in roles])
     names = ["system", "user", "assistant", "user", "assistant", "user"]
@@ -265,7 +265,7 @@ THINKING = (
 )
 
 
-def test_variables_of_the_template(make_decoder, monkeypatch):
+def test_variables_of_the_template_reach_the_prompt(make_decoder, monkeypatch):
     decoder = make_decoder()
     decoder.tokenizer.chat_template = THINKING
     read = []

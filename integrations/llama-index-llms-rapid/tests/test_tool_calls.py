@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import sys
+from types import ModuleType
 from typing import Literal
+from unittest.mock import ANY
 
 import pytest
 from llama_index.core import Document, MockEmbedding, SummaryIndex, VectorStoreIndex
@@ -261,7 +264,23 @@ def test_a_router_selects_with_its_default_selector(scripted, multi):
     assert LAMP not in decoder.prompts[1]
 
 
-def test_sub_questions_are_gathered(scripted):
+@pytest.fixture
+def openai_question_gen(monkeypatch):
+    """LlamaIndex's package, which refuses an LLM that is not OpenAI's."""
+
+    class OpenAIQuestionGenerator:
+        @staticmethod
+        def from_defaults(llm):
+            raise ValueError("OpenAIPydanticProgram only supports OpenAI LLMs.")
+
+    package = ModuleType("llama_index.question_gen.openai")
+    package.OpenAIQuestionGenerator = OpenAIQuestionGenerator
+    monkeypatch.setitem(sys.modules, "llama_index.question_gen", ModuleType("question_gen"))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_sub_questions_are_gathered(scripted, openai_question_gen, given):
     asked = {
         "items": [
             {"sub_question": "When was it built?", "tool_name": "lighthouse"},
@@ -274,13 +293,12 @@ def test_sub_questions_are_gathered(scripted):
     engine = SubQuestionQueryEngine.from_defaults(
         engines(llm),
         llm=llm,
-        question_gen=LLMQuestionGenerator.from_defaults(held),
+        question_gen=LLMQuestionGenerator.from_defaults(held) if given else None,
         use_async=False,
         verbose=False,
     )
     assert str(engine.query("When was it built, and what is it called?")) == "In 1871, and Freya."
-    assert list(decoder.constraints[0]) == ["json"]
-    assert decoder.constraints[1:] == [None, None, None]
+    assert decoder.constraints == [{"json": ANY} if given else None, None, None, None]
     assert "In 1871." in decoder.prompts[3]
     assert "Freya." in decoder.prompts[3]
 

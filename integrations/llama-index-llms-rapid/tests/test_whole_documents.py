@@ -108,7 +108,7 @@ def test_sections_without_numbers_come_as_they_were_given(llm, spy):
 
 
 @pytest.mark.parametrize("labels", [("i", "ii", "1"), ("1", "2", "1")])
-def test_page_labels_that_are_no_order(llm, spy, labels):
+def test_page_labels_without_an_order_leave_the_order_of_the_pages(llm, spy, labels):
     pages = [page(n, page_label=label) for n, label in enumerate(labels)]
     ask(llm, nodes_of(pages[0]), pages)
     assert asked(spy) == shown(*pages)
@@ -252,7 +252,7 @@ def test_a_document_that_is_no_text_is_named(decoder, llm, documents):
         engine.query("What?")
 
 
-def test_chunks_of_yesterday_in_a_docstore_with_the_documents_of_today(llm, spy):
+def test_a_docstore_that_holds_only_chunks_of_a_document_is_refused(llm, spy):
     """The files were read again: the docstore knows other ids than the index."""
     yesterday, today = page(1), page(1)
     store = SimpleDocumentStore()
@@ -355,7 +355,7 @@ WINDOWED = Document(
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_windows_of_sentences(decoder, llm, spy, plain):
+def test_windows_of_sentences_open_their_document(decoder, llm, spy, plain):
     nodes = SentenceWindowNodeParser(window_size=1).get_nodes_from_documents([WINDOWED])
     index = VectorStoreIndex(nodes, embed_model=EMBED)
     if plain:
@@ -382,7 +382,7 @@ def test_windows_of_sentences(decoder, llm, spy, plain):
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_nodes_of_a_pipeline_of_two_parsers(decoder, llm, spy, plain):
+def test_nodes_of_two_parsers_open_their_document(decoder, llm, spy, plain):
     document = Document(
         text="# Lamp\n\nThe lamp was lit in 1871, in autumn.\n\n## End\n\nIt went out in 1968.",
         metadata={"file_path": "lamp.md"},

@@ -7,6 +7,9 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import regex
 
 from rapid_llm.errors import DocumentError, MissingDependencyError
 
@@ -36,14 +39,41 @@ _SUPERSETS = {
     "shift_jis": "cp932",
     "euc_kr": "cp949",
 }
+# Labels of pages that Python does not know, beside those with a prefix or suffix.
+_LABELS = {
+    **dict.fromkeys(("logical", "visual", "csiso88598e", "csiso88598i"), "iso8859-8"),
+    **dict.fromkeys(("koi", "koi8", "cskoi8r"), "koi8-r"),
+    "koi8-ru": "koi8-u",
+    "big5-hkscs": "big5hkscs",
+    "cn-big5": "big5",
+    **dict.fromkeys(("csksc56011987", "cseuckr"), "cp949"),
+    "cseucpkdfmtjapanese": "euc_jp",
+    "x-mac-roman": "mac_roman",
+    "x-mac-ukrainian": "mac_cyrillic",
+}
 _SAMPLE = 200_000  # bytes passed to the detector
 _MOST_COMMON = frozenset(("Windows-1252", "ISO-8859-1"))
 _CLOSE = 1.15  # ratio of confidences within which the more common encoding is preferred
 _UNSURE = 0.2  # highest confidence that says little: of a few words in any encoding
 _CLOSE_IF_UNSURE = 1.7
+_NOISE = 0.07  # highest confidence in noise
+_NOISY, _ODD = 0.03, 8  # misfits of noise, for a byte beyond ASCII and in all, are more than that
+_LIKELY = 4  # ratio of confidences within which words tell which it is
 _MOSTLY = 0.8  # minimum share of ASCII in a text of Latin letters
 _WORDS_WITHIN = 20_000  # bytes whose words are compared
-_WORD = re.compile(r"[^\W\d_]{2,}")
+# Letters of other alphabets than Latin; Chinese, Japanese and Korean words stand beside Latin ones.
+_OTHER = r"[\p{L}--[\p{Latin}\p{Han}\p{Hiragana}\u30a0-\u30ff\p{Bopomofo}\p{Hangul}]]"
+# What no word holds, in the order of the lines: a symbol between letters (but for apostrophes,
+# dashes and the like), a capital after a small letter, letters of two alphabets side by side, and
+# controls of ISO-8859 or undecodable bytes.
+_MISFIT = regex.compile(
+    r"(?<=[\p{Ll}\p{Lu}])[^\p{L}\p{M}\p{Z}\p{Cf}\x00-\x9f\u00b4\u00b7\u2010-\u2019\u2026](?=\p{Ll})"
+    r"|(?<=\p{Ll})[\p{Lu}--[A-Z]]"
+    rf"|(?<=[A-Za-z]){_OTHER}|{_OTHER}(?=[A-Za-z])"
+    r"|(?<=\p{L})[\u2500-\u259f]|[\u2500-\u259f](?=\p{L})"
+    r"|[\x80-\x9f\ufffd]",
+    flags=regex.VERSION1,
+)
 _LINE_ENDS = "\t\n\v\f\r"
 _PUNCTUATION = " \n\r\u3000\u3001\u3002\uff0c"
 _FEW = 0.01  # maximum share of odd characters in a text, and minimum share of punctuation
@@ -131,7 +161,7 @@ def _declared(data: bytes, name: str) -> str | None:
     if match is None:
         return None
     try:
-        codec = codecs.lookup((match[1] or match[2]).decode()).name
+        codec = _codec((match[1] or match[2]).decode().lower())
         codec = _SUPERSETS.get(codec, codec)
         if codec.startswith("utf"):  # wrong: UTF-8 was tried, and UTF-16 would hide the declaration
             return None
@@ -143,6 +173,16 @@ def _declared(data: bytes, name: str) -> str | None:
     if "\ufffd" in text:
         _warn_of_replacements(text, codec, name)
     return text
+
+
+def _codec(label: str) -> str:
+    """Python's name of an encoding that a page may call otherwise (WHATWG's Encoding Standard)."""
+    label = _LABELS.get(label, label)
+    plain = re.sub(r"^(?:x-)+|^(?:windows|dos)-(?=\d)|(?<=8859-[68])-[ei]$", "", label)
+    try:
+        return codecs.lookup(label).name
+    except LookupError:
+        return codecs.lookup(f"cp{plain}" if plain.isdigit() else plain).name
 
 
 def _guess(data: bytes, name: str) -> str | None:
@@ -166,10 +206,14 @@ def _guess(data: bytes, name: str) -> str | None:
         return name not in _MOST_COMMON, name not in common, -guesses[name]
 
     close = _CLOSE
-    unsure = max(guesses.values()) < _UNSURE
-    if unsure:
-        words = data[:_WORDS_WITHIN]
-        guesses = {name: guesses[name] for name in guesses if not _mixes(words, name)} or guesses
+    best = max(guesses.values())
+    unsure = best < _UNSURE
+    words = data[:_WORDS_WITHIN]
+    misfits, beyond = _misfits(guesses, words), sum(byte > 127 for byte in words)
+    if best < _NOISE and _fewest(misfits, guesses, _CLOSE_IF_UNSURE) > max(_NOISY * beyond, _ODD):
+        return None
+    most = _fewest(misfits, guesses, _LIKELY) + _FEW * beyond
+    guesses = {name: guesses[name] for name in guesses if misfits[name] <= most}
     if unsure and _MOSTLY * len(data) <= sum(byte < 128 for byte in data):
         # A few letters among ASCII: of rare encodings, one or another always fits by chance.
         web = {guess["encoding"] for guess in chardet.detect_all(data, encoding_era=era.MODERN_WEB)}
@@ -179,19 +223,19 @@ def _guess(data: bytes, name: str) -> str | None:
     return min((name for name in guesses if guesses[name] * close >= best), key=rank)
 
 
-def _mixes(data: bytes, encoding: str) -> bool:
-    """Whether in an encoding most words with letters beyond ASCII also have letters of ASCII.
-
-    Latin words do; words of Cyrillic, Greek or Hebrew letters do not, so that it is another one.
-    """
-    words = _WORD.findall(data.decode(encoding, "replace"))
-    foreign = [word for word in words if any(map(_is_not_latin, word))]
-    mixed = sum(any(map(str.isascii, word)) for word in foreign)
-    return 2 * mixed > len(foreign)
+def _misfits(guesses: Iterable[str], data: bytes) -> dict[str, int]:
+    """How often, by each of the guesses, a word looks like none."""
+    return {
+        # A text in UTF-8 may be cut within a character.
+        name: len(_MISFIT.findall(data.decode(name, "ignore" if name == "utf-8" else "replace")))
+        for name in guesses
+    }
 
 
-def _is_not_latin(letter: str) -> bool:
-    return not letter.isascii() and not unicodedata.name(letter, "").startswith("LATIN")
+def _fewest(misfits: Mapping[str, int], guesses: Mapping[str, float], ratio: float) -> int:
+    """Fewest misfits by a guess whose confidence is within a ratio of the highest."""
+    likely = max(guesses.values()) / ratio
+    return min(misfits[name] for name in guesses if guesses[name] >= likely)
 
 
 def _decode_guessed(data: bytes, guess: str | None, name: str) -> str:

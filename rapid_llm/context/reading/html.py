@@ -16,14 +16,19 @@ _UNREAD = frozenset((
     "template", "video",
 ))
 _BLOCKS = frozenset((
-    "address", "article", "aside", "blockquote", "body", "details", "dialog", "div", "dl",
-    "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6",
-    "header", "hgroup", "hr", "legend", "main", "menu", "nav", "ol", "p", "pre", "search",
-    "section", "summary", "table", "title", "ul", "xmp",
+    "address", "article", "aside", "blockquote", "body", "center", "details", "dialog", "dir",
+    "div", "dl", "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5",
+    "h6", "header", "hgroup", "hr", "legend", "listing", "main", "menu", "nav", "ol", "p",
+    "plaintext", "pre", "search", "section", "summary", "table", "title", "ul", "xmp",
 ))
 _LINES = frozenset(("caption", "dd", "dt", "li", "option", "optgroup", "tr"))
+# Boxes within a line: the words before, in and after one are apart, without any white space.
+_BOXES = frozenset((
+    "audio", "button", "canvas", "embed", "iframe", "img", "input", "marquee", "meter", "object",
+    "progress", "select", "svg", "textarea", "video",
+))
 # fmt: on
-_LISTS = frozenset(("dl", "menu", "ol", "ul"))
+_LISTS = frozenset(("dir", "dl", "menu", "ol", "ul"))
 _CELLS = frozenset(("td", "th"))
 _KEPT_BLANKS = frozenset(("pre", "textarea", "xmp", "listing"))
 
@@ -31,6 +36,10 @@ _KEPT_BLANKS = frozenset(("pre", "textarea", "xmp", "listing"))
 _NOT_IN_SVG = _BLOCKS - {"title"}
 
 _BLANKS = re.compile(r"\s+")
+_HIDDEN_BY_STYLE = re.compile(
+    r"(?:^|;)\s{0,8}(?:display\s{0,8}:\s{0,8}none|visibility\s{0,8}:\s{0,8}(?:hidden|collapse))(?![\w-])",
+    re.IGNORECASE,
+)
 
 
 def html_text(page: str) -> str:
@@ -80,7 +89,11 @@ class _Layout:
     def start(self, tag: str, attributes: Mapping[str, str]) -> None:
         if self._unread[:1] == ["svg"] and tag in _NOT_IN_SVG:
             self._unread.clear()  # the <svg> was not closed
-        if self._unread or tag in _UNREAD or _hidden(attributes):
+        if self._unread or _hidden(tag, attributes):
+            self._unread.append(tag)
+            return
+        self._blank |= tag in _BOXES
+        if tag in _UNREAD:
             self._unread.append(tag)
             return
         if tag == "br":
@@ -103,6 +116,7 @@ class _Layout:
         if self._unread:
             self._unread.pop()
             return
+        self._blank |= tag in _BOXES
         if tag == "li":
             self._items -= 1
         if tag in _KEPT_BLANKS:
@@ -177,5 +191,11 @@ class _Layout:
         yield from self._pieces[last:]
 
 
-def _hidden(attributes: Mapping[str, str]) -> bool:
+def _hidden(tag: str, attributes: Mapping[str, str]) -> bool:
+    if tag == "dialog" and "open" not in attributes:
+        return True
+    # Pages hide all of themselves until their scripts have run.
+    style = attributes.get("style", "") if tag not in ("html", "body") else ""
+    if style and _HIDDEN_BY_STYLE.search(style):
+        return True
     return "hidden" in attributes and attributes["hidden"] != "until-found"

@@ -10,7 +10,7 @@ from torch import Tensor
 from rapid_llm.engine import sdpa
 from rapid_llm.engine.cpu import kernels
 from rapid_llm.engine.cpu.products import fast_dtype
-from rapid_llm.engine.sdpa import FEW_QUERIES, causal_mask
+from rapid_llm.engine.sdpa import FEW_QUERIES, causal_mask, softmax_part
 
 # Tuned in bfloat16:
 _QUERY_BLOCK = 64  # queries per block, which bounds the score matrix to [group * 64, keys]
@@ -93,6 +93,25 @@ def _attend_products(
             mixed = _mix(scores.softmax(dim=-1), value[head, first:last])
             out[head, :, start:stop] = mixed.view(group, stop - start, -1)
     return out.view(heads, n, -1)
+
+
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`rapid_llm.engine.sdpa.attend_part`; two matrix products per KV head."""
+    wide = fast_dtype(query.dtype)
+    if key.shape[1] <= _SHORT:
+        return sdpa.attend_part(query.to(wide), key.to(wide), value.to(wide), scaling, mask, causal)
+    out = query.new_empty(query.shape, dtype=torch.float32)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    for head in range(key.shape[0]):
+        rows, keys = query[head].to(wide), key[head].to(wide)
+        scores = torch.addmm(rows.new_empty(1, 1), rows, keys.T, beta=0, alpha=scaling)
+        weights, total, sums = softmax_part(scores.float()[None], mask)
+        lse[head] = sums[0]
+        mixed = _mix(weights[0].to(wide), value[head].to(wide)).float()
+        out[head] = mixed / total[0, :, None]
+    return out, lse
 
 
 def _mix(weights: Tensor, value: Tensor) -> Tensor:

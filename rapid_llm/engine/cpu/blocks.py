@@ -45,7 +45,7 @@ class BlockLinear(QuantizedLinear):
         bits: bits per weight, 8 or 4.
     """
 
-    made_anew = ("blocks",)
+    added = ("blocks",)
     divides = GROUP
     blocks: Tensor
     bits: int

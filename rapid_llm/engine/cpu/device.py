@@ -32,6 +32,9 @@ class CPU(Device):
     ) -> sdpa.Kernel:
         return attention.attention(query, key, value, window)
 
+    def attend_part(self, query: Tensor, value: Tensor) -> sdpa.PartKernel:
+        return attention.attend_part
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return products.linear(x, weight, bias)
 

@@ -20,7 +20,7 @@ class Int8Linear(QuantizedLinear):
         scale: scale of each row, ``[out]`` in the weight's dtype.
     """
 
-    made_anew = ("int8", "scale")
+    added = ("int8", "scale")
     divides = 16
     int8: Tensor
     scale: Tensor

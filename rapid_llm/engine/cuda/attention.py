@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rapid_llm.engine import sdpa
 from rapid_llm.engine.cuda.state import BUFFERS, CAPACITY, PAST
 
 _LOG2_E = 1.4426950408889634
@@ -261,7 +262,7 @@ def attend(
         config: launch parameters; None for the best ones for the device.
 
     Returns:
-        ``[heads, n, dim]`` in the query's dtype.
+        ``[heads, n, dim]`` in the query's dtype; in float32 with ``lse``.
     """
     past = key.shape[1] - query.shape[1]
     with torch.cuda.device_of(query):  # Triton launches on the current device
@@ -269,6 +270,21 @@ def attend(
         return _launch(
             rows, key, value, None, 0, past, key.shape[0], scaling, window, lse, config
         ).transpose(0, 1)
+
+
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`rapid_llm.engine.sdpa.attend_part`; keys are read once, whatever the tokens."""
+    if mask is not None and not causal:  # a sliding window that ends within the part
+        return sdpa.attend_part(query, key, value, scaling, mask, causal)
+    kv_heads, rows, dim = query.shape
+    # Rows that see all keys are so many heads of the last token.
+    tokens = 1 if mask is None else mask.shape[0]
+    heads = query.view(kv_heads * rows // tokens, tokens, dim)
+    lse = query.new_empty(heads.shape[:2], dtype=torch.float32)
+    out = attend(heads, key, value, scaling, lse=lse)
+    return out.reshape(query.shape).float(), lse.view(kv_heads, rows)
 
 
 def attend_cached(
@@ -316,7 +332,8 @@ def _launch(
     tile = min(most, max(_FEWEST_ROWS, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, tile)
     config = config or best_config(query.device, query.dtype, dim, tile, kv_heads * tiles)
-    out = query.new_empty(n, heads, dim)
+    # Results that will be merged are not rounded before.
+    out = query.new_empty(n, heads, dim, dtype=query.dtype if lse is None else torch.float32)
     parts = query.new_empty(config.splits, heads * n, dim, dtype=torch.float32)
     parts_lse = query.new_empty(config.splits, heads * n, dtype=torch.float32)
     shared: dict[str, Any] = {

@@ -24,7 +24,7 @@ class CUDA(Device):
     Older GPUs, and machines without Triton, run the lean pass with SDPA.
     """
 
-    apart = True
+    own_memory = True
     quantizers: ClassVar = {"int4": int4}
     prefill_chunk = prefill.CHUNK
     prefill_pieces = (512, 256)  # fewer tokens take about as long; more passes, more launches
@@ -55,6 +55,13 @@ class CUDA(Device):
 
         return attention.attend
 
+    def attend_part(self, query: Tensor, value: Tensor) -> sdpa.PartKernel:
+        if query.shape[2] != value.shape[2] or not has_kernels(query.device):
+            return sdpa.attend_part
+        from rapid_llm.engine.cuda import attention
+
+        return attention.attend_part
+
     def capacity_for(self, tokens: int) -> int:
         return tokens + -tokens % _PLANNED
 
@@ -81,8 +88,8 @@ class CUDA(Device):
     def transfer(
         self, pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device, after: Any
     ) -> None:
-        # A stream of its own, so that passes run meanwhile. The host waits for its end, so that
-        # neither side's memory is used again before.
+        # A separate stream, so that passes run meanwhile. The host waits for its end, because
+        # memory of both sides may be reused afterwards.
         stream = streams_of(device).copies
         stream.wait_event(after)
         with torch.cuda.stream(stream):

@@ -53,7 +53,7 @@ class DraftLoop:
                 last one is drawn but not read.
             cache: cache in use with room for n + steps - 1 more tokens.
             generator: random generator, which advances as if it had drawn eagerly.
-            masks: masks of the drafted tokens; the first must not be None.
+            masks: function that gives the mask of each drafted token; its first must not be None.
 
         Returns:
             Drafted tokens, int64 ``[steps]``, or fewer where ``masks`` ended the draft, and the q

@@ -227,7 +227,7 @@ class DrawingGraphs(Graphs):
 
     @contextmanager
     def drawing_from(self, generator: torch.Generator) -> Iterator[None]:
-        """Within this context the graphs draw as if from another generator, which advances."""
+        """Context in which the graphs draw as if from another generator, which advances."""
         self.generator.set_state(generator.get_state())
         yield
         generator.set_state(self.generator.get_state())

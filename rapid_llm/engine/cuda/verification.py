@@ -49,7 +49,7 @@ class Verification:
             q, eta: see :class:`rapid_llm.engine.device.Judge`; on any device.
             cache: cache in use with room for the tokens.
             generator: random generator, which advances as if it had drawn eagerly.
-            mask: mask of the judge, on any device; None without.
+            mask: mask of allowed tokens, on any device; None without a constraint.
 
         Returns:
             The judge's verdict.

@@ -1,4 +1,4 @@
-"""The passes of a prefill with digests, by which prompts that begin the same find each other."""
+"""Digests of the passes of a prefill, by which prompts with a common prefix are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk's tier: KV of long prompts in files, for all processes that have the same model."""
+"""Disk tier: KV of long prompts in files, shared by all processes that load the same model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class KVFiles:
     valid for a model with the same bytes of all weights, adapters and settings. Their fingerprint
     is computed once, and again before a file is written or loaded. There are no files for models
     with offloaded weights, tensor subclasses, hooks, or methods and classes of the user's own,
-    because their results do not follow from their tensors and settings.
+    because tensors and settings do not determine their results.
 
     A file's name begins with digests of the model and of the first pass of the prefill, so that
     only headers of files that may serve are read, and each only once.
@@ -161,7 +161,7 @@ class KVFiles:
         self._seen[path] = version, found and found[0]
         if found is not None:
             header, tokens = found
-            # Of another model these may be the wrong passes, but then its key is another too.
+            # A file of another model may have other passes, but its key differs too.
             self._index.add(path, header.model, PassChain.of(tokens, runner.prefill_sizes))
 
     def _reject(self, path: Path, version: Version, error: Exception) -> None:

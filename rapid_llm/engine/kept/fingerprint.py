@@ -1,4 +1,4 @@
-"""Hash everything that a model's results depend on, to know it again in another process."""
+"""Fingerprint of a model: a hash of all that its results depend on, the same in all processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of files that several processes share: their names in memory, and a limit of bytes."""
+"""A folder of files that several processes share, with cached names and a limit in bytes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _STALE = 3600.0
 """Seconds after which an unfinished file is taken for that of a killed writer."""
 
 _SETTLED = 2.0
-"""Seconds after which a change of a folder has another time of change than the one before."""
+"""Seconds between changes of a folder after which their modification times surely differ."""
 
 _LOCK_SECONDS = 30.0
 
 
 class Version(NamedTuple):
-    """What tells a file from another of the same name."""
+    """Identity of a file's content: another file of the same name has another version."""
 
     inode: int
     nbytes: int
@@ -51,10 +51,10 @@ def version_of(path: Path) -> Version | None:
 
 
 class Folder:
-    """Files named ``<group>-<content>.safetensors``, of which the least recently used go first.
+    """Files named ``<group>-<content>.safetensors``, deleted in the order of their last use.
 
-    The folder is listed again only after it has changed. A file's time of change is that of its
-    last use. All other files are passed over.
+    The folder is listed again only after it has changed. A file's modification time is that of its
+    last use. Other files are ignored.
 
     Args:
         path: the folder, created with the first file, with access for its owner only.
@@ -100,12 +100,12 @@ class Folder:
         """Write a file, so that readers never see half of it and the budget holds at any moment.
 
         Args:
-            name: its name.
-            nbytes: number of bytes that it will have at most.
-            write: function that writes it to the path that it is given.
+            name: name of the file.
+            nbytes: maximum size of the file in bytes.
+            write: function of a path that writes the file there.
 
         Returns:
-            Whether there was room for it beside the files that are being written.
+            Whether the budget had room for the file beside those that are being written.
 
         Raises:
             OSError: the folder cannot be written to.
@@ -117,7 +117,7 @@ class Folder:
             self._sweep()
             if not self._make_room(nbytes):
                 return False
-            unfinished.touch(mode=0o600, exist_ok=False)  # its name keeps the room
+            unfinished.touch(mode=0o600, exist_ok=False)  # its name reserves the bytes
         try:
             write(unfinished)
             os.replace(unfinished, self.path / name)
@@ -139,7 +139,7 @@ class Folder:
             lock.release()
 
     def _make_room(self, nbytes: int) -> bool:
-        """Delete files until ``nbytes`` more fit; none, and False, if they never would."""
+        """Delete files until ``nbytes`` more fit; False, with none deleted, if they never would."""
         files = sorted(self._files(), key=lambda file: file.used)
         writing = sum(self._reserved())
         total = sum(file.nbytes for file in files) + writing
@@ -175,7 +175,7 @@ class Folder:
         return dict(groups)
 
     def _sweep(self) -> None:
-        """Delete what killed writers have left."""
+        """Delete unfinished files of killed writers."""
         for folder in (self._unfinished, self.path):
             for entry in _scan(folder):
                 ours = _UNFINISHED.fullmatch(entry.name) or _LIBRARY_LEFTOVER.fullmatch(entry.name)

@@ -1,4 +1,4 @@
-"""The host's tier: KV that has left a device, in pinned memory, until it is wanted there again."""
+"""Host tier: KV evicted from a device, in pinned host memory, for later prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rapid_llm.engine.kept.tiers import PrefixTier, ReaderState
 from rapid_llm.engine.kv_cache import KVCache
 
 COVERED = 0.9
-"""Share of a prefix from which on what a farther tier has of it is enough."""
+"""Share of a prefix that a farther tier must hold already for the prefix not to be copied there."""
 
 PIECE = 1 << 25
 """Bytes of a host buffer, a power of two: PyTorch rounds the sizes of pinned buffers up to one."""
@@ -66,13 +66,13 @@ class HostPrefix:
     are laid out one after another, over the buffers' borders.
 
     Args:
-        prefix: what is to be copied, of whose tokens only those of its passes are.
+        prefix: prefix to copy; tokens of its cache after its last pass are left out.
 
     Attributes:
         state: the model that read it.
         chain: the passes that read it.
         nbytes: bytes of the buffers.
-        copied: whether the buffers hold it; False if it could not be copied.
+        copied: outcome of the copy: True when the buffers hold it, False if it failed.
     """
 
     def __init__(self, prefix: DevicePrefix) -> None:
@@ -88,8 +88,8 @@ class HostPrefix:
         self.copied: Future[bool] = Future()
 
     @property
-    def places(self) -> set[torch.device]:
-        """The devices that it comes from."""
+    def devices(self) -> set[torch.device]:
+        """Devices that the prefix comes from."""
         return {buffer.device for pair in self._layers for buffer in pair}
 
     def fill(self, cache: KVCache, queued: dict[torch.device, object]) -> bool:
@@ -97,7 +97,7 @@ class HostPrefix:
 
         Args:
             cache: the cache with the prefix.
-            queued: for each of its devices the work after which the cache holds it.
+            queued: work that must end before the copy, by device of the cache.
         """
         try:
             (first, *_) = queued
@@ -118,17 +118,17 @@ class HostPrefix:
 
     @torch.inference_mode()  # the cache may have been made so
     def append_to(self, cache: KVCache, length: int) -> None:
-        """Copy what a cache lacks of the first ``length`` tokens; waits for the copy.
+        """Copy the tokens up to ``length`` that a cache lacks, and wait for the copy.
 
         Args:
-            cache: cache of the same model, with fewer tokens, all of this prefix.
-            length: number of tokens that the cache will have.
+            cache: cache of the same model with fewer tokens, all of this prefix.
+            length: number of tokens of the cache afterwards.
         """
         for layer, shapes in zip(cache.layers, self._layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(*map(_empty, shapes))
         start = cache.length
-        for place in self.places:
+        for place in self.devices:
             device = device_of(place)
             pairs = [(host, own) for own, host in self._pairs(cache, start, length, place)]
             device.transfer(pairs, place, device.queued(place))
@@ -137,7 +137,7 @@ class HostPrefix:
     def _pairs(
         self, cache: KVCache, start: int, stop: int, place: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Bytes of the tokens from ``start`` to ``stop`` on a device, and their place here."""
+        """Views of the bytes of tokens ``start`` to ``stop``: on a device, and in the buffers."""
         offset = 0
         for layer, shapes in zip(cache.layers, self._layers, strict=True):
             for tensor, shape in zip((layer.keys, layer.values), shapes, strict=True):
@@ -181,12 +181,12 @@ class HostTier:
         return self._tier.nbytes
 
     def take(self, prefix: DevicePrefix) -> None:
-        """Begin to copy a prefix that has left its device, unless most of it is here already.
+        """Begin to copy a prefix evicted from its device, unless most of it is here already.
 
         Its cache must not be used any more. Prefixes on devices that share the host's memory are
-        not taken.
+        not copied.
         """
-        if not all(device_of(layer.keys.device).apart for layer in prefix.cache.layers):
+        if not all(device_of(layer.keys.device).own_memory for layer in prefix.cache.layers):
             return
         here, shared = self._tier.longest(prefix.state, prefix.chain)
         if here is not None and shared >= COVERED * prefix.chain.tokens:
@@ -195,7 +195,7 @@ class HostTier:
         kept = HostPrefix(prefix)
         if kept.nbytes > self._tier.budget:
             return
-        queued = {place: device_of(place).queued(place) for place in kept.places}
+        queued = {place: device_of(place).queued(place) for place in kept.devices}
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="rapid-llm-kept-kv")
         try:
@@ -217,22 +217,22 @@ class HostTier:
         return prefix, shared
 
     def wait(self) -> None:
-        """Wait until no device holds anything that is being copied."""
+        """Wait until all copies to the host have ended."""
         wait(list(self._copying))
 
     def drop(self, runner: object = None, keep: HostPrefix | None = None) -> None:
-        """Free the prefixes of one model or of all, but for one."""
+        """Free the prefixes of one model (None: of all) except one prefix."""
         for place in self._discarded(runner, keep):
             device_of(place).free_host_buffers()
 
     def _discarded(self, runner: object, keep: HostPrefix | None) -> set[torch.device]:
         """Discard prefixes; returns the devices that they come from."""
-        places: set[torch.device] = set()
+        devices: set[torch.device] = set()
         for prefix in self._tier:
             if prefix is not keep and runner in (None, prefix.state.runner):
                 self._tier.discard(prefix)
-                places |= prefix.places
-        return places
+                devices |= prefix.devices
+        return devices
 
 
 def _shape_of(tensor: Tensor) -> _Buffer:

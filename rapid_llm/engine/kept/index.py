@@ -1,4 +1,4 @@
-"""Find what shares the longest prefix with a prompt, without comparing prompts."""
+"""Index of kept prefixes: find the longest one that a prompt shares, without comparing prompts."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ Only KV that the prompt's own prefill would compute by the same passes is reused
 :mod:`rapid_llm.engine.chunks`, and never KV of answers. So an answer with reuse equals that of a
 fresh prefill, bit for bit.
 
-What leaves the device goes to the host's memory, where the two are apart; long prompts are also
-written to files. A prompt takes what the device has of its beginning and adds what the host has
-more of, or loads a file that has much more than both.
+KV evicted from a device with memory of its own moves to the host's memory; long prompts are also
+written to files. A prompt takes its prefix from the device, extends it from the host if the host
+has more, or loads a file that has much more than both.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Lease:
 
 @dataclass(eq=False)
 class _Reading:
-    """A cache in use, with the prefill that it is for.
+    """A leased cache, and the prefill that fills it.
 
     Attributes:
         runner: model that computes the KV.
@@ -85,7 +85,7 @@ class _Reading:
 
     @property
     def state(self) -> ReaderState:
-        """The state in which the model has computed what the cache holds now."""
+        """State of the model that computed the cache's current contents."""
         return ReaderState(self.runner, self.cache.origin, self.rounding)
 
     @property
@@ -100,6 +100,12 @@ class _Reading:
         # A drafter may read the last token of the prefill again.
         settled = min(self.held, len(self.tokens) - 1)
         return self.chain.up_to(settled).common(chain)
+
+    def will_share(self, runner: ModelRunner, chain: PassChain) -> int:
+        """Number of its first tokens that another prefill can reuse once it has read them."""
+        if runner is not self.runner:
+            return 0
+        return self.chain.up_to(len(self.tokens) - 1).common(chain)
 
 
 class PrefixCache:
@@ -192,20 +198,22 @@ class PrefixCache:
         Returns:
             Number of the prompt's tokens whose KV is kept.
         """
-        chain = _chain(runner, _token_ids(prompt[:-1]))
+        chain = chain_of(runner, prompt)
         state = ReaderState.now(runner, len(prompt))
         with self._lock:
             best, shared = self._device.longest(state, chain)
             further, more = self._host.longest(state, chain)
             self._drop(None, best, further if more > shared else None)
-            if best is not None:  # without the question that it was read for
+            if best is not None:  # cut off what follows the shared tokens
                 self._device.discard(best)
                 best.cache.rollback(shared)
                 self._device.add(DevicePrefix(state, chain.up_to(shared), best.cache))
             return max(shared, more)
 
     @contextmanager
-    def lease(self, runner: ModelRunner, prompt: Sequence[int], capacity: int) -> Iterator[Lease]:
+    def lease(
+        self, runner: ModelRunner, prompt: Sequence[int], capacity: int, *, share: bool = False
+    ) -> Iterator[Lease]:
         """Lease a cache with the longest kept prefix of a prompt.
 
         When the context ends, also by an error, the part of the prompt that was read is kept for
@@ -215,13 +223,15 @@ class PrefixCache:
             runner: model that reads the prompt.
             prompt: token ids of the prompt, at least one.
             capacity: capacity of the cache in tokens, at least ``len(prompt)``.
+            share: whether the cache may borrow most of the prompt from another that stays in use,
+                see :class:`rapid_llm.engine.kv_cache.KVCache`. What such a cache adds is not kept.
 
         Raises:
             torch.OutOfMemoryError: no memory for a copy, even after all idle KV was freed.
         """
         tokens = _token_ids(prompt[:-1])
         chain = _chain(runner, tokens)
-        acquire = partial(self._acquire, runner, tokens, chain, capacity)
+        acquire = partial(self._acquire, runner, tokens, chain, capacity, share)
         reading, origins = with_memory(acquire, self.free_devices)
         lease = Lease(reading.cache, origins)
         try:
@@ -232,18 +242,43 @@ class PrefixCache:
             finally:
                 self._release(reading)
 
+    def will_share(self, runner: ModelRunner, chain: PassChain, length: int) -> bool:
+        """Whether a running prefill has yet to read most of a prompt, which can then be shared.
+
+        Args:
+            runner: model that reads the prompt.
+            chain: passes of its prefill, see :func:`chain_of`.
+            length: length of the prompt in tokens.
+        """
+        state = ReaderState.now(runner, length)
+        with self._lock:
+            best = max((r.will_share(runner, chain) for r in self._reading), default=0)
+            now = max(self._device.longest(state, chain)[1], self._most_read(state, chain)[1])
+        return best > now and _is_most(best, chain)
+
     def _acquire(
-        self, runner: ModelRunner, tokens: TokenIds, chain: PassChain, capacity: int
+        self,
+        runner: ModelRunner,
+        tokens: TokenIds,
+        chain: PassChain,
+        capacity: int,
+        share: bool,
     ) -> tuple[_Reading, Mapping[Tier, int]]:
+        if share:
+            with self._lock:
+                reading = self._borrowed(runner, tokens, chain, capacity)
+            if reading is not None:
+                return reading, {"device": reading.cache.length, "host": 0}
+        capacity = runner.capacity_for(capacity)
         loaded = self._from_file(runner, chain, len(tokens) + 1, capacity)
-        # After the look for a file, which can detect that the model has changed.
+        # After the search for a file, which can detect that the model has changed.
         state = ReaderState.now(runner, len(tokens) + 1)
         if loaded is not None:
             reading = _Reading(runner, state.rounding, loaded, tokens, chain)
             origins: dict[Tier, int] = {"disk": loaded.length}
         else:
             with self._lock:
-                # The host first: what leaves the device for this prompt may drive it out there.
+                # The host first: a prefix evicted for this prompt may evict that one there.
                 further, shared = self._host.longest(state, chain)
                 cache = self._from_device(state, chain, capacity)
             reading = _Reading(runner, state.rounding, cache, tokens, chain)
@@ -254,9 +289,31 @@ class PrefixCache:
                 cache.origin = state.origin
                 origins["host"] = shared - origins["device"]
         with self._lock:
-            if self._device.budget or self._host.budget:
+            if self._device.budget or self._host.budget or share:
                 self._reading.append(reading)
         return reading, origins
+
+    def _borrowed(
+        self, runner: ModelRunner, tokens: TokenIds, chain: PassChain, capacity: int
+    ) -> _Reading | None:
+        """A cache that borrows most of a prompt; None where no other holds so much of it."""
+        state = ReaderState.now(runner, len(tokens) + 1)
+        idle, kept = self._device.longest(state, chain)
+        reading, read = self._most_read(state, chain)
+        shared = max(kept, read)
+        if not _is_most(shared, chain) or self._host.longest(state, chain)[1] > shared:
+            return None
+        if idle is not None and kept >= read:
+            self._device.use(idle)
+            source = idle.cache
+        else:
+            assert reading is not None
+            source = reading.cache
+        self._make_room(_planned(runner, capacity - shared))
+        cache = source.borrow(shared, capacity)
+        borrowed = _Reading(runner, state.rounding, cache, tokens, chain)
+        self._reading.append(borrowed)
+        return borrowed
 
     def _from_file(
         self, runner: ModelRunner, chain: PassChain, length: int, capacity: int
@@ -291,8 +348,8 @@ class PrefixCache:
         if idle is None:
             self._make_room(planned)
             return state.runner.new_cache(capacity)
-        if 2 * shared < idle.chain.tokens:
-            # Another document behind the same system prompt: both are kept.
+        if 2 * shared < idle.chain.tokens or idle.cache.lent > shared:
+            # Another document behind the same system prompt, or one in use: both are kept.
             self._make_room(planned)
             return idle.cache.copy_prefix(shared, capacity)
         self._device.discard(idle)
@@ -312,10 +369,11 @@ class PrefixCache:
 
     def _save(self, reading: _Reading, reused: int) -> None:
         """Write the prompt's KV to a file, unless it was mostly reused or not read to its end."""
-        # It is still in use, so that no other thread rolls it back.
+        # Called while the cache is in use, so that no other thread rolls it back.
         tokens, cache = reading.tokens, reading.cache
         if (
             self._files is not None
+            and not cache.prefix
             and len(tokens) - reused >= WORTH_SAVING
             and reading.held == len(tokens)
             and cache.origin is not None
@@ -328,6 +386,8 @@ class PrefixCache:
         with self._lock:
             if reading in self._reading:
                 self._reading.remove(reading)
+            if reading.cache.prefix:
+                return
             chain = reading.chain.up_to(reading.held)
             traceable = reading.cache.origin is not None and reading.runner.state.traceable
             if not chain.ends or not traceable:
@@ -359,8 +419,18 @@ class PrefixCache:
             self._host.drop(runner, kept_on_host)
 
 
+def _is_most(shared: int, chain: PassChain) -> bool:
+    """Whether so many of a prefill's first tokens are worth sharing: at least half of them."""
+    return shared > 0 and 2 * shared >= chain.tokens
+
+
 def _token_ids(tokens: Sequence[int]) -> TokenIds:
     return np.asarray(tokens, dtype=np.int32)
+
+
+def chain_of(runner: ModelRunner, prompt: Sequence[int]) -> PassChain:
+    """The passes of the prefill of a prompt: all but its last token."""
+    return _chain(runner, _token_ids(prompt[:-1]))
 
 
 def _chain(runner: ModelRunner, tokens: TokenIds) -> PassChain:

@@ -1,4 +1,4 @@
-"""A tier of kept KV: prefixes within a budget, of which the least recently used leave first."""
+"""One tier of kept KV: prefixes within a budget in bytes, evicted least recently used first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tier = Literal["device", "host", "disk"]
 
 
 class ReaderState(NamedTuple):
-    """Everything about a model that its KV depends on, but the tokens and the passes.
+    """Everything that a model's KV depends on except the tokens and the passes.
 
     Attributes:
         runner: the model.
@@ -90,7 +90,7 @@ class PrefixTier(Generic[P]):
         """Add a prefix that fits into the budget, in place of others on the same document.
 
         Returns:
-            The prefixes that had to leave for want of room.
+            Prefixes evicted to make room.
         """
         assert prefix.nbytes <= self.budget
         for other in self._index.mostly_in(prefix.state, prefix.chain):

@@ -1,4 +1,4 @@
-"""The tasks: where their items come from, how they are asked and how answers are scored."""
+"""The tasks of the evaluation, by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MADE_TO_LENGTH = {
     "nq": (nq.load, 6500),
     "mtbench101": (mtbench101.load, 6000),
 }
-"""Where a context is made to a length: the length in tokens if none is given."""
+"""Loaders of tasks whose contexts are made to a length, and the default length in tokens."""
 
 TASKS = (
     *(f"infinitebench-{part}" for part in infinitebench.PARTS),
@@ -23,7 +23,7 @@ TASKS = (
 
 
 def load_task(name: str, source: Source) -> Task:
-    """One of :data:`TASKS` with its items; the first of them do not depend on ``limit``.
+    """Load one of :data:`TASKS`; its first items do not depend on ``limit``.
 
     Raises:
         InvalidParameterError: the task is unknown, or a number is outside its range.

@@ -13,15 +13,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from rapid_llm.errors import DataError
 from rapid_llm.evaluation.judge import Judge
 
-# Stand in an item's messages for its context (the drafter's: what was retrieved), and in its
-# follow-up for the first answer.
+# Placeholders for the context (of the drafter: the retrieved text) in an item's messages, and for
+# the first answer in its follow-up.
 CONTEXT, ANSWER = "{context}", "{answer}"
 
 SHORT_ANSWER = "Answer the question with a few words from the text above."
-"""The instruction of tasks that have none of their own."""
+"""Instruction of tasks without one of their own."""
 
 MetricKind = Literal["rate", "mean"]
-"""``rate``: 0 or 1 an item (Wilson interval); ``mean``: a number (bootstrap interval)."""
+"""``rate``: 0 or 1 per item (Wilson interval); ``mean``: a number (bootstrap interval)."""
 
 Message = dict[str, str]
 
@@ -30,18 +30,18 @@ Message = dict[str, str]
 class Item:
     """One question on one long context."""
 
-    id: str  # unique within the task, and the same in every run
-    context: str  # whole; cut in its middle where the target's window is too small
-    query: str  # what is retrieved for
-    messages: tuple[Message, ...]  # with {context} once in one of them
+    id: str  # id that is unique within the task, and the same in every run
+    context: str  # whole context; its middle is cut where the target's window is too small
+    query: str  # text to retrieve for
+    messages: tuple[Message, ...]  # prompt, with {context} once in one of the messages
     references: tuple[str, ...]  # acceptable answers, at least one
-    max_new_tokens: int  # of an answer, as the benchmark has it
-    # A second user message with {answer}, and {context} if it repeats the text (LongBench v2 with
-    # CoT): the answer to it is what is scored.
+    max_new_tokens: int  # maximum length of an answer in tokens, as in the benchmark
+    # Second user message with {answer}, and {context} if it repeats the text (LongBench v2 with
+    # CoT); the answer to it is scored.
     follow_up: str | None = None
     follow_up_tokens: int = 128
-    groups: Mapping[str, str] = field(default_factory=dict)  # such as length or difficulty
-    meta: Mapping[str, str] = field(default_factory=dict)  # what else the scorer needs
+    groups: Mapping[str, str] = field(default_factory=dict)  # groups, such as length or difficulty
+    meta: Mapping[str, str] = field(default_factory=dict)  # other values for the scorer
 
 
 @dataclass
@@ -52,10 +52,10 @@ class Task:
         DataError: two items have the same id.
     """
 
-    name: str  # as on the command line
-    metrics: Mapping[str, MetricKind]  # of the scores; the first is the task's headline
+    name: str  # name on the command line
+    metrics: Mapping[str, MetricKind]  # kinds of the scores; the first is the headline
     items: Sequence[Item]
-    score: Callable[[Item, str], dict[str, float]]  # in [0, 1] for every metric
+    score: Callable[[Item, str], dict[str, float]]  # scores of an answer in [0, 1], by metric
 
     def __post_init__(self) -> None:
         (most, times), *_ = Counter(item.id for item in self.items).most_common(1) or [("", 0)]
@@ -67,13 +67,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Source:
-    """What the items of a task are made from."""
+    """Data and options from which the items of a task are made."""
 
     tokenizer: PreTrainedTokenizerBase  # the target's fast tokenizer
-    # The benchmark's file, or the folder with it; None downloads it where the hub has it (∞Bench,
+    # File of the benchmark, or the folder with it; None downloads it where the hub has it (∞Bench,
     # LongBench v2). needle takes any text.
     data: Path | None = None
-    context_tokens: int | None = None  # of contexts made to a length; None is the task's own
-    limit: int | None = None  # number of items; None takes all (of needle, 100)
-    seed: int = 0  # of what is drawn at random
-    judge: Judge | None = None  # of mtbench101's answers
+    context_tokens: int | None = None  # length of contexts that are made; None for the default
+    limit: int | None = None  # number of items; None for all (needle: 100)
+    seed: int = 0  # seed of all draws
+    judge: Judge | None = None  # judge of mtbench101's answers

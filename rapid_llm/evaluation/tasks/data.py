@@ -1,4 +1,4 @@
-"""Reading a benchmark's files, from a path or the hub."""
+"""Find and read the files of a benchmark, from a path or the hub."""
 
 from __future__ import annotations
 
@@ -29,10 +29,15 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def locate(data: Path | None, name: str, repository: str | None = None) -> Path:
-    """The file to read: ``data`` itself, ``name`` in the folder ``data``, or that of the hub.
+    """Path of a benchmark's file.
 
-    ``repository`` is the benchmark's data set on the hub; None if it has none there. Raises
-    DataError if there is no such file, or it cannot be downloaded.
+    Args:
+        data: the file, or the folder with it; None downloads it.
+        name: name of the file.
+        repository: data set of the benchmark on the hub; None if there is none.
+
+    Raises:
+        DataError: there is no such file, or it cannot be downloaded.
     """
     if data is not None:
         path = data / name if data.is_dir() else data
@@ -54,15 +59,20 @@ def locate(data: Path | None, name: str, repository: str | None = None) -> Path:
 
 
 def read_object(path: Path, kind: type[R]) -> R:
-    """The one JSON object that a file is; DataError if it is something else."""
+    """Read a file with one JSON object.
+
+    Raises:
+        DataError: the file cannot be read, or is something else.
+    """
     with _reading(path) as file:
         return parse(TypeAdapter(kind), file.read(), str(path))
 
 
 def read_rows(path: Path, kind: type[R]) -> Iterator[R]:
-    """The objects of a JSON Lines file, read one by one, or of a file that is one JSON list.
+    """Read the objects of a JSON Lines file, one by one, or of a file with one JSON list.
 
-    Raises DataError if it cannot be read, is no JSON, or holds none or other objects.
+    Raises:
+        DataError: the file cannot be read, or holds no objects or other ones.
     """
     adapter, row = TypeAdapter(kind), None
     with _reading(path) as file:

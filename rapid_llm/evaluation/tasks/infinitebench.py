@@ -23,7 +23,7 @@ LETTERS = "ABCD"
 PARTS: dict[str, dict[str, Any]] = json.loads(
     (resources.files("rapid_llm") / "data" / "infinitebench.json").read_text("utf-8")
 )
-"""Of each of the benchmark's tasks its file, prompt, length of an answer and metric."""
+"""File, prompt, maximum length of an answer and metric of each of the benchmark's tasks."""
 
 
 class _Book(BaseModel):
@@ -47,7 +47,7 @@ class _Choice(_Question):
 
 
 def load(name: str, source: Source) -> Task:
-    """The first items of one of :data:`PARTS`."""
+    """Load one of :data:`PARTS`."""
     part = PARTS[name]
     path = locate(source.data, f"{part['file']}.jsonl", REPOSITORY)
     kinds: dict[str, type[_Book]] = {"sum": _Book, "mc": _Choice}
@@ -94,10 +94,15 @@ def _score(name: str, item: Item, answer: str) -> float:
 
 
 def chose(answer: str, letter: str, option: str) -> bool:
-    """Whether an answer picks the right option, as the benchmark reads it.
+    """Whether an answer picks the right option, by the rules of the benchmark.
 
-    Its first character, if that is a letter of an option; else what follows the first of
-    ``answer is:`` and the like; else the first word made of such letters.
+    The pick is the first character, if it is the letter of an option; else the text after
+    ``answer is:`` or a similar phrase; else the first word of such letters.
+
+    Args:
+        answer: answer of the model.
+        letter: letter of the right option.
+        option: text of the right option.
     """
     answer = answer.strip()
     if answer[:1] in LETTERS:
@@ -112,11 +117,11 @@ def chose(answer: str, letter: str, option: str) -> bool:
 
 
 def first_number(answer: str) -> str | None:
-    """The first run of digits, as the benchmark reads keys and numbers."""
+    """The first run of digits, in which the benchmark looks for keys and numbers."""
     match = re.search("[0-9]+", answer)
     return match and match[0]
 
 
 def values(answer: str) -> list[str]:
-    """The words of an answer, as the benchmark looks for a value among them."""
+    """The words of an answer, among which the benchmark looks for a value."""
     return re.sub(r"[\n:\"'.,?!{}]", " ", answer).split()

@@ -1,7 +1,7 @@
 """LongBench v2 (Bai et al. 2024, arXiv 2412.15204): questions with four choices on long texts.
 
-Prompts, lengths of answers and how a choice is read are those of its repository, THUDM/LongBench;
-a local file is its ``data.json``, or the same objects as JSON Lines.
+Prompts, lengths of answers and the rule for reading a choice are those of its repository,
+THUDM/LongBench; a local file is its ``data.json``, or the same objects as JSON Lines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FORMAT = 'Format your response as follows: "The correct answer is (insert answe
 _THINK = "Let\u2019s think step by step:"
 PROMPT = f"{_READ} below.\n\n{_TEXT}\n\n{{asked}}\n\n{_FORMAT}"
 THINKING_PROMPT = f"{_READ}s below.\n\n{_TEXT}\n\n{{asked}}\n\n{_THINK}"
-# Its authors leave the text out of the second prompt: the thoughts stand for it.
+# The benchmark leaves the text out of the second prompt, which has the thoughts instead.
 SECOND_PROMPT = (
     f"{_READ}s below.\n\nThe text is too long and omitted here.\n\n{{asked}}\n\n{_THINK} {ANSWER}"
     f"\n\nBased on the above, what is the single, most likely answer choice? {_FORMAT}"
@@ -44,7 +44,7 @@ class _Row(BaseModel):
 
 
 def load(name: str, source: Source) -> Task:
-    """The first items, asked for the answer or (``longbench-v2-cot``) for thoughts first."""
+    """Load the items, with a prompt for the answer or (``longbench-v2-cot``) for thoughts first."""
     rows = islice(read_rows(locate(source.data, "data.json", REPOSITORY), _Row), source.limit)
     items = [_item(row, thinks=name.endswith("-cot")) for row in rows]
     return Task(name, {"accuracy": "rate"}, items, _score)
@@ -71,7 +71,7 @@ def _item(row: _Row, thinks: bool) -> Item:
 
 
 def extract_choice(answer: str) -> str | None:
-    """The letter after "The correct answer is", as the benchmark reads it; None without one."""
+    """The letter after "The correct answer is", by the benchmark's rule; None without one."""
     text, stated = answer.replace("*", ""), "The correct answer is "
     match = re.search(rf"{stated}\(([A-D])\)", text) or re.search(f"{stated}([A-D])", text)
     return match and match[1]

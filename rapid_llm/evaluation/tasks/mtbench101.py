@@ -1,7 +1,7 @@
 """MT-Bench-101 (Bai et al. 2024, arXiv 2402.14762) over a long chat history.
 
-As RAPID's paper makes it (section 4.4): of each dialogue the last message is asked, and the turns
-before it are strewn over a long history of other dialogues. The paper has 122K tokens of history
+As in RAPID's paper (section 4.4), the question is the last message of a dialogue, whose earlier
+turns are scattered over a long history of other dialogues. The paper has 122K tokens of history
 and the first 100 dialogues, rated by GPT-4. A local file is the benchmark's ``mtbench101.jsonl``.
 """
 
@@ -16,7 +16,7 @@ from rapid_llm.evaluation.tasks.base import CONTEXT, Item, Message, MetricKind, 
 from rapid_llm.evaluation.tasks.data import Text, locate, read_rows
 from rapid_llm.evaluation.tasks.passages import BETWEEN, Passages
 
-# Mathematics and reasoning have one right answer: the benchmark shows the judge the reference.
+# Mathematics and reasoning have one right answer, so the benchmark shows the judge the reference.
 JUDGED_BY_REFERENCE = ("MR", "GR")
 PROMPT = (
     "Below is the history of our chats, turn by turn. Somewhere in it are the earlier turns of the "
@@ -39,10 +39,10 @@ class _Row(BaseModel):
 
 
 def load(source: Source) -> Task:
-    """The first dialogues of the file.
+    """Load the first dialogues of the file.
 
-    The metrics are the judge's ``rating`` (a tenth of 1 to 10), if there is one, and the overlap
-    with the reference answer.
+    The metrics are the judge's ``rating`` ÷ 10, if there is a judge, and the overlap with the
+    reference answer (``rouge_l``).
     """
     path, judge = locate(source.data, "mtbench101.jsonl"), source.judge
     rows = list(read_rows(path, _Row))

@@ -1,7 +1,7 @@
-"""Invented facts hidden in real prose: a needle in a haystack (Kamradt 2023), made on the spot.
+"""Needle in a haystack (Kamradt 2023): invented facts hidden in prose.
 
-Several facts of one pattern or another stand in the text; one of them is asked. Its names and its
-answer occur nowhere else, so no other sentence answers the question.
+Several facts are hidden in the text, and one of them is asked for. Its names and its answer occur
+nowhere else, so no other sentence answers the question.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rapid_llm.evaluation.tasks.passages import DEPTHS, depth_group
 DEFAULT_LIMIT = 100
 FACTS = 4
 
-# Where a sentence ends, but no abbreviation such as "n." or "adj." does.
+# End of a sentence, but not of an abbreviation such as "n." or "adj.".
 _SENTENCE_END = re.compile(r"(?<=\w{4}[.!?])\s+(?=[\"'(]?[A-Z])")
 
 
@@ -34,7 +34,7 @@ def _packaged(name: str) -> str:
     return (resources.files("rapid_llm") / "data" / name).read_text(encoding="utf-8")
 
 
-# A fact, the question, and which of the names in it is the answer; words that names are made of.
+# Patterns of a fact, of its question, and the kind of name that is the answer; words of names.
 _WORDS = json.loads(_packaged("needle.json"))
 PATTERNS: list[tuple[str, str, str]] = _WORDS["patterns"]
 NAMES: dict[str, list[list[str]]] = _WORDS["names"]
@@ -49,10 +49,10 @@ class Fact(NamedTuple):
 
 
 def load(source: Source) -> Task:
-    """Items which ask at the five fifths of the context by turns.
+    """Make items whose facts lie in each fifth of the context in turn.
 
     The text is a document of prose, or the packaged excerpt of The Devil's Dictionary. An item's
-    facts depend on the seed and its number alone, whatever the length of the context.
+    facts depend on the seed and its number only, not on the length of the context.
     """
     text = read_document(source.data) if source.data else _packaged("devils-dictionary.txt")
     haystack = _Haystack(text.strip(), str(source.data), source.tokenizer)
@@ -83,7 +83,7 @@ def load(source: Source) -> Task:
 
 
 def draw_facts(rng: Random, text: str) -> list[Fact]:
-    """:data:`FACTS` facts with no name in common, and none that stands in the normalised text."""
+    """:data:`FACTS` facts without a shared name, and without a name of the normalised text."""
     used: set[str] = set()
     facts = []
     for _ in range(FACTS):
@@ -94,7 +94,7 @@ def draw_facts(rng: Random, text: str) -> list[Fact]:
 
 
 def _draw(rng: Random, kind: str, text: str, used: set[str]) -> str:
-    """A name that is not in the text, and none of whose words was used before."""
+    """A name that is not in the text, without words that were used before."""
     while True:
         if kind == "number":
             parts = [str(rng.randrange(10_000, 100_000))]
@@ -107,7 +107,7 @@ def _draw(rng: Random, kind: str, text: str, used: set[str]) -> str:
 
 
 class _Haystack:
-    """A text that is repeated or cut to a length, and in which sentences are hidden."""
+    """A text that is repeated or cut to a length, and hides sentences."""
 
     def __init__(self, text: str, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self._text = text
@@ -121,9 +121,13 @@ class _Haystack:
             )
 
     def hide(self, sentences: list[str], depths: list[float], max_tokens: int, start: float) -> str:
-        """The text from ``start`` on (0 to 1), cut to ``max_tokens`` with its hidden sentences.
+        """The text with hidden sentences, ``max_tokens`` tokens long.
 
-        Each goes between the two sentences next to its depth, from 0 to 1.
+        Args:
+            sentences: sentences to hide.
+            depths: position of each between sentences of the text, from 0 to 1.
+            max_tokens: length of the result in tokens.
+            start: position from 0 to 1 at which the text begins; its beginning follows its end.
         """
         at = self._starts[int(start * len(self._starts))]
         turned = f"{self._text[at:]}\n\n{self._text[:at]}".strip()
@@ -135,7 +139,7 @@ class _Haystack:
             excess = len(encode_literal(hidden, self._tokenizer)) - max_tokens
             if excess <= 0:
                 return hidden
-            room -= excess  # a sentence can meet its neighbours in a token more
+            room -= excess  # joined sentences can have more tokens than their parts
         raise InvalidParameterError(
             f"context_tokens={max_tokens} leaves no room for a text around {FACTS} facts: "
             f"give at least {max_tokens - room + 100}"

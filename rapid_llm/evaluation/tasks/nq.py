@@ -1,7 +1,7 @@
 """Natural Questions of Lost in the Middle (Liu et al. 2023, arXiv 2307.03172).
 
-The passage with the answer stands at a random place among passages of other questions. The prompt
-and the score (``best_subspan_em``, here ``contains``, of the answer's first line) are those of its
+The passage with the answer is at a random position among passages of other questions. Prompt and
+score (``best_subspan_em``, here ``contains``, of the answer's first line) are those of its
 repository, nelson-liu/lost-in-the-middle; a local file is its ``nq-open-oracle.jsonl.gz``.
 """
 
@@ -34,7 +34,7 @@ class _Row(BaseModel):
 
     @model_validator(mode="after")
     def _has_gold(self) -> _Row:
-        alone = len(self.ctxs) == 1  # and then it need not be marked
+        alone = len(self.ctxs) == 1  # a single passage need not be marked
         self.ctxs = [one for one in self.ctxs if (alone if one.isgold is None else one.isgold)]
         if not self.ctxs:
             raise ValueError("'ctxs' has no passage with isgold")
@@ -42,7 +42,7 @@ class _Row(BaseModel):
 
 
 def load(source: Source) -> Task:
-    """The first questions of the file."""
+    """Load the first questions of the file."""
     path = locate(source.data, "nq-open-oracle.jsonl.gz")
     rows = list(read_rows(path, _Row))
     gold = [row.ctxs[0] for row in rows]
@@ -69,5 +69,5 @@ def load(source: Source) -> Task:
 
 
 def _score(item: Item, answer: str) -> dict[str, float]:
-    # Only the first line: a model that copies its text would otherwise hold every answer.
+    # Only the first line, because a model that copies its text would give every answer.
     return squad.score(item, answer.split("\n")[0])

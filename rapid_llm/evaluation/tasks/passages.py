@@ -1,4 +1,4 @@
-"""Passages joined to a context of a given length, as the benchmarks make short texts long."""
+"""Join passages to a context of a given length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEPTHS = ("0–20 %", "20–40 %", "40–60 %", "60–80 %", "80–100 %")
 
 
 class Passages:
-    """The passages of a file, to fill contexts of ``source.context_tokens`` with."""
+    """The passages of a file, of which contexts of ``source.context_tokens`` tokens are made."""
 
     def __init__(self, path: Path, texts: Sequence[str], source: Source) -> None:
         self._path, self._texts, self._source = path, texts, source
@@ -25,14 +25,19 @@ class Passages:
     def fill(
         self, kept: Sequence[str], banned: AbstractSet[int], draw: str
     ) -> tuple[list[str], str]:
-        """Whole passages around texts that have to be there, and the first one's depth.
+        """Fill a context with randomly drawn passages around required texts.
 
-        ``kept`` come in this order, at random places; passages at ``banned`` indices are not drawn,
-        and ``draw`` seeds the draws, beside the source's seed.
+        Args:
+            kept: required texts, placed in this order at random positions.
+            banned: indices of passages that are not drawn.
+            draw: seed of the draws, in addition to the source's.
+
+        Returns:
+            The passages in order, and the depth group of the first required text.
 
         Raises:
-            InvalidParameterError: the kept texts are longer than the context.
-            DataError: all that may be drawn is shorter than the context.
+            InvalidParameterError: the required texts are longer than the context.
+            DataError: all passages together are shorter than the context.
         """
         rng, tokens = Random(f"{self._source.seed}/{draw}"), self._source.context_tokens or 0
         room = tokens - sum(map(self._length, kept))
@@ -65,5 +70,5 @@ class Passages:
 
 
 def depth_group(depth: float) -> str:
-    """The fifth of a context in which a depth from 0 (its beginning) to 1 lies."""
+    """Name of the fifth of a context that a depth from 0 (its beginning) to 1 is in."""
     return DEPTHS[min(int(depth * len(DEPTHS)), len(DEPTHS) - 1)]

@@ -1,7 +1,7 @@
 """Questions of a file in SQuAD's format (Rajpurkar et al. 2016), on paragraphs joined to a length.
 
-The paragraph with the answer stands at a random place among others of the same file. Scores are
-those of the SQuAD v1.1 script, and whether the answer holds a reference.
+The paragraph with the answer is at a random position among others of the same file. Scores are
+those of the SQuAD v1.1 script, and whether the answer contains a reference.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _File(BaseModel):
 
 
 def load(source: Source) -> Task:
-    """Random questions of the file; those of SQuAD 2.0 without an answer are left out."""
+    """Load random questions of the file; those without an answer (SQuAD 2.0) are left out."""
     path = locate(source.data, "a file in SQuAD's format")
     articles = read_object(path, _File).data
     paragraphs = [paragraph for article in articles for paragraph in article.paragraphs]
@@ -62,7 +62,7 @@ def load(source: Source) -> Task:
         for question in paragraph.qas
         if not question.is_impossible
     ]
-    # A file goes from paragraph to paragraph, and the first questions would be on a few of them.
+    # The first questions of a file are all on the first few paragraphs.
     Random(source.seed).shuffle(questions)
     items = []
     for gold, row in questions[: source.limit]:
@@ -82,6 +82,6 @@ def load(source: Source) -> Task:
 
 
 def score(item: Item, answer: str) -> dict[str, float]:
-    """What :data:`METRICS` names."""
+    """Scores of an answer, by the names of :data:`METRICS`."""
     scorers = {"contains": contains, "exact_match": exact_match, "f1": token_f1}
     return {name: scorer(answer, item.references) for name, scorer in scorers.items()}

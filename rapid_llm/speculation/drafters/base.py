@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.session import PrefillProgress
+from rapid_llm.engine.steps import Steps
 from rapid_llm.speculation.schedule import Prior
 from rapid_llm.stats import Origin
 
@@ -39,8 +40,8 @@ class Drafter(Protocol):
     def prompt_tokens(self) -> int:
         """Number of tokens in the drafter's prompt; 0 if it has none."""
 
-    def prefill(self, progress: PrefillProgress | None) -> None:
-        """Read the prompt; called once, before the first draft."""
+    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
+        """Read the prompt, once, before the first draft."""
 
     @property
     def prior(self) -> Prior:
@@ -49,7 +50,7 @@ class Drafter(Protocol):
     def cost(self) -> PassCost:
         """Cost of a forward pass in seconds; called after the prefill."""
 
-    def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
+    def drafting(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Steps[Draft]:
         """Propose tokens after the output so far.
 
         Args:

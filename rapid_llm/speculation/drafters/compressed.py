@@ -23,6 +23,7 @@ from rapid_llm.engine.attention import attend
 from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import PrefillProgress, Session
+from rapid_llm.engine.steps import Steps
 from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.drafters.rag import RagDrafter
@@ -103,7 +104,7 @@ class CompressedDrafter(RagDrafter, ABC):
         room = target.cache.capacity - len(prompt)
         cache = runner.new_cache(min(len(prompt), BUDGET) + room)
         super().__init__(
-            Session(runner, cache),
+            Session(runner, cache, joined=target.joined),
             prompt,
             sampler,
             runner.vocab_size,
@@ -119,8 +120,9 @@ class CompressedDrafter(RagDrafter, ABC):
     def _kept(self) -> list[Tensor]:
         """Positions that each layer keeps, ascending: int64 ``[kv_heads, kept]``."""
 
-    def prefill(self, progress: PrefillProgress | None) -> None:
+    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
         """Copy the kept KV from the target."""
+        yield from ()  # no pass
         whole, kept = self._target.cache, self._session.cache
         kept.rollback(0)
         if whole.length == 0:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.session import PrefillProgress
+from rapid_llm.engine.steps import Steps
 from rapid_llm.speculation.constraints import Matcher
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.schedule import GUESS
@@ -119,11 +120,15 @@ class PromptLookupDrafter:
     def prompt_tokens(self) -> int:
         return 0
 
-    def prefill(self, progress: PrefillProgress | None) -> None:
-        pass
+    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
+        yield from ()
 
     def cost(self) -> PassCost:
         return PassCost(0.0, 0.0)
+
+    def drafting(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Steps[Draft]:
+        yield from ()  # no pass
+        return self.draft(output, gamma, look_ahead=look_ahead)
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
         """Propose tokens, see :class:`.base.Drafter`; the draft is empty if nothing was found."""

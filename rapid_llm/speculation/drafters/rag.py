@@ -14,6 +14,7 @@ from rapid_llm.engine.costs import PassCost, pass_cost
 from rapid_llm.engine.device import FEW_TOKENS, NextMask
 from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS
 from rapid_llm.engine.session import PrefillProgress, Session
+from rapid_llm.engine.steps import DraftAlone, Extend, Steps, alone
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.drafters.lookup import SIZES, NgramIndex
@@ -88,9 +89,14 @@ class RagDrafter:
         return len(self._prompt)
 
     def prefill(self, progress: PrefillProgress | None) -> None:
+        """Run :meth:`reading` by itself."""
+        alone(self.reading(progress))
+
+    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
         # All but the last token, which the first draft reads, when its logits are needed.
         last = self._session.runner.vocab_size - 1
-        self._session.prefill([min(token, last) for token in self._prompt[:-1]], progress)
+        tokens = [min(token, last) for token in self._prompt[:-1]]
+        yield from self._session.reading(tokens, progress)
 
     def cost(self) -> PassCost:
         return self._cost
@@ -107,6 +113,10 @@ class RagDrafter:
         return FixedSchedule(self._gamma)
 
     def draft(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
+        """Run :meth:`drafting` by itself."""
+        return alone(self.drafting(output, gamma, look_ahead=look_ahead))
+
+    def drafting(self, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Steps[Draft]:
         """Propose tokens in at most γ (or γ+1) forward passes, see :class:`.base.Drafter`.
 
         The draft is empty where the output has a token that the model lacks, or has reached its
@@ -144,17 +154,19 @@ class RagDrafter:
                 drafted += len(forced)
                 origins += ["grammar" for _ in certain]
                 continue
-            pending = self._read_all_but_few(pending)
+            pending = yield from self._read_all_but_few(pending)
             # With a longer guess the pass would not use the quantized weights.
             limit = min(gamma - drafted - 1, MAX_QUANTIZED_ROWS - len(pending))
             guess = self._guess(sequence, tokens, limit)
-            looped = None if len(guess) else self._loop(pending, gamma - drafted, known)
+            looped = None
+            if len(guess) == 0:
+                looped = yield from self._loop(pending, gamma - drafted, known)
             if looped is not None:
                 new, q = looped
                 origins += ["draft" for _ in new]
             else:
                 read = torch.cat([pending, guess])
-                q = self._read(read, torch.cat([tokens, guess]), len(guess) + 1)
+                q = yield from self._read(read, torch.cat([tokens, guess]), len(guess) + 1)
                 new = self._check(q, guess)
                 origins += ["lookup" for _ in new[1:]]
                 origins.append("draft")
@@ -164,20 +176,21 @@ class RagDrafter:
             drafted += len(new)
             unsure = self._min_confidence > 0 and self._is_unsure(rows[-1], new)
         if look_ahead:
-            rows.append(self._read(self._read_all_but_few(pending), tokens, 1))
+            pending = yield from self._read_all_but_few(pending)
+            rows.append((yield from self._read(pending, tokens, 1)))
             passes += 1
         return Draft(tokens, torch.cat(rows), passes, origins)
 
-    def _read_all_but_few(self, pending: Tensor) -> Tensor:
+    def _read_all_but_few(self, pending: Tensor) -> Steps[Tensor]:
         """Read tokens until few are pending, which one pass can read."""
         while len(pending) > FEW_TOKENS:  # after rounds without a draft, or many forced tokens
-            self._extend(pending[:FEW_TOKENS], 1)
+            yield self._extend(pending[:FEW_TOKENS], 1)
             pending = pending[FEW_TOKENS:]
         return pending
 
     def _loop(
         self, pending: Tensor, steps: int, drafted: list[int]
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> Steps[tuple[Tensor, Tensor] | None]:
         """Draft at most ``steps`` tokens without the host; None where the host must take part.
 
         With a constraint the host takes part between the steps, and the draft ends before a token
@@ -195,7 +208,10 @@ class RagDrafter:
             return None
         pending = self._readable(pending)
         masks = self._masks(drafted)
-        return self._session.draft(pending, steps, self._choice, self._sampler.generator, masks)
+        looped: tuple[Tensor, Tensor] | None = yield DraftAlone(
+            self._session, pending, steps, self._choice, self._sampler.generator, masks
+        )
+        return looped
 
     def _masks(self, drafted: list[int]) -> NextMask | None:
         """The constraint's masks for a draft loop after drafted tokens; None without one."""
@@ -234,13 +250,13 @@ class RagDrafter:
             guess = self._sampler.constraint.legal(tokens.tolist(), guess)
         return self._session.runner.tensor(guess)
 
-    def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Tensor:
+    def _read(self, pending: Tensor, drafted: Tensor, keep: int) -> Steps[Tensor]:
         """Read tokens; distributions q after the last ``keep`` of them, ``[keep, vocab]``."""
-        logits = self._fit(self._extend(pending, keep))
+        logits = self._fit((yield self._extend(pending, keep)))
         return self._sampler.scores(logits, drafted).softmax(dim=-1)
 
-    def _extend(self, tokens: Tensor, keep: int) -> Tensor:
-        return self._session.extend(self._readable(tokens), keep)
+    def _extend(self, tokens: Tensor, keep: int) -> Extend:
+        return Extend(self._session, self._readable(tokens), keep, purpose="draft")
 
     def _readable(self, tokens: Tensor) -> Tensor:
         # Replace padding ids of the target's vocabulary that this model lacks by its last id. Its

@@ -1,4 +1,4 @@
-"""The decoder's rounds as LlamaIndex's responses: each is the answer so far."""
+"""Convert the decoder's deltas to LlamaIndex's responses, each with the answer so far."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from rapid_llm.tools.calls import ToolCall
 
 Response = TypeVar("Response", CompletionResponse, ChatResponse)
-"""A response of LlamaIndex's."""
+"""Response type of LlamaIndex."""
 
 _Response = TypeVar("_Response", CompletionResponse, ChatResponse, covariant=True)
 
 
 class Reader(Protocol, Generic[_Response]):
-    """Reads one answer, a round at a time."""
+    """Builds the responses of one answer, one per delta."""
 
     def push(self, delta: Delta, raw: dict[str, Any]) -> _Response:
-        """The answer so far, after a round.
+        """Add a delta and return the response so far.
 
         Args:
-            delta: the round.
-            raw: what the response says of itself.
+            delta: delta of the decoder.
+            raw: ``raw`` of the response.
         """
 
 
 class TextReader:
-    """Reads the answer of a completion."""
+    """Builds the responses of a completion."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -54,10 +54,10 @@ class TextReader:
 
 
 class ChatReader:
-    """Reads the answer of a chat: reasoning, text, and calls of tools.
+    """Builds the responses of a chat: reasoning, text and tool calls.
 
     Args:
-        stream: tells them apart; None where all of it is text.
+        stream: parser of reasoning and tool calls; None where the answer is only text.
     """
 
     def __init__(self, stream: AnswerStream | None = None) -> None:
@@ -101,7 +101,7 @@ class ChatReader:
             )
             for call in calls
         ]
-        # LlamaIndex's programs look for the calls of a stream here.
+        # LlamaIndex's programs read the calls of a stream from here.
         known = {"tool_calls": [as_openai(call) for call in calls]} if calls else {}
         return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=known)
 
@@ -124,7 +124,7 @@ def arguments(call: ToolCall, cut: bool) -> dict[str, Any] | str:
 
 
 def from_partial_json(text: str) -> Any:
-    """What the beginning of a JSON text says; None where it says nothing yet."""
+    """Value of an incomplete JSON text; None where it has no value yet."""
     try:
         return from_json(text, allow_partial="trailing-strings")
     except ValueError:

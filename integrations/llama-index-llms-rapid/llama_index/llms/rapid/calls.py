@@ -1,4 +1,4 @@
-"""One call of the decoder: its prompts and options, and its responses as LlamaIndex's."""
+"""One call of the decoder: its prompts and options, and its stream of LlamaIndex's responses."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _numbers = count()
 
 @dataclass(frozen=True)
 class Call(Generic[Response]):
-    """What goes to the decoder, and what goes into the response beside its answer.
+    """Arguments of the decoder, and values for the response that the decoder does not know.
 
     Attributes:
         decoder: the models.
         target: the target's prompt.
-        draft: the drafter's; None without one.
-        options: how to generate.
-        confidence: of the retrieval, in [0, 1].
-        draft_skipped: why there is no draft, where the pipeline knows; else the decoder says it.
-        omitted_tokens: tokens of the documents that ``truncate`` left out.
-        notes: what ``raw["rapid"]`` shows beside the statistics.
-        reports: of the engines' answers that this call belongs to.
-        reader: makes what reads the answer.
-        number: tells it from other calls in a report.
+        draft: the drafter's prompt; None without one.
+        options: options of the call.
+        confidence: confidence of the retrieval, in [0, 1].
+        draft_skipped: reason of the pipeline why there is no draft; None leaves it to the decoder.
+        omitted_tokens: number of the documents' tokens that ``truncate`` left out.
+        notes: entries of ``raw["rapid"]`` in addition to the statistics.
+        reports: reports of the engines' answers that this call belongs to.
+        reader: factory of readers of the answer.
+        number: number of the call, unique in a report.
     """
 
     decoder: RapidDecoder
@@ -53,14 +53,15 @@ class Call(Generic[Response]):
     number: int = field(default_factory=partial(next, _numbers))
 
     def stream(self) -> Generator[Response, None, None]:
-        """A response a round. Errors of the prompts do not wait for the first one."""
+        """Stream a response per round; errors of the prompts are raised at once."""
         self._record(Stats())
         return self._responses(self.decoder.stream(self.target, self.draft, **self._arguments))
 
     def astream(self) -> AsyncGenerator[Response, None]:
-        """:meth:`stream` for asyncio."""
+        """:meth:`stream` for asyncio; calls that are awaited together are answered at once."""
         self._record(Stats())
-        return self._aresponses(self.decoder.astream(self.target, self.draft, **self._arguments))
+        stream = self.decoder.scheduler.astream(self.target, self.draft, **self._arguments)
+        return self._aresponses(stream)
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -71,21 +72,21 @@ class Call(Generic[Response]):
             "chat_template_kwargs": self.options.engine.chat_template_kwargs,
         }
 
-    def _responses(self, chunks: Iterator[Delta]) -> Generator[Response, None, None]:
+    def _responses(self, deltas: Iterator[Delta]) -> Generator[Response, None, None]:
         reader = self.reader()
-        with closing(cast(Any, chunks)):
-            for chunk in chunks:
-                yield reader.push(chunk, self._raw(chunk))
+        with closing(cast(Any, deltas)):
+            for delta in deltas:
+                yield reader.push(delta, self._raw(delta))
 
-    async def _aresponses(self, chunks: AsyncIterator[Delta]) -> AsyncGenerator[Response, None]:
+    async def _aresponses(self, deltas: AsyncIterator[Delta]) -> AsyncGenerator[Response, None]:
         reader = self.reader()
-        async with aclosing(cast(AsyncGenerator["Delta", None], chunks)):
-            async for chunk in chunks:
-                yield reader.push(chunk, self._raw(chunk))
+        async with aclosing(cast(AsyncGenerator["Delta", None], deltas)):
+            async for delta in deltas:
+                yield reader.push(delta, self._raw(delta))
 
-    def _raw(self, chunk: Delta) -> dict[str, Any]:
-        """What the response after a chunk says of itself."""
-        stats = self._record(chunk.stats)
+    def _raw(self, delta: Delta) -> dict[str, Any]:
+        """``raw`` of the response after a delta."""
+        stats = self._record(delta.stats)
         return {
             "usage": {
                 "prompt_tokens": stats.prompt_tokens,
@@ -93,12 +94,12 @@ class Call(Generic[Response]):
                 "total_tokens": stats.prompt_tokens + stats.completion_tokens,
                 "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
             },
-            "finish_reason": chunk.finish_reason,
+            "finish_reason": delta.finish_reason,
             "rapid": summary([(stats, self.notes)]),
         }
 
     def _record(self, stats: Stats) -> Stats:
-        """The decoder's statistics with what the pipeline knows, put into the reports."""
+        """Complete the decoder's statistics, and record them in the reports."""
         stats = replace(
             stats,
             draft_skipped=self.draft_skipped or stats.draft_skipped,
@@ -110,13 +111,13 @@ class Call(Generic[Response]):
 
 
 def last_of(responses: Iterator[Response]) -> Response:
-    """The whole answer."""
+    """The last response of a stream, with the whole answer."""
     *_, last = responses
     return last.model_copy(update={"delta": None})
 
 
 async def alast_of(responses: AsyncGenerator[Response, None]) -> Response:
-    """The whole answer."""
+    """:func:`last_of` for asyncio."""
     async with aclosing(responses):
         *_, last = [response async for response in responses]
     return last.model_copy(update={"delta": None})

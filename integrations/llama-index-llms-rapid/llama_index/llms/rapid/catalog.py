@@ -1,4 +1,4 @@
-"""Documents joined to full texts: the pages and sections of one file are one document."""
+"""Join Documents that are pages or sections of one file to full texts, found by id or metadata."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from llama_index.llms.rapid.fulltext import FullText
 from rapid_llm.errors import InvalidParameterError
 
 DocumentKey: TypeAlias = str | Callable[[BaseNode], object]
-"""Which Documents are one document: those of one value of a metadata key, or of a function."""
+"""Metadata key, or function of a Document, with equal values for the parts of one document."""
 
 _PAGE_KEYS = ("page_label", "page_number", "page")
 
 
 class Catalog:
-    """Documents joined to full texts, and found by ids, keys and metadata.
+    """Full texts joined from Documents, with lookups by id, key and metadata.
+
+    Args:
+        entries: ids and Documents or texts.
+        document_key: metadata key or function that joins Documents; None joins those of one file.
 
     Attributes:
-        texts: the full texts, in the order of their first part.
-        ids: by the id of any part.
-        keyed: by the value of ``document_key``.
+        texts: full texts, in the order of their first parts.
+        ids: full texts by the id of any part.
+        keyed: full texts by the value of ``document_key``.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Catalog:
             self._require_key(document_key)
 
     def having(self, key: str) -> dict[str, list[FullText]]:
-        """The full texts by the values that they have of a metadata key."""
+        """Full texts by their values of a metadata key."""
         values: dict[str, list[FullText]] = {}
         for text in self.texts:
             found = {
@@ -88,7 +92,7 @@ class Catalog:
 
 
 def group_of(part: str | BaseNode, document_key: DocumentKey | None) -> tuple[str, str] | None:
-    """What the parts of one document have in common; None if it is one by itself."""
+    """Kind and value that the parts of one document share; None for a document of one part."""
     if not isinstance(part, BaseNode):
         return None
     if document_key is not None:
@@ -104,11 +108,12 @@ def group_of(part: str | BaseNode, document_key: DocumentKey | None) -> tuple[st
 
 
 def key_value(node: BaseNode, document_key: DocumentKey) -> object:
+    """Value of a document key for a node."""
     return node.metadata.get(document_key) if isinstance(document_key, str) else document_key(node)
 
 
 def _require_one_file(name: str, parts: Sequence[str | BaseNode]) -> None:
-    """Two files of one name in two folders must not be taken for one."""
+    """Refuse pages that may be from two files of the same name in different folders."""
     labels = Counter(p.metadata["page_label"] for p in parts if isinstance(p, BaseNode))
     twice = [label for label, count in labels.items() if count > 1]
     if twice:

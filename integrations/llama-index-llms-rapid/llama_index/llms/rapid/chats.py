@@ -1,4 +1,4 @@
-"""The call that answers a chat: its prompts, the tools it may call, and the form of its answer."""
+"""Build the call that answers a chat: its prompts, tools and response format."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from rapid_llm.tools.definitions import ChatOptions
 
 ARGUMENTS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
-"""Arguments of a chat that say which tools there are, and what form the answer has."""
+"""Arguments of a chat for tools and the response format."""
 
 
 def taken_options(arguments: dict[str, Any]) -> ChatOptions:
-    """Take the tools and the form of the answer out of the arguments of a chat.
+    """Remove tools and response format from the arguments of a chat, and return them.
 
     Raises:
         InvalidParameterError: they are malformed, or exclude each other.
-        MissingDependencyError: there are some, and llguidance is not installed.
+        MissingDependencyError: any are given, and llguidance is not installed.
     """
     from rapid_llm.tools.definitions import ChatOptions
 
@@ -46,10 +46,10 @@ def taken_options(arguments: dict[str, Any]) -> ChatOptions:
 
 
 def as_openai_tool(tool: BaseTool | Mapping[str, Any]) -> dict[str, Any]:
-    """A tool in OpenAI's form.
+    """Convert a tool to OpenAI's form.
 
     Raises:
-        InvalidParameterError: it is no tool.
+        InvalidParameterError: it is not a tool.
     """
     if isinstance(tool, Mapping):
         return dict(tool)
@@ -73,20 +73,20 @@ def chat_call(
     writer: PromptWriter,
     grounded: Callable[[Callable[[str], Prompt], str, Options], Call[Any]],
 ) -> Call[ChatResponse]:
-    """The call that answers a chat.
+    """Build the call that answers a chat.
 
     Args:
-        messages: the target's.
-        draft_messages: the drafter's; None without a draft.
-        asked: tools, and form of the answer.
-        options: how to generate.
+        messages: messages of the target's prompt.
+        draft_messages: messages of the drafter's prompt; None without a draft.
+        asked: tools and response format.
+        options: options of the call.
         decoder: the models.
-        writer: of the target's prompts.
-        grounded: makes the call where the messages show retrieved text, from what writes a prompt
-            around a text, this text, and the options.
+        writer: writer of the model's prompts.
+        grounded: function that builds the call for messages with retrieved text. Its arguments are
+            a function from a text to the prompt with it, the retrieved text, and the options.
 
     Raises:
-        InvalidParameterError: tools or a form that this model cannot be held to.
+        InvalidParameterError: tools or a response format that cannot be enforced on this model.
     """
     begun, context = messages, None
     if isinstance(messages, FilledMessages) and messages.context is not None:
@@ -107,7 +107,7 @@ def chat_call(
         draft,
         options,
         notes={"dropped_messages": dropped(whole, target)},
-        # A template without a context, or a text, condenses, reranks or extracts.
+        # A template without retrieved text does not answer: it condenses, reranks or extracts.
         reports=() if isinstance(messages, FilledMessages) else reports(),
         reader=reader,
     )
@@ -120,12 +120,12 @@ def _formed(
     decoder: RapidDecoder,
     writer: PromptWriter,
 ) -> tuple[Options, Callable[[], ChatReader]]:
-    """The options with what tools and form ask for, and what reads the answer."""
+    """Options with the constraint of tools and response format, and a factory of readers."""
     if not writer.uses_template:
         return _held(options, asked), ChatReader
     from rapid_llm.chat import template_of
+    from rapid_llm.tool_formats import reasoning_of
     from rapid_llm.tools.answers import prepare
-    from rapid_llm.tools.formats import reasoning_of
 
     chat = cast("Sequence[Message]", prompt)
     prepared = prepare(decoder.tokenizer, chat, asked, template_variables(decoder, options))
@@ -139,7 +139,7 @@ def _formed(
 
 
 def _held(options: Options, asked: ChatOptions) -> Options:
-    """Options of a chat that does not go through a chat template."""
+    """Options with the constraint of the response format, for a chat without a chat template."""
     if asked.checked_tools:
         raise InvalidParameterError(
             "tools cannot be shown to this model, as its prompts do not go through a chat template "

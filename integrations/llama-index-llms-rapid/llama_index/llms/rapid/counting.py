@@ -1,4 +1,4 @@
-"""LlamaIndex's token counts, in the model's own tokens."""
+"""Make LlamaIndex count tokens with the model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rapid_llm.surrogates import without_surrogates
 
 
 class ModelTokenizer:
-    """A model's tokenizer as LlamaIndex's budgets, splitters and memories call it."""
+    """A model's tokenizer as a function, for LlamaIndex's budgets, splitters and memories."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -23,7 +23,7 @@ class ModelTokenizer:
     def __call__(self, text: str) -> list[int]:
         """The token ids of a text, without BOS; lone surrogates in it count as U+FFFD."""
         text = without_surrogates(text)
-        if self.tokenizer.is_fast:  # without the checks of each call, as there are very many
+        if self.tokenizer.is_fast:  # skips the checks of each call, because there are very many
             backend = self.tokenizer.backend_tokenizer
             if backend.truncation or backend.padding:  # saved with it, or left by another call
                 backend.no_truncation()
@@ -33,10 +33,10 @@ class ModelTokenizer:
 
 
 def count_with(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let what is built from now on count in the tokens of this model.
+    """Set LlamaIndex's global tokenizer to a model's, unless the user has set one.
 
     LlamaIndex has one tokenizer for all (``Settings.tokenizer``), by default OpenAI's, which counts
-    far too few tokens where a model knows a language less well. One that the user has set stays.
+    far too few tokens for languages that the model's tokenizer handles less well.
     """
     current: object = llama_index.core.global_tokenizer
     if isinstance(current, ModelTokenizer) and current.tokenizer is tokenizer:
@@ -46,7 +46,7 @@ def count_with(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _is_default(tokenizer: object) -> bool:
-    """Whether it is the one that LlamaIndex takes by itself, at the first count."""
+    """Whether it is the tokenizer that LlamaIndex sets by default."""
     if not (isinstance(tokenizer, partial) and tokenizer.keywords == {"allowed_special": "all"}):
         return False
     return type(getattr(tokenizer.func, "__self__", None)).__module__.startswith("tiktoken")

@@ -1,4 +1,4 @@
-"""Documents of an LLM or synthesizer, and which of them a node is from."""
+"""The documents given to an LLM or synthesizer, and the lookup of a node's document."""
 
 from __future__ import annotations
 
@@ -22,30 +22,34 @@ DocumentSource: TypeAlias = (
     | BaseDocumentStore
     | Callable[[str], str | BaseNode | None]
 )
-"""Where the full texts are: one text or document, several documents, a mapping from their ids, a
-docstore that holds them, or a function."""
+"""Source of full texts: one text or document, several documents, a mapping from ids, a docstore, or
+a function."""
 
 _STABLE_KEYS = ("file_path", "url", "file_name")
-"""Metadata that tell a document from others when ids have changed, the surest first."""
+"""Metadata that identify a document when ids have changed, the most reliable first."""
 
 _ID, _OWN = "ref_doc_id", "node_id"
 
 
 class Library:
-    """The documents that were given, in whatever form.
+    """The given documents, in any form.
 
     Documents with the same ``file_path`` are the pages or sections of one file, and so are those
-    with a ``page_label`` and the same ``file_name``; ``document_key`` says otherwise. Pages come in
-    the order of their numbers if each has one of its own, else parts come as they were given.
+    with a ``page_label`` and the same ``file_name``; ``document_key`` overrides this. Pages are in
+    the order of their numbers if each has a different one; other parts are in the given order.
 
     Ids are compared as text. A node's document is the first that is found by: ``document_key``;
     the node's ``ref_doc_id``; its own id; its ``file_path``, ``url`` or ``file_name`` (the first
-    that the documents have too); its text, if only one document holds it.
+    that the documents have too); its text, if only one document contains it.
 
     Args:
-        source: the full texts.
-        document_key: metadata key, or function of a Document or node, whose value is common to the
-            parts of one document; None is the rule above.
+        source: source of the full texts.
+        document_key: metadata key, or function of a Document or node, with equal values for the
+            parts of one document; None for the rule above.
+
+    Attributes:
+        only: the single text that was given, the document of every node; None for other sources.
+        function: the function that was given; None for other sources.
 
     Raises:
         InvalidParameterError: the source is of another type; two Documents that are not of one
@@ -61,9 +65,7 @@ class Library:
             )
         self._key = document_key
         self.only: FullText | None = None
-        """The one text that was given; every node that is from a document is from it."""
         self.function: Callable[[str], str | BaseNode | None] | None = None
-        """What was given instead of documents, if it was a function."""
         self._source: _Source | None = None
         if isinstance(source, BaseNode):
             source = [source]
@@ -87,20 +89,20 @@ class Library:
 
     @property
     def listed(self) -> bool:
-        """Whether all documents can be listed; a function's cannot."""
+        """Whether all documents can be listed, which a function does not allow."""
         return self.function is None
 
     def all(self) -> list[FullText]:
-        """Every document, in the order that they were given; of a function, none."""
+        """All documents in the given order; none for a function."""
         if self.only is not None:
             return [self.only]
         return self._catalog.texts if self._source else []
 
     def source(self, node: BaseNode) -> FullText | None:
-        """The document that a node is from; None if the node does not say and none holds it.
+        """The document of a node; None if the node names none and no document contains its text.
 
         Raises:
-            DocumentError: the node says which document it is from, and there is no such document.
+            DocumentError: the node names a document that does not exist.
         """
         if self.only is not None:
             own = node.ref_doc_id is None and not isinstance(node, Document)
@@ -132,7 +134,7 @@ class Library:
         )
 
     def now(self) -> Library:
-        """The documents as they are now, for one question."""
+        """The documents in their current state, for one question."""
         if self._state() == self._made_from:
             return self
         fresh = copy.copy(self)
@@ -140,14 +142,14 @@ class Library:
         return fresh
 
     def _names(self, node: BaseNode) -> Iterator[tuple[str, object]]:
-        """What a node says of its document, and how it is called in an error."""
+        """Ids in a node that may name its document, each with a label for errors."""
         if self._key is not None:
             label = self._key if isinstance(self._key, str) else "document_key"
             yield label, key_value(node, self._key)
         yield (_OWN, node.node_id) if node.ref_doc_id is None else (_ID, node.ref_doc_id)
 
     def _find(self, name: str, surely: bool = False) -> FullText | None:
-        """The document of that id; where it is merely a guess, a function may fail at it."""
+        """The document of an id; a function's errors are ignored unless it is ``surely`` an id."""
         if self._key is not None and self._source and (found := self._catalog.keyed.get(name)):
             return found
         part = None
@@ -166,7 +168,7 @@ class Library:
 
     def _by_metadata(self, node: BaseNode, tried: dict[str, str]) -> FullText | None:
         known = node.metadata
-        if node.source_node is not None:  # as it was when the document was split
+        if node.source_node is not None:  # metadata of the document when it was split
             known = node.source_node.metadata | known
         for key in _STABLE_KEYS:
             if known.get(key) is None:
@@ -196,7 +198,7 @@ class Library:
         return Catalog(self._source.entries(), self._key)
 
     def _state(self) -> object:
-        """What is read of a list, to see whether it has changed; of others that is not known."""
+        """Content of a list, to detect changes; a new object for sources that are not tracked."""
         return self._source.state() if isinstance(self._source, _Listed) else object()
 
 
@@ -204,10 +206,10 @@ class _Source(Protocol):
     """Documents that can be listed."""
 
     def get(self, name: str) -> str | BaseNode | None:
-        """One by its id, if that is quicker than listing them."""
+        """The document of an id; None if it is found by listing only."""
 
     def entries(self) -> Iterable[tuple[str, str | BaseNode]]:
-        """All of them, with their ids."""
+        """All documents with their ids."""
 
 
 class _Listed(_Source):

@@ -1,4 +1,4 @@
-"""rapid-llm's embedding models as LlamaIndex's."""
+"""RapidEmbedding: rapid-llm's embedding models for LlamaIndex."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class RapidEmbedding(BaseEmbedding):
     Vectors have unit length. Copies share the loaded model; a pickle loads it anew.
 
     Args:
-        model_name: any that :func:`rapid_llm.context.load_embedder` takes: ``all-minilm-l6-v2``
+        model_name: name that :func:`rapid_llm.context.load_embedder` takes: ``all-minilm-l6-v2``
             (packaged), a hub id or a folder. By default the packaged one, or BGE-M3 where it is not
             installed.
-        embed_batch_size: texts that the model reads at a time.
-        device: the model's device; None takes the first accelerator, or the CPU.
-        fields: those of LlamaIndex's ``BaseEmbedding``.
+        embed_batch_size: number of texts that the model reads at a time.
+        device: device of the model; None takes the first accelerator, or the CPU.
+        fields: other fields of LlamaIndex's ``BaseEmbedding``.
 
     Raises:
         ModelError: at the first use, the model cannot be found or loaded.
         MissingDependencyError: at the first use, a package that it needs is not installed.
     """
 
-    device: str | None = Field(default=None, description="The model's device.")
+    device: str | None = Field(default=None, description="Device of the model.")
 
     _embedder: LazyEmbedder = PrivateAttr()
 
@@ -74,6 +74,6 @@ class RapidEmbedding(BaseEmbedding):
         return await in_thread(lambda: self._get_text_embeddings(texts))
 
     def _current(self) -> LazyEmbedder:
-        """The embedder that the fields name, also after they were changed."""
+        """The embedder named by the fields, which may have changed."""
         self._embedder = self._embedder.named(self.model_name, self.device)
         return self._embedder

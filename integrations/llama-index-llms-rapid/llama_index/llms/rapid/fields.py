@@ -20,16 +20,16 @@ from rapid_llm.options import by_name, options_of, pydantic_fields, sorted_into
 _GROUPS = (SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig)
 
 _LEFT_OUT = options_of(RetrievalConfig).keys() - {"truncate", "on_empty", "order"}
-"""What the pipeline's own index and retriever decide."""
+"""Options that the pipeline's own index and retriever decide."""
 
 _FIELD_NAMES = {"max_new_tokens": "max_tokens"}
-"""Fields that LlamaIndex calls otherwise."""
+"""Names of fields in LlamaIndex that differ from rapid_llm's."""
 
 KNOWN = {name: each for name, each in options_of(*_GROUPS).items() if name not in _LEFT_OUT}
 """The options by rapid_llm's names."""
 
 WORDS = frozenset(KNOWN) | {word for each in KNOWN.values() for word in each.option.aliases}
-"""Every word by which one of them is taken."""
+"""All names and aliases of the options."""
 
 # Any: mypy knows no base class that is made at run time.
 OptionFields: Any = create_model(
@@ -43,13 +43,13 @@ OptionFields: Any = create_model(
 
 @dataclass(frozen=True)
 class Options:
-    """How to answer one call.
+    """Options of one call.
 
     Attributes:
-        sampling: how tokens are drawn.
-        speculation: how drafts are made and judged.
-        engine: the models; ``chat_template_kwargs`` are the object's and the call's.
-        retrieval: of it ``truncate``, ``on_empty`` and ``order``.
+        sampling: sampling options.
+        speculation: speculation options.
+        engine: engine options; ``chat_template_kwargs`` are the object's and the call's.
+        retrieval: retrieval options ``truncate``, ``on_empty`` and ``order``.
     """
 
     sampling: SamplingParams
@@ -59,7 +59,7 @@ class Options:
 
 
 def as_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Checked options under the names of :data:`OptionFields`.
+    """Validate options and return them by the names of :data:`OptionFields`.
 
     Raises:
         InvalidParameterError: an unknown name, an option given twice, or a value outside its range.
@@ -72,12 +72,12 @@ def as_fields(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_of_call(fields: object, call: Mapping[str, Any]) -> Options:
-    """The options of an object with :data:`OptionFields`, and a call's before them.
+    """Options of an object with :data:`OptionFields`, overridden by those of a call.
 
     Args:
         fields: the object.
-        call: by name. None leaves the object's value, but where None is a value (``seed``,
-            ``repetition_penalty``, ``timeout``, ``truncate``).
+        call: options of the call by name. None leaves the object's value, except where None is a
+            value (``seed``, ``repetition_penalty``, ``timeout``, ``truncate``).
 
     Raises:
         InvalidParameterError: as :func:`as_fields`; or an option belongs to loaded models.

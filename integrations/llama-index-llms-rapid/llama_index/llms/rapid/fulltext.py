@@ -1,4 +1,4 @@
-"""Full text of a document, as the target reads it."""
+"""The full text of a document for the target, joined from its parts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rapid_llm.errors import DocumentError
 
 @dataclass(frozen=True)
 class FullText:
-    """One document as the target reads it: one text, or the parts of one file in their order.
+    """One document for the target: one text, or the parts of one file in order.
 
     Attributes:
-        name: the Document's id, or what its parts have in common (the file's path).
-        parts: texts, or Documents, which are read as the pipeline shows its nodes to an LLM: with
-            their metadata, except for ``excluded_llm_metadata_keys``.
+        name: id of the Document, or the value that its parts share (the file's path).
+        parts: texts or Documents. Documents are read like nodes in LlamaIndex's prompts: with their
+            metadata, except for ``excluded_llm_metadata_keys``.
 
     Raises:
-        DocumentError: a part is neither.
+        DocumentError: a part is neither text nor a Document.
     """
 
     name: str
@@ -39,7 +39,7 @@ class FullText:
 
     @property
     def file(self) -> str | None:
-        """The path, or else the name, of the file that it is from; None if it does not say."""
+        """Path, or else name, of the document's file in its metadata; None if there is none."""
         first = self.parts[0] if self.parts else None
         if not isinstance(first, BaseNode):
             return None
@@ -48,7 +48,7 @@ class FullText:
 
     @property
     def shown(self) -> str:
-        """What the target reads: the parts but for blank ones, joined by blank lines."""
+        """Text for the target: the parts that are not blank, joined by blank lines."""
         return SEPARATOR.join(
             _content(part, MetadataMode.LLM)
             for part in self.parts
@@ -57,33 +57,33 @@ class FullText:
 
     @cached_property
     def body(self) -> str:
-        """The text without metadata, every white space a single blank: passages are found in it."""
+        """Text without metadata and with single blanks as white space, to search for passages."""
         return " ".join(" ".join(_content(p, MetadataMode.NONE).split()) for p in self.parts)
 
     @cached_property
     def bodies(self) -> frozenset[str]:
-        """As ``body``, of each part alone."""
+        """:attr:`body` of each part."""
         return frozenset(" ".join(_content(p, MetadataMode.NONE).split()) for p in self.parts)
 
     @cached_property
     def heads(self) -> frozenset[str]:
-        """The lines that are shown beside its text, every white space a single blank."""
+        """Lines of metadata that are shown with its text, with single blanks as white space."""
         return frozenset().union(*map(lines_around, self.parts))
 
     @cached_property
     def keys(self) -> frozenset[str]:
-        """The metadata keys of its parts."""
+        """Metadata keys of its parts."""
         return frozenset(
             key for part in self.parts if isinstance(part, BaseNode) for key in part.metadata
         )
 
     def denies(self, line: str) -> bool:
-        """Whether a line before a passage is metadata of another document than this one."""
+        """Whether a line before a passage is metadata of another document."""
         key, colon, _ = line.partition(":")
         return bool(colon) and key in self.keys and line not in self.heads
 
     def differs(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether a node's metadata are those of no part, but for keys that only one has."""
+        """Whether a node's metadata contradict those of every part."""
         return all(
             isinstance(part, BaseNode)
             and any(metadata.get(key, value) != value for key, value in part.metadata.items())
@@ -91,32 +91,32 @@ class FullText:
         )
 
     def holds(self, passage: str) -> bool:
-        """Whether a passage without metadata was cut out of it; white space does not matter."""
+        """Whether it contains a passage without metadata, ignoring white space."""
         return " ".join(passage.split()) in self.body
 
 
 def telling(passage: str, document: FullText) -> bool:
-    """Whether a passage is long enough to tell that it is from this document.
+    """Whether a passage is long enough to identify its document.
 
-    A few words may stand in a document by chance; they do not open it to the target, unless they
-    are all that there is in it.
+    A document may contain a few words by chance, so they do not identify it, unless they are a
+    whole part of it.
 
     Args:
-        passage: every white space in it a single blank.
-        document: holds the passage.
+        passage: passage with single blanks as white space.
+        document: document that contains the passage.
     """
     return len(passage.encode(errors="replace")) >= 24 or passage in document.bodies
 
 
 def lines_around(part: str | BaseNode) -> frozenset[str]:
-    """The lines that are shown beside its text, such as metadata."""
+    """Lines that are shown with a part's text, such as metadata."""
     return lines_of(
         _content(part, MetadataMode.LLM).replace(_content(part, MetadataMode.NONE), "", 1)
     )
 
 
 def lines_of(text: str) -> frozenset[str]:
-    """The lines of a text, every white space a single blank, but for blank ones."""
+    """Lines of a text that are not blank, with single blanks as white space."""
     return frozenset(" ".join(line.split()) for line in text.splitlines() if line.strip())
 
 

@@ -1,4 +1,4 @@
-"""Tool calls as LlamaIndex's programs, agents and selectors ask for them and read them."""
+"""LlamaIndex's interface for tool calls, which programs, agents and selectors use."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class ToolCalls(FunctionCallingLLM):
         """Arguments of ``chat``, checked before a model is loaded.
 
         Args:
-            tools: LlamaIndex's, or dicts in OpenAI's form.
+            tools: tools of LlamaIndex, or dicts in OpenAI's form.
             user_msg: message after the history.
             chat_history: messages before it.
-            verbose: accepted as LlamaIndex passes it.
+            verbose: argument of LlamaIndex without effect.
             allow_parallel_tool_calls: whether an answer may hold several calls.
-            tool_required: whether it has to be a call.
-            tool_choice: ``auto``, ``required``, ``none``, the name of a tool that has to be called,
+            tool_required: whether the answer must be a call.
+            tool_choice: ``auto``, ``required``, ``none``, the name of a tool that must be called,
                 or a choice in OpenAI's form; None follows ``tool_required``.
             kwargs: other arguments of ``chat``.
 
@@ -63,11 +63,11 @@ class ToolCalls(FunctionCallingLLM):
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
-        """The calls of an answer; of one that is still streaming, with the arguments so far.
+        """The calls of an answer, with the arguments so far while it is streaming.
 
         Raises:
-            InvalidParameterError: the answer was cut within a call; or it calls no tool, and
-                ``error_on_no_tool_call``.
+            InvalidParameterError: the answer was cut within a call, or calls no tool while
+                ``error_on_no_tool_call`` is set.
         """
         blocks = [b for b in response.message.blocks if isinstance(b, ToolCallBlock)]
         if not blocks and error_on_no_tool_call:

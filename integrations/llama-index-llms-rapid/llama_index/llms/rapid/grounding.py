@@ -1,4 +1,4 @@
-"""The two contexts of a question: what was retrieved, and the documents that it is from."""
+"""Contexts of drafter and target: retrieved text, and the documents that it is from."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rapid_llm.errors import DocumentError
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What was retrieved, and what the target reads for it.
+    """Contexts of both models for one question.
 
     Attributes:
         grounding: the drafter's context, and the documents.
-        beside: what the target reads after the documents, as it says more than they do: labels of
-            sources, summaries, answers to sub-questions; empty if there is nothing of the kind.
-        documents: the ids of what was read whole.
-        confidence: of the retrieval, in [0, 1].
+        beside: text for the target after the documents that they do not contain: labels of sources,
+            summaries, answers to sub-questions; empty if there is none.
+        documents: ids of the documents that are read whole.
+        confidence: confidence of the retrieval, in [0, 1].
     """
 
     grounding: Grounding
@@ -36,7 +36,7 @@ class Retrieved:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to read."""
+        """Whether there is no text to read."""
         return not self.grounding.texts and not self.beside
 
 
@@ -46,13 +46,19 @@ def ground_nodes(
     on_empty: OnEmpty = "empty",
     order: Order = "canonical",
 ) -> Retrieved:
-    """The contexts where the nodes are known.
+    """Contexts from retrieved nodes.
 
-    A node of no document is read as it is, behind the documents or, in the order given, in its
-    place among them.
+    A node without a document is read as it is, after the documents, or with ``order="given"`` at
+    its position among them.
+
+    Args:
+        nodes: retrieved nodes, best first.
+        library: the documents.
+        on_empty: action where nothing was retrieved.
+        order: order of the documents.
 
     Raises:
-        DocumentError: a node's document is not there; see
+        DocumentError: a node's document does not exist; see
             :func:`rapid_llm.context.retrieved.ground`.
     """
     library = library.now()
@@ -81,7 +87,7 @@ def ground_nodes(
                 "leave it at 'empty'"
             )
     texts = {name: source.shown for name, source in sources.items()}
-    # Behind the documents: it may be another for each question.
+    # After the documents, because these nodes may change with each question.
     titles = _files(sources.values()) | {name: LAST + texts[name] for name in own & texts.keys()}
     grounding = ground(passages, texts, on_empty=on_empty, order=order, titles=titles)
     beside = [
@@ -104,10 +110,17 @@ def ground_text(
     confidence: float = 1.0,
     order: Order = "canonical",
 ) -> Retrieved:
-    """The contexts where only the retrieved text is known, and the confidence of the retrieval.
+    """Contexts from the retrieved text alone.
 
-    The target reads the documents that hold a passage of it; those of a function, which is called
-    with ``context``, in any case. Text that is in no document stays as it is.
+    The target reads the documents that contain a passage of the text; a function is called with the
+    text and returns the document. Text that is in no document is read as it is.
+
+    Args:
+        context: retrieved text.
+        library: the documents.
+        on_empty: action where the text is blank.
+        confidence: confidence of the retrieval, in [0, 1].
+        order: order of the documents.
 
     Raises:
         DocumentError: the function returned None, or a document is empty.
@@ -135,7 +148,7 @@ def ground_text(
 
 
 def _files(documents: Iterable[FullText]) -> dict[str, str]:
-    """By id, the files of documents that say it: ids may change when files are read again."""
+    """Files of documents by id, because ids may change when files are read again."""
     return {document.name: document.file for document in documents if document.file is not None}
 
 
@@ -145,9 +158,9 @@ def _passage(node: BaseNode, shown: str, source: FullText) -> Passage:
 
 
 def _is_labelled(node: BaseNode, source: FullText) -> bool:
-    """Whether lines are shown beside its text that neither its document shows nor what was split.
+    """Whether a node shows lines with its text that neither the document nor its split part has.
 
-    So are a source's number in the metadata, a heading that a parser added, and the like.
+    Examples are a source's number in the metadata and a heading that a parser has added.
     """
     known = source.heads
     if node.source_node is not None:
@@ -157,9 +170,9 @@ def _is_labelled(node: BaseNode, source: FullText) -> bool:
 
 
 def _says_more(passage: Passage, source: FullText, library: Library) -> bool:
-    """Whether a passage is more than what was cut out of its document."""
+    """Whether a passage has text that its document does not contain."""
     text = passage.excerpt or passage.text
     if source.holds(text) or not source.body.strip():
         return False
-    # One text that is given for all may be another form of what was indexed.
+    # A single text given for all nodes may be another form of the indexed document.
     return source is not library.only or bool(locate(text, [source]).passages)

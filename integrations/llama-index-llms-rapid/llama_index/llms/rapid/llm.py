@@ -1,4 +1,4 @@
-"""RAPID as a LlamaIndex LLM."""
+"""RapidLLM: retrieval-augmented speculative decoding as an LLM of LlamaIndex."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ from llama_index.llms.rapid.windows import grounded_call, template_variables
 from rapid_llm.aio import in_thread
 from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.field_help import with_field_help
 from rapid_llm.forked import Owner
+from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import without_secrets
 
 if TYPE_CHECKING:
@@ -62,73 +64,74 @@ if TYPE_CHECKING:
     from rapid_llm.remote import RemoteDecoder
 
 
+@with_field_help
 class RapidLLM(OptionFields, Predictions, ToolCalls):
-    """A target that reads whole documents, and a drafter that reads what was retrieved from them.
+    """A target that reads whole documents, and a drafter that reads the text retrieved from them.
 
-    Its fields are the options of :class:`rapid_llm.SamplingParams`,
-    :class:`rapid_llm.SpeculationConfig` and :class:`rapid_llm.EngineConfig`, and ``truncate`` and
-    ``on_empty`` of :class:`rapid_llm.RetrievalConfig`; arguments of ``from_pretrained`` that say
-    how to reach a hub (``token``, ``revision``, ``cache_dir``, …) may be given by themselves. A
-    call may be given any of them but those that belong to loaded models; None leaves the field's
-    value, but where None is a value (``seed``, ``repetition_penalty``, ``timeout``, ``truncate``).
+    Its fields are the options of :mod:`rapid_llm.config`, listed below. Arguments of
+    ``from_pretrained`` for access to a hub (``token``, ``revision``, …) may be given directly.
+    Arguments of a call override the fields, except those that belong to loaded models. None leaves
+    the field's value, except where None is a value (``seed``, ``timeout``, ``truncate``,
+    ``repetition_penalty``).
 
     The model is loaded at its first use (a call, or ``metadata``, which query engines ask for when
     they are built), once for all objects that name it.
 
-    Where the drafter's prompt comes from:
+    Sources of the drafter's prompt:
 
     - ``complete(prompt, draft_prompt=…)`` and ``chat(messages, draft_messages=…)`` give it.
-    - In a query or chat engine with ``documents=``, the prompt that the engine wrote, with the
-      retrieved text, is the drafter's; the same prompt with the documents that hold the retrieved
-      passages in the place of this text is the target's. What they do not say stays in it.
-    - :class:`RapidSynthesizer` does the same with the documents that the nodes are from.
+    - In a query or chat engine with ``documents=``, it is the engine's prompt with the retrieved
+      text. The target's prompt has the documents that contain the retrieved passages in the place
+      of this text, followed by retrieved text that they do not contain.
+    - :class:`RapidSynthesizer` does the same with the documents of the retrieved nodes.
     - Otherwise there is none, and the target decodes plainly.
 
     ``complete`` on a model with a chat template sends the prompt as one user message, unless
     ``formatted=True`` or ``completion_to_prompt`` is given. ``system_prompt`` is used where
     LlamaIndex uses it: in engines, not in ``complete`` and ``chat``.
 
-    A message or document cannot hold a control token: what looks like one is text. Finished
-    prompts, taken with their control tokens, are what comes with ``formatted=True``, and what one's
-    own ``completion_to_prompt`` and ``messages_to_prompt`` return.
+    Control tokens in messages and documents are ordinary text. They steer the model in finished
+    prompts only: those with ``formatted=True``, and the results of the user's own
+    ``completion_to_prompt`` and ``messages_to_prompt``.
 
-    A chat that outgrows the window loses its oldest turns (``dropped_messages``), where it goes
+    A chat that exceeds the context window loses its oldest turns (``dropped_messages``), if it goes
     through the model's chat template.
 
     Every response has in ``raw``: ``usage`` (tokens of the target), ``finish_reason``, and
     ``rapid`` (see :class:`rapid_llm.Stats`; in engines also ``chunk_ids`` and ``document_ids``).
-    With ``documents=``, an engine's response has the latter in ``metadata["rapid"]``.
+    With ``documents=``, an engine's response has ``rapid`` in its ``metadata``.
 
     Args:
-        model: the target; by default the packaged model.
-        drafter: another model that drafts.
-        decoder: loaded models in the place of those named, or those of a server, which
+        model: name of the target; by default the packaged model.
+        drafter: name of another model that drafts.
+        decoder: loaded models, used instead of named ones, or those of a server, which
             ``base_url`` is short for. Options that belong to loaded models,
-            and the name of another model, cannot be given beside it.
-        fields: the other fields, by name.
+            and the name of another model, cannot be given with it.
+        preload: whether to load the models when the object is made, not at its first use.
+        fields: other fields by name.
 
     Raises:
         InvalidParameterError: an option that cannot be used with ``decoder``, or that a call does
-            not have; a value outside its range.
+            not take; a value outside its range.
         ContextWindowError: a prompt does not fit (in engines: :class:`PipelineError` from it).
         ModelError: the model cannot be loaded.
     """
 
-    model_config = ConfigDict(extra="forbid")  # a misspelt parameter must not pass unseen
+    model_config = ConfigDict(extra="forbid")  # refuses misspelt parameters
 
     documents: Any = Field(
         default=None,
         exclude=True,
         repr=False,
-        description="What the target reads in query and chat engines: one text or Document; "
-        "several Documents or a mapping, of which it reads those that hold a retrieved passage; "
+        description="Documents of the target in query and chat engines: one text or Document; "
+        "several Documents or a mapping, of which it reads those that contain a retrieved passage; "
         "or a function of the retrieved text.",
     )
     document_key: Any = Field(
         default=None,
         exclude=True,
-        description="Metadata key, or function of a Document, whose value is common to the "
-        "Documents that are one; by default file_path.",
+        description="Metadata key, or function of a Document, with equal values for Documents that "
+        "are parts of one; by default file_path.",
     )
 
     _loaded: dict[str, tuple[EngineConfig, Any]] = PrivateAttr(default_factory=dict)
@@ -145,6 +148,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         preload: bool = False,
         **fields: Any,
     ) -> None:
+        refuse_old_names(fields, KNOWN)
         fields |= {"model": model, "drafter": drafter}
         options = {name: fields.pop(name) for name in WORDS & fields.keys()}
         hub = loading.take_hub_access(fields, type(self).model_fields)
@@ -163,9 +167,9 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
             self._loaded = {self.model: (loading.of_models(self._options({}).engine), decoder)}
         if isinstance(self.documents, BaseDocumentStore):
             raise InvalidParameterError(
-                "a docstore cannot be RapidLLM(documents=...), which looks for the retrieved text "
-                "in every document, and a docstore may hold chunks only: pass the list of "
-                "documents, or give the docstore to RapidSynthesizer"
+                "a docstore is not allowed as RapidLLM(documents=...), which looks for the "
+                "retrieved text in every document, because a docstore may hold chunks only: pass "
+                "the list of documents, or give the docstore to RapidSynthesizer"
             )
         if self.documents is not None:
             Library(self.documents, self.document_key)
@@ -174,7 +178,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
             self.load()
 
     def load(self) -> RapidLLM:
-        """Load the models now, so that the first call need not wait for them.
+        """Load the models now instead of at the first call.
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -188,15 +192,15 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
 
     def __getstate__(self) -> dict[str, Any]:
         private = [name for name, each in KNOWN.items() if each.option.private]
-        # Without secrets: a token is found in the environment by who opens the pickle.
+        # Without secrets; where the pickle is opened, the environment has the token.
         bare = self.model_copy(update={n: without_secrets(getattr(self, n)) for n in private})
-        bare._known = bare.api_key = None
-        if not self._was_given:  # the pickle names the models, and loads them where it is opened
+        bare._known = None
+        if not self._was_given:  # the pickle names the models, which are loaded where it is opened
             bare._loaded = {}
         return super(RapidLLM, bare).__getstate__()
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        # LlamaIndex's would make the object anew from its fields, without its decoder.
+        # LlamaIndex's method would build a new object from the fields, without the decoder.
         BaseModel.__setstate__(self, state)
 
     @classmethod
@@ -206,7 +210,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
 
     @property
     def decoder(self) -> RapidDecoder:
-        """The models underneath; loads them if they are not yet (see :attr:`metadata`).
+        """The loaded models; loads them at the first use (see :attr:`metadata`).
 
         Raises:
             ModelError: a model cannot be loaded.
@@ -214,7 +218,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         return self._decoder_for(self._options({}).engine)
 
     def _decoder_for(self, engine: EngineConfig) -> RapidDecoder:
-        """The models of a call, loaded when first asked for and when their options change."""
+        """The models of a call, loaded at the first use and when their options change."""
         wanted = loading.of_models(engine)
         if not (self._was_given or self._loaded_in.here):  # a forked process loads them anew
             self._loaded, self._loaded_in = {}, Owner("the models")
@@ -226,7 +230,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
 
     @property
     def _library(self) -> Library:
-        """``documents``, which may have been set anew."""
+        """The library of ``documents``, which may have been replaced."""
         known = self._known
         if known is None or known[0] is not self.documents or known[1] != self.document_key:
             library = Library(self.documents, self.document_key)
@@ -235,12 +239,12 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """The model's own window and whether it has a chat template; loads the model.
+        """Context window of the model, and whether it has a chat template; loads the model.
 
-        Engines, splitters and memories that are built after this, or after the model was loaded,
-        count in the model's tokens, unless ``Settings.tokenizer`` is set. ``num_output`` is what
-        they keep free of the window: ``max_tokens``, but never more than half of it, and what the
-        chat template adds.
+        Engines, splitters and memories that are built afterwards count in the model's tokens,
+        unless ``Settings.tokenizer`` is set. ``num_output``, the number of tokens that they keep
+        free, is ``max_tokens``, at most half of the window, plus the tokens that the chat template
+        adds.
         """
         decoder = self.decoder
         count_with(decoder.tokenizer)
@@ -255,10 +259,10 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         )
 
     def to_payload(self) -> dict[str, Any]:
-        """What callbacks and events are told about this LLM."""
+        """Description of this LLM for callbacks and events."""
         loaded, _ = self._loaded.get(self.model, (None, None))
         if loaded != loading.of_models(self._options({}).engine):
-            # They must not load the model, least of all in an event loop.
+            # Callbacks must not load the model, least of all in an event loop.
             return {"class_name": self.class_name(), "model_name": self.model}
         return super().to_payload()
 
@@ -269,10 +273,10 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         """Continue a prompt, which is not repeated in the answer.
 
         Args:
-            prompt: sent as one user message if the model has a chat template.
-            formatted: send the prompt as it is: it already holds the model's control tokens, and
-                whatever in it looks like one is one.
-            kwargs: ``draft_prompt`` (treated as the prompt is), and options of a call.
+            prompt: prompt, sent as one user message if the model has a chat template.
+            formatted: whether the prompt is finished: it is sent unchanged, and its control tokens
+                steer the model.
+            kwargs: ``draft_prompt`` (treated like the prompt), and options of a call.
         """
         with not_swallowed(prompt):
             return last_of(self._completion_call(prompt, formatted, **kwargs).stream())
@@ -281,7 +285,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
-        """:meth:`complete`, a response a round; closing the generator stops the model."""
+        """Stream :meth:`complete`, a response per round; closing the generator stops the model."""
         with not_swallowed(prompt):
             return self._completion_call(prompt, formatted, **kwargs).stream()
 
@@ -310,9 +314,10 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         """Answer messages through the model's chat template.
 
         Args:
-            messages: of text, calls of tools and their results. A model without a template gets
-                them through ``messages_to_prompt``; one given to the constructor always goes first,
-                and writes a finished prompt. The last one may be the assistant's, to be continued.
+            messages: messages of text, tool calls and their results. A model without a template
+                gets them through ``messages_to_prompt``; the user's own one takes precedence over a
+                template, and writes a finished prompt. A last message of the assistant is
+                continued.
             kwargs: ``draft_messages``, and options of a call; ``tools``, ``tool_choice``,
                 ``parallel_tool_calls`` and ``response_format`` in OpenAI's form.
         """
@@ -321,7 +326,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """:meth:`chat`, a response a round; closing the generator stops the model."""
+        """Stream :meth:`chat`, a response per round; closing the generator stops the model."""
         with not_swallowed(messages):
             return self._chat_call(messages, **kwargs).stream()
 
@@ -368,7 +373,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
             return self._grounded_call(
                 decoder, lambda text: writer.from_engine(fill(text)), prompt.context, chosen
             )
-        if isinstance(prompt, FilledPrompt):  # an engine says formatted=True of any prompt
+        if isinstance(prompt, FilledPrompt):  # engines pass formatted=True for any prompt
             return Call(decoder, writer.from_engine(prompt), None, chosen)
         draft = None if draft_prompt is None else writer.from_text(draft_prompt, formatted)
         target = writer.from_text(prompt, formatted)
@@ -394,7 +399,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         context: str,
         options: Options,
     ) -> Call[Any]:
-        """The prompt with the documents for the target, with the retrieved text for the drafter."""
+        """Call with the documents in the target's prompt, the retrieved text in the drafter's."""
         if isinstance(context, Context):
             answers = (context.report, *reports())
             return grounded_call(context.retrieved, render, decoder, options, answers)

@@ -1,4 +1,4 @@
-"""The models of a RapidLLM: loaded by name, or given as a decoder."""
+"""Load the models of a RapidLLM by name, or validate those of a given decoder."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 
 def of_models(engine: EngineConfig) -> EngineConfig:
-    """What loaded models depend on: all but the template's variables, which each call brings."""
+    """Options that loaded models depend on: all but the template's variables, which calls give."""
     return replace(engine, chat_template_kwargs={})
 
 
 def load(engine: EngineConfig, *, own: bool) -> RapidDecoder:
-    """The models of a config.
+    """Load the models of a config.
 
     Args:
         engine: the config.
-        own: whether they are the object's own, in whose tokens LlamaIndex is to count. For a call's
-            own ``model``, only those ``hub_options`` count that say how to reach a hub.
+        own: whether they are the object's own models, with whose tokenizer LlamaIndex is to count,
+            rather than another ``model`` of a call, to which only ``hub_options`` for access to a
+            hub apply.
 
     Raises:
         ModelError: a model cannot be loaded.
@@ -63,29 +64,29 @@ def on_server(fields: Mapping[str, Any]) -> RemoteDecoder | None:
 
 
 def take_hub_access(arguments: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """Take out of arguments those that say how to reach a hub (``token``, ``revision``, …).
+    """Remove arguments for access to a hub (``token``, ``revision``, …), and return them.
 
     Args:
-        arguments: of the constructor.
-        known: those of them that are something else.
+        arguments: arguments of the constructor.
+        known: names of other arguments.
     """
     names = arguments.keys() - set(known)
     if not names:
-        return {}  # and torch is not imported
+        return {}  # without an import of torch
     from rapid_llm.models import HUB_ACCESS
 
     return {name: arguments.pop(name) for name in names & HUB_ACCESS}
 
 
-def require_loaded(decoder: RapidDecoder | RemoteDecoder, given: Mapping[str, Any]) -> None:
-    """Refuse options that a loaded decoder cannot follow.
+def require_loaded(decoder: RapidDecoder, given: Mapping[str, Any]) -> None:
+    """Refuse options that have no effect on a loaded decoder.
 
     Args:
         decoder: loaded models.
-        given: options, checked.
+        given: validated options.
 
     Raises:
-        InvalidParameterError: there is one, or the name of another model.
+        InvalidParameterError: there is such an option, or the name of another model.
     """
     name = str(given.get("model", decoder.target.name))
     if name != decoder.target.name:
@@ -100,7 +101,7 @@ def require_loaded(decoder: RapidDecoder | RemoteDecoder, given: Mapping[str, An
 
 
 def not_for_loaded(option: str) -> InvalidParameterError:
-    """The error of an option that a loaded decoder cannot follow."""
+    """The error for an option that has no effect on a loaded decoder."""
     return InvalidParameterError(
         f"{option} cannot be used for a loaded decoder: give it to RapidDecoder.from_pretrained"
     )

@@ -1,4 +1,4 @@
-"""From LlamaIndex's messages and texts to the decoder's prompts."""
+"""Convert LlamaIndex's messages and texts to prompts of the decoder."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _ROLES = {
     MessageRole.FUNCTION: "tool",
     MessageRole.MODEL: "assistant",
 }
-"""Other providers' roles, by the names that chat templates know."""
+"""Roles of chat templates by other providers' names."""
 
 
 class PromptWriter:
     """Writes the prompts of one model.
 
     Args:
-        tokenizer: the model's.
-        messages_to_prompt: the user's function from messages to a finished prompt; None or
-            LlamaIndex's default leave it to the model's chat template.
-        completion_to_prompt: the same from a text.
+        tokenizer: the model's tokenizer.
+        messages_to_prompt: the user's function from messages to a finished prompt; None and
+            LlamaIndex's default mean the model's chat template.
+        completion_to_prompt: the user's function from a text to a finished prompt, likewise.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class PromptWriter:
 
     @property
     def shows_tools(self) -> bool:
-        """Whether tools can be shown to the model, and its calls be read."""
+        """Whether the model can be shown tools, and its calls can be parsed."""
         if not self.uses_template:
             return False
         from rapid_llm.chat import template_of
-        from rapid_llm.tools.formats import format_of
+        from rapid_llm.tool_formats import format_of
 
         return format_of(template_of(self._tokenizer, {"tools": [{}]})) is not None
 
     def template_tokens(self, variables: Mapping[str, Any]) -> int:
-        """Tokens that the chat template adds to a user's message, alone or after the system's.
+        """Number of tokens that the chat template adds to a user message and a system message.
 
         Args:
-            variables: of the template.
+            variables: variables of the template.
         """
         if not self.has_template:
             return 0
@@ -92,7 +92,7 @@ class PromptWriter:
         )
 
     def from_text(self, text: str, formatted: bool = False) -> Prompt:
-        """The prompt of a completion; a formatted one is taken with its control tokens."""
+        """The prompt of a completion; control tokens of a formatted one steer the model."""
         if formatted:
             return text
         if self._of_text is not None:
@@ -102,7 +102,7 @@ class PromptWriter:
         return literal(text, self._tokenizer)
 
     def from_engine(self, text: str) -> Prompt:
-        """The text an engine wrote; only the user's functions write control tokens into it."""
+        """The prompt of an engine's text; only the user's functions write control tokens in it."""
         if self._of_text is None and self._of_messages is None:
             return literal(text, self._tokenizer)
         return str(text)
@@ -122,9 +122,9 @@ def _own(function: Callable[..., str] | None, default: object) -> Callable[..., 
 
 
 def as_dict(message: ChatMessage) -> dict[str, Any]:
-    """A message for the chat template, in OpenAI's form; parts other than text are refused there.
+    """Convert a message to OpenAI's form; the chat template refuses parts other than text.
 
-    Calls of tools are those of its blocks, or else those that older messages carry beside them.
+    Tool calls are those of its blocks, or else those of ``additional_kwargs`` in older messages.
     """
     role = _ROLES.get(message.role, message.role.value)
     shown: dict[str, Any] = {"role": role}

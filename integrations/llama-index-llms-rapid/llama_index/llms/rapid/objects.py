@@ -1,4 +1,4 @@
-"""Answers of a chat that are objects of a pydantic class, whose schema is their constraint."""
+"""Structured output: answers of a chat that are objects of a pydantic class."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def answered(
     messages: Sequence[ChatMessage],
     options: Mapping[str, Any] | None = None,
 ) -> Model:
-    """The object with which a model answers messages.
+    """Answer messages with an object.
 
     Args:
-        llm: one whose ``chat`` takes a ``response_format``.
+        llm: LLM whose ``chat`` takes a ``response_format``.
         output_cls: pydantic class of the object.
         messages: the messages.
         options: other arguments of ``chat``.
 
     Raises:
-        InvalidParameterError: the schema of the class cannot be enforced, or the answer was cut
-            (:class:`PipelineError` from it for messages of a template).
-        pydantic.ValidationError: a validator of the class, which its schema does not tell of,
-            refuses the answer.
+        InvalidParameterError: the schema of the class cannot be enforced, or the answer was cut;
+            for messages of a template it is the cause of a :class:`PipelineError`.
+        pydantic.ValidationError: a validator of the class, which is not part of its schema, refuses
+            the answer.
     """
     return whole(llm.chat(messages, **_arguments(output_cls, options)), output_cls, messages)
 
@@ -57,9 +57,10 @@ def streamed(
     messages: Sequence[ChatMessage],
     options: Mapping[str, Any] | None = None,
 ) -> Generator[Model | FlexibleModel, None, None]:
-    """:func:`answered` as a stream of what is known of the object, which is whole at the end.
+    """:func:`answered` as a stream of partial objects, of which the last is complete.
 
-    What is not yet an object of the class is one with the same fields, None where they are missing.
+    A partial object that is not valid for the class is of a class with the same fields, None where
+    they are missing.
     """
     growing, response = Growing(output_cls), None
     responses = llm.stream_chat(messages, **_arguments(output_cls, options))
@@ -93,7 +94,7 @@ def _arguments(output_cls: type[BaseModel], options: Mapping[str, Any] | None) -
 
 
 def response_format(output_cls: type[BaseModel]) -> dict[str, Any]:
-    """The form of an answer that is an object of a class, in OpenAI's form."""
+    """Response format of OpenAI for objects of a class."""
     if not (isinstance(output_cls, type) and issubclass(output_cls, BaseModel)):
         raise InvalidParameterError(f"output_cls={output_cls!r} is no pydantic class: pass one")
     from rapid_llm.tools.definitions import closed
@@ -105,7 +106,7 @@ def response_format(output_cls: type[BaseModel]) -> dict[str, Any]:
 def whole(
     response: ChatResponse, output_cls: type[Model], messages: Sequence[ChatMessage]
 ) -> Model:
-    """The object that a finished answer is."""
+    """The object of a finished answer."""
     if isinstance(response.raw, dict) and response.raw["finish_reason"] == "length":
         with not_swallowed(messages):
             raise InvalidParameterError(
@@ -116,7 +117,7 @@ def whole(
 
 
 class Growing:
-    """Objects of a class from an answer that is still streaming.
+    """Partial objects of a class from an answer that is still streaming.
 
     Args:
         output_cls: the class.
@@ -127,7 +128,7 @@ class Growing:
         self._known: Any = None
 
     def push(self, response: ChatResponse) -> Any:
-        """What is known of the object; None if that is no more than before, or all of it."""
+        """The partial object; None if it has not changed, or the answer is finished."""
         finished = isinstance(response.raw, dict) and response.raw["finish_reason"] is not None
         known = from_partial_json(response.message.content or "")
         if finished or known == self._known or not isinstance(known, dict):

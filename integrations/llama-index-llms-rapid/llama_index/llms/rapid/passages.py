@@ -1,4 +1,4 @@
-"""Find the documents of retrieved passages where only their text is known."""
+"""Find the documents of retrieved passages by their text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Located(NamedTuple):
     """The passages that were found in documents.
 
     Attributes:
-        passages: each with the name of its document, in the order of the text.
-        whole: whether the text is nothing but these passages and the documents' own metadata.
+        passages: passages with the names of their documents, in the order of the text.
+        whole: whether the text consists of these passages and the documents' own metadata only.
     """
 
     passages: tuple[Passage, ...]
@@ -25,22 +25,21 @@ class Located(NamedTuple):
 def locate(text: str, documents: Sequence[FullText]) -> Located:
     """Find the passages of a text in documents.
 
-    A passage is a longest run of lines that stands in a document; white space does not matter. It
-    is taken where just one document holds it, or just one with the metadata that precede it, and
-    if it is not merely a few words. So a passage from elsewhere opens no document, not even one
-    that quotes it, if their metadata differ.
+    A passage is a longest run of lines that a document contains, ignoring white space. It is
+    assigned to a document if it has more than a few words, and if only this document contains it,
+    or only this one together with the metadata before the passage. So a passage from another source
+    is not assigned to a document that quotes it, if their metadata differ.
 
     Args:
-        text: retrieved passages, each with its metadata before it, and whatever else a pipeline
-            writes around them.
-        documents: those that may be read.
+        text: retrieved passages, each after its metadata, and other text of the pipeline.
+        documents: documents to search.
     """
     lines = [_Line(*span, " ".join(text[slice(*span)].split())) for span in _lines(text)]
     heads = frozenset().union(*(document.heads for document in documents))
     found: list[Passage] = []
     shared: list[list[FullText]] = []
     rest = False
-    before: list[str] = []  # what stands before the next passage: metadata, and other lines
+    before: list[str] = []  # lines before the next passage: metadata and others
     at = 0
     while at < len(lines):
         if lines[at].words in heads:
@@ -66,7 +65,7 @@ def locate(text: str, documents: Sequence[FullText]) -> Located:
             rest, end = True, at + 1
         at = end
     read = {passage.document_id for passage in found}
-    # A passage of several documents opens none of them, but is read if another opens one.
+    # A passage of several documents is assigned to none, but is read if one of them is read anyway.
     rest = rest or any(all(d.name not in read for d in fitting) for fitting in shared)
     return Located(tuple(found), whole=bool(found) and not rest)
 
@@ -75,11 +74,11 @@ def locate(text: str, documents: Sequence[FullText]) -> Located:
 class _Line:
     start: int
     end: int
-    words: str  # every white space a single blank
+    words: str  # text with single blanks as white space
 
 
 def _lines(text: str) -> list[tuple[int, int]]:
-    """Where each line begins and ends, blank ones left out."""
+    """Start and end of each line that is not blank."""
     spans, start = [], 0
     for line in text.splitlines(keepends=True):
         if stripped := line.strip():
@@ -92,7 +91,7 @@ def _lines(text: str) -> list[tuple[int, int]]:
 def _longest(
     lines: Sequence[_Line], at: int, documents: Sequence[FullText]
 ) -> tuple[int, str, list[FullText]]:
-    """The longest run of lines from ``at`` on that a document holds: its end, itself, and who."""
+    """The longest run of lines from ``at`` on in any document: its end, text and documents."""
     end, run, holding = at, "", list(documents)
     while end < len(lines):
         longer = f"{run} {lines[end].words}" if run else lines[end].words
@@ -104,5 +103,5 @@ def _longest(
 
 
 def _one_of_each(documents: Sequence[FullText]) -> list[FullText]:
-    """Of documents with the same text, the first."""
+    """The documents without later ones of the same text."""
     return list({document.shown: document for document in reversed(documents)}.values())[::-1]

@@ -1,4 +1,4 @@
-"""``predict`` and ``structured_predict``, through which engines ask an LLM to fill templates."""
+"""``predict`` and ``structured_predict``, with which engines fill and answer templates."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ dispatcher = get_dispatcher(__name__)
 
 
 class Predictions(LLM):
-    """An LLM whose ``chat`` takes a ``response_format``: structured answers are held to it.
+    """An LLM whose ``chat`` enforces a ``response_format``, used for structured predictions.
 
-    With another ``pydantic_program_mode`` than the default they are LlamaIndex's.
+    With a ``pydantic_program_mode`` other than the default, LlamaIndex's methods are used.
     """
 
-    # LlamaIndex's methods are unwrapped, because these have their instrumentation spans already.
+    # LlamaIndex's methods are unwrapped, because these already have instrumentation spans.
 
     async def apredict(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         """Fill a template and answer it; the model is loaded in a thread, not in the event loop."""
@@ -60,9 +60,9 @@ class Predictions(LLM):
             prompt_args: arguments of the template.
 
         Raises:
-            PipelineError: the schema of the class cannot be enforced, the answer was cut, or there
-                is another error of the call.
-            pydantic.ValidationError: a validator of the class, which its schema does not tell of,
+            PipelineError: the schema of the class cannot be enforced, the answer was cut, or the
+                call failed.
+            pydantic.ValidationError: a validator of the class, which is not part of its schema,
                 refuses the answer.
         """
         if not self._holds:
@@ -99,10 +99,10 @@ class Predictions(LLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Generator[Model | FlexibleModel, None, None]:
-        """:meth:`structured_predict` as a stream of what is known of the object, whole at the end.
+        """:meth:`structured_predict` as a stream of partial objects, the last one complete.
 
-        What is not yet an object of the class is one with the same fields, None where they are
-        missing.
+        A partial object that is not valid for the class is of a class with the same fields, None
+        where they are missing.
         """
         if not self._holds:
             usual = inspect.unwrap(LLM.stream_structured_predict)
@@ -140,7 +140,7 @@ class Predictions(LLM):
         return objects()
 
     def as_structured_llm(self, output_cls: type[BaseModel], **kwargs: Any) -> StructuredLLM:
-        """This LLM, whose every answer is an object of a class; in engines it drafts as this does.
+        """An LLM whose answers are objects of a class, and which drafts in engines like this one.
 
         Args:
             output_cls: pydantic class of the objects.

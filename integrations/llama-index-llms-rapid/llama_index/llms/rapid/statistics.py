@@ -1,8 +1,8 @@
 """Statistics of answers in query and chat engines: ``response.metadata["rapid"]``.
 
-A response synthesizer hands the LLM text and keeps the response to itself. LlamaIndex's spans tell
-when a synthesizer or chat engine begins, with which nodes, and what it returns: the calls between,
-and those that are made while a streaming response is read, belong to this response.
+A response synthesizer passes text to the LLM and does not share its response. LlamaIndex's spans
+show when a synthesizer or chat engine begins, its nodes, and its response: calls in between, and
+calls while a streaming response is read, belong to this response.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ _ANSWERING = (
     (BaseSynthesizer, ("synthesize", "asynthesize")),
     (BaseChatEngine, ("chat", "achat", "stream_chat", "astream_chat")),
 )
-"""The spans that end with a response."""
+"""Classes and methods whose spans end with a response."""
 
 _recording = ProcessLock()
 _END = object()
 
 
 class Report(dict[str, Any]):
-    """The statistics of an answer's calls so far: ``Stats.as_dict()`` and the calls' notes.
+    """Statistics of an answer's calls so far: ``Stats.as_dict()`` and the calls' notes.
 
-    Those of several calls are added up (see :meth:`rapid_llm.Stats.together`).
+    Statistics of several calls are added (see :meth:`rapid_llm.Stats.together`).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._calls: dict[int, tuple[Stats, Mapping[str, Any]]] = {}
-        self._response: Any = None  # that does not show it yet
+        self._response: Any = None  # response that does not have the report yet
 
     def record(self, call: int, stats: Stats, notes: Mapping[str, Any]) -> None:
-        """Put a call's running totals in the place of its earlier ones.
+        """Set the running totals of a call.
 
         Args:
-            call: its number.
-            stats: its totals.
-            notes: what the pipeline knows of it.
+            call: number of the call.
+            stats: totals so far.
+            notes: other values of the pipeline.
         """
         with _recording:
             self._calls[call] = stats, notes
@@ -60,21 +60,21 @@ class Report(dict[str, Any]):
             self._show()
 
     def show_in(self, response: Any) -> None:
-        """Be ``metadata["rapid"]`` of a response, from the first call on that is recorded."""
+        """Set ``metadata["rapid"]`` of a response to this report, once a call is recorded."""
         self._response = response
         if self:
             self._show()
 
     def _show(self) -> None:
         if self._response is not None:
-            # A StreamingAgentChatResponse has no such field of itself.
+            # A StreamingAgentChatResponse has no such attribute.
             known = getattr(self._response, "metadata", None) or {}
             self._response.metadata = {"rapid": self, **known}
             self._response = None
 
 
 def summary(calls: Sequence[tuple[Stats, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Statistics and notes of calls: lists of ids are joined, numbers added."""
+    """Statistics and notes of several calls, with lists joined and numbers added."""
     shown = Stats.together([stats for stats, _ in calls]).as_dict()
     for _, notes in calls:
         for name, value in notes.items():
@@ -87,12 +87,12 @@ def summary(calls: Sequence[tuple[Stats, Mapping[str, Any]]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer that is being made.
+    """An unfinished answer.
 
     Attributes:
-        span: the id of the span that ends with it.
-        confidence: of the retrieval; 1 where the span does not show the nodes.
-        report: the statistics of its calls.
+        span: id of the span that ends with the answer.
+        confidence: confidence of the retrieval; 1 where the span does not show the nodes.
+        report: statistics of the answer's calls.
     """
 
     span: str
@@ -101,30 +101,30 @@ class _Answer:
 
 
 _open: ContextVar[tuple[_Answer, ...]] = ContextVar("rapid_answers", default=())
-"""The answers that calls of this thread or task belong to, the innermost last."""
+"""Answers that calls of this thread or task belong to, the innermost last."""
 
 
 def reports() -> tuple[Report, ...]:
-    """The reports of the answers that a call made now belongs to."""
+    """Reports of the answers that the current call belongs to."""
     return tuple(answer.report for answer in _open.get())
 
 
 def retrieval_confidence() -> float:
-    """The confidence of the retrieval that a call made now answers from; 1 if it is not known."""
+    """Confidence of the retrieval for the current call; 1 if unknown."""
     return _open.get()[-1].confidence if _open.get() else 1.0
 
 
 def confidence_of(nodes: Sequence[NodeWithScore]) -> float:
-    """How sure a retrieval was, in [0, 1] (see :func:`rapid_llm.context.confidence.confidence`).
+    """Confidence of a retrieval, in [0, 1] (see :func:`rapid_llm.context.confidence.confidence`).
 
-    It is 1 unless every node has a score within [-1, 1], as cosine similarities do.
+    It is 1 unless every node has a score within [-1, 1], like a cosine similarity.
     """
     scores = [node.score for node in nodes if node.score is not None and -1 <= node.score <= 1]
     return confidence(scores) if scores and len(scores) == len(nodes) else 1.0
 
 
 class _AnswerSpans(NullSpanHandler):
-    """Opens a report where a response begins, and puts it into the response where it ends."""
+    """Span handler that opens a report when a response begins, and adds it to the response."""
 
     def span_enter(
         self,
@@ -170,7 +170,7 @@ class _AnswerSpans(NullSpanHandler):
         self._closed(id_)
 
     def _closed(self, id_: str) -> _Answer | None:
-        """The answer of a span, which is no longer open, nor what was opened within it."""
+        """Close the answer of a span, and those opened within it; returns the answer."""
         answers = _open.get()
         for depth, answer in enumerate(answers):
             if answer.span == id_:
@@ -191,7 +191,7 @@ def _within(answers: tuple[_Answer, ...]) -> Generator[None, None, None]:
 def _read_within(
     answers: tuple[_Answer, ...], texts: Generator[str, None, None]
 ) -> Generator[str, None, None]:
-    """A stream whose steps, and the calls that they make, belong to answers."""
+    """A stream of texts; calls made by its steps belong to ``answers``."""
     with closing(texts):
         while True:
             with _within(answers):
@@ -214,7 +214,7 @@ async def _aread_within(
 
 
 def watch_engines() -> None:
-    """Let responses of engines have their statistics from now on."""
+    """Install the span handler that adds statistics to the responses of engines."""
     root = get_dispatcher()
     if not any(isinstance(handler, _AnswerSpans) for handler in root.span_handlers):
         root.add_span_handler(_AnswerSpans())

@@ -1,4 +1,4 @@
-"""A RapidLLM whose every answer is an object of a class."""
+"""A RapidLLM whose answers are objects of a pydantic class."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from llama_index.llms.rapid.templates import FilledMessages
 
 
 class StructuredRapidLLM(StructuredLLM):
-    """LlamaIndex's, but for what engines fill their templates with.
+    """LlamaIndex's structured LLM, which keeps the retrieved text of filled templates.
 
-    LlamaIndex's makes a template of the messages again, which forgets it: the retrieved text would
-    be read plainly, without the documents that it is from.
+    LlamaIndex's own turns the messages into a new template, so that the target would read the
+    retrieved text without the documents that it is from.
     """
 
     @classmethod
@@ -36,7 +36,7 @@ class StructuredRapidLLM(StructuredLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Answer messages with an object, which is ``raw`` of the response."""
+        """Answer messages with an object, in ``raw`` of the response."""
         return _response(answered(self.llm, self.output_cls, self._extended(messages), kwargs))
 
     @llm_chat_callback()
@@ -47,7 +47,7 @@ class StructuredRapidLLM(StructuredLLM):
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """:meth:`chat`, as a stream of what is known of the object."""
+        """:meth:`chat` as a stream of partial objects."""
         objects = streamed(self.llm, self.output_cls, self._extended(messages), kwargs)
 
         def responses() -> ChatResponseGen:
@@ -72,7 +72,7 @@ class StructuredRapidLLM(StructuredLLM):
         return responses()
 
     def _extended(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
-        """The messages with the LLM's system prompt, which those of a template have already."""
+        """The messages with the LLM's system prompt, which messages of a template already have."""
         if isinstance(messages, FilledMessages):
             return messages
         return self.llm._extend_messages(list(messages))

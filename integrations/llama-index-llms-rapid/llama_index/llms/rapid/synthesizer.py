@@ -1,4 +1,4 @@
-"""A response synthesizer whose target reads the documents that the retrieved nodes are from."""
+"""RapidSynthesizer: a response synthesizer whose target reads the retrieved nodes' documents."""
 
 from __future__ import annotations
 
@@ -50,50 +50,49 @@ NOTHING_READ = {"chunk_ids": [], "document_ids": [], "draft_skipped": NOTHING_RE
 
 
 class RapidSynthesizer(BaseSynthesizer):
-    """One call a question: the drafter reads the retrieved nodes, the target their documents.
+    """Answers in one call: the drafter reads the retrieved nodes, the target their documents.
 
-    The nodes come after the postprocessors; repeated ones count once. The documents come in
-    one order (``order``), all in one prompt, which must fit into the target's context window: there
-    is no chain of refining calls. The same template makes both prompts.
+    Nodes are used after the postprocessors, repeated ones once. All documents are in one prompt, in
+    the order of ``order``, which must fit into the target's context window; there are no refining
+    calls. Both prompts are made from the same template.
 
-    Pages and sections of one file are one document; :class:`Library` says how a node's document is
-    found. A node of none is read as it is, behind them, and where a node says more than
-    its document (a citation's label, a summary), the target reads it after the documents.
+    Pages and sections of one file are one document; :class:`Library` describes the lookup of a
+    node's document. A node without a document is read as it is, after the documents, and so is a
+    node with text that its document does not contain (a citation's label, a summary).
 
-    With ``dynamic_eta``, the nodes' scores tell how sure the retrieval was, where all of them are
-    within [-1, 1], as cosine similarities are.
+    With ``dynamic_eta``, the confidence of the retrieval comes from the nodes' scores, if all of
+    them are within [-1, 1], like cosine similarities.
 
-    If nothing was retrieved the answer is LlamaIndex's "Empty Response", and no model is asked.
+    If nothing was retrieved, the answer is LlamaIndex's "Empty Response", and no model runs.
 
-    The response has the nodes in ``source_nodes`` and their metadata in ``metadata``, as every
-    synthesizer's; ``metadata["rapid"]`` holds what the LLM reports in ``raw["rapid"]`` (of a
-    streaming response: complete when the stream has ended).
+    The response has ``source_nodes`` and ``metadata`` like that of other synthesizers;
+    ``metadata["rapid"]`` holds ``raw["rapid"]`` of the LLM (for a streaming response, complete when
+    the stream has ended).
 
     Args:
         llm: a RapidLLM; None takes ``Settings.llm``.
-        documents: the full texts: one text, a list of Documents, a mapping from document ids to
-            texts or Documents, a docstore that holds the documents, or a function of the id. The
-            id is a node's ``ref_doc_id``. A single text is the document of every node.
-        document_key: the metadata key, or a function of a Document or node, whose value is common
-            to the Documents that are one; None joins those of one file.
-        on_empty: ``read_all`` lets the target read all documents, without a draft, if nothing was
-            retrieved and they can be listed; None takes the LLM's.
-        order: ``given`` has the target read the documents in the order of their first nodes,
-            ``canonical`` in that of their files and ids, with digits compared as numbers; None
-            takes the LLM's.
+        documents: full texts: one text, a list of Documents, a mapping from document ids to texts
+            or Documents, a docstore with the documents, or a function of the id. The id is a node's
+            ``ref_doc_id``. A single text is the document of every node.
+        document_key: metadata key, or function of a Document or node, with equal values for
+            Documents that are parts of one; None joins those of one file.
+        on_empty: action where nothing was retrieved: ``read_all`` has the target read all
+            documents, without a draft, if they can be listed; None takes the LLM's.
+        order: order of the documents: ``given`` is that of their first nodes, ``canonical`` that of
+            their files and ids, with digits compared as numbers; None takes the LLM's.
         text_qa_template: template with ``context_str`` and ``query_str``; LlamaIndex's by default.
-        output_cls: pydantic class of the answers, whose schema they are held to; the response is a
-            ``PydanticResponse``. Not with ``streaming``.
-        streaming: whether responses stream. It must be set here: ``as_query_engine`` does not pass
-            it on to a given synthesizer.
-        callback_manager: as for every synthesizer.
+        output_cls: pydantic class of the answers, whose schema is enforced; the response is a
+            ``PydanticResponse``. It excludes ``streaming``.
+        streaming: whether responses stream; ``as_query_engine`` does not pass its own ``streaming``
+            on to a given synthesizer.
+        callback_manager: LlamaIndex's callback manager.
 
     Raises:
-        InvalidParameterError: ``llm`` is no RapidLLM, ``documents`` is of another type or has one
+        InvalidParameterError: ``llm`` is not a RapidLLM, ``documents`` is of another type or has an
             id twice, ``document_key`` is in no metadata, ``on_empty`` or ``order`` is unknown, or
             ``output_cls`` is given with ``streaming``.
-        DocumentError: when asked; a document cannot be found, or is empty.
-        ContextWindowError: when asked; the documents do not fit and ``llm.truncate`` is None.
+        DocumentError: in a call; a document cannot be found, or is empty.
+        ContextWindowError: in a call; the documents do not fit and ``llm.truncate`` is None.
     """
 
     _llm: RapidLLM
@@ -120,7 +119,7 @@ class RapidSynthesizer(BaseSynthesizer):
         super().__init__(
             llm=llm,
             callback_manager=callback_manager,
-            # Not used. Without them the base class would load the model to ask for its window.
+            # Unused; without them the base class would load the model for its context window.
             prompt_helper=PromptHelper(),
             chat_prompt_helper=ChatPromptHelper(),
             streaming=streaming,
@@ -176,9 +175,9 @@ class RapidSynthesizer(BaseSynthesizer):
     def get_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
-        """Answer from texts without ids: the documents are those that hold one of them.
+        """Answer from texts without ids, with the documents that contain them.
 
-        One text that was given for all is read in any case.
+        A single text given as ``documents`` is read in any case.
         """
         context = Context(self._ground(self._as_nodes(text_chunks)))
         return self._answer(query_str, context, **response_kwargs)
@@ -232,7 +231,7 @@ class RapidSynthesizer(BaseSynthesizer):
     ) -> Iterator[
         tuple[str, Callable[[RESPONSE_TEXT_TYPE, Context, list[NodeWithScore]], RESPONSE_TYPE]]
     ]:
-        """The callbacks and events of every synthesizer, around one answer."""
+        """Context of one answer with the callbacks and events of a synthesizer."""
         bundle = QueryBundle(query) if isinstance(query, str) else query
         dispatcher.event(SynthesizeStartEvent(query=bundle))
         with self._callback_manager.event(

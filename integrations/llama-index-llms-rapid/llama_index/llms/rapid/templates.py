@@ -1,9 +1,9 @@
 """Filled prompt templates that remember their template, to be filled again with documents.
 
 LlamaIndex fills a prompt template with the retrieved text and passes on the result. The target
-needs the same template filled with the documents, so the result remembers its template. To all
-else, callbacks and traces included, it is the list of messages or the text that it always was;
-neither shows the documents.
+needs the same template filled with the documents, so the result remembers its template. For all
+other code, such as callbacks and traces, it is a plain list of messages or text, without the
+documents.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from rapid_llm.errors import RapidError
 
 
 class PipelineError(RapidError, RuntimeError):
-    """A call that an engine made of the LLM failed; ``__cause__`` is the error itself.
+    """An engine's call of the LLM failed; ``__cause__`` is the original error.
 
-    LlamaIndex's compact and refine modes take a ``ValueError``, as most of ours are, for a
-    malformed answer, and return "Empty Response". This error is no ``ValueError``, so it arrives.
+    LlamaIndex's compact and refine modes treat a ``ValueError``, as most of our errors are, as a
+    malformed answer and return "Empty Response". This error is not a ``ValueError``, so that users
+    see it.
     """
 
 
@@ -33,8 +34,8 @@ class Context(str):
     """The retrieved text, with the documents that it is from.
 
     Attributes:
-        retrieved: the passages and the documents.
-        report: filled while the model answers, with ``raw["rapid"]`` of the response.
+        retrieved: contexts of both models.
+        report: statistics of the answer, filled while the model answers.
     """
 
     retrieved: Retrieved
@@ -50,8 +51,8 @@ class FilledMessages(list[ChatMessage]):
     """Messages from a template.
 
     Attributes:
-        fill: the messages with other text in the place of the retrieved text.
-        context: the retrieved text; None if the template shows none.
+        fill: function from a text to the messages with it in the place of the retrieved text.
+        context: retrieved text; None if the template shows none.
     """
 
     def __init__(
@@ -79,18 +80,18 @@ def refillable(
     prompt_args: dict[str, Any],
     has_documents: bool,
 ) -> tuple[Callable[[str], Any], str | None]:
-    """How to fill a template with other text, and the retrieved text that it shows now.
+    """A function that fills a template with another text, and the retrieved text in it now.
 
     Every response synthesizer passes the retrieved text as ``context_str`` (``context_msg`` when
     refining) to a template that already has its ``query_str``. Other calls (rerankers, metadata
-    extractors) pass both at once, or no question: they keep their text.
+    extractors) pass both at once, or no question, and are filled with their own text only.
 
     Args:
-        fill: makes the prompt from the template and its arguments.
+        fill: function from the template and its arguments to the prompt.
         prompt: the template.
-        prompt_args: its arguments.
-        has_documents: whether there are documents to take the place of plain retrieved text; a
-            :class:`Context` brings its own.
+        prompt_args: arguments of the template.
+        has_documents: whether documents can replace plain retrieved text; a :class:`Context` has
+            its own.
     """
     for name in ("context_str", "context_msg"):
         value = prompt_args.get(name)
@@ -115,11 +116,11 @@ def _refill(
 
 @contextmanager
 def not_swallowed(prompt: object) -> Iterator[None]:
-    """Raise a :class:`PipelineError` for what LlamaIndex would take for a malformed answer."""
+    """Raise a :class:`PipelineError` for errors that LlamaIndex treats as malformed answers."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        # RapidSynthesizer, where a Context is from, lets errors pass.
+        # RapidSynthesizer, which makes Contexts, does not swallow errors.
         if isinstance(prompt, FilledMessages | FilledPrompt) and not isinstance(
             prompt.context, Context
         ):

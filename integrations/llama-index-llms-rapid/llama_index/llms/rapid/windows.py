@@ -1,4 +1,4 @@
-"""Fit prompts into the models' context windows."""
+"""Fit prompts with documents, and chats, into the models' context windows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def template_variables(decoder: RapidDecoder, options: Options) -> dict[str, Any]:
-    """The variables that the decoder will give the chat template: its own, then the call's."""
+    """Variables of the chat template: the decoder's, overridden by the call's."""
     return {**decoder.chat_template_kwargs, **options.engine.chat_template_kwargs}
 
 
 def latest_turns(
     prompt: Prompt, decoder: RapidDecoder, model: ModelRunner, options: Options
 ) -> Prompt:
-    """A chat without its oldest turns, as many as do not fit; any other prompt as it is."""
+    """A chat without as many of its oldest turns as do not fit; other prompts are not changed."""
     if not _is_chat(prompt):
         return prompt
     from rapid_llm.encoding import drop_oldest_turns
@@ -48,17 +48,17 @@ def grounded_call(
     options: Options,
     reports: tuple[Report, ...],
 ) -> Call[Any]:
-    """The call that answers from documents, drafted from what was retrieved of them.
+    """Build the call that answers from documents, with a draft from the retrieved text.
 
-    Where both do not fit, a chat loses its oldest turns before documents are refused; if they may
-    be cut (``truncate``), they are cut first.
+    Where documents and chat do not fit, documents are cut with ``truncate``; after that, or without
+    it, the chat loses its oldest turns.
 
     Args:
-        retrieved: the two contexts.
-        render: makes a prompt around a context.
+        retrieved: contexts of both models.
+        render: function from a context to the prompt with it.
         decoder: the models.
-        options: how to generate.
-        reports: of the answers that the call belongs to.
+        options: options of the call.
+        reports: reports of the answers that the call belongs to.
 
     Raises:
         ContextWindowError: the target's prompt does not fit.
@@ -112,7 +112,7 @@ def grounded_call(
 
 
 def dropped(whole: Prompt, kept: Prompt) -> int:
-    """The number of messages of a chat that were left out."""
+    """Number of messages of a chat that were left out."""
     return len(whole) - len(kept) if _is_chat(whole) and _is_chat(kept) else 0
 
 

@@ -53,13 +53,13 @@ def llm(decoder, documents):
 def confidences(monkeypatch) -> list[float]:
     """The confidence that each generation was given."""
     seen: list[float] = []
-    original = RapidDecoder.stream
+    original = RapidDecoder.request
 
-    def stream(self, *prompts: Any, **options: Any):
+    def request(self, *prompts: Any, **options: Any):
         seen.append(options["confidence"])
         return original(self, *prompts, **options)
 
-    monkeypatch.setattr(RapidDecoder, "stream", stream)
+    monkeypatch.setattr(RapidDecoder, "request", request)
     return seen
 
 

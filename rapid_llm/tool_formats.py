@@ -1,7 +1,7 @@
-"""How models write tool calls: which format a chat template shows, and its prompts.
+"""Formats of tool calls by model family, recognised from a model's chat template.
 
-A format is data. The response template (:mod:`rapid_llm.tools.parsing`), the grammar
-(:mod:`rapid_llm.tools.grammar`) and the text of earlier calls all follow from it.
+A format is data: the response template (:mod:`rapid_llm.tools.parsing`), the grammar
+(:mod:`rapid_llm.tools.grammar`) and the text of earlier calls are derived from it.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ _SHORT_IDS = re.compile(r"length\s*(?:!=|==)\s*9\b")
 
 @dataclass(frozen=True)
 class Reasoning:
-    """Texts around the reasoning in an answer."""
+    """Markers before and after the reasoning in an answer."""
 
     begin: str
     end: str
@@ -177,7 +177,7 @@ def variable_of(template: str) -> str | None:
 
 
 def reasoning_of(template: str) -> Reasoning | None:
-    """Texts around the reasoning of a model's answers; None if its template knows none."""
+    """Markers of the reasoning in a model's answers; None if its template has none."""
     if "[THINK]" in template:
         return Reasoning("[THINK]", "[/THINK]")
     return Reasoning("<think>", "</think>") if "think>" in template else None
@@ -189,5 +189,5 @@ def keeps_calls(template: str) -> bool:
 
 
 def wants_short_ids(template: str) -> bool:
-    """Whether a chat template takes ids of calls of nine characters only, as Mistral's do."""
+    """Whether a chat template requires call ids of nine characters, as Mistral's do."""
     return _SHORT_IDS.search(template) is not None

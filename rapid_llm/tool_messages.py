@@ -1,4 +1,4 @@
-"""Tools and earlier calls in chat messages, as a chat template takes them."""
+"""Adapt tools, earlier calls and their results in chat messages to a chat template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.tools.formats import (
+from rapid_llm.tool_formats import (
     SMOLLM2,
     ToolFormat,
     format_of,
@@ -60,9 +60,9 @@ def adapted(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages and variables with which a template shows tools, earlier calls and their results.
 
-    A template that shows no tools gets a system message that does; one that leaves earlier calls
-    out gets them as text, and results as messages of the user. What is written here may be control
-    tokens of the model; what messages hold has to be quoted before.
+    For a template that shows no tools, a system message lists them; for one that ignores earlier
+    calls, they are written as text, and results as user messages. Text written here may contain
+    control tokens; the content of messages must be quoted before.
 
     Args:
         chat: chat messages, their content text and their calls checked.

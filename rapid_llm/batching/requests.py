@@ -1,0 +1,130 @@
+"""Requests to the scheduler: their arguments, delivery of their deltas, and cancellation."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from queue import SimpleQueue
+from typing import Any, TypeAlias
+
+from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.encoding import Prompt
+from rapid_llm.engine.kept.chain import PassChain
+from rapid_llm.engine.kept.prefixes import chain_of
+from rapid_llm.errors import GenerationTimeoutError
+from rapid_llm.generation import Delta, Progress
+from rapid_llm.request import Request
+
+Outcome: TypeAlias = Delta | BaseException
+"""What a request gets: deltas up to one with a finish reason, or an error."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """The arguments of one call of :meth:`RapidDecoder.stream`, for many calls at once."""
+
+    target_prompt: Prompt | None
+    draft_prompt: Prompt | None = None
+    sampling: SamplingParams | None = None
+    speculation: SpeculationConfig | None = None
+    confidence: float = 1.0
+    progress: Progress | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+
+class Ticket:
+    """A validated request that waits or is under way.
+
+    Args:
+        request: the request.
+        started: time of the call (``time.perf_counter``).
+        progress: callback for the progress of the prefill.
+        deliver: function for each outcome, called in the scheduler's thread.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        started: float,
+        progress: Progress | None,
+        deliver: Callable[[Outcome], object],
+    ) -> None:
+        self.request = request
+        self.started = started
+        self.progress = progress
+        self._deliver = deliver
+        self._cancelled = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants the answer any more."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """Give the answer up; the scheduler ends it before its next pass."""
+        self._cancelled.set()
+
+    def deliver(self, outcome: Outcome) -> None:
+        """Hand over a delta or an error, unless the request was cancelled."""
+        if self.cancelled:
+            return
+        try:
+            self._deliver(outcome)
+        except RuntimeError:  # the event loop of the caller was closed
+            self.cancel()
+
+    @cached_property
+    def chain(self) -> PassChain:
+        """The passes of the prefill of its prompt."""
+        return chain_of(self.request.runner, self.request.prompt)
+
+    def late(self) -> GenerationTimeoutError | None:
+        """The error of a request that has waited longer than its timeout; None before that."""
+        timeout = self.request.sampling.timeout
+        if timeout is None or time.perf_counter() - self.started <= timeout:
+            return None
+        return GenerationTimeoutError(
+            f"timeout={timeout:g} s passed while other requests were answered: raise the timeout "
+            "or max_sequences, or send fewer requests at once"
+        )
+
+
+class DeltaStream(Iterator[Delta]):
+    """The deltas of one request, as they come; closing it, or dropping it, cancels the request."""
+
+    def __init__(self) -> None:
+        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        self._ticket: Ticket | None = None
+
+    def of(self, ticket: Ticket) -> DeltaStream:
+        """The stream as that of a ticket whose outcomes are put into it."""
+        self._ticket = ticket
+        return self
+
+    @property
+    def put(self) -> Callable[[Outcome], None]:
+        """Function that adds an outcome; it does not keep the stream alive."""
+        return self._outcomes.put
+
+    def __next__(self) -> Delta:
+        if self._ticket is None:
+            raise StopIteration
+        outcome = self._outcomes.get()
+        if isinstance(outcome, BaseException):
+            self._ticket = None
+            raise outcome
+        if outcome.finish_reason is not None:
+            self._ticket = None
+        return outcome
+
+    def close(self) -> None:
+        """Cancel the request, if it is not answered yet."""
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.cancel()
+
+    def __del__(self) -> None:
+        self.close()

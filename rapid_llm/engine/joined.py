@@ -1,0 +1,203 @@
+"""One pass over the new tokens of several sequences, which share what they have in common.
+
+The tokens stand one behind the other, without padding or a batch dimension: linear layers see them
+all, and read each weight once. Attention reads each stretch of keys once for all sequences that
+have it (a document's for all questions on it), unmasked; each sequence's own keys, with its new
+tokens, follow causally. The results are merged by the log-sum-exp of their scores, in float32, as
+in FlashDecoding and cascade inference (Ye et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rapid_llm.engine.device import device_of
+from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.lean import run, window_of
+
+
+class Part(NamedTuple):
+    """The new tokens of one sequence in a joined pass.
+
+    Attributes:
+        ids: token ids after those in the cache, int64 ``[n]`` on the model's device.
+        cache: the sequence's KV cache with room for n more tokens.
+        keep: number of last tokens for which logits are computed, 1 to n.
+    """
+
+    ids: Tensor
+    cache: KVCache
+    keep: int
+
+
+class Read(NamedTuple):
+    """A stretch of one cache's keys, and the new tokens that attend to it.
+
+    Attributes:
+        cache: the cache that holds the keys.
+        start, end: the stretch, in its own tokens.
+        tokens: the new tokens, by their places in the pass: a slice or int64 indices.
+        new: number of the stretch's last keys that are those tokens' own; 0 for a stretch that all
+            of them see as a whole.
+        distance: the largest distance between the position of a token and that of the first key.
+    """
+
+    cache: KVCache
+    start: int
+    end: int
+    tokens: slice | Tensor
+    new: int
+    distance: int
+
+    @property
+    def position(self) -> int:
+        """Position of the first key in the sequences."""
+        return self.cache.position_offset + self.cache.prefix_length + self.start
+
+
+def reads_of(parts: Sequence[Part], device: torch.device) -> list[Read]:
+    """The stretches of keys that a joined pass reads, each once.
+
+    Args:
+        parts: sequences with different caches.
+        device: device of the indices.
+    """
+    places = list(pairwise(accumulate((len(part.ids) for part in parts), initial=0)))
+    readers: dict[KVCache, list[tuple[int, int]]] = {}  # (tokens read of it, sequence)
+    for index, (ids, cache, _) in enumerate(parts):
+        for holder, end in cache.segments(cache.length + len(ids)):
+            readers.setdefault(holder, []).append((end, index))
+    found = []
+    for holder, reading in readers.items():
+        start = 0
+        for end in sorted({end for end, _ in reading}):
+            seen = [index for last, index in reading if last >= end]
+            # Only the owner of a cache reads its last stretch, which has the new tokens.
+            new = len(parts[seen[0]].ids) if end > holder.length - holder.prefix_length else 0
+            at = [place for index in seen for place in range(*places[index])]
+            one = at == list(range(at[0], at[-1] + 1))
+            tokens = slice(at[0], at[-1] + 1) if one else torch.tensor(at, device=device)
+            read = Read(holder, start, end, tokens, new, distance=0)
+            latest = max(_first_position(parts[i]) + len(parts[i].ids) for i in seen) - 1
+            found.append(read._replace(distance=latest - read.position))
+            start = end
+    return found
+
+
+def _first_position(part: Part) -> int:
+    return part.cache.length + part.cache.position_offset
+
+
+def joined_logits(model: Any, parts: Sequence[Part]) -> list[Tensor]:
+    """Run a lean model on new tokens of several sequences, and append their KV to their caches.
+
+    Args:
+        model: lean model with a fixed rotary embedding, see :mod:`rapid_llm.engine.lean`.
+        parts: sequences with different caches.
+
+    Returns:
+        For each part logits ``[keep, vocab]`` in the model's dtype.
+    """
+    ids = torch.cat([part.ids for part in parts])
+    device, lengths = ids.device, [len(part.ids) for part in parts]
+    firsts = map(_first_position, parts)
+    spans = [range(at, at + n) for at, n in zip(firsts, lengths, strict=True)]
+    positions = torch.tensor([position for span in spans for position in span], device=device)
+    ends = list(accumulate(lengths))
+    kept = [at for part, end in zip(parts, ends, strict=True) for at in range(end - part.keep, end)]
+    everything = len(kept) == len(ids)
+    rows = slice(None) if everything else torch.tensor(kept, device=device)
+    reads = reads_of(parts, device)
+    masks: dict[tuple[int, int | None], Tensor | None] = {}
+
+    def mask_of(number: int, window: int | None) -> Tensor | None:
+        if window is not None and window > reads[number].distance:
+            window = None
+        if (number, window) not in masks:
+            masks[number, window] = _mask(reads[number], positions, window)
+        return masks[number, window]
+
+    def mix(index: int, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        places = zip(parts, key.split(lengths), value.split(lengths), strict=True)
+        for part, keys, values in places:
+            part.cache.layers[index].update(
+                keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+            )
+        n, heads, dim = query.shape
+        packed = query.view(n, key.shape[1], -1, dim).permute(1, 2, 0, 3)
+        merged = Merged(packed.shape, device)
+        kernel = device_of(device).attend_part(query, value)
+        for number, read in enumerate(reads):
+            layer, stretch = read.cache.layers[index], slice(read.start, read.end)
+            own = packed[:, :, read.tokens].reshape(key.shape[1], -1, dim)
+            keys, values = layer.keys[0, :, stretch], layer.values[0, :, stretch]
+            mask = mask_of(number, window_of(module))
+            causal = mask is not None and mask.shape[1] == read.new
+            merged.add(read.tokens, *kernel(own, keys, values, module.scaling, mask, causal))
+        return merged.output.to(query.dtype).permute(2, 0, 1, 3).reshape(n, heads, dim)
+
+    logits = run(model, ids, positions, mix, rows)
+    return list(logits.split([part.keep for part in parts]))
+
+
+class Merged:
+    """Attention over several stretches of keys, merged by the log-sum-exp of their scores.
+
+    Args:
+        shape: ``[kv_heads, group, n, dim]``.
+        device: device of the results.
+
+    Attributes:
+        output: attention over all stretches so far, float32 ``[kv_heads, group, n, dim]``.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self.output = torch.zeros(*shape, dtype=torch.float32, device=device)
+        self._lse = torch.full(shape[:3], float("-inf"), device=device)
+
+    def add(self, tokens: slice | Tensor, out: Tensor, lse: Tensor) -> None:
+        """Merge the results for one stretch.
+
+        Args:
+            tokens: tokens that it is for.
+            out: float32 ``[kv_heads, group * tokens, dim]``.
+            lse: natural log-sum-exp of each row's scores, float32 ``[kv_heads, group * tokens]``;
+                -inf for a row that saw no key.
+        """
+        kv_heads, group, _, dim = self.output.shape
+        lse = lse.view(kv_heads, group, -1)
+        before = self._lse[:, :, tokens]
+        both = torch.logaddexp(before, lse)
+        safe = both.clamp(min=torch.finfo(torch.float32).min)  # not where nothing was seen
+        kept = self.output[:, :, tokens] * (before - safe).exp()[..., None]
+        new = out.view(kv_heads, group, -1, dim) * (lse - safe).exp()[..., None]
+        self.output[:, :, tokens] = kept + new
+        self._lse[:, :, tokens] = both
+
+
+def _mask(read: Read, positions: Tensor, window: int | None) -> Tensor | None:
+    """What each token must not see of a stretch's last keys; None if it sees all.
+
+    Args:
+        read: the stretch.
+        positions: positions of all tokens of the pass, int64 ``[n]``.
+        window: size of the sliding window, where it is shorter than the stretch reaches.
+
+    Returns:
+        bool ``[tokens, keys]``, for the tokens' own keys only where there is no window.
+    """
+    if read.new <= 1 and window is None:
+        return None
+    masked = read.new if window is None else read.end - read.start
+    last = read.position + read.end - read.start
+    keys = torch.arange(last - masked, last, device=positions.device)
+    own = positions[read.tokens][:, None]
+    hidden = keys > own
+    if window is not None:
+        hidden |= keys <= own - window
+    return hidden

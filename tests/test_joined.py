@@ -1,0 +1,136 @@
+"""Passes over several sequences: the logits of each alone, and nothing is read twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import installed, tiny_model
+
+from rapid_llm.engine import sdpa
+from rapid_llm.engine.joined import Part, reads_of
+from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.session import Session
+from rapid_llm.errors import OutdatedKVError
+
+LEAN = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-sliding"]
+DOCUMENT = [5, 9, 31, 7, 44, 12, 8, 30, 21, 17, 60, 3, 11, 40, 6]
+TAILS = [[4, 19], [50], [33, 2, 8, 14, 27, 9], []]
+NEW = [[7], [8, 9, 10], [21, 5], [40, 41, 42, 43]]
+
+
+def runner_of(architecture: str) -> ModelRunner:
+    return ModelRunner(tiny_model(architecture), architecture)
+
+
+def read(runner: ModelRunner, tokens: list[int]) -> KVCache:
+    cache = runner.new_cache(40)
+    Session(runner, cache).extend(torch.tensor(tokens))
+    return cache
+
+
+def alone(runner: ModelRunner, tokens: list[int], new: list[int]) -> torch.Tensor:
+    return Session(runner, read(runner, tokens)).extend(torch.tensor(new))
+
+
+def borrowers(runner: ModelRunner, document: KVCache) -> list[KVCache]:
+    """A cache for each tail, of which the third borrows from the first as well."""
+    caches = []
+    for number, tail in enumerate(TAILS):
+        cache = document.borrow(len(DOCUMENT) - (number == 1), 40)
+        if number == 1:
+            Session(runner, cache).extend(torch.tensor(DOCUMENT[-1:]))
+        if tail:
+            Session(runner, cache).extend(torch.tensor(tail))
+        caches.append(cache)
+    return caches
+
+
+@pytest.mark.parametrize("architecture", LEAN)
+def test_sequences_on_one_document_get_the_logits_of_each_alone(architecture):
+    runner = runner_of(architecture)
+    document = read(runner, DOCUMENT)
+    caches = [document, *borrowers(runner, document), read(runner, [3, 4])]
+    caches.append(caches[3].borrow(len(DOCUMENT) + 4, 40))  # what it borrows and its own
+    before = [DOCUMENT, *(DOCUMENT + tail for tail in TAILS), [3, 4], DOCUMENT + TAILS[2][:4]]
+    new = [[13, 14], *NEW, [5, 6, 7], [22]]
+    for keep in (1, None):
+        parts = [
+            Part(torch.tensor(ids), cache, keep or len(ids))
+            for ids, cache in zip(new, caches, strict=True)
+        ]
+        for logits, held, ids in zip(runner.joined(parts), before, new, strict=True):
+            expected = alone(runner, held, ids)[-(keep or len(ids)) :]
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        for cache, held in zip(caches, before, strict=True):
+            cache.rollback(len(held))
+
+
+def test_each_key_is_read_once_for_all_that_have_it():
+    runner = runner_of("llama")
+    document = read(runner, DOCUMENT)
+    caches = [document, *borrowers(runner, document)]
+    parts = [Part(torch.tensor([7, 8]), cache, 1) for cache in caches]
+    reads = [r for r in reads_of(parts, runner.device) if r.cache is document]
+    n = len(DOCUMENT)
+    assert [(r.start, r.end, r.new) for r in reads] == [(0, n - 1, 0), (n - 1, n, 0), (n, n + 2, 2)]
+    seen = [list(range(10))[r.tokens] if isinstance(r.tokens, slice) else r.tokens.tolist()
+            for r in reads]  # fmt: skip
+    assert seen == [list(range(10)), [0, 1, 2, 3, 6, 7, 8, 9], [0, 1]]
+
+
+def test_a_borrowed_prefix_is_not_copied_and_takes_no_memory():
+    runner = runner_of("llama")
+    document = read(runner, DOCUMENT)
+    cache = document.borrow(len(DOCUMENT), 25)
+    Session(runner, cache).extend(torch.tensor([7]))
+    assert cache.nbytes == document.nbytes * 10 // 40
+    assert (cache.length, document.lent) == (16, 15)
+    del cache
+    assert document.lent == 0
+
+
+def test_a_borrower_of_an_outdated_prefix_reads_it_anew():
+    runner = runner_of("llama")
+    document = read(runner, DOCUMENT)
+    cache = document.borrow(len(DOCUMENT), 40)
+    session = Session(runner, cache, DOCUMENT)
+    with torch.no_grad():
+        runner.model.lm_head.weight.mul_(2)
+        runner.model.model.layers[0].self_attn.k_proj.weight.mul_(2)
+    with pytest.raises(OutdatedKVError):
+        runner.joined([Part(torch.tensor([7]), cache, 1)])
+    torch.testing.assert_close(session.extend(torch.tensor([7])), alone(runner, DOCUMENT, [7]))
+    assert (cache.prefix, document.length) == ((), len(DOCUMENT))
+
+
+def test_a_pass_that_fails_changes_no_cache(monkeypatch):
+    runner = runner_of("llama")
+    caches = [read(runner, DOCUMENT), read(runner, [3, 4])]
+    parts = [Part(torch.tensor([7, 8]), cache, 1) for cache in caches]
+
+    def fail(*_):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rapid_llm.engine.joined.Merged.add", fail)
+        with pytest.raises(RuntimeError, match="stopped"):
+            runner.joined(parts)
+    assert [cache.length for cache in caches] == [len(DOCUMENT), 2]
+    torch.testing.assert_close(runner.joined(parts)[1], alone(runner, [3, 4], [7, 8])[-1:])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "triton"])
+@pytest.mark.parametrize(("keys", "tokens", "masked"), [(40, 3, 0), (40, 5, 5), (1500, 20, 0)])
+def test_kernels_for_parts_agree(kind, keys, tokens, masked):
+    if kind == "cpu":
+        from rapid_llm.engine.cpu.attention import attend_part
+    else:
+        installed("triton")
+        from rapid_llm.engine.cuda.attention import attend_part
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, n, 16) for n in (3 * tokens, keys + 9, keys + 9))
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).triu(1) if masked else None
+    arguments = query, key[:, 4:-5], value[:, 4:-5], 0.3, mask, mask is not None
+    ours, expected = attend_part(*arguments), sdpa.attend_part(*arguments)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
