@@ -45,8 +45,9 @@ from rapid_llm.generation import (
 )
 from rapid_llm.limits import host_memory
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model
+from rapid_llm.old_names import RENAMED, with_new_names
 from rapid_llm.opening import Opener
-from rapid_llm.options import RENAMED, changed, given, options_of, sorted_into, with_new_names
+from rapid_llm.options import changed, given, options_of, sorted_into
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.constraints import Constraints
 from rapid_llm.vocabulary import unshared_tokens

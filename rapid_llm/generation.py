@@ -26,6 +26,7 @@ from rapid_llm.engine.memory import steps_with_memory
 from rapid_llm.engine.session import Session
 from rapid_llm.engine.steps import Extend, Steps, VerifyAlone, Wanted, alone
 from rapid_llm.errors import GenerationTimeoutError, NumericalError
+from rapid_llm.old_names import OldName
 from rapid_llm.speculation.acceptance import dynamic_eta
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.sampling import Sampler
@@ -82,6 +83,8 @@ class GenerationResult:
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats
+
+    from_chunks = OldName("from_deltas")
 
     @classmethod
     def from_deltas(cls, deltas: Sequence[Delta]) -> GenerationResult:

@@ -35,6 +35,7 @@ from rapid_llm.errors import (
 from rapid_llm.forked import ProcessLock, in_child, limit_threads
 from rapid_llm.gguf import load_gguf
 from rapid_llm.limits import host_memory
+from rapid_llm.old_names import refuse_old_names
 from rapid_llm.tensor_parallel import processes, ranks, require_divisible
 
 HUB_ACCESS = frozenset(
@@ -119,8 +120,9 @@ def load_model(
             or the processes cannot share its heads evenly.
         MissingDependencyError: the packaged model, or a package that the format of the weights
             needs, is not installed.
-        InvalidParameterError: an unknown dtype, device or device map.
+        InvalidParameterError: an unknown dtype, device or device map; an option's old name.
     """
+    refuse_old_names(hub_options, ["attn_implementation"])
     limit_threads()
     name = str(source)
     resolved = _resolve_dtype(name, dtype)

@@ -7,17 +7,15 @@ server build theirs from :func:`options_of` and do not declare any option again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache, wraps
-from inspect import signature
+from functools import cache
 from math import isfinite
 from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
     Literal,
-    ParamSpec,
     TypeVar,
     Union,
     get_args,
@@ -26,23 +24,13 @@ from typing import (
 )
 
 from rapid_llm.errors import InvalidParameterError
-
-RENAMED = {
-    "attention": "attn_implementation",
-    "embed_model": "embedder",
-    "min_budget_tokens": "retrieval_tokens",
-    "persist_directory": "store",
-    "target": "model",
-}
-"""New name of an option by its old one."""
+from rapid_llm.old_names import refuse_old_names
 
 SECRET = frozenset({"token", "use_auth_token", "proxies"})
 """Arguments of ``from_pretrained`` that may hold a secret."""
 
 _Number = TypeVar("_Number", int, float)
 _Settings = TypeVar("_Settings", bound=Any)
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -213,7 +201,7 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
     words: dict[str, str] = {}  # by which each was given
     for word, value in options.items():
         name = names.get(word, word)
-        _refuse_old_name(word, known)
+        refuse_old_names([word], known)
         if name not in known:
             raise InvalidParameterError(
                 f"unknown option {word!r}; known are {', '.join(sorted({*known, *names}))}"
@@ -227,24 +215,6 @@ def by_name(options: Mapping[str, Any], known: Mapping[str, Declared]) -> dict[s
             )
         given[name], words[name] = value, word
     return given
-
-
-def _refuse_old_name(name: str, known: Collection[str]) -> None:
-    if RENAMED.get(name) in known:
-        raise InvalidParameterError(f"{name!r} is now {RENAMED[name]!r}")
-
-
-def with_new_names(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """A function whose errors name the new name of an argument that is given by its old one."""
-    known = signature(function).parameters
-
-    @wraps(function)
-    def checked(*args: _P.args, **options: _P.kwargs) -> _T:
-        for name in options:
-            _refuse_old_name(name, known)
-        return function(*args, **options)
-
-    return checked
 
 
 def require(group: type, **values: Any) -> None:

@@ -10,7 +10,14 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import aclosing, closing
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -36,6 +43,7 @@ from rapid_llm.stats import Stats
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+    from rapid_llm.batching import GenerationRequest
     from rapid_llm.encoding import Prompt
     from rapid_llm.generation import Delta, GenerationResult, Progress
 
@@ -185,6 +193,34 @@ class RemoteDecoder:
             target_prompt, draft_prompt, sampling, speculation, confidence, chat_template_kwargs
         )
         return self._deltas(body, progress)
+
+    @property
+    def scheduler(self) -> RemoteDecoder:
+        """Itself: the server answers at once what reaches it at once."""
+        return self
+
+    def generate_many(
+        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
+    ) -> list[Any]:
+        """:meth:`RapidDecoder.generate_many`, by the server."""
+        from rapid_llm.generation import Delta, GenerationResult
+
+        asked = list(requests)
+        outcomes: list[list[Any]] = [[] for _ in asked]
+        for index, outcome in self.stream_many(asked, return_exceptions=return_exceptions):
+            outcomes[index].append(outcome)
+        return [
+            GenerationResult.from_deltas(each) if isinstance(each[-1], Delta) else each[-1]
+            for each in outcomes
+        ]
+
+    def stream_many(
+        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
+    ) -> Iterator[tuple[int, Delta | Exception]]:
+        """:meth:`RapidDecoder.stream_many`, by the server, with a connection for each request."""
+        from rapid_llm.batching.threads import stream_in_threads
+
+        return stream_in_threads(self.stream, list(requests), return_exceptions)
 
     def astream(
         self,

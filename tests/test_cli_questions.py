@@ -262,7 +262,7 @@ def test_a_failed_question_is_reported_and_the_others_are_answered(
         return request(self, target, *prompts, **options)
 
     monkeypatch.setattr(RapidDecoder, "request", failing)
-    monkeypatch.setattr("rapid_llm.pipeline.build_messages", lambda text, question: [
+    monkeypatch.setattr("rapid_llm.context.prompts.build_messages", lambda text, question: [
         {"role": "user", "content": f"{text}\n{question}"}])  # fmt: skip
     questions = tmp_path / "questions.txt"
     questions.write_text(f"w5\nw7\n{'w9 ' * 600}\nw6\n")

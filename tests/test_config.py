@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer, transformers_greedy
 
-from rapid_llm import RapidDecoder
+import rapid_llm
+from rapid_llm import ContextBuilder, GenerationResult, RapidDecoder, load_model
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.old_names import RENAMED
 from rapid_llm.options import changed, options_of, sorted_into
 
 BOTH = SamplingParams, SpeculationConfig
@@ -41,11 +44,24 @@ def test_unknown_bad_and_doubled_options_are_refused() -> None:
         sorted_into({"max_new_tokens": 3, "max_tokens": 4}, *BOTH)
 
 
-def test_an_old_name_names_the_new_one() -> None:
-    with pytest.raises(
-        InvalidParameterError, match="'min_budget_tokens' is now 'retrieval_tokens'"
-    ):
-        changed(RetrievalConfig(), {"min_budget_tokens": 64})
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_names_the_new_one(old: str, new: str) -> None:
+    error = pytest.raises(InvalidParameterError, match=f"{old!r} is now {new!r}")
+    with error:
+        sorted_into({old: "x"}, EngineConfig, RetrievalConfig)
+    takes = {
+        "model": RapidDecoder.from_pretrained,
+        "attn_implementation": partial(load_model, "x"),
+    }.get(new, partial(ContextBuilder, None))
+    with error:
+        takes(**{old: "x"})
+
+
+def test_old_names_of_attributes_name_the_new_ones() -> None:
+    with pytest.raises(AttributeError, match=r"from_chunks is now GenerationResult\.from_deltas"):
+        _ = GenerationResult.from_chunks
+    with pytest.raises(ImportError, match=r"rapid_llm\.Inquiry is now rapid_llm\.RapidPipeline"):
+        _ = rapid_llm.Inquiry
 
 
 def test_other_values_leave_the_rest() -> None:

@@ -381,6 +381,8 @@ def test_room_is_kept_for_files_that_are_being_written(tmp_path):
     def other(path: Path) -> None:
         assert not Folder(tmp_path, 1000).write(name_of(2), 500, Path.touch)
         assert Folder(tmp_path, 1000).write(name_of(3), 400, lambda p: p.write_bytes(bytes(400)))
+        assert not Folder(tmp_path, 1000).write(name_of(2), 500, Path.touch)
+        assert [path.name for path in files_of(tmp_path)] == [name_of(3)]  # nothing was deleted
         path.write_bytes(bytes(600))
 
     assert folder.write(name_of(1), 600, other)

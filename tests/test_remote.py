@@ -99,6 +99,15 @@ def test_tools_and_pipelines_work_on_it(remote: RemoteDecoder, decoder: RapidDec
         for one in (remote, decoder)
     ]
     assert asked[0].token_ids == asked[1].token_ids
+    many = [
+        RapidPipeline(one, "The fox lives in the den.", sampling=SAMPLING).ask_many(
+            ["Who?", "Where?"], "lc"
+        )
+        for one in (remote, decoder)
+    ]
+    assert [each.token_ids for each in many[0]] == [each.token_ids for each in many[1]]
+    assert many[0][0].token_ids == asked[0].token_ids
+    assert remote.generate_many([], return_exceptions=True) == []
 
 
 def test_errors_are_those_of_a_decoder(remote: RemoteDecoder) -> None:

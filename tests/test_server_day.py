@@ -42,7 +42,7 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def test_a_client_s_day(server: Server, dictionary: str) -> None:
+def test_one_server_serves_a_day_of_mixed_requests(server: Server, dictionary: str) -> None:
     client = httpx.Client(base_url=server.url, timeout=120)
 
     def ask(question: str, **more: Any) -> httpx.Response:

@@ -275,6 +275,16 @@ def test_the_command_prints_saves_and_draws(
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_questions_at_once_are_measured_plainly_and_by_coin() -> None:
+    bench = ShapeBench("tiny", [600], [0.9], "float32", 180, questions=(1, 3))
+    rows = {row.key: row for row in bench._asked(600)}
+    ways = "plain", "RAPID, a = 0.9"
+    assert list(rows) == [f"questions_{n}_{way}" for way in ways for n in (1, 3)]
+    assert all(speed > 0 for row in rows.values() for speed in row.samples)
+    assert [row.simulated for row in rows.values()] == [False, False, True, True]
+    assert rows["questions_1_plain"].columns == {"÷ 1": 1}
+
+
 def test_json_is_all_that_is_printed_and_a_failure_is_the_status(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Requests of callers: what they ask, where the deltas go, and whether they still want them."""
+"""Requests to the scheduler: their arguments, delivery of their deltas, and cancellation."""
 
 from __future__ import annotations
 

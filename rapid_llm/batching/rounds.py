@@ -1,4 +1,4 @@
-"""Rounds over the sequences under way: they draft together, and are verified in one pass.
+"""Rounds over all sequences under way: joint drafts, and one pass that verifies them.
 
 Between two rounds one pass is for prompts, the earliest sequence's first, so that a long document
 does not stop the answers that have begun.

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 
@@ -24,13 +24,26 @@ from rapid_llm.batching.sequence import Sequence
 from rapid_llm.config import EngineConfig, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt
 from rapid_llm.generation import Delta, GenerationResult, Progress
+from rapid_llm.opening import Opener
 from rapid_llm.options import changed
 from rapid_llm.request import Request
 
-if TYPE_CHECKING:
-    from rapid_llm.decoder import RapidDecoder
-
 _log = logging.getLogger(__name__)
+
+
+class Models(Protocol):
+    """What the scheduler needs of a :class:`rapid_llm.RapidDecoder`.
+
+    Attributes:
+        max_sequences: maximum number of requests under way.
+        opener: opener of generations.
+    """
+
+    max_sequences: int
+    opener: Opener
+
+    def request(self, *prompts: Any, **options: Any) -> Request:
+        """Validate a call, and encode its prompts; no model runs."""
 
 
 class _Checked(NamedTuple):
@@ -61,7 +74,7 @@ class Scheduler:
         InvalidParameterError: ``max_sequences`` is less than 1.
     """
 
-    def __init__(self, decoder: RapidDecoder, *, max_sequences: int | None = None) -> None:
+    def __init__(self, decoder: Models, *, max_sequences: int | None = None) -> None:
         if max_sequences is None:
             max_sequences = decoder.max_sequences
         limits = changed(EngineConfig(), {"max_sequences": max_sequences})
@@ -264,14 +277,6 @@ class Scheduler:
     ) -> Ticket:
         """Queue a request; starts the thread if there is none."""
         ticket = Ticket(request, time.perf_counter(), progress, deliver)
-        if not request.runner.joins and not self._said:
-            self._said = True
-            _log.warning(
-                "%s cannot read several sequences in one pass, which takes a model of the Llama "
-                "family with our attention and a fixed rotary embedding: requests are answered "
-                "one by one",
-                request.runner.name,
-            )
         with self._lock:
             self._waiting.append(ticket)
             if self._thread is None:
@@ -310,7 +315,7 @@ class Scheduler:
         while (ticket := self._next()) is not None:
             # The first is opened as a single call is, so that a request that stays alone gets what
             # a single call gets, to the bit; those beside it borrow from its cache.
-            joined = bool(self._running) and ticket.request.runner.joins
+            joined = bool(self._running) and self._joins(ticket)
             started = Sequence(ticket, self.decoder.opener, joined=joined)
             started.start()
             if started.wanted is not None:
@@ -337,24 +342,40 @@ class Scheduler:
     def _next(self) -> Ticket | None:
         """Take the first waiting request that may start now; None if there is none."""
         with self._lock:
-            for ticket in list(self._waiting):
-                if ticket.cancelled:
-                    self._waiting.remove(ticket)
-                elif (error := ticket.late()) is not None:
-                    self._waiting.remove(ticket)
-                    ticket.deliver(error)
-            for ticket in self._waiting:
-                if not self._has_room(ticket):
-                    return None
-                if not self._will_share(ticket):
-                    self._waiting.remove(ticket)
-                    return ticket
-        return None
+            waiting = list(self._waiting)
+        # Outside the lock, as callers must not wait for a pass.
+        for ticket in waiting:
+            error = None if ticket.cancelled else ticket.late()
+            if error is not None:
+                ticket.deliver(error)
+                ticket.cancel()
+        waiting = [ticket for ticket in waiting if not ticket.cancelled]
+        room = bool(waiting) and self._has_room(waiting[0])
+        found = next((each for each in waiting if room and not self._will_share(each)), None)
+        if found is not None and not self._has_room(found):
+            found = None
+        with self._lock:
+            self._waiting = [e for e in self._waiting if not e.cancelled and e is not found]
+        return found
 
     def _has_room(self, ticket: Ticket) -> bool:
+        """Whether a request may run beside those under way."""
         tickets = [ticket, *(each.ticket for each in self._running)]
-        together = all(each.request.runner.joins for each in tickets)
+        together = all(map(self._joins, tickets))
         return len(self._running) < (self._most if together else 1)
+
+    def _joins(self, ticket: Ticket) -> bool:
+        """Whether the passes of a request can be joined; the log says so once if not."""
+        runner = ticket.request.runner
+        if not runner.joins and not self._said:
+            self._said = True
+            _log.warning(
+                "%s cannot read several sequences in one pass, which takes a model of the Llama "
+                "family in one process, with our attention and a fixed rotary embedding: requests "
+                "are answered one by one",
+                runner.name,
+            )
+        return runner.joins
 
     def _will_share(self, ticket: Ticket) -> bool:
         """Whether another request is reading most of the prompt right now."""

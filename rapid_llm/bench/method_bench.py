@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from rapid_llm.batching import GenerationRequest
 from rapid_llm.bench.harness import Bench, Step
+from rapid_llm.bench.questions import question_rows
 from rapid_llm.bench.report import Row
 from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import Workload
@@ -202,6 +204,7 @@ class MethodBench(Bench):
         peers: methods of other libraries by name.
         new_tokens: tokens decoded in a run, at least 2.
         repeats: counted runs of each method, at least 1.
+        questions: numbers of questions at once to measure as well; the same question each time.
 
     Raises:
         ContextWindowError: a prompt and the new tokens exceed the model's window.
@@ -216,6 +219,7 @@ class MethodBench(Bench):
         peers: Mapping[str, Method] | None = None,
         new_tokens: int,
         repeats: int,
+        questions: Sequence[int] = (),
     ) -> None:
         window, longest = decoder.target.context_window, max(len(work.target) for work in works)
         if longest + new_tokens > window:
@@ -226,7 +230,7 @@ class MethodBench(Bench):
             )
         self._peers, self._works = peers or {}, works
         self._methods = {**methods, **self._peers}
-        self._new_tokens, self._repeats = new_tokens, repeats
+        self._new_tokens, self._repeats, self._questions = new_tokens, repeats, questions
         facts = {"model": decoder.target.name, "new_tokens": new_tokens, "repeats": repeats}
         facts["columns"] = _COLUMNS
         draft_tokens = max(len(work.draft) for work in works)
@@ -237,6 +241,9 @@ class MethodBench(Bench):
         yield Step("memory", None, inf, self._memory)
         for work in self._works:
             yield Step(work.task, work.context, inf, partial(self._compared, work))
+            if self._questions:
+                name = f"{work.task}, questions at once"
+                yield Step(name, work.context, inf, partial(self._asked, work))
         for context in dict.fromkeys(work.context for work in self._works):
             yield Step("passes", context, inf, partial(self._passes, context))
             yield Step("prefill", context, inf, partial(self._prefill, context))
@@ -265,6 +272,16 @@ class MethodBench(Bench):
             if read := [run.prefill for run in counted if run.prefill is not None]:
                 columns["prefill, s"] = median(read)
             yield Row(name, name, "tokens/s", speeds[name], columns=columns)
+
+    def _asked(self, work: Workload) -> Iterator[Row]:
+        """Tokens a second of several questions at once, plainly and by RAPID."""
+        sampling = SamplingParams(max_new_tokens=self._new_tokens, ignore_eos=True)
+        self._decoder.generate(work.target, sampling=replace(sampling, max_new_tokens=1))
+        ways = {}
+        for name, draft in (("lc", None), ("rapid", work.draft)):
+            request = GenerationRequest(work.target, draft, sampling)
+            ways[name] = self._decoder.opener, [request] * max(self._questions)
+        yield from question_rows(self._decoder, self._questions, ways, self._repeats)
 
 
 def _speculation(stats: Stats, plain: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
+from rapid_llm.batching import GenerationRequest
 from rapid_llm.bench.harness import QUESTION, Bench, Step
+from rapid_llm.bench.questions import CoinOpener, question_rows
 from rapid_llm.bench.report import Row
 from rapid_llm.bench.shapes import number_tokenizer, random_model, shape_config, size_of
 from rapid_llm.bench.speed_model import require
@@ -32,6 +35,7 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import device_memory
+from rapid_llm.opening import Opener
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, Prior
@@ -42,6 +46,7 @@ _DRAFT_TOKENS, _ROOM = 4096, 512  # tokens of the drafter's context, and of an a
 _REPEATS = 20
 _ROUNDS = 12  # rounds of a block; blocks of all methods take turns
 _TURNS = 5
+_ASKED = 48  # tokens of each answer where several questions are asked at once
 _FORCED = 3  # γ where the schedule would not draft
 _SURE = 1e6  # number of past tokens from which the schedule takes its acceptance rate
 _STEPS = 8  # steps of a draft
@@ -64,7 +69,7 @@ class ShapeBench(Bench):
 
     def __init__(
         self, shape: str, contexts: Sequence[int], acceptances: Sequence[float], dtype: str,
-        seconds: float,
+        seconds: float, questions: Sequence[int] = (),
     ) -> None:  # fmt: skip
         for name, value, ok, limit in (
             *(("context", n, n >= 256, "at least 256") for n in contexts),
@@ -82,7 +87,7 @@ class ShapeBench(Bench):
                 f"{shape} with {longest:,} tokens needs {needed / 1e9:.0f} GB, more than the "
                 f"{memory / 1e9:.0f} GB of {device}; take a smaller shape or context"
             )
-        self._contexts, self._acceptances = contexts, acceptances
+        self._contexts, self._acceptances, self._questions = contexts, acceptances, questions
         self._tokenizer = number_tokenizer(config.vocab_size)
         model = random_model(config, wanted, device)
         # Unlimited budgets: the bench itself frees KV.
@@ -101,6 +106,8 @@ class ShapeBench(Bench):
         for n in self._contexts:
             yield Step("passes", n, 15, partial(self._passes, n))
             yield Step("rounds", n, 25, partial(self._rounds, n))
+            if self._questions:
+                yield Step("questions at once", n, 25, partial(self._asked, n))
             if self._device.type == "cuda":
                 yield Step("host calls", n, 5, partial(self._host_calls, n))
             make = partial(DynamicCache, config=self._model.config)
@@ -248,6 +255,27 @@ class ShapeBench(Bench):
             if row := self.report.row(ours, context):
                 ratios = [peer / ms for ms in row.samples]
                 yield Row(f"{ours}_to_{key}", times, "×", ratios, "", row.simulated)
+
+    def _asked(self, context: int) -> Iterator[Row]:
+        """Tokens a second of several questions at once, plainly and with simulated acceptance."""
+        with self._open(context, draft=False):
+            pass  # the document's KV, which is random, is kept
+        document, opener = self._prompt(context)[:-QUESTION], self._decoder.opener
+        ways: dict[str, tuple[Opener, list[GenerationRequest]]] = {}
+        for a in (None, *self._acceptances):
+            name = "plain" if a is None else f"RAPID, a = {a:g}"
+            way = opener if a is None else CoinOpener.of(opener, a)
+            requests = [
+                GenerationRequest(
+                    document + self._tokens(QUESTION),
+                    None if a is None else self._tokens(self._draft_tokens),
+                    replace(self._sampling, max_new_tokens=_ASKED),
+                    SpeculationConfig(lookup=False),
+                )
+                for _ in range(max(self._questions))
+            ]
+            ways[name] = way, requests
+        yield from question_rows(self._decoder, self._questions, ways, 2, simulated=True)
 
     # --- helpers -------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import typer
 import rapid_llm
 from rapid_llm.cli.ranks import RANK, printing_once, require_shareable
 from rapid_llm.errors import DocumentError, InvalidParameterError, RankError, RapidError
-from rapid_llm.options import RENAMED
+from rapid_llm.old_names import RENAMED
 
 _LEAVE = 5  # seconds
 

@@ -54,6 +54,15 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Counted runs of each method.", show_default="3")
     ] = None,
+    questions: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Number of questions on one document at once, to measure as well; may be "
+            "repeated, the first is what the others are compared with.",
+            show_default=False,
+        ),
+    ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -102,11 +111,11 @@ def bench(
 
         if shape is not None:
             contexts, coins = context or [32_768], acceptance or [0.8, 0.9, 0.95]
-            made: Bench = ShapeBench(shape, contexts, coins, dtype, seconds or 180)
+            made: Bench = ShapeBench(shape, contexts, coins, dtype, seconds or 180, questions or ())
         else:
             made = _method_bench(
                 model or PACKAGED_MODEL, context or [1700, 7500], task, method, dtype,
-                new_tokens=new_tokens or 64, repeats=repeats or 3,
+                new_tokens=new_tokens or 64, repeats=repeats or 3, questions=questions or (),
             )  # fmt: skip
     raise typer.Exit(_measure(made, as_json, save, plot, shown))
 
@@ -117,7 +126,10 @@ def _method_bench(
     tasks: Sequence[str] | None,
     parts: Sequence[str] | None,
     dtype: str,
-    **counts: int,
+    *,
+    new_tokens: int,
+    repeats: int,
+    questions: Sequence[int],
 ) -> Bench:
     """Bench of a model and the methods named in ``parts``, by full name or a part of it."""
     from rapid_llm.bench import method_bench as comparing
@@ -135,7 +147,7 @@ def _method_bench(
         for tokens in contexts
         for task in tasks or QUESTIONS
     ]
-    model = stretched(loaded.model, max(contexts) + max(counts["new_tokens"], comparing.ROOM))
+    model = stretched(loaded.model, max(contexts) + max(new_tokens, comparing.ROOM))
     decoder = RapidDecoder(model, loaded.tokenizer, name=loaded.name)
     path = packaged_model() if source == PACKAGED_MODEL else Path(source)
     ours = comparing.our_methods(decoder)
@@ -143,7 +155,10 @@ def _method_bench(
     every = [*ours, *peers]
     chosen = {name for part in parts or [""] for name in comparing.named(part, every)}
     ours, peers = ({k: v for k, v in rows.items() if k in chosen} for rows in (ours, peers))
-    return comparing.MethodBench(decoder, ours, works, peers=peers, **counts)
+    return comparing.MethodBench(
+        decoder, ours, works, peers=peers, new_tokens=new_tokens, repeats=repeats,
+        questions=questions,
+    )  # fmt: skip
 
 
 def _measure(made: Bench, as_json: bool, save: Path | None, plot: Path | None, shown: bool) -> int:

@@ -1,4 +1,4 @@
-"""Computations as generators that yield the passes they want and are sent the results.
+"""Computations as generators that yield the passes they need and receive the results.
 
 An algorithm is written once, from top to bottom: :func:`alone` runs its passes one by one, and
 :mod:`rapid_llm.batching` runs many such computations at once and joins their passes.

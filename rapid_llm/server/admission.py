@@ -1,4 +1,4 @@
-"""Turns: how many requests run, how many wait, and which are refused."""
+"""Admission of requests: how many run, how many wait, and which are refused."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class ApiError(HTTPException):
 
     Args:
         status: status of the response.
-        message: what is wrong, the limit and the remedy.
+        message: description of the error, with the limit and the remedy.
         param: name of the request's field; None if it is of no field.
         code: OpenAI's word for it; None without one.
         headers: headers of the response.

@@ -1,4 +1,4 @@
-"""What both models read for a request: its documents, and the chunks retrieved from them."""
+"""Prompts of both models for a request: its documents, and the chunks retrieved from them."""
 
 from __future__ import annotations
 

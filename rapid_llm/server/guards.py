@@ -1,4 +1,4 @@
-"""What every request passes: its id, who asks, from where, and how much it sends."""
+"""ASGI middleware: request ids, API key, allowed hosts and origins, limits on bodies."""
 
 from __future__ import annotations
 

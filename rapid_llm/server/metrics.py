@@ -1,4 +1,4 @@
-"""What ``/metrics`` tells Prometheus."""
+"""Metrics for Prometheus, at ``/metrics``."""
 
 from __future__ import annotations
 

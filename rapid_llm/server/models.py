@@ -1,4 +1,4 @@
-"""What a :class:`rapid_llm.RemoteDecoder` needs to know of a server's models."""
+"""Description of a server's models for :class:`rapid_llm.RemoteDecoder`."""
 
 from __future__ import annotations
 

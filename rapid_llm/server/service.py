@@ -1,4 +1,4 @@
-"""What requests ask of the models: prompts, turns, and the parts of an answer."""
+"""Requests answered by the models: prompts, admission, and the parts of an answer."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Started:
     """What is known of an answer before its first token: its request can be served.
 
     Attributes:
-        progress: how far the prefill is: whose prompt, tokens read, tokens in all.
-        grounded: what both models read.
+        progress: progress of the prefill: the model, tokens read, tokens in all.
+        grounded: prompts of both models.
         sampling: the sampling options in effect.
     """
 

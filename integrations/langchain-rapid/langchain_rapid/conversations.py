@@ -1,4 +1,4 @@
-"""Both models' messages of a chat, by what a retriever found for it, or a tool of an agent.
+"""Chat messages for target and drafter, with the chunks of a retriever or of an agent's tool.
 
 A tool tells its documents by its artifact, as ``create_retriever_tool`` does with
 ``response_format="content_and_artifact"``; the text of its message holds them as well.

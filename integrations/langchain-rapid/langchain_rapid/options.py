@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, create_model
-from pydantic.fields import FieldInfo
+from pydantic import create_model
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema, PydanticOmit
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
@@ -41,6 +38,8 @@ _FIELDS = {
 """Fields by the names that a call may use for them."""
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from langchain_rapid.places import Place
 
     class OptionFields(BaseModel):
@@ -146,41 +145,6 @@ class Call(NamedTuple):
     confidence: float
     formatted: bool = False
     chat: ChatOptions = ChatOptions()
-
-
-# --- help --------------------------------------------------------------------------------------
-
-
-def with_fields(model: type[BaseModel]) -> str:
-    """A class's docstring, followed by the fields that have a description."""
-    described = [
-        fill(
-            f"{name}: {field.description}{_default(field)}",
-            width=96,
-            initial_indent="    ",
-            subsequent_indent="        ",
-            break_on_hyphens=False,
-        )
-        for name, field in model.model_fields.items()
-        if field.description
-    ]
-    return "\n".join([inspect.cleandoc(model.__doc__ or ""), "", "Attributes:", *described])
-
-
-def plain_signature(model: type[BaseModel]) -> inspect.Signature:
-    """Signature of a constructor with plain types, without their validators."""
-    signature = inspect.signature(model)
-    plain = [
-        parameter.replace(annotation=get_args(parameter.annotation)[0])
-        if get_origin(parameter.annotation) is Annotated
-        else parameter
-        for parameter in signature.parameters.values()
-    ]
-    return signature.replace(parameters=plain)
-
-
-def _default(field: FieldInfo) -> str:
-    return "" if field.default is None else f" Default: {field.default!r}."
 
 
 class OptionsSchema(GenerateJsonSchema):

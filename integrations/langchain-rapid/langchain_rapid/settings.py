@@ -16,7 +16,9 @@ from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_valid
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import EngineConfig, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.field_help import with_field_help
 from rapid_llm.forked import Owner, ProcessLock
+from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import options_of, require, without_secrets
 from typing_extensions import Self
 
@@ -31,10 +33,8 @@ from langchain_rapid.options import (
     OptionsSchema,
     by_field,
     overrides,
-    plain_signature,
     require_one_name,
     settings,
-    with_fields,
     without_none,
 )
 from langchain_rapid.places import Place
@@ -152,9 +152,7 @@ class RapidModel(OptionFields):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if cls.__doc__:
-            cls.__doc__ = with_fields(cls)
-        cls.__signature__ = plain_signature(cls)
+        with_field_help(cls)
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -170,6 +168,7 @@ class RapidModel(OptionFields):
     def _gather(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        refuse_old_names(values, cls.model_fields)
         values = without_none(values)
         require_one_name(values)
         values = hub.gathered({k: value for k, value in values.items() if k not in _HOSTED})

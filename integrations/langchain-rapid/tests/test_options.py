@@ -69,6 +69,15 @@ def test_every_option_is_a_field_with_its_default_and_description(kind):
     assert not others & kind.model_fields.keys()
 
 
+@KINDS
+@pytest.mark.parametrize(
+    ("old", "new"), [("target", "model"), ("attention", "attn_implementation")]
+)
+def test_an_old_name_names_the_new_one(kind, old, new):
+    with pytest.raises(ValueError, match=f"{old!r} is now {new!r}"):
+        kind(**{old: "x"})
+
+
 def test_a_new_option_needs_no_other_edit():
     code = """
 import pydoc

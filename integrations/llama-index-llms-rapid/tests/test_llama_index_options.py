@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import pickle
+import pydoc
 import subprocess
 import sys
 from typing import Any
@@ -144,9 +146,24 @@ def test_both_names_of_the_answers_length_are_taken(decoder, given):
             make()
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("target", "model"), ("attention", "attn_implementation")]
+)
+def test_an_old_name_names_the_new_one(old, new):
+    with pytest.raises(InvalidParameterError, match=f"{old!r} is now {new!r}"):
+        RapidLLM(**{old: "x"})
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_help_describes_every_option(name):
+    shown = " ".join(pydoc.plain(pydoc.render_doc(RapidLLM)).replace("|", "").split())
+    assert f"{field_of(name)}: {DECLARED[name].option.help}" in shown
+    assert "BeforeValidator" not in str(inspect.signature(RapidLLM))
+
+
 def test_a_new_option_needs_no_edit():
     found = in_a_child("""
-import json
+import json, pydoc
 from dataclasses import dataclass
 from typing import Annotated
 from rapid_llm import config
@@ -168,11 +185,12 @@ except ValueError as error:
 print(json.dumps([
     RapidLLM().foo, llm.foo, llm.to_dict()["foo"],
     llm._options({}).speculation.foo, llm._options({"foo": 3}).speculation.foo,
+    "foo: Number of foos. Default: 1." in pydoc.render_doc(RapidLLM),
     RapidLLM.model_json_schema()["properties"]["foo"]["description"], refused,
 ]))
 """)
     *values, help_, refused = json.loads(found)
-    assert values == [1, 2, 2, 2, 3]
+    assert values == [1, 2, 2, 2, 3, True]
     assert help_ == "Number of foos."
     assert "foo=-1 is not allowed" in refused
 

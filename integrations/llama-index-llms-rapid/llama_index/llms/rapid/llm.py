@@ -53,7 +53,9 @@ from llama_index.llms.rapid.windows import grounded_call, template_variables
 from rapid_llm.aio import in_thread
 from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.field_help import with_field_help
 from rapid_llm.forked import Owner
+from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import without_secrets
 
 if TYPE_CHECKING:
@@ -61,16 +63,15 @@ if TYPE_CHECKING:
     from rapid_llm.encoding import Prompt
 
 
+@with_field_help
 class RapidLLM(OptionFields, Predictions, ToolCalls):
     """A target that reads whole documents, and a drafter that reads the text retrieved from them.
 
-    Its fields are the options of :class:`rapid_llm.SamplingParams`,
-    :class:`rapid_llm.SpeculationConfig` and :class:`rapid_llm.EngineConfig`, and ``truncate``,
-    ``on_empty`` and ``order`` of :class:`rapid_llm.RetrievalConfig`. Arguments of
-    ``from_pretrained`` for access to a hub (``token``, ``revision``, ``cache_dir``, …) may be given
-    directly. Arguments of a call override the fields, except those that belong to loaded models.
-    None leaves the field's value, except where None is a value (``seed``, ``repetition_penalty``,
-    ``timeout``, ``truncate``).
+    Its fields are the options of :mod:`rapid_llm.config`, listed below. Arguments of
+    ``from_pretrained`` for access to a hub (``token``, ``revision``, …) may be given directly.
+    Arguments of a call override the fields, except those that belong to loaded models. None leaves
+    the field's value, except where None is a value (``seed``, ``timeout``, ``truncate``,
+    ``repetition_penalty``).
 
     The model is loaded at its first use (a call, or ``metadata``, which query engines ask for when
     they are built), once for all objects that name it.
@@ -145,6 +146,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         preload: bool = False,
         **fields: Any,
     ) -> None:
+        refuse_old_names(fields, KNOWN)
         fields |= {"model": model, "drafter": drafter}
         options = {name: fields.pop(name) for name in WORDS & fields.keys()}
         hub = loading.take_hub_access(fields, type(self).model_fields)
