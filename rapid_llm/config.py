@@ -428,6 +428,41 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class RemoteConfig:
+    """Address of a server that holds the models, in the place of an :class:`EngineConfig`.
+
+    Raises:
+        InvalidParameterError: a value is outside its range.
+    """
+
+    title: ClassVar = "Server"
+
+    base_url: Annotated[
+        str | None,
+        Option(
+            "Address of a server (rapid-llm serve) that holds the models, in the place of the "
+            "options that load them; by default they are loaded here.",
+            "None or a URL",
+            bool,
+            per_call=False,
+        ),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        Option(
+            "Key of this server; by default that of RAPID_LLM_API_KEY in the environment.",
+            "None or a string of at least one character",
+            bool,
+            private=True,
+            per_call=False,
+        ),
+    ] = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class RetrievalConfig:
     """Retrieval options: the parts of the documents that drafter and target read.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from rapid_llm.encoding import Prompt
     from rapid_llm.generation import Delta, GenerationResult, Progress
 
+API_KEY = "RAPID_LLM_API_KEY"
+"""Variable of the environment with a server's key, for the server and its clients."""
+
 _CONNECT = 10.0  # seconds
 _RETRIES = 2  # of requests that the server has no room for
 _LONGEST_WAIT = 60.0  # seconds between them
@@ -79,7 +83,7 @@ class RemoteDecoder:
 
     Args:
         base_url: address of the server, with or without ``/v1``.
-        api_key: key of the server; None for none.
+        api_key: key of the server; by default that of ``RAPID_LLM_API_KEY`` in the environment.
 
     Raises:
         InvalidParameterError: the address is no http or https URL.
@@ -94,7 +98,7 @@ class RemoteDecoder:
                 "http://127.0.0.1:8000"
             )
         self.base_url = url
-        self._key = api_key
+        self._key = api_key or os.environ.get(API_KEY)
         self._lock = Lock()
 
     def __deepcopy__(self, memo: object) -> RemoteDecoder:

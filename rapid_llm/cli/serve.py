@@ -23,8 +23,6 @@ from rapid_llm.console import status
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError
 from rapid_llm.server.settings import ServerConfig
 
-_KEY = "RAPID_LLM_API_KEY"
-
 
 @app.command()
 @with_options(
@@ -60,11 +58,13 @@ def serve(
             f"a server needs {error.name}, which is not installed; "
             'run: pip install "rapid-llm[server]"'
         ) from error
-    server = replace(server, api_key=server.api_key or os.environ.get(_KEY) or None)
+    from rapid_llm.remote import API_KEY
+
+    server = replace(server, api_key=server.api_key or os.environ.get(API_KEY) or None)
     if not server.local and server.api_key is None:
         raise InvalidParameterError(
             f"--host {server.host} lets other machines ask, so that a key is needed: give one as "
-            f"--api-key or in {_KEY}"
+            f"--api-key or in {API_KEY}"
         )
     engine = replace(engine, model=model)
     with status(f"loading {engine.model}", sys.stderr.isatty()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import Scope
 
 import rapid_llm
@@ -33,6 +34,13 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
 }
+_PAGE = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+"""Headers of the page, which loads nothing and asks this server alone."""
+
 _FILE = "/v1/files/{file_id}"
 
 
@@ -184,6 +192,12 @@ def _add_information(app: FastAPI, service: Service) -> None:
                 code="model_not_found",
             )
         return model
+
+    page = (resources.files("rapid_llm") / "server" / "page.html").read_text(encoding="utf-8")
+
+    @app.get("/")
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page, headers=_PAGE)
 
     @app.get("/v1/tokenizer")
     async def tokenizer() -> dict[str, Any]:

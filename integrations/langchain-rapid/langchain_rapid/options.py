@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from pydantic import create_model
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema, PydanticOmit
-from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.config import (
+    EngineConfig,
+    RemoteConfig,
+    RetrievalConfig,
+    SamplingParams,
+    SpeculationConfig,
+)
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import Declared, options_of, pydantic_fields, sorted_into
 from rapid_llm.tools.definitions import ChatOptions
@@ -51,6 +57,7 @@ else:
     OptionFields = create_model(
         "OptionFields",
         **pydantic_fields(*_GROUPS, leave_out=_LEFT_OUT, defaults={"seed": None}, names=_NAMES),
+        **pydantic_fields(RemoteConfig),
     )
 
 Settings: TypeAlias = tuple[SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig]

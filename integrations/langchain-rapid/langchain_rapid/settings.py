@@ -14,7 +14,7 @@ from langchain_core.language_models import LangSmithParams
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.config import EngineConfig, RetrievalConfig
+from rapid_llm.config import EngineConfig, RemoteConfig, RetrievalConfig
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.field_help import with_field_help
 from rapid_llm.forked import Owner, ProcessLock
@@ -42,6 +42,7 @@ from langchain_rapid.window import encoded, places_of
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import Delta, RapidDecoder
+    from rapid_llm.remote import RemoteDecoder
 else:  # importing them would import torch
     RapidDecoder = Any
 
@@ -53,8 +54,8 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 AT_ONCE: ContextVar[bool] = ContextVar("at_once", default=False)
 """Whether calls are those of a batch, to be answered at once."""
 
-# LangChain's standard parameters of hosted models, which have no meaning for local ones.
-_HOSTED = ("api_key", "max_retries")
+# LangChain's standard parameter of hosted models, which has no meaning here.
+_HOSTED = ("max_retries",)
 
 
 @contextmanager
@@ -171,6 +172,8 @@ class RapidModel(OptionFields):
         refuse_old_names(values, cls.model_fields)
         values = without_none(values)
         require_one_name(values)
+        if values.get("base_url") is not None and values.get("decoder") is None:
+            values = values | {"decoder": _on_server(values)}
         values = hub.gathered({k: value for k, value in values.items() if k not in _HOSTED})
         return values if values.get("decoder") is None else values | _names_of_decoder(values)
 
@@ -198,7 +201,7 @@ class RapidModel(OptionFields):
             for name, declared in OPTIONS.items()
             if declared.option.private
         }
-        return state | {"__dict__": state["__dict__"] | private}
+        return state | {"__dict__": state["__dict__"] | private | {"api_key": None}}
 
     # --- one call ------------------------------------------------------------------------------
 
@@ -337,6 +340,7 @@ class RapidModel(OptionFields):
         }
         template = self.decoder.chat_template_kwargs if self.decoder is not None else {}
         return shown | {
+            "base_url": self.base_url,
             "hub_options": hub.identifying(self.hub_options),
             "drafter_options": hub.identifying(self.drafter_options),
             # Repeated here, because in a cache key a call's arguments replace the values above,
@@ -370,12 +374,22 @@ class RapidModel(OptionFields):
         return params
 
 
+def _on_server(values: Mapping[str, Any]) -> RemoteDecoder:
+    from rapid_llm.remote import RemoteDecoder
+
+    given = {name: values.get(name) for name in options_of(RemoteConfig)}
+    config = RemoteConfig(**given)
+    assert config.base_url is not None
+    return RemoteDecoder(config.base_url, config.api_key)
+
+
 def _names_of_decoder(values: Mapping[str, Any]) -> dict[str, str]:
     """Names of a given decoder's models, for traces and cache keys."""
     from rapid_llm.decoder import RapidDecoder  # imported already, because a decoder exists
+    from rapid_llm.remote import RemoteDecoder
 
     decoder = values["decoder"]
-    if not isinstance(decoder, RapidDecoder):
+    if not isinstance(decoder, RapidDecoder | RemoteDecoder):
         raise InvalidParameterError(
             f"decoder of type {type(decoder).__name__} is not allowed: pass a "
             "rapid_llm.RapidDecoder"

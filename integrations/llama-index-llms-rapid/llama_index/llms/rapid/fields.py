@@ -8,7 +8,13 @@ from typing import Any
 
 from llama_index.core.bridge.pydantic import create_model
 
-from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.config import (
+    EngineConfig,
+    RemoteConfig,
+    RetrievalConfig,
+    SamplingParams,
+    SpeculationConfig,
+)
 from rapid_llm.options import by_name, options_of, pydantic_fields, sorted_into
 
 _GROUPS = (SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig)
@@ -30,6 +36,7 @@ OptionFields: Any = create_model(
     "OptionFields",
     __module__=__name__,
     **pydantic_fields(*_GROUPS, leave_out=_LEFT_OUT, names=_FIELD_NAMES),
+    **pydantic_fields(RemoteConfig),
 )
 """The options as fields of a pydantic model."""
 

@@ -61,6 +61,7 @@ from rapid_llm.options import without_secrets
 if TYPE_CHECKING:
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.encoding import Prompt
+    from rapid_llm.remote import RemoteDecoder
 
 
 @with_field_help
@@ -103,7 +104,8 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
     Args:
         model: name of the target; by default the packaged model.
         drafter: name of another model that drafts.
-        decoder: loaded models, used instead of named ones. Options that belong to loaded models,
+        decoder: loaded models, used instead of named ones, or those of a server, which
+            ``base_url`` is short for. Options that belong to loaded models,
             and the name of another model, cannot be given with it.
         preload: whether to load the models when the object is made, not at its first use.
         fields: other fields by name.
@@ -142,7 +144,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         model: str | Path | None = None,
         drafter: str | Path | None = None,
         *,
-        decoder: RapidDecoder | None = None,
+        decoder: RapidDecoder | RemoteDecoder | None = None,
         preload: bool = False,
         **fields: Any,
     ) -> None:
@@ -150,10 +152,12 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         fields |= {"model": model, "drafter": drafter}
         options = {name: fields.pop(name) for name in WORDS & fields.keys()}
         hub = loading.take_hub_access(fields, type(self).model_fields)
-        if hub and decoder is not None:
+        if hub and (decoder is not None or fields.get("base_url") is not None):
             raise loading.not_for_loaded(min(hub))
         options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
         given = as_fields(options)
+        if decoder is None:
+            decoder = loading.on_server(fields)
         if decoder is not None:
             loading.require_loaded(decoder, given)
             given["model"] = decoder.target.name

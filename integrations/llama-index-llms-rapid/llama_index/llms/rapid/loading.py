@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.llms.rapid.counting import count_with
 from llama_index.llms.rapid.fields import KNOWN
-from rapid_llm.config import EngineConfig
+from rapid_llm.config import EngineConfig, RemoteConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.options import options_of
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import RapidDecoder
+    from rapid_llm.remote import RemoteDecoder
 
 
 def of_models(engine: EngineConfig) -> EngineConfig:
@@ -42,6 +44,23 @@ def load(engine: EngineConfig, *, own: bool) -> RapidDecoder:
     if own:
         count_with(decoder.tokenizer)
     return decoder
+
+
+def on_server(fields: Mapping[str, Any]) -> RemoteDecoder | None:
+    """The models of the server that ``base_url`` names; None without one.
+
+    Args:
+        fields: of the constructor.
+
+    Raises:
+        InvalidParameterError: ``base_url`` is no URL.
+    """
+    config = RemoteConfig(**{name: fields.get(name) for name in options_of(RemoteConfig)})
+    if config.base_url is None:
+        return None
+    from rapid_llm.remote import RemoteDecoder
+
+    return RemoteDecoder(config.base_url, config.api_key)
 
 
 def take_hub_access(arguments: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
