@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from dataclasses import replace
 from typing import Annotated
 
@@ -122,4 +124,12 @@ def _replicate(
         num_replicas=server.replicas,
         ray_actor_options=own,
     )
-    serve.run(web, blocking=True)
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray's own handler aborts
+    try:
+        serve.run(web)
+        print(f"{server.replicas} replicas run on http://{server.host}:{server.port}", flush=True)
+        stopped.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
