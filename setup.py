@@ -1,4 +1,5 @@
-"""The compiled CPU kernels; all else is in pyproject.toml.
+"""The compiled CPU kernels and the README without its links into the repository; all else is in
+pyproject.toml.
 
 Where there is no C++ compiler, or another processor, they are left out, and PyTorch's operators do
 the work. ``RAPID_LLM_PURE=1`` in the environment leaves them out of the wheel, which then fits
@@ -6,7 +7,9 @@ every platform.
 """
 
 import os
+import re
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -31,7 +34,18 @@ kernels = [
     )
     for name, flags in TARGETS.items()
 ]
-setup(
-    ext_modules=[] if os.environ.get("RAPID_LLM_PURE") == "1" else kernels,
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE else {},
-)
+
+
+def standing_alone(readme: str) -> str:
+    """The README where its repository is not: no pictures, and names in the place of links."""
+    text = re.sub(r"^!\[[^\]]*\]\((?!https:)[^)]*\)\n\n", "", readme, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\((?!https:)([^)]*)\)", r"\1 (`\2`)", text)
+
+
+if __name__ == "__main__":
+    setup(
+        long_description=standing_alone(Path("README.md").read_text(encoding="utf-8")),
+        long_description_content_type="text/markdown",
+        ext_modules=[] if os.environ.get("RAPID_LLM_PURE") == "1" else kernels,
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE else {},
+    )

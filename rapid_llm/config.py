@@ -115,6 +115,7 @@ class SamplingParams:
             "Form of the answer: a JSON schema (or a pydantic class), json for any JSON object, a "
             "regular expression, a list of choices, or a Lark or GBNF grammar. A mapping with the "
             "one key json, regex, choice or grammar says which.",
+            "one of these forms or None",
             convert=canonical,
         ),
     ] = None

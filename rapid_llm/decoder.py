@@ -44,7 +44,7 @@ from rapid_llm.generation import (
     logprobs,
 )
 from rapid_llm.limits import host_memory
-from rapid_llm.models import HUB_ACCESS, device_memory, load_model, require_model
+from rapid_llm.models import HUB_ACCESS, device_memory, load_model
 from rapid_llm.old_names import RENAMED, with_new_names
 from rapid_llm.opening import Opener
 from rapid_llm.options import changed, given, options_of, sorted_into
@@ -253,14 +253,13 @@ class RapidDecoder:
         """
         place, draft_place = placements(config)
         hub = dict(config.hub_options)
-        options = {k: v for k, v in hub.items() if k in HUB_ACCESS} | dict(config.drafter_options)
-        if config.drafter is not None:
-            require_model(config.drafter, **options)
         loaded = load_model(config.model, dtype=config.dtype, **place | hub)
         tokenizer, name, draft_by_name = None, None, drafter is None
         own = config.drafter != config.model or draft_place != place or config.drafter_options
         if config.drafter is not None and own:
-            other = load_model(config.drafter, dtype=config.dtype, **draft_place | options)
+            shared = {k: v for k, v in hub.items() if k in HUB_ACCESS}
+            options = draft_place | shared | dict(config.drafter_options)
+            other = load_model(config.drafter, dtype=config.dtype, **options)
             drafter, tokenizer, name = other.model, other.tokenizer, other.name
         decoder = cls(
             loaded.model,

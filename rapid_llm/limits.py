@@ -20,9 +20,16 @@ def host_memory() -> int | None:
         for name in ("memory.max", "memory.limit_in_bytes")
         for limit in _numbers(group / name)[:1]
     ]
-    if hasattr(os, "sysconf"):  # not on Windows
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if (physical := physical_memory()) is not None:
+        limits.append(physical)
     return min(limits, default=None)
+
+
+def physical_memory() -> int | None:
+    """Bytes of the machine's memory; None where the system does not tell."""
+    if not hasattr(os, "sysconf"):  # on Windows
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @cache

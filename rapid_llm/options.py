@@ -117,14 +117,16 @@ class Declared:
             converted = _converters.get(get_origin(kind) or kind, lambda given: given)(value)
             if converted is not None and self.option.allowed(converted):
                 return converted
-        limit = self.option.limit or self._limit
         given = "…" if self.option.private else repr(value)
         raise InvalidParameterError(
-            f"{self.name}={given} is not allowed: {self.name} must be {limit}"
+            f"{self.name}={given} is not allowed: {self.name} must be {self.limit}"
         )
 
     @property
-    def _limit(self) -> str:
+    def limit(self) -> str:
+        """Description of the allowed values, for errors and documents."""
+        if self.option.limit is not None:
+            return self.option.limit
         words = [
             *(("one of " + ", ".join(self.choices),) if self.choices else ()),
             *(_names.get(get_origin(kind) or kind, str(kind)) for kind in self.kinds),

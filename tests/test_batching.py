@@ -315,10 +315,12 @@ def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
             under_way[0] -= 1
 
     monkeypatch.setattr(Opener, "open", limited)
-    assert [each.token_ids for each in Scheduler(decoder).generate_many(requests)] == alone
+    scheduler = Scheduler(decoder)
+    assert [each.token_ids for each in scheduler.generate_many(requests)] == alone
+    _settle(scheduler)
     under_way[0] = 2
     with pytest.raises(torch.OutOfMemoryError, match="room for two"):
-        Scheduler(decoder).generate_many(requests[:1])
+        scheduler.generate_many(requests[:1])
 
 
 def test_weights_that_change_are_noticed_by_all():

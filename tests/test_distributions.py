@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,15 @@ def field(folder: Path, name: str) -> str:
     return found[1]
 
 
+def setup_script() -> Any:
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_every_distribution_names_the_same_authors_licence_and_version(folder):
     assert [field(folder, name) for name in SAME] == [field(ROOT, name) for name in SAME]
@@ -31,6 +41,8 @@ def test_every_distribution_names_the_same_authors_licence_and_version(folder):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_links_of_a_readme_work_where_only_the_readme_is(folder):
     text = (folder / "README.md").read_text("utf-8")
+    if folder == ROOT:
+        text = setup_script().standing_alone(text)
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert links
     assert [link for link in links if not link.startswith("https://")] == []

@@ -3,7 +3,16 @@
 torch and the models are imported inside the commands, so that help and usage errors are quick.
 """
 
-from rapid_llm.cli import ask, bench, demo, evaluate, plan, report, serve  # noqa: F401  (each adds its commands)
+from rapid_llm.cli import (  # noqa: F401  (each adds its commands)
+    ask,
+    bench,
+    demo,
+    doctor,
+    evaluate,
+    plan,
+    report,
+    serve,
+)
 from rapid_llm.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -96,8 +96,11 @@ def ask(
     with status(f"loading {engine.model}{drafter}", shown):
         from rapid_llm.context.embedding import require_embedder
         from rapid_llm.decoder import RapidDecoder
+        from rapid_llm.models import require_model
         from rapid_llm.pipeline import RapidPipeline
 
+        if engine.drafter is not None:
+            require_model(engine.drafter, **{**engine.hub_options, **engine.drafter_options})
         if retrieval.retriever != "bm25" and (compare or method != "lc"):
             require_embedder(retrieval.embedder)
         pipeline = RapidPipeline(

@@ -129,7 +129,8 @@ def _replicate(
     try:
         serve.run(web)
         print(f"{server.replicas} replicas run on http://{server.host}:{server.port}", flush=True)
-        stopped.wait()
+        while not stopped.wait(1):  # a signal may reach another thread than this
+            pass
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -154,7 +154,7 @@ def require_embedder(name: str | None = None) -> None:
     """
     name = default_embedder() if name is None else name
     if name == PACKAGED_EMBEDDER:
-        _packaged()
+        packaged_embedder()
         return
     from rapid_llm.models import require_file
 
@@ -324,13 +324,17 @@ def _sentence_transformer(name: str, device: str | None) -> Any:
     library = import_extra("sentence_transformers", "retrieval", f"embedding model {name!r}")
     if name != PACKAGED_EMBEDDER:
         return library.SentenceTransformer(name, device=_device(device))
-    model = library.SentenceTransformer(str(_packaged()), device=_device(device))
+    model = library.SentenceTransformer(str(packaged_embedder()), device=_device(device))
     model.max_seq_length = 512  # the default of 256 would cut off half of a chunk
     return model
 
 
-def _packaged() -> Path:
-    """Folder of the packaged embedding model."""
+def packaged_embedder() -> Path:
+    """Folder of the packaged embedding model.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+    """
     package = importlib.util.find_spec(_PACKAGE)
     if package is None or not package.submodule_search_locations:
         raise MissingDependencyError(

@@ -280,6 +280,10 @@ class Device:
         for source, target in pairs:
             target.copy_(source)
 
+    def kernels(self, device: torch.device) -> Mapping[str, str | None]:
+        """Why kernels of this library do not serve on a device, by name; None where they do."""
+        return {}
+
     def rounding(self, device: torch.device) -> str:
         """Description of everything that the rounding of passes depends on except their sizes."""
         return device.type

@@ -201,7 +201,12 @@ class Matcher:
         others = np.arange(len(ending)) < min(width, tokens)
         others[end : end + 1] = False
         self._ending, self._others = _words(ending), _words(others & ~ending)
-        self._buffer = np.zeros(-(-tokens // _WORD), dtype=np.uint32)
+        # Each call of numpy costs more than the grammar's own mask once a model's weights have
+        # passed through the caches: so few of them, and the address is asked for once.
+        read = -(-tokens // _WORD)
+        buffer = np.zeros(max(read, len(self._others)), dtype=np.uint32)
+        self._buffer = buffer[: len(self._others)]
+        self._written = buffer.ctypes.data, read * buffer.itemsize
         self._rows: list[_Words] = []  # mask after each number of drafted tokens
         self._over: list[bool] = []  # whether nothing may follow them
         self._look()
@@ -219,7 +224,7 @@ class Matcher:
         """
         self._reach(drafted)
         last = len(drafted) + 1
-        return torch.from_numpy(np.stack(self._rows[last - rows : last]).view(np.int32))
+        return torch.from_numpy(np.array(self._rows[last - rows : last]).view(np.int32))
 
     def over(self, drafted: Sequence[int] = ()) -> bool:
         """Whether the grammar is complete after these tokens and nothing may follow."""
@@ -293,10 +298,8 @@ class Matcher:
 
     def _look(self) -> None:
         """Record the mask after the tokens that the grammar has read."""
-        own, row = self._buffer, np.zeros_like(self._others)
-        self._matcher.unsafe_compute_mask_ptr(own.ctypes.data, own.nbytes)
-        shared = min(len(own), len(row))
-        row[:shared] = own[:shared] & self._others[:shared]
+        self._matcher.unsafe_compute_mask_ptr(*self._written)
+        row = self._buffer & self._others
         complete = not row.any()
         if self._matcher.is_accepting():
             if complete:

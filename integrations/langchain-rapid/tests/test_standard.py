@@ -124,9 +124,10 @@ class TestIntegration(ChatModelIntegrationTests):
 
         What keeps it from that keeps it from repeating the arguments that a question names, too.
         """
-        in_json = "structured_output" in request.node.name or "json_mode" in request.node.name
-        penalty = {"repetition_penalty": 1.3} if in_json else {}
-        return ChatRapid(**self.chat_model_params, **penalty)
+        penalty = {"repetition_penalty": 1.3} if "structured_output" in request.node.name else {}
+        asked = getattr(request, "param", None) or {}
+        own = self.standard_chat_model_params | self.chat_model_params
+        return ChatRapid(**(own | penalty | asked))
 
     @property
     def supports_json_mode(self) -> bool:
@@ -135,3 +136,15 @@ class TestIntegration(ChatModelIntegrationTests):
     @property
     def model_override_value(self) -> str:
         return _another_model()[1]
+
+    @pytest.mark.xfail(reason="the small model answers by itself where it may call a tool")
+    def test_agent_loop(self, model: BaseChatModel) -> None:
+        super().test_agent_loop(model)
+
+    @pytest.mark.xfail(reason="the small model writes no Chinese, and no end of its own text")
+    def test_unicode_tool_call_integration(self, model: BaseChatModel, **options: Any) -> None:
+        super().test_unicode_tool_call_integration(model, **options)
+
+    @pytest.mark.xfail(reason="the small model makes up names of fields where no schema says them")
+    def test_json_mode(self, model: BaseChatModel) -> None:
+        super().test_json_mode(model)

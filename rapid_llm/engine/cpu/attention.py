@@ -99,17 +99,18 @@ def attend_part(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """See :func:`rapid_llm.engine.sdpa.attend_part`; two matrix products per KV head."""
-    wide = fast_dtype(query.dtype)
-    if key.shape[1] <= _SHORT:
-        return sdpa.attend_part(query.to(wide), key.to(wide), value.to(wide), scaling, mask, causal)
+    if key.shape[1] <= _SHORT:  # batched products are fast in float32 alone
+        query, key, value = query.float(), key.float(), value.float()
+        return sdpa.attend_part(query, key, value, scaling, mask, causal)
+    fast = fast_dtype(query.dtype)
     out = query.new_empty(query.shape, dtype=torch.float32)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     for head in range(key.shape[0]):
-        rows, keys = query[head].to(wide), key[head].to(wide)
+        rows, keys = query[head].to(fast), key[head].to(fast)
         scores = torch.addmm(rows.new_empty(1, 1), rows, keys.T, beta=0, alpha=scaling)
         weights, total, sums = softmax_part(scores.float()[None], mask)
         lse[head] = sums[0]
-        mixed = _mix(weights[0].to(wide), value[head].to(wide)).float()
+        mixed = _mix(weights[0].to(fast), value[head].to(fast)).float()
         out[head] = mixed / total[0, :, None]
     return out, lse
 

@@ -41,6 +41,12 @@ class CPU(Device):
     def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return products.fast_dtype(dtype)
 
+    def kernels(self, device: torch.device) -> dict[str, str | None]:
+        compiled = {f"compiled kernels, {n}": why for n, why in kernels.refusals().items()}
+        slow = "this CPU has no instructions for them; float32 products are used"
+        fast = products.fast_dtype(torch.bfloat16) == torch.bfloat16
+        return {**compiled, "bfloat16 matrix products": None if fast else slow}
+
     def rounding(self, device: torch.device) -> str:
         library = kernels.kernels()
         return " | ".join(

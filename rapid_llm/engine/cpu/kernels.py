@@ -16,24 +16,50 @@ from rapid_llm.engine.snapshot import is_plain_tensor
 from rapid_llm.limits import processors
 
 _PREFERRED = ("_kernels_avx512bf16", "_kernels_avx2")
+_INSTRUCTIONS = ("AVX-512 with bfloat16", "AVX2")
 UNLIMITED = 1 << 62
 """Sliding window for full attention: longer than any sequence."""
 
 _MULTIPLE = 32  # required divisor of the sizes of vectors
 
 
-@cache
 def load(name: str) -> ctypes.CDLL | None:
     """Load one build of the kernels; None where it is missing or the CPU does not support it."""
+    found = _opened(name)
+    return None if isinstance(found, str) else found
+
+
+@cache
+def _opened(name: str) -> ctypes.CDLL | str:
+    """One build of the kernels, or the reason why it does not serve."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(name + suffix)
         if path.exists():
             try:
                 library = ctypes.CDLL(str(path))
-            except OSError:  # built for another platform, or without the OpenMP library
-                return None
-            return library if library.rapid_supported() else None
-    return None
+            except OSError as error:  # built for another platform, or without the OpenMP library
+                return f"its build cannot be loaded ({error})"
+            return library if library.rapid_supported() else "this CPU lacks its instructions"
+    return "it was not built: install where there is a C++ compiler, or from a wheel with it"
+
+
+def refusals() -> dict[str, str | None]:
+    """Why each build does not serve, by the instructions it uses; None for the one that does."""
+    disabled = "RAPID_LLM_NATIVE=0 disables it" if _disabled() else None
+    reasons: dict[str, str | None] = {}
+    for name, instructions in zip(_PREFERRED, _INSTRUCTIONS, strict=True):
+        found = _opened(name)
+        if isinstance(found, str):
+            reasons[instructions] = found
+        elif found is kernels():
+            reasons[instructions] = None
+        else:
+            reasons[instructions] = disabled or "a faster one serves"
+    return reasons
+
+
+def _disabled() -> bool:
+    return os.environ.get("RAPID_LLM_NATIVE") == "0"
 
 
 def kernels() -> ctypes.CDLL | None:
@@ -41,7 +67,7 @@ def kernels() -> ctypes.CDLL | None:
 
     ``RAPID_LLM_NATIVE=0`` in the environment disables the kernels. PyTorch rounds differently.
     """
-    if os.environ.get("RAPID_LLM_NATIVE") == "0":
+    if _disabled():
         return None
     return next((found for name in _PREFERRED if (found := load(name)) is not None), None)
 

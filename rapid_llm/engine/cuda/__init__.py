@@ -18,15 +18,21 @@ def has_kernels(device: torch.device) -> bool:
     """Whether our Triton kernels run on a device; if not, the reason is logged once."""
     if device.type != "cuda":
         return False
+    reason = refusal(device)
+    if reason is not None:
+        _log.warning("%s", reason)
+    return reason is None
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why our Triton kernels do not run on a CUDA device; None where they do."""
     if find_spec("triton") is None:
-        _log.warning("Triton is not installed, so passes on %s are slower; install it", device)
-        return False
+        return f"Triton is not installed, so passes on {device} are slower; install it"
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST:
-        _log.warning(
-            "%s is older than Ampere (compute capability %d.%d), so passes on it are slower",
-            device,
-            *capability,
+        version = ".".join(map(str, capability))
+        return (
+            f"{device} is older than Ampere (compute capability {version}), so passes on it are "
+            "slower"
         )
-        return False
-    return True
+    return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine import sdpa
-from rapid_llm.engine.cuda import has_kernels, int4, prefill
+from rapid_llm.engine.cuda import has_kernels, int4, prefill, refusal
 from rapid_llm.engine.cuda.streams import streams_of
 from rapid_llm.engine.device import Device, Pass
 from rapid_llm.engine.lean import has_fixed_rotary
@@ -96,6 +96,12 @@ class CUDA(Device):
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
         stream.synchronize()
+
+    def kernels(self, device: torch.device) -> dict[str, str | None]:
+        return {
+            "Triton kernels, CUDA graphs, 4-bit weights": refusal(device),
+            "prefill by cuDNN in parts": prefill.refusal(device),
+        }
 
     def rounding(self, device: torch.device) -> str:
         return torch.cuda.get_device_name(device)

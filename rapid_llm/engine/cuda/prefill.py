@@ -41,18 +41,19 @@ def serves(query: Tensor, length: int, window: int | None) -> bool:
         and query.shape[2] <= _WIDEST
         and query.shape[2] % 8 == 0
         and has_kernels(query.device)
-        and _is_hopper(query.device)
+        and refusal(query.device) is None
     )
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == (9, 0)
-        and torch.backends.cudnn.is_available()
-        and (torch.backends.cudnn.version() or 0) >= _CUDNN
-    )
+def refusal(device: torch.device) -> str | None:
+    """Why :func:`attend_chunk` is not used on a CUDA device; None where it is."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "it is made for Hopper; FlashAttention serves"
+    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    if (version or 0) < _CUDNN:
+        return f"cuDNN {version} is older than {_CUDNN}; FlashAttention serves"
+    return None
 
 
 def attend_chunk(

@@ -78,7 +78,7 @@ def take_hub_access(arguments: dict[str, Any], known: Iterable[str]) -> dict[str
     return {name: arguments.pop(name) for name in names & HUB_ACCESS}
 
 
-def require_loaded(decoder: RapidDecoder, given: Mapping[str, Any]) -> None:
+def require_loaded(decoder: RapidDecoder | RemoteDecoder, given: Mapping[str, Any]) -> None:
     """Refuse options that have no effect on a loaded decoder.
 
     Args:

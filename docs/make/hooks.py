@@ -1,0 +1,93 @@
+"""Hooks of mkdocs: tables that are generated from the code when the site is built."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.options import Declared, options_of
+
+OPTIONS = "<!-- table of options -->"
+COMMANDS = "<!-- commands -->"
+_ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?\.?([^<]*)</code>")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts the tables where a page has their comments."""
+    if OPTIONS in markdown:
+        markdown = markdown.replace(OPTIONS, options_table())
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, commands())
+    return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Shows Sphinx's roles in docstrings as code."""
+    return _ROLE.sub(r"<code>\1</code>", html)
+
+
+def groups() -> tuple[type, ...]:
+    """All dataclasses that declare options."""
+    found = (SamplingParams, SpeculationConfig, EngineConfig, RetrievalConfig)
+    if importlib.util.find_spec("rapid_llm.server") is None:
+        return found
+    from rapid_llm.server.settings import ServerConfig
+
+    return (*found, ServerConfig)
+
+
+def options_table() -> str:
+    """Every option in one Markdown table."""
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    yield "| option | values | default | in a call | meaning |"
+    yield "|---|---|---|---|---|"
+    for group in groups():
+        yield f"| **{group.title}** (`{group.__name__}`) | | | | |"  # type: ignore[attr-defined]
+        for declared in options_of(group).values():
+            yield _row(declared)
+
+
+def _row(declared: Declared) -> str:
+    option = declared.option
+    names = ", ".join(f"`{name}`" for name in (declared.name, *option.aliases))
+    default = declared.default
+    shown = "" if default in ({}, ()) else f"`{default!r}`"
+    cells = names, declared.limit, shown, "yes" if option.per_call else "no", option.help
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def commands() -> str:
+    """The help of every command, as it is printed in 100 columns."""
+    import typer
+
+    from rapid_llm.cli import app
+
+    command = typer.main.get_command(app)
+    return "\n\n".join(
+        f"## rapid-llm {name} {{#{name}}}\n\n{each.help}\n\n{_parameters(each)}"
+        for name, each in command.commands.items()  # type: ignore[attr-defined]
+    )
+
+
+def _parameters(command: Any) -> str:
+    """A command's own parameters; those of the table of options are named only."""
+    known = options_of(*groups())
+    lines, shared = ["| parameter | meaning |", "|---|---|"], []
+    for each in command.params:
+        if each.name in known and each.help and each.help.startswith(known[each.name].option.help):
+            shared.append(f"`{each.opts[0]}`")
+        elif not getattr(each, "hidden", False):
+            names = ", ".join(f"`{name}`" for name in each.opts)
+            if each.param_type_name == "argument":
+                names = f"`{each.metavar or each.name.upper()}`"
+            text = (getattr(each, "help", None) or "").replace("|", "\\|")
+            lines.append(f"| {names} | {text} |")
+    table = "\n".join(lines) if len(lines) > 2 else ""
+    options = f"Options of [the table](options.md): {', '.join(shared)}." if shared else ""
+    return "\n\n".join(part for part in (table, options) if part)
