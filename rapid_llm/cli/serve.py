@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from dataclasses import replace
 from typing import Annotated
 
@@ -67,6 +69,9 @@ def serve(
             f"--api-key or in {API_KEY}"
         )
     engine = replace(engine, model=model)
+    if server.replicas > 1:
+        _replicate(engine, retrieval, sampling, speculation, server)
+        return
     with status(f"loading {engine.model}", sys.stderr.isatty()):
         from rapid_llm.decoder import RapidDecoder
 
@@ -85,3 +90,47 @@ def serve(
         timeout_graceful_shutdown=server.shutdown_seconds,
         server_header=False,
     )
+
+
+def _replicate(
+    engine: EngineConfig,
+    retrieval: RetrievalConfig,
+    sampling: SamplingParams,
+    speculation: SpeculationConfig,
+    server: ServerConfig,
+) -> None:
+    """Serve several replicas until an interrupt or SIGTERM."""
+    try:
+        import ray
+        from ray import serve
+
+        from rapid_llm.server.ray import application
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"--replicas {server.replicas} needs {error.name}, which is not installed; "
+            'run: pip install "rapid-llm[ray]"'
+        ) from error
+    import torch
+
+    own = {"num_gpus": 1} if torch.cuda.is_available() else {"num_cpus": 0.5}
+    ray.init(include_dashboard=False, ignore_reinit_error=True)
+    serve.start(http_options={"host": server.host, "port": server.port})
+    web = application(
+        engine,
+        retrieval,
+        sampling,
+        speculation,
+        server,
+        num_replicas=server.replicas,
+        ray_actor_options=own,
+    )
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray's own handler aborts
+    try:
+        serve.run(web)
+        print(f"{server.replicas} replicas run on http://{server.host}:{server.port}", flush=True)
+        while not stopped.wait(1):  # a signal may reach another thread than this
+            pass
+    finally:
+        serve.shutdown()
+        ray.shutdown()

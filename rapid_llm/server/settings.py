@@ -99,6 +99,15 @@ class ServerConfig:
             per_call=False,
         ),
     ] = 1 << 30
+    replicas: Annotated[
+        int,
+        Option(
+            "Processes that hold the models, on Ray Serve where more than 1; each takes a GPU.",
+            _WHOLE,
+            lambda n: n >= 1,
+            per_call=False,
+        ),
+    ] = 1
     shutdown_seconds: Annotated[
         int,
         Option(

@@ -194,7 +194,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         private = [name for name, each in KNOWN.items() if each.option.private]
         # Without secrets; where the pickle is opened, the environment has the token.
         bare = self.model_copy(update={n: without_secrets(getattr(self, n)) for n in private})
-        bare._known = None
+        bare._known = bare.api_key = None
         if not self._was_given:  # the pickle names the models, which are loaded where it is opened
             bare._loaded = {}
         return super(RapidLLM, bare).__getstate__()
