@@ -39,7 +39,6 @@ from rapid_llm.generation import (
     Delta,
     FinishReason,
     GenerationResult,
-    Progress,
     TokenLogprob,
     logprobs,
 )
@@ -48,11 +47,12 @@ from rapid_llm.models import HUB_ACCESS, device_memory, load_model
 from rapid_llm.old_names import RENAMED, with_new_names
 from rapid_llm.opening import Opener
 from rapid_llm.options import changed, given, options_of, sorted_into
+from rapid_llm.progress import PromptProgress
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.constraints import Constraints
 from rapid_llm.vocabulary import unshared_tokens
 
-__all__ = ["Delta", "FinishReason", "GenerationResult", "Memory", "Progress", "RapidDecoder"]
+__all__ = ["Delta", "FinishReason", "GenerationResult", "Memory", "PromptProgress", "RapidDecoder"]
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ class RapidDecoder:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
-        progress: Progress | None = None,
+        progress: PromptProgress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> GenerationResult:
         """Answer a prompt; arguments and errors are those of :meth:`stream`."""
@@ -377,7 +377,7 @@ class RapidDecoder:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
-        progress: Progress | None = None,
+        progress: PromptProgress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Delta]:
         """Answer a prompt and yield one delta per round.
@@ -590,7 +590,7 @@ class RapidDecoder:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
-        progress: Progress | None = None,
+        progress: PromptProgress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[Delta]:
         """:meth:`stream` for asyncio; the models run in a thread and do not block the event loop.

@@ -27,6 +27,7 @@ from rapid_llm.engine.session import Session
 from rapid_llm.engine.steps import Extend, Steps, VerifyAlone, Wanted, alone
 from rapid_llm.errors import GenerationTimeoutError, NumericalError
 from rapid_llm.old_names import OldName
+from rapid_llm.progress import PromptProgress
 from rapid_llm.speculation.acceptance import dynamic_eta
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.sampling import Sampler
@@ -42,7 +43,6 @@ DRAFTED: tuple[Method, ...] = ("rapid", "sd")
 
 _T = TypeVar("_T")
 
-Progress = Callable[[Literal["draft", "target"], int, int], None]
 """Callback during prefill, called with (model whose prompt is read, tokens read, total tokens)."""
 
 
@@ -175,11 +175,11 @@ class Generation:
         )
 
     @torch.inference_mode()
-    def prefill(self, progress: Progress | None) -> None:
+    def prefill(self, progress: PromptProgress | None) -> None:
         """Run :meth:`reading` by itself."""
         alone(self.reading(progress))
 
-    def reading(self, progress: Progress | None) -> Steps[None]:
+    def reading(self, progress: PromptProgress | None) -> Steps[None]:
         """Read both prompts except their last tokens, which the first round reads."""
         started = time.perf_counter()
         # A retry goes on where it stopped.
@@ -187,7 +187,7 @@ class Generation:
         self.target.runner.synchronize()  # so that the prefill's time is not the first round's
         self.stats.prefill_seconds = time.perf_counter() - started
 
-    def _read_prompts(self, progress: Progress | None) -> Steps[None]:
+    def _read_prompts(self, progress: PromptProgress | None) -> Steps[None]:
         def report(whose: Literal["target", "draft"], done: int, total: int) -> None:
             self.require_time()
             if progress is not None:
@@ -351,7 +351,7 @@ def answering(
     text: TextStream,
     ends: Collection[int],
     least_new_tokens: int,
-    progress: Progress | None,
+    progress: PromptProgress | None,
 ) -> Generator[Wanted | Delta, Any, None]:
     """Read the prompts, run rounds until the answer ends, and yield one delta per round.
 

@@ -16,7 +16,8 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
 from rapid_llm.engine.steps import Wanted, each_alone
-from rapid_llm.generation import DRAFTED, Delta, Generation, Progress, answering
+from rapid_llm.generation import DRAFTED, Delta, Generation, answering
+from rapid_llm.progress import PromptProgress
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
@@ -42,14 +43,14 @@ class Opener:
     prefixes: PrefixCache
 
     def answer(
-        self, request: Request, started: float, progress: Progress | None
+        self, request: Request, started: float, progress: PromptProgress | None
     ) -> Iterator[Delta]:
         """Answer a request by itself and yield one delta per round, see :func:`.answering`."""
         with self.open(request, started) as generation:
             yield from each_alone(self.steps(request, generation, progress))
 
     def steps(
-        self, request: Request, generation: Generation, progress: Progress | None
+        self, request: Request, generation: Generation, progress: PromptProgress | None
     ) -> Generator[Wanted | Delta, Any, None]:
         """The passes that the answer to a request takes, and its deltas."""
         # A grammar counts each space, also the first.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from rapid_llm.batching import GenerationRequest
 from rapid_llm.chat import checked_variables
@@ -28,11 +28,10 @@ from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
 from rapid_llm.encoding import Message, Prompt
 from rapid_llm.errors import DocumentError, InvalidParameterError
 from rapid_llm.options import changed, given
+from rapid_llm.progress import StageProgress
 from rapid_llm.stats import Method, Stats
 
 METHODS: tuple[Method, ...] = get_args(Method)
-Stage = Literal["embed", "draft", "target"]
-Progress = Callable[[Stage, int, int], None]
 """Callback, called with (stage, done, total): chunks embedded, or prompt tokens read."""
 
 _CONTEXTS = 64  # retrievals kept, so that comparing methods on a question retrieves only once
@@ -241,7 +240,7 @@ class RapidPipeline:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
+        progress: StageProgress | None = None,
     ) -> AnswerStream:
         """Answer a question and yield one delta per round.
 
@@ -296,7 +295,7 @@ class RapidPipeline:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
+        progress: StageProgress | None = None,
     ) -> _Prepared:
         """Retrieve for a question, and make its request; arguments are those of :meth:`stream`."""
         require_method(method)
@@ -327,7 +326,7 @@ class RapidPipeline:
         )
         return _Prepared(question, method, context, skipped, prompts.omitted_tokens, request)
 
-    def retrieve(self, question: str, *, progress: Progress | None = None) -> RetrievalContext:
+    def retrieve(self, question: str, *, progress: StageProgress | None = None) -> RetrievalContext:
         """Retrieve the drafter's context for a question.
 
         Args:
@@ -344,7 +343,7 @@ class RapidPipeline:
         call = _Call(question, (), self.sampling, self.speculation, variables)
         return self._retrieved(call, progress)
 
-    def _retrieved(self, call: _Call, progress: Progress | None) -> RetrievalContext:
+    def _retrieved(self, call: _Call, progress: StageProgress | None) -> RetrievalContext:
         room = self._room(call)
         query = call.query
         known = self._contexts.pop(query, None)

@@ -39,6 +39,7 @@ from rapid_llm.errors import (
     ServerError,
 )
 from rapid_llm.options import given, options_of
+from rapid_llm.progress import PromptProgress
 from rapid_llm.stats import Stats
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
     from rapid_llm.batching import GenerationRequest
     from rapid_llm.encoding import Prompt
-    from rapid_llm.generation import Delta, GenerationResult, Progress
+    from rapid_llm.generation import Delta, GenerationResult
 
 API_KEY = "RAPID_LLM_API_KEY"
 """Variable of the environment with a server's key, for the server and its clients."""
@@ -180,7 +181,7 @@ class RemoteDecoder:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
-        progress: Progress | None = None,
+        progress: PromptProgress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Delta]:
         """Answer a prompt and yield one delta per round, see ``RapidDecoder.stream``.
@@ -234,7 +235,7 @@ class RemoteDecoder:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
-        progress: Progress | None = None,
+        progress: PromptProgress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[Delta]:
         """:meth:`stream` for asyncio; cancelling it stops the server's work."""
@@ -297,7 +298,7 @@ class RemoteDecoder:
         }
 
     def _deltas(
-        self, body: dict[str, Any], progress: Progress | None
+        self, body: dict[str, Any], progress: PromptProgress | None
     ) -> Generator[Delta, None, None]:
         for attempt in range(_RETRIES + 1):
             try:
@@ -315,7 +316,7 @@ class RemoteDecoder:
             time.sleep(wait)
 
     async def _adeltas(
-        self, body: dict[str, Any], progress: Progress | None
+        self, body: dict[str, Any], progress: PromptProgress | None
     ) -> AsyncGenerator[Delta, None]:
         for attempt in range(_RETRIES + 1):
             try:
@@ -351,7 +352,7 @@ class RemoteDecoder:
 class _Reader:
     """Reads the lines of a stream of events."""
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: PromptProgress | None) -> None:
         self._progress = progress
         self._ended = False
 
@@ -375,7 +376,7 @@ class _Reader:
             raise ServerError("the server closed the connection within an answer: try again")
 
 
-def _read(lines: Iterator[str], progress: Progress | None) -> Generator[Delta, None, None]:
+def _read(lines: Iterator[str], progress: PromptProgress | None) -> Generator[Delta, None, None]:
     reader = _Reader(progress)
     for line in lines:
         if (delta := reader.read(line)) is not None:

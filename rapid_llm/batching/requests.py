@@ -15,7 +15,8 @@ from rapid_llm.encoding import Prompt
 from rapid_llm.engine.kept.chain import PassChain
 from rapid_llm.engine.kept.prefixes import chain_of
 from rapid_llm.errors import GenerationTimeoutError
-from rapid_llm.generation import Delta, Progress
+from rapid_llm.generation import Delta
+from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
 
 Outcome: TypeAlias = Delta | BaseException
@@ -31,7 +32,7 @@ class GenerationRequest:
     sampling: SamplingParams | None = None
     speculation: SpeculationConfig | None = None
     confidence: float = 1.0
-    progress: Progress | None = None
+    progress: PromptProgress | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
 
 
@@ -49,7 +50,7 @@ class Ticket:
         self,
         request: Request,
         started: float,
-        progress: Progress | None,
+        progress: PromptProgress | None,
         deliver: Callable[[Outcome], object],
     ) -> None:
         self.request = request

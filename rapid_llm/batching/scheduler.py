@@ -23,9 +23,10 @@ from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
 from rapid_llm.config import EngineConfig, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt
-from rapid_llm.generation import Delta, GenerationResult, Progress
+from rapid_llm.generation import Delta, GenerationResult
 from rapid_llm.opening import Opener
 from rapid_llm.options import changed
+from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class _Checked(NamedTuple):
     """A validated request, or what is wrong with it, and its callback."""
 
     request: Request | Exception
-    progress: Progress | None
+    progress: PromptProgress | None
 
 
 class Scheduler:
@@ -95,7 +96,7 @@ class Scheduler:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
-        progress: Progress | None = None,
+        progress: PromptProgress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> GenerationResult:
         """:meth:`RapidDecoder.generate`, beside other requests."""
@@ -118,7 +119,7 @@ class Scheduler:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
-        progress: Progress | None = None,
+        progress: PromptProgress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Delta]:
         """:meth:`RapidDecoder.stream`, beside other requests.
@@ -147,7 +148,7 @@ class Scheduler:
         sampling: SamplingParams | None = None,
         speculation: SpeculationConfig | None = None,
         confidence: float = 1.0,
-        progress: Progress | None = None,
+        progress: PromptProgress | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[Delta]:
         """:meth:`stream` for asyncio; the request begins at the first delta that is asked for."""
@@ -273,7 +274,10 @@ class Scheduler:
         )
 
     def _submit(
-        self, request: Request, progress: Progress | None, deliver: Callable[[Outcome], object]
+        self,
+        request: Request,
+        progress: PromptProgress | None,
+        deliver: Callable[[Outcome], object],
     ) -> Ticket:
         """Queue a request; starts the thread if there is none."""
         ticket = Ticket(request, time.perf_counter(), progress, deliver)

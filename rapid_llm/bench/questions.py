@@ -15,8 +15,9 @@ from rapid_llm.batching import GenerationRequest, Scheduler
 from rapid_llm.bench.report import Row
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.steps import Wanted
-from rapid_llm.generation import Delta, Generation, Progress
+from rapid_llm.generation import Delta, Generation
 from rapid_llm.opening import Opener
+from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
 
 
@@ -33,7 +34,7 @@ class CoinOpener(Opener):
         return cls(**{each.name: getattr(opener, each.name) for each in fields(opener)}, a=a)
 
     def steps(
-        self, request: Request, generation: Generation, progress: Progress | None
+        self, request: Request, generation: Generation, progress: PromptProgress | None
     ) -> Generator[Wanted | Delta, Any, None]:
         yield from generation.reading(progress)
         stats = generation.stats

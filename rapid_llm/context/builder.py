@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -24,18 +24,17 @@ from rapid_llm.context.embedding import (
     unit,
 )
 from rapid_llm.context.ranking import bm25, fuse
+from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.context.store import ChunkStore, StoredChunks
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.forked import Owner, ProcessLock, limit_threads
 from rapid_llm.options import changed
+from rapid_llm.progress import Progress
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]
-
-_SEPARATOR = "\n\n"
 _KEPT_SPANS = 100_000  # spans cached for texts that were split before: about 20 MB
 
 
@@ -354,4 +353,4 @@ def _digest(text: str) -> bytes:
 
 
 def _join(chunks: Sequence[Chunk]) -> str:
-    return _SEPARATOR.join(chunk.text for chunk in chunks)
+    return SEPARATOR.join(chunk.text for chunk in chunks)

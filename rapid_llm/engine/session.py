@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -15,8 +15,8 @@ from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.steps import Extend, Steps, alone
 from rapid_llm.errors import OutdatedKVError
+from rapid_llm.progress import Progress
 
-PrefillProgress = Callable[[int, int], None]
 """Callback, called with (tokens read, total tokens)."""
 
 
@@ -64,7 +64,7 @@ class Session:
         ends = [at for at in self.runner.switches if at > self.length]
         return min([self.cache.capacity - self.cache.length, *(at - self.length for at in ends)])
 
-    def prefill(self, tokens: Sequence[int], progress: PrefillProgress | None = None) -> None:
+    def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> None:
         """Read the tokens of a prompt that are not in the cache yet, in passes.
 
         The length of the cache must be 0 or the end of one of the passes of a whole prefill, see
@@ -76,9 +76,7 @@ class Session:
         """
         alone(self.reading(tokens, progress))
 
-    def reading(
-        self, tokens: Sequence[int], progress: PrefillProgress | None = None
-    ) -> Steps[None]:
+    def reading(self, tokens: Sequence[int], progress: Progress | None = None) -> Steps[None]:
         """The passes of :meth:`prefill`."""
         self._ends = pass_ends(len(tokens), self.runner.prefill_sizes)
         held = self.length

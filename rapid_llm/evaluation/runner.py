@@ -24,9 +24,9 @@ from rapid_llm.evaluation.journal import Journal, Positions, Record, add_positio
 from rapid_llm.evaluation.methods import DRAFTER_ALONE, MethodSpec
 from rapid_llm.evaluation.retrieval import Retrieval, found, other_context
 from rapid_llm.evaluation.tasks.base import CONTEXT, Item, Message, Task
+from rapid_llm.progress import Progress
 from rapid_llm.stats import Stats
 
-Progress = Callable[[int, int], None]
 Render = Callable[[str], list[Message]]
 """Function from a context to the messages of a question."""
 

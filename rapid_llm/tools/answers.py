@@ -26,6 +26,7 @@ from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.encoding import encode_literal
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import given
+from rapid_llm.progress import PromptProgress
 from rapid_llm.speculation.sampling import end_ids, generation_config, stop_strings
 from rapid_llm.stats import Origin, Stats
 from rapid_llm.text import TextStream
@@ -38,7 +39,7 @@ from rapid_llm.tools.parsing import AnswerParser, Parsed
 if TYPE_CHECKING:
     from rapid_llm.chat import Message
     from rapid_llm.decoder import RapidDecoder
-    from rapid_llm.generation import Delta, Progress
+    from rapid_llm.generation import Delta
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -295,7 +296,7 @@ def stream_chat(
     sampling: SamplingParams | None = None,
     speculation: SpeculationConfig | None = None,
     confidence: float = 1.0,
-    progress: Progress | None = None,
+    progress: PromptProgress | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[ChatDelta]:
     """Answer a chat and yield one delta per round.
@@ -363,7 +364,7 @@ def astream_chat(
     messages: Sequence[Message] | None,
     draft_messages: Sequence[Message] | None = None,
     *,
-    progress: Progress | None = None,
+    progress: PromptProgress | None = None,
     **options: Any,
 ) -> AsyncIterator[ChatDelta]:
     """:func:`stream_chat` for asyncio; the models run in a thread and do not block the event loop.

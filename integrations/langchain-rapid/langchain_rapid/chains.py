@@ -22,10 +22,11 @@ from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import DynamicRunnable
 from rapid_llm.aio import in_thread
 from rapid_llm.config import OnEmpty, Order, RetrievalConfig
+from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import require
 
-from langchain_rapid.documents import SEPARATOR, Documents, FullDocuments
+from langchain_rapid.documents import Documents, FullDocuments
 from langchain_rapid.messages import text_of
 from langchain_rapid.settings import RapidModel
 from langchain_rapid.window import places_of

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 from rapid_llm.config import Order, RetrievalConfig
+from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.options import require
 
-from langchain_rapid.documents import SEPARATOR, FullDocuments, id_text, ids_of
+from langchain_rapid.documents import FullDocuments, id_text, ids_of
 from langchain_rapid.grounding import Source, confidence_of, find_sources
 from langchain_rapid.messages import documents_of
 from langchain_rapid.places import Place

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, TypeAlias, cast
 
 from langchain_core.documents import Document
+from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.errors import DocumentError
 
 Text: TypeAlias = str | Document
@@ -19,8 +20,6 @@ Documents: TypeAlias = str | Mapping[Any, Text] | Sequence[Document] | Callable[
 
 ID_KEYS = ("document_id", "doc_id", "source")
 """Keys of metadata that may hold a document's id, the first one first."""
-
-SEPARATOR = "\n\n"
 
 _PAGE_KEYS = ("page", "page_number")
 """Keys under which loaders number the parts of a file."""

@@ -15,6 +15,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import EngineConfig, RemoteConfig, RetrievalConfig
+from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.field_help import with_field_help
 from rapid_llm.forked import Owner, ProcessLock
@@ -23,7 +24,7 @@ from rapid_llm.options import options_of, require, without_secrets
 from typing_extensions import Self
 
 from langchain_rapid import hub
-from langchain_rapid.documents import SEPARATOR, FullDocuments
+from langchain_rapid.documents import FullDocuments
 from langchain_rapid.encoding import Written
 from langchain_rapid.errors import RetrievalError
 from langchain_rapid.options import (

@@ -11,10 +11,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
+from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.evaluation.scoring import rouge
 from rapid_llm.evaluation.tasks.base import CONTEXT, Item, Message, MetricKind, Source, Task
 from rapid_llm.evaluation.tasks.data import Text, locate, read_rows
-from rapid_llm.evaluation.tasks.passages import BETWEEN, Passages
+from rapid_llm.evaluation.tasks.passages import Passages
 
 # Mathematics and reasoning have one right answer, so the benchmark shows the judge the reference.
 JUDGED_BY_REFERENCE = ("MR", "GR")
@@ -46,14 +47,14 @@ def load(source: Source) -> Task:
     """
     path, judge = locate(source.data, "mtbench101.jsonl"), source.judge
     rows = list(read_rows(path, _Row))
-    passages = Passages(path, [BETWEEN.join(map(str, row.history)) for row in rows], source)
+    passages = Passages(path, [SEPARATOR.join(map(str, row.history)) for row in rows], source)
     items = []
     for number, row in enumerate(rows[: source.limit]):
         *earlier, last = row.history
         filled, _ = passages.fill([str(turn) for turn in earlier], {number}, str(number))
         item = Item(
             id=str(number + 1),
-            context=BETWEEN.join(filled),
+            context=SEPARATOR.join(filled),
             query=last.user,
             messages=({"role": "user", "content": PROMPT + last.user},),
             references=(last.bot,),

@@ -7,11 +7,11 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from random import Random
 
+from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.encoding import encode_literal
 from rapid_llm.errors import DataError, InvalidParameterError
 from rapid_llm.evaluation.tasks.base import Source
 
-BETWEEN = "\n\n"
 DEPTHS = ("0–20 %", "20–40 %", "40–60 %", "60–80 %", "80–100 %")
 
 
@@ -66,7 +66,7 @@ class Passages:
         return texts, depth_group(sum(lengths[: places[0]]) / sum(lengths) if places else 0)
 
     def _length(self, text: str) -> int:
-        return len(encode_literal(BETWEEN + text, self._source.tokenizer))
+        return len(encode_literal(SEPARATOR + text, self._source.tokenizer))
 
 
 def depth_group(depth: float) -> str:

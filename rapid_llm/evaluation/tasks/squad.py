@@ -11,10 +11,11 @@ from random import Random
 from pydantic import BaseModel, model_validator
 
 from rapid_llm.context.prompts import build_messages
+from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.evaluation.scoring import contains, exact_match, token_f1
 from rapid_llm.evaluation.tasks.base import CONTEXT, SHORT_ANSWER, Item, MetricKind, Source, Task
 from rapid_llm.evaluation.tasks.data import Text, locate, read_object
-from rapid_llm.evaluation.tasks.passages import BETWEEN, Passages
+from rapid_llm.evaluation.tasks.passages import Passages
 
 METRICS: dict[str, MetricKind] = {"contains": "rate", "exact_match": "rate", "f1": "mean"}
 
@@ -70,7 +71,7 @@ def load(source: Source) -> Task:
         question = row.question.strip()
         item = Item(
             id=row.id,
-            context=BETWEEN.join(filled),
+            context=SEPARATOR.join(filled),
             query=question,
             messages=tuple(build_messages(CONTEXT, question, instruction=SHORT_ANSWER)),
             references=tuple(dict.fromkeys(answer.text for answer in row.answers)),

@@ -9,8 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from rapid_llm.engine.costs import PassCost
-from rapid_llm.engine.session import PrefillProgress
 from rapid_llm.engine.steps import Steps
+from rapid_llm.progress import Progress
 from rapid_llm.speculation.schedule import Prior
 from rapid_llm.stats import Origin
 
@@ -40,7 +40,7 @@ class Drafter(Protocol):
     def prompt_tokens(self) -> int:
         """Number of tokens in the drafter's prompt; 0 if it has none."""
 
-    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
+    def reading(self, progress: Progress | None) -> Steps[None]:
         """Read the prompt, once, before the first draft."""
 
     @property

@@ -22,10 +22,11 @@ from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.engine.session import PrefillProgress, Session
+from rapid_llm.engine.session import Session
 from rapid_llm.engine.steps import Steps
 from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.progress import Progress
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 
@@ -120,7 +121,7 @@ class CompressedDrafter(RagDrafter, ABC):
     def _kept(self) -> list[Tensor]:
         """Positions that each layer keeps, ascending: int64 ``[kv_heads, kept]``."""
 
-    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
+    def reading(self, progress: Progress | None) -> Steps[None]:
         """Copy the kept KV from the target."""
         yield from ()  # no pass
         whole, kept = self._target.cache, self._session.cache

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from rapid_llm.engine.costs import PassCost
-from rapid_llm.engine.session import PrefillProgress
 from rapid_llm.engine.steps import Steps
+from rapid_llm.progress import Progress
 from rapid_llm.speculation.constraints import Matcher
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.schedule import GUESS
@@ -120,7 +120,7 @@ class PromptLookupDrafter:
     def prompt_tokens(self) -> int:
         return 0
 
-    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
+    def reading(self, progress: Progress | None) -> Steps[None]:
         yield from ()
 
     def cost(self) -> PassCost:

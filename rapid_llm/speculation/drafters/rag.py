@@ -13,8 +13,9 @@ from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import PassCost, pass_cost
 from rapid_llm.engine.device import FEW_TOKENS, NextMask
 from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS
-from rapid_llm.engine.session import PrefillProgress, Session
+from rapid_llm.engine.session import Session
 from rapid_llm.engine.steps import DraftAlone, Extend, Steps, alone
+from rapid_llm.progress import Progress
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.drafters.lookup import SIZES, NgramIndex
@@ -88,11 +89,11 @@ class RagDrafter:
     def prompt_tokens(self) -> int:
         return len(self._prompt)
 
-    def prefill(self, progress: PrefillProgress | None) -> None:
+    def prefill(self, progress: Progress | None) -> None:
         """Run :meth:`reading` by itself."""
         alone(self.reading(progress))
 
-    def reading(self, progress: PrefillProgress | None) -> Steps[None]:
+    def reading(self, progress: Progress | None) -> Steps[None]:
         # All but the last token, which the first draft reads, when its logits are needed.
         last = self._session.runner.vocab_size - 1
         tokens = [min(token, last) for token in self._prompt[:-1]]
