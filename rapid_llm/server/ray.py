@@ -196,7 +196,6 @@ def application(
     if retrieval.store is None:  # uploaded files are every replica's
         retrieval = replace(retrieval, store=mkdtemp(prefix="rapid-llm-"))
     settings: dict[str, Any] = {
-        "num_replicas": 1,
         "max_ongoing_requests": _ONGOING,
         "graceful_shutdown_timeout_s": server.shutdown_seconds,
         "request_router_config": RequestRouterConfig(
