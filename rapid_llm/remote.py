@@ -102,6 +102,9 @@ class RemoteDecoder:
         self._key = api_key or os.environ.get(API_KEY)
         self._lock = Lock()
 
+    def __copy__(self) -> RemoteDecoder:
+        return self
+
     def __deepcopy__(self, memo: object) -> RemoteDecoder:
         return self
 

@@ -18,10 +18,12 @@ from rapid_llm import (
     Conversation,
     Delta,
     EngineConfig,
+    GenerationRequest,
     GenerationResult,
     LoadedModel,
     RapidDecoder,
     RapidPipeline,
+    RemoteDecoder,
     RetrievalConfig,
     RetrievalContext,
     SamplingParams,
@@ -72,6 +74,8 @@ CLASSES: dict[type, tuple[Callable[[], Any], Callable[[Any], Any] | None]] = {
     SamplingParams: (lambda: SAMPLING, None),
     SpeculationConfig: (lambda: SpeculationConfig(gamma=3), None),
     Stats: (lambda: Stats(rounds=3), None),
+    GenerationRequest: (lambda: GenerationRequest([5, 6], sampling=SAMPLING), None),
+    RemoteDecoder: (lambda: RemoteDecoder("http://localhost:8000/v1"), lambda it: it.base_url),
     LoadedModel: (lambda: LoadedModel(tiny_model(), tiny_tokenizer(), "tiny"), type),
 }
 WAYS: dict[str, Callable[[Any], Any]] = {

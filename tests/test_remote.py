@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import pickle
 import socket
 from collections.abc import Iterator
@@ -166,6 +167,7 @@ def test_what_cannot_be_reached_is_named(decoder: RapidDecoder) -> None:
         with pytest.raises(ServerError, match="API key is missing or wrong"):
             _ = RemoteDecoder(guarded.url, "wrong").target
         keyed = RemoteDecoder(guarded.url, "secret")
-        assert keyed.generate(CHAT, sampling=SAMPLING).token_ids
+        for each in (keyed, copy.copy(keyed), copy.deepcopy(keyed)):
+            assert each.generate(CHAT, sampling=SAMPLING).token_ids
         assert b"secret" not in pickle.dumps(keyed)
         assert "secret" not in repr(keyed)
