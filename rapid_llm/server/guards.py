@@ -79,7 +79,7 @@ class Guards:
             self._answered(scope, status)
             seconds = time.monotonic() - started
             logger.info(
-                "%s %s %s %d %.3f s", request_id, scope["method"], scope["path"], status, seconds
+                "%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds
             )
 
     def _check(self, scope: Scope) -> None:
