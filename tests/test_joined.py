@@ -134,3 +134,40 @@ def test_kernels_for_parts_agree(kind, keys, tokens, masked):
     arguments = query, key[:, 4:-5], value[:, 4:-5], 0.3, mask, mask is not None
     ours, expected = attend_part(*arguments), sdpa.attend_part(*arguments)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_owner_that_goes_back_leaves_what_is_borrowed_alone():
+    """A recomputation after a switch of adapters, and back, must not change what others read."""
+    runner = runner_of("llama")
+    document = read(runner, DOCUMENT)
+    cache = document.borrow(len(DOCUMENT), 40)
+    Session(runner, cache).extend(torch.tensor([4, 19]))
+    third = cache.borrow(len(DOCUMENT) + 2, 40)
+    for owner in (document, cache):
+        owner.rollback(0)
+        Session(runner, owner).extend(torch.tensor([60 - token for token in DOCUMENT]))
+        logits = runner.joined([Part(torch.tensor([7]), third, 1)])[0]
+        torch.testing.assert_close(logits, alone(runner, [*DOCUMENT, 4, 19], [7]))
+        third.rollback(len(DOCUMENT) + 2)
+    assert (document.lent, cache.lent) == (0, 0)
+
+
+def test_an_owner_that_goes_back_keeps_its_first_tokens():
+    runner = runner_of("llama")
+    document = read(runner, DOCUMENT)
+    cache = document.borrow(10, 40)
+    document.rollback(6)
+    logits = Session(runner, document).extend(torch.tensor([8, 9]))
+    torch.testing.assert_close(logits, alone(runner, DOCUMENT[:6], [8, 9]))
+    found = runner.joined([Part(torch.tensor([7]), cache, 1)])[0]
+    torch.testing.assert_close(found, alone(runner, DOCUMENT[:10], [7]))
+
+
+def test_what_an_owner_in_another_thread_does_changes_no_reads():
+    """Its length counts for its own passes only."""
+    runner = runner_of("llama")
+    document = read(runner, DOCUMENT)
+    parts = [Part(torch.tensor([7, 8]), document.borrow(len(DOCUMENT), 40), 1)]
+    for layer in document.layers:
+        layer.length = 0
+    assert [read.new for read in reads_of(parts, runner.device)] == [0, 2]

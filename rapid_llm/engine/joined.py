@@ -77,8 +77,10 @@ def reads_of(parts: Sequence[Part], device: torch.device) -> list[Read]:
         start = 0
         for end in sorted({end for end, _ in reading}):
             seen = [index for last, index in reading if last >= end]
-            # Only the owner of a cache reads its last stretch, which has the new tokens.
-            new = len(parts[seen[0]].ids) if end > holder.length - holder.prefix_length else 0
+            # Only the owner of a cache reads its last stretch, which has the new tokens. Whether
+            # it does is not seen by the cache's length, which another thread may set back.
+            owner = parts[seen[0]] if parts[seen[0]].cache is holder else None
+            new = 0 if owner is None or len(seen) > 1 else len(owner.ids)
             at = [place for index in seen for place in range(*places[index])]
             one = at == list(range(at[0], at[-1] + 1))
             tokens = slice(at[0], at[-1] + 1) if one else torch.tensor(at, device=device)

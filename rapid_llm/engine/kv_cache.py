@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from rapid_llm.forked import ProcessLock
+
+_lending = ProcessLock()  # of all caches' borrowers, which several threads change
 _CACHE_NAMES = ("cache", "past_key_values")
 
 
@@ -63,6 +66,13 @@ class PreallocatedLayer(CacheLayerMixin):
         self.values[:, :, self.length : end] = value_states
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def first(self, length: int, capacity: int) -> PreallocatedLayer:
+        """A copy of the first ``length`` tokens, with buffers for ``capacity`` tokens."""
+        copied = PreallocatedLayer(capacity)
+        if length > 0:
+            copied.update(self.keys[:, :, :length], self.values[:, :, :length])
+        return copied
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -118,6 +128,7 @@ class KVCache(Cache):
         self.capacity = capacity
         self.prefix, self.prefix_length = prefix, held
         self._borrowers: WeakKeyDictionary[KVCache, int] = WeakKeyDictionary()
+        self._most_lent = 0  # so far, which tells most rollbacks that they need not look
         self.position_offset = 0
         self.expected = 0
         self.origin: KVOrigin | None = None
@@ -141,22 +152,40 @@ class KVCache(Cache):
             layer.length += tokens
 
     def rollback(self, length: int) -> None:
-        """Drop all tokens from index ``length`` on; nothing is copied.
+        """Drop all tokens from index ``length`` on; nothing is copied, unless others borrow it.
 
-        The prefix stays, unless all tokens are dropped.
+        The prefix stays, unless all tokens are dropped. What others borrow stays theirs.
         """
         if length == 0 and self.prefix:
-            self._restart()
+            self._leave_buffers()
+            with _lending:
+                for segment in self.prefix:
+                    segment.cache._borrowers.pop(self, None)
+            self.prefix, self.prefix_length = (), 0
+            self.layers = [PreallocatedLayer(self.capacity) for _ in self.layers]
         own = length - self.prefix_length
         assert 0 <= own <= self.capacity
+        if own < self._most_lent and own < self.lent:
+            self._leave_buffers(own)
         for layer in self.layers:
             # min, because a forward pass that failed half-way leaves layers of unequal length.
             layer.length = min(layer.length, own)
 
-    def _restart(self) -> None:
-        """Give the prefix back, with new buffers for all tokens."""
-        self.prefix, self.prefix_length = (), 0
-        self.layers = [PreallocatedLayer(self.capacity) for _ in self.layers]
+    def _leave_buffers(self, own: int = 0) -> None:
+        """Leave its buffers to those who borrow them, and go on with copies of its first tokens."""
+        left = KVCache(len(self.layers), self.capacity, self.prefix)
+        left.layers, left.origin = self.layers, self.origin
+        left.position_offset, left._most_lent = self.position_offset, self._most_lent
+        with _lending:
+            borrowers, self._borrowers = self._borrowers, WeakKeyDictionary()
+            self._most_lent = 0
+            for borrower, end in borrowers.items():
+                left._borrowers[borrower] = end
+                borrower.prefix = tuple(
+                    segment._replace(cache=left) if segment.cache is self else segment
+                    for segment in borrower.prefix
+                )
+        self.layers = [old.first(min(own, old.length), old.capacity) for old in left.layers]
 
     def segments(self, length: int) -> tuple[Segment, ...]:
         """The buffers that hold the first ``length`` tokens, in order."""
@@ -175,14 +204,17 @@ class KVCache(Cache):
         """
         borrowed = KVCache(len(self.layers), capacity, self.segments(length))
         borrowed.origin = self.origin
-        for cache, end in borrowed.prefix:
-            cache._borrowers[borrowed] = end
+        with _lending:
+            for cache, end in borrowed.prefix:
+                cache._borrowers[borrowed] = end
+                cache._most_lent = max(cache._most_lent, end)
         return borrowed
 
     @property
     def lent(self) -> int:
         """Number of its own first tokens that other caches borrow, and that must not change."""
-        return max(self._borrowers.values(), default=0)
+        with _lending:
+            return max(self._borrowers.values(), default=0)
 
     def copy_prefix(self, length: int, capacity: int) -> KVCache:
         """Copy the first ``length`` tokens to a new cache for ``capacity`` tokens."""
@@ -196,8 +228,8 @@ class KVCache(Cache):
     def grow(self, capacity: int) -> None:
         """Move to larger buffers, layer by layer, so that the peak memory is one layer more."""
         for index, old in enumerate(self.layers):
-            self.layers[index] = new = PreallocatedLayer(capacity)
-            new.update(old.keys[:, :, : old.length], old.values[:, :, : old.length])
+            # Filled before it is put here, as other threads may read what was borrowed.
+            self.layers[index] = old.first(old.length, capacity)
         self.capacity = capacity
 
 
