@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from rapid_llm.engine.device import Device
 from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import kv_nbytes
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
     ContextWindowError,
     GenerationTimeoutError,
@@ -230,6 +231,26 @@ def test_a_single_call_beside_a_batch_leaves_what_is_borrowed_alone():
     decoder.generate(other, sampling=sampling(max_new_tokens=60))
     tokens += [token for delta in stream for token in delta.token_ids]
     assert tokens == expected
+
+
+def test_kv_of_joined_passes_is_lent_but_neither_copied_nor_kept():
+    """Joined passes round differently, and single calls are repeatable to the bit."""
+    decoder = decoder_of()
+    prefixes, runner = decoder._prefixes, decoder.target
+    prompt = [*DOCUMENTS[0], *range(5, 45)]
+    with ExitStack() as leases:
+
+        def read(tokens: list[int], *, share: bool) -> int:
+            capacity = len(tokens) + 9
+            held = leases.enter_context(prefixes.lease(runner, tokens, capacity, share=share))
+            Session(runner, held.cache, tokens).prefill(tokens[:-1])
+            return held.reused
+
+        assert read([*DOCUMENTS[0], 1], share=True) == 0
+        document = read(prompt, share=True)
+        assert 2 * CHUNK < document < len(DOCUMENTS[0])
+        assert read([*prompt, 2], share=True) > len(DOCUMENTS[0])
+        assert read([*prompt, 2], share=False) == document
 
 
 def test_models_that_cannot_join_are_run_one_by_one_and_the_log_says_so_once(caplog):
