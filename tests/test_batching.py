@@ -32,6 +32,7 @@ from rapid_llm.errors import (
     ContextWindowError,
     GenerationTimeoutError,
     InvalidParameterError,
+    ModelError,
     NumericalError,
 )
 from rapid_llm.generation import Delta
@@ -615,3 +616,73 @@ def test_a_closed_stream_gives_no_more():
     stream.close()
     assert list(stream) == []
     assert len(scheduler.generate(DOCUMENTS[0], sampling=sampling()).token_ids) == 20
+
+
+def test_a_thread_that_waits_for_a_delta_of_a_stream_that_is_closed_goes_on():
+    scheduler = Scheduler(decoder_of(), max_sequences=1)
+    running = scheduler.stream(DOCUMENTS[0], sampling=sampling(max_new_tokens=450))
+    next(running)
+    waiting = scheduler.stream(DOCUMENTS[1], sampling=sampling())
+    got: list[list[Delta]] = []
+    consumer = threading.Thread(target=lambda: got.append(list(waiting)), daemon=True)
+    consumer.start()
+    waiting.close()
+    consumer.join(30)
+    running.close()
+    assert got == [[]]
+
+
+def test_requests_are_answered_after_a_thread_could_not_be_started(monkeypatch):
+    scheduler = Scheduler(decoder_of())
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            scheduler.generate(DOCUMENTS[0], sampling=sampling())
+    assert scheduler._waiting == []
+    assert len(scheduler.generate(DOCUMENTS[0], sampling=sampling()).token_ids) == 20
+
+
+def test_a_request_that_cannot_be_ended_properly_stops_nobody_else(monkeypatch):
+    decoder = decoder_of()
+    scheduler = Scheduler(decoder)
+    released, failed = decoder._prefixes._release, []
+
+    def release(reading: Any) -> None:
+        released(reading)
+        if len(reading.tokens) == len(DOCUMENTS[1]):
+            failed.append(reading)
+            raise RuntimeError("spoilt")
+
+    monkeypatch.setattr(decoder._prefixes, "_release", release)
+    other = scheduler.stream(DOCUMENTS[0], sampling=sampling(max_new_tokens=100))
+    dropped = scheduler.stream([*DOCUMENTS[1], 5], sampling=sampling(max_new_tokens=450))
+    next(dropped)
+    dropped.close()
+    assert sum(len(delta.token_ids) for delta in other) == 100
+    assert len(failed) == 1
+
+
+def test_a_model_that_is_refused_later_stops_only_its_own_requests(monkeypatch):
+    """Its errors come from its passes, and not where the scheduler asks about it."""
+    decoder = RapidDecoder(tiny_model(), piece_tokenizer(PIECES), tiny_model(seed=1))
+    requests = [
+        GenerationRequest(DOCUMENTS[0], None, sampling(0)),
+        GenerationRequest(None, DOCUMENTS[1], sampling(1)),
+        GenerationRequest(DOCUMENTS[2], None, sampling(2)),
+    ]
+    alone = [tokens_alone(decoder, request) for request in requests]
+    refresh = ModelRunner._refresh
+
+    def refuse(runner: ModelRunner) -> None:
+        if runner is decoder.drafter:
+            raise ModelError("an adapter of another kind")
+        refresh(runner)
+
+    monkeypatch.setattr(ModelRunner, "_refresh", refuse)
+    first, refused, last = decoder.generate_many(requests, return_exceptions=True)
+    assert isinstance(refused, ModelError)
+    assert [first.token_ids, last.token_ids] == [alone[0], alone[2]]

@@ -23,6 +23,7 @@ from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
 from rapid_llm.config import EngineConfig, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt
+from rapid_llm.errors import RapidError
 from rapid_llm.generation import Delta, GenerationResult
 from rapid_llm.opening import Opener
 from rapid_llm.options import changed
@@ -217,13 +218,13 @@ class Scheduler:
             outcomes.put((index, outcome))
 
         tickets = []
-        for index, (request, progress) in enumerate(requests):
-            if isinstance(request, Exception):
-                put(index, request)
-            else:
-                tickets.append(self._submit(request, progress, partial(put, index)))
         missing = len(requests)
         try:
+            for index, (request, progress) in enumerate(requests):
+                if isinstance(request, Exception):
+                    put(index, request)
+                else:
+                    tickets.append(self._submit(request, progress, partial(put, index)))
             while missing:
                 index, outcome = outcomes.get()
                 if isinstance(outcome, Delta):
@@ -284,10 +285,15 @@ class Scheduler:
         with self._lock:
             self._waiting.append(ticket)
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._work, name="rapid-llm-scheduler", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()  # its first act waits for the lock
+                except BaseException:  # later requests must not wait for it
+                    self._waiting.remove(ticket)
+                    raise
+                self._thread = thread
         return ticket
 
     @torch.inference_mode()
@@ -303,14 +309,14 @@ class Scheduler:
             for ticket in [*(each.ticket for each in running), *left]:
                 ticket.deliver(error)
             for each in running:
-                each.end()
+                _end(each)
             raise
 
     def _admit(self) -> bool:
         """End what was cancelled and start what may start; returns whether anything is left."""
         for each in self._running:
             if each.ticket.cancelled:
-                each.end()
+                _end(each)
         ended = [each for each in self._running if each.wanted is None]
         self._running = [each for each in self._running if each.wanted is not None]
         self._most = min(self._most + len(ended), self.max_sequences)
@@ -386,6 +392,17 @@ class Scheduler:
         if not any(each.reading for each in self._running):
             return False
         request = ticket.request
-        return self.decoder.opener.prefixes.will_share(
-            request.runner, ticket.chain, len(request.prompt)
-        )
+        try:
+            return self.decoder.opener.prefixes.will_share(
+                request.runner, ticket.chain, len(request.prompt)
+            )
+        except RapidError:  # of its model, which is told to it when it starts
+            return False
+
+
+def _end(sequence: Sequence) -> None:
+    """Stop a sequence whose answer nobody waits for; its errors must not stop others."""
+    try:
+        sequence.end()
+    except Exception:
+        _log.exception("an answer that was given up could not be ended properly")

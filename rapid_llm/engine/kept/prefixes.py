@@ -264,7 +264,9 @@ class PrefixCache:
         state = ReaderState.now(runner, length)
         with self._lock:
             best = max((r.will_share(runner, chain) for r in self._reading), default=0)
-            now = max(self._device.longest(state, chain)[1], self._most_read(state, chain, joined=True)[1])
+            now = max(
+                self._device.longest(state, chain)[1], self._most_read(state, chain, joined=True)[1]
+            )
         return best > now and _is_most(best, chain)
 
     def _acquire(
