@@ -7,6 +7,7 @@ import torch
 from conftest import installed, tiny_model
 
 from rapid_llm.engine import sdpa
+from rapid_llm.engine.device import device_of
 from rapid_llm.engine.joined import Part, reads_of
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
@@ -171,3 +172,39 @@ def test_what_an_owner_in_another_thread_does_changes_no_reads():
     for layer in document.layers:
         layer.length = 0
     assert [read.new for read in reads_of(parts, runner.device)] == [0, 2]
+
+
+def test_a_sliding_window_within_the_new_tokens_is_not_told_to_be_causal(monkeypatch):
+    """Kernels may apply the causal rule instead of the mask where they are told so."""
+    runner = runner_of("mistral-sliding")
+    window = runner.config.sliding_window
+    document = read(runner, DOCUMENT)
+    masks: list[tuple[torch.Tensor, bool]] = []
+
+    def spy(query, key, value, scaling, mask, causal):
+        if mask is not None:
+            masks.append((mask, causal))
+        return sdpa.attend_part(query, key, value, scaling, mask, causal)
+
+    place = device_of(torch.device("cpu"))
+    monkeypatch.setattr(type(place), "attend_part", lambda *_: spy)
+    new = list(range(3, 3 + 2 * window))
+    caches = [document.borrow(len(DOCUMENT), 20 + 2 * window) for _ in range(2)]
+    parts = [Part(torch.tensor(new), caches[0], 1), Part(torch.tensor(new[:2]), caches[1], 1)]
+    logits = runner.joined(parts)[0]
+    whole = runner.new_cache(20 + 2 * window)
+    expected = Session(runner, whole).extend(torch.tensor([*DOCUMENT, *new]), 1)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert {causal for _, causal in masks} == {True, False}
+    for mask, causal in masks:
+        ones = torch.ones(mask.shape, dtype=torch.bool)
+        assert not causal or torch.equal(mask, ones.triu(mask.shape[1] - mask.shape[0] + 1))
+
+
+def test_many_keys_alike_do_not_overflow_float16():
+    keys = 100_000
+    query, key = torch.zeros(1, 2, 8).half(), torch.zeros(1, keys, 8).half()
+    value = torch.full((1, keys, 8), 3.0).half()
+    out, lse = sdpa.attend_part(query, key, value, 1.0, None, causal=False)
+    torch.testing.assert_close(out, torch.full((1, 2, 8), 3.0), rtol=2e-2, atol=0)
+    torch.testing.assert_close(lse, torch.full((1, 2), float(keys)).log())

@@ -117,12 +117,14 @@ def joined_logits(model: Any, parts: Sequence[Part]) -> list[Tensor]:
     reads = reads_of(parts, device)
     masks: dict[tuple[int, int | None], Tensor | None] = {}
 
-    def mask_of(number: int, window: int | None) -> Tensor | None:
+    def mask_of(number: int, window: int | None) -> tuple[Tensor | None, bool]:
+        """The mask, and whether it is the causal rule alone."""
         if window is not None and window > reads[number].distance:
             window = None
         if (number, window) not in masks:
             masks[number, window] = _mask(reads[number], positions, window)
-        return masks[number, window]
+        mask = masks[number, window]
+        return mask, mask is not None and window is None
 
     def mix(index: int, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         places = zip(parts, key.split(lengths), value.split(lengths), strict=True)
@@ -138,8 +140,7 @@ def joined_logits(model: Any, parts: Sequence[Part]) -> list[Tensor]:
             layer, stretch = read.cache.layers[index], slice(read.start, read.end)
             own = packed[:, :, read.tokens].reshape(key.shape[1], -1, dim)
             keys, values = layer.keys[0, :, stretch], layer.values[0, :, stretch]
-            mask = mask_of(number, window_of(module))
-            causal = mask is not None and mask.shape[1] == read.new
+            mask, causal = mask_of(number, window_of(module))
             merged.add(read.tokens, *kernel(own, keys, values, module.scaling, mask, causal))
         return merged.output.to(query.dtype).permute(2, 0, 1, 3).reshape(n, heads, dim)
 
