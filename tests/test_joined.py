@@ -7,11 +7,12 @@ import torch
 from conftest import installed, tiny_model
 
 from rapid_llm.engine import sdpa
-from rapid_llm.engine.device import device_of
+from rapid_llm.engine.device import Device, device_of
 from rapid_llm.engine.joined import Part, reads_of
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.engine.session import Session
+from rapid_llm.engine.session import Session, extend_all
+from rapid_llm.engine.steps import Extend
 from rapid_llm.errors import OutdatedKVError
 
 LEAN = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-sliding"]
@@ -208,3 +209,31 @@ def test_many_keys_alike_do_not_overflow_float16():
     out, lse = sdpa.attend_part(query, key, value, 1.0, None, causal=False)
     torch.testing.assert_close(out, torch.full((1, 2, 8), 3.0), rtol=2e-2, atol=0)
     torch.testing.assert_close(lse, torch.full((1, 2), float(keys)).log())
+
+
+def test_kv_that_could_not_be_computed_again_is_computed_later(monkeypatch):
+    """Memory runs out within it: the tokens after it must not take the place of the lost ones."""
+    runner = runner_of("llama")
+    session = Session(runner, runner.new_cache(40), DOCUMENT)
+    monkeypatch.setattr(Device, "prefill_chunk", 4)
+    session.prefill(DOCUMENT[:9])
+    session.extend(torch.tensor(DOCUMENT[9:]))
+    with torch.no_grad():
+        runner.model.model.layers[0].self_attn.k_proj.weight.mul_(2)
+    run = ModelRunner.__call__
+
+    def fail(self: ModelRunner, tokens: torch.Tensor, cache: KVCache, keep: int) -> torch.Tensor:
+        if cache.length == 4:
+            raise torch.OutOfMemoryError
+        return run(self, tokens, cache, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "__call__", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            session.extend(torch.tensor([7]))
+    assert session.length == len(DOCUMENT)
+    session.rollback(len(DOCUMENT) - 1)
+    assert session.draft(torch.tensor([7]), 1, None, None) is None
+    (logits,) = extend_all([Extend(session, torch.tensor([7]))])
+    torch.testing.assert_close(logits, alone(runner, DOCUMENT[:-1], [7]))
+    assert session.length == session.cache.length == len(DOCUMENT)
