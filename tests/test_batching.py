@@ -686,3 +686,15 @@ def test_a_model_that_is_refused_later_stops_only_its_own_requests(monkeypatch):
     first, refused, last = decoder.generate_many(requests, return_exceptions=True)
     assert isinstance(refused, ModelError)
     assert [first.token_ids, last.token_ids] == [alone[0], alone[2]]
+
+
+def test_a_callback_that_asks_the_scheduler_is_refused_instead_of_waiting_for_itself():
+    decoder = decoder_of()
+    scheduler = Scheduler(decoder)
+
+    def ask(*_: Any) -> None:
+        scheduler.generate(DOCUMENTS[1], sampling=sampling())
+
+    with pytest.raises(InvalidParameterError, match="wait for itself"):
+        scheduler.generate(DOCUMENTS[0], sampling=sampling(), progress=ask)
+    assert len(scheduler.generate(DOCUMENTS[0], sampling=sampling()).token_ids) == 20

@@ -11,9 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, cast, overload
 
 import torch
 
@@ -23,7 +24,7 @@ from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
 from rapid_llm.config import EngineConfig, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt
-from rapid_llm.errors import RapidError
+from rapid_llm.errors import InvalidParameterError, RapidError
 from rapid_llm.generation import Delta, GenerationResult
 from rapid_llm.opening import Opener
 from rapid_llm.options import changed
@@ -110,7 +111,8 @@ class Scheduler:
             progress=progress,
             chat_template_kwargs=chat_template_kwargs,
         )
-        return GenerationResult.from_deltas(list(stream))
+        with closing(cast(DeltaStream, stream)):
+            return GenerationResult.from_deltas(list(stream))
 
     def stream(
         self,
@@ -281,6 +283,11 @@ class Scheduler:
         deliver: Callable[[Outcome], object],
     ) -> Ticket:
         """Queue a request; starts the thread if there is none."""
+        if threading.current_thread() is self._thread:
+            raise InvalidParameterError(
+                "a progress callback asked the scheduler that called it, and would wait for itself "
+                "for ever: ask from another thread, or by RapidDecoder.generate"
+            )
         ticket = Ticket(request, time.perf_counter(), progress, deliver)
         with self._lock:
             self._waiting.append(ticket)
