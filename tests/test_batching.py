@@ -698,3 +698,27 @@ def test_a_callback_that_asks_the_scheduler_is_refused_instead_of_waiting_for_it
     with pytest.raises(InvalidParameterError, match="wait for itself"):
         scheduler.generate(DOCUMENTS[0], sampling=sampling(), progress=ask)
     assert len(scheduler.generate(DOCUMENTS[0], sampling=sampling()).token_ids) == 20
+
+
+def test_a_long_queue_on_a_document_that_is_being_read_is_not_looked_through(monkeypatch):
+    """A look takes a millisecond: it must not be taken at each of thousands, between passes."""
+    looks: list[int] = []
+    will_share, take = Scheduler._will_share, Scheduler._next
+
+    def look(scheduler: Scheduler, ticket: Any) -> bool:
+        looks[-1] += 1
+        return will_share(scheduler, ticket)
+
+    def count(scheduler: Scheduler) -> Any:
+        looks.append(0)
+        return take(scheduler)
+
+    monkeypatch.setattr(Scheduler, "_will_share", look)
+    monkeypatch.setattr(Scheduler, "_next", count)
+    requests = [
+        GenerationRequest([*DOCUMENTS[0], 3 + i], None, sampling(i, max_new_tokens=2))
+        for i in range(20)
+    ]
+    results = Scheduler(decoder_of(), max_sequences=3).generate_many(requests)
+    assert [len(each.token_ids) for each in results] == [2] * 20
+    assert max(looks) == 3

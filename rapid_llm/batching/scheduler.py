@@ -368,7 +368,9 @@ class Scheduler:
                 ticket.cancel()
         waiting = [ticket for ticket in waiting if not ticket.cancelled]
         room = bool(waiting) and self._has_room(waiting[0])
-        found = next((each for each in waiting if room and not self._will_share(each)), None)
+        # The next ones only, as each look takes a millisecond, and thousands may wait.
+        ahead = waiting[: self.max_sequences] if room else []
+        found = next((each for each in ahead if not self._will_share(each)), None)
         if found is not None and not self._has_room(found):
             found = None
         with self._lock:
