@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rapid_llm.forked import ProcessLock
-
-_lending = ProcessLock()  # of all caches' borrowers, which several threads change
 _CACHE_NAMES = ("cache", "past_key_values")
 
 
@@ -127,7 +124,9 @@ class KVCache(Cache):
         super().__init__(layers=[PreallocatedLayer(capacity - held) for _ in range(num_layers)])
         self.capacity = capacity
         self.prefix, self.prefix_length = prefix, held
-        self._borrowers: WeakKeyDictionary[KVCache, int] = WeakKeyDictionary()
+        # Replaced as a whole, as other threads read it; a lock could be waited for by the garbage
+        # collector, which ends abandoned streams wherever it runs.
+        self._borrowers: tuple[tuple[ReferenceType[KVCache], int], ...] = ()
         self._most_lent = 0  # so far, which tells most rollbacks that they need not look
         self.position_offset = 0
         self.expected = 0
@@ -158,9 +157,6 @@ class KVCache(Cache):
         """
         if length == 0 and self.prefix:
             self._leave_buffers()
-            with _lending:
-                for segment in self.prefix:
-                    segment.cache._borrowers.pop(self, None)
             self.prefix, self.prefix_length = (), 0
             self.layers = [PreallocatedLayer(self.capacity) for _ in self.layers]
         own = length - self.prefix_length
@@ -176,14 +172,12 @@ class KVCache(Cache):
         left = KVCache(len(self.layers), self.capacity, self.prefix)
         left.layers, left.origin = self.layers, self.origin
         left.position_offset, left._most_lent = self.position_offset, self._most_lent
-        with _lending:
-            borrowers, self._borrowers = self._borrowers, WeakKeyDictionary()
-            self._most_lent = 0
-            for borrower, end in borrowers.items():
-                left._borrowers[borrower] = end
-                borrower.prefix = tuple(
+        left._borrowers, self._borrowers, self._most_lent = self._borrowers, (), 0
+        for borrower, _ in left._borrowers:
+            if (found := borrower()) is not None:
+                found.prefix = tuple(
                     segment._replace(cache=left) if segment.cache is self else segment
-                    for segment in borrower.prefix
+                    for segment in found.prefix
                 )
         self.layers = [old.first(min(own, old.length), old.capacity) for old in left.layers]
 
@@ -204,17 +198,17 @@ class KVCache(Cache):
         """
         borrowed = KVCache(len(self.layers), capacity, self.segments(length))
         borrowed.origin = self.origin
-        with _lending:
-            for cache, end in borrowed.prefix:
-                cache._borrowers[borrowed] = end
-                cache._most_lent = max(cache._most_lent, end)
+        for cache, end in borrowed.prefix:
+            living = (each for each in cache._borrowers if each[0]() is not None)
+            cache._borrowers = (*living, (ref(borrowed), end))
+            cache._most_lent = max(cache._most_lent, end)
         return borrowed
 
     @property
     def lent(self) -> int:
         """Number of its own first tokens that other caches borrow, and that must not change."""
-        with _lending:
-            return max(self._borrowers.values(), default=0)
+        living = (end for borrower, end in self._borrowers if borrower() is not None)
+        return max(living, default=0)
 
     def copy_prefix(self, length: int, capacity: int) -> KVCache:
         """Copy the first ``length`` tokens to a new cache for ``capacity`` tokens."""

@@ -278,8 +278,11 @@ class PrefixCache:
         share: bool,
     ) -> tuple[_Reading, Mapping[Tier, int]]:
         if share:
+            # Before the lock, as it waits for a pass that another thread runs, in which the garbage
+            # collector may end a lease.
+            state = ReaderState.now(runner, len(tokens) + 1)
             with self._lock:
-                reading = self._borrowed(runner, tokens, chain, capacity)
+                reading = self._borrowed(state, tokens, chain, capacity)
             if reading is not None:
                 return reading, {"device": reading.cache.length, "host": 0}
         capacity = runner.capacity_for(capacity)
@@ -307,10 +310,9 @@ class PrefixCache:
         return reading, origins
 
     def _borrowed(
-        self, runner: ModelRunner, tokens: TokenIds, chain: PassChain, capacity: int
+        self, state: ReaderState, tokens: TokenIds, chain: PassChain, capacity: int
     ) -> _Reading | None:
         """A cache that borrows most of a prompt; None where no other holds so much of it."""
-        state = ReaderState.now(runner, len(tokens) + 1)
         idle, kept = self._device.longest(state, chain)
         reading, read = self._most_read(state, chain, joined=True)
         shared = max(kept, read)
@@ -324,9 +326,9 @@ class PrefixCache:
             assert reading is not None
             source = reading.cache
             exact = reading.shared(state, chain)
-        self._make_room(_planned(runner, capacity - shared))
+        self._make_room(_planned(state.runner, capacity - shared))
         cache = source.borrow(shared, capacity)
-        borrowed = _Reading(runner, state.rounding, cache, tokens, chain, exact)
+        borrowed = _Reading(state.runner, state.rounding, cache, tokens, chain, exact)
         self._reading.append(borrowed)
         return borrowed
 
