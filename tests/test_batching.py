@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -27,10 +27,12 @@ from rapid_llm.engine.device import Device
 from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import kv_nbytes
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
     ContextWindowError,
     GenerationTimeoutError,
     InvalidParameterError,
+    ModelError,
     NumericalError,
 )
 from rapid_llm.generation import Delta
@@ -230,6 +232,26 @@ def test_a_single_call_beside_a_batch_leaves_what_is_borrowed_alone():
     decoder.generate(other, sampling=sampling(max_new_tokens=60))
     tokens += [token for delta in stream for token in delta.token_ids]
     assert tokens == expected
+
+
+def test_kv_of_joined_passes_is_lent_but_neither_copied_nor_kept():
+    """Joined passes round differently, and single calls are repeatable to the bit."""
+    decoder = decoder_of()
+    prefixes, runner = decoder._prefixes, decoder.target
+    prompt = [*DOCUMENTS[0], *range(5, 45)]
+    with ExitStack() as leases:
+
+        def read(tokens: list[int], *, share: bool) -> int:
+            capacity = len(tokens) + 9
+            held = leases.enter_context(prefixes.lease(runner, tokens, capacity, share=share))
+            Session(runner, held.cache, tokens).prefill(tokens[:-1])
+            return held.reused
+
+        assert read([*DOCUMENTS[0], 1], share=True) == 0
+        document = read(prompt, share=True)
+        assert 2 * CHUNK < document < len(DOCUMENTS[0])
+        assert read([*prompt, 2], share=True) > len(DOCUMENTS[0])
+        assert read([*prompt, 2], share=False) == document
 
 
 def test_models_that_cannot_join_are_run_one_by_one_and_the_log_says_so_once(caplog):
@@ -594,3 +616,109 @@ def test_a_closed_stream_gives_no_more():
     stream.close()
     assert list(stream) == []
     assert len(scheduler.generate(DOCUMENTS[0], sampling=sampling()).token_ids) == 20
+
+
+def test_a_thread_that_waits_for_a_delta_of_a_stream_that_is_closed_goes_on():
+    scheduler = Scheduler(decoder_of(), max_sequences=1)
+    running = scheduler.stream(DOCUMENTS[0], sampling=sampling(max_new_tokens=450))
+    next(running)
+    waiting = scheduler.stream(DOCUMENTS[1], sampling=sampling())
+    got: list[list[Delta]] = []
+    consumer = threading.Thread(target=lambda: got.append(list(waiting)), daemon=True)
+    consumer.start()
+    waiting.close()
+    consumer.join(30)
+    running.close()
+    assert got == [[]]
+
+
+def test_requests_are_answered_after_a_thread_could_not_be_started(monkeypatch):
+    scheduler = Scheduler(decoder_of())
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            scheduler.generate(DOCUMENTS[0], sampling=sampling())
+    assert scheduler._waiting == []
+    assert len(scheduler.generate(DOCUMENTS[0], sampling=sampling()).token_ids) == 20
+
+
+def test_a_request_that_cannot_be_ended_properly_stops_nobody_else(monkeypatch):
+    decoder = decoder_of()
+    scheduler = Scheduler(decoder)
+    released, failed = decoder._prefixes._release, []
+
+    def release(reading: Any) -> None:
+        released(reading)
+        if len(reading.tokens) == len(DOCUMENTS[1]):
+            failed.append(reading)
+            raise RuntimeError("spoilt")
+
+    monkeypatch.setattr(decoder._prefixes, "_release", release)
+    other = scheduler.stream(DOCUMENTS[0], sampling=sampling(max_new_tokens=100))
+    dropped = scheduler.stream([*DOCUMENTS[1], 5], sampling=sampling(max_new_tokens=450))
+    next(dropped)
+    dropped.close()
+    assert sum(len(delta.token_ids) for delta in other) == 100
+    assert len(failed) == 1
+
+
+def test_a_model_that_is_refused_later_stops_only_its_own_requests(monkeypatch):
+    """Its errors come from its passes, and not where the scheduler asks about it."""
+    decoder = RapidDecoder(tiny_model(), piece_tokenizer(PIECES), tiny_model(seed=1))
+    requests = [
+        GenerationRequest(DOCUMENTS[0], None, sampling(0)),
+        GenerationRequest(None, DOCUMENTS[1], sampling(1)),
+        GenerationRequest(DOCUMENTS[2], None, sampling(2)),
+    ]
+    alone = [tokens_alone(decoder, request) for request in requests]
+    refresh = ModelRunner._refresh
+
+    def refuse(runner: ModelRunner) -> None:
+        if runner is decoder.drafter:
+            raise ModelError("an adapter of another kind")
+        refresh(runner)
+
+    monkeypatch.setattr(ModelRunner, "_refresh", refuse)
+    first, refused, last = decoder.generate_many(requests, return_exceptions=True)
+    assert isinstance(refused, ModelError)
+    assert [first.token_ids, last.token_ids] == [alone[0], alone[2]]
+
+
+def test_a_callback_that_asks_the_scheduler_is_refused_instead_of_waiting_for_itself():
+    decoder = decoder_of()
+    scheduler = Scheduler(decoder)
+
+    def ask(*_: Any) -> None:
+        scheduler.generate(DOCUMENTS[1], sampling=sampling())
+
+    with pytest.raises(InvalidParameterError, match="wait for itself"):
+        scheduler.generate(DOCUMENTS[0], sampling=sampling(), progress=ask)
+    assert len(scheduler.generate(DOCUMENTS[0], sampling=sampling()).token_ids) == 20
+
+
+def test_a_long_queue_on_a_document_that_is_being_read_is_not_looked_through(monkeypatch):
+    """A look takes a millisecond: it must not be taken at each of thousands, between passes."""
+    looks: list[int] = []
+    will_share, take = Scheduler._will_share, Scheduler._next
+
+    def look(scheduler: Scheduler, ticket: Any) -> bool:
+        looks[-1] += 1
+        return will_share(scheduler, ticket)
+
+    def count(scheduler: Scheduler) -> Any:
+        looks.append(0)
+        return take(scheduler)
+
+    monkeypatch.setattr(Scheduler, "_will_share", look)
+    monkeypatch.setattr(Scheduler, "_next", count)
+    requests = [
+        GenerationRequest([*DOCUMENTS[0], 3 + i], None, sampling(i, max_new_tokens=2))
+        for i in range(20)
+    ]
+    results = Scheduler(decoder_of(), max_sequences=3).generate_many(requests)
+    assert [len(each.token_ids) for each in results] == [2] * 20
+    assert max(looks) == 3

@@ -7,10 +7,12 @@ import torch
 from conftest import installed, tiny_model
 
 from rapid_llm.engine import sdpa
+from rapid_llm.engine.device import Device, device_of
 from rapid_llm.engine.joined import Part, reads_of
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.engine.session import Session
+from rapid_llm.engine.session import Session, extend_all
+from rapid_llm.engine.steps import Extend
 from rapid_llm.errors import OutdatedKVError
 
 LEAN = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-sliding"]
@@ -134,3 +136,104 @@ def test_kernels_for_parts_agree(kind, keys, tokens, masked):
     arguments = query, key[:, 4:-5], value[:, 4:-5], 0.3, mask, mask is not None
     ours, expected = attend_part(*arguments), sdpa.attend_part(*arguments)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_owner_that_goes_back_leaves_what_is_borrowed_alone():
+    """A recomputation after a switch of adapters, and back, must not change what others read."""
+    runner = runner_of("llama")
+    document = read(runner, DOCUMENT)
+    cache = document.borrow(len(DOCUMENT), 40)
+    Session(runner, cache).extend(torch.tensor([4, 19]))
+    third = cache.borrow(len(DOCUMENT) + 2, 40)
+    for owner in (document, cache):
+        owner.rollback(0)
+        Session(runner, owner).extend(torch.tensor([60 - token for token in DOCUMENT]))
+        logits = runner.joined([Part(torch.tensor([7]), third, 1)])[0]
+        torch.testing.assert_close(logits, alone(runner, [*DOCUMENT, 4, 19], [7]))
+        third.rollback(len(DOCUMENT) + 2)
+    assert (document.lent, cache.lent) == (0, 0)
+
+
+def test_an_owner_that_goes_back_keeps_its_first_tokens():
+    runner = runner_of("llama")
+    document = read(runner, DOCUMENT)
+    cache = document.borrow(10, 40)
+    document.rollback(6)
+    logits = Session(runner, document).extend(torch.tensor([8, 9]))
+    torch.testing.assert_close(logits, alone(runner, DOCUMENT[:6], [8, 9]))
+    found = runner.joined([Part(torch.tensor([7]), cache, 1)])[0]
+    torch.testing.assert_close(found, alone(runner, DOCUMENT[:10], [7]))
+
+
+def test_what_an_owner_in_another_thread_does_changes_no_reads():
+    """Its length counts for its own passes only."""
+    runner = runner_of("llama")
+    document = read(runner, DOCUMENT)
+    parts = [Part(torch.tensor([7, 8]), document.borrow(len(DOCUMENT), 40), 1)]
+    for layer in document.layers:
+        layer.length = 0
+    assert [read.new for read in reads_of(parts, runner.device)] == [0, 2]
+
+
+def test_a_sliding_window_within_the_new_tokens_is_not_told_to_be_causal(monkeypatch):
+    """Kernels may apply the causal rule instead of the mask where they are told so."""
+    runner = runner_of("mistral-sliding")
+    window = runner.config.sliding_window
+    document = read(runner, DOCUMENT)
+    masks: list[tuple[torch.Tensor, bool]] = []
+
+    def spy(query, key, value, scaling, mask, causal):
+        if mask is not None:
+            masks.append((mask, causal))
+        return sdpa.attend_part(query, key, value, scaling, mask, causal)
+
+    place = device_of(torch.device("cpu"))
+    monkeypatch.setattr(type(place), "attend_part", lambda *_: spy)
+    new = list(range(3, 3 + 2 * window))
+    caches = [document.borrow(len(DOCUMENT), 20 + 2 * window) for _ in range(2)]
+    parts = [Part(torch.tensor(new), caches[0], 1), Part(torch.tensor(new[:2]), caches[1], 1)]
+    logits = runner.joined(parts)[0]
+    whole = runner.new_cache(20 + 2 * window)
+    expected = Session(runner, whole).extend(torch.tensor([*DOCUMENT, *new]), 1)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert {causal for _, causal in masks} == {True, False}
+    for mask, causal in masks:
+        ones = torch.ones(mask.shape, dtype=torch.bool)
+        assert not causal or torch.equal(mask, ones.triu(mask.shape[1] - mask.shape[0] + 1))
+
+
+def test_many_keys_alike_do_not_overflow_float16():
+    keys = 100_000
+    query, key = torch.zeros(1, 2, 8).half(), torch.zeros(1, keys, 8).half()
+    value = torch.full((1, keys, 8), 3.0).half()
+    out, lse = sdpa.attend_part(query, key, value, 1.0, None, causal=False)
+    torch.testing.assert_close(out, torch.full((1, 2, 8), 3.0), rtol=2e-2, atol=0)
+    torch.testing.assert_close(lse, torch.full((1, 2), float(keys)).log())
+
+
+def test_kv_that_could_not_be_computed_again_is_computed_later(monkeypatch):
+    """Memory runs out within it: the tokens after it must not take the place of the lost ones."""
+    runner = runner_of("llama")
+    session = Session(runner, runner.new_cache(40), DOCUMENT)
+    monkeypatch.setattr(Device, "prefill_chunk", 4)
+    session.prefill(DOCUMENT[:9])
+    session.extend(torch.tensor(DOCUMENT[9:]))
+    with torch.no_grad():
+        runner.model.model.layers[0].self_attn.k_proj.weight.mul_(2)
+    run = ModelRunner.__call__
+
+    def fail(self: ModelRunner, tokens: torch.Tensor, cache: KVCache, keep: int) -> torch.Tensor:
+        if cache.length == 4:
+            raise torch.OutOfMemoryError
+        return run(self, tokens, cache, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "__call__", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            session.extend(torch.tensor([7]))
+    assert session.length == len(DOCUMENT)
+    session.rollback(len(DOCUMENT) - 1)
+    assert session.draft(torch.tensor([7]), 1, None, None) is None
+    (logits,) = extend_all([Extend(session, torch.tensor([7]))])
+    torch.testing.assert_close(logits, alone(runner, DOCUMENT[:-1], [7]))
+    assert session.length == session.cache.length == len(DOCUMENT)

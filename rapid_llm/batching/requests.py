@@ -97,7 +97,7 @@ class DeltaStream(Iterator[Delta]):
     """The deltas of one request, as they come; closing it, or dropping it, cancels the request."""
 
     def __init__(self) -> None:
-        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        self._outcomes: SimpleQueue[Outcome | None] = SimpleQueue()
         self._ticket: Ticket | None = None
 
     def of(self, ticket: Ticket) -> DeltaStream:
@@ -114,6 +114,8 @@ class DeltaStream(Iterator[Delta]):
         if self._ticket is None:
             raise StopIteration
         outcome = self._outcomes.get()
+        if outcome is None:
+            raise StopIteration
         if isinstance(outcome, BaseException):
             self._ticket = None
             raise outcome
@@ -126,6 +128,7 @@ class DeltaStream(Iterator[Delta]):
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             ticket.cancel()
+            self._outcomes.put(None)  # for a thread that waits for a delta
 
     def __del__(self) -> None:
         self.close()

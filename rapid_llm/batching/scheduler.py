@@ -11,9 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, cast, overload
 
 import torch
 
@@ -23,6 +24,7 @@ from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
 from rapid_llm.config import EngineConfig, SamplingParams, SpeculationConfig
 from rapid_llm.encoding import Prompt
+from rapid_llm.errors import InvalidParameterError, RapidError
 from rapid_llm.generation import Delta, GenerationResult
 from rapid_llm.opening import Opener
 from rapid_llm.options import changed
@@ -109,7 +111,8 @@ class Scheduler:
             progress=progress,
             chat_template_kwargs=chat_template_kwargs,
         )
-        return GenerationResult.from_deltas(list(stream))
+        with closing(cast(DeltaStream, stream)):
+            return GenerationResult.from_deltas(list(stream))
 
     def stream(
         self,
@@ -217,13 +220,13 @@ class Scheduler:
             outcomes.put((index, outcome))
 
         tickets = []
-        for index, (request, progress) in enumerate(requests):
-            if isinstance(request, Exception):
-                put(index, request)
-            else:
-                tickets.append(self._submit(request, progress, partial(put, index)))
         missing = len(requests)
         try:
+            for index, (request, progress) in enumerate(requests):
+                if isinstance(request, Exception):
+                    put(index, request)
+                else:
+                    tickets.append(self._submit(request, progress, partial(put, index)))
             while missing:
                 index, outcome = outcomes.get()
                 if isinstance(outcome, Delta):
@@ -280,14 +283,24 @@ class Scheduler:
         deliver: Callable[[Outcome], object],
     ) -> Ticket:
         """Queue a request; starts the thread if there is none."""
+        if threading.current_thread() is self._thread:
+            raise InvalidParameterError(
+                "a progress callback asked the scheduler that called it, and would wait for itself "
+                "for ever: ask from another thread, or by RapidDecoder.generate"
+            )
         ticket = Ticket(request, time.perf_counter(), progress, deliver)
         with self._lock:
             self._waiting.append(ticket)
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._work, name="rapid-llm-scheduler", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()  # its first act waits for the lock
+                except BaseException:  # later requests must not wait for it
+                    self._waiting.remove(ticket)
+                    raise
+                self._thread = thread
         return ticket
 
     @torch.inference_mode()
@@ -303,14 +316,14 @@ class Scheduler:
             for ticket in [*(each.ticket for each in running), *left]:
                 ticket.deliver(error)
             for each in running:
-                each.end()
+                _end(each)
             raise
 
     def _admit(self) -> bool:
         """End what was cancelled and start what may start; returns whether anything is left."""
         for each in self._running:
             if each.ticket.cancelled:
-                each.end()
+                _end(each)
         ended = [each for each in self._running if each.wanted is None]
         self._running = [each for each in self._running if each.wanted is not None]
         self._most = min(self._most + len(ended), self.max_sequences)
@@ -355,7 +368,9 @@ class Scheduler:
                 ticket.cancel()
         waiting = [ticket for ticket in waiting if not ticket.cancelled]
         room = bool(waiting) and self._has_room(waiting[0])
-        found = next((each for each in waiting if room and not self._will_share(each)), None)
+        # The next ones only, as each look takes a millisecond, and thousands may wait.
+        ahead = waiting[: self.max_sequences] if room else []
+        found = next((each for each in ahead if not self._will_share(each)), None)
         if found is not None and not self._has_room(found):
             found = None
         with self._lock:
@@ -386,6 +401,17 @@ class Scheduler:
         if not any(each.reading for each in self._running):
             return False
         request = ticket.request
-        return self.decoder.opener.prefixes.will_share(
-            request.runner, ticket.chain, len(request.prompt)
-        )
+        try:
+            return self.decoder.opener.prefixes.will_share(
+                request.runner, ticket.chain, len(request.prompt)
+            )
+        except RapidError:  # of its model, which is told to it when it starts
+            return False
+
+
+def _end(sequence: Sequence) -> None:
+    """Stop a sequence whose answer nobody waits for; its errors must not stop others."""
+    try:
+        sequence.end()
+    except Exception:
+        _log.exception("an answer that was given up could not be ended properly")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -108,10 +108,9 @@ class Sequence:
             if item is None:
                 self.end()
         except BaseException as error:
-            try:
+            with suppress(Exception):  # the first error is the one to tell, and to this one alone
                 self.end()
-            finally:
-                if isinstance(error, torch.OutOfMemoryError) and not self._begun:
-                    self.starved = error.with_traceback(None)  # it would keep tensors alive
-                else:
-                    self.ticket.deliver(error)
+            if isinstance(error, torch.OutOfMemoryError) and not self._begun:
+                self.starved = error.with_traceback(None)  # it would keep tensors alive
+            else:
+                self.ticket.deliver(error)

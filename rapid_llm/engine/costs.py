@@ -99,12 +99,14 @@ def measure(session: Session) -> PassCost:
     held, expected = cache.length, cache.expected
     times: dict[int, list[float]] = {1: [], ROOM: []}
     back = min(ROOM, session.length)
-    # Measure at positions that the sequence has reached: rotary scaling may change beyond them.
-    cache.position_offset -= back
-    # Passes that decode end their sequence, unless its KV belongs to a longer one.
-    cache.expected = session.length + back + 1 if runner.switches else 0
-    try:
-        with runner.lock:  # keep passes of other threads out of the measurement
+    # Other threads' passes are kept out: of the measurement, and as they may read what the sequence
+    # lends, at its positions.
+    with runner.lock:
+        # At positions that the sequence has reached: rotary scaling may change beyond them.
+        cache.position_offset -= back
+        # Passes that decode end their sequence, unless its KV belongs to a longer one.
+        cache.expected = session.length + back + 1 if runner.switches else 0
+        try:
             for n in (1, ROOM) * _REPEATS:
                 tokens = torch.zeros(n, dtype=torch.long, device=device)
                 started = time.perf_counter()
@@ -115,9 +117,9 @@ def measure(session: Session) -> PassCost:
                 runner.synchronize()
                 times[n].append(time.perf_counter() - started)
                 cache.rollback(held)
-    finally:
-        cache.position_offset += back
-        cache.expected = expected
+        finally:
+            cache.position_offset += back
+            cache.expected = expected
     one, several = min(times[1]), min(times[ROOM])
     return PassCost(one, max(0.0, several - one) / (ROOM - 1))
 

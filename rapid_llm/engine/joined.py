@@ -77,8 +77,10 @@ def reads_of(parts: Sequence[Part], device: torch.device) -> list[Read]:
         start = 0
         for end in sorted({end for end, _ in reading}):
             seen = [index for last, index in reading if last >= end]
-            # Only the owner of a cache reads its last stretch, which has the new tokens.
-            new = len(parts[seen[0]].ids) if end > holder.length - holder.prefix_length else 0
+            # Only the owner of a cache reads its last stretch, which has the new tokens. Whether
+            # it does is not seen by the cache's length, which another thread may set back.
+            owner = parts[seen[0]] if parts[seen[0]].cache is holder else None
+            new = 0 if owner is None or len(seen) > 1 else len(owner.ids)
             at = [place for index in seen for place in range(*places[index])]
             one = at == list(range(at[0], at[-1] + 1))
             tokens = slice(at[0], at[-1] + 1) if one else torch.tensor(at, device=device)
@@ -115,12 +117,14 @@ def joined_logits(model: Any, parts: Sequence[Part]) -> list[Tensor]:
     reads = reads_of(parts, device)
     masks: dict[tuple[int, int | None], Tensor | None] = {}
 
-    def mask_of(number: int, window: int | None) -> Tensor | None:
+    def mask_of(number: int, window: int | None) -> tuple[Tensor | None, bool]:
+        """The mask, and whether it is the causal rule alone."""
         if window is not None and window > reads[number].distance:
             window = None
         if (number, window) not in masks:
             masks[number, window] = _mask(reads[number], positions, window)
-        return masks[number, window]
+        mask = masks[number, window]
+        return mask, mask is not None and window is None
 
     def mix(index: int, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         places = zip(parts, key.split(lengths), value.split(lengths), strict=True)
@@ -136,8 +140,7 @@ def joined_logits(model: Any, parts: Sequence[Part]) -> list[Tensor]:
             layer, stretch = read.cache.layers[index], slice(read.start, read.end)
             own = packed[:, :, read.tokens].reshape(key.shape[1], -1, dim)
             keys, values = layer.keys[0, :, stretch], layer.values[0, :, stretch]
-            mask = mask_of(number, window_of(module))
-            causal = mask is not None and mask.shape[1] == read.new
+            mask, causal = mask_of(number, window_of(module))
             merged.add(read.tokens, *kernel(own, keys, values, module.scaling, mask, causal))
         return merged.output.to(query.dtype).permute(2, 0, 1, 3).reshape(n, heads, dim)
 

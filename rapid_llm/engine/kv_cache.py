@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -64,6 +64,13 @@ class PreallocatedLayer(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def first(self, length: int, capacity: int) -> PreallocatedLayer:
+        """A copy of the first ``length`` tokens, with buffers for ``capacity`` tokens."""
+        copied = PreallocatedLayer(capacity)
+        if length > 0:
+            copied.update(self.keys[:, :, :length], self.values[:, :, :length])
+        return copied
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
@@ -117,7 +124,10 @@ class KVCache(Cache):
         super().__init__(layers=[PreallocatedLayer(capacity - held) for _ in range(num_layers)])
         self.capacity = capacity
         self.prefix, self.prefix_length = prefix, held
-        self._borrowers: WeakKeyDictionary[KVCache, int] = WeakKeyDictionary()
+        # Replaced as a whole, as other threads read it; a lock could be waited for by the garbage
+        # collector, which ends abandoned streams wherever it runs.
+        self._borrowers: tuple[tuple[ReferenceType[KVCache], int], ...] = ()
+        self._most_lent = 0  # so far, which tells most rollbacks that they need not look
         self.position_offset = 0
         self.expected = 0
         self.origin: KVOrigin | None = None
@@ -141,22 +151,35 @@ class KVCache(Cache):
             layer.length += tokens
 
     def rollback(self, length: int) -> None:
-        """Drop all tokens from index ``length`` on; nothing is copied.
+        """Drop all tokens from index ``length`` on; nothing is copied, unless others borrow it.
 
-        The prefix stays, unless all tokens are dropped.
+        The prefix stays, unless all tokens are dropped. What others borrow stays theirs.
         """
         if length == 0 and self.prefix:
-            self._restart()
+            self._leave_buffers()
+            self.prefix, self.prefix_length = (), 0
+            self.layers = [PreallocatedLayer(self.capacity) for _ in self.layers]
         own = length - self.prefix_length
         assert 0 <= own <= self.capacity
+        if own < self._most_lent and own < self.lent:
+            self._leave_buffers(own)
         for layer in self.layers:
             # min, because a forward pass that failed half-way leaves layers of unequal length.
             layer.length = min(layer.length, own)
 
-    def _restart(self) -> None:
-        """Give the prefix back, with new buffers for all tokens."""
-        self.prefix, self.prefix_length = (), 0
-        self.layers = [PreallocatedLayer(self.capacity) for _ in self.layers]
+    def _leave_buffers(self, own: int = 0) -> None:
+        """Leave its buffers to those who borrow them, and go on with copies of its first tokens."""
+        left = KVCache(len(self.layers), self.capacity, self.prefix)
+        left.layers, left.origin = self.layers, self.origin
+        left.position_offset, left._most_lent = self.position_offset, self._most_lent
+        left._borrowers, self._borrowers, self._most_lent = self._borrowers, (), 0
+        for borrower, _ in left._borrowers:
+            if (found := borrower()) is not None:
+                found.prefix = tuple(
+                    segment._replace(cache=left) if segment.cache is self else segment
+                    for segment in found.prefix
+                )
+        self.layers = [old.first(min(own, old.length), old.capacity) for old in left.layers]
 
     def segments(self, length: int) -> tuple[Segment, ...]:
         """The buffers that hold the first ``length`` tokens, in order."""
@@ -176,13 +199,16 @@ class KVCache(Cache):
         borrowed = KVCache(len(self.layers), capacity, self.segments(length))
         borrowed.origin = self.origin
         for cache, end in borrowed.prefix:
-            cache._borrowers[borrowed] = end
+            living = (each for each in cache._borrowers if each[0]() is not None)
+            cache._borrowers = (*living, (ref(borrowed), end))
+            cache._most_lent = max(cache._most_lent, end)
         return borrowed
 
     @property
     def lent(self) -> int:
         """Number of its own first tokens that other caches borrow, and that must not change."""
-        return max(self._borrowers.values(), default=0)
+        living = (end for borrower, end in self._borrowers if borrower() is not None)
+        return max(living, default=0)
 
     def copy_prefix(self, length: int, capacity: int) -> KVCache:
         """Copy the first ``length`` tokens to a new cache for ``capacity`` tokens."""
@@ -196,8 +222,8 @@ class KVCache(Cache):
     def grow(self, capacity: int) -> None:
         """Move to larger buffers, layer by layer, so that the peak memory is one layer more."""
         for index, old in enumerate(self.layers):
-            self.layers[index] = new = PreallocatedLayer(capacity)
-            new.update(old.keys[:, :, : old.length], old.values[:, :, : old.length])
+            # Filled before it is put here, as other threads may read what was borrowed.
+            self.layers[index] = old.first(old.length, capacity)
         self.capacity = capacity
 
 

@@ -136,9 +136,15 @@ class ModelRunner:
 
     @property
     def joins(self) -> bool:
-        """Whether new tokens of several sequences can be read in one pass, see :meth:`joined`."""
+        """Whether new tokens of several sequences can be read in one pass, see :meth:`joined`.
+
+        Not those of a model that was made one that is refused; its passes say why.
+        """
         with self._lock:
-            self._refresh()
+            try:
+                self._refresh()
+            except ModelError:
+                return False
             return self._static and self.ranks is None
 
     @property

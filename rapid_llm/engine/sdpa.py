@@ -23,6 +23,10 @@ FEW_QUERIES = 32
 """Number of queries up to which packing is faster than a causal kernel with repeated KV heads."""
 
 
+_MOST_WEIGHT = 64.0
+"""Maximum sum of weights in float16, whose smallest normal number is 6e-5."""
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
     """See :func:`rapid_llm.engine.attention.attend`; runs SDPA (FlashAttention on a GPU)."""
     n, length = query.shape[1], key.shape[1]
@@ -72,16 +76,23 @@ def attend_part(
     """
     nothing = query.new_empty(1, 1, 1)
     scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scaling).float()
-    weights, total, lse = softmax_part(scores, mask)
+    weights, total, lse = softmax_part(scores, mask, value.dtype)
     return (weights.to(value.dtype) @ value).float() / total[..., None], lse
 
 
-def softmax_part(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_part(
+    scores: Tensor, mask: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax of scores, float32 ``[heads, rows, keys]``, which are overwritten.
+
+    Args:
+        scores: the scores.
+        mask: that of :func:`attend_part`.
+        dtype: dtype in which the values will be summed.
 
     Returns:
         Weights that are not normalised, their sums (1 for a row that sees nothing, whose weights
-        are 0), and the log-sum-exp of the scores. ``mask`` is that of :func:`attend_part`.
+        are 0), and the log-sum-exp of the scores.
     """
     if mask is not None:
         tokens, masked = mask.shape
@@ -92,7 +103,12 @@ def softmax_part(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, T
     weights = scores.sub_(safe[..., None]).exp_()
     total = weights.sum(dim=-1)
     lse = safe + total.log()
-    return weights, torch.where(total > 0, total, 1.0), lse
+    total = torch.where(total > 0, total, 1.0)
+    if dtype == torch.float16:  # sums of values with weights near 1 would overflow
+        shrink = (_MOST_WEIGHT / total).clamp(max=1.0)
+        weights.mul_(shrink[..., None])
+        total = total * shrink
+    return weights, total, lse
 
 
 def causal_mask(n: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -46,6 +46,7 @@ class Session:
         self.cache = cache
         self.joined = joined
         self._ends: list[int] = []  # end positions of the passes of the prefill
+        self._lost: Tensor | None = None  # tokens whose KV a failed pass has still to compute again
         self._tokens = torch.empty(cache.capacity, dtype=torch.long, device=runner.device)
         self._has_tokens = cache.position_offset == 0 and len(tokens) >= cache.length
         if self._has_tokens:
@@ -56,7 +57,8 @@ class Session:
     @property
     def length(self) -> int:
         """Number of tokens of the sequence that were read."""
-        return self.cache.position_offset + self.cache.length
+        held = self.cache.length if self._lost is None else len(self._lost)
+        return self.cache.position_offset + held
 
     @property
     def room(self) -> int:
@@ -102,6 +104,7 @@ class Session:
         Returns:
             Logits, float32 ``[keep, vocab]``, each row for the token after the one read.
         """
+        self._restore()
         start, n, held = self.length, tokens.shape[0], self.cache.length
         keep = keep or n
         if whole is None:
@@ -116,7 +119,8 @@ class Session:
         except OutdatedKVError:
             if not self._has_tokens:
                 raise
-            self._recompute()
+            self._lost = self._tokens[:held].clone()
+            self._restore()
             logits = self.runner(tokens, self.cache, keep)
         self._remember(tokens, held)
         return logits
@@ -126,15 +130,21 @@ class Session:
         if self._has_tokens:
             self._tokens[held : self.cache.length] = tokens
 
-    def _recompute(self) -> None:
-        """Compute all KV again: the prompt by the passes of its prefill, as its KV may be kept."""
-        held = self._tokens[: self.cache.length]
+    def _restore(self) -> None:
+        """Compute lost KV again: the prompt by the passes of its prefill, as its KV may be kept.
+
+        After an error, as where memory runs out, it may be called again, and begins anew.
+        """
+        if self._lost is None:
+            return
+        held = self._lost
         ends = [end for end in self._ends if end <= len(held)]
         prompt = max(ends, default=0)
         rest = pass_ends(len(held) - prompt, self.runner.prefill_sizes)
         self.cache.rollback(0)
         for start, end in pairwise((0, *ends, *(prompt + end for end in rest))):
             self.runner(held[start:end], self.cache, 1)
+        self._lost = None
 
     def draft(
         self,
@@ -159,7 +169,7 @@ class Session:
             ``[…, width]``; None, with nothing read, where this is not possible.
         """
         start, new = self.cache.length, len(pending) + steps - 1
-        if start == 0 or self.cache.capacity - start < new:
+        if start == 0 or self._lost is not None or self.cache.capacity - start < new:
             return None
 
         def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
@@ -198,7 +208,7 @@ class Session:
             The judge's verdict; None, with nothing read, where this is not possible.
         """
         start, n = self.cache.length, tokens.shape[0]
-        if start == 0 or self.cache.capacity - start < n:
+        if start == 0 or self._lost is not None or self.cache.capacity - start < n:
             return None
         self.cache.expected = self.length + n
 
@@ -217,7 +227,10 @@ class Session:
 
     def rollback(self, length: int) -> None:
         """Drop all tokens after the first ``length``."""
-        self.cache.rollback(length - self.cache.position_offset)
+        length -= self.cache.position_offset
+        self.cache.rollback(length)
+        if self._lost is not None:
+            self._lost = self._lost[:length]
 
 
 def extend_all(wanted: Sequence[Extend]) -> list[Tensor]:
@@ -232,6 +245,7 @@ def extend_all(wanted: Sequence[Extend]) -> list[Tensor]:
     """
     parts = []
     for session, tokens, keep in ((each.session, each.tokens, each.keep) for each in wanted):
+        session._restore()
         session.cache.expected = session.length + tokens.shape[0]
         ids = tokens.to(session.runner.device, non_blocking=True)
         parts.append(Part(ids, session.cache, keep or ids.shape[0]))

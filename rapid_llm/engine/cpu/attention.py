@@ -108,7 +108,7 @@ def attend_part(
     for head in range(key.shape[0]):
         rows, keys = query[head].to(fast), key[head].to(fast)
         scores = torch.addmm(rows.new_empty(1, 1), rows, keys.T, beta=0, alpha=scaling)
-        weights, total, sums = softmax_part(scores.float()[None], mask)
+        weights, total, sums = softmax_part(scores.float()[None], mask, fast)
         lse[head] = sums[0]
         mixed = _mix(weights[0].to(fast), value[head].to(fast)).float()
         out[head] = mixed / total[0, :, None]

@@ -75,6 +75,8 @@ class _Reading:
         cache: KV cache.
         tokens: tokens of the prefill.
         chain: passes of the prefill.
+        kept: number of first tokens whose KV the prefill's own passes have computed; None for all.
+            What follows a borrowed document is read by joined passes, which round differently.
     """
 
     runner: ModelRunner
@@ -82,6 +84,7 @@ class _Reading:
     cache: KVCache
     tokens: TokenIds
     chain: PassChain
+    kept: int | None = None
 
     @property
     def state(self) -> ReaderState:
@@ -93,12 +96,20 @@ class _Reading:
         """Number of the prefill's tokens that were read."""
         return min(len(self.tokens), self.cache.length)
 
-    def shared(self, state: ReaderState, chain: PassChain) -> int:
-        """Number of its first tokens whose KV another prefill can reuse now."""
+    def shared(self, state: ReaderState, chain: PassChain, *, joined: bool = False) -> int:
+        """Number of its first tokens whose KV another prefill can reuse now.
+
+        Args:
+            state: state of the other prefill's model.
+            chain: passes of the other prefill.
+            joined: whether KV of joined passes will do, because it is not kept.
+        """
         if self.cache.origin is None or self.state != state:
             return 0
         # A drafter may read the last token of the prefill again.
         settled = min(self.held, len(self.tokens) - 1)
+        if self.kept is not None and not joined:
+            settled = min(settled, self.kept)
         return self.chain.up_to(settled).common(chain)
 
     def will_share(self, runner: ModelRunner, chain: PassChain) -> int:
@@ -206,7 +217,7 @@ class PrefixCache:
             self._drop(None, best, further if more > shared else None)
             if best is not None:  # cut off what follows the shared tokens
                 self._device.discard(best)
-                best.cache.rollback(shared)
+                best.cache.rollback(max(shared, best.cache.lent))
                 self._device.add(DevicePrefix(state, chain.up_to(shared), best.cache))
             return max(shared, more)
 
@@ -253,7 +264,9 @@ class PrefixCache:
         state = ReaderState.now(runner, length)
         with self._lock:
             best = max((r.will_share(runner, chain) for r in self._reading), default=0)
-            now = max(self._device.longest(state, chain)[1], self._most_read(state, chain)[1])
+            now = max(
+                self._device.longest(state, chain)[1], self._most_read(state, chain, joined=True)[1]
+            )
         return best > now and _is_most(best, chain)
 
     def _acquire(
@@ -265,8 +278,11 @@ class PrefixCache:
         share: bool,
     ) -> tuple[_Reading, Mapping[Tier, int]]:
         if share:
+            # Before the lock, as it waits for a pass that another thread runs, in which the garbage
+            # collector may end a lease.
+            state = ReaderState.now(runner, len(tokens) + 1)
             with self._lock:
-                reading = self._borrowed(runner, tokens, chain, capacity)
+                reading = self._borrowed(state, tokens, chain, capacity)
             if reading is not None:
                 return reading, {"device": reading.cache.length, "host": 0}
         capacity = runner.capacity_for(capacity)
@@ -294,24 +310,25 @@ class PrefixCache:
         return reading, origins
 
     def _borrowed(
-        self, runner: ModelRunner, tokens: TokenIds, chain: PassChain, capacity: int
+        self, state: ReaderState, tokens: TokenIds, chain: PassChain, capacity: int
     ) -> _Reading | None:
         """A cache that borrows most of a prompt; None where no other holds so much of it."""
-        state = ReaderState.now(runner, len(tokens) + 1)
         idle, kept = self._device.longest(state, chain)
-        reading, read = self._most_read(state, chain)
+        reading, read = self._most_read(state, chain, joined=True)
         shared = max(kept, read)
         if not _is_most(shared, chain) or self._host.longest(state, chain)[1] > shared:
             return None
+        exact = shared
         if idle is not None and kept >= read:
             self._device.use(idle)
             source = idle.cache
         else:
             assert reading is not None
             source = reading.cache
-        self._make_room(_planned(runner, capacity - shared))
+            exact = reading.shared(state, chain)
+        self._make_room(_planned(state.runner, capacity - shared))
         cache = source.borrow(shared, capacity)
-        borrowed = _Reading(runner, state.rounding, cache, tokens, chain)
+        borrowed = _Reading(state.runner, state.rounding, cache, tokens, chain, exact)
         self._reading.append(borrowed)
         return borrowed
 
@@ -359,11 +376,16 @@ class PrefixCache:
             idle.cache.grow(capacity)
         return idle.cache
 
-    def _most_read(self, state: ReaderState, chain: PassChain) -> tuple[_Reading | None, int]:
-        """The running prefill that shares the most tokens, the latest of equals."""
+    def _most_read(
+        self, state: ReaderState, chain: PassChain, *, joined: bool = False
+    ) -> tuple[_Reading | None, int]:
+        """The running prefill that shares the most tokens, the latest of equals.
+
+        ``joined`` is that of :meth:`_Reading.shared`.
+        """
         best, most = None, 0
         for reading in reversed(self._reading):
-            if (shared := reading.shared(state, chain)) > most:
+            if (shared := reading.shared(state, chain, joined=joined)) > most:
                 best, most = reading, shared
         return best, most
 
