@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
+from rapid_llm.api_key import API_KEY, KEY_LIMIT, is_key
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.errors import (
     ContextWindowError,
@@ -49,12 +51,10 @@ if TYPE_CHECKING:
     from rapid_llm.encoding import Prompt
     from rapid_llm.generation import Delta, GenerationResult
 
-API_KEY = "RAPID_LLM_API_KEY"
-"""Variable of the environment with a server's key, for the server and its clients."""
-
 _CONNECT = 10.0  # seconds
 _RETRIES = 2  # of requests that the server has no room for
 _LONGEST_WAIT = 60.0  # seconds between them
+_PROGRESS = re.compile(r": (\w+) (\d+) (\d+)")  # other comments are a proxy's
 _STATS = frozenset(field.name for field in fields(Stats))
 _ERRORS: Mapping[str, type[Exception]] = {
     "context_length_exceeded": ContextWindowError,
@@ -87,7 +87,7 @@ class RemoteDecoder:
         api_key: key of the server; by default that of ``RAPID_LLM_API_KEY`` in the environment.
 
     Raises:
-        InvalidParameterError: the address is no http or https URL.
+        InvalidParameterError: the address is no http or https URL, or the key cannot be sent.
         ServerError: (from any use) the server cannot be reached, or refuses the key.
     """
 
@@ -99,7 +99,11 @@ class RemoteDecoder:
                 "http://127.0.0.1:8000"
             )
         self.base_url = url
-        self._key = api_key or os.environ.get(API_KEY)
+        self._key = api_key or os.environ.get(API_KEY) or None
+        if self._key is not None and not is_key(self._key):  # the header's error would show it
+            raise InvalidParameterError(
+                f"api_key=… is not allowed: api_key, or {API_KEY}, must be {KEY_LIMIT}"
+            )
         self._lock = Lock()
 
     def __copy__(self) -> RemoteDecoder:
@@ -361,9 +365,8 @@ class _Reader:
 
     def read(self, line: str) -> Delta | None:
         """The delta in a line; None where it has none."""
-        if line.startswith(": ") and self._progress is not None:
-            whose, done, total = line[2:].split()
-            self._progress(cast(Any, whose), int(done), int(total))
+        if self._progress is not None and (told := _PROGRESS.fullmatch(line)):
+            self._progress(cast(Any, told[1]), int(told[2]), int(told[3]))
         if not line.startswith("data: ") or line == "data: [DONE]":
             return None
         event = json.loads(line.removeprefix("data: "))

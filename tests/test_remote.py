@@ -139,6 +139,12 @@ def test_a_closed_stream_stops_the_server(remote: RemoteDecoder, server: Server)
     until(lambda: server.service.admission.active == 0)
 
 
+def test_characters_that_end_lines_elsewhere_are_text(remote: RemoteDecoder) -> None:
+    text = "a\u2028b\u2029c\x85d"
+    sampling = replace(SAMPLING, max_new_tokens=40, constraint={"choice": [text]})
+    assert remote.generate(CHAT, sampling=sampling).text == text
+
+
 def test_asyncio_gives_the_same(remote: RemoteDecoder, decoder: RapidDecoder) -> None:
     async def tokens() -> list[int]:
         return [t async for d in remote.astream(CHAT, sampling=SAMPLING) for t in d.token_ids]
@@ -154,6 +160,18 @@ def test_progress_is_told_while_a_prompt_is_read(
     remote.generate(user("den " * 300), sampling=SAMPLING, progress=lambda *each: told.append(each))
     assert told
     assert all(whose == "target" and 0 <= done <= total for whose, done, total in told)
+
+
+@pytest.mark.parametrize("key", ["secret\n", "se\ncret", "ключ"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
+    server: Server, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in (key, None):
+        with pytest.raises(InvalidParameterError, match="printable ASCII") as refusal:
+            RemoteDecoder(server.url, given)
+        assert "cret" not in str(refusal.value)
+        assert "ключ" not in str(refusal.value)
+        monkeypatch.setenv("RAPID_LLM_API_KEY", key)
 
 
 def test_what_cannot_be_reached_is_named(decoder: RapidDecoder) -> None:
