@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from pdfs import pdf
 from serving import RETRIEVAL, SAMPLING, SPECULATION, Server, WordEmbedder, served, tiny_decoder
 from test_encoding import user
-from test_server import refused
+from test_server import events, refused
 
 from rapid_llm import RapidDecoder, RapidPipeline
 from rapid_llm.context.prompts import build_messages, with_document
@@ -213,6 +215,45 @@ def test_too_many_or_equal_documents_are_refused(ask: Any) -> None:
     assert "at most 8" in refused(ask(documents=["x"], chunks=["x"] * 9), 413)["message"]
     twice = [{"text": "x", "id": "a"}, {"text": "y", "id": "a"}]
     assert "have the id 'a'" in refused(ask(documents=twice))["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_broken_strings_of_a_client_come_back_as_they_were(server: Server, stream: bool) -> None:
+    broken = "fox \ud800"
+    body = {
+        "messages": CHAT,
+        "documents": [{"id": broken, "text": f"The {broken} lives."}],
+        "chunks": [broken],
+        "stream": stream,
+    }
+    headers = {"content-type": "application/json"}
+    url = server.url + "/v1/chat/completions"
+    response = httpx.post(url, content=json.dumps(body), headers=headers, timeout=60)
+    last = events(response)[-1] if stream else response.json()
+    assert last["rapid"]["document_ids"] == [broken]
+    assert last["rapid"]["chunks"][0]["text"] == broken
+    unknown = json.dumps({"messages": CHAT, broken: 1})
+    refused(httpx.post(url, content=unknown, headers=headers))
+
+
+def test_questions_asked_at_once_on_an_unread_document_read_it_once(decoder: RapidDecoder) -> None:
+    text = "The bat hangs in the barn. " * 40  # more than one block of kept KV
+    with served(decoder) as server, ThreadPoolExecutor(4) as pool:
+
+        def ask(question: str) -> dict[str, Any]:
+            body = {
+                "messages": user(question),
+                "documents": [text],
+                "rapid": {"method": "lc"},
+                "max_tokens": 4,
+            }
+            url = server.url + "/v1/chat/completions"
+            return httpx.post(url, json=body, timeout=60).json()["usage"]
+
+        used = list(pool.map(ask, ["Where?", "Who?", "What hangs?", "Why?"]))
+    kept = sorted(each["prompt_tokens_details"]["cached_tokens"] for each in used)
+    assert kept[0] == 0
+    assert all(count >= 512 for count in kept[1:])
 
 
 # --- files -------------------------------------------------------------------------------------

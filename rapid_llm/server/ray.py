@@ -23,11 +23,11 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
-from rapid_llm.server.errors import ApiError, api_error
+from rapid_llm.server.errors import ApiError, Json, api_error
 from rapid_llm.server.guards import Guards
 from rapid_llm.server.settings import ServerConfig
 
@@ -228,7 +228,7 @@ def _web(server: ServerConfig) -> FastAPI:
 
     async def refuse(request: Request, error: Exception) -> Response:
         shown = api_error(error)
-        return JSONResponse(shown.body(), shown.status_code, shown.headers)
+        return Json(shown.body(), shown.status_code, shown.headers)
 
     web.add_exception_handler(ApiError, refuse)
     web.add_middleware(
