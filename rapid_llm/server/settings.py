@@ -94,7 +94,7 @@ class ServerConfig:
     max_files_bytes: Annotated[
         int,
         Option(
-            "Maximum bytes of all uploaded files' texts together.",
+            "Maximum bytes of all uploaded files' texts and names together.",
             _COUNT,
             lambda n: n >= 0,
             metavar="BYTES",
