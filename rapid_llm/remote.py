@@ -93,7 +93,15 @@ class RemoteDecoder:
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         url = str(base_url).rstrip("/").removesuffix("/v1")
-        if not url.startswith(("http://", "https://")):
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
+        if parsed.userinfo:  # errors, traces and pickles show the address
+            raise InvalidParameterError(
+                "base_url holds a name or password: pass the server's key as api_key"
+            )
+        if parsed.scheme not in ("http", "https") or not parsed.host:
             raise InvalidParameterError(
                 f"base_url={base_url!r} is not allowed: give the address of a server, as "
                 "http://127.0.0.1:8000"
@@ -153,9 +161,16 @@ class RemoteDecoder:
             raise self._unreachable(error) from error
         if reply.status_code != 200:
             raise _error(reply.status_code, reply.content)
-        about = reply.json()
+        try:
+            about = reply.json()
+            files = about["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(
+                f"{self.base_url} is no server of rapid-llm: check base_url, and that rapid-llm "
+                "serve runs there"
+            ) from error
         with TemporaryDirectory() as folder:
-            for name, data in about["files"].items():
+            for name, data in files.items():
                 (Path(folder) / Path(name).name).write_bytes(base64.b64decode(data))
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

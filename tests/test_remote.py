@@ -11,6 +11,7 @@ from contextlib import aclosing, closing
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from serving import SAMPLING, SPECULATION, Server, served, tiny_decoder
 from test_encoding import user
@@ -172,6 +173,24 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
         assert "cret" not in str(refusal.value)
         assert "ключ" not in str(refusal.value)
         monkeypatch.setenv("RAPID_LLM_API_KEY", key)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://a:x", "http://[1]", ""])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(InvalidParameterError, match="base_url"):
+        RemoteDecoder(url)
+
+
+def test_an_address_with_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(InvalidParameterError, match="api_key") as refusal:
+        RemoteDecoder("http://me:sesame@127.0.0.1:8000")
+    assert "sesame" not in str(refusal.value)
+
+
+def test_another_kind_of_server_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: httpx.Response(200, text="<html>"))
+    with pytest.raises(ServerError, match="no server of rapid-llm"):
+        _ = RemoteDecoder(server.url).tokenizer
 
 
 def test_what_cannot_be_reached_is_named(decoder: RapidDecoder) -> None:

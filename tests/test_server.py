@@ -267,6 +267,11 @@ def test_an_answer_has_the_form_of_its_schema(post: Any, form: Any) -> None:
         ({"max_tokens": 5, "max_completion_tokens": 6}, None, "are one option"),
         ({"top_logprobs": 2}, None, "needs logprobs=true"),
         ({"stream_options": {"include_usage": True}}, None, "is for streams"),
+        (
+            {"stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+            "include_obfuscation",
+        ),
         ({"messages": []}, "messages", "messages"),
         ({"messages": [{"content": "x"}]}, None, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "image_url"),

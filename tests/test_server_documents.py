@@ -338,6 +338,11 @@ def test_files_have_a_limit_together(upload: Any, server: Server) -> None:
     httpx.delete(f"{server.url}/v1/files/{first}")
 
 
+def test_what_is_kept_beside_the_texts_counts_too(upload: Any) -> None:
+    error = refused(upload("a.txt", b"a", purpose="p" * 6_000), 413)
+    assert error["code"] == "storage_full"
+
+
 def test_forms_are_checked(server: Server) -> None:
     url = f"{server.url}/v1/files"
     assert refused(httpx.post(url, data={"purpose": "x"}))["param"] == "file"

@@ -86,6 +86,15 @@ def test_the_same_documents_have_one_session() -> None:
     assert session({"documents": [owl]}, x_session_id="s") == "s"
 
 
+@pytest.mark.parametrize("begin", ["The owl. ", [7]])
+def test_prompts_that_begin_alike_have_one_session(begin: Any) -> None:
+    common = begin * 600
+    first = session({"prompt": common + begin})
+    assert first is not None
+    assert session({"prompt": common}) == session({"prompt": [common]}) == first
+    assert session({"prompt": common[5:] if isinstance(begin, str) else [8]}) != first
+
+
 @pytest.mark.parametrize("body", [{}, {"documents": []}, {"documents": None}, [], "text", 3])
 def test_what_has_no_documents_goes_anywhere(body: Any) -> None:
     assert session(body) is None

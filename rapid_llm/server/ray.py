@@ -189,7 +189,10 @@ def session_of(request: Request, body: bytes) -> str | None:
     if isinstance(common, list):  # in any order, as they are read in the order of their ids
         forms = ({"text": each} if isinstance(each, str) else each for each in common)
         common = sorted(json.dumps(form, sort_keys=True) for form in forms)
-    if not common and isinstance(prompt := asked.get("prompt"), list | str):
+    prompt = asked.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list | str):
+        prompt = prompt[0]
+    if not common and isinstance(prompt, list | str):
         common = prompt[:512]  # RemoteDecoder's prompts begin with the documents
     if not common:
         return None
