@@ -175,7 +175,9 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
         monkeypatch.setenv("RAPID_LLM_API_KEY", key)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://a:x", "http://[1]", ""])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://host", "http://", "http://a:x", "http://[1]", ""]
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(InvalidParameterError, match="base_url"):
         RemoteDecoder(url)

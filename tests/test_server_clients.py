@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -54,6 +55,16 @@ def send(server: Server, body: dict[str, Any], path: str = PATH) -> socket.socke
     return connection
 
 
+def cancelled(server: Server) -> float:
+    """Number of requests whose client went away, as Prometheus reads it."""
+    (line,) = (
+        line
+        for line in httpx.get(server.url + "/metrics").text.splitlines()
+        if line.startswith("rapid_llm_cancelled_requests_total ")
+    )
+    return float(line.split()[1])
+
+
 # --- clients that go away ----------------------------------------------------------------------
 
 
@@ -74,6 +85,7 @@ def test_a_client_that_leaves_stops_its_generation(
         "generated",
         lambda stats: (rounds.append(stats.completion_tokens), counted(stats)),
     )
+    gone = cancelled(server)
     connection = send(server, LONG | {"stream": stream})
     until(lambda: server.service.admission.active == 1)
     if stream:
@@ -81,6 +93,7 @@ def test_a_client_that_leaves_stops_its_generation(
     connection.close()
     until(lambda: server.service.admission.active == 0)
     assert httpx.post(server.url + PATH, json=SHORT, timeout=60).status_code == 200
+    assert cancelled(server) == gone + 1
     assert rounds == [4] or rounds[0] < 1500
     assert rounds[-1] == 4
 
@@ -142,8 +155,9 @@ def test_a_client_that_leaves_before_the_first_event_frees_its_turn() -> None:
 
         begun = parts()
         await anext(begun)
-        await EventStream(events(), begun)({"type": "http"}, gone, send)
-        assert closed
+        left = partial(closed.append, False)
+        await EventStream(events(), begun, left)({"type": "http"}, gone, send)
+        assert closed == [False, True]
 
     asyncio.run(leave())
 

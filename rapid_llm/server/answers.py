@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from rapid_llm.server.errors import Json, api_error
 from rapid_llm.server.protocol import ChatRequest, Request
@@ -47,7 +47,7 @@ async def respond(service: Service, request: Request, http: HttpRequest) -> Resp
     )
     if request.stream:
         started = await unless_gone(http, _first(parts))
-        return EventStream(_events(form, started, parts), parts)
+        return EventStream(_events(form, started, parts), parts, service.metrics.cancelled)
     return Json(await unless_gone(http, _whole(form, parts)))
 
 
@@ -128,22 +128,35 @@ class EventStream(StreamingResponse):
     Args:
         events: the events.
         parts: what they are made of; closed too, as a client may leave before the first event.
+        left: function that is called if the client leaves before the last.
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], parts: AsyncGenerator[Part, None]
+        self,
+        events: AsyncGenerator[bytes, None],
+        parts: AsyncGenerator[Part, None],
+        left: Callable[[], None],
     ) -> None:
         super().__init__(
             events,
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._events, self._parts = events, parts
+        self._events, self._parts, self._left = events, parts, left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
+        ended = False
+
+        async def observed(message: Message) -> None:
+            nonlocal ended
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, observed)
+            if not ended:
+                self._left()
         finally:
             await self._events.aclose()
             await self._parts.aclose()
