@@ -162,6 +162,22 @@ def test_a_client_that_leaves_before_the_first_event_frees_its_turn() -> None:
     asyncio.run(leave())
 
 
+def test_a_client_that_leaves_within_its_upload_is_no_error(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    def left() -> bool:
+        return 'path="/v1/files",status="499"' in httpx.get(server.url + "/metrics").text
+
+    assert not left()
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+        connection.sendall(
+            b"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 500\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+        )
+    until(left)
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
+
+
 def test_a_client_that_leaves_the_queue_takes_no_turn(server: Server) -> None:
     admission = server.service.admission
     running = send(server, LONG)

@@ -248,10 +248,11 @@ def test_questions_asked_at_once_on_an_unread_document_read_it_once(decoder: Rap
                 "max_tokens": 4,
             }
             url = server.url + "/v1/chat/completions"
-            return httpx.post(url, json=body, timeout=60).json()["usage"]
+            used: dict[str, Any] = httpx.post(url, json=body, timeout=60).json()["usage"]
+            return used
 
-        used = list(pool.map(ask, ["Where?", "Who?", "What hangs?", "Why?"]))
-    kept = sorted(each["prompt_tokens_details"]["cached_tokens"] for each in used)
+        usages = list(pool.map(ask, ["Where?", "Who?", "What hangs?", "Why?"]))
+    kept = sorted(each["prompt_tokens_details"]["cached_tokens"] for each in usages)
     assert kept[0] == 0
     assert all(count >= 512 for count in kept[1:])
 
@@ -294,6 +295,7 @@ def test_files_are_listed_kept_and_deleted(upload: Any, server: Server, ask: Any
     listed = httpx.get(url).json()["data"]
     assert sorted(file["id"] for file in listed) == sorted(ids)
     assert httpx.get(f"{url}/{ids[0]}").json() in listed
+    assert refused(httpx.get(url, params={"limit": 1}))["param"] == "limit"
     assert httpx.delete(f"{url}/{ids[0]}").json()["deleted"] is True
     for response in (httpx.get(f"{url}/{ids[0]}"), httpx.delete(f"{url}/{ids[0]}")):
         assert refused(response, 404)["code"] == "file_not_found"

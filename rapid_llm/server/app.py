@@ -150,7 +150,14 @@ def _add_files(app: FastAPI, service: Service) -> None:
         return stored.as_dict()
 
     @app.get("/v1/files")
-    async def list_files() -> dict[str, Any]:
+    async def list_files(request: Request) -> dict[str, Any]:
+        if unknown := request.query_params.keys():
+            raise ApiError(
+                400,
+                f"unknown parameter {min(unknown)!r}: all files are listed, so leave it out",
+                param=min(unknown),
+                code="unknown_parameter",
+            )
         files = [file.as_dict() for file in await in_thread(lambda: list(service.files))]
         return {"object": "list", "data": files, "has_more": False}
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rapid_llm.server.errors import ApiError, Json, api_error, request_id
@@ -69,6 +70,8 @@ class Guards:
         try:
             self._check(scope)
             await self._app(scope, self._limited(receive), identified)
+        except ClientDisconnect:  # within its body: there is nobody to answer
+            pass
         except Exception as error:
             # Here and not in an outer middleware, which would log the error with its text.
             shown = api_error(error)
