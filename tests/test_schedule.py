@@ -449,7 +449,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setenv("RAPID_LLM_CACHE", str(tmp_path / "file"))
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer())
     sampling = SamplingParams(max_new_tokens=20)
-    with pytest.warns(UserWarning, match="set RAPID_LLM_CACHE to a folder"):
+    with pytest.warns(UserWarning, match="set RAPID_LLM_CACHE to a writable folder"):
         first = decoder.generate(PROMPT, DRAFT_PROMPT, sampling=sampling)
     again = decoder.generate(PROMPT, DRAFT_PROMPT, sampling=sampling)
     assert first.token_ids == again.token_ids

@@ -123,6 +123,11 @@ class Scripted(RapidDecoder):
         self.prompts: list[str] = []
         self.constraints: list[Any] = []
 
+    @property
+    def scheduler(self) -> Any:
+        """The decoder itself, so that calls at once get the answers too."""
+        return self
+
     def stream(self, target: Any, draft: Any = None, **options: Any) -> Iterator[Delta]:
         """The next answer."""
         variables = options.get("chat_template_kwargs")

@@ -271,9 +271,9 @@ def test_variables_of_the_template_reach_the_prompt(make_decoder, monkeypatch):
     read = []
     original = Opener.open
 
-    def opened(self, request, *arguments):
+    def opened(self, request, *arguments, **options):
         read.append(decoder.tokenizer.decode(request.prompt)[-6:].strip())
-        return original(self, request, *arguments)
+        return original(self, request, *arguments, **options)
 
     monkeypatch.setattr(Opener, "open", opened)
     thinks = RapidLLM(decoder=decoder, max_tokens=1)
