@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
+from rapid_llm.api_key import API_KEY, KEY_LIMIT, is_key
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.errors import (
     ContextWindowError,
@@ -49,12 +51,10 @@ if TYPE_CHECKING:
     from rapid_llm.encoding import Prompt
     from rapid_llm.generation import Delta, GenerationResult
 
-API_KEY = "RAPID_LLM_API_KEY"
-"""Variable of the environment with a server's key, for the server and its clients."""
-
 _CONNECT = 10.0  # seconds
 _RETRIES = 2  # of requests that the server has no room for
 _LONGEST_WAIT = 60.0  # seconds between them
+_PROGRESS = re.compile(r": (\w+) (\d+) (\d+)")  # other comments are a proxy's
 _STATS = frozenset(field.name for field in fields(Stats))
 _ERRORS: Mapping[str, type[Exception]] = {
     "context_length_exceeded": ContextWindowError,
@@ -87,19 +87,31 @@ class RemoteDecoder:
         api_key: key of the server; by default that of ``RAPID_LLM_API_KEY`` in the environment.
 
     Raises:
-        InvalidParameterError: the address is no http or https URL.
+        InvalidParameterError: the address is no http or https URL, or the key cannot be sent.
         ServerError: (from any use) the server cannot be reached, or refuses the key.
     """
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         url = str(base_url).rstrip("/").removesuffix("/v1")
-        if not url.startswith(("http://", "https://")):
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
+        if parsed.userinfo:  # errors, traces and pickles show the address
+            raise InvalidParameterError(
+                "base_url holds a name or password: pass the server's key as api_key"
+            )
+        if parsed.scheme not in ("http", "https") or not parsed.host:
             raise InvalidParameterError(
                 f"base_url={base_url!r} is not allowed: give the address of a server, as "
                 "http://127.0.0.1:8000"
             )
         self.base_url = url
-        self._key = api_key or os.environ.get(API_KEY)
+        self._key = api_key or os.environ.get(API_KEY) or None
+        if self._key is not None and not is_key(self._key):  # the header's error would show it
+            raise InvalidParameterError(
+                f"api_key=… is not allowed: api_key, or {API_KEY}, must be {KEY_LIMIT}"
+            )
         self._lock = Lock()
 
     def __copy__(self) -> RemoteDecoder:
@@ -149,9 +161,16 @@ class RemoteDecoder:
             raise self._unreachable(error) from error
         if reply.status_code != 200:
             raise _error(reply.status_code, reply.content)
-        about = reply.json()
+        try:
+            about = reply.json()
+            files = about["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(
+                f"{self.base_url} is no server of rapid-llm: check base_url, and that rapid-llm "
+                "serve runs there"
+            ) from error
         with TemporaryDirectory() as folder:
-            for name, data in about["files"].items():
+            for name, data in files.items():
                 (Path(folder) / Path(name).name).write_bytes(base64.b64decode(data))
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -361,9 +380,8 @@ class _Reader:
 
     def read(self, line: str) -> Delta | None:
         """The delta in a line; None where it has none."""
-        if line.startswith(": ") and self._progress is not None:
-            whose, done, total = line[2:].split()
-            self._progress(cast(Any, whose), int(done), int(total))
+        if self._progress is not None and (told := _PROGRESS.fullmatch(line)):
+            self._progress(cast(Any, told[1]), int(told[2]), int(told[3]))
         if not line.startswith("data: ") or line == "data: [DONE]":
             return None
         event = json.loads(line.removeprefix("data: "))

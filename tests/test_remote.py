@@ -11,6 +11,7 @@ from contextlib import aclosing, closing
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from serving import SAMPLING, SPECULATION, Server, served, tiny_decoder
 from test_encoding import user
@@ -139,6 +140,12 @@ def test_a_closed_stream_stops_the_server(remote: RemoteDecoder, server: Server)
     until(lambda: server.service.admission.active == 0)
 
 
+def test_characters_that_end_lines_elsewhere_are_text(remote: RemoteDecoder) -> None:
+    text = "a\u2028b\u2029c\x85d"
+    sampling = replace(SAMPLING, max_new_tokens=40, constraint={"choice": [text]})
+    assert remote.generate(CHAT, sampling=sampling).text == text
+
+
 def test_asyncio_gives_the_same(remote: RemoteDecoder, decoder: RapidDecoder) -> None:
     async def tokens() -> list[int]:
         return [t async for d in remote.astream(CHAT, sampling=SAMPLING) for t in d.token_ids]
@@ -154,6 +161,38 @@ def test_progress_is_told_while_a_prompt_is_read(
     remote.generate(user("den " * 300), sampling=SAMPLING, progress=lambda *each: told.append(each))
     assert told
     assert all(whose == "target" and 0 <= done <= total for whose, done, total in told)
+
+
+@pytest.mark.parametrize("key", ["secret\n", "se\ncret", "ключ"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
+    server: Server, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in (key, None):
+        with pytest.raises(InvalidParameterError, match="printable ASCII") as refusal:
+            RemoteDecoder(server.url, given)
+        assert "cret" not in str(refusal.value)
+        assert "ключ" not in str(refusal.value)
+        monkeypatch.setenv("RAPID_LLM_API_KEY", key)
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://host", "http://", "http://a:x", "http://[1]", ""]
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(InvalidParameterError, match="base_url"):
+        RemoteDecoder(url)
+
+
+def test_an_address_with_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(InvalidParameterError, match="api_key") as refusal:
+        RemoteDecoder("http://me:sesame@127.0.0.1:8000")
+    assert "sesame" not in str(refusal.value)
+
+
+def test_another_kind_of_server_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: httpx.Response(200, text="<html>"))
+    with pytest.raises(ServerError, match="no server of rapid-llm"):
+        _ = RemoteDecoder(server.url).tokenizer
 
 
 def test_what_cannot_be_reached_is_named(decoder: RapidDecoder) -> None:

@@ -267,6 +267,11 @@ def test_an_answer_has_the_form_of_its_schema(post: Any, form: Any) -> None:
         ({"max_tokens": 5, "max_completion_tokens": 6}, None, "are one option"),
         ({"top_logprobs": 2}, None, "needs logprobs=true"),
         ({"stream_options": {"include_usage": True}}, None, "is for streams"),
+        (
+            {"stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+            "include_obfuscation",
+        ),
         ({"messages": []}, "messages", "messages"),
         ({"messages": [{"content": "x"}]}, None, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "image_url"),
@@ -339,6 +344,11 @@ def test_what_is_no_json_is_refused(server: Server, body: bytes) -> None:
     refused(httpx.post(server.url + "/v1/chat/completions", content=body, headers=headers))
 
 
+def test_a_form_in_the_place_of_json_is_told_what_to_send(server: Server) -> None:
+    response = httpx.post(server.url + "/v1/chat/completions", data={"messages": "hi"})
+    assert "Content-Type: application/json" in refused(response)["message"]
+
+
 def test_unknown_paths_and_methods_have_errors_of_the_same_form(server: Server) -> None:
     refused(httpx.get(server.url + "/v1/embeddings"), 404)
     refused(httpx.get(server.url + "/v1/chat/completions"), 405)
@@ -351,10 +361,11 @@ def test_an_unexpected_error_quotes_nothing(
         raise KeyError("SECRET DOCUMENT")
 
     monkeypatch.setattr(decoder.tokenizer, "get_chat_template", fail)
-    error = refused(post(), 500)
+    response = post()
+    error = refused(response, 500)
     assert error["type"] == "server_error"
+    assert f"{response.headers['x-request-id']} KeyError at" in caplog.text
     assert "SECRET" not in error["message"] + caplog.text
-    assert "KeyError" in caplog.text
     monkeypatch.undo()
     assert post().status_code == 200
 

@@ -7,7 +7,8 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -16,8 +17,10 @@ from serving import Server, served, tiny_decoder
 from test_encoding import user
 from test_server import events, refused
 
-from rapid_llm import RapidDecoder
+from rapid_llm import InvalidParameterError, RapidDecoder
+from rapid_llm.api_key import API_KEY
 from rapid_llm.server.admission import Admission
+from rapid_llm.server.answers import EventStream
 from rapid_llm.server.errors import ApiError
 from rapid_llm.server.settings import ServerConfig
 
@@ -52,6 +55,16 @@ def send(server: Server, body: dict[str, Any], path: str = PATH) -> socket.socke
     return connection
 
 
+def cancelled(server: Server) -> float:
+    """Number of requests whose client went away, as Prometheus reads it."""
+    (line,) = (
+        line
+        for line in httpx.get(server.url + "/metrics").text.splitlines()
+        if line.startswith("rapid_llm_cancelled_requests_total ")
+    )
+    return float(line.split()[1])
+
+
 # --- clients that go away ----------------------------------------------------------------------
 
 
@@ -72,6 +85,7 @@ def test_a_client_that_leaves_stops_its_generation(
         "generated",
         lambda stats: (rounds.append(stats.completion_tokens), counted(stats)),
     )
+    gone = cancelled(server)
     connection = send(server, LONG | {"stream": stream})
     until(lambda: server.service.admission.active == 1)
     if stream:
@@ -79,18 +93,24 @@ def test_a_client_that_leaves_stops_its_generation(
     connection.close()
     until(lambda: server.service.admission.active == 0)
     assert httpx.post(server.url + PATH, json=SHORT, timeout=60).status_code == 200
+    assert cancelled(server) == gone + 1
     assert rounds == [4] or rounds[0] < 1500
     assert rounds[-1] == 4
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_stops_a_prefill(
-    server: Server, decoder: RapidDecoder, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    decoder: RapidDecoder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stream: bool,
 ) -> None:
     chunks: list[int] = []
     reading, go_on = threading.Event(), threading.Event()
     read = decoder.stream
 
-    def stream(*prompts: Any, progress: Any, **options: Any) -> Any:
+    def observed(*prompts: Any, progress: Any, **options: Any) -> Any:
         def report(whose: Any, done: int, total: int) -> None:
             chunks.append(done)
             reading.set()
@@ -99,8 +119,9 @@ def test_a_client_that_leaves_stops_a_prefill(
 
         return read(*prompts, progress=report, **options)
 
-    monkeypatch.setattr(server.service._models, "stream", stream)
-    connection = send(server, {"messages": user("fox " * 400), "max_tokens": 1})
+    monkeypatch.setattr(server.service._models, "stream", observed)
+    body = {"messages": user(f"{stream} " + "fox " * 400), "max_tokens": 1, "stream": stream}
+    connection = send(server, body)
     assert reading.wait(60)
     connection.close()
     until(lambda: server.service.admission.active == 0)
@@ -108,6 +129,53 @@ def test_a_client_that_leaves_stops_a_prefill(
     monkeypatch.undo()
     assert httpx.post(server.url + PATH, json=SHORT, timeout=60).status_code == 200
     assert len(chunks) == 1
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
+
+
+def test_a_client_that_leaves_before_the_first_event_frees_its_turn() -> None:
+    closed = []
+
+    async def parts() -> AsyncGenerator[Any, None]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            closed.append(True)
+
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.Event().wait()  # nobody reads
+
+    async def leave() -> None:
+        async def events() -> AsyncGenerator[bytes, None]:
+            async for _ in begun:
+                yield b""
+
+        begun = parts()
+        await anext(begun)
+        left = partial(closed.append, False)
+        await EventStream(events(), begun, left)({"type": "http"}, gone, send)
+        assert closed == [False, True]
+
+    asyncio.run(leave())
+
+
+def test_a_client_that_leaves_within_its_upload_is_no_error(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    def left() -> bool:
+        return 'path="/v1/files",status="499"' in httpx.get(server.url + "/metrics").text
+
+    assert not left()
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+        connection.sendall(
+            b"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 500\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+        )
+    until(left)
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
 def test_a_client_that_leaves_the_queue_takes_no_turn(server: Server) -> None:
@@ -280,6 +348,20 @@ def test_pages_of_other_origins_and_names_are_refused(server: Server) -> None:
 )  # fmt: skip
 def test_what_is_local_is_known(host: str, local: bool) -> None:
     assert ServerConfig(host=host).local is local
+
+
+@pytest.mark.parametrize("key", ["", "sesame\n", " sesame", "sésame"])
+def test_a_key_that_no_client_could_send_is_refused_unseen(key: str) -> None:
+    with pytest.raises(InvalidParameterError, match="printable ASCII") as refusal:
+        ServerConfig(api_key=key)
+    assert "same" not in str(refusal.value)
+
+
+def test_the_key_of_the_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ServerConfig().with_key_of_environment().api_key is None
+    monkeypatch.setenv(API_KEY, KEY)
+    assert ServerConfig().with_key_of_environment().api_key == KEY
+    assert ServerConfig(api_key="own").with_key_of_environment().api_key == "own"
 
 
 def test_the_key_is_not_shown() -> None:

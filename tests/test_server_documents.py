@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from pdfs import pdf
 from serving import RETRIEVAL, SAMPLING, SPECULATION, Server, WordEmbedder, served, tiny_decoder
 from test_encoding import user
-from test_server import refused
+from test_server import events, refused
 
 from rapid_llm import RapidDecoder, RapidPipeline
 from rapid_llm.context.prompts import build_messages, with_document
@@ -215,6 +217,46 @@ def test_too_many_or_equal_documents_are_refused(ask: Any) -> None:
     assert "have the id 'a'" in refused(ask(documents=twice))["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_broken_strings_of_a_client_come_back_as_they_were(server: Server, stream: bool) -> None:
+    broken = "fox \ud800"
+    body = {
+        "messages": CHAT,
+        "documents": [{"id": broken, "text": f"The {broken} lives."}],
+        "chunks": [broken],
+        "stream": stream,
+    }
+    headers = {"content-type": "application/json"}
+    url = server.url + "/v1/chat/completions"
+    response = httpx.post(url, content=json.dumps(body), headers=headers, timeout=60)
+    last = events(response)[-1] if stream else response.json()
+    assert last["rapid"]["document_ids"] == [broken]
+    assert last["rapid"]["chunks"][0]["text"] == broken
+    unknown = json.dumps({"messages": CHAT, broken: 1})
+    refused(httpx.post(url, content=unknown, headers=headers))
+
+
+def test_questions_asked_at_once_on_an_unread_document_read_it_once(decoder: RapidDecoder) -> None:
+    text = "The bat hangs in the barn. " * 40  # more than one block of kept KV
+    with served(decoder) as server, ThreadPoolExecutor(4) as pool:
+
+        def ask(question: str) -> dict[str, Any]:
+            body = {
+                "messages": user(question),
+                "documents": [text],
+                "rapid": {"method": "lc"},
+                "max_tokens": 4,
+            }
+            url = server.url + "/v1/chat/completions"
+            used: dict[str, Any] = httpx.post(url, json=body, timeout=60).json()["usage"]
+            return used
+
+        usages = list(pool.map(ask, ["Where?", "Who?", "What hangs?", "Why?"]))
+    kept = sorted(each["prompt_tokens_details"]["cached_tokens"] for each in usages)
+    assert kept[0] == 0
+    assert all(count >= 512 for count in kept[1:])
+
+
 # --- files -------------------------------------------------------------------------------------
 
 
@@ -253,6 +295,7 @@ def test_files_are_listed_kept_and_deleted(upload: Any, server: Server, ask: Any
     listed = httpx.get(url).json()["data"]
     assert sorted(file["id"] for file in listed) == sorted(ids)
     assert httpx.get(f"{url}/{ids[0]}").json() in listed
+    assert refused(httpx.get(url, params={"limit": 1}))["param"] == "limit"
     assert httpx.delete(f"{url}/{ids[0]}").json()["deleted"] is True
     for response in (httpx.get(f"{url}/{ids[0]}"), httpx.delete(f"{url}/{ids[0]}")):
         assert refused(response, 404)["code"] == "file_not_found"
@@ -295,6 +338,11 @@ def test_files_have_a_limit_together(upload: Any, server: Server) -> None:
     first = upload("a.txt", b"a" * 3_000).json()["id"]
     assert refused(upload("b.txt", b"b" * 3_000), 413)["code"] == "storage_full"
     httpx.delete(f"{server.url}/v1/files/{first}")
+
+
+def test_what_is_kept_beside_the_texts_counts_too(upload: Any) -> None:
+    error = refused(upload("a.txt", b"a", purpose="p" * 6_000), 413)
+    assert error["code"] == "storage_full"
 
 
 def test_forms_are_checked(server: Server) -> None:

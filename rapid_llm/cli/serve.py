@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import threading
@@ -12,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from rapid_llm.api_key import API_KEY
 from rapid_llm.cli.app import app
 from rapid_llm.cli.options import with_options
 from rapid_llm.config import (
@@ -60,9 +60,7 @@ def serve(
             f"a server needs {error.name}, which is not installed; "
             'run: pip install "rapid-llm[server]"'
         ) from error
-    from rapid_llm.remote import API_KEY
-
-    server = replace(server, api_key=server.api_key or os.environ.get(API_KEY) or None)
+    server = server.with_key_of_environment()
     if not server.local and server.api_key is None:
         raise InvalidParameterError(
             f"--host {server.host} lets other machines ask, so that a key is needed: give one as "

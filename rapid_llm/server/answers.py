@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from itertools import zip_longest
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
-from rapid_llm.server.errors import api_error
+from rapid_llm.server.errors import Json, api_error
 from rapid_llm.server.protocol import ChatRequest, Request
 from rapid_llm.server.service import Part, Scored, Service, Started, unless_gone
 from rapid_llm.speculation.sampling import generation_config, stop_strings
@@ -47,8 +47,8 @@ async def respond(service: Service, request: Request, http: HttpRequest) -> Resp
     )
     if request.stream:
         started = await unless_gone(http, _first(parts))
-        return EventStream(_events(form, started, parts))
-    return JSONResponse(await unless_gone(http, _whole(form, parts)))
+        return EventStream(_events(form, started, parts), parts, service.metrics.cancelled)
+    return Json(await unless_gone(http, _whole(form, parts)))
 
 
 async def _first(parts: AsyncGenerator[Part, None]) -> Started:
@@ -73,12 +73,12 @@ async def _whole(form: _Form, parts: AsyncGenerator[Part, None]) -> dict[str, An
 async def _events(
     form: _Form, started: Started, parts: AsyncGenerator[Part, None]
 ) -> AsyncGenerator[bytes, None]:
-    async with aclosing(parts):
+    async with aclosing(_patiently(parts)) as patient:
         form.begin(started)
         for chunk in form.opening():
             yield _event(chunk)
         try:
-            async for part in _patiently(parts):
+            async for part in patient:
                 if part is None:
                     for told in started.progress:
                         yield b": %s %d %d\n\n" % (told[0].encode(), *told[1:])
@@ -100,33 +100,66 @@ async def _patiently(parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Part |
                 yield None
             part = step.result()
         finally:
-            step.cancel()
+            await _ended(step)
         if part is None:
             return
         yield part
 
 
+async def _ended(step: asyncio.Future[Any]) -> None:
+    """Cancel a step and wait for its end, before which its generator cannot be closed.
+
+    Starlette cancels a stream again at each of its awaits, so that one wait is not enough.
+    """
+    step.cancel()
+    while not step.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({step})
+
+
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
+    # ASCII, as some clients take U+2028 or U+0085 for the end of a line.
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a generator, which is closed with the connection."""
+    """Server-sent events, whose generators are closed with the connection.
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    Args:
+        events: the events.
+        parts: what they are made of; closed too, as a client may leave before the first event.
+        left: function that is called if the client leaves before the last.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        parts: AsyncGenerator[Part, None],
+        left: Callable[[], None],
+    ) -> None:
         super().__init__(
             events,
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._events = events
+        self._events, self._parts, self._left = events, parts, left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
+        ended = False
+
+        async def observed(message: Message) -> None:
+            nonlocal ended
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, observed)
+            if not ended:
+                self._left()
         finally:
             await self._events.aclose()
+            await self._parts.aclose()
 
 
 class _Form:
@@ -323,7 +356,7 @@ class _Text(_Form):
             "top_logprobs": [
                 {self.text_of(token): logprob for token, logprob in each.top} for each in scored
             ],
-            "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+            "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
         }
 
 

@@ -13,14 +13,14 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import Scope
 
 import rapid_llm
 from rapid_llm.aio import in_thread
 from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.server.answers import respond
-from rapid_llm.server.errors import ApiError, api_error, validation_error
+from rapid_llm.server.errors import ApiError, Json, api_error, validation_error
 from rapid_llm.server.guards import Guards
 from rapid_llm.server.models import about
 from rapid_llm.server.protocol import ChatRequest, CompletionRequest
@@ -113,7 +113,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             shown = validation_error(error.errors(), known)
         else:
             shown = api_error(error)
-        return JSONResponse(shown.body(), shown.status_code, shown.headers)
+        return Json(shown.body(), shown.status_code, shown.headers)
 
     for kind in (RequestValidationError, HTTPException, rapid_llm.RapidError, ClientGoneError):
         app.add_exception_handler(kind, refuse)
@@ -150,7 +150,14 @@ def _add_files(app: FastAPI, service: Service) -> None:
         return stored.as_dict()
 
     @app.get("/v1/files")
-    async def list_files() -> dict[str, Any]:
+    async def list_files(request: Request) -> dict[str, Any]:
+        if unknown := request.query_params.keys():
+            raise ApiError(
+                400,
+                f"unknown parameter {min(unknown)!r}: all files are listed, so leave it out",
+                param=min(unknown),
+                code="unknown_parameter",
+            )
         files = [file.as_dict() for file in await in_thread(lambda: list(service.files))]
         return {"object": "list", "data": files, "has_more": False}
 

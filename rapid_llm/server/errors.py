@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import traceback
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 from rapid_llm.errors import (
     ContextWindowError,
@@ -21,8 +24,19 @@ from rapid_llm.errors import (
 
 logger = logging.getLogger("rapid_llm.server")
 
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""Id of the request that is answered, by which the log tells of its errors."""
+
 _NO_RETRY = {"x-should-retry": "false"}
 """Header by which OpenAI's client does not send a request again that would fail again."""
+
+
+class Json(JSONResponse):
+    """A response in ASCII, which takes strings that UTF-8 does not: a client's lone surrogates."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 class ApiError(HTTPException):
@@ -92,7 +106,7 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(501, str(error), code="not_installed", headers=_NO_RETRY)
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     places = " < ".join(f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in reversed(frames))
-    logger.error("%s at %s", type(error).__name__, places)
+    logger.error("%s %s at %s", request_id.get(), type(error).__name__, places)
     if isinstance(error, RapidError):
         return ApiError(500, str(error), headers=_NO_RETRY)
     return ApiError(
@@ -124,6 +138,10 @@ def validation_error(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) 
     if kind == "missing":
         what = f"the field {field!r} is missing" if field else "the body is missing"
         return ApiError(400, what, param=field, code="missing_required_parameter")
+    if not where and kind in ("model_attributes_type", "model_type"):
+        return ApiError(
+            400, "the body is not a JSON object: send one, with Content-Type: application/json"
+        )
     message = str(first["msg"]).removeprefix("Value error, ")
     if kind != "value_error":  # pydantic's own sentences do not name the field
         message = f"{field}: {message}" if field else message

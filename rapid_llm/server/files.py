@@ -55,7 +55,7 @@ class FileStore:
 
     Args:
         folder: folder of the store; None for one that is deleted with the object.
-        most: maximum bytes of all texts together.
+        most: maximum bytes of all texts together, with what is known of them.
 
     Raises:
         OSError: the folder cannot be made.
@@ -98,16 +98,17 @@ class FileStore:
             finally:
                 os.unlink(path)
             data = text.encode()
-            if self._used() + len(data) > self._most:
+            stored = StoredFile(name, filename, size, len(text), int(time.time()), purpose)
+            about = json.dumps(asdict(stored)).encode()
+            if self._used() + len(data) + len(about) > self._most:
                 raise ApiError(
                     413,
-                    f"the texts of all files together would exceed {self._most:,} bytes: delete "
-                    "files that are no longer needed",
+                    f"the texts and names of all files together would exceed {self._most:,} "
+                    "bytes: delete files that are no longer needed",
                     code="storage_full",
                 )
-            stored = StoredFile(name, filename, size, len(text), int(time.time()), purpose)
             self._write(f"{name}.txt", data)
-            self._write(f"{name}.json", json.dumps(asdict(stored)).encode())
+            self._write(f"{name}.json", about)
         return stored
 
     def get(self, file_id: str) -> StoredFile:
@@ -167,7 +168,7 @@ class FileStore:
 
     def _used(self) -> int:
         sizes = 0
-        for path in self._folder.glob("file-*.txt"):
+        for path in self._folder.glob("file-*"):
             with suppress(OSError):
                 sizes += path.stat().st_size
         return sizes

@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rapid_llm.server.errors import ApiError, api_error
+from rapid_llm.server.errors import ApiError, Json, api_error, request_id
+from rapid_llm.server.settings import is_loopback
 
 logger = logging.getLogger("rapid_llm.server")
 
@@ -21,7 +22,6 @@ OPEN = frozenset({"/", "/health"})
 """Paths that need no key: they tell nothing."""
 
 _UNANSWERED = 499  # nginx' status of a request whose client went away
-_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Guards:
@@ -56,36 +56,37 @@ class Guards:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req_{uuid4().hex}"
+        name = f"req_{uuid4().hex}"
+        request_id.set(name)
         started, status = time.monotonic(), _UNANSWERED
 
         async def identified(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message)["x-request-id"] = name
             await send(message)
 
         try:
             self._check(scope)
             await self._app(scope, self._limited(receive), identified)
+        except ClientDisconnect:  # within its body: there is nobody to answer
+            pass
         except Exception as error:
             # Here and not in an outer middleware, which would log the error with its text.
             shown = api_error(error)
             if status == _UNANSWERED:
-                response = JSONResponse(shown.body(), shown.status_code, shown.headers)
+                response = Json(shown.body(), shown.status_code, shown.headers)
                 await response(scope, receive, identified)
         finally:
             self._answered(scope, status)
             seconds = time.monotonic() - started
-            logger.info(
-                "%s %s %r %d %.3f s", request_id, scope["method"], scope["path"], status, seconds
-            )
+            logger.info("%s %s %r %d %.3f s", name, scope["method"], scope["path"], status, seconds)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self._local and _name_of(host) not in _LOCAL:
+        if self._local and not is_loopback(_name_of(host) or ""):
             raise ApiError(403, f"the host {host!r} is not this machine: ask for 127.0.0.1")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:

@@ -178,7 +178,7 @@ class StreamOptions(Strict):
     """What a stream holds beside the answer."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Request(Documents, _Sampling, _Template):

@@ -20,14 +20,15 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, TaskCancelledError
 from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
-from rapid_llm.server.errors import ApiError, api_error
+from rapid_llm.server.errors import ApiError, Json, api_error
 from rapid_llm.server.guards import Guards
 from rapid_llm.server.settings import ServerConfig
 
@@ -57,7 +58,7 @@ class Replica:
         from rapid_llm.server.app import create_app
 
         # The ingress has checked who asks, and from where.
-        inner = replace(server, api_key=None, host="0.0.0.0")
+        inner = replace(server, host="0.0.0.0")
         self._app = create_app(
             RapidDecoder.from_config(engine),
             inner,
@@ -114,13 +115,24 @@ class Ingress:
         body = await request.body()
         scope = {name: request.scope[name] for name in _KEPT if name in request.scope}
         key = session_of(request, body)
-        for attempt in range(_ATTEMPTS):
+        changes = request.method != "GET" and request.url.path.startswith("/v1/files")
+        attempts = 1 if changes else _ATTEMPTS  # a file is not to be kept twice
+        for attempt in range(attempts):
             messages = self._messages(scope, body, key)
             try:
                 process = pickle.loads(await anext(messages))
                 start = pickle.loads(await anext(messages))
+            except TaskCancelledError:  # the client is gone, so nobody waits for another try
+                raise
+            except RayServeException as error:
+                raise ApiError(
+                    503,
+                    "no replica takes requests at the moment: try again",
+                    code="no_replica",
+                    headers={"Retry-After": "1"},
+                ) from error
             except RayError as error:
-                if attempt < _ATTEMPTS - 1:
+                if attempt < attempts - 1:
                     continue
                 raise ApiError(
                     503, "the replica of these documents died: try again", code="replica_died"
@@ -128,7 +140,8 @@ class Ingress:
             headers = {k.decode(): v.decode("latin-1") for k, v in start["headers"]}
             headers["x-replica"] = str(process)
             headers.pop("x-request-id", None)  # the ingress gives its own
-            return StreamingResponse(_bodies(messages), start["status"], headers)
+            events = headers.get("content-type", "").startswith("text/event-stream")
+            return StreamingResponse(_bodies(messages, events), start["status"], headers)
         raise AssertionError
 
     async def _messages(
@@ -139,17 +152,21 @@ class Ingress:
             yield message
 
 
-async def _bodies(messages: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """Bodies of a response; where its replica dies, an error ends it."""
+async def _bodies(
+    messages: AsyncGenerator[bytes, None], events: bool
+) -> AsyncGenerator[bytes, None]:
+    """Bodies of a response; where its replica dies, an error event ends a stream of events."""
     async with aclosing(messages):
         try:
             async for message in messages:
                 yield pickle.loads(message).get("body", b"")
         except RayError:
+            if not events:  # an incomplete body, which the closed connection tells
+                raise
             died = ApiError(
                 503, "the replica died within the answer: ask again", code="replica_died"
             )
-            yield b"data: " + json.dumps(died.body()).encode() + b"\n\n"
+            yield b"data: " + json.dumps(died.body()).encode() + b"\n\ndata: [DONE]\n\n"
 
 
 def session_of(request: Request, body: bytes) -> str | None:
@@ -169,7 +186,13 @@ def session_of(request: Request, body: bytes) -> str | None:
     if given := asked.get("prompt_cache_key"):
         return str(given)
     common = asked.get("documents")
-    if not common and isinstance(prompt := asked.get("prompt"), list | str):
+    if isinstance(common, list):  # in any order, as they are read in the order of their ids
+        forms = ({"text": each} if isinstance(each, str) else each for each in common)
+        common = sorted(json.dumps(form, sort_keys=True) for form in forms)
+    prompt = asked.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list | str):
+        prompt = prompt[0]
+    if not common and isinstance(prompt, list | str):
         common = prompt[:512]  # RemoteDecoder's prompts begin with the documents
     if not common:
         return None
@@ -192,7 +215,8 @@ def application(
         deployment: arguments of Ray's ``serve.deployment`` for the replicas: ``num_replicas``,
             ``autoscaling_config``, ``ray_actor_options`` (``{"num_gpus": 1}``), ….
     """
-    server, retrieval = server or ServerConfig(), retrieval or RetrievalConfig()
+    server = (server or ServerConfig()).with_key_of_environment()
+    retrieval = retrieval or RetrievalConfig()
     if retrieval.store is None:  # uploaded files are every replica's
         retrieval = replace(retrieval, store=mkdtemp(prefix="rapid-llm-"))
     settings: dict[str, Any] = {
@@ -207,7 +231,7 @@ def application(
         retrieval,
         sampling or SamplingParams(seed=None),
         speculation or SpeculationConfig(),
-        server,
+        replace(server, api_key=None),  # the ingress checks it
     )
     web = _web(server)
     ingress = serve.deployment(max_ongoing_requests=_ONGOING)(serve.ingress(web)(_Bound))
@@ -228,7 +252,7 @@ def _web(server: ServerConfig) -> FastAPI:
 
     async def refuse(request: Request, error: Exception) -> Response:
         shown = api_error(error)
-        return JSONResponse(shown.body(), shown.status_code, shown.headers)
+        return Json(shown.body(), shown.status_code, shown.headers)
 
     web.add_exception_handler(ApiError, refuse)
     web.add_middleware(

@@ -3,10 +3,12 @@
 # No ``from __future__ import annotations``: the options declared in annotations are read at run
 # time.
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Annotated, ClassVar
 
+from rapid_llm.api_key import API_KEY, KEY_LIMIT, is_key
 from rapid_llm.options import Option, check
 
 _WHOLE = "a whole number of at least 1"
@@ -44,8 +46,8 @@ class ServerConfig:
         Option(
             "Key that every request must bring as Authorization: Bearer …; by default that of "
             "RAPID_LLM_API_KEY in the environment, or none.",
-            "None or a string of at least one character",
-            bool,
+            f"None or {KEY_LIMIT}",
+            is_key,
             private=True,
             metavar="KEY",
             per_call=False,
@@ -92,7 +94,7 @@ class ServerConfig:
     max_files_bytes: Annotated[
         int,
         Option(
-            "Maximum bytes of all uploaded files' texts together.",
+            "Maximum bytes of all uploaded files' texts and names together.",
             _COUNT,
             lambda n: n >= 0,
             metavar="BYTES",
@@ -125,9 +127,18 @@ class ServerConfig:
     @property
     def local(self) -> bool:
         """Whether only this machine reaches the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
+
+    def with_key_of_environment(self) -> "ServerConfig":
+        """The options, with the key of ``RAPID_LLM_API_KEY`` where they have none."""
+        return replace(self, api_key=self.api_key or os.environ.get(API_KEY) or None)
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name or address is this machine's own, which no other reaches."""
+    if name == "localhost":
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
