@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -277,12 +278,8 @@ def load(server: Server, clients: int, each: int) -> int:
             if text != alone[questions[number], number]:
                 wrong.append((number, text))
 
-    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(240)
-        assert not thread.is_alive()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients), timeout=240))
     assert wrong == []
     admission = server.service.admission
     until(lambda: (admission.active, admission.queued) == (0, 0))
