@@ -13,6 +13,7 @@ from importlib.resources import files
 
 from rapid_llm import RapidDecoder, SamplingParams, SpeculationConfig
 from rapid_llm.bench.workload import make_workload
+from rapid_llm.engine.steps import Steps
 from rapid_llm.speculation.drafters.base import Draft
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.stats import Stats
@@ -28,13 +29,15 @@ QUOTE = {
 @contextmanager
 def unmasked_drafts() -> Iterator[None]:
     """The drafter does not know the constraint; the grammar cuts its drafts."""
-    original = RagDrafter.draft
+    original = RagDrafter.drafting
 
-    def draft(self: RagDrafter, output: Sequence[int], gamma: int, *, look_ahead: bool) -> Draft:
+    def drafting(
+        self: RagDrafter, output: Sequence[int], gamma: int, *, look_ahead: bool
+    ) -> Steps[Draft]:
         sampler, constraint = self._sampler, self._sampler.constraint
         sampler.constraint = None
         try:
-            made = original(self, output, gamma, look_ahead=look_ahead)
+            made = yield from original(self, output, gamma, look_ahead=look_ahead)
         finally:
             sampler.constraint = constraint
         legal = len(constraint.legal((), made.tokens.tolist()))
@@ -42,11 +45,11 @@ def unmasked_drafts() -> Iterator[None]:
         q = made.probabilities if whole else made.probabilities[:legal]
         return Draft(made.tokens[:legal], q, made.passes)
 
-    RagDrafter.draft = draft
+    RagDrafter.drafting = drafting
     try:
         yield
     finally:
-        RagDrafter.draft = original
+        RagDrafter.drafting = original
 
 
 @dataclass(frozen=True)
