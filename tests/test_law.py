@@ -26,7 +26,7 @@ from rapid_llm.speculation.drafters import compressed, rag
 from rapid_llm.stats import Stats
 
 VOCAB = 6
-SAMPLES, FEWER_SAMPLES = 20_000, 8_000
+SAMPLES, FEWER_SAMPLES = 8_000, 5_000
 ETA = 5.0
 
 
