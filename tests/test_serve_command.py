@@ -88,7 +88,7 @@ def test_sigterm_lets_a_running_request_finish(command: Any, model: str) -> None
     assert '"finish_reason": "length"' in "".join(rest)
     server.process.wait(60)
     log = "".join(server.log)
-    assert f"POST {PATH} 200" in log
+    assert f"POST {PATH!r} 200" in log
     assert "fox" not in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url + "/health")
