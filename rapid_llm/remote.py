@@ -230,16 +230,11 @@ class RemoteDecoder:
         self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
     ) -> list[Any]:
         """:meth:`RapidDecoder.generate_many`, by the server."""
-        from rapid_llm.generation import Delta, GenerationResult
+        from rapid_llm.batching.requests import results_of
 
         asked = list(requests)
-        outcomes: list[list[Any]] = [[] for _ in asked]
-        for index, outcome in self.stream_many(asked, return_exceptions=return_exceptions):
-            outcomes[index].append(outcome)
-        return [
-            GenerationResult.from_deltas(each) if isinstance(each[-1], Delta) else each[-1]
-            for each in outcomes
-        ]
+        outcomes = self.stream_many(asked, return_exceptions=return_exceptions)
+        return results_of(len(asked), outcomes)
 
     def stream_many(
         self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False

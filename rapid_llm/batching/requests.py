@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from queue import SimpleQueue
@@ -15,7 +15,7 @@ from rapid_llm.encoding import Prompt
 from rapid_llm.engine.kept.chain import PassChain
 from rapid_llm.engine.kept.prefixes import chain_of
 from rapid_llm.errors import GenerationTimeoutError
-from rapid_llm.generation import Delta
+from rapid_llm.generation import Delta, GenerationResult
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
 
@@ -34,6 +34,28 @@ class GenerationRequest:
     confidence: float = 1.0
     progress: PromptProgress | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+
+
+def results_of(
+    requests: int, outcomes: Iterable[tuple[int, Delta | Exception]]
+) -> list[GenerationResult | Exception]:
+    """Results of requests from their deltas, in the order of the requests.
+
+    Args:
+        requests: number of requests.
+        outcomes: (index of the request, delta or error), as they come; an error is the result.
+    """
+    deltas: list[list[Delta]] = [[] for _ in range(requests)]
+    errors: dict[int, Exception] = {}
+    for index, outcome in outcomes:
+        if isinstance(outcome, Delta):
+            deltas[index].append(outcome)
+        else:
+            errors[index] = outcome
+    return [
+        errors[index] if index in errors else GenerationResult.from_deltas(each)
+        for index, each in enumerate(deltas)
+    ]
 
 
 class Ticket:

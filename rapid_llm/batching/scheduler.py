@@ -19,7 +19,13 @@ from typing import Any, Literal, NamedTuple, Protocol, cast, overload
 import torch
 
 from rapid_llm.aio import in_thread
-from rapid_llm.batching.requests import DeltaStream, GenerationRequest, Outcome, Ticket
+from rapid_llm.batching.requests import (
+    DeltaStream,
+    GenerationRequest,
+    Outcome,
+    Ticket,
+    results_of,
+)
 from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
 from rapid_llm.config import EngineConfig, SamplingParams, SpeculationConfig
@@ -254,17 +260,7 @@ class Scheduler:
     ) -> list[Any]:
         """Answer requests at once; see :meth:`RapidDecoder.generate_many`."""
         checked = self._checked(requests, return_exceptions)
-        deltas: list[list[Delta]] = [[] for _ in checked]
-        errors: dict[int, Exception] = {}
-        for index, outcome in self._streamed(checked, return_exceptions):
-            if isinstance(outcome, Delta):
-                deltas[index].append(outcome)
-            else:
-                errors[index] = outcome
-        return [
-            errors[index] if index in errors else GenerationResult.from_deltas(each)
-            for index, each in enumerate(deltas)
-        ]
+        return results_of(len(checked), self._streamed(checked, return_exceptions))
 
     def _validated(self, request: GenerationRequest) -> Request:
         return self.decoder.request(
