@@ -29,13 +29,14 @@ from rapid_llm.errors import (
 from rapid_llm.stats import Stats
 
 if TYPE_CHECKING:
-    from rapid_llm.batching import GenerationRequest
     from rapid_llm.context import ContextBuilder, RetrievalContext, read_document
     from rapid_llm.context.prompts import build_messages
-    from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
+    from rapid_llm.decoder import RapidDecoder
+    from rapid_llm.interface import GenerationRequest
     from rapid_llm.models import LoadedModel, load_model
     from rapid_llm.pipeline import Answer, Conversation, RapidPipeline
     from rapid_llm.remote import RemoteDecoder
+    from rapid_llm.results import Delta, GenerationResult
 
 try:
     __version__ = version("rapid-llm")
@@ -44,11 +45,11 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 _LAZY = {
     "Answer": "rapid_llm.pipeline",
-    "Delta": "rapid_llm.decoder",
+    "Delta": "rapid_llm.results",
     "ContextBuilder": "rapid_llm.context",
     "Conversation": "rapid_llm.pipeline",
-    "GenerationRequest": "rapid_llm.batching",
-    "GenerationResult": "rapid_llm.decoder",
+    "GenerationRequest": "rapid_llm.interface",
+    "GenerationResult": "rapid_llm.results",
     "LoadedModel": "rapid_llm.models",
     "RapidDecoder": "rapid_llm.decoder",
     "RapidPipeline": "rapid_llm.pipeline",

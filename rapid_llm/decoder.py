@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from math import fsum
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 from weakref import ReferenceType, ref
 
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_with_progress
-from rapid_llm.batching import GenerationRequest, Scheduler
+from rapid_llm.batching import Scheduler
 from rapid_llm.chat import checked_variables, end_of_turn
-from rapid_llm.config import EngineConfig, Quantization, SamplingParams, SpeculationConfig
+from rapid_llm.config import EngineConfig, Quantization, SamplingParams
 from rapid_llm.device_maps import placements
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
@@ -35,20 +36,16 @@ from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.forked import Owner, ProcessLock, limit_threads
-from rapid_llm.generation import (
-    Delta,
-    FinishReason,
-    GenerationResult,
-    TokenLogprob,
-    logprobs,
-)
+from rapid_llm.interface import Decoder, GenerationRequest
 from rapid_llm.limits import host_memory
+from rapid_llm.logprobs import TokenLogprob, logprobs
 from rapid_llm.models import HUB_ACCESS, device_memory, load_model
 from rapid_llm.old_names import RENAMED, with_new_names
 from rapid_llm.opening import Opener
 from rapid_llm.options import changed, given, options_of, sorted_into
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import ModelPair, Request
+from rapid_llm.results import Delta, FinishReason, GenerationResult
 from rapid_llm.speculation.constraints import Constraints
 from rapid_llm.vocabulary import unshared_tokens
 
@@ -75,7 +72,7 @@ class Memory:
     kept_kv_disk: int = 0
 
 
-class RapidDecoder:
+class RapidDecoder(Decoder):
     """Generates text with a target model and, optionally, a separate drafter.
 
     Between calls it keeps the KV of prompts, so that the next question on a document, or the next
@@ -148,28 +145,15 @@ class RapidDecoder:
         max_sequences: int = EngineConfig.max_sequences,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        options = dict(locals())  # as they were given, to be pickled with the models
         limit_threads()
         self.max_sequences = changed(EngineConfig(), {"max_sequences": max_sequences}).max_sequences
         # A copy: the caller may let theirs cut or pad, which a fast tokenizer remembers.
         self.tokenizer = copy.deepcopy(tokenizer)
         self.chat_template_kwargs = checked_variables(chat_template_kwargs)
-        self._made_of: Any = (
-            (model, self.tokenizer, drafter),
-            {
-                "drafter_tokenizer": drafter_tokenizer,
-                "name": name,
-                "drafter_name": drafter_name,
-                "attn_implementation": attn_implementation,
-                "cuda_graphs": cuda_graphs,
-                "drafter_quantization": drafter_quantization,
-                "kv_cache_bytes": kv_cache_bytes,
-                "kv_cache_host_bytes": kv_cache_host_bytes,
-                "kv_cache_dir": kv_cache_dir,
-                "kv_cache_dir_bytes": kv_cache_dir_bytes,
-                "max_sequences": max_sequences,
-                "chat_template_kwargs": self.chat_template_kwargs,
-            },
-        )
+        del options["self"]
+        own = {"tokenizer": self.tokenizer, "chat_template_kwargs": self.chat_template_kwargs}
+        self._made_of: EngineConfig | dict[str, Any] = options | own
         self.target = ModelRunner(model, name or _name_of(model), attn_implementation, cuda_graphs)
         self.drafter = self.target
         unshared: frozenset[int] = frozenset()
@@ -268,26 +252,11 @@ class RapidDecoder:
             drafter_tokenizer=tokenizer,
             name=loaded.name,
             drafter_name=name,
-            attn_implementation=config.attn_implementation,
-            cuda_graphs=config.cuda_graphs,
-            drafter_quantization=config.drafter_quantization,
-            kv_cache_bytes=config.kv_cache_bytes,
-            kv_cache_host_bytes=config.kv_cache_host_bytes,
-            kv_cache_dir=config.kv_cache_dir,
-            kv_cache_dir_bytes=config.kv_cache_dir_bytes,
-            max_sequences=config.max_sequences,
-            chat_template_kwargs=config.chat_template_kwargs,
+            **{name: getattr(config, name) for name in _OPTIONS},
         )
         if draft_by_name:
             decoder._made_of = config
         return decoder
-
-    def __copy__(self) -> RapidDecoder:
-        return self
-
-    def __deepcopy__(self, memo: object) -> RapidDecoder:
-        """The decoder itself: a copy would share the weights and read documents anew."""
-        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as the names that it was loaded by, or as its models; never with kept KV.
@@ -346,82 +315,6 @@ class RapidDecoder:
         ids = encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
         return self._prefixes.keep_only(self.target, ids)
 
-    def generate(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        confidence: float = 1.0,
-        progress: PromptProgress | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> GenerationResult:
-        """Answer a prompt; arguments and errors are those of :meth:`stream`."""
-        stream = self.stream(
-            target_prompt,
-            draft_prompt,
-            sampling=sampling,
-            speculation=speculation,
-            confidence=confidence,
-            progress=progress,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        return GenerationResult.from_deltas(list(stream))
-
-    def stream(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        confidence: float = 1.0,
-        progress: PromptProgress | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[Delta]:
-        """Answer a prompt and yield one delta per round.
-
-        Args:
-            target_prompt: the whole context and the question, as a string (no template is applied),
-                chat messages (the model's template is applied) or token ids. None lets the drafter
-                answer alone from its own prompt (plain RAG).
-            draft_prompt: the retrieved context and the question. None decodes with the target
-                alone.
-            sampling: sampling options; greedy by default.
-            speculation: speculation options; ignored without a draft prompt.
-            confidence: confidence of the retrieval, in [0, 1]; used with ``dynamic_eta``.
-            progress: callback for the progress of the prefill.
-            chat_template_kwargs: variables of the chat template for this call; they override the
-                decoder's variables of the same names.
-
-        Yields:
-            The text and tokens of each round. ``max_new_tokens`` is reduced to the room in the
-            context window, see ``stats.max_new_tokens``. A draft prompt too long for the drafter
-            is left out, see ``stats.draft_skipped``.
-
-        Raises:
-            InvalidParameterError: neither prompt was given, one is malformed, or the confidence is
-                outside its range.
-            ContextWindowError: the prompt to answer leaves no room for a token in its model's
-                context window.
-            TokenizerMismatchError: the prompt to answer has a token that its model lacks.
-            NumericalError: a model produced NaN (raised while streaming).
-            ForkedProcessError: this process was forked from the one that loaded the models.
-            GenerationTimeoutError: ``sampling.timeout`` seconds have passed since the call (raised
-                while streaming, between two chunks of the prefill or after a round).
-        """
-        started = time.perf_counter()
-        request = self.request(
-            target_prompt,
-            draft_prompt,
-            sampling=sampling,
-            speculation=speculation,
-            confidence=confidence,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        return self.opener.answer(request, started, progress)
-
     @property
     def scheduler(self) -> Scheduler:
         """The scheduler for calls of threads and tasks that are to be answered at once.
@@ -436,81 +329,36 @@ class RapidDecoder:
                 self._scheduler = ref(found)
             return found
 
-    @overload
-    def generate_many(self, requests: Iterable[GenerationRequest]) -> list[GenerationResult]: ...
-
-    @overload
-    def generate_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: Literal[True]
-    ) -> list[GenerationResult | Exception]: ...
-
-    def generate_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
-    ) -> Any:
-        """Answer many requests at once, at most ``max_sequences`` of them.
-
-        Their passes are joined, and a document that several share is read and held once, see
-        :class:`rapid_llm.batching.Scheduler`. Answers have the law of single calls, and the same
-        tokens but for rounding.
-
-        Args:
-            requests: arguments of :meth:`stream`, one object a request.
-            return_exceptions: whether a request that failed has its error in the place of a result,
-                and the others go on. Otherwise the first error is raised, and the others stop.
-
-        Returns:
-            One result a request, in their order.
-
-        Raises:
-            RapidError: any error of :meth:`stream`.
-        """
-        if return_exceptions:
-            return self.scheduler.generate_many(requests, return_exceptions=True)
-        return self.scheduler.generate_many(requests)
-
-    @overload
-    def stream_many(self, requests: Iterable[GenerationRequest]) -> Iterator[tuple[int, Delta]]: ...
-
-    @overload
-    def stream_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: Literal[True]
-    ) -> Iterator[tuple[int, Delta | Exception]]: ...
-
-    def stream_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
-    ) -> Any:
-        """:meth:`generate_many` as a stream of (index of the request, delta), as they come.
-
-        Closing it cancels all requests.
-        """
-        if return_exceptions:
-            return self.scheduler.stream_many(requests, return_exceptions=True)
-        return self.scheduler.stream_many(requests)
-
-    def request(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        confidence: float = 1.0,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Request:
-        """Validate a call of :meth:`stream`, and encode its prompts; no model runs.
+    def validated(self, request: GenerationRequest) -> Request:
+        """Validate the arguments of a call, and encode its prompts; no model runs.
 
         Raises:
             RapidError: any error of :meth:`stream` that it does not raise while streaming.
         """
         self._loaded_in.require()
         return self._pair.request(
-            target_prompt,
-            draft_prompt,
-            given(sampling, SamplingParams, "sampling"),
-            speculation,
-            confidence,
-            self.chat_template_kwargs | checked_variables(chat_template_kwargs),
+            request.target_prompt,
+            request.draft_prompt,
+            given(request.sampling, SamplingParams, "sampling"),
+            request.speculation,
+            request.confidence,
+            self.chat_template_kwargs | checked_variables(request.chat_template_kwargs),
         )
+
+    def _stream(self, request: GenerationRequest) -> Iterator[Delta]:
+        started = time.perf_counter()
+        return self.opener.answer(self.validated(request), started, request.progress)
+
+    def _astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        return iterate_with_progress(
+            lambda report: self.stream(*request.prompts, **request.options | {"progress": report}),
+            request.progress,
+        )
+
+    def _stream_many(
+        self, requests: Sequence[GenerationRequest], return_exceptions: bool
+    ) -> Iterator[tuple[int, Delta | Exception]]:
+        return self.scheduler._stream_many(requests, return_exceptions)
 
     def log_likelihood(self, prompt: Prompt, continuation: str, *, drafter: bool = False) -> float:
         """Natural logarithm of the probability of a continuation given a prompt.
@@ -582,42 +430,18 @@ class RapidDecoder:
                 partial(logprobs, session, ids, tokens, top), self._prefixes.free_devices
             )
 
-    def astream(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        confidence: float = 1.0,
-        progress: PromptProgress | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[Delta]:
-        """:meth:`stream` for asyncio; the models run in a thread and do not block the event loop.
 
-        Cancelling the task or closing the iterator stops the generation after the current round or
-        chunk of the prefill. ``progress`` is called in that thread.
-        """
-
-        return iterate_with_progress(
-            lambda report: self.stream(
-                target_prompt,
-                draft_prompt,
-                sampling=sampling,
-                speculation=speculation,
-                confidence=confidence,
-                progress=report,
-                chat_template_kwargs=chat_template_kwargs,
-            ),
-            progress,
-        )
+_OPTIONS = signature(RapidDecoder).parameters.keys() & options_of(EngineConfig).keys() - {
+    "model",
+    "drafter",
+}
+"""Options of the engine that a decoder takes with loaded models."""
 
 
-def _unpickled(cls: type[RapidDecoder], made_of: Any) -> RapidDecoder:
+def _unpickled(cls: type[RapidDecoder], made_of: EngineConfig | dict[str, Any]) -> RapidDecoder:
     if isinstance(made_of, EngineConfig):
         return cls.from_config(made_of)
-    models, options = made_of
-    return cls(*models, **options)
+    return cls(**made_of)
 
 
 def _name_of(model: PreTrainedModel) -> str:

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from rapid_llm import __version__
 from rapid_llm.config import PACKAGED_EMBEDDER, PACKAGED_MODEL
-from rapid_llm.context.embedding import packaged_embedder
+from rapid_llm.context.embedder_loading import packaged_embedder
 from rapid_llm.engine.device import device_of
 from rapid_llm.engine.supported import SUPPORTED
 from rapid_llm.errors import MissingDependencyError

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isnan
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,12 +22,12 @@ from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.device import FEW_TOKENS
 from rapid_llm.engine.kept.tiers import Tier
-from rapid_llm.engine.memory import steps_with_memory
-from rapid_llm.engine.session import Session
-from rapid_llm.engine.steps import Extend, Steps, VerifyAlone, Wanted, alone
+from rapid_llm.engine.memory import TRIES
+from rapid_llm.engine.session import Extend, Session, VerifyAlone
+from rapid_llm.engine.steps import Steps, Wanted, alone
 from rapid_llm.errors import GenerationTimeoutError, NumericalError
-from rapid_llm.old_names import OldName
 from rapid_llm.progress import PromptProgress
+from rapid_llm.results import Delta, FinishReason
 from rapid_llm.speculation.acceptance import dynamic_eta
 from rapid_llm.speculation.drafters.base import Draft, Drafter
 from rapid_llm.speculation.sampling import Sampler
@@ -36,67 +36,13 @@ from rapid_llm.speculation.verification import Judge, Verdict, verify
 from rapid_llm.stats import NOTHING_PAID, Method, Origin, Stats
 from rapid_llm.text import TextStream
 
-FinishReason = Literal["stop", "length"]
-_NAN = "{name} produced NaN logits; check its weights, or load it in another dtype"
+NAN_LOGITS = "{name} produced NaN logits; check its weights, or load it in another dtype"
+"""Message of a NumericalError, with the name of the model."""
+
 DRAFTED: tuple[Method, ...] = ("rapid", "sd")
 """Methods in which the target verifies drafts."""
 
 _T = TypeVar("_T")
-
-"""Callback during prefill, called with (model whose prompt is read, tokens read, total tokens)."""
-
-
-@dataclass(frozen=True)
-class Delta:
-    """The part of an answer that one round added.
-
-    Attributes:
-        text: new text that will not change; empty while a character or a stop string may still be
-            incomplete.
-        token_ids: ids of the round's tokens.
-        finish_reason: None but on the last delta: ``stop`` (an end-of-sequence token of the model
-            or the tokenizer, the chat template's end of a turn, or a stop string) or ``length``
-            (``max_new_tokens`` reached).
-        stats: totals so far, complete on the last delta.
-        origins: where each of the tokens came from.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-    stats: Stats
-    origins: tuple[Origin, ...] = ()
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """A finished answer.
-
-    Attributes:
-        text: the answer without special tokens, cut before a stop string.
-        token_ids: ids of all generated tokens, including the token that ended the answer.
-        finish_reason: ``stop`` or ``length``, see :class:`Delta`.
-        stats: counts and times of the generation.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    stats: Stats
-
-    from_chunks = OldName("from_deltas")
-
-    @classmethod
-    def from_deltas(cls, deltas: Sequence[Delta]) -> GenerationResult:
-        """Join all deltas of a finished stream."""
-        last = deltas[-1]
-        assert last.finish_reason is not None
-        return cls(
-            text="".join(delta.text for delta in deltas),
-            token_ids=[token for delta in deltas for token in delta.token_ids],
-            finish_reason=last.finish_reason,
-            stats=last.stats,
-        )
 
 
 @dataclass
@@ -223,7 +169,7 @@ class Generation:
         verdict = Verdict.read(judged)  # the only host synchronisation of the round
         if verdict.target_nan or verdict.drafter_nan:
             name = self.target.runner.name if verdict.target_nan else self._drafter_name
-            raise NumericalError(_NAN.format(name=name))
+            raise NumericalError(NAN_LOGITS.format(name=name))
         drafted, n = verdict.drafted, verdict.accepted
         self.stats.rounds += 1
         if schedule is not None:
@@ -310,13 +256,13 @@ class Generation:
         """Run a step; when memory runs out, free idle memory and run the step again."""
         generator = self.sampler.generator
         drawn = generator.get_state()
-
-        def free() -> None:
+        for _ in range(TRIES):
+            with suppress(torch.OutOfMemoryError):  # its traceback would keep tensors alive
+                return (yield from step())
             self.target.rollback(self._read)
             generator.set_state(drawn)  # a seed gives the same answer however often it is tried
             self._free_memory()
-
-        return (yield from steps_with_memory(step, free))
+        return (yield from step())
 
     def require_time(self) -> None:
         """Raise GenerationTimeoutError if the sampling's ``timeout`` has passed."""
@@ -397,48 +343,3 @@ def answering(
             generation.require_time()
         origins = generation.origins[: len(new)]
         yield Delta("".join(pieces), tuple(new), finish, replace(stats), origins)
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Natural logarithm of a token's probability, and those of the most likely tokens there.
-
-    Attributes:
-        token_id: id of the token.
-        logprob: logarithm of its probability, at temperature 1 and without other processors.
-        top: ids and logarithms of the most likely tokens, the most likely first.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@torch.inference_mode()
-def logprobs(
-    session: Session, prompt: list[int], continuation: list[int], top: int
-) -> list[TokenLogprob]:
-    """Logarithms of the probabilities of a continuation's tokens given a prompt.
-
-    After an error it may be called again with the same session, and goes on where it stopped.
-
-    Args:
-        session: session of the model that scores.
-        prompt: token ids of the prompt, at least one.
-        continuation: token ids of the continuation, at least one.
-        top: number of the most likely tokens to tell at each place.
-
-    Raises:
-        NumericalError: the model produced NaN.
-    """
-    session.rollback(len(prompt) - 1)
-    session.prefill(prompt[:-1])
-    device = session.runner.device
-    logits = session.extend(torch.tensor([prompt[-1], *continuation[:-1]], device=device))
-    logs = F.log_softmax(logits.float(), dim=-1)
-    own = logs.gather(1, torch.tensor(continuation, device=device)[:, None])[:, 0].tolist()
-    if any(map(isnan, own)):
-        raise NumericalError(_NAN.format(name=session.runner.name))
-    best, ids = logs.topk(top, dim=-1)
-    rows = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), best.tolist(), strict=True)]
-    return list(map(TokenLogprob, continuation, own, rows))

@@ -16,9 +16,10 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
 from rapid_llm.engine.steps import Wanted, each_alone
-from rapid_llm.generation import DRAFTED, Delta, Generation, answering
+from rapid_llm.generation import DRAFTED, Generation, answering
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import ModelPair, Request
+from rapid_llm.results import Delta
 from rapid_llm.speculation.drafters import compressed
 from rapid_llm.speculation.drafters.base import Drafter
 from rapid_llm.speculation.drafters.lookup import CERTAIN, SIZES, PromptLookupDrafter

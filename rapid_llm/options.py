@@ -229,14 +229,19 @@ def require(group: type, **values: Any) -> None:
         options_of(group)[name].checked(value)
 
 
-def given(settings: _Settings | None, group: type[_Settings], name: str) -> _Settings:
-    """Settings that a caller has given, or the defaults.
+def given(
+    settings: _Settings | None,
+    group: type[_Settings],
+    name: str,
+    default: _Settings | None = None,
+) -> _Settings:
+    """Settings that a caller has given, or a default; by default those of ``group``.
 
     Raises:
         InvalidParameterError: they are not an instance of ``group``.
     """
     if settings is None:
-        return group()
+        return group() if default is None else default
     if not isinstance(settings, group):
         raise InvalidParameterError(
             f"{name} of type {type(settings).__name__} is not allowed: pass a {group.__name__}"

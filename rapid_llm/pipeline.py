@@ -3,82 +3,33 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
-from rapid_llm.batching import GenerationRequest
+from rapid_llm.answers import Answer, AnswerStream, PreparedAnswer
+from rapid_llm.arguments import arguments_of, from_arguments
 from rapid_llm.chat import checked_variables
 from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.context.builder import ContextBuilder, RetrievalContext
 from rapid_llm.context.embedding import Embedder
-from rapid_llm.context.prompts import (
-    Fitted,
-    fit_documents,
-    retrieval_query,
-    room_for_retrieved,
-    with_document,
-)
+from rapid_llm.context.prompts import Fitted, fit_documents, room_for_retrieved
 from rapid_llm.context.retrieved import SEPARATOR, Passage, texts_by_id
 from rapid_llm.context.validation import require_documents, require_text
-from rapid_llm.decoder import Delta, GenerationResult, RapidDecoder
+from rapid_llm.decoder import RapidDecoder
 from rapid_llm.encoding import Message, Prompt
-from rapid_llm.errors import DocumentError, InvalidParameterError
+from rapid_llm.errors import DocumentError
+from rapid_llm.interface import GenerationRequest
 from rapid_llm.options import changed, given
 from rapid_llm.progress import StageProgress
-from rapid_llm.stats import Method, Stats
-
-METHODS: tuple[Method, ...] = get_args(Method)
-"""Callback, called with (stage, done, total): chunks embedded, or prompt tokens read."""
+from rapid_llm.questions import CheckedQuestion, Question, checked_history, require_method
+from rapid_llm.results import Delta
+from rapid_llm.stats import Method
 
 _CONTEXTS = 64  # retrievals kept, so that comparing methods on a question retrieves only once
-
-
-@dataclass(frozen=True)
-class Answer(GenerationResult):
-    """An answer with its question and retrieval context.
-
-    Attributes:
-        question: the question asked.
-        context: the retrieval context that the drafter read; None for ``lc``, which retrieves
-            nothing.
-    """
-
-    question: str = ""
-    context: RetrievalContext | None = None
-
-
-class AnswerStream(Iterator[Delta]):
-    """The deltas of an answer, as they come; closing it stops the generation.
-
-    Attributes:
-        question: the question asked.
-        context: retrieval context that the drafter reads; None for method ``lc``.
-    """
-
-    def __init__(
-        self, question: str, context: RetrievalContext | None, deltas: Iterator[Delta]
-    ) -> None:
-        self.question = question
-        self.context = context
-        self._deltas = deltas
-
-    def __next__(self) -> Delta:
-        return next(self._deltas)
-
-    def close(self) -> None:
-        """Stop the generation; the decoder is free again."""
-        close = getattr(self._deltas, "close", None)
-        if close is not None:
-            close()
-
-    def answer(self, deltas: Sequence[Delta]) -> Answer:
-        """Join all deltas that this stream has given."""
-        result = GenerationResult.from_deltas(deltas)
-        return Answer(**vars(result), question=self.question, context=self.context)
 
 
 class RapidPipeline:
@@ -143,9 +94,10 @@ class RapidPipeline:
             device=self.decoder.target.device,
         )
 
-    def ask(self, question: str, method: Method = "rapid", **call: Any) -> Answer:
+    @arguments_of(Question)
+    def ask(self, question: Question) -> Answer:
         """Answer a question; arguments and errors are those of :meth:`stream`."""
-        stream = self.stream(question, method, **call)
+        stream = self._stream(question)
         return stream.answer(list(stream))
 
     def ask_many(
@@ -183,9 +135,9 @@ class RapidPipeline:
                 f"questions={questions!r} is one string: give a list of questions, or use ask"
             )
 
-        def prepared(question: str) -> _Prepared | Exception:
+        def prepared(question: str) -> PreparedAnswer | Exception:
             try:
-                return self._prepared(question, method, **call)
+                return self._prepared(from_arguments(Question, question, method, **call))
             except Exception as error:
                 if not return_exceptions:
                     raise
@@ -194,54 +146,46 @@ class RapidPipeline:
         return self._answered(list(map(prepared, questions)), return_exceptions)
 
     def _answered(
-        self, prepared: Sequence[_Prepared | Exception], return_exceptions: bool
+        self, prepared: Sequence[PreparedAnswer | Exception], return_exceptions: bool
     ) -> Iterator[Answer | Exception]:
         """Answers and errors in order, each as soon as all before it are there."""
+        outcomes = list(prepared)
         asked = [
             (place, each.request)
             for place, each in enumerate(prepared)
-            if isinstance(each, _Prepared) and each.request is not None
+            if isinstance(each, PreparedAnswer) and each.request is not None
         ]
-        requests = [request for _, request in asked]
+        waiting = {place for place, _ in asked}
         deltas: list[list[Delta]] = [[] for _ in prepared]
-        errors = {place: each for place, each in enumerate(prepared) if isinstance(each, Exception)}
-        stream = self.decoder.stream_many(requests, return_exceptions=True)
-        for place, each in enumerate(prepared):
-            if isinstance(each, _Prepared) and each.request is None:
-                deltas[place] = [each.nothing]
-        with closing(cast("Generator[tuple[int, Delta | Exception], None, None]", stream)):
-            for place, each in enumerate(prepared):
-                while place not in errors and not (
-                    deltas[place] and deltas[place][-1].finish_reason is not None
-                ):
-                    index, outcome = next(stream)
-                    if isinstance(outcome, Delta):
-                        deltas[asked[index][0]].append(outcome)
+        stream: Any = self.decoder.stream_many(
+            [request for _, request in asked], return_exceptions=True
+        )
+        with closing(stream):
+            for place in range(len(outcomes)):
+                while place in waiting:
+                    index, item = next(stream)
+                    at, _ = asked[index]
+                    if isinstance(item, Delta):
+                        deltas[at].append(item)
                     else:
-                        errors[asked[index][0]] = outcome
-                if place not in errors:
-                    assert isinstance(each, _Prepared)
-                    yield each.stream(iter(())).answer(list(each.explained(deltas[place])))
+                        outcomes[at] = item
+                    if not isinstance(item, Delta) or item.finish_reason is not None:
+                        waiting.remove(at)
+                outcome = outcomes[place]
+                if isinstance(outcome, PreparedAnswer):
+                    answer = outcome.stream(iter(deltas[place]))
+                    yield answer.answer(list(answer))
                 elif return_exceptions:
-                    yield errors[place]
+                    yield outcome
                 else:
-                    raise errors[place]
+                    raise outcome
 
     def chat(self, method: Method = "rapid") -> Conversation:
         """Begin a conversation about the documents; each question sees the earlier ones."""
         return Conversation(self, method)
 
-    def stream(
-        self,
-        question: str,
-        method: Method = "rapid",
-        *,
-        history: Sequence[Message] = (),
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        progress: StageProgress | None = None,
-    ) -> AnswerStream:
+    @arguments_of(Question)
+    def stream(self, question: Question) -> AnswerStream:
         """Answer a question and yield one delta per round.
 
         Args:
@@ -263,68 +207,46 @@ class RapidPipeline:
             ContextWindowError: a prompt is too long for its model.
             RapidError: any other error of :meth:`retrieve` and :meth:`RapidDecoder.stream`.
         """
-        prepared = self._prepared(
-            question,
-            method,
-            history=history,
-            sampling=sampling,
-            speculation=speculation,
-            chat_template_kwargs=chat_template_kwargs,
-            progress=progress,
-        )
-        request = prepared.request
-        if request is None:
-            return prepared.stream(prepared.explained([prepared.nothing]))
-        deltas = self.decoder.stream(
-            request.target_prompt,
-            request.draft_prompt,
-            sampling=request.sampling,
-            speculation=request.speculation,
-            confidence=request.confidence,
-            progress=request.progress,
-            chat_template_kwargs=request.chat_template_kwargs,
-        )
-        return prepared.stream(prepared.explained(deltas))
+        return self._stream(question)
 
-    def _prepared(
-        self,
-        question: str,
-        method: Method,
-        *,
-        history: Sequence[Message] = (),
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        progress: StageProgress | None = None,
-    ) -> _Prepared:
-        """Retrieve for a question, and make its request; arguments are those of :meth:`stream`."""
-        require_method(method)
-        question = require_text("the question", question)
-        call = _Call(
-            question,
-            _checked_history(history),
-            self.sampling if sampling is None else given(sampling, SamplingParams, "sampling"),
-            self.speculation
-            if speculation is None
-            else given(speculation, SpeculationConfig, "speculation"),
-            self.decoder.chat_template_kwargs | checked_variables(chat_template_kwargs),
+    def _stream(self, question: Question) -> AnswerStream:
+        prepared = self._prepared(question)
+        request = prepared.request
+        return prepared.stream(
+            iter(())
+            if request is None
+            else self.decoder.stream(*request.prompts, **request.options)
         )
-        context = None if method == "lc" else self._retrieved(call, progress)
+
+    def _prepared(self, asked: Question) -> PreparedAnswer:
+        """Retrieve for a question, and make its request."""
+        require_method(asked.method)
+        text = require_text("the question", asked.question)
+        variables = checked_variables(asked.chat_template_kwargs)
+        question = CheckedQuestion(
+            text,
+            checked_history(asked.history),
+            given(asked.sampling, SamplingParams, "sampling", self.sampling),
+            given(asked.speculation, SpeculationConfig, "speculation", self.speculation),
+            self.decoder.chat_template_kwargs | variables,
+        )
+        method = asked.method
+        context = None if method == "lc" else self._retrieved(question, asked.progress)
         skipped = context.empty_reason if context is not None else None
         if skipped is not None and self.retrieval.on_empty == "empty":
-            return _Prepared(question, method, context, skipped, 0, None)
-        prompts = self._prompts("lc" if skipped is not None else method, call, context)
-        exact = replace(call.speculation, mode="exact")
+            return PreparedAnswer(text, method, context, skipped, 0, None)
+        prompts = self._prompts("lc" if skipped is not None else method, question, context)
+        exact = replace(question.speculation, mode="exact")
         request = GenerationRequest(
             prompts.target,
             prompts.draft,
-            call.sampling,
-            exact if method == "sd" else call.speculation,
-            1.0 if context is None else context.confidence,
-            progress,
-            call.variables,
+            sampling=question.sampling,
+            speculation=exact if method == "sd" else question.speculation,
+            confidence=1.0 if context is None else context.confidence,
+            progress=asked.progress,
+            chat_template_kwargs=question.variables,
         )
-        return _Prepared(question, method, context, skipped, prompts.omitted_tokens, request)
+        return PreparedAnswer(text, method, context, skipped, prompts.omitted_tokens, request)
 
     def retrieve(self, question: str, *, progress: StageProgress | None = None) -> RetrievalContext:
         """Retrieve the drafter's context for a question.
@@ -340,12 +262,14 @@ class RapidPipeline:
         """
         question = require_text("the question", question)
         variables = self.decoder.chat_template_kwargs
-        call = _Call(question, (), self.sampling, self.speculation, variables)
-        return self._retrieved(call, progress)
+        asked = CheckedQuestion(question, (), self.sampling, self.speculation, variables)
+        return self._retrieved(asked, progress)
 
-    def _retrieved(self, call: _Call, progress: StageProgress | None) -> RetrievalContext:
-        room = self._room(call)
-        query = call.query
+    def _retrieved(
+        self, question: CheckedQuestion, progress: StageProgress | None
+    ) -> RetrievalContext:
+        room = self._room(question)
+        query = question.query
         known = self._contexts.pop(query, None)
         if known is None or known.room != room:  # a history or a longer answer leaves less room
             context = self.builder.build(
@@ -360,38 +284,42 @@ class RapidPipeline:
             self._contexts.popitem(last=False)
         return known.context
 
-    def _room(self, call: _Call) -> int:
+    def _room(self, question: CheckedQuestion) -> int:
         """Number of tokens that both context windows leave for the retrieved text."""
         decoder = self.decoder
         window = min(decoder.target.context_window, decoder.drafter.context_window)
-        most = call.sampling.max_new_tokens
-        return room_for_retrieved(call.messages, decoder.tokenizer, window, most, call.variables)
+        most = question.sampling.max_new_tokens
+        return room_for_retrieved(
+            question.messages, decoder.tokenizer, window, most, question.variables
+        )
 
-    def _prompts(self, method: Method, call: _Call, context: RetrievalContext | None) -> _Prompts:
+    def _prompts(
+        self, method: Method, question: CheckedQuestion, context: RetrievalContext | None
+    ) -> _Prompts:
         found: list[list[Passage]] = [[] for _ in self.documents]
         for chunk in () if context is None or method == "lc" else context.chunks:
             found[chunk.document].append(Passage(chunk.text, start=chunk.start))
-        draft = None if context is None or method == "lc" else call.messages(context.text)
+        draft = None if context is None or method == "lc" else question.messages(context.text)
         if method == "rag":
             return _Prompts(None, draft, 0)
-        whole = self._fitted(call, found)
+        whole = self._fitted(question, found)
         return _Prompts(whole.prompt, draft, whole.omitted_tokens)
 
-    def _fitted(self, call: _Call, passages: Sequence[Sequence[Passage]]) -> Fitted:
+    def _fitted(self, question: CheckedQuestion, passages: Sequence[Sequence[Passage]]) -> Fitted:
         """The target's prompt, with documents cut to its context window if ``truncate`` says so."""
 
         def render(texts: Sequence[str]) -> list[Message]:
-            return call.messages(SEPARATOR.join(text for text in texts if text.strip()))
+            return question.messages(SEPARATOR.join(text for text in texts if text.strip()))
 
         return fit_documents(
             self.documents,
             render,
             self.decoder.tokenizer,
             self.decoder.target.context_window,
-            call.sampling.max_new_tokens,
+            question.sampling.max_new_tokens,
             self.retrieval.truncate,
             passages=passages,
-            chat_template_kwargs=call.variables,
+            chat_template_kwargs=question.variables,
         )
 
 
@@ -441,70 +369,6 @@ class Conversation:
         ]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A question with its history and options.
-
-    Attributes:
-        question: the question.
-        history: earlier chat messages.
-        sampling: sampling options.
-        speculation: speculation options.
-        variables: variables of the chat template.
-    """
-
-    question: str
-    history: tuple[Message, ...]
-    sampling: SamplingParams
-    speculation: SpeculationConfig
-    variables: Mapping[str, Any]
-
-    @property
-    def query(self) -> str:
-        """Text to retrieve for: the question and the latest ones of the history."""
-        users = [m for m in self.history if isinstance(m, Mapping) and m.get("role") == "user"]
-        return retrieval_query(self.question, [str(message.get("content")) for message in users])
-
-    def messages(self, text: str) -> list[Message]:
-        """Chat messages of the conversation, with a text in the first one."""
-        return with_document([*self.history, {"role": "user", "content": self.question}], text)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A question for which was retrieved, ready to be answered.
-
-    Attributes:
-        question: the question.
-        method: the method asked for.
-        context: what was retrieved; None for method ``lc``.
-        skipped: reason why nothing was retrieved; None otherwise.
-        omitted_tokens: number of document tokens that were left out.
-        request: what the decoder is asked; None where nothing is to be read.
-    """
-
-    question: str
-    method: Method
-    context: RetrievalContext | None
-    skipped: str | None
-    omitted_tokens: int
-    request: GenerationRequest | None
-
-    @property
-    def nothing(self) -> Delta:
-        """The answer where nothing is to be read."""
-        stats = Stats(method="rag" if self.method == "rag" else "lc")
-        return Delta("", (), "stop", stats)
-
-    def explained(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
-        """Deltas of the decoder, with what their statistics lack."""
-        return _explained(deltas, self.skipped, self.omitted_tokens)
-
-    def stream(self, deltas: Iterator[Delta]) -> AnswerStream:
-        """The stream of the answer with these deltas."""
-        return AnswerStream(self.question, self.context, deltas)
-
-
 class _Retrieved(NamedTuple):
     """Retrieval context of a question, and the room that it was retrieved for."""
 
@@ -518,44 +382,3 @@ class _Prompts(NamedTuple):
     target: Prompt | None
     draft: Prompt | None
     omitted_tokens: int
-
-
-def require_method(method: str) -> None:
-    """Validate the name of a method.
-
-    Raises:
-        InvalidParameterError: the method is unknown.
-    """
-    if method not in METHODS:
-        raise InvalidParameterError(
-            f"method={method!r} is unknown; choose one of {', '.join(METHODS)}"
-        )
-
-
-def _checked_history(history: Sequence[Message]) -> tuple[Message, ...]:
-    """The history, validated as far as the documents' place in it asks for."""
-    if isinstance(history, str | Mapping) or not isinstance(history, Iterable):
-        raise InvalidParameterError(
-            f"history of type {type(history).__name__} is not allowed: give a list of chat messages"
-        )
-    messages = tuple(history)
-    first = messages[0] if messages else {"role": "user", "content": ""}
-    if not isinstance(first, Mapping) or first.get("role") != "user":
-        raise InvalidParameterError(
-            f"history begins with {first!r}: begin with a user's message, as "
-            "{'role': 'user', 'content': '…'}, which the documents are put into"
-        )
-    if not isinstance(first.get("content"), str):
-        raise InvalidParameterError(
-            f"history[0] has the content {first.get('content')!r}: give a str"
-        )
-    return messages
-
-
-def _explained(
-    deltas: Iterable[Delta], skipped: str | None, omitted_tokens: int
-) -> Iterator[Delta]:
-    for delta in deltas:
-        delta.stats.draft_skipped = skipped or delta.stats.draft_skipped
-        delta.stats.omitted_tokens = omitted_tokens
-        yield delta

@@ -8,10 +8,8 @@ from typing import Literal, TypeAlias
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the number of done parts, such as tokens or chunks, and their total number."""
 
-Prompt: TypeAlias = Literal["draft", "target"]
-
-PromptProgress: TypeAlias = Callable[[Prompt, int, int], None]
-"""Called with the prompt that is read, its tokens that were read, and its number of tokens."""
+PromptProgress: TypeAlias = Callable[[Literal["draft", "target"], int, int], None]
+"""Called with whose prompt is read, its tokens that were read, and its number of tokens."""
 
 Stage: TypeAlias = Literal["embed", "draft", "target"]
 

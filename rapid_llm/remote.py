@@ -12,14 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-)
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -40,16 +33,16 @@ from rapid_llm.errors import (
     InvalidParameterError,
     ServerError,
 )
+from rapid_llm.interface import Decoder, GenerationRequest
 from rapid_llm.options import given, options_of
 from rapid_llm.progress import PromptProgress
+from rapid_llm.results import Delta
 from rapid_llm.stats import Stats
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-    from rapid_llm.batching import GenerationRequest
     from rapid_llm.encoding import Prompt
-    from rapid_llm.generation import Delta, GenerationResult
 
 _CONNECT = 10.0  # seconds
 _RETRIES = 2  # of requests that the server has no room for
@@ -77,8 +70,12 @@ class RemoteModel:
     model: Any
 
 
-class RemoteDecoder:
+class RemoteDecoder(Decoder):
     """The models of a server, in the place of a :class:`rapid_llm.RapidDecoder`.
+
+    Without ``sampling`` and ``speculation`` the server's defaults hold. ``progress`` is called
+    about once a second during the prefill. Closing a stream stops the server's work; many requests
+    have a connection each.
 
     Nothing is asked of the server before it is needed. Safe for several threads.
 
@@ -113,12 +110,6 @@ class RemoteDecoder:
                 f"api_key=… is not allowed: api_key, or {API_KEY}, must be {KEY_LIMIT}"
             )
         self._lock = Lock()
-
-    def __copy__(self) -> RemoteDecoder:
-        return self
-
-    def __deepcopy__(self, memo: object) -> RemoteDecoder:
-        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without the key: who opens the pickle finds theirs in the environment."""
@@ -189,113 +180,51 @@ class RemoteDecoder:
             chat_template_kwargs=about["chat_template_kwargs"],
         )
 
-    def generate(self, *prompts: Prompt | None, **call: Any) -> GenerationResult:
-        """Answer a prompt; arguments and errors are those of :meth:`stream`."""
-        from rapid_llm.generation import GenerationResult
-
-        return GenerationResult.from_deltas(list(self.stream(*prompts, **call)))
-
-    def stream(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        confidence: float = 1.0,
-        progress: PromptProgress | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[Delta]:
-        """Answer a prompt and yield one delta per round, see ``RapidDecoder.stream``.
-
-        Without ``sampling`` and ``speculation`` the server's defaults hold. ``progress`` is called
-        about once a second during the prefill. Closing the generator stops the server's work.
-
-        Raises:
-            InvalidParameterError, ContextWindowError: the request cannot be served.
-            GenerationTimeoutError: ``sampling.timeout`` seconds have passed.
-            ServerError: the server cannot be reached, refuses, or failed.
-        """
-        body = self._body(
-            target_prompt, draft_prompt, sampling, speculation, confidence, chat_template_kwargs
-        )
-        return self._deltas(body, progress)
-
     @property
     def scheduler(self) -> RemoteDecoder:
         """Itself: the server answers at once what reaches it at once."""
         return self
 
-    def generate_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
-    ) -> list[Any]:
-        """:meth:`RapidDecoder.generate_many`, by the server."""
-        from rapid_llm.batching.requests import results_of
+    def _stream(self, request: GenerationRequest) -> Generator[Delta, None, None]:
+        return self._deltas(self._body(request), request.progress)
 
-        asked = list(requests)
-        outcomes = self.stream_many(asked, return_exceptions=return_exceptions)
-        return results_of(len(asked), outcomes)
+    def _astream(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        return self._adeltas(self._body(request), request.progress)
 
-    def stream_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
+    def _stream_many(
+        self, requests: Sequence[GenerationRequest], return_exceptions: bool
     ) -> Iterator[tuple[int, Delta | Exception]]:
-        """:meth:`RapidDecoder.stream_many`, by the server, with a connection for each request."""
-        from rapid_llm.batching.threads import stream_in_threads
+        from rapid_llm.batching.threads import stream_in_threads  # imports torch
 
-        return stream_in_threads(self.stream, list(requests), return_exceptions)
-
-    def astream(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        confidence: float = 1.0,
-        progress: PromptProgress | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[Delta]:
-        """:meth:`stream` for asyncio; cancelling it stops the server's work."""
-        body = self._body(
-            target_prompt, draft_prompt, sampling, speculation, confidence, chat_template_kwargs
-        )
-        return self._adeltas(body, progress)
+        return stream_in_threads(self._stream, requests, return_exceptions)
 
     # --- requests ------------------------------------------------------------------------------
 
-    def _body(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None,
-        sampling: SamplingParams | None,
-        speculation: SpeculationConfig | None,
-        confidence: float,
-        chat_template_kwargs: Mapping[str, Any] | None,
-    ) -> dict[str, Any]:
+    def _body(self, request: GenerationRequest) -> dict[str, Any]:
         """Body of a completion, its prompts encoded."""
         from rapid_llm.chat import checked_variables
         from rapid_llm.encoding import encode_prompt
 
-        variables = self.chat_template_kwargs | checked_variables(chat_template_kwargs)
+        variables = self.chat_template_kwargs | checked_variables(request.chat_template_kwargs)
 
         def ids(prompt: Prompt | None) -> list[int] | None:
             return None if prompt is None else encode_prompt(prompt, self.tokenizer, variables)
 
-        target, draft = ids(target_prompt), ids(draft_prompt)
+        target, draft = ids(request.target_prompt), ids(request.draft_prompt)
         if target is None and draft is None:
             raise InvalidParameterError(
                 "target_prompt and draft_prompt are both None; give at least one prompt"
             )
-        rapid: dict[str, Any] = {"return_tokens": True, "confidence": confidence}
-        if speculation is not None:
-            rapid |= _values(given(speculation, SpeculationConfig, "speculation"))
+        rapid: dict[str, Any] = {"return_tokens": True, "confidence": request.confidence}
+        if request.speculation is not None:
+            rapid |= _values(given(request.speculation, SpeculationConfig, "speculation"))
         if draft is not None:
             rapid["draft_prompt"] = draft
         if target is None:
             rapid["method"] = "rag"
         read = draft if target is None else target
         body: dict[str, Any] = {"prompt": read, "stream": True, "rapid": rapid}
-        if sampling is not None:
+        if (sampling := request.sampling) is not None:
             body |= _values(given(sampling, SamplingParams, "sampling"))
             if sampling.seed is None:
                 body["seed"] = randbelow(2**63)  # null would be the server's default
@@ -401,8 +330,6 @@ def _read(lines: Iterator[str], progress: PromptProgress | None) -> Generator[De
 
 
 def _delta(event: Mapping[str, Any]) -> Delta:
-    from rapid_llm.generation import Delta
-
     (choice,), rapid = event["choices"], event["rapid"]
     stats = Stats(**{name: value for name, value in rapid["stats"].items() if name in _STATS})
     tokens = rapid["tokens"]

@@ -35,8 +35,8 @@ from rapid_llm.errors import (
     ModelError,
     NumericalError,
 )
-from rapid_llm.generation import Delta
 from rapid_llm.opening import Opener
+from rapid_llm.results import Delta
 
 LEAN = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-sliding"]
 CHUNK = 16
@@ -85,8 +85,8 @@ def mixed(index: int, compressed: str = "streaming") -> GenerationRequest:
     return GenerationRequest(
         DOCUMENTS[index % 3] + [5 + index % 50, 9],
         [31, 7, 44, 3 + index % 50] if index % 7 else None,
-        sampling(index, **settings),
-        SpeculationConfig(**config),
+        sampling=sampling(index, **settings),
+        speculation=SpeculationConfig(**config),
     )
 
 
@@ -150,7 +150,8 @@ def test_the_rounds_of_all_are_joined(monkeypatch):
     decoder = decoder_of()
     passes = count_passes(monkeypatch)
     requests = [
-        GenerationRequest([5 + i, 6, 7], None, sampling(i, max_new_tokens=10)) for i in range(4)
+        GenerationRequest([5 + i, 6, 7], None, sampling=sampling(i, max_new_tokens=10))
+        for i in range(4)
     ]
     Scheduler(decoder).generate_many(requests)
     decoding = [each for each in passes if set(each) == {1}]
@@ -166,8 +167,8 @@ def test_drafters_step_together_and_drafts_are_verified_in_one_pass(monkeypatch)
         GenerationRequest(
             DOCUMENTS[0] + [5 + i],
             [31, 7, 5 + i],
-            sampling(i, max_new_tokens=12, temperature=1.0),
-            SpeculationConfig(gamma=2 + i, lookup=False),
+            sampling=sampling(i, max_new_tokens=12, temperature=1.0),
+            speculation=SpeculationConfig(gamma=2 + i, lookup=False),
         )
         for i in range(3)
     ]
@@ -192,7 +193,7 @@ def test_a_document_is_read_once_and_held_once(monkeypatch):
     monkeypatch.setattr(ModelRunner, "joined", spy)
     new = 30
     requests = [
-        GenerationRequest(DOCUMENTS[0] + [5 + i, 9], None, sampling(i, max_new_tokens=new))
+        GenerationRequest(DOCUMENTS[0] + [5 + i, 9], None, sampling=sampling(i, max_new_tokens=new))
         for i in range(8)
     ]
     results = Scheduler(decoder).generate_many(requests)
@@ -212,7 +213,7 @@ def test_a_document_is_read_once_and_held_once(monkeypatch):
 def test_kv_kept_by_an_earlier_call_is_shared_and_stays(monkeypatch):
     decoder = decoder_of()
     first = decoder.generate(DOCUMENTS[0] + [5, 9], sampling=sampling())
-    request = GenerationRequest(DOCUMENTS[0] + [6, 9], None, sampling())
+    request = GenerationRequest(DOCUMENTS[0] + [6, 9], None, sampling=sampling())
     assert first.stats.cached_tokens == 0
     alone = tokens_alone(decoder_of(), request)
     for _ in range(2):
@@ -223,7 +224,7 @@ def test_kv_kept_by_an_earlier_call_is_shared_and_stays(monkeypatch):
 
 def test_a_single_call_beside_a_batch_leaves_what_is_borrowed_alone():
     decoder = decoder_of()
-    request = GenerationRequest(DOCUMENTS[0] + [6, 9], None, sampling(max_new_tokens=60))
+    request = GenerationRequest(DOCUMENTS[0] + [6, 9], None, sampling=sampling(max_new_tokens=60))
     expected = tokens_alone(decoder, request)
     stream = Scheduler(decoder).stream(request.target_prompt, sampling=request.sampling)
     tokens = list(next(stream).token_ids)
@@ -274,8 +275,8 @@ def test_an_error_in_one_leaves_the_others_untouched():
     def stop(*_: Any) -> None:
         raise RuntimeError("stopped")
 
-    broken = GenerationRequest(DOCUMENTS[1] + [8], None, sampling(), progress=stop)
-    late = GenerationRequest(DOCUMENTS[2] + [8], None, sampling(timeout=1e-9))
+    broken = GenerationRequest(DOCUMENTS[1] + [8], None, sampling=sampling(), progress=stop)
+    late = GenerationRequest(DOCUMENTS[2] + [8], None, sampling=sampling(timeout=1e-9))
     scheduler = Scheduler(decoder)
     results = scheduler.generate_many([*requests, broken, late], return_exceptions=True)
     assert [getattr(each, "token_ids", None) for each in results[:6]] == alone
@@ -289,7 +290,7 @@ def test_an_error_in_one_leaves_the_others_untouched():
 def test_nan_in_one_leaves_the_others_untouched(monkeypatch):
     decoder = decoder_of()
     requests = [
-        GenerationRequest(DOCUMENTS[0] + [5 + i], None, sampling(i, temperature=1.0))
+        GenerationRequest(DOCUMENTS[0] + [5 + i], None, sampling=sampling(i, temperature=1.0))
         for i in range(4)
     ]
     alone = [tokens_alone(decoder, request) for request in requests]
@@ -348,7 +349,7 @@ def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
 def test_weights_that_change_are_noticed_by_all():
     decoder = decoder_of()
     requests = [
-        GenerationRequest(DOCUMENTS[0] + [5 + i], None, sampling(i, max_new_tokens=60))
+        GenerationRequest(DOCUMENTS[0] + [5 + i], None, sampling=sampling(i, max_new_tokens=60))
         for i in range(3)
     ]
     stream = Scheduler(decoder).stream_many(requests)
@@ -365,7 +366,10 @@ def test_more_requests_than_may_run_wait_in_their_order():
     order: list[int] = []
     requests = [
         GenerationRequest(
-            [5 + i, 6], None, sampling(max_new_tokens=8), progress=lambda *_, i=i: order.append(i)
+            [5 + i, 6],
+            None,
+            sampling=sampling(max_new_tokens=8),
+            progress=lambda *_, i=i: order.append(i),
         )
         for i in range(6)
     ]
@@ -417,7 +421,7 @@ def test_a_limit_of_one_runs_the_passes_of_single_calls(monkeypatch):
 
 def test_wrong_requests_have_their_errors_in_their_places():
     decoder = decoder_of()
-    long = GenerationRequest([5] * 600, None, sampling())
+    long = GenerationRequest([5] * 600, None, sampling=sampling())
     found = decoder.generate_many([mixed(0), long], return_exceptions=True)
     assert getattr(found[0], "token_ids", None) == tokens_alone(decoder, mixed(0))
     assert isinstance(found[1], ContextWindowError)
@@ -448,7 +452,7 @@ def test_tasks_stream_at_once_and_a_cancelled_one_disturbs_nobody():
         return [token async for delta in stream for token in delta.token_ids]
 
     async def main() -> list[list[int]]:
-        endless = GenerationRequest(DOCUMENTS[0], None, sampling(max_new_tokens=400))
+        endless = GenerationRequest(DOCUMENTS[0], None, sampling=sampling(max_new_tokens=400))
         given_up = asyncio.create_task(answer(endless))
         tasks = [asyncio.create_task(answer(request)) for request in requests]
         await asyncio.sleep(0.05)
@@ -565,7 +569,7 @@ def pairs_in_a_batch(neighbours: Callable[[int], list[GenerationRequest]], runs:
 def of_two_tokens(seed: int) -> GenerationRequest:
     config = SpeculationConfig(gamma=1, eta=5.0, lookup=False)
     settings = sampling(seed, max_new_tokens=2, temperature=1.0)
-    return GenerationRequest([3, 5, 4], [4], settings, config)
+    return GenerationRequest([3, 5, 4], [4], sampling=settings, speculation=config)
 
 
 @pytest.mark.slow
@@ -600,7 +604,9 @@ def test_gamma_follows_what_a_round_of_all_costs(monkeypatch):
     config = SpeculationConfig(mode="exact", lookup=False)
     decoder = decoder_of()
     requests = [
-        GenerationRequest(DOCUMENTS[0] + [5 + i], DOCUMENTS[0] + [5 + i], sampling(i), config)
+        GenerationRequest(
+            DOCUMENTS[0] + [5 + i], DOCUMENTS[0] + [5 + i], sampling=sampling(i), speculation=config
+        )
         for i in range(8)
     ]
     single = Scheduler(decoder).generate_many(requests[:1])[0].stats
@@ -670,9 +676,9 @@ def test_a_model_that_is_refused_later_stops_only_its_own_requests(monkeypatch):
     """Its errors come from its passes, and not where the scheduler asks about it."""
     decoder = RapidDecoder(tiny_model(), piece_tokenizer(PIECES), tiny_model(seed=1))
     requests = [
-        GenerationRequest(DOCUMENTS[0], None, sampling(0)),
-        GenerationRequest(None, DOCUMENTS[1], sampling(1)),
-        GenerationRequest(DOCUMENTS[2], None, sampling(2)),
+        GenerationRequest(DOCUMENTS[0], None, sampling=sampling(0)),
+        GenerationRequest(None, DOCUMENTS[1], sampling=sampling(1)),
+        GenerationRequest(DOCUMENTS[2], None, sampling=sampling(2)),
     ]
     alone = [tokens_alone(decoder, request) for request in requests]
     refresh = ModelRunner._refresh
@@ -716,7 +722,7 @@ def test_a_long_queue_on_a_document_that_is_being_read_is_not_looked_through(mon
     monkeypatch.setattr(Scheduler, "_will_share", look)
     monkeypatch.setattr(Scheduler, "_next", count)
     requests = [
-        GenerationRequest([*DOCUMENTS[0], 3 + i], None, sampling(i, max_new_tokens=2))
+        GenerationRequest([*DOCUMENTS[0], 3 + i], None, sampling=sampling(i, max_new_tokens=2))
         for i in range(20)
     ]
     results = Scheduler(decoder_of(), max_sequences=3).generate_many(requests)

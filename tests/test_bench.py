@@ -21,7 +21,7 @@ from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload
 from rapid_llm.engine.kv_cache import cache_argument
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.models import stretched
+from rapid_llm.shared_weights import stretched
 
 TARGET = [3 + i * i % 61 for i in range(200)]
 WORK = Workload("quoting", 200, TARGET, TARGET[50:90])

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 import rapid_llm
 from rapid_llm import ContextBuilder, RapidDecoder, cli
+from rapid_llm.answers import PreparedAnswer
 from rapid_llm.cli import demo
 from rapid_llm.cli.answers import COMPARED
 from rapid_llm.config import Attention
@@ -498,7 +499,7 @@ def test_an_interrupt_ends_with_130(ask: Any, monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RapidDecoder, "stream", interrupted)
-    monkeypatch.setattr("rapid_llm.pipeline._explained", lambda chunks, *_: chunks)
+    monkeypatch.setattr(PreparedAnswer, "_explained", lambda self, deltas: deltas)
     status, out, err = ask()
     assert status == 130
     assert out.startswith("half an ans")

@@ -459,6 +459,24 @@ def test_what_cannot_be_verified_in_one_launch_is_left_to_passes(live):
 
 
 @torch.inference_mode()
+def test_drafts_and_verifications_use_a_cache_up_to_its_last_token(live):
+    runner = ModelRunner(tiny_model(), "captured")
+    session = Session(runner, spoilt(runner, IDS[:8], capacity=12), IDS[:8].tolist())
+    sampler = Sampler(SamplingParams(), [3], HERE, runner.model)
+    choice = sampler.choice(Fit(VOCABULARY, frozenset(), HERE))
+    assert session.draft(IDS[8:9], 5, choice, sampler.generator) is None
+    assert session.draft(IDS[8:9], 4, choice, sampler.generator) is not None
+    assert session.cache.length == 12
+    session.rollback(8)
+    judge = Judge.of(sampler, SpeculationConfig(), VOCABULARY)
+    for n, done in ((5, False), (4, True)):
+        q = torch.full((n - 1, VOCABULARY), 1 / VOCABULARY)
+        verdict = session.verify(IDS[8 : 8 + n], q, None, judge, sampler.generator)
+        assert (verdict is not None) is done
+    assert session.cache.length == 12
+
+
+@torch.inference_mode()
 def test_a_model_that_changes_while_it_verifies_answers_as_it_is_now(live, monkeypatch):
     """It is looked at while the device works: draws of what is thrown away are made again."""
     model = tiny_model()

@@ -26,7 +26,7 @@ LENGTHS = ("short", "long")
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.disable_progress_bar()
     monkeypatch.setattr(retrieval, "load_embedder", lambda name, device: WordCounts(name))
-    monkeypatch.setattr("rapid_llm.context.embedding.require_embedder", lambda name: None)
+    monkeypatch.setattr("rapid_llm.context.embedder_loading.require_embedder", lambda name: None)
     yield
     logging.enable_progress_bar()
 

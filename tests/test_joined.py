@@ -11,8 +11,7 @@ from rapid_llm.engine.device import Device, device_of
 from rapid_llm.engine.joined import Part, reads_of
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.engine.session import Session, extend_all
-from rapid_llm.engine.steps import Extend
+from rapid_llm.engine.session import Extend, Session, extend_all
 from rapid_llm.errors import OutdatedKVError
 
 LEAN = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-sliding"]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from rapid_llm.context import lazy
-from rapid_llm.context.embedding import FlagEmbedder, SentenceTransformerEmbedder, load_embedder
+from rapid_llm.context.embedder_loading import load_embedder
+from rapid_llm.context.embedding import FlagEmbedder, SentenceTransformerEmbedder
 from rapid_llm.context.lazy import LazyEmbedder
 
 

@@ -17,7 +17,7 @@ from rapid_llm import (
     RapidDecoder,
     SamplingParams,
 )
-from rapid_llm.models import first_layers
+from rapid_llm.shared_weights import first_layers
 from rapid_llm.stats import Stats
 
 PROMPT = [3 + i * i % 61 for i in range(40)]

@@ -18,7 +18,7 @@ from rapid_llm import (
     SpeculationConfig,
 )
 from rapid_llm.config import PACKAGED_EMBEDDER
-from rapid_llm.context import embedding
+from rapid_llm.context import embedder_loading
 from rapid_llm.context.embedding import Vectors
 from rapid_llm.context.retrieved import Documents, Passage, ground
 from rapid_llm.errors import DocumentError, InvalidParameterError, ModelError
@@ -147,7 +147,7 @@ def test_a_threshold_that_was_asked_for_is_a_limit() -> None:
 
 
 def test_the_papers_threshold_belongs_to_its_embedder() -> None:
-    load_embedder: Any = embedding.load_embedder
+    load_embedder: Any = embedder_loading.load_embedder
 
     class M3Embedder:
         passage_max_length = 64

@@ -280,6 +280,22 @@ def test_overlapping_passages_are_kept_once() -> None:
     assert content.count("Line 700 of the log says nothing new.\nLine 701 of the log") == 1
 
 
+def test_no_text_is_left_out_that_is_as_short_as_the_mark_for_it() -> None:
+    tokenizer = smollm2()
+    text = LEDGER[: LEDGER.index("Row 60 ")]
+    document = CuttableDocument(text, [Passage("Row 9 of the ledger.")], tokenizer)
+    mark = len(encode_literal(OMISSION, tokenizer))
+    shortest = document.tokens
+    for tokens in range(document.least, document.tokens):
+        first, *others, last = document.cut(tokens).text.split(OMISSION)
+        end = len(first)
+        for piece in [*others, last]:
+            start = len(text) - len(last) if piece is last else text.index(piece, end)
+            shortest = min(shortest, len(encode_literal(text[end:start], tokenizer)))
+            end = start + len(piece)
+    assert shortest == mark + 1
+
+
 def test_passages_come_before_room_for_a_long_answer() -> None:
     passage = Passage(LOG[400:2400])
     tokens = len(encode_literal(passage.text, smollm2()))

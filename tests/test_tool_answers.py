@@ -16,7 +16,7 @@ from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.encoding import encode_literal, encode_prompt
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.generation import Delta
+from rapid_llm.results import Delta
 from rapid_llm.stats import Stats
 from rapid_llm.tools.answers import (
     AnswerStream,

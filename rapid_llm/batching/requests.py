@@ -1,61 +1,23 @@
-"""Requests to the scheduler: their arguments, delivery of their deltas, and cancellation."""
+"""Requests in the scheduler's queue: delivery of their deltas, time limits, and cancellation."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from queue import SimpleQueue
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from rapid_llm.config import SamplingParams, SpeculationConfig
-from rapid_llm.encoding import Prompt
 from rapid_llm.engine.kept.chain import PassChain
 from rapid_llm.engine.kept.prefixes import chain_of
 from rapid_llm.errors import GenerationTimeoutError
-from rapid_llm.generation import Delta, GenerationResult
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
+from rapid_llm.results import Delta
 
 Outcome: TypeAlias = Delta | BaseException
 """What a request gets: deltas up to one with a finish reason, or an error."""
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """The arguments of one call of :meth:`RapidDecoder.stream`, for many calls at once."""
-
-    target_prompt: Prompt | None
-    draft_prompt: Prompt | None = None
-    sampling: SamplingParams | None = None
-    speculation: SpeculationConfig | None = None
-    confidence: float = 1.0
-    progress: PromptProgress | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
-
-
-def results_of(
-    requests: int, outcomes: Iterable[tuple[int, Delta | Exception]]
-) -> list[GenerationResult | Exception]:
-    """Results of requests from their deltas, in the order of the requests.
-
-    Args:
-        requests: number of requests.
-        outcomes: (index of the request, delta or error), as they come; an error is the result.
-    """
-    deltas: list[list[Delta]] = [[] for _ in range(requests)]
-    errors: dict[int, Exception] = {}
-    for index, outcome in outcomes:
-        if isinstance(outcome, Delta):
-            deltas[index].append(outcome)
-        else:
-            errors[index] = outcome
-    return [
-        errors[index] if index in errors else GenerationResult.from_deltas(each)
-        for index, each in enumerate(deltas)
-    ]
 
 
 class Ticket:

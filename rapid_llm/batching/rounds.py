@@ -10,8 +10,7 @@ from collections.abc import Iterable
 
 from rapid_llm.batching.sequence import Sequence
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.engine.session import extend_all
-from rapid_llm.engine.steps import Extend, Purpose
+from rapid_llm.engine.session import Extend, Purpose, extend_all
 
 MOST_TOKENS = 512
 """Maximum number of tokens in a joined pass, which bounds the memory of its activations."""

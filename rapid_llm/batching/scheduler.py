@@ -10,32 +10,25 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple, Protocol, cast, overload
+from typing import NamedTuple, Protocol
 
 import torch
 
 from rapid_llm.aio import in_thread
-from rapid_llm.batching.requests import (
-    DeltaStream,
-    GenerationRequest,
-    Outcome,
-    Ticket,
-    results_of,
-)
+from rapid_llm.batching.requests import DeltaStream, Outcome, Ticket
 from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
-from rapid_llm.config import EngineConfig, SamplingParams, SpeculationConfig
-from rapid_llm.encoding import Prompt
+from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError, RapidError
-from rapid_llm.generation import Delta, GenerationResult
+from rapid_llm.interface import Decoder, GenerationRequest
 from rapid_llm.opening import Opener
 from rapid_llm.options import changed
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
+from rapid_llm.results import Delta
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +44,8 @@ class Models(Protocol):
     max_sequences: int
     opener: Opener
 
-    def request(self, *prompts: Any, **options: Any) -> Request:
-        """Validate a call, and encode its prompts; no model runs."""
+    def validated(self, request: GenerationRequest) -> Request:
+        """Validate the arguments of a call, and encode its prompts; no model runs."""
 
 
 class _Checked(NamedTuple):
@@ -62,8 +55,12 @@ class _Checked(NamedTuple):
     progress: PromptProgress | None
 
 
-class Scheduler:
+class Scheduler(Decoder):
     """Answers many requests of threads and tasks at once; its methods are the decoder's.
+
+    A request begins at the call, and with ``astream`` at the first delta that is asked for. Closing
+    its stream, or dropping it, cancels it before its next pass. ``progress`` is called in the
+    scheduler's thread; an error that it raises ends this request alone.
 
     Passes of all requests under way are joined: each weight is read once for all of them, and each
     document once for all questions on it. A request gets the law that it gets alone, and the same
@@ -96,87 +93,20 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._said = False
 
-    def generate(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        confidence: float = 1.0,
-        progress: PromptProgress | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> GenerationResult:
-        """:meth:`RapidDecoder.generate`, beside other requests."""
-        stream = self.stream(
-            target_prompt,
-            draft_prompt,
-            sampling=sampling,
-            speculation=speculation,
-            confidence=confidence,
-            progress=progress,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        with closing(cast(DeltaStream, stream)):
-            return GenerationResult.from_deltas(list(stream))
-
-    def stream(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        confidence: float = 1.0,
-        progress: PromptProgress | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[Delta]:
-        """:meth:`RapidDecoder.stream`, beside other requests.
-
-        The request begins at the call. Closing the stream, or dropping it, cancels the request
-        before its next pass. ``progress`` is called in the scheduler's thread; an error that it
-        raises ends this request alone.
-        """
-        request = GenerationRequest(
-            target_prompt,
-            draft_prompt,
-            sampling,
-            speculation,
-            confidence,
-            progress,
-            chat_template_kwargs,
-        )
+    def _stream(self, request: GenerationRequest) -> DeltaStream:
         stream = DeltaStream()
-        return stream.of(self._submit(self._validated(request), request.progress, stream.put))
-
-    async def astream(
-        self,
-        target_prompt: Prompt | None,
-        draft_prompt: Prompt | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        speculation: SpeculationConfig | None = None,
-        confidence: float = 1.0,
-        progress: PromptProgress | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[Delta]:
-        """:meth:`stream` for asyncio; the request begins at the first delta that is asked for."""
-        request = GenerationRequest(
-            target_prompt,
-            draft_prompt,
-            sampling,
-            speculation,
-            confidence,
-            progress,
-            chat_template_kwargs,
+        return stream.of(
+            self._submit(self.decoder.validated(request), request.progress, stream.put)
         )
+
+    async def _astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         loop, outcomes = asyncio.get_running_loop(), asyncio.Queue[Outcome]()
-        validated = await in_thread(partial(self._validated, request))
+        validated = await in_thread(partial(self.decoder.validated, request))
 
         def deliver(outcome: Outcome) -> None:
             loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
-        ticket = self._submit(validated, progress, deliver)
+        ticket = self._submit(validated, request.progress, deliver)
         try:
             while True:
                 outcome = await outcomes.get()
@@ -188,18 +118,9 @@ class Scheduler:
         finally:
             ticket.cancel()
 
-    @overload
-    def stream_many(self, requests: Iterable[GenerationRequest]) -> Iterator[tuple[int, Delta]]: ...
-
-    @overload
-    def stream_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: Literal[True]
-    ) -> Iterator[tuple[int, Delta | Exception]]: ...
-
-    def stream_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
-    ) -> Iterator[Any]:
-        """Answer requests at once; see :meth:`RapidDecoder.stream_many`."""
+    def _stream_many(
+        self, requests: Iterable[GenerationRequest], return_exceptions: bool
+    ) -> Iterator[tuple[int, Delta | Exception]]:
         return self._streamed(self._checked(requests, return_exceptions), return_exceptions)
 
     def _checked(
@@ -209,7 +130,7 @@ class Scheduler:
 
         def checked(request: GenerationRequest) -> _Checked:
             try:
-                return _Checked(self._validated(request), request.progress)
+                return _Checked(self.decoder.validated(request), request.progress)
             except Exception as error:
                 if not return_exceptions:
                     raise
@@ -246,31 +167,6 @@ class Scheduler:
         finally:
             for ticket in tickets:
                 ticket.cancel()
-
-    @overload
-    def generate_many(self, requests: Iterable[GenerationRequest]) -> list[GenerationResult]: ...
-
-    @overload
-    def generate_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: Literal[True]
-    ) -> list[GenerationResult | Exception]: ...
-
-    def generate_many(
-        self, requests: Iterable[GenerationRequest], *, return_exceptions: bool = False
-    ) -> list[Any]:
-        """Answer requests at once; see :meth:`RapidDecoder.generate_many`."""
-        checked = self._checked(requests, return_exceptions)
-        return results_of(len(checked), self._streamed(checked, return_exceptions))
-
-    def _validated(self, request: GenerationRequest) -> Request:
-        return self.decoder.request(
-            request.target_prompt,
-            request.draft_prompt,
-            sampling=request.sampling,
-            speculation=request.speculation,
-            confidence=request.confidence,
-            chat_template_kwargs=request.chat_template_kwargs,
-        )
 
     def _submit(
         self,

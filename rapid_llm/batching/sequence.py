@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from rapid_llm.batching.requests import Ticket
-from rapid_llm.engine.steps import Extend, Wanted, answered, sent, thrown
-from rapid_llm.generation import Delta, Generation
+from rapid_llm.engine.session import Extend
+from rapid_llm.engine.steps import Wanted, answered, sent, thrown
+from rapid_llm.generation import Generation
 from rapid_llm.opening import Opener
+from rapid_llm.results import Delta
 
 
 class Sequence:

@@ -6,24 +6,23 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
 
-from rapid_llm.batching.requests import GenerationRequest
-from rapid_llm.generation import Delta
+from rapid_llm.interface import GenerationRequest
+from rapid_llm.results import Delta
 
 MOST_THREADS = 32
 """Maximum number of requests under way; further ones wait."""
 
 
 def stream_in_threads(
-    stream: Callable[..., Iterator[Delta]],
+    stream: Callable[[GenerationRequest], Iterator[Delta]],
     requests: Sequence[GenerationRequest],
     return_exceptions: bool,
 ) -> Iterator[tuple[int, Delta | Exception]]:
     """Answer requests at once and yield (index of the request, delta), as they come.
 
     Args:
-        stream: function with the arguments of :meth:`RapidDecoder.stream`, called in threads.
+        stream: function that answers a request, called in threads.
         requests: the requests.
         return_exceptions: whether an error takes the place of a delta; otherwise it is raised.
     """
@@ -31,17 +30,10 @@ def stream_in_threads(
     stopped = threading.Event()
 
     def answer(index: int, request: GenerationRequest) -> None:
-        options: dict[str, Any] = {
-            "sampling": request.sampling,
-            "speculation": request.speculation,
-            "confidence": request.confidence,
-            "progress": request.progress,
-            "chat_template_kwargs": request.chat_template_kwargs,
-        }
         if stopped.is_set():
             return
         try:
-            for delta in stream(request.target_prompt, request.draft_prompt, **options):
+            for delta in stream(request):
                 outcomes.put((index, delta))
                 if stopped.is_set():
                     return  # drops the stream, which ends the request

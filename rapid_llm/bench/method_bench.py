@@ -279,7 +279,7 @@ class MethodBench(Bench):
         self._decoder.generate(work.target, sampling=replace(sampling, max_new_tokens=1))
         ways = {}
         for name, draft in (("lc", None), ("rapid", work.draft)):
-            request = GenerationRequest(work.target, draft, sampling)
+            request = GenerationRequest(work.target, draft, sampling=sampling)
             ways[name] = self._decoder.opener, [request] * max(self._questions)
         yield from question_rows(self._decoder, self._questions, ways, self._repeats)
 

@@ -15,10 +15,11 @@ from rapid_llm.batching import GenerationRequest, Scheduler
 from rapid_llm.bench.report import Row
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.steps import Wanted
-from rapid_llm.generation import Delta, Generation
+from rapid_llm.generation import Generation
 from rapid_llm.opening import Opener
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
+from rapid_llm.results import Delta
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def tokens_per_second(
 ) -> float:
     """Tokens a second of all requests together, while all of them decode."""
     models: Any = SimpleNamespace(
-        opener=opener, request=decoder.request, max_sequences=len(requests)
+        opener=opener, validated=decoder.validated, max_sequences=len(requests)
     )
     stream = Scheduler(models).stream_many(requests)
     begun: set[int] = set()

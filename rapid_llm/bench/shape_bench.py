@@ -269,8 +269,8 @@ class ShapeBench(Bench):
                 GenerationRequest(
                     document + self._tokens(QUESTION),
                     None if a is None else self._tokens(self._draft_tokens),
-                    replace(self._sampling, max_new_tokens=_ASKED),
-                    SpeculationConfig(lookup=False),
+                    sampling=replace(self._sampling, max_new_tokens=_ASKED),
+                    speculation=SpeculationConfig(lookup=False),
                 )
                 for _ in range(max(self._questions))
             ]

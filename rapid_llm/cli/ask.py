@@ -25,8 +25,8 @@ from rapid_llm.errors import DocumentError, InvalidParameterError, RapidError
 from rapid_llm.stats import Method
 
 if TYPE_CHECKING:
-    from rapid_llm.generation import GenerationResult
     from rapid_llm.pipeline import RapidPipeline
+    from rapid_llm.results import GenerationResult
 
 
 @app.command()
@@ -94,7 +94,7 @@ def ask(
     shown = sys.stderr.isatty() and not as_json and batch is None
     drafter = f" and {engine.drafter}" if engine.drafter else ""
     with status(f"loading {engine.model}{drafter}", shown):
-        from rapid_llm.context.embedding import require_embedder
+        from rapid_llm.context.embedder_loading import require_embedder
         from rapid_llm.decoder import RapidDecoder
         from rapid_llm.models import require_model
         from rapid_llm.pipeline import RapidPipeline

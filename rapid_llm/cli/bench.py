@@ -135,7 +135,8 @@ def _method_bench(
     from rapid_llm.bench import method_bench as comparing
     from rapid_llm.bench.workload import QUESTIONS, make_workload, require_task
     from rapid_llm.decoder import RapidDecoder
-    from rapid_llm.models import load_model, packaged_model, stretched
+    from rapid_llm.models import load_model, packaged_model
+    from rapid_llm.shared_weights import stretched
 
     for task in tasks or ():
         require_task(task)

@@ -17,7 +17,7 @@ from rapid_llm.cli.options import number_or_word, with_options
 from rapid_llm.cli.report import require_packages, tables
 from rapid_llm.config import EngineConfig, SpeculationConfig
 from rapid_llm.console import Bars, show, status
-from rapid_llm.context.embedding import default_embedder
+from rapid_llm.context.embedder_loading import default_embedder
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import options_of
 
@@ -131,7 +131,7 @@ def evaluate(
         import transformers
 
         from rapid_llm import RapidDecoder, __version__
-        from rapid_llm.context.embedding import require_embedder
+        from rapid_llm.context.embedder_loading import require_embedder
         from rapid_llm.evaluation.journal import Journal
         from rapid_llm.evaluation.judge import Judge
         from rapid_llm.evaluation.retrieval import Retrieval
@@ -194,7 +194,8 @@ def _upward(engine: EngineConfig, layers: int) -> RapidDecoder:
     """Decoder whose target is the model's first layers and whose drafter is the whole model."""
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.device_maps import placements
-    from rapid_llm.models import first_layers, load_model
+    from rapid_llm.models import load_model
+    from rapid_llm.shared_weights import first_layers
 
     place, _ = placements(engine)
     loaded = load_model(engine.model, dtype=engine.dtype, **place)

@@ -6,8 +6,9 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,8 +68,13 @@ def serve(
             f"--api-key or in {API_KEY}"
         )
     engine = replace(engine, model=model)
+    defaults: dict[str, Any] = {
+        "retrieval": retrieval,
+        "sampling": sampling,
+        "speculation": speculation,
+    }
     if server.replicas > 1:
-        _replicate(engine, retrieval, sampling, speculation, server)
+        _replicate(engine, server, defaults)
         return
     with status(f"loading {engine.model}", sys.stderr.isatty()):
         from rapid_llm.decoder import RapidDecoder
@@ -77,9 +83,7 @@ def serve(
     logging.disable(logging.NOTSET)  # the command line's quiet; here the log is wanted
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("rapid_llm.server").setLevel(logging.INFO)
-    web = create_app(
-        decoder, server, sampling=sampling, speculation=speculation, retrieval=retrieval
-    )
+    web = create_app(decoder, server, **defaults)
     uvicorn.run(
         web,
         host=server.host,
@@ -90,14 +94,8 @@ def serve(
     )
 
 
-def _replicate(
-    engine: EngineConfig,
-    retrieval: RetrievalConfig,
-    sampling: SamplingParams,
-    speculation: SpeculationConfig,
-    server: ServerConfig,
-) -> None:
-    """Serve several replicas until an interrupt or SIGTERM."""
+def _replicate(engine: EngineConfig, server: ServerConfig, defaults: Mapping[str, Any]) -> None:
+    """Serve several replicas until an interrupt or SIGTERM; ``defaults`` are those of requests."""
     try:
         import ray
         from ray import serve
@@ -113,15 +111,8 @@ def _replicate(
     own = {"num_gpus": 1} if torch.cuda.is_available() else {"num_cpus": 0.5}
     ray.init(include_dashboard=False, ignore_reinit_error=True)
     serve.start(http_options={"host": server.host, "port": server.port})
-    web = application(
-        engine,
-        retrieval,
-        sampling,
-        speculation,
-        server,
-        num_replicas=server.replicas,
-        ray_actor_options=own,
-    )
+    deployment = {"num_replicas": server.replicas, "ray_actor_options": own}
+    web = application(engine, server=server, **defaults, **deployment)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray's own handler aborts
     try:

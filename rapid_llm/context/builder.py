@@ -15,14 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rapid_llm.config import RetrievalConfig
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, Window, count_tokens, split_text
 from rapid_llm.context.confidence import confidence
-from rapid_llm.context.embedding import (
-    EMBEDDING_BATCH,
-    Embedder,
-    batched,
-    default_embedder,
-    load_embedder,
-    unit,
-)
+from rapid_llm.context.embedder_loading import default_embedder, load_embedder
+from rapid_llm.context.embedding import EMBEDDING_BATCH, Embedder, batched, unit
 from rapid_llm.context.ranking import bm25, fuse
 from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.context.store import ChunkStore, StoredChunks

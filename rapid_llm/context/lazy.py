@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rapid_llm.context.embedding import Embedder, batched, load_embedder
+from rapid_llm.context.embedder_loading import load_embedder
+from rapid_llm.context.embedding import Embedder, batched
 from rapid_llm.forked import Owner, ProcessLock
 from rapid_llm.surrogates import without_surrogates
 

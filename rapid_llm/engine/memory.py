@@ -8,9 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from rapid_llm.engine.steps import Steps
-
-_TRIES = 4  # attempts after running out of memory: a step may capture several graphs
+TRIES = 4
+"""Attempts after which memory may run out: a step may capture several graphs."""
 
 _T = TypeVar("_T")
 
@@ -25,17 +24,8 @@ def with_memory(step: Callable[[], _T], free: Callable[[], object]) -> _T:
     Raises:
         torch.OutOfMemoryError: memory is short although all idle memory was freed.
     """
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         with suppress(torch.OutOfMemoryError):  # its traceback would keep tensors alive
             return step()
         free()
     return step()
-
-
-def steps_with_memory(step: Callable[[], Steps[_T]], free: Callable[[], object]) -> Steps[_T]:
-    """:func:`with_memory` for a step that yields the passes it wants."""
-    for _ in range(_TRIES):
-        with suppress(torch.OutOfMemoryError):
-            return (yield from step())
-        free()
-    return (yield from step())

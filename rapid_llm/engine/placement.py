@@ -25,13 +25,6 @@ def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     return [_runs_on(layer) or input_device(model) for layer in layers]
 
 
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether some of a model's weights are fetched from the host or from disk in each pass."""
-    return any(
-        getattr(hook, "offload", False) for module in model.modules() for hook in _hooks(module)
-    )
-
-
 def _runs_on(module: nn.Module) -> torch.device | None:
     """Device of a module's weights, or of its execution if they are offloaded; None if unknown."""
     for tensor in module.parameters():

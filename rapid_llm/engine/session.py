@@ -1,9 +1,11 @@
-"""Session: one model with the KV cache of one sequence; prefill, extend, roll back."""
+"""Session: one model with the KV cache of one sequence: prefill, decode, verify, roll back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +15,12 @@ from rapid_llm.engine.device import Judge, NextMask, ReplayedPass, TokenSampler
 from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.engine.steps import Extend, Steps, alone
+from rapid_llm.engine.steps import Steps, Wanted, alone
 from rapid_llm.errors import OutdatedKVError
 from rapid_llm.progress import Progress
 
-"""Callback, called with (tokens read, total tokens)."""
+Purpose = Literal["read", "draft", "verify"]
+"""What a pass is for: a part of a prompt, tokens of a draft, or the verification of one."""
 
 
 class Session:
@@ -231,6 +234,63 @@ class Session:
         self.cache.rollback(length)
         if self._lost is not None:
             self._lost = self._lost[:length]
+
+
+@dataclass(frozen=True, eq=False)
+class Extend(Wanted):
+    """Wanted: logits of a session after new tokens.
+
+    Attributes:
+        session, tokens, keep, whole: see :meth:`Session.extend`.
+        purpose: what the pass is for.
+    """
+
+    session: Session
+    tokens: Tensor
+    keep: int | None = None
+    whole: int | None = None
+    purpose: Purpose = "read"
+
+    def run(self) -> Tensor:
+        return self.session.extend(self.tokens, self.keep, self.whole)
+
+
+@dataclass(frozen=True, eq=False)
+class DraftAlone(Wanted):
+    """Wanted: a draft on the device without the host, see :meth:`Session.draft`.
+
+    None may be sent instead, with nothing run; passes of single tokens are then wanted.
+    """
+
+    session: Session
+    pending: Tensor
+    steps: int
+    choice: TokenSampler
+    generator: torch.Generator
+    masks: NextMask | None
+
+    def run(self) -> tuple[Tensor, Tensor] | None:
+        return self.session.draft(self.pending, self.steps, self.choice, self.generator, self.masks)
+
+
+@dataclass(frozen=True, eq=False)
+class VerifyAlone(Wanted):
+    """Wanted: a verdict on the device without the host, see :meth:`Session.verify`.
+
+    None may be sent instead, with nothing run; the logits are then wanted.
+    """
+
+    session: Session
+    tokens: Tensor
+    q: Tensor
+    eta: Tensor | None
+    judge: Judge
+    generator: torch.Generator
+    mask: Callable[[], Tensor | None]
+
+    def run(self) -> Tensor | None:
+        mask = self.mask()
+        return self.session.verify(self.tokens, self.q, self.eta, self.judge, self.generator, mask)
 
 
 def extend_all(wanted: Sequence[Extend]) -> list[Tensor]:

@@ -6,86 +6,24 @@ An algorithm is written once, from top to bottom: :func:`alone` runs its passes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
-
-from rapid_llm.engine.device import Judge, NextMask, TokenSampler
-
-if TYPE_CHECKING:
-    from rapid_llm.engine.session import Session
 
 T = TypeVar("T")
 Y = TypeVar("Y")
 
-Purpose = Literal["read", "draft", "verify"]
-"""What a pass is for: a part of a prompt, tokens of a draft, or the verification of one."""
 
+class Wanted(ABC):
+    """A pass that a computation wants, or several; what it is sent is the result."""
 
-@dataclass(frozen=True, eq=False)
-class Extend:
-    """Wanted: logits of a session after new tokens.
-
-    Attributes:
-        session, tokens, keep, whole: see :meth:`.session.Session.extend`.
-        purpose: what the pass is for.
-    """
-
-    session: Session
-    tokens: Tensor
-    keep: int | None = None
-    whole: int | None = None
-    purpose: Purpose = "read"
-
-    def alone(self) -> Tensor:
+    @abstractmethod
+    def run(self) -> Any:
         """Run it, by itself."""
-        return self.session.extend(self.tokens, self.keep, self.whole)
 
 
-@dataclass(frozen=True, eq=False)
-class DraftAlone:
-    """Wanted: a draft on the device without the host, see :meth:`.session.Session.draft`.
-
-    None may be sent instead, with nothing run; passes of single tokens are then wanted.
-    """
-
-    session: Session
-    pending: Tensor
-    steps: int
-    choice: TokenSampler
-    generator: torch.Generator
-    masks: NextMask | None
-
-    def alone(self) -> tuple[Tensor, Tensor] | None:
-        """Run it, by itself."""
-        return self.session.draft(self.pending, self.steps, self.choice, self.generator, self.masks)
-
-
-@dataclass(frozen=True, eq=False)
-class VerifyAlone:
-    """Wanted: a verdict on the device without the host, see :meth:`.session.Session.verify`.
-
-    None may be sent instead, with nothing run; the logits are then wanted.
-    """
-
-    session: Session
-    tokens: Tensor
-    q: Tensor
-    eta: Tensor | None
-    judge: Judge
-    generator: torch.Generator
-    mask: Callable[[], Tensor | None]
-
-    def alone(self) -> Tensor | None:
-        """Run it, by itself."""
-        mask = self.mask()
-        return self.session.verify(self.tokens, self.q, self.eta, self.judge, self.generator, mask)
-
-
-Wanted: TypeAlias = Extend | DraftAlone | VerifyAlone
 Steps: TypeAlias = Generator[Wanted, Any, T]
 """A computation that yields the passes it wants, is sent their results, and returns a value."""
 
@@ -127,7 +65,7 @@ def each_alone(steps: Generator[Wanted | Y, Any, None]) -> Iterator[Y]:
 def answered(steps: Generator[Wanted | Y, Any, None], wanted: Wanted) -> Wanted | Y | None:
     """Run a pass by itself, and go on with its result or error; None at the end."""
     try:
-        result = wanted.alone()
+        result = wanted.run()
     except torch.OutOfMemoryError as error:
         failed: BaseException = error.with_traceback(None)  # it would keep tensors alive
     except BaseException as error:

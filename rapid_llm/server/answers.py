@@ -24,7 +24,7 @@ from rapid_llm.text import TextStream
 from rapid_llm.tools.answers import ChatAnswer, ChatDelta
 
 if TYPE_CHECKING:
-    from rapid_llm.generation import TokenLogprob
+    from rapid_llm.logprobs import TokenLogprob
 
 _PATIENCE = 1.0  # seconds after which a stream tells how far the prefill is
 _INCOMPLETE = "\ufffd"

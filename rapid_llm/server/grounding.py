@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from rapid_llm.chat import checked_message
 from rapid_llm.config import RetrievalConfig, SamplingParams
 from rapid_llm.context.builder import ContextBuilder
-from rapid_llm.context.embedding import Embedder, default_embedder, load_embedder
+from rapid_llm.context.embedder_loading import default_embedder, load_embedder
+from rapid_llm.context.embedding import Embedder
 from rapid_llm.context.prompts import (
     fit_documents,
     retrieval_query,

@@ -43,29 +43,18 @@ class Replica:
     """The models and their application, in a process of Ray's.
 
     Args:
-        engine, retrieval, sampling, speculation, server: options, as of ``rapid-llm serve``.
+        engine: models to load.
+        server: options of the server.
+        defaults: defaults of requests, as of :func:`rapid_llm.server.app.create_app`.
     """
 
-    def __init__(
-        self,
-        engine: EngineConfig,
-        retrieval: RetrievalConfig,
-        sampling: SamplingParams,
-        speculation: SpeculationConfig,
-        server: ServerConfig,
-    ) -> None:
+    def __init__(self, engine: EngineConfig, server: ServerConfig, **defaults: Any) -> None:
         from rapid_llm.decoder import RapidDecoder
         from rapid_llm.server.app import create_app
 
         # The ingress has checked who asks, and from where.
         inner = replace(server, host="0.0.0.0")
-        self._app = create_app(
-            RapidDecoder.from_config(engine),
-            inner,
-            sampling=sampling,
-            speculation=speculation,
-            retrieval=retrieval,
-        )
+        self._app = create_app(RapidDecoder.from_config(engine), inner, **defaults)
 
     async def forward(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[bytes, None]:
         """Run the application on a request.
@@ -228,10 +217,10 @@ def application(
     }
     replicas = serve.deployment(**(settings | deployment))(Replica).bind(
         engine or EngineConfig(),
-        retrieval,
-        sampling or SamplingParams(seed=None),
-        speculation or SpeculationConfig(),
         replace(server, api_key=None),  # the ingress checks it
+        retrieval=retrieval,
+        sampling=sampling,
+        speculation=speculation,
     )
     web = _web(server)
     ingress = serve.deployment(max_ongoing_requests=_ONGOING)(serve.ingress(web)(_Bound))

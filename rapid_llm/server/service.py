@@ -29,7 +29,8 @@ from rapid_llm.tools.definitions import ChatOptions
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import RapidDecoder
-    from rapid_llm.generation import Delta, FinishReason, TokenLogprob
+    from rapid_llm.logprobs import TokenLogprob
+    from rapid_llm.results import Delta, FinishReason
 
 _T = TypeVar("_T")
 

@@ -39,7 +39,7 @@ from rapid_llm.tools.parsing import AnswerParser, Parsed
 if TYPE_CHECKING:
     from rapid_llm.chat import Message
     from rapid_llm.decoder import RapidDecoder
-    from rapid_llm.generation import Delta
+    from rapid_llm.results import Delta
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 

@@ -8,7 +8,8 @@ from typing import Any
 from langchain_core.embeddings import Embeddings
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from rapid_llm.aio import in_thread
-from rapid_llm.context.embedding import EMBEDDING_BATCH, default_embedder
+from rapid_llm.context.embedder_loading import default_embedder
+from rapid_llm.context.embedding import EMBEDDING_BATCH
 from rapid_llm.context.lazy import LazyEmbedder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.generation import Delta
+from rapid_llm.results import Delta
 from rapid_llm.speculation.constraints import Constraints
 from tiny import TEMPLATE, tiny_model, tiny_tokenizer
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.encoding import encode_prompt
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.generation import Delta
+from rapid_llm.results import Delta
 from rapid_llm.stats import Stats
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|")

@@ -16,7 +16,7 @@ from rapid_llm.engine.device import Pass
 from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.quantized import QuantizedLinear, copy_of
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.models import sharing_copy
+from rapid_llm.shared_weights import sharing_copy
 
 
 class CPUQuantizer:

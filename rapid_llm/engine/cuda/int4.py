@@ -22,7 +22,7 @@ from rapid_llm.engine.quantized import (
     copy_of,
 )
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.models import sharing_copy
+from rapid_llm.shared_weights import sharing_copy
 
 GROUP = 64
 """Number of weights of a row that share a step; steps and middles take half a bit per weight."""

@@ -13,8 +13,8 @@ from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import PassCost, pass_cost
 from rapid_llm.engine.device import FEW_TOKENS, NextMask
 from rapid_llm.engine.quantized import MAX_QUANTIZED_ROWS
-from rapid_llm.engine.session import Session
-from rapid_llm.engine.steps import DraftAlone, Extend, Steps, alone
+from rapid_llm.engine.session import DraftAlone, Extend, Session
+from rapid_llm.engine.steps import Steps, alone
 from rapid_llm.progress import Progress
 from rapid_llm.speculation.acceptance import verify_guess
 from rapid_llm.speculation.drafters.base import Draft

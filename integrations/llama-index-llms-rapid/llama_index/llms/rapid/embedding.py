@@ -9,7 +9,8 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from rapid_llm.aio import in_thread
-from rapid_llm.context.embedding import EMBEDDING_BATCH, default_embedder
+from rapid_llm.context.embedder_loading import default_embedder
+from rapid_llm.context.embedding import EMBEDDING_BATCH
 from rapid_llm.context.lazy import LazyEmbedder
 
 
