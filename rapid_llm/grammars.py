@@ -1,4 +1,4 @@
-"""The forms of a constraint on answers, and the grammar that each stands for.
+"""Forms of a constraint on answers (JSON schema, regex, choices, grammar), as one grammar each.
 
 A constraint is kept as a mapping with one key, in vLLM's terms: ``json`` (a JSON schema),
 ``regex``, ``choice`` (a list of strings) or ``grammar`` (Lark or GBNF). llguidance reads it as one

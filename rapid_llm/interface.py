@@ -1,4 +1,4 @@
-"""The calls that decoders take (``generate``, ``stream``, ``astream``, …), and their arguments."""
+"""Base class of decoders: ``generate``, ``stream`` and ``astream``, and their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open a generation for a request: sessions over kept KV, a sampler, and the drafters."""
+"""Set up the generation of a request: sessions over reused KV, a sampler, and the drafters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validated calls: encoded prompts, limits, and what ends an answer."""
+"""A validated request: encoded prompts, limits, and what ends the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many requests at once: rounds over all that are under way, whose passes are joined."""
+"""Continuous batching: many requests at once, whose forward passes are joined."""
 
 from rapid_llm.batching.scheduler import Scheduler
 from rapid_llm.interface import GenerationRequest

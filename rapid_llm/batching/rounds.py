@@ -1,4 +1,4 @@
-"""Rounds over all sequences under way: joint drafts, and one pass that verifies them.
+"""Rounds of speculation over all running sequences: joint drafts, one pass that verifies them.
 
 Between two rounds one pass is for prompts, the earliest sequence's first, so that a long document
 does not stop the answers that have begun.

@@ -1,4 +1,4 @@
-"""A request under way: its computation, and the pass that it waits for."""
+"""A running request: its generation, and the forward pass that it waits for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many requests at once by a thread each, for a decoder on a server, which joins them there."""
+"""Send many requests to a server at once, in a thread each; the server batches them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Inference engine for one sequence: model runner, attention, KV cache and session."""
+"""Inference engine: model runner, forward passes, attention, KV cache and sessions."""

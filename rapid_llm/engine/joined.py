@@ -1,4 +1,4 @@
-"""One pass over the new tokens of several sequences, which share what they have in common.
+"""One forward pass over new tokens of several sequences, which reads a common prefix once.
 
 The tokens stand one behind the other, without padding or a batch dimension: linear layers see them
 all, and read each weight once. Attention reads each stretch of keys once for all sequences that

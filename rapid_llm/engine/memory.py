@@ -1,4 +1,4 @@
-"""Run a step again after memory ran out, with idle memory freed in between."""
+"""Retry a step after running out of memory, with idle memory freed in between."""
 
 from __future__ import annotations
 

@@ -15,12 +15,7 @@ from transformers import PreTrainedModel
 from rapid_llm.engine import attention, positions
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
-from rapid_llm.engine.device import (
-    Pass,
-    ReplayedPass,
-    device_of,
-    register,
-)
+from rapid_llm.engine.device import Pass, ReplayedPass, device_of, register
 from rapid_llm.engine.joined import Part, joined_logits
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean

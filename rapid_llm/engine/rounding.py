@@ -1,4 +1,4 @@
-"""Describe how a model's passes round, so that KV is reused only where it would be the same.
+"""Describe the rounding errors of passes, so that only KV that would be the same is reused.
 
 Other kernels add in another order and round differently. Kept KV is used only by passes that round
 like those that computed it, so that an answer is the same with and without reuse.

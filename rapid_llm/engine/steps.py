@@ -1,4 +1,4 @@
-"""Computations as generators that yield the passes they need and receive the results.
+"""Generators that yield the forward passes they need, run one by one or joined with others.
 
 An algorithm is written once, from top to bottom: :func:`alone` runs its passes one by one, and
 :mod:`rapid_llm.batching` runs many such computations at once and joins their passes.
