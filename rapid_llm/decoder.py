@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_with_progress
+from rapid_llm.arguments import arguments_of
 from rapid_llm.batching import Scheduler
 from rapid_llm.chat import checked_variables, end_of_turn
 from rapid_llm.config import EngineConfig, Quantization, SamplingParams
@@ -329,8 +330,9 @@ class RapidDecoder(Decoder):
                 self._scheduler = ref(found)
             return found
 
-    def validated(self, request: GenerationRequest) -> Request:
-        """Validate the arguments of a call, and encode its prompts; no model runs.
+    @arguments_of(GenerationRequest)
+    def request(self, request: GenerationRequest) -> Request:
+        """Validate a call of :meth:`stream`, and encode its prompts; no model runs.
 
         Raises:
             RapidError: any error of :meth:`stream` that it does not raise while streaming.
@@ -347,7 +349,8 @@ class RapidDecoder(Decoder):
 
     def _stream(self, request: GenerationRequest) -> Iterator[Delta]:
         started = time.perf_counter()
-        return self.opener.answer(self.validated(request), started, request.progress)
+        validated = self.request(*request.prompts, **request.options)
+        return self.opener.answer(validated, started, request.progress)
 
     def _astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         return iterate_with_progress(

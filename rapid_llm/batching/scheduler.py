@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
 from queue import SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -44,8 +44,8 @@ class Models(Protocol):
     max_sequences: int
     opener: Opener
 
-    def validated(self, request: GenerationRequest) -> Request:
-        """Validate the arguments of a call, and encode its prompts; no model runs."""
+    def request(self, *prompts: Any, **options: Any) -> Request:
+        """Validate a call, and encode its prompts; no model runs."""
 
 
 class _Checked(NamedTuple):
@@ -95,13 +95,11 @@ class Scheduler(Decoder):
 
     def _stream(self, request: GenerationRequest) -> DeltaStream:
         stream = DeltaStream()
-        return stream.of(
-            self._submit(self.decoder.validated(request), request.progress, stream.put)
-        )
+        return stream.of(self._submit(self._validated(request), request.progress, stream.put))
 
     async def _astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         loop, outcomes = asyncio.get_running_loop(), asyncio.Queue[Outcome]()
-        validated = await in_thread(partial(self.decoder.validated, request))
+        validated = await in_thread(partial(self._validated, request))
 
         def deliver(outcome: Outcome) -> None:
             loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
@@ -130,7 +128,7 @@ class Scheduler(Decoder):
 
         def checked(request: GenerationRequest) -> _Checked:
             try:
-                return _Checked(self.decoder.validated(request), request.progress)
+                return _Checked(self._validated(request), request.progress)
             except Exception as error:
                 if not return_exceptions:
                     raise
@@ -167,6 +165,9 @@ class Scheduler(Decoder):
         finally:
             for ticket in tickets:
                 ticket.cancel()
+
+    def _validated(self, request: GenerationRequest) -> Request:
+        return self.decoder.request(*request.prompts, **request.options)
 
     def _submit(
         self,

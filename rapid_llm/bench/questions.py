@@ -91,7 +91,7 @@ def tokens_per_second(
 ) -> float:
     """Tokens a second of all requests together, while all of them decode."""
     models: Any = SimpleNamespace(
-        opener=opener, validated=decoder.validated, max_sequences=len(requests)
+        opener=opener, request=decoder.request, max_sequences=len(requests)
     )
     stream = Scheduler(models).stream_many(requests)
     begun: set[int] = set()
