@@ -64,6 +64,7 @@ def from_arguments(make: Callable[_P, _Made], /, *args: _P.args, **named: _P.kwa
 
 
 def _refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise an error for a name that is not known: its new name, the nearest, or where it goes."""
     refuse_old_names(names, known)
     for name in names:
         if name in known:
@@ -73,8 +74,7 @@ def _refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
             remedy = f"did you mean {near[0]!r}?"
         for argument in _GROUPS.keys() & known:
             group = _GROUPS[argument]
-            if any(
-                name in (each.name, *each.option.aliases) for each in options_of(group).values()
-            ):
-                remedy = f"give it as {argument}={group.__name__}({name}=…)"
+            for option in options_of(group).values():
+                if name in (option.name, *option.option.aliases):
+                    remedy = f"give it as {argument}={group.__name__}({option.name}=…)"
         raise InvalidParameterError(f"unknown argument {name!r}: {remedy}")

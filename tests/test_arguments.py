@@ -58,7 +58,7 @@ def test_every_argument_is_described(described: Callable[..., Any], made: type) 
     ("name", "remedy"),
     [
         ("samplng", "did you mean 'sampling'?"),
-        ("max_tokens", "give it as sampling=SamplingParams(max_tokens=…)"),
+        ("max_tokens", "give it as sampling=SamplingParams(max_new_tokens=…)"),
         ("gamma", "give it as speculation=SpeculationConfig(gamma=…)"),
         ("zzz", "known are target_prompt, draft_prompt, sampling"),
     ],
