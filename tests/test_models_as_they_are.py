@@ -802,6 +802,24 @@ def test_longrope_goes_by_the_length_of_the_whole_sequence(architecture, length)
     assert drafted.token_ids == expected
 
 
+def test_no_draft_crosses_the_switch_where_a_rejection_would_read_the_document_twice(monkeypatch):
+    read, extend = [], Session.extend
+
+    def watched(self, tokens, keep=None, whole=None):
+        read.append((self.length, self.length + len(tokens)))
+        return extend(self, tokens, keep, whole)
+
+    monkeypatch.setattr(Session, "extend", watched)
+    prompt = LONG[: SWITCH - 3]
+    config = SpeculationConfig(mode="exact", gamma=6)
+    # The drafter's own sequence stays below the switch.
+    RapidDecoder(switching(), tiny_tokenizer()).generate(
+        prompt, prompt[40:], sampling=GREEDY, speculation=config
+    )
+    assert (SWITCH - 4, SWITCH) in read
+    assert all(start == SWITCH - 1 for start, end in read if start < SWITCH < end)
+
+
 def test_kv_of_one_side_of_the_switch_is_not_taken_on_the_other(tmp_path):
     scaled = switching()
     decoder = RapidDecoder(scaled, tiny_tokenizer(), kv_cache_dir=tmp_path)

@@ -378,6 +378,22 @@ def test_a_question_finds_the_same_whatever_was_asked_before(
     assert alone[0].context.tokens > alone[1].context.tokens
 
 
+def test_what_is_retrieved_fits_a_drafter_with_a_smaller_window(
+    tokenizer: PreTrainedTokenizerFast, embedder: CountingEmbedder
+) -> None:
+    drafter = tiny_model(seed=1, max_position_embeddings=256)
+    pipeline = RapidPipeline(
+        RapidDecoder(tiny_model(), tokenizer, drafter),
+        [FIRST, SECOND] * 2,
+        embedder=embedder,
+        chunk_tokens=32,
+        threshold=-1,
+    )
+    answer = pipeline.ask(QUESTION, "rag", sampling=SamplingParams(max_new_tokens=4))
+    assert answer.context is not None
+    assert 64 < answer.context.tokens < answer.stats.prompt_tokens <= 252
+
+
 @pytest.mark.parametrize("name", ["sampling", "speculation", "retrieval"])
 def test_settings_of_another_type_are_refused(decoder: RapidDecoder, name: str) -> None:
     for wrong in ({}, {"gamma": 3}):
