@@ -347,12 +347,50 @@ class RapidDecoder(Decoder):
             self.chat_template_kwargs | checked_variables(request.chat_template_kwargs),
         )
 
-    def _stream(self, request: GenerationRequest) -> Iterator[Delta]:
+    @arguments_of(GenerationRequest)
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
+        """Answer a prompt and yield one delta per round.
+
+        Args:
+            target_prompt: the whole context and the question, as a string (no template is applied),
+                chat messages (the model's template is applied) or token ids. None lets the drafter
+                answer alone from its own prompt (plain RAG).
+            draft_prompt: the retrieved context and the question. None decodes with the target
+                alone.
+            sampling: sampling options; greedy by default.
+            speculation: speculation options; ignored without a draft prompt.
+            confidence: confidence of the retrieval, in [0, 1]; used with ``dynamic_eta``.
+            progress: callback for the progress of the prefill.
+            chat_template_kwargs: variables of the chat template for this call; they override the
+                decoder's variables of the same names.
+
+        Yields:
+            The text and tokens of each round. ``max_new_tokens`` is reduced to the room in the
+            context window, see ``stats.max_new_tokens``. A draft prompt too long for the drafter
+            is left out, see ``stats.draft_skipped``.
+
+        Raises:
+            InvalidParameterError: neither prompt was given, one is malformed, or the confidence is
+                outside its range.
+            ContextWindowError: the prompt to answer leaves no room for a token in its model's
+                context window.
+            TokenizerMismatchError: the prompt to answer has a token that its model lacks.
+            NumericalError: a model produced NaN (raised while streaming).
+            ForkedProcessError: this process was forked from the one that loaded the models.
+            GenerationTimeoutError: ``sampling.timeout`` seconds have passed since the call (raised
+                while streaming, between two chunks of the prefill or after a round).
+        """
         started = time.perf_counter()
         validated = self.request(*request.prompts, **request.options)
         return self.opener.answer(validated, started, request.progress)
 
-    def _astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+    @arguments_of(GenerationRequest)
+    def astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        """:meth:`stream` for asyncio; the models run in a thread and do not block the event loop.
+
+        Cancelling the task or closing the iterator stops the generation after the current round or
+        chunk of the prefill. ``progress`` is called in that thread.
+        """
         return iterate_with_progress(
             lambda report: self.stream(*request.prompts, **request.options | {"progress": report}),
             request.progress,

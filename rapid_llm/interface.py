@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Arguments of one call of :meth:`Decoder.stream`, which describes them.
+    """Arguments of one call of :meth:`.RapidDecoder.stream`, which describes them.
 
     Many of them are answered at once by :meth:`Decoder.generate_many`.
     """
@@ -62,49 +62,18 @@ class Decoder(ABC):
         with closing(deltas):
             return GenerationResult.from_deltas(list(deltas))
 
+    @abstractmethod
     @arguments_of(GenerationRequest)
     def stream(self, request: GenerationRequest) -> Iterator[Delta]:
-        """Answer a prompt and yield one delta per round.
+        """Answer a prompt and yield one delta per round, see :meth:`.RapidDecoder.stream`.
 
-        Args:
-            target_prompt: the whole context and the question, as a string (no template is applied),
-                chat messages (the model's template is applied) or token ids. None lets the drafter
-                answer alone from its own prompt (plain RAG).
-            draft_prompt: the retrieved context and the question. None decodes with the target
-                alone.
-            sampling: sampling options; greedy by default.
-            speculation: speculation options; ignored without a draft prompt.
-            confidence: confidence of the retrieval, in [0, 1]; used with ``dynamic_eta``.
-            progress: callback for the progress of the prefill.
-            chat_template_kwargs: variables of the chat template for this call; they override the
-                decoder's variables of the same names.
-
-        Yields:
-            The text and tokens of each round. ``max_new_tokens`` is reduced to the room in the
-            context window, see ``stats.max_new_tokens``. A draft prompt too long for the drafter
-            is left out, see ``stats.draft_skipped``.
-
-        Raises:
-            InvalidParameterError: neither prompt was given, one is malformed, or the confidence is
-                outside its range.
-            ContextWindowError: the prompt to answer leaves no room for a token in its model's
-                context window.
-            TokenizerMismatchError: the prompt to answer has a token that its model lacks.
-            NumericalError: a model produced NaN (raised while streaming).
-            ForkedProcessError: this process was forked from the one that loaded the models.
-            GenerationTimeoutError: ``sampling.timeout`` seconds have passed since the call (raised
-                while streaming, between two chunks of the prefill or after a round).
+        The iterator has a method ``close``.
         """
-        return self._stream(request)
 
+    @abstractmethod
     @arguments_of(GenerationRequest)
     def astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """:meth:`stream` for asyncio; the models run in a thread and do not block the event loop.
-
-        Cancelling the task or closing the iterator stops the generation after the current round or
-        chunk of the prefill. ``progress`` is called in that thread.
-        """
-        return self._astream(request)
+        """:meth:`stream` for asyncio."""
 
     @overload
     def generate_many(self, requests: Iterable[GenerationRequest]) -> list[GenerationResult]: ...
@@ -153,14 +122,6 @@ class Decoder(ABC):
         Closing it cancels all requests.
         """
         return self._stream_many(list(requests), return_exceptions)
-
-    @abstractmethod
-    def _stream(self, request: GenerationRequest) -> Iterator[Delta]:
-        """The deltas of a request; an iterator with a method ``close``."""
-
-    @abstractmethod
-    def _astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """The deltas of a request, for asyncio."""
 
     @abstractmethod
     def _stream_many(

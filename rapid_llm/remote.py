@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 import httpx
 
 from rapid_llm.api_key import API_KEY, KEY_LIMIT, is_key
+from rapid_llm.arguments import arguments_of
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.errors import (
     ContextWindowError,
@@ -72,10 +73,6 @@ class RemoteModel:
 
 class RemoteDecoder(Decoder):
     """The models of a server, in the place of a :class:`rapid_llm.RapidDecoder`.
-
-    Without ``sampling`` and ``speculation`` the server's defaults hold. ``progress`` is called
-    about once a second during the prefill. Closing a stream stops the server's work; many requests
-    have a connection each.
 
     Nothing is asked of the server before it is needed. Safe for several threads.
 
@@ -185,10 +182,23 @@ class RemoteDecoder(Decoder):
         """Itself: the server answers at once what reaches it at once."""
         return self
 
-    def _stream(self, request: GenerationRequest) -> Generator[Delta, None, None]:
+    @arguments_of(GenerationRequest)
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
+        """Answer a prompt and yield one delta per round, see :meth:`.RapidDecoder.stream`.
+
+        Without ``sampling`` and ``speculation`` the server's defaults hold. ``progress`` is called
+        about once a second during the prefill. Closing the generator stops the server's work.
+
+        Raises:
+            InvalidParameterError, ContextWindowError: the request cannot be served.
+            GenerationTimeoutError: ``sampling.timeout`` seconds have passed.
+            ServerError: the server cannot be reached, refuses, or failed.
+        """
         return self._deltas(self._body(request), request.progress)
 
-    def _astream(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+    @arguments_of(GenerationRequest)
+    def astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        """:meth:`stream` for asyncio; cancelling it stops the server's work."""
         return self._adeltas(self._body(request), request.progress)
 
     def _stream_many(
@@ -196,7 +206,7 @@ class RemoteDecoder(Decoder):
     ) -> Iterator[tuple[int, Delta | Exception]]:
         from rapid_llm.batching.threads import stream_in_threads  # imports torch
 
-        return stream_in_threads(self._stream, requests, return_exceptions)
+        return stream_in_threads(self.stream, requests, return_exceptions)
 
     # --- requests ------------------------------------------------------------------------------
 

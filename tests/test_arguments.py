@@ -20,7 +20,6 @@ from rapid_llm import (
     SamplingParams,
 )
 from rapid_llm.batching import Scheduler
-from rapid_llm.interface import Decoder
 from rapid_llm.questions import Question
 
 CALLS: list[tuple[type, str, type]] = [
@@ -44,7 +43,8 @@ def test_help_shows_the_arguments_with_their_defaults(kind: type, name: str, mad
 
 
 @pytest.mark.parametrize(
-    ("described", "made"), [(Decoder.stream, GenerationRequest), (RapidPipeline.stream, Question)]
+    ("described", "made"),
+    [(RapidDecoder.stream, GenerationRequest), (RapidPipeline.stream, Question)],
 )
 def test_every_argument_is_described(described: Callable[..., Any], made: type) -> None:
     text = (inspect.getdoc(described) or "").split("Args:")[1].split("\n\n")[0]

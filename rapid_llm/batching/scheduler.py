@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from rapid_llm.aio import in_thread
+from rapid_llm.arguments import arguments_of
 from rapid_llm.batching.requests import DeltaStream, Outcome, Ticket
 from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
@@ -58,10 +59,6 @@ class _Checked(NamedTuple):
 class Scheduler(Decoder):
     """Answers many requests of threads and tasks at once; its methods are the decoder's.
 
-    A request begins at the call, and with ``astream`` at the first delta that is asked for. Closing
-    its stream, or dropping it, cancels it before its next pass. ``progress`` is called in the
-    scheduler's thread; an error that it raises ends this request alone.
-
     Passes of all requests under way are joined: each weight is read once for all of them, and each
     document once for all questions on it. A request gets the law that it gets alone, and the same
     tokens but for rounding; one that nobody joins runs the passes of a single call. With
@@ -93,11 +90,20 @@ class Scheduler(Decoder):
         self._thread: threading.Thread | None = None
         self._said = False
 
-    def _stream(self, request: GenerationRequest) -> DeltaStream:
+    @arguments_of(GenerationRequest)
+    def stream(self, request: GenerationRequest) -> DeltaStream:
+        """:meth:`.RapidDecoder.stream`, beside other requests.
+
+        The request begins at the call. Closing the stream, or dropping it, cancels the request
+        before its next pass. ``progress`` is called in the scheduler's thread; an error that it
+        raises ends this request alone.
+        """
         stream = DeltaStream()
         return stream.of(self._submit(self._validated(request), request.progress, stream.put))
 
-    async def _astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+    @arguments_of(GenerationRequest)
+    async def astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        """:meth:`stream` for asyncio; the request begins at the first delta that is asked for."""
         loop, outcomes = asyncio.get_running_loop(), asyncio.Queue[Outcome]()
         validated = await in_thread(partial(self._validated, request))
 

@@ -15,14 +15,14 @@ MOST_THREADS = 32
 
 
 def stream_in_threads(
-    stream: Callable[[GenerationRequest], Iterator[Delta]],
+    stream: Callable[..., Iterator[Delta]],
     requests: Sequence[GenerationRequest],
     return_exceptions: bool,
 ) -> Iterator[tuple[int, Delta | Exception]]:
     """Answer requests at once and yield (index of the request, delta), as they come.
 
     Args:
-        stream: function that answers a request, called in threads.
+        stream: function with the arguments of a request, called in threads.
         requests: the requests.
         return_exceptions: whether an error takes the place of a delta; otherwise it is raised.
     """
@@ -33,7 +33,7 @@ def stream_in_threads(
         if stopped.is_set():
             return
         try:
-            for delta in stream(request):
+            for delta in stream(*request.prompts, **request.options):
                 outcomes.put((index, delta))
                 if stopped.is_set():
                     return  # drops the stream, which ends the request
