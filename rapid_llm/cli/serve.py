@@ -67,6 +67,10 @@ def serve(
             f"--api-key or in {API_KEY}"
         )
     engine = replace(engine, model=model)
+    if retrieval.embedder is not None or retrieval.store is not None:
+        from rapid_llm.context.builder import require_retrieval
+
+        require_retrieval(retrieval)
     if server.replicas > 1:
         _replicate(engine, retrieval, sampling, speculation, server)
         return

@@ -21,6 +21,7 @@ from rapid_llm.context.embedding import (
     batched,
     default_embedder,
     load_embedder,
+    require_embedder,
     unit,
 )
 from rapid_llm.context.ranking import bm25, fuse
@@ -325,6 +326,22 @@ class ContextBuilder:
             return "no chunk has a word of the question"
         best = floor(ranked[0].score * 100) / 100
         return f"no chunk reached similarity {self._config.threshold:g} (best {best:g})"
+
+
+def require_retrieval(config: RetrievalConfig) -> None:
+    """Refuse an embedder or a store that a retriever could not use, before models are loaded.
+
+    Args:
+        config: retrieval options.
+
+    Raises:
+        ModelError: there is no such embedding model.
+        InvalidParameterError: Chroma cannot open the store.
+        MissingDependencyError: the retriever needs a package that is not installed.
+    """
+    if config.retriever != "bm25":
+        require_embedder(config.embedder)
+        ChunkStore(config.store)
 
 
 def _embed(stored: StoredChunks, embedder: Embedder, progress: Progress | None) -> None:
