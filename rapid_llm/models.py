@@ -186,14 +186,15 @@ def require_model(source: str | Path, **options: Any) -> str | None:
         if (packed := options.get("gguf_file")) is not None:
             require_file(location, (packed,), **options)
             return None
-        config = json.loads(require_file(location, _CONFIGS, **options).read_bytes())
+        config = dict(json.loads(require_file(location, _CONFIGS, **options).read_bytes()))
     except _LOADING_ERRORS as error:
         raise _not_loaded(name, error) from error
     base = config.get("base_model_name_or_path")
     if base is None or "peft_type" not in config:
-        return config.get("text_config", {}).get("model_type") or config.get("model_type")
+        return (config.get("text_config") or {}).get("model_type") or config.get("model_type")
+    access = HUB_ACCESS - {"revision"}  # which is the adapter's
     try:
-        return require_model(base, **{k: v for k, v in options.items() if k in HUB_ACCESS})
+        return require_model(base, **{k: v for k, v in options.items() if k in access})
     except ModelError as error:
         raise ModelError(f"model {name!r} is an adapter, and its base {error}") from error
 

@@ -48,7 +48,7 @@ def require_loadable(
     if config.drafter is not None:
         _require_model(config, config.drafter, drafter_options(config), draft_place)
     quantized, device = config.drafter_quantization, draft_place["device"]
-    if quantized not in (None, "auto") and isinstance(device, torch.device):
+    if quantized is not None and quantized != "auto" and isinstance(device, torch.device):
         require_format(quantized, device, config.drafter or config.model)
 
 

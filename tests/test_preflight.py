@@ -52,6 +52,10 @@ def folder_of(path: Path, config: dict[str, Any], name: str = "config.json") -> 
         ({"drafter_device_map": "everywhere", "drafter": "smollm2-135m"}, "must be one of auto"),
         ({"drafter_options": {"revision": "1"}}, "need a drafter"),
         ({"drafter_quantization": "int5"}, "drafter_quantization='int5' is not allowed"),
+        (
+            {"drafter": "smollm2-135m", "drafter_device": "meta", "drafter_quantization": "int8"},
+            "'int8' does not serve on meta, where smollm2-135m is",
+        ),
         ({"cuda_graphs": True}, "cuda_graphs=True, but passes of"),
         ({"kv_cache_dir_bytes": 5}, "limits no folder"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs holds 'tools'"),
@@ -64,14 +68,6 @@ def test_options_are_refused_before_anything_is_loaded(
 ) -> None:
     with pytest.raises((InvalidParameterError, ModelError), match=mention):
         RapidDecoder.from_pretrained(model, **options)
-
-
-def test_a_format_that_the_drafters_device_lacks_is_refused(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rapid_llm.engine.cpu.device.CPU.quantizers", {"int8": None})
-    with pytest.raises(InvalidParameterError, match=r"'int4' does not serve on cpu.*take 'int8'"):
-        RapidDecoder.from_pretrained(model, drafter_quantization="int4")
 
 
 def test_attention_that_is_not_installed_is_refused(
