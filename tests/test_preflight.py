@@ -58,7 +58,7 @@ def folder_of(path: Path, config: dict[str, Any], name: str = "config.json") -> 
         ),
         ({"cuda_graphs": True}, "cuda_graphs=True, but passes of"),
         ({"kv_cache_dir_bytes": 5}, "limits no folder"),
-        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs holds 'tools'"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs holds 'messages'"),
         ({"attn_implementation": "ours"}, "attn_implementation='ours'"),
         ({"max_sequences": 0}, "max_sequences=0"),
     ],
