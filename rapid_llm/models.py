@@ -55,8 +55,9 @@ HUB_ACCESS = frozenset(
 _FILES = HUB_ACCESS | {"subfolder"}
 """Arguments that say where files are; only these apply to the tokenizer as well."""
 
-_CONFIGS = ("config.json", "adapter_config.json")
-"""Files of which a folder or repository with a model, or an adapter of one, has one."""
+_CONFIGS = ("adapter_config.json", "config.json")
+"""Files of which a folder or repository has one: with an adapter, which goes first in transformers
+too, or with a model."""
 
 _SPREADING = ("distributed_config", "tp_plan", "tp_size")
 """Arguments with which transformers itself decides about devices."""
@@ -186,11 +187,12 @@ def require_model(source: str | Path, **options: Any) -> str | None:
         if (packed := options.get("gguf_file")) is not None:
             require_file(location, (packed,), **options)
             return None
-        config = dict(json.loads(require_file(location, _CONFIGS, **options).read_bytes()))
+        found = require_file(location, _CONFIGS, **options)
+        config = dict(json.loads(found.read_bytes()))
     except _LOADING_ERRORS as error:
         raise _not_loaded(name, error) from error
     base = config.get("base_model_name_or_path")
-    if base is None or "peft_type" not in config:
+    if base is None or found.name != _CONFIGS[0]:
         return (config.get("text_config") or {}).get("model_type") or config.get("model_type")
     access = HUB_ACCESS - {"revision"}  # which is the adapter's
     try:

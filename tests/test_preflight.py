@@ -97,6 +97,16 @@ def test_an_adapter_whose_base_is_missing_is_refused(model: Path, tmp_path: Path
         RapidDecoder.from_pretrained(model, adapter)
 
 
+def test_a_folder_without_a_config_is_named(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty' could not be loaded.* config\.json"):
+        RapidDecoder.from_pretrained(model, tmp_path / "empty")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("[1", encoding="utf-8")
+    with pytest.raises(ModelError, match="broken' could not be loaded"):
+        RapidDecoder.from_pretrained(tmp_path / "broken")
+
+
 def test_the_text_model_of_a_larger_one_counts(tmp_path: Path) -> None:
     parts = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
     assert require_model(folder_of(tmp_path / "parts", parts)) == "gemma3_text"
