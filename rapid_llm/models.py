@@ -192,7 +192,7 @@ def require_model(source: str | Path, **options: Any) -> str | None:
     except _LOADING_ERRORS as error:
         raise _not_loaded(name, error) from error
     base = config.get("base_model_name_or_path")
-    if base is None or found.name != _CONFIGS[0]:
+    if not base or found.name != _CONFIGS[0]:
         return (config.get("text_config") or {}).get("model_type") or config.get("model_type")
     access = HUB_ACCESS - {"revision"}  # which is the adapter's
     try:
