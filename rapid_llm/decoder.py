@@ -36,14 +36,16 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
+from rapid_llm.folders import require_folder
 from rapid_llm.forked import Owner, ProcessLock, limit_threads
 from rapid_llm.interface import Decoder, GenerationRequest
 from rapid_llm.limits import host_memory
 from rapid_llm.logprobs import TokenLogprob, logprobs
-from rapid_llm.models import HUB_ACCESS, device_memory, load_model
+from rapid_llm.models import device_memory, load_model
 from rapid_llm.old_names import RENAMED, with_new_names
 from rapid_llm.opening import Opener
 from rapid_llm.options import changed, given, options_of, sorted_into
+from rapid_llm.preflight import drafter_options, require_loadable
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.results import Delta, FinishReason, GenerationResult
@@ -123,7 +125,7 @@ class RapidDecoder(Decoder):
         ModelError: an architecture or an adapter is not supported.
         TokenizerMismatchError: the tokenizers differ in more than added tokens.
         InvalidParameterError: the quantization is unknown, or not available on the device; a budget
-            is negative, or the folder's has no folder.
+            is negative, or the folder's has no folder; the folder cannot be written to.
     """
 
     @with_new_names
@@ -171,7 +173,7 @@ class RapidDecoder(Decoder):
             kv_cache_host_bytes = (host_memory() or 0) // 8 if kv_cache_bytes else 0
         self._prefixes = PrefixCache(
             kv_cache_bytes,
-            None if kv_cache_dir is None else Path(kv_cache_dir),
+            None if kv_cache_dir is None else require_folder("kv_cache_dir", kv_cache_dir),
             host_bytes=kv_cache_host_bytes,
             directory_bytes=kv_cache_dir_bytes,
         )
@@ -237,13 +239,13 @@ class RapidDecoder(Decoder):
             drafter: a loaded drafter, used instead of the config's.
         """
         place, draft_place = placements(config)
+        require_loadable(config, place, draft_place if drafter is None else None)
         hub = dict(config.hub_options)
         loaded = load_model(config.model, dtype=config.dtype, **place | hub)
         tokenizer, name, draft_by_name = None, None, drafter is None
         own = config.drafter != config.model or draft_place != place or config.drafter_options
         if config.drafter is not None and own:
-            shared = {k: v for k, v in hub.items() if k in HUB_ACCESS}
-            options = draft_place | shared | dict(config.drafter_options)
+            options = draft_place | drafter_options(config)
             other = load_model(config.drafter, dtype=config.dtype, **options)
             drafter, tokenizer, name = other.model, other.tokenizer, other.name
         decoder = cls(

@@ -25,7 +25,8 @@ def placements(config: EngineConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         config: engine options.
 
     Raises:
-        InvalidParameterError: options exclude each other, or have no effect.
+        InvalidParameterError: options exclude each other, or have no effect; this machine lacks a
+            device.
     """
     for device, spread in (("device", "device_map"), ("drafter_device", "drafter_device_map")):
         if getattr(config, device) is not None and getattr(config, spread) is not None:
@@ -65,7 +66,7 @@ def _placed(
         # Under torchrun a model whose device has no number is sharded over the processes.
         return {"device": resolve_device(device) if processes() == 1 else device}
     limits = {"max_memory": config.max_memory} if config.max_memory else {}
-    return {"device": None, "device_map": device_map, **limits}
+    return {"device": None, "device_map": checked_map(device_map), **limits}
 
 
 def checked_map(device_map: str | Mapping[str, Any]) -> str | dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Cache folders of this library, for measured costs and converted models."""
+"""Folders: the cache of this library, and those that options name."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from rapid_llm.errors import InvalidParameterError
 
 
 def cache_folder() -> Path:
@@ -11,3 +13,28 @@ def cache_folder() -> Path:
     if given := os.environ.get("RAPID_LLM_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rapid-llm")
+
+
+def require_folder(option: str, path: str | Path) -> Path:
+    """Refuse a folder in which no file could be written; it is not made yet.
+
+    Args:
+        option: name of the option that names it.
+        path: the folder; ``~`` is the user's home.
+
+    Raises:
+        InvalidParameterError: it, or one that it is to be made in, is a file, or not writable.
+    """
+    folder = Path(path).expanduser()
+    there = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
+    reason = None
+    if not there.is_dir():
+        reason = f"{there} is no folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        reason = f"{there} is not writable"
+    if reason is not None:
+        raise InvalidParameterError(
+            f"{option}='{path}' cannot be used, because {reason}: give a folder that this process "
+            f"may write to, or leave {option} out"
+        )
+    return folder

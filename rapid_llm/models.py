@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ HUB_ACCESS = frozenset(
 _FILES = HUB_ACCESS | {"subfolder"}
 """Arguments that say where files are; only these apply to the tokenizer as well."""
 
-_CONFIGS = ("config.json", "adapter_config.json")
-"""Files of which a folder or repository with a model, or an adapter of one, has one."""
+_CONFIGS = ("adapter_config.json", "config.json")
+"""Files of which a folder or repository has one: with an adapter, which goes first in transformers
+too, or with a model."""
 
 _SPREADING = ("distributed_config", "tp_plan", "tp_size")
 """Arguments with which transformers itself decides about devices."""
@@ -161,12 +163,16 @@ def _placed(
     return {**options, "device_map": {"": str(place)}}
 
 
-def require_model(source: str | Path, **options: Any) -> None:
+def require_model(source: str | Path, **options: Any) -> str | None:
     """Refuse a name under which there is no model, before anything else is loaded.
 
     Args:
         source: the model, as for :func:`load_model`.
         options: arguments of ``from_pretrained``; those that say where files are count.
+
+    Returns:
+        ``model_type`` of the config of the model's text part, that of the base of an adapter; None
+        where it is not told, as by a GGUF file.
 
     Raises:
         ModelError: there is no such file, folder or repository, or no model in it.
@@ -174,20 +180,36 @@ def require_model(source: str | Path, **options: Any) -> None:
     """
     name = str(source)
     location, gguf = _locate(name)
-    if not gguf:
-        try:
-            require_file(location, _CONFIGS, **options)
-        except _LOADING_ERRORS as error:
-            raise _not_loaded(name, error) from error
+    if gguf:
+        return None
+    try:
+        if (packed := options.get("gguf_file")) is not None:
+            require_file(location, (packed,), **options)
+            return None
+        found = require_file(location, _CONFIGS, **options)
+        config = dict(json.loads(found.read_bytes()))
+    except _LOADING_ERRORS as error:
+        raise _not_loaded(name, error) from error
+    base = config.get("base_model_name_or_path")
+    if not base or found.name != _CONFIGS[0]:
+        return (config.get("text_config") or {}).get("model_type") or config.get("model_type")
+    access = HUB_ACCESS - {"revision"}  # which is the adapter's
+    try:
+        return require_model(base, **{k: v for k, v in options.items() if k in access})
+    except ModelError as error:
+        raise ModelError(f"model {name!r} is an adapter, and its base {error}") from error
 
 
-def require_file(location: str, names: Sequence[str], **options: Any) -> None:
+def require_file(location: str, names: Sequence[str], **options: Any) -> Path:
     """Find one of several files in a folder, or in a repository of a hub.
 
     Args:
         location: the folder, or the repository's id.
         names: names of the files.
         options: arguments of ``from_pretrained``; those that say where files are count.
+
+    Returns:
+        Path of the first that there is.
 
     Raises:
         OSError: there is none of them.
@@ -196,9 +218,8 @@ def require_file(location: str, names: Sequence[str], **options: Any) -> None:
     *others, last = names
     for name in others:
         with suppress(OSError):
-            cached_file(location, name, **files)
-            return
-    cached_file(location, last, **files)
+            return Path(cached_file(location, name, **files))
+    return Path(cached_file(location, last, **files))
 
 
 def load_config(source: str | Path) -> PretrainedConfig:

@@ -432,16 +432,23 @@ def test_bad_models_are_refused(ask: Any, tmp_path: Path, model: str) -> None:
     assert_refused(ask("--device", "abacus"), "abacus")
 
 
-@pytest.mark.parametrize("option", ["--drafter", "--embedder"])
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--drafter", "could not be loaded"),
+        ("--embedder", "cannot be loaded"),
+        ("--store", "cannot be opened"),
+        ("--kv-cache-dir", "is no folder"),
+    ],
+)
 def test_a_name_of_nothing_is_refused_before_any_model_is_loaded(
-    ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+    ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, says: str
 ) -> None:
     monkeypatch.setattr("rapid_llm.decoder.load_model", lambda *_, **__: pytest.fail("loaded"))
-    assert_refused(
-        ask(option, tmp_path / "nowhere"),
-        "nowhere",
-        "could not be loaded" if option == "--drafter" else "cannot be loaded",
-    )
+    place = tmp_path / "nowhere"
+    if option in ("--store", "--kv-cache-dir"):
+        place.touch()  # a file
+    assert_refused(ask(option, place), "nowhere", says)
 
 
 def test_a_long_document_is_refused_or_truncated(ask: Any, document: str) -> None:

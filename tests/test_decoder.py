@@ -880,6 +880,7 @@ def test_hub_options_reach_a_drafter_loaded_by_name(monkeypatch):
         return LoadedModel(tiny_model(), tiny_tokenizer(), str(source))
 
     monkeypatch.setattr("rapid_llm.decoder.load_model", load)
+    monkeypatch.setattr("rapid_llm.preflight.require_model", lambda *_, **__: None)
     RapidDecoder.from_pretrained("org/target", "org/drafter", subfolder="big", **HUB)
     assert calls == {"org/target": HUB | {"subfolder": "big"}, "org/drafter": HUB}
     own = {"revision": "v2", "gguf_file": "x.gguf"}

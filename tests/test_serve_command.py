@@ -115,6 +115,8 @@ def test_after_the_limit_a_running_request_is_stopped(command: Any, model: str) 
         (["--host", "0.0.0.0"], "RAPID_LLM_API_KEY"),
         (["--max-queue", "-1"], "max_queue=-1"),
         (["nowhere/at/all"], "nowhere/at/all"),
+        (["--embedder", "nowhere/to/embed"], "embedding model 'nowhere/to/embed'"),
+        (["--store", os.devnull], "cannot be opened or used"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(

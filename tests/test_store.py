@@ -249,5 +249,7 @@ def test_a_folder_that_is_deleted_under_a_store_is_made_again(tmp_path: Path) ->
     stored.add([0, 1], random_vectors(2))
     shutil.rmtree(tmp_path / "gone")
     assert stored.missing() == [0, 1]
+    if os.name != "nt":
+        assert stat.S_IMODE((tmp_path / "gone").stat().st_mode) == 0o700
     stored.add([0, 1], random_vectors(2))
     assert stored.missing() == []

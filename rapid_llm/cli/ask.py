@@ -94,15 +94,12 @@ def ask(
     shown = sys.stderr.isatty() and not as_json and batch is None
     drafter = f" and {engine.drafter}" if engine.drafter else ""
     with status(f"loading {engine.model}{drafter}", shown):
-        from rapid_llm.context.embedder_loading import require_embedder
+        from rapid_llm.context.builder import require_retrieval
         from rapid_llm.decoder import RapidDecoder
-        from rapid_llm.models import require_model
         from rapid_llm.pipeline import RapidPipeline
 
-        if engine.drafter is not None:
-            require_model(engine.drafter, **{**engine.hub_options, **engine.drafter_options})
-        if retrieval.retriever != "bm25" and (compare or method != "lc"):
-            require_embedder(retrieval.embedder)
+        if compare or method != "lc":
+            require_retrieval(retrieval)
         pipeline = RapidPipeline(
             RapidDecoder.from_config(engine),
             texts,

@@ -139,10 +139,7 @@ def evaluate(
         from rapid_llm.evaluation.summary import summarize
         from rapid_llm.evaluation.tasks import load_task
         from rapid_llm.evaluation.tasks.base import Source
-        from rapid_llm.models import require_model
 
-        if engine.drafter is not None:
-            require_model(engine.drafter, **{**engine.hub_options, **engine.drafter_options})
         for one in methods:
             if one.retrieval is not None and one.retrieval.embedder is not None:
                 require_embedder(one.retrieval.embedder)

@@ -73,6 +73,10 @@ def serve(
         "sampling": sampling,
         "speculation": speculation,
     }
+    if retrieval.embedder is not None or retrieval.store is not None:
+        from rapid_llm.context.builder import require_retrieval
+
+        require_retrieval(retrieval)
     if server.replicas > 1:
         _replicate(engine, server, defaults)
         return

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rapid_llm.config import RetrievalConfig
 from rapid_llm.context.chunking import MIN_CHUNK_TOKENS, Span, Window, count_tokens, split_text
 from rapid_llm.context.confidence import confidence
-from rapid_llm.context.embedder_loading import default_embedder, load_embedder
+from rapid_llm.context.embedder_loading import default_embedder, load_embedder, require_embedder
 from rapid_llm.context.embedding import EMBEDDING_BATCH, Embedder, batched, unit
 from rapid_llm.context.ranking import bm25, fuse
 from rapid_llm.context.retrieved import SEPARATOR
@@ -319,6 +319,22 @@ class ContextBuilder:
             return "no chunk has a word of the question"
         best = floor(ranked[0].score * 100) / 100
         return f"no chunk reached similarity {self._config.threshold:g} (best {best:g})"
+
+
+def require_retrieval(config: RetrievalConfig) -> None:
+    """Refuse an embedder or a store that a retriever could not use, before models are loaded.
+
+    Args:
+        config: retrieval options.
+
+    Raises:
+        ModelError: there is no such embedding model.
+        InvalidParameterError: Chroma cannot open the store.
+        MissingDependencyError: the retriever needs a package that is not installed.
+    """
+    if config.retriever != "bm25":
+        require_embedder(config.embedder)
+        ChunkStore(config.store)
 
 
 def _embed(stored: StoredChunks, embedder: Embedder, progress: Progress | None) -> None:

@@ -211,8 +211,6 @@ class _Database:
         )
         with self._failures():
             if directory is not None:
-                # Owner only: the folder tells which texts are in it, and Chroma unpickles files.
-                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
                 # Poll often: a process that writes much releases the lock for moments only.
                 self._process = FileLock(
                     directory / "rapid-llm.lock",
@@ -243,6 +241,9 @@ class _Database:
         with ExitStack() as held:
             held.enter_context(self._thread)
             if self._directory is not None:
+                # Owner only: the folder tells which texts are in it, and Chroma unpickles files.
+                # At each operation, because the folder may have been deleted.
+                self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
                 held.enter_context(self._process)
                 last = self._directory / "rapid-llm.last"
                 if not last.exists() or last.read_text() != self._me:

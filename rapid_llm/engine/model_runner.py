@@ -47,6 +47,15 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
+def not_captured(name: str, device: torch.device) -> InvalidParameterError:
+    """The error for ``cuda_graphs=True`` where passes cannot be captured."""
+    return InvalidParameterError(
+        f"cuda_graphs=True, but passes of {name} on {device} cannot be captured: that takes a "
+        "model of the Llama family with our attention, Triton, and an Ampere GPU or a newer one; "
+        "leave cuda_graphs out to capture where it can be done"
+    )
+
+
 class ModelRunner:
     """Runs a model over our KV cache, by our own passes where they are exact, or by its forward.
 
@@ -94,11 +103,7 @@ class ModelRunner:
             self.state = ModelState(model)
             self._select_passes()
         if cuda_graphs and self._replayed is None:
-            raise InvalidParameterError(
-                f"cuda_graphs=True, but passes of {name} on {self.device} cannot be captured: that "
-                "takes a model of the Llama family with our attention, Triton, and an Ampere GPU "
-                "or a newer one; leave cuda_graphs out to capture where it can be done"
-            )
+            raise not_captured(name, self.device)
 
     def _select_passes(self) -> None:
         """Make the passes for the model's current state, the fastest first; the last serves all."""

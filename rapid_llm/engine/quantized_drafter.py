@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from rapid_llm.config import EngineConfig, Quantization
 from rapid_llm.engine.device import WeightKind, device_of
 from rapid_llm.engine.model_runner import ModelRunner
@@ -96,13 +98,27 @@ def require_quantizable(runner: ModelRunner, kind: WeightKind) -> None:
     Raises:
         InvalidParameterError: the model or its device does not support the format.
     """
-    quantizers = device_of(runner.device).quantizers
+    require_format(kind, runner.device, runner.name)
+    device_of(runner.device).quantizers[kind].require(runner.model, runner.name, runner.passes)
+
+
+def require_format(kind: WeightKind, device: torch.device, name: str) -> None:
+    """Check that a device has a weight format.
+
+    Args:
+        kind: weight format.
+        device: the device.
+        name: name of the model in errors.
+
+    Raises:
+        InvalidParameterError: the device does not support the format.
+    """
+    quantizers = device_of(device).quantizers
     if kind not in quantizers:
         others = " or ".join(map(repr, sorted(quantizers)))
         raise InvalidParameterError(
-            f"drafter_quantization={kind!r} does not serve on {runner.device}, where {runner.name} "
+            f"drafter_quantization={kind!r} does not serve on {device}, where {name} "
             f"is: take {others or 'None'}, or load a drafter quantized for that device "
             "(bitsandbytes or torchao, through transformers' quantization_config), pass it as "
             "drafter= and leave drafter_quantization out"
         )
-    quantizers[kind].require(runner.model, runner.name, runner.passes)

@@ -45,12 +45,33 @@ def require_supported(model: PreTrainedModel, name: str, attn_implementation: st
         MissingDependencyError: the attention implementation is not installed.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    require_architecture(model_type, f"{name} ({type(model).__name__})")
+    require_attention(attn_implementation, name)
+    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None):
+        raise ModelError(f"{name} attends in both directions; a causal model is needed")
+
+
+def require_architecture(model_type: str | None, name: str) -> None:
+    """Refuse a model whose ``config.model_type`` is not among :data:`SUPPORTED`.
+
+    Raises:
+        ModelError: it is not.
+    """
     if model_type not in SUPPORTED:
         raise ModelError(
-            f"{name}: architecture {model_type!r} ({type(model).__name__}) is not supported, "
+            f"{name}: architecture {model_type!r} is not supported, "
             f"because its cache could not be rolled back or was never checked; "
             f"supported are {', '.join(sorted(SUPPORTED))}"
         )
+
+
+def require_attention(attn_implementation: str, name: str) -> None:
+    """Refuse an attention implementation that is unknown, or cannot run here.
+
+    Raises:
+        ModelError: it is unknown.
+        MissingDependencyError: it is not installed.
+    """
     if attn_implementation not in ATTENTION:
         raise ModelError(
             f"{name}: attn_implementation={attn_implementation!r} is unknown; "
@@ -61,8 +82,6 @@ def require_supported(model: PreTrainedModel, name: str, attn_implementation: st
             f"{name}: attn_implementation='flash_attention_2' needs the package flash-attn and "
             "a CUDA device; install it, or use 'rapid' or 'sdpa'"
         )
-    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None):
-        raise ModelError(f"{name} attends in both directions; a causal model is needed")
 
 
 def require_layers_in_order(model: PreTrainedModel, name: str) -> None:

@@ -14,11 +14,10 @@ from langchain_core.language_models import LangSmithParams
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from rapid_llm.aio import iterate_in_thread
-from rapid_llm.config import EngineConfig, RemoteConfig, RetrievalConfig
+from rapid_llm.config import EngineConfig, RetrievalConfig
 from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.field_help import with_field_help
-from rapid_llm.forked import Owner, ProcessLock
 from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import options_of, require, without_secrets
 from typing_extensions import Self
@@ -27,6 +26,7 @@ from langchain_rapid import hub
 from langchain_rapid.documents import FullDocuments
 from langchain_rapid.encoding import Written
 from langchain_rapid.errors import RetrievalError
+from langchain_rapid.loading import LoadedDecoders, names_of_decoder, on_server
 from langchain_rapid.options import (
     OPTIONS,
     Call,
@@ -43,7 +43,6 @@ from langchain_rapid.window import encoded, places_of
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import Delta, RapidDecoder
-    from rapid_llm.remote import RemoteDecoder
 else:  # importing them would import torch
     RapidDecoder = Any
 
@@ -83,43 +82,6 @@ class Contexts(NamedTuple):
     found: dict[str, Any]
 
 
-class _Loaded:
-    """Loaded decoders by their configs, shared by copies of a model.
-
-    Pickled models and forked processes load their own.
-    """
-
-    def __init__(self) -> None:
-        self._decoders: list[tuple[EngineConfig, RapidDecoder]] = []
-        self._lock = ProcessLock()
-        self._loaded_in = Owner("the models")
-
-    def get(self, config: EngineConfig) -> RapidDecoder:
-        """The decoder of a config, loaded at the first use."""
-        with self._lock:
-            if not self._loaded_in.here:
-                self._decoders, self._loaded_in = [], Owner("the models")
-            for known, decoder in self._decoders:
-                if known == config:
-                    return decoder
-            from rapid_llm.decoder import RapidDecoder
-
-            decoder = RapidDecoder.from_config(config)
-            self._decoders.append((config, decoder))
-            return decoder
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Loaded)  # models are equal whatever they have loaded
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: object) -> _Loaded:
-        return self
-
-    def __reduce__(self) -> tuple[type[_Loaded], tuple[()]]:
-        return _Loaded, ()
-
-
 class RapidModel(OptionFields):
     """Fields and generation of both classes.
 
@@ -148,7 +110,7 @@ class RapidModel(OptionFields):
     _reads_results_of_tools: ClassVar[bool] = False
     """Whether a tool may retrieve in the place of ``retriever``."""
 
-    _loaded: _Loaded = PrivateAttr(default_factory=_Loaded)
+    _loaded: LoadedDecoders = PrivateAttr(default_factory=LoadedDecoders)
     _sources: FullDocuments | None = PrivateAttr(default=None)
 
     @classmethod
@@ -174,9 +136,9 @@ class RapidModel(OptionFields):
         values = without_none(values)
         require_one_name(values)
         if values.get("base_url") is not None and values.get("decoder") is None:
-            values = values | {"decoder": _on_server(values)}
+            values = values | {"decoder": on_server(values)}
         values = hub.gathered({k: value for k, value in values.items() if k not in _HOSTED})
-        return values if values.get("decoder") is None else values | _names_of_decoder(values)
+        return values if values.get("decoder") is None else values | names_of_decoder(values)
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
@@ -373,46 +335,6 @@ class RapidModel(OptionFields):
         if stop := self.stop if stop is None else stop:
             params["ls_stop"] = list(stop)
         return params
-
-
-def _on_server(values: Mapping[str, Any]) -> RemoteDecoder:
-    from rapid_llm.remote import RemoteDecoder
-
-    given = {name: values.get(name) for name in options_of(RemoteConfig)}
-    config = RemoteConfig(**given)
-    assert config.base_url is not None
-    return RemoteDecoder(config.base_url, config.api_key)
-
-
-def _names_of_decoder(values: Mapping[str, Any]) -> dict[str, str]:
-    """Names of a given decoder's models, for traces and cache keys."""
-    from rapid_llm.decoder import RapidDecoder  # imported already, because a decoder exists
-    from rapid_llm.remote import RemoteDecoder
-
-    decoder = values["decoder"]
-    if not isinstance(decoder, RapidDecoder | RemoteDecoder):
-        raise InvalidParameterError(
-            f"decoder of type {type(decoder).__name__} is not allowed: pass a "
-            "rapid_llm.RapidDecoder"
-        )
-    name, given = decoder.target.name, values.get("model")
-    if given is not None and str(given) != name:
-        raise InvalidParameterError(
-            f"model={str(given)!r} and a decoder of {name!r} were given; pass one of them"
-        )
-    for option, declared in options_of(EngineConfig).items():
-        allowed = [declared.default]
-        if option == "drafter":
-            allowed.append(decoder.drafter.name)  # as in the fields of an existing object
-        given = values.get(option, declared.default)
-        if not declared.option.per_call and declared.checked(given) not in allowed:
-            raise InvalidParameterError(
-                f"{option} cannot be used for a loaded decoder: give it to "
-                "RapidDecoder.from_pretrained"
-            )
-    if decoder.drafter is decoder.target:
-        return {"model": name}
-    return {"model": name, "drafter": decoder.drafter.name}
 
 
 def _retrieval_error(error: Exception) -> RetrievalError:

@@ -36,6 +36,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         return LoadedModel(tiny_model(), tiny_tokenizer(), str(source))
 
     monkeypatch.setattr(decoder_module, "load_model", load)
+    monkeypatch.setattr("rapid_llm.preflight.require_model", lambda *_, **__: None)
     return calls
 
 

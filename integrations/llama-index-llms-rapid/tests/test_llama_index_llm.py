@@ -286,6 +286,7 @@ def test_the_model_is_loaded_at_first_use_and_in_a_thread(monkeypatch):
         raise ModelError("asked for")
 
     monkeypatch.setattr("rapid_llm.decoder.load_model", fail)
+    monkeypatch.setattr("rapid_llm.preflight.require_model", lambda *_, **__: None)
     llm = RapidLLM("some/model", documents="a text", callback_manager=CallbackManager([]))
     assert llm.to_payload() == {"class_name": "RapidLLM", "model_name": "some/model"}
     assert "a text" not in repr(llm) + str(llm.to_dict())

@@ -10,6 +10,8 @@ import pickle
 import pydoc
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -243,6 +245,22 @@ def test_what_says_how_to_reach_a_hub_counts_for_a_calls_own_model(loaded):
     llm.complete("a", max_tokens=1, model="other")
     hub = [config.hub_options for config in loaded]
     assert hub == [{"token": "t", "variant": "fp16"}, {"token": "t"}]
+
+
+def test_first_calls_at_once_load_one_decoder(monkeypatch, make_decoder):
+    begun: list[EngineConfig] = []
+
+    def from_config(cls, config, drafter=None):
+        begun.append(config)
+        time.sleep(0.2)  # so long that all threads have asked
+        return make_decoder()
+
+    monkeypatch.setattr(RapidDecoder, "from_config", classmethod(from_config))
+    llm = RapidLLM()
+    with ThreadPoolExecutor(4) as threads:
+        decoders = list(threads.map(lambda _: llm.decoder, range(4)))
+    assert len(begun) == 1
+    assert all(decoder is decoders[0] for decoder in decoders)
 
 
 def test_another_model_is_loaded_when_a_field_asks_for_it(loaded):

@@ -336,6 +336,7 @@ def test_hub_options_reach_both_models(monkeypatch, decoder, given):
         return LoadedModel(decoder.target.model, decoder.tokenizer, str(source))
 
     monkeypatch.setattr("rapid_llm.decoder.load_model", load)
+    monkeypatch.setattr("rapid_llm.preflight.require_model", lambda *_, **__: None)
     llm = RapidLLM("org/target", "org/drafter", **given)
     assert llm.decoder is llm.decoder
     expected = {"token": "t", "revision": "main", "cache_dir": "/c"}

@@ -155,11 +155,7 @@ class PrefixCache:
                 raise InvalidParameterError(
                     f"{name}={budget} is negative; give at least 0, which keeps nothing"
                 )
-        if directory is None and directory_bytes is not None:
-            raise InvalidParameterError(
-                f"kv_cache_dir_bytes={directory_bytes} limits no folder: give kv_cache_dir as "
-                "well, or leave it out"
-            )
+        require_folder_for_limit(directory, directory_bytes)
         self._files = None if directory is None else KVFiles(directory, directory_bytes)
         self._device: PrefixTier[DevicePrefix] = PrefixTier(budget_bytes)
         self._host = HostTier(host_bytes)
@@ -439,6 +435,19 @@ class PrefixCache:
                 if prefix is not kept and runner in (None, prefix.state.runner):
                     self._device.discard(prefix)
             self._host.drop(runner, kept_on_host)
+
+
+def require_folder_for_limit(directory: Path | str | None, directory_bytes: int | None) -> None:
+    """Refuse a limit of bytes without the folder that it is the limit of.
+
+    Raises:
+        InvalidParameterError: it is one.
+    """
+    if directory is None and directory_bytes is not None:
+        raise InvalidParameterError(
+            f"kv_cache_dir_bytes={directory_bytes} limits no folder: give kv_cache_dir as well, or "
+            "leave it out"
+        )
 
 
 def _is_most(shared: int, chain: PassChain) -> bool:

@@ -54,7 +54,7 @@ from rapid_llm.aio import in_thread
 from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.field_help import with_field_help
-from rapid_llm.forked import Owner
+from rapid_llm.forked import Owner, ProcessLock
 from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import without_secrets
 
@@ -136,6 +136,7 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
 
     _loaded: dict[str, tuple[EngineConfig, Any]] = PrivateAttr(default_factory=dict)
     _loaded_in: Owner = PrivateAttr(default_factory=lambda: Owner("the models"))
+    _loading: ProcessLock = PrivateAttr(default_factory=ProcessLock)
     _was_given: bool = PrivateAttr(default=False)
     _known: tuple[Any, DocumentKey | None, Library] | None = PrivateAttr(default=None)
 
@@ -220,12 +221,13 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
     def _decoder_for(self, engine: EngineConfig) -> RapidDecoder:
         """The models of a call, loaded at the first use and when their options change."""
         wanted = loading.of_models(engine)
-        if not (self._was_given or self._loaded_in.here):  # a forked process loads them anew
-            self._loaded, self._loaded_in = {}, Owner("the models")
-        loaded, decoder = self._loaded.get(wanted.model, (None, None))
-        if loaded != wanted:
-            decoder = loading.load(wanted, own=wanted.model == self.model)
-            self._loaded = {**self._loaded, wanted.model: (wanted, decoder)}
+        with self._loading:  # calls at once share one decoder, which reads a document once
+            if not (self._was_given or self._loaded_in.here):  # a forked process loads them anew
+                self._loaded, self._loaded_in = {}, Owner("the models")
+            loaded, decoder = self._loaded.get(wanted.model, (None, None))
+            if loaded != wanted:
+                decoder = loading.load(wanted, own=wanted.model == self.model)
+                self._loaded = {**self._loaded, wanted.model: (wanted, decoder)}
         return cast("RapidDecoder", decoder)
 
     @property

@@ -1,0 +1,107 @@
+"""Load the models that options name, once for all copies of an object; take a given decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rapid_llm.config import EngineConfig, RemoteConfig
+from rapid_llm.errors import InvalidParameterError
+from rapid_llm.forked import Owner, ProcessLock
+from rapid_llm.options import options_of
+
+if TYPE_CHECKING:
+    from rapid_llm.decoder import RapidDecoder
+    from rapid_llm.remote import RemoteDecoder
+
+
+class LoadedDecoders:
+    """Loaded decoders by their configs, shared by copies of a model.
+
+    Pickled models and forked processes load their own.
+    """
+
+    def __init__(self) -> None:
+        self._decoders: list[tuple[EngineConfig, RapidDecoder]] = []
+        self._lock = ProcessLock()
+        self._loaded_in = Owner("the models")
+
+    def get(self, config: EngineConfig) -> RapidDecoder:
+        """The decoder of a config, loaded at the first use."""
+        with self._lock:
+            if not self._loaded_in.here:
+                self._decoders, self._loaded_in = [], Owner("the models")
+            for known, decoder in self._decoders:
+                if known == config:
+                    return decoder
+            from rapid_llm.decoder import RapidDecoder
+
+            decoder = RapidDecoder.from_config(config)
+            self._decoders.append((config, decoder))
+            return decoder
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoadedDecoders)  # models are equal whatever they have loaded
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: object) -> LoadedDecoders:
+        return self
+
+    def __reduce__(self) -> tuple[type[LoadedDecoders], tuple[()]]:
+        return LoadedDecoders, ()
+
+
+def on_server(values: Mapping[str, Any]) -> RemoteDecoder:
+    """The models of the server that ``base_url`` names.
+
+    Args:
+        values: fields of the object, ``base_url`` among them.
+
+    Raises:
+        InvalidParameterError: ``base_url`` is no URL.
+    """
+    from rapid_llm.remote import RemoteDecoder
+
+    given = {name: values.get(name) for name in options_of(RemoteConfig)}
+    config = RemoteConfig(**given)
+    assert config.base_url is not None
+    return RemoteDecoder(config.base_url, config.api_key)
+
+
+def names_of_decoder(values: Mapping[str, Any]) -> dict[str, str]:
+    """Names of a given decoder's models, for traces and cache keys.
+
+    Args:
+        values: fields of the object, ``decoder`` among them.
+
+    Raises:
+        InvalidParameterError: it is no decoder, or there are options that have no effect on one.
+    """
+    from rapid_llm.decoder import RapidDecoder  # imported already, because a decoder exists
+    from rapid_llm.remote import RemoteDecoder
+
+    decoder = values["decoder"]
+    if not isinstance(decoder, RapidDecoder | RemoteDecoder):
+        raise InvalidParameterError(
+            f"decoder of type {type(decoder).__name__} is not allowed: pass a "
+            "rapid_llm.RapidDecoder"
+        )
+    name, given = decoder.target.name, values.get("model")
+    if given is not None and str(given) != name:
+        raise InvalidParameterError(
+            f"model={str(given)!r} and a decoder of {name!r} were given; pass one of them"
+        )
+    for option, declared in options_of(EngineConfig).items():
+        allowed = [declared.default]
+        if option == "drafter":
+            allowed.append(decoder.drafter.name)  # as in the fields of an existing object
+        given = values.get(option, declared.default)
+        if not declared.option.per_call and declared.checked(given) not in allowed:
+            raise InvalidParameterError(
+                f"{option} cannot be used for a loaded decoder: give it to "
+                "RapidDecoder.from_pretrained"
+            )
+    if decoder.drafter is decoder.target:
+        return {"model": name}
+    return {"model": name, "drafter": decoder.drafter.name}
