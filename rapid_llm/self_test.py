@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from rapid_llm.bench.shapes import number_tokenizer, random_model
 from rapid_llm.config import PACKAGED_MODEL, SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.models import LoadedModel, load_model
+from rapid_llm.shapes import number_tokenizer, random_model
 
 _PROMPT_TOKENS = 192
 _NEW_TOKENS = 24

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from rapid_llm.bench import harness
 from rapid_llm.bench.method_bench import MethodBench, Run, our_methods, peer_methods
 from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload
+from rapid_llm.cli.bench import draw, section_text
 from rapid_llm.engine.kv_cache import cache_argument
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.shared_weights import stretched
@@ -119,7 +122,7 @@ def test_the_report_says_it_all(decoder: RapidDecoder, tmp_path: Path) -> None:
     ours, peers = our_methods(decoder), peer_methods(decoder)
     free = Workload("free", 200, TARGET, TARGET[20:80])
     bench = MethodBench(decoder, ours, [WORK, free], peers=peers, new_tokens=6, repeats=1)
-    text = "".join(section.text() for section in bench.run())
+    text = "".join(section_text(section) for section in bench.run())
     for part in (*ours, *peers, "÷ generate", "pass of 5 ÷ of 1", "share of the limit", "prefill",
                  "next question"):  # fmt: skip
         assert part in text
@@ -135,8 +138,44 @@ def test_the_report_says_it_all(decoder: RapidDecoder, tmp_path: Path) -> None:
     saved = json.loads(json.dumps(report.as_dict()))
     assert (saved["model"], saved["draft_tokens"]) == ("tiny", 60)
     assert [row["key"] for row in saved["sections"][1]["rows"]] == [*ours, *peers]
-    report.plot(tmp_path / "speeds.png")
+    draw(report, tmp_path / "speeds.png")
     assert (tmp_path / "speeds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_questions_at_once_are_measured_beside_transformers(
+    decoder: RapidDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = MethodBench(decoder, {}, [WORK], new_tokens=12, repeats=2, questions=(1, 3))
+    bench._until = math.inf
+    asked: list[tuple[list[int], int]] = []
+
+    def generate_batch(prompts: Any, *, generation_config: Any, record_timestamps: bool) -> Any:
+        assert record_timestamps
+        asked.append((prompts[0], len(prompts)))
+        tokens = generation_config.max_new_tokens
+        times = [[0.5 * late + i for i in range(tokens)] for late in range(len(prompts))]
+        return {i: SimpleNamespace(error=None, timestamps=each) for i, each in enumerate(times)}
+
+    monkeypatch.setattr(decoder.target.model, "generate_batch", generate_batch)
+    rows = {row.key: row for row in bench._asked(WORK)}
+    ways = "lc", "rapid", "transformers generate_batch"
+    assert list(rows) == [f"questions_{n}_{way}" for way in ways for n in (1, 3)]
+    assert all(len(row.samples) == 2 and min(row.samples) > 0 for row in rows.values())
+    assert asked == [(TARGET, 1), (TARGET, 3)] * 3  # the first turn warms up
+    one, three = (rows[f"questions_{n}_{ways[2]}"] for n in (1, 3))
+    assert one.samples == [1, 1]
+    # All three decode from 1.0 to 11.0: 10 tokens, 10 at the halves, and 10.
+    assert three.samples == [3, 3]
+    assert three.columns == {"÷ 1": 3}
+
+    def refuse(prompts: Any, **options: Any) -> Any:
+        return {0: SimpleNamespace(error="no paged attention", timestamps=None)}
+
+    monkeypatch.setattr(decoder.target.model, "generate_batch", refuse)
+    *ours, last = bench._asked(WORK)
+    assert [row.key for row in ours] == list(rows)[:4]
+    assert last.samples == []
+    assert last.note == "does not run here (RuntimeError: no paged attention)"
 
 
 def test_a_prompt_beyond_the_window_is_refused(decoder: RapidDecoder) -> None:

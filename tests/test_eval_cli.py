@@ -101,6 +101,19 @@ def test_json_is_one_object(run: Any, tmp_path: Path) -> None:
     assert set(found["groups"]["length"]) == set(LENGTHS)
 
 
+def test_answers_at_once_are_the_same_and_said_to_have_no_speed(run: Any, tmp_path: Path) -> None:
+    alone = json.loads(run("--json").out)["rows"]
+    status, out, _ = run("--max-sequences", 3, out="together")
+    assert status == 0
+    assert "Up to 3 answers were decoded at once" in out
+    together = read_records(tmp_path / "together")
+    assert [r.answer for r in together] == [r.answer for r in read_records(tmp_path / "out")]
+    assert all(row["tokens_per_second"] > 0 for row in alone)
+    settings = json.loads((tmp_path / "together" / SETTINGS).read_text(encoding="utf-8"))
+    assert settings["max_sequences"] == 3
+    assert_refused(run(out="together"), "max_sequences=3", "now it is 1")
+
+
 def test_options_are_swept(run: Any) -> None:
     rows = json.loads(
         run(

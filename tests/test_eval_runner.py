@@ -37,6 +37,7 @@ SWEEP = Sweep(
     embedder=("words",),
     irrelevant=True,
 )
+SINGLE = replace(SWEEP, irrelevant=False)
 METHODS = ("lc", "rag", "sd", "rapid", "rest", "streaming", "speculative-rag")
 SETTINGS_OF_THE_RUN = {"model": "tiny", "seed": 0}
 
@@ -59,8 +60,9 @@ def score(item: Item, answer: str) -> dict[str, float]:
     return {"first": float(answer.startswith("w3"))}
 
 
-def make_decoder() -> RapidDecoder:
-    return RapidDecoder(tiny_model(eos_token_id=None), tokenizer())
+def make_decoder(max_sequences: int = 1) -> RapidDecoder:
+    model = tiny_model(eos_token_id=None)
+    return RapidDecoder(model, tokenizer(), max_sequences=max_sequences)
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +224,75 @@ def test_an_answer_is_followed_up(tmp_path: Path) -> None:
     assert rapid.stats["completion_tokens"] == 13
     judged = rapid.stats["accepted_tokens"] + rapid.stats["rejections"]
     assert sum(n for n, _ in rapid.accepted_at) == judged
+
+
+# --- at once ----------------------------------------------------------------------------------
+
+
+def counted(records: list[Record]) -> list[dict[str, Any]]:
+    """Everything but times, and where KV came from."""
+    return [
+        each
+        | {
+            "at_once": 1,
+            "stats": {k: v for k, v in each["stats"].items() if not k.startswith("cached_tokens")},
+        }
+        for each in untimed(records)
+    ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"follow_up": "w6 {context} w7 {answer} w8"}])
+def test_answers_at_once_are_those_of_one_by_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    task = make_task(4, **changes)
+    alone = run(tmp_path / "alone", task)
+    together = run(tmp_path / "together", task, decoder=make_decoder(max_sequences=5))
+    assert counted(together) == counted(alone)
+    assert {record.at_once for record in alone} == {1}
+    assert {record.at_once for record in together} == {5}
+
+
+def test_the_questions_and_methods_on_a_document_are_asked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, groups = make_decoder(max_sequences=8), []
+    many = decoder.stream_many
+    monkeypatch.setattr(
+        decoder, "stream_many", lambda asked: (groups.append(len(list(asked))), many(asked))[1]
+    )
+    records = run(tmp_path, make_task(5), ("lc", "sd", "speculative-rag"), decoder=decoder)
+    # Of lc and sd, plain and irrelevant: three for each question; two questions a document.
+    assert groups == [6, 6, 3]
+    assert [record.at_once for record in records[-5:]] == [5] * 5
+    for record in records:
+        if record.base in ("lc", "sd"):  # one document is read once for all
+            assert record.stats["cached_tokens"] == record.stats["prompt_tokens"] - 1
+
+
+@pytest.mark.parametrize("stop", [1, 7, 22, 30])
+def test_an_interrupt_at_once_changes_no_answer(tmp_path: Path, stop: int) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    task, decoder = make_task(), make_decoder(max_sequences=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", task, decoder=decoder, progress=interrupt)
+    assert len(read_records(tmp_path / "cut")) == stop
+    whole = counted(run(tmp_path / "whole", task, decoder=decoder))
+    assert counted(run(tmp_path / "cut", task, decoder=decoder)) == whole
+
+
+def test_a_model_whose_passes_cannot_be_joined_answers_all_the_same(tmp_path: Path) -> None:
+    made = [
+        RapidDecoder(tiny_model("gemma3_text", eos_token_id=None), tokenizer(), max_sequences=n)
+        for n in (1, 4)
+    ]
+    assert not made[0].target.joins
+    alone, together = (
+        run(tmp_path / str(n), make_task(2), ("lc", "rapid"), decoder=each, sweep=SINGLE)
+        for n, each in enumerate(made)
+    )
+    assert [r.answer for r in together] == [r.answer for r in alone]
 
 
 def test_positions_are_counted_until_a_rejection() -> None:

@@ -156,6 +156,7 @@ def test_a_method_is_compared_on_the_items_that_both_answered() -> None:
         "accepted_at": (),
         "retrieved": None,
         "fell_back": 0,
+        "at_once": 1,
     }
     assert rapid["difference"]["value"] == 0.5  # of items 2 and 4, lc has only the first
     measured = {
@@ -169,6 +170,14 @@ def test_a_method_is_compared_on_the_items_that_both_answered() -> None:
         "retrieved": 0.5,
     }
     assert {name: rapid[name] for name in measured} == measured
+
+
+def test_answers_that_were_decoded_at_once_have_no_speed() -> None:
+    records = [record(str(i), at_once=3) for i in range(2)]
+    records += [record("0", "rag"), record("1", "rag")]
+    lc, rag = summarize(records, METRICS)["rows"]
+    assert (lc["tokens_per_second"], lc["at_once"]) == (None, 3)
+    assert (rag["tokens_per_second"], rag["speedup"], rag["at_once"]) == (5, None, 1)
 
 
 def test_differences_are_paired() -> None:
@@ -249,6 +258,19 @@ def test_a_report_has_scores_differences_and_speeds(tmp_path: Path) -> None:
     assert rapid_speed == ["rapid", "20.0", "4.00", "0.75", "0.86", "2.0", "0.50", "0"]
     assert ["lc", "1", "100.0 (20.7, 100.0)", "50.0", "–"] in cells(text, "lc")  # no interval of f1
     assert re.search(r"^\| *method *\| *items *\|", text, re.MULTILINE)
+
+
+def test_a_report_says_that_answers_were_decoded_at_once(tmp_path: Path) -> None:
+    written(tmp_path / "one", record("1"), max_sequences=1)
+    written(tmp_path / "two", record("1", at_once=3), record("2", at_once=2), max_sequences=3)
+    text = write_report([tmp_path], tmp_path / "out").read_text(encoding="utf-8")
+    one, two = text.partition("## two")[::2]
+    assert "were decoded at once" not in one
+    assert "Up to 3 answers were decoded at once" in two
+    assert "`max_sequences=3`" in two
+    assert cells(two, "lc")[1][1] == "–"
+    missing = text.partition("## What is missing")[2]
+    assert "--max-sequences 3" in missing
 
 
 def test_a_report_names_what_is_missing_with_its_command(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from pydantic import BaseModel
 
 from rapid_llm.encoding import encode_literal
 from rapid_llm.errors import DataError, DocumentError, InvalidParameterError
+from rapid_llm.evaluation import data
 from rapid_llm.evaluation.scoring import normalise
-from rapid_llm.evaluation.tasks import MADE_TO_LENGTH, TASKS, data, load_task
+from rapid_llm.evaluation.tasks import MADE_TO_LENGTH, TASKS, load_task
 from rapid_llm.evaluation.tasks.base import ANSWER, CONTEXT, Item, Source, Task
 from rapid_llm.evaluation.tasks.needle import draw_facts
 

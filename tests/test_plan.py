@@ -15,26 +15,34 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import GPT2Config, LlamaConfig, T5Config
 
-from rapid_llm.bench import shapes
-from rapid_llm.bench.plan import Plan, make_plan, paper_plans, paper_retrieved
-from rapid_llm.bench.shapes import read_size, shape_config, size_of
+from rapid_llm import shapes
+from rapid_llm.bench.plan import Plan, make_plan, paper_retrieved
 from rapid_llm.bench.speed_model import (
     DEVICES,
-    ModelSize,
-    Precision,
     described_device,
     named_device,
     pass_seconds,
     prefill_flops,
 )
 from rapid_llm.bench.this_device import measure_device
-from rapid_llm.cli.plan import heading, kept, paper_name, spread_table, tables
+from rapid_llm.cli.plan import (
+    as_dict,
+    assumptions,
+    heading,
+    kept,
+    paper_name,
+    paper_plans,
+    spread_table,
+    tables,
+    warnings,
+)
 from rapid_llm.engine.cpu.blocks import Int4Blocks, Int8Blocks
 from rapid_llm.engine.cpu.quantizers import quantized_copy
 from rapid_llm.engine.cuda import int4
 from rapid_llm.engine.kv_cache import KVCache, cache_argument
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import InvalidParameterError, ModelError
+from rapid_llm.shapes import ModelSize, Precision, read_size, shape_config, size_of
 from rapid_llm.speculation.schedule import MAX_GAMMA, best_draft, expected_tokens
 
 LLAMA_8B = LlamaConfig(
@@ -295,9 +303,9 @@ def test_a_plan_fits_where_the_memory_holds_it() -> None:
 
 
 def test_a_window_too_short_is_a_warning() -> None:
-    assert plan().warnings == []
+    assert warnings(plan()) == []
     small = replace(size_of(LLAMA_1B, "1B"), context_window=2048)
-    long, drafter = plan(200_000, drafter=small).warnings
+    long, drafter = warnings(plan(200_000, drafter=small))
     assert "131,072" in long
     assert "200,000" in long
     assert "1B was made for 2,048 tokens, fewer than the 8,333" in drafter
@@ -309,7 +317,7 @@ def test_a_plan_from_folders_is_json(tmp_path: Path) -> None:
     made = make_plan(target, 131_072, drafter=drafter, device=H100)
 
     assert made.retrieval_tokens == 5461
-    found = json.loads(json.dumps(made.as_dict()))
+    found = json.loads(json.dumps(as_dict(made)))
     assert found["model"]["name"] == target
     assert found["drafter"]["name"] == drafter
     assert len(found["rows"]) == 4
@@ -333,8 +341,8 @@ def test_tables_fit_a_terminal_and_show_every_row() -> None:
 
 
 def test_assumptions_name_the_source_of_the_numbers() -> None:
-    assert "3,350 GB/s and 989 TFLOP/s" in plan().assumptions[0]
-    assert "weights are read at 2,847.5 GB/s" in plan().assumptions[0]
+    assert "3,350 GB/s and 989 TFLOP/s" in assumptions(plan())[0]
+    assert "weights are read at 2,847.5 GB/s" in assumptions(plan())[0]
 
 
 def test_this_machine_is_measured() -> None:
@@ -453,19 +461,19 @@ def test_models_that_people_ask_for_need_no_hub(source, billions, kv, window, mo
 
 
 def test_a_described_device_predicts_as_a_named_one() -> None:
-    described = plan(device=described_device(3350, 989, 80)).as_dict()
-    named = plan().as_dict()
+    described = as_dict(plan(device=described_device(3350, 989, 80)))
+    named = as_dict(plan())
     assert described["rows"] == named["rows"]
     unknown = plan(device=described_device(3350, 989))
     assert [row.fits for row in unknown.rows] == [None] * 3
-    assert "of the given 3,350 GB/s" in unknown.assumptions[0]
+    assert "of the given 3,350 GB/s" in assumptions(unknown)[0]
 
 
 def test_a_device_without_bfloat16_plans_float16_and_no_4_bit_drafter() -> None:
     made = plan(context=8192, device=DEVICES["t4"])
     assert [row.drafter for row in made.rows] == [None, "self, fp16"]
-    assert "dense fp16" in made.assumptions[0]
-    assert "target and KV in fp16" in made.assumptions[1]
+    assert "dense fp16" in assumptions(made)[0]
+    assert "target and KV in fp16" in assumptions(made)[1]
 
 
 def test_every_device_holds_a_small_model_and_faster_memory_decodes_faster() -> None:

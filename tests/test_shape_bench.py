@@ -16,13 +16,13 @@ from conftest import installed
 
 from rapid_llm import InvalidParameterError, cli
 from rapid_llm.bench import harness, shape_bench
-from rapid_llm.bench.known_models import NAMES
 from rapid_llm.bench.report import Report, Row, Section
 from rapid_llm.bench.shape_bench import ShapeBench
-from rapid_llm.bench.shapes import random_model, shape_config, size_of
 from rapid_llm.bench.timing import Stopwatch
+from rapid_llm.cli.bench import draw, heading
 from rapid_llm.engine import device as devices
 from rapid_llm.engine.cpu.device import CPU as CPUDevice  # noqa: N811
+from rapid_llm.shapes import NAMES, random_model, shape_config, size_of
 
 CPU = torch.device("cpu")
 
@@ -146,7 +146,7 @@ def test_rows_of_simulated_acceptance_say_so(report: Report) -> None:
     simulated = {row.key for row in rows if row.simulated}
     assert simulated == {row.key for row in rows if row.key.startswith("rapid_")}
     assert simulated
-    assert "acceptance: simulated in rows marked *" in report.heading()
+    assert "acceptance: simulated in rows marked *" in heading(report)
     assert report.as_dict()["weights"] == "random"
 
 
@@ -277,12 +277,20 @@ def test_the_command_prints_saves_and_draws(
 
 def test_questions_at_once_are_measured_plainly_and_by_coin() -> None:
     bench = ShapeBench("tiny", [600], [0.9], "float32", 180, questions=(1, 3))
+    bench._until = math.inf
     rows = {row.key: row for row in bench._asked(600)}
     ways = "plain", "RAPID, a = 0.9"
     assert list(rows) == [f"questions_{n}_{way}" for way in ways for n in (1, 3)]
     assert all(speed > 0 for row in rows.values() for speed in row.samples)
     assert [row.simulated for row in rows.values()] == [False, False, True, True]
     assert rows["questions_1_plain"].columns == {"÷ 1": 1}
+
+
+def test_questions_are_asked_at_the_longest_context_and_within_the_time() -> None:
+    bench = ShapeBench("tiny", [256, 600], [0.9], "float32", 180, questions=(1, 3))
+    assert [step.context for step in bench.steps() if step.name == "questions at once"] == [600]
+    bench._until = time.perf_counter() - 1  # the time is up: the first counted run only
+    assert [len(row.samples) for row in bench._asked(600)] == [1] * 4
 
 
 def test_json_is_all_that_is_printed_and_a_failure_is_the_status(
@@ -331,7 +339,7 @@ def test_what_is_saved_survives_an_end_that_comes_too_soon(
 def test_a_chart_is_drawn_of_what_there_is(tmp_path: Path, report: Report) -> None:
     installed("matplotlib")
     failed = Section("rounds", 256, [], "no", 1.0)
-    Report("tiny", {}, [report.sections[2], failed]).plot(tmp_path / "less.png")
+    draw(Report("tiny", {}, [report.sections[2], failed]), tmp_path / "less.png")
     assert (tmp_path / "less.png").read_bytes().startswith(b"\x89PNG")
 
 

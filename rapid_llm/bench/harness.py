@@ -11,7 +11,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,53 +18,39 @@ import torch
 import transformers
 
 from rapid_llm.bench.report import Report, Row, Section
-from rapid_llm.bench.shapes import size_of
 from rapid_llm.bench.timing import Stopwatch, wait_for
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.kv_cache import kv_shape
 from rapid_llm.engine.session import Session
+from rapid_llm.shapes import size_of
 
 PASSES = (1, 2, 5, 8, 11, 16)
 """Tokens of the passes that are timed."""
 
+QUESTION = 64  # tokens of a question
 _REPEATS = 20
 _NUMBERS = {"cuda": 2**30, "cpu": 2**26}  # float32 numbers that are read to measure bandwidth
 _READ = 16  # tokens of a prompt that the model reads before random KV is appended
 _PIECE = 8192  # tokens of random KV that are written at once
-QUESTION = 64  # tokens of a question
 _SHARE = 0.6  # share of a step's time after which no further repeat begins
 
 
 class Step(NamedTuple):
-    """A measurement that becomes a section of the report.
-
-    Attributes:
-        name: name of the section.
-        context: tokens of the target's prompt; None where it does not matter.
-        seconds: time limit; the step is skipped if less is left, and repeats less if it is slow.
-        measure: function that yields the rows.
-    """
+    """A measurement that becomes a section of the report."""
 
     name: str
-    context: int | None
-    seconds: float
+    context: int | None  # tokens of the target's prompt; None where it does not matter
+    seconds: float  # limit; the step is skipped if less is left, and repeats less if it is slow
     measure: Callable[[], Iterator[Row]]
 
 
 class Bench(ABC):
-    """Measures steps with one decoder within about a time limit.
+    """Measures steps with one decoder, which take about ``seconds`` at most; ``report`` has all.
 
-    Args:
-        decoder: the decoder.
-        facts: facts for the report, in addition to those of the machine.
-        room: maximum tokens of an answer.
-        draft_tokens: tokens of the drafter's context.
-        seconds: time limit of all steps.
-
-    Attributes:
-        report: the results so far.
-        progress: callback, called with (name of the measurement, runs done, runs in total).
+    ``facts`` are those of the report beside the machine's, ``room`` is the maximum length of an
+    answer and ``draft_tokens`` that of the drafter's context. ``progress`` is a callback, called
+    with (name of the measurement, runs done, runs in total).
     """
 
     def __init__(
@@ -84,7 +69,7 @@ class Bench(ABC):
         self.progress: Callable[[str, int, int], None] = lambda what, done, total: None
         machine = {
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+            "device": torch.cuda.get_device_name(place) if self._on_gpu else place.type,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -115,7 +100,7 @@ class Bench(ABC):
                     failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self._decoder.clear_cache()  # the next steps need the memory
             gc.collect()
-            if self._device.type == "cuda":
+            if self._on_gpu:
                 torch.cuda.empty_cache()
             now = time.perf_counter()
             self.report.seconds = now - self._began
@@ -169,7 +154,7 @@ class Bench(ABC):
         asked, stats = self._first_token(first, None)
         seconds, peak = stats.prefill_seconds, self._allocated(peak=True)
         yield Row("prefill", "prefill", "s", [seconds], f"{context / seconds:,.0f} tokens/s")
-        if self._device.type == "cuda":
+        if self._on_gpu:
             kv = self._kv_bytes * (context + self._sampling.max_new_tokens)
             more = (peak - held - kv) / 1e9
             yield Row("prefill_memory", "its peak memory over weights + KV", "GB", [more])
@@ -189,6 +174,10 @@ class Bench(ABC):
 
     # --- helpers -------------------------------------------------------------------------------
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
     def _turns(self, counted: int, watch: Stopwatch | None = None, warm: int = 1) -> Iterator[int]:
         """Numbers of repeats from ``-warm`` on, as far as the step's time allows, but at least 0.
 
@@ -202,12 +191,10 @@ class Bench(ABC):
             yield turn
             wait_for(self._device)
 
-    def _tokens(self, n: int) -> list[int]:
-        return self._random.choices(range(self._vocabulary), k=n)
-
-    def _prompt(self, n: int) -> list[int]:
-        """A random prompt that depends on its length only."""
-        return random.Random(n).choices(range(self._vocabulary), k=n)
+    def _tokens(self, n: int, seed: int | None = None) -> list[int]:
+        """Random tokens, the same ones for a seed."""
+        drawn = self._random if seed is None else random.Random(seed)
+        return drawn.choices(range(self._vocabulary), k=n)
 
     @contextmanager
     def _open(self, context: int, *, draft: bool, gamma: int = 1) -> Iterator[Any]:
@@ -215,11 +202,11 @@ class Bench(ABC):
 
         Its KV is random the first time; later generations reuse whole chunks of it.
         """
-        retrieved = self._prompt(self._draft_tokens) if draft else None
-        prompt = self._prompt(context)
+        prompt = self._tokens(context, context)
+        retrieved = self._tokens(self._draft_tokens, self._draft_tokens) if draft else None
         speculation = SpeculationConfig(gamma=gamma)
-        request = self._decoder._pair.request(
-            prompt, retrieved, self._sampling, speculation, 1.0, {}
+        request = self._decoder.request(
+            prompt, retrieved, sampling=self._sampling, speculation=speculation
         )
         with self._decoder.opener.open(request, time.perf_counter()) as generation:
             if generation.target.length == 0:
@@ -237,11 +224,11 @@ class Bench(ABC):
             for layer in session.cache.layers:
                 layer.update(key, value)
 
-    def _random_kv(self, tokens: int) -> list[torch.Tensor]:
-        """Keys and values, ``[1, kv_heads, tokens, head_dim]`` each."""
+    def _random_kv(self, tokens: int) -> torch.Tensor:
+        """Keys and values, ``[2, 1, kv_heads, tokens, head_dim]``."""
         _, heads, dim = kv_shape(self._model.config.get_text_config())
-        make = partial(torch.randn, dtype=self._model.dtype, device=self._device)
-        return [make(1, heads, tokens, dim) for _ in range(2)]
+        shape = 2, 1, heads, tokens, dim
+        return torch.randn(shape, dtype=self._model.dtype, device=self._device)
 
     def _first_token(self, prompt: list[int], retrieved: list[int] | None) -> tuple[float, Any]:
         """Seconds from the call to the first round's tokens, and the stats at that time."""
@@ -253,7 +240,7 @@ class Bench(ABC):
 
     def _allocated(self, peak: bool = False) -> int:
         """Bytes allocated on a GPU now, which resets the peak; or the peak since the last call."""
-        if self._device.type != "cuda":
+        if not self._on_gpu:
             return 0
         if peak:
             return torch.cuda.max_memory_allocated(self._device)

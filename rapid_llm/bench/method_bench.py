@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from math import inf
@@ -23,14 +23,14 @@ from transformers import PreTrainedModel
 
 from rapid_llm.batching import GenerationRequest
 from rapid_llm.bench.harness import Bench, Step
-from rapid_llm.bench.questions import question_rows
+from rapid_llm.bench.questions import peer_tokens_per_second, question_rows, tokens_per_second
 from rapid_llm.bench.report import Row
 from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import Workload
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.device import device_of
-from rapid_llm.errors import ContextWindowError, InvalidParameterError
+from rapid_llm.errors import ContextWindowError
 from rapid_llm.stats import Stats
 
 ROOM = 32
@@ -39,6 +39,7 @@ ROOM = 32
 _GENERATE = "transformers generate"
 _GENERATE_WIDE = f"{_GENERATE}, float32"
 _LOOKUP, _ASSISTED = "transformers prompt lookup", "transformers assisted"
+_BATCH = "transformers generate_batch"
 _LLAMA_CPP = "llama.cpp, 4 bit"
 # By name: whether the drafter's copy is quantized, and options of the speculation.
 _VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -50,40 +51,34 @@ _VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
     "rapid without adaptive γ (4)": (True, {"gamma": 4}),
     **{name: (True, {"drafting": name}) for name in ("streaming", "triforce", "rest")},
 }
+
+
+def _rows_of(variant: str) -> dict[str, dict[str, Any]]:
+    """Rows of a variant with their modes: with η = 0, and, but for rest, with the default η."""
+    exact = {"rapid": "sd", "rest": "rest"}.get(variant, f"{variant}, η=0")
+    return {exact: {"mode": "exact"}} | ({} if variant == exact else {variant: {}})
+
+
+_ROWS = {
+    row: (quantized, SpeculationConfig(**mode, **options))
+    for variant, (quantized, options) in _VARIANTS.items()
+    for row, mode in _rows_of(variant).items()
+}
+NAMES = "lc", "rag", *_ROWS, _GENERATE, _LOOKUP, _ASSISTED, _GENERATE_WIDE, _LLAMA_CPP
+"""Names of all methods that there may be on any machine."""
+
 _COLUMNS = (
     "medians of interleaved greedy runs (range); a acceptance rate, E tokens a round, γ tokens "
     "drafted, c a drafter's pass and v a verification ÷ a plain step"
 )
 
 
-def _exact(name: str) -> str:
-    """Name of a variant's row with η = 0: sd is rapid so, and rest is always exact."""
-    return {"rapid": "sd", "rest": "rest"}.get(name, f"{name}, η=0")
-
-
-_NAMES = tuple(
-    dict.fromkeys(
-        (
-            *("lc", "rag"),
-            *(row for name in _VARIANTS for row in (_exact(name), name)),
-            *(_GENERATE, _LOOKUP, _ASSISTED, _GENERATE_WIDE, _LLAMA_CPP),
-        )
-    )
-)
-
-
 class Run(NamedTuple):
-    """Result of one generation.
+    """Result of one generation."""
 
-    Attributes:
-        prefill: seconds of reading the prompts; None where they were read before.
-        per_token: seconds per token after that.
-        stats: statistics of our decoder; None for other libraries.
-    """
-
-    prefill: float | None
-    per_token: float
-    stats: Stats | None = None
+    prefill: float | None  # seconds of reading the prompts; None where they were read before
+    per_token: float  # seconds per token after that
+    stats: Stats | None = None  # statistics of our decoder; None for other libraries
 
 
 Method = Callable[[Workload, int], Run]
@@ -94,32 +89,11 @@ def our_methods(decoder: RapidDecoder) -> dict[str, Method]:
     """Methods of our decoder; each speculative one with η = 0 (``exact``) and the default η."""
     model, name = decoder.target.model, decoder.target.name
     own = RapidDecoder(model, decoder.tokenizer, name=name, drafter_quantization=None)
-    rows = {"lc": _ours(decoder, None), "rag": _ours(decoder, None, rag=True)}
-    for name, (quantized, changes) in _VARIANTS.items():
-        which = decoder if quantized else own
-        rows[_exact(name)] = _ours(which, SpeculationConfig(mode="exact", **changes))
-        if name != "rest":
-            rows[name] = _ours(which, SpeculationConfig(**changes))
-    return rows
-
-
-def named(part: str, rows: Collection[str] | None = None) -> list[str]:
-    """Rows of that name, or all whose names contain it.
-
-    Args:
-        part: name of a row, or a part of some.
-        rows: rows to choose from; None for all that there may be on any machine.
-
-    Raises:
-        InvalidParameterError: there is none.
-    """
-    every = _NAMES if rows is None else rows
-    found = [part] if part in every else [name for name in every if part in name]
-    if not found:
-        raise InvalidParameterError(
-            f"method={part!r} names no method; choose from {', '.join(every)}"
-        )
-    return found
+    return {
+        "lc": _ours(decoder, None),
+        "rag": _ours(decoder, None, rag=True),
+        **{row: _ours(decoder if few else own, config) for row, (few, config) in _ROWS.items()},
+    }
 
 
 def peer_methods(decoder: RapidDecoder, gguf: Path | None = None) -> dict[str, Method]:
@@ -195,16 +169,10 @@ def _llama_cpp(path: Path, window: int) -> Method:
 
 
 class MethodBench(Bench):
-    """Measures methods on workloads, and the engine of the decoder.
+    """Measures methods of our decoder, and peers of other libraries, on workloads; and the engine.
 
-    Args:
-        decoder: our decoder.
-        methods: methods of our decoder by name.
-        works: the workloads.
-        peers: methods of other libraries by name.
-        new_tokens: tokens decoded in a run, at least 2.
-        repeats: counted runs of each method, at least 1.
-        questions: numbers of questions at once to measure as well; the same question each time.
+    A run decodes ``new_tokens``, at least 2, and counts ``repeats`` times. Each number of
+    ``questions`` is asked at once as well, the same question each time.
 
     Raises:
         ContextWindowError: a prompt and the new tokens exceed the model's window.
@@ -274,14 +242,21 @@ class MethodBench(Bench):
             yield Row(name, name, "tokens/s", speeds[name], columns=columns)
 
     def _asked(self, work: Workload) -> Iterator[Row]:
-        """Tokens a second of several questions at once, plainly and by RAPID."""
+        """Tokens a second of several questions at once: plainly, by RAPID, and transformers'."""
         sampling = SamplingParams(max_new_tokens=self._new_tokens, ignore_eos=True)
         self._decoder.generate(work.target, sampling=replace(sampling, max_new_tokens=1))
         ways = {}
         for name, draft in (("lc", None), ("rapid", work.draft)):
-            request = GenerationRequest(work.target, draft, sampling=sampling)
-            ways[name] = self._decoder.opener, [request] * max(self._questions)
-        yield from question_rows(self._decoder, self._questions, ways, self._repeats)
+            asked = [GenerationRequest(work.target, draft, sampling=sampling)] * max(self._questions)
+            ways[name] = partial(tokens_per_second, self._decoder, self._decoder.opener, asked)
+        yield from question_rows(self._questions, ways, self._turns(self._repeats))
+        self._decoder.clear_cache()  # the peer fills the memory that is free
+        peer = partial(peer_tokens_per_second, self._model, work.target, self._new_tokens)
+        try:
+            yield from question_rows(self._questions, {_BATCH: peer}, self._turns(self._repeats))
+        except Exception as error:  # of a library whose continuous batching is new
+            why = f"does not run here ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+            yield Row(f"questions_{_BATCH}", _BATCH, "tokens/s", [], why)
 
 
 def _speculation(stats: Stats, plain: float) -> dict[str, float]:

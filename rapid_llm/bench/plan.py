@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 from pathlib import PurePath
-from typing import Any
 
-from rapid_llm.bench.known_models import PAPER_PAIRS
-from rapid_llm.bench.memory import Spread, Tier, spreads, tiers
-from rapid_llm.bench.shapes import read_size
 from rapid_llm.bench.speed_model import (
     ACCEPTANCE,
     MEMORY_FRACTION,
     Device,
-    ModelSize,
-    Precision,
     pass_seconds,
     prefill_flops,
     require,
 )
 from rapid_llm.bench.this_device import measure_device
+from rapid_llm.shapes import ModelSize, Precision, read_size
 from rapid_llm.speculation.schedule import MAX_GAMMA, best_draft, expected_tokens
 
 SENSITIVITY = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Acceptance rates for which each drafter's speedup is shown."""
+
+DEVICE_COUNTS = (1, 2, 4, 8)
+"""Numbers of devices for which the memory is shown."""
+
+_KEPT = 0.25  # share of a device's memory for kept KV: the default of kv_cache_bytes
+# Units of memory, and bytes/s at which KV is restored: from pinned host memory as measured on an
+# H100 (PCIe 5), from an NVMe disk as assumed.
+_UNITS = (("host", 100 * 10**9, 55e9), ("disk", 10**12, 3e9))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number of equal devices, and the memory used on the fullest of them."""
+
+    devices: int
+    mapped: int  # bytes with a device map, where layers are on one device each
+    mapped_fits: bool | None  # whether it leaves room for activations; None: unknown memory
+    sharded: int | None  # bytes in tensor parallel; None where the models' heads do not divide
+    sharded_fits: bool | None
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A tier in which the KV of documents is kept, so that the next question need not read them."""
+
+    name: str  # device, host or disk
+    nbytes: int  # a device's default budget, a unit of host memory or of disk
+    documents: int  # number of documents whose KV fits
+    seconds: float  # time to restore the KV of one document to the device
 
 
 @dataclass(frozen=True)
@@ -37,54 +61,31 @@ class Draft:
 
 @dataclass(frozen=True)
 class Row:
-    """Predictions for one drafter.
+    """Predictions for one drafter."""
 
-    Attributes:
-        drafter: name of the drafter; None for plain decoding.
-        cost: c, time of a draft step ÷ time of a plain step.
-        best: fastest draft length at the plan's acceptance rate.
-        tokens_a_round: E at that length.
-        seconds_a_token: seconds per token at that length.
-        prefill_seconds: seconds of reading both prompts.
-        weight_bytes: bytes of both models' weights; shared weights count once.
-        kv_bytes: bytes of both KV caches.
-        fits: whether weights and KV leave room for activations; None where the memory is unknown.
-        sensitivity: fastest draft lengths at other acceptance rates.
-        spreads: memory on several devices.
-    """
-
-    drafter: str | None
-    cost: float | None
-    best: Draft
-    tokens_a_round: float
-    seconds_a_token: float
-    prefill_seconds: float
-    weight_bytes: int
-    kv_bytes: int
-    fits: bool | None
-    sensitivity: dict[float, Draft]
-    spreads: list[Spread]
+    drafter: str | None  # name; None for plain decoding
+    cost: float | None  # c, time of a draft step ÷ time of a plain step
+    best: Draft  # fastest draft length at the plan's acceptance rate
+    tokens_a_round: float  # E at that length
+    seconds_a_token: float  # at that length
+    prefill_seconds: float  # of reading both prompts
+    weight_bytes: int  # of both models; shared weights count once
+    kv_bytes: int  # of both KV caches
+    fits: bool | None  # whether both leave room for activations; None: unknown memory
+    sensitivity: dict[float, Draft]  # fastest draft lengths at other acceptance rates
+    spreads: list[Spread]  # memory on several devices
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, context length and device, with the predictions of the speed model.
+    """A model, context length and device, with the predictions of the speed model."""
 
-    Attributes:
-        model: the target.
-        drafter: another model to draft with, in addition to self-speculation; None for none.
-        device: the device.
-        context: L, tokens that the target reads.
-        retrieval_tokens: S, tokens that the drafter reads.
-        acceptance: a, probability that a drafted token is accepted if those before it were.
-    """
-
-    model: ModelSize
-    drafter: ModelSize | None
+    model: ModelSize  # the target
+    drafter: ModelSize | None  # another model to draft with, in addition to self-speculation
     device: Device
-    context: int
-    retrieval_tokens: int
-    acceptance: float
+    context: int  # L, tokens that the target reads
+    retrieval_tokens: int  # S, tokens that the drafter reads
+    acceptance: float  # a, probability that a drafted token is accepted if those before it were
 
     @property
     def rows(self) -> list[Row]:
@@ -118,7 +119,7 @@ class Plan:
             tokens = (expected_tokens(acceptance, gamma) for gamma in count(1))
             return Draft(*best_draft(tokens, step, draft, verify))
 
-        chosen, memory = best(self.acceptance), device.memory
+        chosen = best(self.acceptance)
         return Row(
             drafter=label,
             cost=draft / step if drafter else None,
@@ -128,24 +129,31 @@ class Plan:
             prefill_seconds=prefill,
             weight_bytes=weights,
             kv_bytes=kv,
-            fits=None if memory is None else weights + kv <= MEMORY_FRACTION * memory,
+            fits=self._fits(weights + kv),
             sensitivity={a: best(a) for a in SENSITIVITY} if drafter else {},
             spreads=self._spreads(drafter, extra if precision != "bf16" else 0),
         )
 
     def _spreads(self, drafter: ModelSize | None, copied: int) -> list[Spread]:
-        """Memory on several devices, with a quantized copy of ``copied`` bytes."""
+        """Memory on several devices; a quantized copy of ``copied`` bytes is made on one only."""
         models = [(self.model, self.context)]
-        caches: list[tuple[ModelSize, int]] = []
-        if drafter is not None:
-            own = caches if drafter is self.model else models
-            own.append((drafter, self.retrieval_tokens))
-        return spreads(models, caches, self.device, copied)
+        if drafter is self.model:  # whose second cache lies as its first
+            models = [(self.model, self.context + self.retrieval_tokens)]
+        elif drafter is not None:
+            models.append((drafter, self.retrieval_tokens))
+        found = []
+        for devices in DEVICE_COUNTS[:1] if copied else DEVICE_COUNTS:
+            mapped = copied + sum(size.mapped_bytes(devices, tokens) for size, tokens in models)
+            shards = [size.sharded_bytes(devices, tokens) for size, tokens in models]
+            known = [share for share in shards if share is not None]
+            sharded = copied + sum(known) if known == shards else None
+            found.append(Spread(devices, mapped, self._fits(mapped), sharded, self._fits(sharded)))
+        return found
 
-    @property
-    def tiers(self) -> list[Tier]:
-        """Tiers of kept KV, for documents as long as the context."""
-        return tiers(self.model, self.context, self.device)
+    def _fits(self, nbytes: int | None) -> bool | None:
+        """Whether so many bytes leave room for activations; None where one is unknown."""
+        memory = self.device.memory
+        return None if nbytes is None or memory is None else nbytes <= MEMORY_FRACTION * memory
 
     def _round(self, tokens: int) -> float:
         """Seconds of a round without its drafts, in which the target reads ``tokens`` tokens."""
@@ -153,55 +161,24 @@ class Plan:
         return seconds + self.device.round_seconds
 
     @property
-    def warnings(self) -> list[str]:
-        """Warnings about prompts longer than a model's context window."""
-        reads = [(self.model, self.context), (self.drafter, self.retrieval_tokens)]
-        return [
-            f"{size.name} was made for {size.context_window:,} tokens, fewer than the {tokens:,} "
-            "it would read"
-            for size, tokens in reads
-            if size is not None and tokens > size.context_window
-        ]
-
-    @property
-    def assumptions(self) -> list[str]:
-        """Assumptions of the predictions, in sentences."""
-        return [
-            f"{self.device.name}, {self.device.source}: {self.device.rates}",
-            f"target and KV in {self.device.dtype}, batch 1; every layer reads its whole cache in "
-            "every step",
-            "each draft token is accepted with the same probability if those before it were; "
-            f"γ is the best of 0 to {MAX_GAMMA}",
-            "a drafter of few bits comes beside the target's own weights; a CPU takes int8 (int4 "
-            "where the checkpoint has 4 bits), which it reads as fast as bf16, CUDA int4 from "
-            "Ampere on",
-            f"fits: weights and KV take at most {MEMORY_FRACTION:.0%} of the memory",
-            "on several devices: what the fullest of equal ones holds. With a device map they take "
-            "turns, so that a token takes what it takes on one; tensor parallel is not timed here",
-            "kept KV: a device's is a quarter of its memory; it comes back from the host at 55 "
-            "GB/s, which an H100 reached, and from disk at 3 GB/s, which is assumed",
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Every field and prediction, ready for JSON."""
-        said = {"warnings": self.warnings, "assumptions": self.assumptions}
-        kept = {"tiers": [asdict(tier) for tier in self.tiers]}
-        return asdict(self) | {"rows": [asdict(row) for row in self.rows]} | kept | said
+    def tiers(self) -> list[Tier]:
+        """Tiers of kept KV, for documents as long as the context; a CPU has no separate host's."""
+        kv, found = self.model.kv_bytes_per_token * self.context, []
+        if self.device.memory is not None:
+            budget = round(_KEPT * self.device.memory)
+            found.append(Tier("device", budget, budget // kv, 0.0))
+        units = _UNITS if self.device.is_gpu else _UNITS[1:]
+        return found + [Tier(name, unit, unit // kv, kv / rate) for name, unit, rate in units]
 
 
 def make_plan(
     model: str, context: int, *, retrieval_tokens: int | None = None, drafter: str | None = None,
     acceptance: float = ACCEPTANCE, device: Device | None = None,
 ) -> Plan:  # fmt: skip
-    """A plan from names: configs are read, weights are not.
+    """A plan from names, as :func:`rapid_llm.models.load_model` takes them; no weights are read.
 
-    Args:
-        model: name of the target, as :func:`rapid_llm.models.load_model` takes it.
-        context: tokens that the target reads.
-        retrieval_tokens: tokens that the drafter reads; None is :func:`paper_retrieved`.
-        drafter: name of another model to draft with; None for self-speculation only.
-        acceptance: acceptance rate a.
-        device: the device; None measures this machine.
+    Without ``drafter`` the target drafts for itself only; ``retrieval_tokens`` are those of
+    :func:`paper_retrieved` by default. Without ``device`` this machine is measured.
 
     Raises:
         InvalidParameterError: a number is out of range.
@@ -220,14 +197,3 @@ def make_plan(
 def paper_retrieved(context: int) -> int:
     """Tokens that the paper retrieves: the larger of 4,096 and L/24, but at most L."""
     return min(context, max(4096, context // 24))
-
-
-def paper_plans(context: int, device: Device) -> list[Plan]:
-    """Plans of the paper's pairs of models for a context of ``context`` tokens.
-
-    Raises:
-        InvalidParameterError: the context is out of range.
-    """
-    return [
-        make_plan(model, context, drafter=drafter, device=device) for model, drafter in PAPER_PAIRS
-    ]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
+
+from transformers import GenerationConfig
 
 from rapid_llm.batching import GenerationRequest, Scheduler
 from rapid_llm.bench.report import Row
@@ -54,50 +58,43 @@ class CoinOpener(Opener):
 
 
 def question_rows(
-    decoder: RapidDecoder,
     counts: Sequence[int],
-    ways: Mapping[str, tuple[Opener, Sequence[GenerationRequest]]],
-    repeats: int,
-    *,
-    simulated: bool = False,
+    ways: Mapping[str, Callable[[int], float | None]],
+    turns: Iterable[int],
+    simulated: Collection[str] = (),
 ) -> Iterator[Row]:
     """Rows of tokens/s of so many questions at once, and their ratios to the first number.
 
-    Args:
-        decoder: the models.
-        counts: numbers of questions at once.
-        ways: for each way to answer, what opens the generations, and questions on a document whose
-            KV is kept, at least the largest count.
-        repeats: counted runs of each.
-        simulated: whether the acceptance of ways with drafts is simulated.
+    ``ways`` has, by name, a function from a number of questions to tokens/s (None where it cannot
+    be told); of those named in ``simulated`` acceptance is. Negative ones of the turns warm up.
     """
-    for name, (opener, requests) in ways.items():
-        speeds: dict[int, list[float]] = {count: [] for count in counts}
-        for turn in range(-1, repeats):
-            for count in counts:
-                speed = tokens_per_second(decoder, opener, requests[:count])
-                if turn >= 0:  # the first warms up
-                    speeds[count].append(speed)
-        for count, samples in speeds.items():
-            label = f"{name}, {count} question{'s' * (count > 1)} at once"
-            columns = {f"÷ {counts[0]}": median(samples) / median(speeds[counts[0]])}
-            key = f"questions_{count}_{name}"
-            marked = simulated and isinstance(opener, CoinOpener)
-            yield Row(key, label, "tokens/s", samples, simulated=marked, columns=columns)
+    speeds: dict[tuple[str, int], list[float]] = {(way, n): [] for way in ways for n in counts}
+    for turn in turns:
+        for (way, count), samples in speeds.items():
+            speed = ways[way](count)
+            if turn >= 0 and speed is not None:
+                samples.append(speed)
+    for (way, count), samples in speeds.items():
+        label, first = f"{way}, {count} question{'s' * (count > 1)} at once", speeds[way, counts[0]]
+        columns = {f"÷ {counts[0]}": median(samples) / median(first)} if samples and first else {}
+        note = "" if samples else "an answer ended before the last one began"
+        key = f"questions_{count}_{way}"
+        yield Row(key, label, "tokens/s", samples, note, way in simulated, columns)
 
 
 def tokens_per_second(
-    decoder: RapidDecoder, opener: Opener, requests: Sequence[GenerationRequest]
-) -> float:
-    """Tokens a second of all requests together, while all of them decode."""
-    models: Any = SimpleNamespace(
-        opener=opener, request=decoder.request, max_sequences=len(requests)
-    )
-    stream = Scheduler(models).stream_many(requests)
+    decoder: RapidDecoder, opener: Opener, requests: Sequence[GenerationRequest], count: int
+) -> float | None:
+    """Tokens a second of the first ``count`` requests together, while all of them decode.
+
+    None if an answer ended before the last one began.
+    """
+    models: Any = SimpleNamespace(opener=opener, request=decoder.request, max_sequences=count)
+    stream = Scheduler(models).stream_many(requests[:count])
     begun: set[int] = set()
     tokens, started, last = 0, 0.0, 0.0
     for index, delta in stream:
-        if len(begun) == len(requests):
+        if len(begun) == count:
             tokens += len(delta.token_ids)
             last = time.perf_counter()
         else:
@@ -106,4 +103,26 @@ def tokens_per_second(
         if delta.finish_reason is not None:
             break
     stream.close()  # type: ignore[attr-defined]
-    return tokens / (last - started) if tokens else math.nan
+    return tokens / (last - started) if tokens else None
+
+
+def peer_tokens_per_second(
+    model: Any, prompt: list[int], new_tokens: int, count: int
+) -> float | None:
+    """The same of transformers' continuous batching, ``count`` times the same prompt.
+
+    Raises:
+        RuntimeError: a request failed.
+    """
+    settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
+    with redirect_stdout(sys.stderr):  # where it also writes that a request failed
+        answers = model.generate_batch(
+            [prompt] * count, generation_config=settings, record_timestamps=True
+        ).values()
+    errors = [answer.error for answer in answers if answer.error]
+    if errors or len(answers) < count:
+        raise RuntimeError((errors or ["requests were lost"])[0])
+    times = [answer.timestamps for answer in answers]
+    begun, end = max(each[0] for each in times), min(each[-1] for each in times)
+    tokens = sum(begun < at <= end for each in times for at in each)
+    return tokens / (end - begun) if tokens else None

@@ -21,9 +21,8 @@ from transformers.cache_utils import Cache
 
 from rapid_llm.batching import GenerationRequest
 from rapid_llm.bench.harness import QUESTION, Bench, Step
-from rapid_llm.bench.questions import CoinOpener, question_rows
+from rapid_llm.bench.questions import CoinOpener, question_rows, tokens_per_second
 from rapid_llm.bench.report import Row
-from rapid_llm.bench.shapes import number_tokenizer, random_model, shape_config, size_of
 from rapid_llm.bench.speed_model import require
 from rapid_llm.bench.timing import Stamps, Stopwatch, host_calls, wait_for
 from rapid_llm.config import SpeculationConfig
@@ -35,12 +34,10 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.models import device_memory
-from rapid_llm.opening import Opener
+from rapid_llm.shapes import number_tokenizer, random_model, shape_config, size_of
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
 from rapid_llm.speculation.schedule import AdaptiveSchedule, Prior
-
-SIMULATED = "simulated in rows marked *, because random weights accept at random"
 
 _DRAFT_TOKENS, _ROOM = 4096, 512  # tokens of the drafter's context, and of an answer
 _REPEATS = 20
@@ -49,19 +46,17 @@ _TURNS = 5
 _ASKED = 48  # tokens of each answer where several questions are asked at once
 _FORCED = 3  # γ where the schedule would not draft
 _SURE = 1e6  # number of past tokens from which the schedule takes its acceptance rate
+_NO_LOOKUP = SpeculationConfig(lookup=False)
 _STEPS = 8  # steps of a draft
 _GENERATIONS, _GENERATED = 4, 6  # generations of transformers (the first warms up), tokens of each
 
 
 class ShapeBench(Bench):
-    """Measures one of :data:`rapid_llm.bench.known_models.NAMES` on the first GPU, or else the CPU.
+    """Measures one of :data:`rapid_llm.shapes.NAMES` on the first GPU, or else the CPU.
 
-    Args:
-        shape: name of the shape.
-        contexts: tokens of the target's prompt, at least 256 each.
-        acceptances: probabilities that a drafted token is accepted, in (0, 1).
-        dtype: dtype of weights and KV; ``auto`` is bfloat16.
-        seconds: time limit of all steps.
+    ``contexts`` are tokens of the target's prompt, at least 256 each, ``acceptances`` probabilities
+    that a drafted token is accepted, in (0, 1), and ``questions`` numbers to ask at once as well;
+    dtype ``auto`` is bfloat16. ``seconds`` is the time limit of all steps.
 
     Raises:
         InvalidParameterError: an unknown shape, a number out of range, or too little memory.
@@ -88,14 +83,12 @@ class ShapeBench(Bench):
                 f"{memory / 1e9:.0f} GB of {device}; take a smaller shape or context"
             )
         self._contexts, self._acceptances, self._questions = contexts, acceptances, questions
-        self._tokenizer = number_tokenizer(config.vocab_size)
-        model = random_model(config, wanted, device)
-        # Unlimited budgets: the bench itself frees KV.
-        decoder = RapidDecoder(
-            model, self._tokenizer, name=shape, kv_cache_bytes=2**62, kv_cache_host_bytes=2**62
-        )
-        facts = {"shape": shape, "weights": "random", "KV": "random"}
-        facts |= {"acceptance": SIMULATED, "rows": "medians (range) at temperature 1"}
+        model, tokenizer = random_model(config, wanted, device), number_tokenizer(config.vocab_size)
+        unlimited: dict[str, Any] = dict.fromkeys(("kv_cache_bytes", "kv_cache_host_bytes"), 2**62)
+        decoder = RapidDecoder(model, tokenizer, name=shape, **unlimited)  # the bench itself frees
+        simulated = "simulated in rows marked *, because random weights accept at random"
+        facts = {"shape": shape, "weights": "random", "KV": "random", "acceptance": simulated}
+        facts |= {"rows": "medians (range) at temperature 1"}
         draft_tokens = min(_DRAFT_TOKENS, min(contexts) // 2)
         super().__init__(decoder, facts, room=_ROOM, draft_tokens=draft_tokens, seconds=seconds)
         self._gamma = _FORCED  # γ of the rounds whose host calls are counted
@@ -106,16 +99,16 @@ class ShapeBench(Bench):
         for n in self._contexts:
             yield Step("passes", n, 15, partial(self._passes, n))
             yield Step("rounds", n, 25, partial(self._rounds, n))
-            if self._questions:
+            if self._questions and n == max(self._contexts):
                 yield Step("questions at once", n, 25, partial(self._asked, n))
-            if self._device.type == "cuda":
+            if self._on_gpu:
                 yield Step("host calls", n, 5, partial(self._host_calls, n))
             make = partial(DynamicCache, config=self._model.config)
             generate = partial(self._generate, "generate", "transformers generate", n, make)
             yield Step("transformers", n, 10, generate)
         for n in self._contexts:
             yield Step("prefill", n, 40, partial(self._prefills, n))
-            if self._device.type == "cuda":
+            if self._on_gpu:
                 yield Step("host tier", n, 40, partial(self._host_tier, n))
         for n in self._contexts:
             room = n + _GENERATIONS * _GENERATED
@@ -131,7 +124,8 @@ class ShapeBench(Bench):
         for name in (self.report.facts["dtype"], "int8", "int4"):
             kind: Any = None if name not in ("int8", "int4") else name
             try:
-                decoder = RapidDecoder(self._model, self._tokenizer, drafter_quantization=kind)
+                tokenizer = self._decoder.tokenizer
+                decoder = RapidDecoder(self._model, tokenizer, drafter_quantization=kind)
                 forwards[name] = decoder.draft_runner
             except InvalidParameterError:
                 forwards[name] = None
@@ -144,8 +138,7 @@ class ShapeBench(Bench):
         samples, chosen = watch.samples(), self._decoder.draft_runner.model
         for name, runner in forwards.items():
             note = "" if runner else "refused on this device"
-            if runner and runner.model is chosen:
-                note = "the decoder's choice"
+            note = "the decoder's choice" if runner and runner.model is chosen else note
             ms = [1000 * s / _STEPS for s in samples.get(name, [])]
             yield Row(f"draft_{name}", f"draft step, {name}", "ms", ms, note)
 
@@ -212,7 +205,7 @@ class ShapeBench(Bench):
         held = self._allocated()
         theirs = self._read_by_transformers(ids)
         yield Row("prefill_transformers", "transformers' prefill", "s", [theirs], "in one pass")
-        if self._device.type == "cuda":
+        if self._on_gpu:
             more = (self._allocated(peak=True) - held - self._kv_bytes * context) / 1e9
             yield Row("prefill_transformers_memory", "its peak over weights + KV", "GB", [more])
         yield Row("prefill_ratio", "prefill ÷ transformers'", "", [ours.samples[0] / theirs])
@@ -260,33 +253,32 @@ class ShapeBench(Bench):
         """Tokens a second of several questions at once, plainly and with simulated acceptance."""
         with self._open(context, draft=False):
             pass  # the document's KV, which is random, is kept
-        document, opener = self._prompt(context)[:-QUESTION], self._decoder.opener
-        ways: dict[str, tuple[Opener, list[GenerationRequest]]] = {}
-        for a in (None, *self._acceptances):
-            name = "plain" if a is None else f"RAPID, a = {a:g}"
-            way = opener if a is None else CoinOpener.of(opener, a)
-            requests = [
-                GenerationRequest(
-                    document + self._tokens(QUESTION),
-                    None if a is None else self._tokens(self._draft_tokens),
-                    sampling=replace(self._sampling, max_new_tokens=_ASKED),
-                    speculation=SpeculationConfig(lookup=False),
-                )
-                for _ in range(max(self._questions))
-            ]
-            ways[name] = way, requests
-        yield from question_rows(self._decoder, self._questions, ways, 2, simulated=True)
+        document, opener = self._tokens(context, context)[:-QUESTION], self._decoder.opener
+        sampling = replace(self._sampling, max_new_tokens=_ASKED)
+        plain = [
+            GenerationRequest(document + self._tokens(QUESTION), sampling=sampling)
+            for _ in range(max(self._questions))
+        ]
+        # The same for all acceptances, so that the drafter reads its prompts once.
+        drafted = [
+            replace(one, draft_prompt=self._tokens(self._draft_tokens), speculation=_NO_LOOKUP)
+            for one in plain
+        ]
+        speed = partial(tokens_per_second, self._decoder)
+        coins = {f"RAPID, a = {a:g}": CoinOpener.of(opener, a) for a in self._acceptances}
+        ways = {name: partial(speed, coin, drafted) for name, coin in coins.items()}
+        ways = {"plain": partial(speed, opener, plain), **ways}
+        yield from question_rows(self._questions, ways, self._turns(2), coins)
 
     # --- helpers -------------------------------------------------------------------------------
 
     def _drafter(self, runner: ModelRunner) -> RagDrafter:
         """A drafter without lookup, which finds nothing in random tokens."""
-        prompt = self._prompt(self._draft_tokens)
+        prompt = self._tokens(self._draft_tokens, self._draft_tokens)
         session = Session(runner, runner.new_cache(self._draft_tokens + _ROOM))
         self._fill(session, prompt[:-1])
         sampler = Sampler(self._sampling, prompt, runner.device, runner.model)
-        config = SpeculationConfig(lookup=False)
-        return RagDrafter(session, prompt, sampler, self._vocabulary, config)
+        return RagDrafter(session, prompt, sampler, self._vocabulary, _NO_LOOKUP)
 
     def _block(self, generation: Any, rounds: int, a: float) -> tuple[float, int]:
         """Seconds and tokens of rounds with a simulated number n of accepted tokens.

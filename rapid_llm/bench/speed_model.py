@@ -9,14 +9,16 @@ Leviathan et al. (2023).
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.folders import packaged_text
 
-Precision = Literal["bf16", "int8", "int4", "int4g64"]
-"""Formats of weights: ``int4`` of GGUF files and of our drafter on a CPU, ``int4g64`` on CUDA."""
+if TYPE_CHECKING:
+    from rapid_llm.shapes import ModelSize, Precision
 
 ACCEPTANCE = 0.8
 """Default acceptance rate a. Self-speculation of a small model on a text of 7.6K tokens at γ = 10
@@ -34,16 +36,6 @@ _ROUND = 0.95e-3  # seconds of a round on the host, which waits once for the dev
 MEMORY_FRACTION = 0.9
 """Share of a device's memory for weights and KV; the rest is for activations (assumed)."""
 
-_ITEMSIZE = 2  # bytes of a 16-bit number: KV, scales, and weights that are not quantized
-# Bytes of a weight of the layers, and of the output layer. 32 weights share a 16-bit scale, and in
-# int4 a 16-bit minimum too, with an output layer in int8; on CUDA 64 weights share both.
-_BYTES: dict[Precision, tuple[float, float]] = {
-    "bf16": (2, 2),
-    "int8": (1 + 2 / 32, 1 + 2 / 32),
-    "int4": (0.5 + 4 / 32, 1 + 2 / 32),
-    "int4g64": (0.5 + 4 / 64, 0.5 + 4 / 64),
-}
-
 
 def require(ok: bool, name: str, value: object, limit: str) -> None:
     """Raise InvalidParameterError, which names a value and its limit, unless ``ok``."""
@@ -52,132 +44,20 @@ def require(ok: bool, name: str, value: object, limit: str) -> None:
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """Sizes of a model, in parameters where no other unit is given.
-
-    Attributes:
-        name: name of the model.
-        lookup: input embedding, of which a pass reads only some rows; 0 if it is tied.
-        head: output layer, tied or not; part of ``matrices``.
-        matrices: weights that every pass reads in full and that can be quantized, without experts.
-        experts: all routed experts of all layers.
-        expert_share: experts that a token is routed to ÷ experts of a layer.
-        vectors: norms and biases, never quantized.
-        layers, heads, kv_heads, head_dim, hidden_size: as in the model's config.
-        context_window: context window in tokens.
-        shared_by: number that the number of tensor-parallel ranks must divide; 0 if each rank has
-            all KV.
-    """
-
-    name: str
-    lookup: int
-    head: int
-    matrices: int
-    experts: int
-    expert_share: float
-    vectors: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden_size: int
-    context_window: int
-    shared_by: int
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters; tied ones count once."""
-        return self.lookup + self.matrices + self.experts + self.vectors
-
-    @property
-    def active_parameters(self) -> float:
-        """Number of parameters that one token is multiplied with."""
-        return self.matrices + self.experts * self.expert_share
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """k = layers · 2 · kv_heads · head_dim · itemsize, in bf16."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * _ITEMSIZE
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights in bf16."""
-        return self.parameters * _ITEMSIZE
-
-    def mapped_bytes(self, devices: int, tokens: int) -> int:
-        """Bytes on the fullest device under a device map, which spreads whole layers with their KV.
-
-        Args:
-            devices: number of devices.
-            tokens: tokens in the cache.
-        """
-        layers = -(-self.layers // devices)
-        in_layers = self.matrices + self.experts + self.vectors - self.head
-        ends = self.lookup + self.head if devices == 1 else max(self.lookup, self.head)
-        weights = in_layers / self.layers * layers + ends
-        return round(weights * _ITEMSIZE + self.kv_bytes_per_token * tokens / self.layers * layers)
-
-    def sharded_bytes(self, devices: int, tokens: int) -> int | None:
-        """Bytes on each device in tensor parallel; None where heads do not divide.
-
-        Args:
-            devices: number of devices.
-            tokens: tokens in the cache.
-        """
-        if self.shared_by and self.shared_by % devices:
-            return None
-        weights = (self.lookup + self.matrices + self.experts) / devices + self.vectors
-        kv = self.kv_bytes_per_token * tokens / (devices if self.shared_by else 1)
-        return round(weights * _ITEMSIZE + kv)
-
-    def quantized_bytes(self, precision: Precision) -> int:
-        """Bytes of a quantized copy, which shares all other weights with the model."""
-        return round(self._matrix_bytes(self.experts, precision))
-
-    def bytes_read(self, tokens: int, precision: Precision) -> float:
-        """Bytes of weights that a pass over ``tokens`` tokens reads (W for one token).
-
-        Tokens are assumed to choose experts independently and evenly, so that n tokens read the
-        share 1 − (1 − share)ⁿ of the experts.
-        """
-        experts = self.experts * (1 - (1 - self.expert_share) ** tokens)
-        return self._matrix_bytes(experts, precision) + self.vectors * _ITEMSIZE
-
-    def _matrix_bytes(self, experts: float, precision: Precision) -> float:
-        """Bytes of the matrices and of ``experts`` weights of experts."""
-        layers, head = _BYTES[precision]
-        return self.head * head + (self.matrices - self.head + experts) * layers
-
-
-@dataclass(frozen=True)
 class Device:
-    """Rates that a device achieves.
-
-    Attributes:
-        name: name of the device.
-        bandwidth: bytes/s of weights read by matrix-vector products.
-        kv_bandwidth: bytes/s of keys and values read by attention.
-        flops: operations/s of bf16 matrix products in a prefill.
-        pass_flops: operations/s in passes of few tokens.
-        memory: bytes of memory; None if unknown.
-        layer_seconds: constant time of a layer in a pass.
-        round_seconds: time of a round or plain step in addition to its passes.
-        is_gpu: whether it is a GPU.
-        source: source of the numbers.
-        dtype: dtype of KV and of weights that are not quantized.
-    """
+    """Rates that a device achieves."""
 
     name: str
-    bandwidth: float
-    kv_bandwidth: float
-    flops: float
-    pass_flops: float
-    memory: int | None
-    layer_seconds: float
-    round_seconds: float
+    bandwidth: float  # bytes/s of weights read by matrix-vector products
+    kv_bandwidth: float  # bytes/s of keys and values read by attention
+    flops: float  # operations/s of bf16 matrix products in a prefill
+    pass_flops: float  # operations/s in passes of few tokens
+    memory: int | None  # bytes; None if unknown
+    layer_seconds: float  # constant time of a layer in a pass
+    round_seconds: float  # time of a round or plain step in addition to its passes
     is_gpu: bool
-    source: str
-    dtype: Literal["bf16", "fp16"] = "bf16"
+    source: str  # source of the numbers
+    dtype: Literal["bf16", "fp16"] = "bf16"  # of KV and of weights that are not quantized
 
     @property
     def quantizations(self) -> tuple[Precision, ...]:
@@ -186,39 +66,39 @@ class Device:
             return "int8", "int4"
         return ("int4g64",) if self.dtype == "bf16" else ()
 
-    @property
-    def rates(self) -> str:
-        """The rates in a sentence."""
-        return (
-            f"weights are read at {self.bandwidth / 1e9:,.1f} GB/s, KV at "
-            f"{self.kv_bandwidth / 1e9:,.1f}; {self.flops / 1e12:,.2f} TFLOP/s in a prefill, "
-            f"{self.pass_flops / 1e12:,.2f} in passes of few tokens; beside, "
-            f"{self.layer_seconds * 1e6:.0f} µs a layer, "
-            f"{self.round_seconds * 1e3:.2f} ms a round"
-        )
 
-
-def _gpu(
-    name: str,
+def described_device(
     bandwidth: float,
-    flops: float,
-    memory: int | None,
+    tflops: float,
+    memory: float | None = None,
     *,
+    name: str | None = None,
     dtype: Literal["bf16", "fp16"] = "bf16",
-    known_from: str = "the data sheet's",
 ) -> Device:
+    """A GPU described by its data sheet: memory bandwidth in GB/s, dense matrix throughput, GB.
+
+    ``memory`` is None if unknown, ``name`` for a GPU that has no data sheet here.
+
+    Raises:
+        InvalidParameterError: a number is not positive, or not finite.
+    """
+    for what, value in (("bandwidth", bandwidth), ("tflops", tflops), ("memory", memory)):
+        ok = value is None or (value > 0 and math.isfinite(value))
+        require(ok, what, value, "more than 0, and finite")
+    compute = tflops * 1e12 * _COMPUTE
+    known_from = "the data sheet's" if name else "the given"
     return Device(
-        name=name,
-        bandwidth=bandwidth * _WEIGHTS,
-        kv_bandwidth=bandwidth * _KV,
-        flops=flops * _COMPUTE,
-        pass_flops=flops * _COMPUTE,
-        memory=memory,
+        name=name or ("a GPU" if memory is None else f"a GPU of {memory:g} GB"),
+        bandwidth=bandwidth * 1e9 * _WEIGHTS,
+        kv_bandwidth=bandwidth * 1e9 * _KV,
+        flops=compute,
+        pass_flops=compute,
+        memory=None if memory is None else round(memory * 1e9),
         layer_seconds=_LAYER,
         round_seconds=_ROUND,
         is_gpu=True,
-        source=f"of {known_from} {bandwidth / 1e9:,.0f} GB/s and {flops / 1e12:,.0f} TFLOP/s "
-        f"(dense {dtype}) the shares that were measured on an H100",
+        source=f"of {known_from} {bandwidth:,.0f} GB/s and "
+        f"{tflops:,.0f} TFLOP/s (dense {dtype}) the shares that were measured on an H100",
         dtype=dtype,
     )
 
@@ -226,19 +106,23 @@ def _gpu(
 # NVIDIA's data sheets, without sparsity: "H100", "H200", "A100", "L40S", "L4", "A10G", "T4"; of the
 # B200, an eighth of "DGX B200" (1,440 GB, 64 TB/s) and "HGX B200" (18 PFLOP/s). Of the RTX cards,
 # the tables of the Ada and the GA102 white paper, with float32 accumulation.
-DEVICES = {
-    "b200": _gpu("B200 180 GB", 8e12, 2250e12, 180 * 10**9),
-    "h200": _gpu("H200 SXM 141 GB", 4.8e12, 989e12, 141 * 10**9),
-    "h100": _gpu("H100 SXM 80 GB", 3.35e12, 989e12, 80 * 10**9),
-    "a100": _gpu("A100 SXM 80 GB", 2.039e12, 312e12, 80 * 10**9),
-    "l40s": _gpu("L40S 48 GB", 864e9, 362e12, 48 * 10**9),
-    "l4": _gpu("L4 24 GB", 300e9, 121e12, 24 * 10**9),
-    "a10g": _gpu("A10G 24 GB", 600e9, 70e12, 24 * 10**9),
-    "4090": _gpu("RTX 4090 24 GB", 1.008e12, 165e12, 24 * 10**9),
-    "3090": _gpu("RTX 3090 24 GB", 936e9, 71e12, 24 * 10**9),
-    "t4": _gpu("T4 16 GB", 300e9, 65e12, 16 * 10**9, dtype="fp16"),
-}
+_SHEETS = json.loads(packaged_text("devices.json"))
+DEVICES = {key: described_device(**sheet) for key, sheet in _SHEETS.items()}
 """GPUs by the names that ``--device`` takes. A T4 has no bfloat16."""
+
+
+def named_device(name: str) -> Device:
+    """A device of :data:`DEVICES`.
+
+    Raises:
+        InvalidParameterError: the name is unknown.
+    """
+    if name not in DEVICES:
+        raise InvalidParameterError(
+            f"device={name!r} is unknown; use 'this' to measure this machine, "
+            f"{', '.join(map(repr, DEVICES))}, or describe it by bandwidth and tflops"
+        )
+    return DEVICES[name]
 
 
 def pass_seconds(
@@ -271,36 +155,3 @@ def flops(size: ModelSize, tokens: int, pairs: float) -> float:
     """
     width = size.heads * size.head_dim
     return 2 * size.active_parameters * tokens + 4 * pairs * size.layers * width
-
-
-def named_device(name: str) -> Device:
-    """A device of :data:`DEVICES`.
-
-    Raises:
-        InvalidParameterError: the name is unknown.
-    """
-    if name not in DEVICES:
-        raise InvalidParameterError(
-            f"device={name!r} is unknown; use 'this' to measure this machine, "
-            f"{', '.join(map(repr, DEVICES))}, or describe it by bandwidth and tflops"
-        )
-    return DEVICES[name]
-
-
-def described_device(bandwidth: float, tflops: float, memory: float | None = None) -> Device:
-    """A GPU described by its data sheet.
-
-    Args:
-        bandwidth: memory bandwidth in GB/s.
-        tflops: dense bf16 matrix throughput in TFLOP/s.
-        memory: memory in GB; None if unknown.
-
-    Raises:
-        InvalidParameterError: a number is not positive, or not finite.
-    """
-    for name, value in (("bandwidth", bandwidth), ("tflops", tflops), ("memory", memory)):
-        ok = value is None or (value > 0 and math.isfinite(value))
-        require(ok, name, value, "more than 0, and finite")
-    size = None if memory is None else round(memory * 1e9)
-    name = "a GPU" if memory is None else f"a GPU of {memory:g} GB"
-    return _gpu(name, bandwidth * 1e9, tflops * 1e12, size, known_from="the given")

@@ -7,14 +7,13 @@ import time
 
 import torch
 
-from rapid_llm.bench.known_models import make_config
-from rapid_llm.bench.shapes import random_model, size_of
-from rapid_llm.bench.speed_model import Device, ModelSize, flops, prefill_flops
+from rapid_llm.bench.speed_model import Device, flops, prefill_flops
 from rapid_llm.device_maps import resolve_device
 from rapid_llm.engine.costs import PassCost, measure
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.models import device_memory
+from rapid_llm.shapes import ModelSize, make_config, random_model, size_of
 
 _COLD = {"cpu": 2**28, "cuda": 2**32}  # bytes of weights, too many for caches and to hide launches
 _WIDTH = {"cpu": 2048, "cuda": 2**20}  # width from which on matrices are read at full speed
@@ -28,11 +27,8 @@ def measure_device(size: ModelSize, context: int) -> Device:
     """Measure the first GPU, or else the CPU, in bf16, by passes of small models.
 
     The time of each further token is arithmetic. The rest of a pass, without the constant of its
-    layers, is reading of weights, and of KV where the context is long.
-
-    Args:
-        size: model whose heads and width the timed passes have, with some of its layers.
-        context: tokens in the cache, of which 2,048 to 32,768 are used to time attention.
+    layers, is reading of weights, and of KV where the context is long. Passes have the heads and
+    width of the model, some of its layers, and 2,048 to 32,768 tokens of the context.
     """
     place = resolve_device(None)
     on_gpu = place.type == "cuda"

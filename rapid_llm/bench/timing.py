@@ -66,13 +66,8 @@ class Stopwatch:
         }
 
 
-def host_calls(work: Callable[[], Any], device: torch.device, times: int = 3) -> dict[str, float]:
-    """Number of host calls of some work on a GPU, by torch's profiler.
-
-    Args:
-        work: function that does the work.
-        device: the GPU.
-        times: number of calls to average over.
+def host_calls(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Number of host calls of some work on a GPU, by torch's profiler; the mean of three runs.
 
     Returns:
         Kernels launched one by one (``launches``), captured graphs replayed (``graphs``), and waits
@@ -84,10 +79,10 @@ def host_calls(work: Callable[[], Any], device: torch.device, times: int = 3) ->
     activity = torch.profiler.ProfilerActivity
     wait_for(device)
     with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
-        for _ in range(times):
+        for _ in range(3):
             work()
     counts = Counter({event.key: event.count for event in profile.key_averages()})
-    calls = {key: sum(counts[name] for name in names) / times for key, names in _CALLS.items()}
+    calls = {key: sum(counts[name] for name in names) / 3 for key, names in _CALLS.items()}
     if calls["launches"] + calls["graphs"] == 0:
         raise RuntimeError("the profiler saw nothing launched: it may not be allowed to look here")
     return calls
@@ -102,14 +97,7 @@ class Stamps(BaseStreamer):
 
     @classmethod
     def of_generate(cls, model: Any, ids: torch.Tensor, tokens: int, **options: Any) -> Stamps:
-        """Stamps of a greedy generation of exactly ``tokens`` tokens.
-
-        Args:
-            model: transformers model.
-            ids: prompt, int64 ``[1, n]``.
-            tokens: number of tokens to generate.
-            options: other arguments of ``generate``.
-        """
+        """Stamps of a greedy ``generate`` of exactly ``tokens`` tokens from int64 ``[1, n]``."""
         stamps, mask = cls(), torch.ones_like(ids)
         options |= {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
         model.generate(ids, attention_mask=mask, streamer=stamps, **options)

@@ -21,51 +21,25 @@ _LEAST_DOCUMENT = 128
 
 @dataclass(frozen=True)
 class Workload:
-    """The prompts of one question.
+    """The prompts of one question."""
 
-    Attributes:
-        task: name of the task.
-        context: requested tokens of the target's prompt.
-        target: token ids of the target's prompt.
-        draft: token ids of the drafter's prompt: a part of the document, and the question.
-    """
-
-    task: str
-    context: int
-    target: list[int]
-    draft: list[int]
-
-
-def require_task(task: str) -> None:
-    """Refuse an unknown task.
-
-    Raises:
-        InvalidParameterError: the task is unknown.
-    """
-    if task not in QUESTIONS:
-        raise InvalidParameterError(
-            f"task={task!r} is unknown; choose one of {', '.join(QUESTIONS)}"
-        )
+    task: str  # name of the task
+    context: int  # requested tokens of the target's prompt
+    target: list[int]  # ids of the target's prompt
+    draft: list[int]  # ids of the drafter's prompt: a part of the document, and the question
 
 
 def make_workload(
     task: str, context: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> Workload:
-    """Cut or repeat a text so that the prompt has ``context`` tokens.
+    """Cut or repeat a text so that the target's prompt on a task has ``context`` tokens.
 
     Documents are cut around the entry that is to be quoted. The drafter's part, which needs no
     retriever, is cut around it too; for the free task it is the document's beginning.
 
-    Args:
-        task: key of :data:`QUESTIONS`.
-        context: tokens of the target's prompt.
-        text: text to cut or repeat.
-        tokenizer: the models' tokenizer.
-
     Raises:
-        InvalidParameterError: the task is unknown, or ``context`` leaves no room for a document.
+        InvalidParameterError: ``context`` leaves no room for a document.
     """
-    require_task(task)
     question = QUESTIONS[task]
     # The longest question's, so that all tasks of one context share their document.
     frame = max(len(_prompt("x", asked, tokenizer)) for asked in QUESTIONS.values())

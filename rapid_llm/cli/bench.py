@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
+from rapid_llm.bench.report import Report, Row, Section
 from rapid_llm.cli.app import app
 from rapid_llm.cli.demo import demo_text
 from rapid_llm.config import PACKAGED_MODEL
-from rapid_llm.console import Bars, Dtype, status
+from rapid_llm.console import Bars, Dtype, as_text, number_table, status
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.figure import new_figure
+from rapid_llm.figure import draw_bars, new_figure
 
 if TYPE_CHECKING:
     from rapid_llm.bench.harness import Bench
+
+_WIDTH = 132
+_DRAWN = ("tokens/s", "ms/token", "ms")  # units of the bar charts
 
 
 @app.command()
@@ -58,8 +63,9 @@ def bench(
         list[int] | None,
         typer.Option(
             min=1,
-            help="Number of questions on one document at once, to measure as well; may be "
-            "repeated, the first is what the others are compared with.",
+            help="Number of questions on one document at once, to measure as well (with --shape "
+            "at the longest context); may be repeated, the first is what the others are compared "
+            "with.",
             show_default=False,
         ),
     ] = None,
@@ -133,15 +139,18 @@ def _method_bench(
 ) -> Bench:
     """Bench of a model and the methods named in ``parts``, by full name or a part of it."""
     from rapid_llm.bench import method_bench as comparing
-    from rapid_llm.bench.workload import QUESTIONS, make_workload, require_task
+    from rapid_llm.bench.workload import QUESTIONS, make_workload
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.models import load_model, packaged_model
     from rapid_llm.shared_weights import stretched
 
     for task in tasks or ():
-        require_task(task)
+        if task not in QUESTIONS:
+            raise InvalidParameterError(
+                f"task={task!r} is unknown; choose one of {', '.join(QUESTIONS)}"
+            )
     for part in parts or ():
-        comparing.named(part)
+        _named(part, comparing.NAMES)
     loaded = load_model(source, dtype=dtype)
     works = [
         make_workload(task, tokens, demo_text(), loaded.tokenizer)
@@ -154,12 +163,26 @@ def _method_bench(
     ours = comparing.our_methods(decoder)
     peers = comparing.peer_methods(decoder, path if path.suffix == ".gguf" else None)
     every = [*ours, *peers]
-    chosen = {name for part in parts or [""] for name in comparing.named(part, every)}
+    chosen = {name for part in parts or [""] for name in _named(part, every)}
     ours, peers = ({k: v for k, v in rows.items() if k in chosen} for rows in (ours, peers))
     return comparing.MethodBench(
         decoder, ours, works, peers=peers, new_tokens=new_tokens, repeats=repeats,
         questions=questions,
     )  # fmt: skip
+
+
+def _named(part: str, names: Sequence[str]) -> list[str]:
+    """The method of that name, or all whose names contain it.
+
+    Raises:
+        InvalidParameterError: there is none.
+    """
+    found = [part] if part in names else [name for name in names if part in name]
+    if not found:
+        raise InvalidParameterError(
+            f"method={part!r} names no method; choose from {', '.join(names)}"
+        )
+    return found
 
 
 def _measure(made: Bench, as_json: bool, save: Path | None, plot: Path | None, shown: bool) -> int:
@@ -172,20 +195,20 @@ def _measure(made: Bench, as_json: bool, save: Path | None, plot: Path | None, s
     bars = made.progress = Bars(shown)
     sections = made.run()
     if not as_json:
-        print(made.report.heading(), flush=True)
+        print(heading(made.report), flush=True)
     while True:
         with bars:
             section = next(sections, None)
         if section is None:
             break
         if not as_json:
-            print(section.text(), flush=True)
+            print(section_text(section), flush=True)
         if save is not None:
-            made.report.save(save)
+            write(made.report, save)
     if as_json:
         print(json.dumps(made.report.as_dict()), flush=True)
     if plot is not None:
-        made.report.plot(plot)
+        draw(made.report, plot)
     return int(made.report.failed)
 
 
@@ -196,3 +219,76 @@ def _refuse(why: str, **options: object) -> None:
             raise InvalidParameterError(
                 f"--{name.replace('_', '-')}={value} has no use here, as {why}; leave it out"
             )
+
+
+def heading(report: Report) -> str:
+    """The facts, in one line."""
+    return as_text("; ".join(f"{name}: {fact}" for name, fact in report.facts.items()), _WIDTH)
+
+
+def section_text(section: Section) -> str:
+    """The rows as a table, followed by the failure if there was one."""
+    columns = list(dict.fromkeys(name for row in section.rows for name in row.columns))
+    failed = f"failed: {section.failed}" if section.failed else None
+    table = number_table(
+        "", ("", "", *columns), title=f"{_title(section)} ({section.seconds:.0f} s)",
+        title_justify="left", caption=failed, caption_justify="left", show_header=bool(columns),
+    )  # fmt: skip
+    table.columns[0].no_wrap = True
+    table.add_column("")  # of notes
+    for row in section.rows:
+        value = "–" if row.median is None else f"{_number(row.median)} {row.unit}".rstrip()
+        ends = min(row.samples, default=0), max(row.samples, default=0)
+        spread = f"({'–'.join(map(_number, ends))})" if len(row.samples) > 1 else ""
+        others = [_number(row.columns[c]) if c in row.columns else "–" for c in columns]
+        table.add_row(Text(_name(row)), value, spread, *others, Text(row.note))
+    return as_text(table, _WIDTH)
+
+
+def write(report: Report, path: Path) -> None:
+    """Write the results as JSON, and as printed text next to it.
+
+    Args:
+        report: the results.
+        path: file ``*.json``, or folder for ``NAME.json``.
+    """
+    path = path if path.suffix == ".json" else path / f"{report.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    texts = [heading(report), *map(section_text, report.sections)]
+    path.with_suffix(".txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw a bar chart with a panel per section and unit, and one for all times per token.
+
+    Args:
+        report: the results.
+        path: image file to write.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    panels: dict[str, dict[str, list[float]]] = {}
+    for section in report.sections:
+        for row in section.rows:
+            if row.samples and row.unit in _DRAWN:
+                shared = f"decoding, {section.context or 0:,} tokens"
+                title = shared if row.unit == "ms/token" else _title(section)
+                panels.setdefault(f"{title}: {row.unit}", {})[_name(row)] = row.samples
+    draw_bars(path, panels)
+
+
+def _title(section: Section) -> str:
+    """Name and context length."""
+    context = section.context
+    return section.name if context is None else f"{section.name}, {context:,} tokens"
+
+
+def _name(row: Row) -> str:
+    """The label, marked with ``*`` if the row is simulated."""
+    return f"{row.label} *" if row.simulated else row.label
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if value else "0"

@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from rapid_llm.cli.app import app
 from rapid_llm.cli.options import number_or_word, with_options
-from rapid_llm.cli.report import require_packages, tables
+from rapid_llm.cli.report import require_packages, tables, untimed
 from rapid_llm.config import EngineConfig, SpeculationConfig
 from rapid_llm.console import Bars, show, status
 from rapid_llm.context.embedder_loading import default_embedder
@@ -35,7 +35,7 @@ _KEPT = (
     *("model", "drafter", "layers", "context_tokens", "seed", "dtype", "drafter_device"),
     *("device_map", "drafter_device_map"),
     *("attn_implementation", "drafter_quantization", "kv_cache_bytes"),
-    *("judge_url", "judge_model"),
+    *("max_sequences", "judge_url", "judge_model"),
 )
 """Options recorded with a run because answers depend on them; swept options are recorded apart."""
 
@@ -45,7 +45,9 @@ _NOT_RECORDED = ("cuda_graphs", "kv_cache_host_bytes", "kv_cache_dir", "kv_cache
 
 
 @app.command("eval")
-@with_options(EngineConfig, leave_out=_NOT_RECORDED, defaults={"dtype": "bfloat16"})
+@with_options(
+    EngineConfig, leave_out=_NOT_RECORDED, defaults={"dtype": "bfloat16", "max_sequences": 1}
+)
 def evaluate(
     engine: EngineConfig,
     ctx: typer.Context,
@@ -102,7 +104,8 @@ def evaluate(
     """Answer a benchmark's questions by every method, and compare quality and speed.
 
     Each answer is saved at once, and the same command resumes an interrupted run. Decoding is
-    greedy.
+    greedy. With --max-sequences the questions and methods on a document are answered at once, which
+    takes less time; speeds are measured one by one only, the default.
     """
     if judge_url is not None and judge_model is None:
         raise InvalidParameterError(f"--judge-url {judge_url} needs --judge-model: name the judge")
@@ -184,6 +187,8 @@ def evaluate(
     show(f"{task}, {decoder.target.name}; scores in percent with 95 % intervals")
     for table in tables(summary["rows"]):
         show(table)
+    if note := untimed(summary["rows"]):
+        show(note)
     show(f"Answers are in {folder}; with what is missing: rapid-llm report {folder}", stderr=True)
 
 
@@ -205,6 +210,7 @@ def _upward(engine: EngineConfig, layers: int) -> RapidDecoder:
         attn_implementation=engine.attn_implementation,
         drafter_quantization=engine.drafter_quantization,
         kv_cache_bytes=engine.kv_cache_bytes,
+        max_sequences=engine.max_sequences,
     )
 
 

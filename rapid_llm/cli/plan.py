@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.table import Table
 from rapid_llm.bench.speed_model import (
     ACCEPTANCE,
     DEVICES,
+    MEMORY_FRACTION,
     Device,
     described_device,
     named_device,
@@ -24,6 +26,16 @@ from rapid_llm.errors import InvalidParameterError
 
 if TYPE_CHECKING:
     from rapid_llm.bench.plan import Plan, Row
+
+PAPER_PAIRS = (
+    ("llama-3.1-8b", None),
+    ("llama-3.1-70b", None),
+    ("llama-3.1-8b", "llama-3.1-70b"),
+    ("qwen2.5-7b", None),
+    ("qwen2.5-72b", None),
+    ("qwen2.5-7b", "qwen2.5-72b"),
+)
+"""Target and drafter of the paper's rows (arXiv 2502.20330, table 1); None drafts for itself."""
 
 
 @app.command()
@@ -90,30 +102,41 @@ def plan(
             device=known,
         )
     if as_json:
-        print(json.dumps(made.as_dict()), flush=True)
+        print(json.dumps(as_dict(made)), flush=True)
         return
     show(heading(made))
     for table in tables(made):
         show(table)
     show(kept(made))
-    for warning in made.warnings:
+    for warning in warnings(made):
         show(f"Warning: {warning}.")
     show("Assumed:")
-    for assumption in made.assumptions:
+    for assumption in assumptions(made):
         show(f"- {assumption}.")
 
 
 def _paper(context: int, device: Device | None, as_json: bool) -> None:
-    from rapid_llm.bench.plan import paper_plans
-
     if device is None:
         raise InvalidParameterError("--paper needs a GPU: give --device, as in --device h100")
     plans = paper_plans(context, device)
     if as_json:
-        print(json.dumps({"plans": [plan.as_dict() for plan in plans]}), flush=True)
+        print(json.dumps({"plans": [as_dict(plan) for plan in plans]}), flush=True)
         return
     show(f"{device.name}: {context:,} tokens, {plans[0].retrieval_tokens:,} retrieved")
     show(spread_table({paper_name(plan): plan.rows[-1 if plan.drafter else 1] for plan in plans}))
+
+
+def paper_plans(context: int, device: Device) -> list[Plan]:
+    """Plans of the paper's pairs of models for a context of ``context`` tokens.
+
+    Raises:
+        InvalidParameterError: the context is out of range.
+    """
+    from rapid_llm.bench.plan import make_plan
+
+    return [
+        make_plan(model, context, drafter=drafter, device=device) for model, drafter in PAPER_PAIRS
+    ]
 
 
 def paper_name(plan: Plan) -> str:
@@ -206,6 +229,52 @@ def tables(made: Plan) -> tuple[Table, ...]:
         needed.add_row(name, *(f"{part / 1e9:.2f}" for part in parts), fits)
     spread = spread_table({row.drafter or "none (plain)": row for row in made.rows})
     return speed, others, needed, spread
+
+
+def as_dict(made: Plan) -> dict[str, Any]:
+    """Every field and prediction, ready for JSON."""
+    return asdict(made) | {
+        "rows": [asdict(row) for row in made.rows],
+        "tiers": [asdict(tier) for tier in made.tiers],
+        "warnings": warnings(made),
+        "assumptions": assumptions(made),
+    }
+
+
+def warnings(made: Plan) -> list[str]:
+    """Warnings about prompts longer than a model's context window."""
+    reads = [(made.model, made.context), (made.drafter, made.retrieval_tokens)]
+    return [
+        f"{size.name} was made for {size.context_window:,} tokens, fewer than the {tokens:,} it "
+        "would read"
+        for size, tokens in reads
+        if size is not None and tokens > size.context_window
+    ]
+
+
+def assumptions(made: Plan) -> list[str]:
+    """Assumptions of the predictions, in sentences."""
+    from rapid_llm.speculation.schedule import MAX_GAMMA
+
+    device = made.device
+    return [
+        f"{device.name}, {device.source}: weights are read at {device.bandwidth / 1e9:,.1f} GB/s, "
+        f"KV at {device.kv_bandwidth / 1e9:,.1f}; {device.flops / 1e12:,.2f} TFLOP/s in a prefill, "
+        f"{device.pass_flops / 1e12:,.2f} in passes of few tokens; beside, "
+        f"{device.layer_seconds * 1e6:.0f} µs a layer, {device.round_seconds * 1e3:.2f} ms a round",
+        f"target and KV in {device.dtype}, batch 1; every layer reads its whole cache in every "
+        "step",
+        "each draft token is accepted with the same probability if those before it were; "
+        f"γ is the best of 0 to {MAX_GAMMA}",
+        "a drafter of few bits comes beside the target's own weights; a CPU takes int8 (int4 "
+        "where the checkpoint has 4 bits), which it reads as fast as bf16, CUDA int4 from "
+        "Ampere on",
+        f"fits: weights and KV take at most {MEMORY_FRACTION:.0%} of the memory",
+        "on several devices: what the fullest of equal ones holds. With a device map they take "
+        "turns, so that a token takes what it takes on one; tensor parallel is not timed here",
+        "kept KV: a device's is a quarter of its memory; it comes back from the host at 55 "
+        "GB/s, which an H100 reached, and from disk at 3 GB/s, which is assumed",
+    ]
 
 
 def _count(parameters: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +17,14 @@ from rapid_llm.cli.app import app
 from rapid_llm.console import as_text, number_table
 from rapid_llm.errors import DataError, MissingDependencyError
 from rapid_llm.evaluation.methods import METHODS
+from rapid_llm.folders import packaged_text
 
 REPEATED = (
     "model", "drafter", "layers", "data", "context_tokens", "gamma", "mode", "retrieval_tokens",
     "chunk_tokens", "retriever", "embedder", "seed", "dtype", "device", "drafter_device",
     "device_map", "drafter_device_map",
-    "attn_implementation", "drafter_quantization", "kv_cache_bytes", "judge_url", "judge_model",
+    "attn_implementation", "drafter_quantization", "kv_cache_bytes", "max_sequences",
+    "judge_url", "judge_model",
 )  # fmt: skip
 """Settings that are options of ``rapid-llm eval``; a run is resumed with the same values only."""
 
@@ -73,6 +74,17 @@ def tables(rows: Sequence[Mapping[str, Any]], box: Box = SIMPLE_HEAD) -> tuple[T
     return scores, speeds
 
 
+def untimed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Why a run has no speeds; empty where each answer was decoded alone."""
+    most = max((row["at_once"] for row in rows), default=1)
+    if most == 1:
+        return ""
+    return (
+        f"Up to {most} answers were decoded at once, so that no method has a speed of its own: "
+        "with --max-sequences 1, in another folder, they are timed."
+    )
+
+
 def write_report(folders: Iterable[Path], out: Path) -> Path:
     """Write ``report.md`` on the runs in these folders, or in those directly below them.
 
@@ -98,9 +110,10 @@ def write_report(folders: Iterable[Path], out: Path) -> Path:
         known = {name: settings.get(name) for name in ("task", *REPEATED)}
         shown = ", ".join(f"`{name}={value}`" for name, value in known.items() if value is not None)
         parts += [f"## {folder.resolve().name}", shown, *tables(rows, MARKDOWN)]
+        parts += filter(None, [untimed(rows)])
         missing += _missing(folder, settings, rows)
     parts += ["## What is missing", "\n".join(missing) or "Nothing."]
-    parts += [(resources.files("rapid_llm") / "data" / "report.md").read_text("utf-8")]
+    parts += [packaged_text("report.md")]
     out.mkdir(parents=True, exist_ok=True)
     texts = [part if isinstance(part, str) else as_text(part, _WIDTH).strip() for part in parts]
     (out / "report.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")

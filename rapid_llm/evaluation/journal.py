@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from rapid_llm.errors import DataError, InvalidParameterError
-from rapid_llm.evaluation.checked import parse
+from rapid_llm.evaluation.data import parse
 
 RESULTS = "results.jsonl"
 SETTINGS = "run.json"
@@ -35,6 +35,7 @@ class Record(BaseModel, frozen=True, extra="forbid"):
     stats: Mapping[str, Any] = {}  # Stats.as_dict() of the generation
     accepted_at: Positions = ()  # acceptance by position in the draft
     retrieved: bool | None = None  # whether a reference was retrieved; None if that cannot be told
+    at_once: int = 1  # number of answers that were decoded at once, so that none is timed if > 1
 
 
 def add_positions(counts: Iterable[Positions]) -> Positions:
@@ -84,14 +85,9 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 class Journal:
-    """Opens the folder of a run to resume it, or makes a new one.
+    """Opens the folder of a run to resume it, or makes a new one; ``records`` are its answers.
 
-    Args:
-        folder: folder of the run.
-        settings: settings that the answers depend on.
-
-    Attributes:
-        records: answers so far.
+    ``settings`` are all that the answers depend on.
 
     Raises:
         InvalidParameterError: the folder holds a run with other settings.

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 from rapid_llm.encoding import Message
 from rapid_llm.errors import JudgeError
+from rapid_llm.folders import packaged_text
 
 # The single-answer prompt of MT-Bench (Zheng et al. 2023, arXiv 2306.05685), as the paper judges.
-INSTRUCTION = (resources.files("rapid_llm") / "data" / "judge.txt").read_text("utf-8").strip()
-_REFERENCE = ", and its agreement with the reference answer"
-_RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+INSTRUCTION = packaged_text("judge.txt").strip()
 
 
 class Judge:
@@ -28,8 +26,7 @@ class Judge:
     def __init__(self, model: str, base_url: str | None = None, api_key: str | None = None) -> None:
         import openai  # takes a second
 
-        self._model = model
-        self._failures = openai.OpenAIError
+        self._model, self._failures = model, openai.OpenAIError
         try:
             self._client = openai.OpenAI(base_url=base_url, api_key=api_key)
         except openai.OpenAIError as error:
@@ -52,18 +49,15 @@ class Judge:
         """
         said = "\n\n".join(f"[{m['role'].capitalize()}]\n{m['content']}" for m in conversation)
         shown = f"[The Start of the Conversation]\n{said}\n[The End of the Conversation]"
+        judged = INSTRUCTION.format("")
         if reference is not None:
             shown += f"\n\n[Reference Answer]\n{reference}"
+            judged = INSTRUCTION.format(", and its agreement with the reference answer")
         shown += f"\n\n[The Start of Assistant's Answer]\n{answer}\n[The End of Assistant's Answer]"
-        instruction = INSTRUCTION.format("" if reference is None else _REFERENCE)
-        messages: Any = [
-            {"role": "system", "content": instruction},
-            {"role": "user", "content": shown},
-        ]
+        messages: Any = [{"role": "system", "content": judged}, {"role": "user", "content": shown}]
+        create = self._client.chat.completions.create
         try:
-            completion = self._client.chat.completions.create(
-                model=self._model, messages=messages, temperature=0
-            )
+            completion = create(model=self._model, messages=messages, temperature=0)
         except self._failures as error:
             raise JudgeError(
                 f"the judge {self._model!r} at {self._client.base_url} failed ({error}): check the "
@@ -76,7 +70,7 @@ class Judge:
                 "URL (as a rule it ends in /v1)"
             )
         reply = completion.choices[0].message.content or ""
-        match = _RATING.search(reply)
+        match = re.search(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", reply)
         if match is None or not 1 <= float(match[1]) <= 10:
             raise JudgeError(
                 f"the judge {self._model!r} gave no rating from 1 to 10 such as [[5]]; its reply "

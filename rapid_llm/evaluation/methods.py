@@ -74,10 +74,7 @@ class Sweep:
         return {name: value[0] for name, value in swept.items() if not isinstance(value, bool)}
 
     def methods(self, bases: Sequence[str]) -> tuple[MethodSpec, ...]:
-        """Every method with every combination of the options that apply to it, once.
-
-        Args:
-            bases: keys of :data:`METHODS`.
+        """Every method of :data:`METHODS` with every combination of its options, once.
 
         Raises:
             InvalidParameterError: a name is unknown, or a value is outside its range.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache, partial
 from random import Random
@@ -17,12 +16,9 @@ from rapid_llm.evaluation.tasks.base import Item
 
 
 class Retrieval:
-    """Retrieves contexts for the items of a run.
+    """Retrieves contexts for the items of a run, with the retrieval options of all methods.
 
-    Args:
-        tokenizer: the target's tokenizer.
-        specs: retrieval options of all methods.
-        device: device of the embedders; None for the default.
+    The tokenizer is the target's, the device that of the embedders; None for the default.
     """
 
     def __init__(
@@ -63,15 +59,10 @@ class Retrieval:
 
 
 def other_context(items: Sequence[Item], index: int, seed: int) -> str:
-    """The context of another item, for an irrelevant retrieval.
+    """The context of another item than that at ``index``, for an irrelevant retrieval.
 
-    It is drawn from the items before this one, so that it does not depend on the number of items;
-    the first items take the next one with another context.
-
-    Args:
-        items: all items.
-        index: index of the item that is asked.
-        seed: seed of the draw.
+    It is drawn by the seed from the items before this one, so that it does not depend on the number
+    of items; the first items take the next one with another context.
 
     Raises:
         InvalidParameterError: all items have the same context.
@@ -96,12 +87,9 @@ def found(item: Item, retrieved: str) -> bool | None:
 
     None if no reference (a summary, a single letter) is a quote of the item's context.
     """
-    references = [_plain(reference) for reference in item.references if len(reference) > 1]
-    context = _plain(item.context)
-    quoted = [reference for reference in references if reference in context]
-    text = _plain(retrieved)
+    references = [one for one in item.references if len(one) > 1]
+    context, text, *plain = (
+        " ".join(one.split()).casefold() for one in (item.context, retrieved, *references)
+    )
+    quoted = [reference for reference in plain if reference in context]
     return any(reference in text for reference in quoted) if quoted else None
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().casefold()

@@ -2,17 +2,21 @@
 
 The outer loop is over items, so that the target reads a document once for all methods. Before each
 method the kept KV is brought into a state that depends on the item only: rounding depends on the
-sizes of passes, and a resumed run must give the same answers.
+sizes of passes, and a resumed run must give the same answers. A decoder whose ``max_sequences`` is
+more than 1 answers all questions on a document at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 
+from rapid_llm.batching import GenerationRequest
 from rapid_llm.config import SamplingParams
 from rapid_llm.context import RetrievalContext
 from rapid_llm.context.prompts import Fitted, fit_documents
@@ -29,6 +33,9 @@ from rapid_llm.stats import Stats
 
 Render = Callable[[str], list[Message]]
 """Function from a context to the messages of a question."""
+
+Asking = Generator[GenerationRequest, Sequence[Delta], Record]
+"""One method's work on one item: yields requests, is sent their deltas, and returns the record."""
 
 
 class _Turn(NamedTuple):
@@ -48,21 +55,13 @@ class _Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run of a task by several methods, with greedy decoding.
+    """A run of a task by several methods, with greedy decoding."""
 
-    Attributes:
-        decoder: target and drafter.
-        task: the task.
-        methods: the methods.
-        retrieval: retrieval of the drafter's contexts.
-        seed: seed of irrelevant contexts and of Speculative RAG's subsets.
-    """
-
-    decoder: RapidDecoder
+    decoder: RapidDecoder  # target and drafter
     task: Task
     methods: Sequence[MethodSpec]
-    retrieval: Retrieval
-    seed: int = 0
+    retrieval: Retrieval  # retrieval of the drafter's contexts
+    seed: int = 0  # seed of irrelevant contexts and of Speculative RAG's subsets
 
     def run(self, journal: Journal, progress: Progress = lambda done, total: None) -> None:
         """Answer, item by item, all that the journal lacks, and add the answers to it.
@@ -75,40 +74,95 @@ class Evaluation:
             RapidError: an item does not fit a model, the judge cannot be reached, …; the answers so
                 far are in the journal, and the same call resumes the run.
         """
-        total, done = len(self.task.items) * len(self.methods), 0
+        items, at_once = self.task.items, self.decoder.max_sequences > 1
+        missing = [
+            (index, method)
+            for index, item in enumerate(items)
+            for method in self.methods
+            if (item.id, method.name) not in journal
+        ]
         reads = any(method.base not in DRAFTER_ALONE for method in self.methods)
-        for index, item in enumerate(self.task.items):
-            missing = [one for one in self.methods if (item.id, one.name) not in journal]
-            done += len(self.methods) - len(missing)
-            if not missing:
-                continue
-            first = self._turn(item, item.messages, item.max_new_tokens)
-            kept = None if reads else 0
-            for method in missing:
-                progress(done, total)
-                if kept is None or self.decoder.keep_only(first.prompt) < kept:
-                    self.decoder.generate(first.prompt, sampling=SamplingParams(max_new_tokens=1))
-                    kept = self.decoder.keep_only(first.prompt)
+        total = len(items) * len(self.methods)
+        done = total - len(missing)
+        progress(done, total)
+        # Neighbours on one document are asked at once.
+        for _, group in groupby(missing, lambda one: items[one[0]].context if at_once else one[0]):
+            asked = list(group)
+            turns = {
+                index: self._turn(items[index], items[index].messages, items[index].max_new_tokens)
+                for index in dict.fromkeys(index for index, _ in asked)
+            }
+            first, kept = turns[asked[0][0]].prompt, None if reads else 0
+            for part in [asked] if at_once else [[one] for one in asked]:
+                if kept is None or self.decoder.keep_only(first) < kept:
+                    self.decoder.generate(first, sampling=SamplingParams(max_new_tokens=1))
+                    kept = self.decoder.keep_only(first)
                 if kept == 0:  # too short or too large to be kept: each method reads it itself
                     self.decoder.clear_cache()
-                journal.append(self._ask(index, method, first))
-                done += 1
-        progress(total, total)
+                most = min(len(part), self.decoder.max_sequences)
+                asking = [self._ask(i, method, turns[i], most) for i, method in part]
+                for record in self._answered(asking):
+                    journal.append(record)
+                    done += 1
+                    progress(done, total)
 
-    def _ask(self, index: int, method: MethodSpec, first: _Turn) -> Record:
+    def _answered(self, askings: Sequence[Asking]) -> Iterator[Record]:
+        """The records in order, each as soon as it and those before it are known."""
+        states = [_advanced(asking, None) for asking in askings]
+        answers: Iterator[tuple[int, list[Delta]]] = iter(())
+        for place in range(len(states)):
+            while not isinstance(record := states[place], Record):
+                for index, deltas in answers:
+                    states[index] = _advanced(askings[index], deltas)
+                    break
+                else:  # all that was asked is answered, and some ask on
+                    requests = enumerate(states)
+                    answers = self._generated(
+                        {i: one for i, one in requests if isinstance(one, GenerationRequest)}
+                    )
+            yield record
+
+    def _generated(
+        self, requests: Mapping[int, GenerationRequest]
+    ) -> Iterator[tuple[int, list[Delta]]]:
+        """The deltas of each request, as soon as it is answered."""
+        if self.decoder.max_sequences == 1:
+            for key, one in requests.items():
+                stream = self.decoder.stream(
+                    one.target_prompt,
+                    one.draft_prompt,
+                    sampling=one.sampling,
+                    speculation=one.speculation,
+                    confidence=one.confidence,
+                )
+                yield key, list(stream)
+            return
+        keys, deltas = list(requests), defaultdict[int, list[Delta]](list)
+        for index, delta in self.decoder.stream_many(requests.values()):
+            deltas[index].append(delta)
+            if delta.finish_reason is not None:
+                yield keys[index], deltas[index]
+
+    def _ask(self, index: int, method: MethodSpec, first: _Turn, at_once: int) -> Asking:
         """The answer of one method to one item, with its scores."""
-        item = self.task.items[index]
-        read = self._retrieve(index, method)
+        items, item, spec = self.task.items, self.task.items[index], method.retrieval
+        read: RetrievalContext | None = None
+        if spec is not None:
+            text = other_context(items, index, self.seed) if spec.irrelevant else item.context
+            read = self.retrieval.context(spec, text, item.query)
         skipped = None if read is None else read.empty_reason
         base, read = (method.base, read) if skipped is None else ("lc", None)
-        if base == "speculative-rag":
-            answers = [self._speculative_rag(method, first, read)]
+        if base == "speculative-rag" and spec is not None and read is not None:
+            chunks = [chunk.text for chunk in read.chunks]
+            vectors = self.retrieval.embed(spec, chunks)
+            answer = partial(speculative_rag.answer, self.decoder, first.render)
+            answers = [_Answer(*answer(chunks, vectors, first.sampling))]
         else:
-            answers = [self._answer(base, method, first, read)]
+            answers = [(yield from self._answer(base, method, first, read))]
         if item.follow_up is not None:
             asked = {"role": "user", "content": item.follow_up}
             turn = self._turn(item, [asked], item.follow_up_tokens, answer=answers[0].text)
-            answers.append(self._answer(base, method, turn, read))
+            answers.append((yield from self._answer(base, method, turn, read)))
         text = answers[-1].text
         stats = Stats.together([answer.stats for answer in answers])
         stats.draft_skipped = skipped  # for the summary, which counts items without retrieval
@@ -124,15 +178,8 @@ class Evaluation:
             stats=stats.as_dict(),
             accepted_at=add_positions(answer.accepted_at for answer in answers),
             retrieved=found(item, read.text) if read is not None else None,
+            at_once=at_once,
         )
-
-    def _retrieve(self, index: int, method: MethodSpec) -> RetrievalContext | None:
-        if method.retrieval is None:
-            return None
-        items = self.task.items
-        irrelevant = method.retrieval.irrelevant
-        text = other_context(items, index, self.seed) if irrelevant else items[index].context
-        return self.retrieval.context(method.retrieval, text, items[index].query)
 
     def _turn(self, item: Item, messages: Sequence[Message], new: int, **said: str) -> _Turn:
         def render(context: str) -> list[Message]:
@@ -157,32 +204,30 @@ class Evaluation:
 
     def _answer(
         self, base: str, method: MethodSpec, turn: _Turn, read: RetrievalContext | None
-    ) -> _Answer:
+    ) -> Generator[GenerationRequest, Sequence[Delta], _Answer]:
         draft, alone = None, base in DRAFTER_ALONE
         if read is not None:
             new = turn.sampling.max_new_tokens
             draft = self._fit(turn.render, read.text, self.decoder.drafter, new).prompt
-        stream = self.decoder.stream(
+        deltas = yield GenerationRequest(
             None if alone else turn.prompt,
             draft,
-            sampling=turn.sampling,
-            speculation=None if base == "lc" else method.speculation,
-            confidence=1.0 if read is None else read.confidence,
+            turn.sampling,
+            None if base == "lc" else method.speculation,
+            1.0 if read is None else read.confidence,
         )
-        chunks = list(stream)
-        result = GenerationResult.from_deltas(chunks)
+        result = GenerationResult.from_deltas(deltas)
         result.stats.omitted_tokens = 0 if alone else turn.omitted_tokens
-        return _Answer(result.text, result.stats, accepted_at(chunks))
+        return _Answer(result.text, result.stats, accepted_at(deltas))
 
-    def _speculative_rag(
-        self, method: MethodSpec, turn: _Turn, read: RetrievalContext | None
-    ) -> _Answer:
-        assert read is not None
-        assert method.retrieval is not None
-        chunks = [chunk.text for chunk in read.chunks]
-        vectors = self.retrieval.embed(method.retrieval, chunks)
-        render, sampling = turn.render, turn.sampling
-        return _Answer(*speculative_rag.answer(self.decoder, render, chunks, vectors, sampling))
+
+def _advanced(asking: Asking, deltas: Any) -> GenerationRequest | Record:
+    """The next request of a method on an item, or its record."""
+    try:
+        return asking.send(deltas)
+    except StopIteration as end:
+        record: Record = end.value
+        return record
 
 
 def accepted_at(chunks: Sequence[Delta]) -> Positions:

@@ -11,13 +11,11 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
 
 def normalise(text: str) -> str:
     """Lower case, without ASCII punctuation and English articles, single spaces."""
-    words = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION))
-    return " ".join(words.split())
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 def contains(answer: str, references: Sequence[str]) -> float:
@@ -25,8 +23,7 @@ def contains(answer: str, references: Sequence[str]) -> float:
 
     Lost in the Middle calls it ``best_subspan_em`` (Liu et al. 2023).
     """
-    found = normalise(answer)
-    return float(any(normalise(reference) in found for reference in references))
+    return float(any(normalise(reference) in normalise(answer) for reference in references))
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -36,19 +33,15 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 def token_f1(answer: str, references: Sequence[str]) -> float:
     """F1 of the normalised words shared with a reference, the best of all references."""
-    said = Counter(normalise(answer).split())
-    words = [Counter(normalise(reference).split()) for reference in references]
+    said, *words = (Counter(normalise(text).split()) for text in (answer, *references))
     return max(2 * (said & own).total() / ((said + own).total() or 1) for own in words)
 
 
 def rouge(kind: str, answer: str, references: Sequence[str]) -> float:
     """F-measure of ROUGE, the best of all references.
 
-    Args:
-        kind: ``rougeL``, of the longest common subsequence of words; or ``rougeLsum``, of the
-            union of those of the lines, each a sentence, as in the ``evaluate`` library.
-        answer: answer to score.
-        references: references.
+    ``kind`` is ``rougeL``, of the longest common subsequence of words; or ``rougeLsum``, of the
+    union of those of the lines, each a sentence, as in the ``evaluate`` library.
     """
     from rouge_score.rouge_scorer import RougeScorer  # takes a second to import
 

@@ -34,15 +34,10 @@ INSTRUCTION = (
 )
 REFLECTION = "Do you think the explanation supports the answers? (Yes or No)"  # its appendix C
 
-_ANSWER = re.compile(r"\banswer\W*:\W*", re.IGNORECASE)
-
 
 def split(text: str) -> tuple[str, str]:
-    """Split a draft into its rationale, up to the word "answer", and its answer.
-
-    Without that word the rationale is empty.
-    """
-    found = _ANSWER.search(text)
+    """A draft's rationale, up to the word "answer" (without it: empty), and its answer."""
+    found = re.search(r"\banswer\W*:\W*", text, re.IGNORECASE)
     if found is None or not text[found.end() :].strip():
         return "", text
     return text[: found.end()], text[found.end() :]
@@ -51,12 +46,7 @@ def split(text: str) -> tuple[str, str]:
 def draw_subsets(vectors: Vectors, seed: int) -> list[list[int]]:
     """At most ``DRAFTS`` different subsets of chunks, with one chunk of every cluster each.
 
-    Args:
-        vectors: vectors of the chunks, ``[chunks, d]``.
-        seed: seed of the draws.
-
-    Returns:
-        Indices of chunks, ascending.
+    ``vectors`` are those of the chunks, ``[chunks, d]``; a subset is ascending indices.
     """
     clusters = min(CHUNKS_A_DRAFT, len(np.unique(vectors, axis=0)))
     labels = KMeans(clusters, n_init=10, random_state=seed).fit_predict(vectors)
@@ -75,12 +65,8 @@ def answer(
 ) -> tuple[str, Stats]:
     """The answer of the best draft, and stats with the seconds of all drafts and scores.
 
-    Args:
-        decoder: target and drafter.
-        render: function from a context to the messages of the question.
-        chunks: retrieved chunks.
-        vectors: vectors of the chunks, ``[len(chunks), d]``.
-        sampling: sampling options; a draft may be ``RATIONALE_TOKENS`` longer.
+    ``render`` makes the messages of the question from a context, of retrieved ``chunks`` with their
+    ``vectors``, ``[len(chunks), d]``. A draft may be ``RATIONALE_TOKENS`` longer than an answer.
     """
     longer = replace(sampling, max_new_tokens=sampling.max_new_tokens + RATIONALE_TOKENS)
     drafts: list[tuple[float, str, Stats]] = []
@@ -94,7 +80,7 @@ def answer(
         result.stats.decode_seconds += time.perf_counter() - started
         drafts.append((score, said.strip(), result.stats))
     _, best, stats = max(drafts, key=lambda draft: draft[0])
-    total = Stats.together([stats for _, _, stats in drafts])
+    total = Stats.together([each for _, _, each in drafts])
     return best, replace(total, completion_tokens=stats.completion_tokens)
 
 
@@ -104,7 +90,7 @@ def _confidence(
     """Logarithm of the product of three probabilities in section 3.3 of the paper."""
     text = "".join(draft)
     if not text.strip():
-        return float("-inf")
+        return -np.inf
     answered = {"role": "assistant", "content": text.strip()}
     reflection = [*question, answered, {"role": "user", "content": REFLECTION}]
     itself = decoder.log_likelihood(question, text) + decoder.log_likelihood(reflection, "Yes")

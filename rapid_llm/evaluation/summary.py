@@ -44,15 +44,10 @@ def mean(values: Sequence[float]) -> Interval:
 
 
 def summarize(records: Iterable[Record], metrics: Mapping[str, str]) -> dict[str, Any]:
-    """Compare the methods of a run.
+    """Compare the methods of a run, finished or not, by the task's metrics, the headline first.
 
-    Args:
-        records: answers of a run, finished or not.
-        metrics: metrics of the task, the headline first (``read_settings(folder)["metrics"]``).
-
-    Returns:
-        ``rows`` with a row per method, in the order of the run, and ``groups`` with such rows by
-        group and value, such as ``groups["difficulty"]["hard"]``; ready for JSON.
+    Returns ``rows`` with a row per method, in the order of the run, and ``groups`` with such rows
+    by group and value, such as ``groups["difficulty"]["hard"]``; ready for JSON.
     """
     records = list(records)
     groups: dict[str, dict[str, Any]] = {}
@@ -77,10 +72,8 @@ def _row(
     first, headline = records[0], next(iter(metrics))
     ours = [record for record in records if record.item in baseline and record.method != BASELINE]
     theirs = [baseline[record.item] for record in ours]
-    differences = [
-        one.scores[headline] - other.scores[headline]
-        for one, other in zip(ours, theirs, strict=True)
-    ]
+    pairs = zip(ours, theirs, strict=True)
+    differences = [one.scores[headline] - other.scores[headline] for one, other in pairs]
     accepted = _total(records, "accepted_tokens")
     seen = [record.retrieved for record in records if record.retrieved is not None]
     return {
@@ -96,7 +89,7 @@ def _row(
         },
         # Paired difference of the headline to lc's on the same items, which has a smaller variance.
         "difference": mean(differences)._asdict() if differences else None,
-        # All tokens ÷ all seconds of decoding, without the prefill.
+        # All tokens ÷ all seconds of decoding, without the prefill, if each was decoded alone.
         "tokens_per_second": _speed(records),
         "speedup": _ratio(_speed(ours), _speed(theirs)),
         "acceptance_ratio": _ratio(accepted, _total(records, "drafted_tokens")),
@@ -108,6 +101,7 @@ def _row(
         "retrieved": _ratio(sum(seen), len(seen)),
         # Number of items for which nothing was retrieved, so that lc answered.
         "fell_back": sum(record.stats.get("draft_skipped") is not None for record in records),
+        "at_once": max(record.at_once for record in records),
     }
 
 
@@ -116,6 +110,8 @@ def _total(records: Iterable[Record], stat: str) -> float:
 
 
 def _speed(records: Sequence[Record]) -> float | None:
+    if any(record.at_once > 1 for record in records):
+        return None
     return _ratio(_total(records, "completion_tokens"), _total(records, "decode_seconds"))
 
 

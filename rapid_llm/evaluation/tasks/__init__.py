@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.evaluation.tasks import infinitebench, longbench, mtbench101, needle, nq, squad
+from rapid_llm.evaluation.tasks import infinitebench, joined, longbench, needle
 from rapid_llm.evaluation.tasks.base import Source, Task
 
 MADE_TO_LENGTH = {
     "needle": (needle.load, 6000),
-    "squad": (squad.load, 1700),
-    "nq": (nq.load, 6500),
-    "mtbench101": (mtbench101.load, 6000),
+    "squad": (joined.squad, 1700),
+    "nq": (joined.nq, 6500),
+    "mtbench101": (joined.mtbench101, 6000),
 }
 """Loaders of tasks whose contexts are made to a length, and the default length in tokens."""
 
@@ -32,16 +32,12 @@ def load_task(name: str, source: Source) -> Task:
     """
     if name not in TASKS:
         raise InvalidParameterError(f"task={name!r} is unknown; choose one of {', '.join(TASKS)}")
-    for parameter in ("context_tokens", "limit"):
-        value = getattr(source, parameter)
+    for parameter, value in (("context_tokens", source.context_tokens), ("limit", source.limit)):
         if value is not None and value < 1:
             raise InvalidParameterError(
                 f"{parameter}={value} is not allowed: {parameter} must be at least 1"
             )
-    benchmark, _, part = name.partition("-")
-    if benchmark == "infinitebench":
-        return infinitebench.load(part, source)
-    if benchmark == "longbench":
-        return longbench.load(name, source)
-    make, length = MADE_TO_LENGTH[name]
-    return make(replace(source, context_tokens=source.context_tokens or length))
+    if name in MADE_TO_LENGTH:
+        make, length = MADE_TO_LENGTH[name]
+        return make(replace(source, context_tokens=source.context_tokens or length))
+    return (longbench if name.startswith("longbench") else infinitebench).load(name, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,18 +11,24 @@ from typing import Literal
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rapid_llm.context.prompts import build_messages
 from rapid_llm.errors import DataError
 from rapid_llm.evaluation.judge import Judge
+from rapid_llm.folders import packaged_text
 
 # Placeholders for the context (of the drafter: the retrieved text) in an item's messages, and for
 # the first answer in its follow-up.
 CONTEXT, ANSWER = "{context}", "{answer}"
 
-SHORT_ANSWER = "Answer the question with a few words from the text above."
-"""Instruction of tasks without one of their own."""
+_SHORT_ANSWER = "Answer the question with a few words from the text above."
+_PROMPTS: dict[str, str] = json.loads(packaged_text("prompts.json"))
 
-MetricKind = Literal["rate", "mean"]
-"""``rate``: 0 or 1 per item (Wilson interval); ``mean``: a number (bootstrap interval)."""
+DEPTHS = ("0–20 %", "20–40 %", "40–60 %", "60–80 %", "80–100 %")
+"""Groups of the depth at which the answer stands in the context."""
+
+Metrics = Mapping[str, Literal["rate", "mean"]]
+"""Scores of a task, the headline first: ``rate``, 0 or 1 per item (Wilson interval), or ``mean``, a
+number (bootstrap interval)."""
 
 Message = dict[str, str]
 
@@ -53,7 +60,7 @@ class Task:
     """
 
     name: str  # name on the command line
-    metrics: Mapping[str, MetricKind]  # kinds of the scores; the first is the headline
+    metrics: Metrics
     items: Sequence[Item]
     score: Callable[[Item, str], dict[str, float]]  # scores of an answer in [0, 1], by metric
 
@@ -77,3 +84,18 @@ class Source:
     limit: int | None = None  # number of items; None for all (needle: 100)
     seed: int = 0  # seed of all draws
     judge: Judge | None = None  # judge of mtbench101's answers
+
+
+def prompt(name: str, asked: str) -> str:
+    """The benchmark's own prompt for a question, with ``{context}``."""
+    return _PROMPTS[name].replace("{asked}", asked)
+
+
+def brief(question: str) -> tuple[Message, ...]:
+    """Messages that ask for a few words, for tasks without a prompt of their own."""
+    return tuple(build_messages(CONTEXT, question, instruction=_SHORT_ANSWER))
+
+
+def depth_group(depth: float) -> str:
+    """Name of the fifth of a context that a depth from 0 (its beginning) to 1 is in."""
+    return DEPTHS[min(int(depth * len(DEPTHS)), len(DEPTHS) - 1)]

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from importlib import resources
 from itertools import islice
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 
+from rapid_llm.evaluation.data import Text, Texts, locate, read_rows
 from rapid_llm.evaluation.scoring import rouge, token_f1
 from rapid_llm.evaluation.tasks.base import CONTEXT, Item, Source, Task
-from rapid_llm.evaluation.tasks.data import Text, Texts, locate, read_rows
+from rapid_llm.folders import packaged_text
 
 REPOSITORY = "xinrongzhang2022/InfiniteBench"
 LETTERS = "ABCD"
-PARTS: dict[str, dict[str, Any]] = json.loads(
-    (resources.files("rapid_llm") / "data" / "infinitebench.json").read_text("utf-8")
-)
+PARTS: dict[str, dict[str, Any]] = json.loads(packaged_text("infinitebench.json"))
 """File, prompt, maximum length of an answer and metric of each of the benchmark's tasks."""
 
 
@@ -47,18 +45,19 @@ class _Choice(_Question):
 
 
 def load(name: str, source: Source) -> Task:
-    """Load one of :data:`PARTS`."""
-    part = PARTS[name]
+    """Load ``infinitebench-`` and one of :data:`PARTS`."""
+    kind = name.removeprefix("infinitebench-")
+    part = PARTS[kind]
     path = locate(source.data, f"{part['file']}.jsonl", REPOSITORY)
-    kinds: dict[str, type[_Book]] = {"sum": _Book, "mc": _Choice}
-    rows = read_rows(path, kinds.get(name, _Question))
+    models: dict[str, type[_Book]] = {"sum": _Book, "mc": _Choice}
+    rows = read_rows(path, models.get(kind, _Question))
     items = [_item(part, number, row) for number, row in enumerate(islice(rows, source.limit), 1)]
     metric = part["metric"]
     return Task(
-        f"infinitebench-{name}",
+        name,
         {metric: "rate" if metric == "accuracy" else "mean"},
         items,
-        lambda item, answer: {metric: float(_score(name, item, answer))},
+        lambda item, answer: {metric: float(_score(kind, item, answer))},
     )
 
 
@@ -82,14 +81,14 @@ def _item(part: dict[str, Any], number: int, row: _Book) -> Item:
     )
 
 
-def _score(name: str, item: Item, answer: str) -> float:
-    if name == "qa":
+def _score(kind: str, item: Item, answer: str) -> float:
+    if kind == "qa":
         return token_f1(answer, item.references)
-    if name == "sum":
+    if kind == "sum":
         return rouge("rougeLsum", answer, item.references)
-    if name == "mc":
+    if kind == "mc":
         return chose(answer, item.meta["letter"], item.references[0])
-    read = values(answer) if name == "kv" else [first_number(answer)]
+    read = values(answer) if kind == "kv" else [first_number(answer)]
     return item.references[0] in read
 
 
@@ -97,12 +96,8 @@ def chose(answer: str, letter: str, option: str) -> bool:
     """Whether an answer picks the right option, by the rules of the benchmark.
 
     The pick is the first character, if it is the letter of an option; else the text after
-    ``answer is:`` or a similar phrase; else the first word of such letters.
-
-    Args:
-        answer: answer of the model.
-        letter: letter of the right option.
-        option: text of the right option.
+    ``answer is:`` or a similar phrase; else the first word of such letters. ``letter`` and
+    ``option`` are those of the right one.
     """
     answer = answer.strip()
     if answer[:1] in LETTERS:

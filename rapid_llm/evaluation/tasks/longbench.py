@@ -12,22 +12,10 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from rapid_llm.evaluation.tasks.base import ANSWER, CONTEXT, Item, Source, Task
-from rapid_llm.evaluation.tasks.data import Text, locate, read_rows
+from rapid_llm.evaluation.data import Text, locate, read_rows
+from rapid_llm.evaluation.tasks.base import Item, Source, Task, prompt
 
 REPOSITORY = "THUDM/LongBench-v2"
-
-_READ = "Please read the following text and answer the question"
-_TEXT = f"<text>\n{CONTEXT}\n</text>"
-_FORMAT = 'Format your response as follows: "The correct answer is (insert answer here)".'
-_THINK = "Let\u2019s think step by step:"
-PROMPT = f"{_READ} below.\n\n{_TEXT}\n\n{{asked}}\n\n{_FORMAT}"
-THINKING_PROMPT = f"{_READ}s below.\n\n{_TEXT}\n\n{{asked}}\n\n{_THINK}"
-# The benchmark leaves the text out of the second prompt, which has the thoughts instead.
-SECOND_PROMPT = (
-    f"{_READ}s below.\n\nThe text is too long and omitted here.\n\n{{asked}}\n\n{_THINK} {ANSWER}"
-    f"\n\nBased on the above, what is the single, most likely answer choice? {_FORMAT}"
-)
 
 
 class _Row(BaseModel):
@@ -45,26 +33,31 @@ class _Row(BaseModel):
 
 def load(name: str, source: Source) -> Task:
     """Load the items, with a prompt for the answer or (``longbench-v2-cot``) for thoughts first."""
-    rows = islice(read_rows(locate(source.data, "data.json", REPOSITORY), _Row), source.limit)
-    items = [_item(row, thinks=name.endswith("-cot")) for row in rows]
-    return Task(name, {"accuracy": "rate"}, items, _score)
+    rows = read_rows(locate(source.data, "data.json", REPOSITORY), _Row)
+    items = [_item(row, name) for row in islice(rows, source.limit)]
+    return Task(
+        name,
+        {"accuracy": "rate"},
+        items,
+        lambda item, answer: {"accuracy": float(extract_choice(answer) == item.meta["letter"])},
+    )
 
 
-def _item(row: _Row, thinks: bool) -> Item:
-    question = row.question.strip()
+def _item(row: _Row, name: str) -> Item:
+    question, thinks = row.question.strip(), name.endswith("-cot")
     texts = (row.choice_a, row.choice_b, row.choice_c, row.choice_d)
     choices = {letter: text.strip() for letter, text in zip("ABCD", texts, strict=True)}
     listed = "\n".join(f"({letter}) {choice}" for letter, choice in choices.items())
     asked = f"What is the correct answer to this question: {question}\nChoices:\n{listed}"
-    prompt = (THINKING_PROMPT if thinks else PROMPT).replace("{asked}", asked)
     return Item(
         id=row.id,
         context=row.context.strip(),
         query=question,
-        messages=({"role": "user", "content": prompt},),
+        messages=({"role": "user", "content": prompt(name, asked)},),
         references=(choices[row.answer],),
         max_new_tokens=1024 if thinks else 128,
-        follow_up=SECOND_PROMPT.replace("{asked}", asked) if thinks else None,
+        # The benchmark leaves the text out of the second prompt, which has the thoughts instead.
+        follow_up=prompt(f"{name}, then", asked) if thinks else None,
         groups={"length": row.length, "difficulty": row.difficulty},
         meta={"letter": row.answer},
     )
@@ -75,7 +68,3 @@ def extract_choice(answer: str) -> str | None:
     text, stated = answer.replace("*", ""), "The correct answer is "
     match = re.search(rf"{stated}\(([A-D])\)", text) or re.search(f"{stated}([A-D])", text)
     return match and match[1]
-
-
-def _score(item: Item, answer: str) -> dict[str, float]:
-    return {"accuracy": float(extract_choice(answer) == item.meta["letter"])}

@@ -9,19 +9,17 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from importlib import resources
 from random import Random
 from typing import NamedTuple
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.context.documents import read_document
-from rapid_llm.context.prompts import build_messages
 from rapid_llm.encoding import encode_literal, literal_encoding
 from rapid_llm.errors import DataError, InvalidParameterError
 from rapid_llm.evaluation.scoring import contains, normalise
-from rapid_llm.evaluation.tasks.base import CONTEXT, SHORT_ANSWER, Item, Source, Task
-from rapid_llm.evaluation.tasks.passages import DEPTHS, depth_group
+from rapid_llm.evaluation.tasks.base import DEPTHS, Item, Source, Task, brief, depth_group
+from rapid_llm.folders import packaged_text
 
 DEFAULT_LIMIT = 100
 FACTS = 4
@@ -29,13 +27,8 @@ FACTS = 4
 # End of a sentence, but not of an abbreviation such as "n." or "adj.".
 _SENTENCE_END = re.compile(r"(?<=\w{4}[.!?])\s+(?=[\"'(]?[A-Z])")
 
-
-def _packaged(name: str) -> str:
-    return (resources.files("rapid_llm") / "data" / name).read_text(encoding="utf-8")
-
-
 # Patterns of a fact, of its question, and the kind of name that is the answer; words of names.
-_WORDS = json.loads(_packaged("needle.json"))
+_WORDS = json.loads(packaged_text("needle.json"))
 PATTERNS: list[tuple[str, str, str]] = _WORDS["patterns"]
 NAMES: dict[str, list[list[str]]] = _WORDS["names"]
 
@@ -54,7 +47,7 @@ def load(source: Source) -> Task:
     The text is a document of prose, or the packaged excerpt of The Devil's Dictionary. An item's
     facts depend on the seed and its number only, not on the length of the context.
     """
-    text = read_document(source.data) if source.data else _packaged("devils-dictionary.txt")
+    text = read_document(source.data) if source.data else packaged_text("devils-dictionary.txt")
     haystack = _Haystack(text.strip(), str(source.data), source.tokenizer)
     plain = f" {normalise(text)} "
     items = []
@@ -69,17 +62,18 @@ def load(source: Source) -> Task:
             id=str(number + 1),
             context=context,
             query=asked.question,
-            messages=tuple(build_messages(CONTEXT, asked.question, instruction=SHORT_ANSWER)),
+            messages=brief(asked.question),
             references=(asked.answer,),
             max_new_tokens=32,
             groups={"depth": depth_group(context.index(asked.sentence) / len(context))},
         )
         items.append(item)
-
-    def score(item: Item, answer: str) -> dict[str, float]:
-        return {"contains": contains(answer, item.references)}
-
-    return Task("needle", {"contains": "rate"}, items, score)
+    return Task(
+        "needle",
+        {"contains": "rate"},
+        items,
+        lambda item, answer: {"contains": contains(answer, item.references)},
+    )
 
 
 def draw_facts(rng: Random, text: str) -> list[Fact]:
@@ -121,13 +115,9 @@ class _Haystack:
             )
 
     def hide(self, sentences: list[str], depths: list[float], max_tokens: int, start: float) -> str:
-        """The text with hidden sentences, ``max_tokens`` tokens long.
+        """The text with hidden sentences, each at its depth from 0 to 1, ``max_tokens`` long.
 
-        Args:
-            sentences: sentences to hide.
-            depths: position of each between sentences of the text, from 0 to 1.
-            max_tokens: length of the result in tokens.
-            start: position from 0 to 1 at which the text begins; its beginning follows its end.
+        It begins at the position ``start`` from 0 to 1; its beginning follows its end.
         """
         at = self._starts[int(start * len(self._starts))]
         turned = f"{self._text[at:]}\n\n{self._text[:at]}".strip()

@@ -1,8 +1,9 @@
-"""Find and read the files of a benchmark, from a path or the hub."""
+"""Find and read the files of a benchmark or a run; errors name the place, field and value."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,9 @@ from pathlib import Path
 from typing import IO, Annotated, TypeVar, cast
 
 from huggingface_hub import hf_hub_download
-from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from rapid_llm.errors import DataError
-from rapid_llm.evaluation.checked import parse
 
 Text = Annotated[str, Field(pattern=r"\S", strict=True)]
 """A text that is not blank."""
@@ -25,6 +25,7 @@ Texts = Annotated[
 ]
 """A list of texts; a single text counts as a list of one."""
 
+T = TypeVar("T")
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -94,3 +95,21 @@ def _reading(path: Path) -> Iterator[IO[bytes]]:
             yield cast("IO[bytes]", file)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}): give another as --data PATH") from error
+
+
+def parse(adapter: TypeAdapter[T], text: bytes, place: str) -> T:
+    """Parse and validate a JSON text in UTF-8.
+
+    Raises:
+        DataError: the text, at ``place``, is no JSON, or not a value of the adapter's type.
+    """
+    try:
+        return adapter.validate_json(text.removeprefix(b"\xef\xbb\xbf"))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+    what = problem["msg"].removeprefix("Value error, ")
+    if problem["loc"]:
+        path = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in problem["loc"])
+        shown = json.dumps(problem["input"], ensure_ascii=False, default=str)[:60]
+        what = f"{path.removeprefix('.')}: {what}; there is {shown}"
+    raise DataError(f"{place}: {what}. Correct or replace the file")
