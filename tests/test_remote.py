@@ -164,13 +164,10 @@ def test_a_server_that_fails_within_an_answer_is_a_server_s_error(
                 pass
 
         remote.base_url = f"http://127.0.0.1:{failing.getsockname()[1]}"
-        for asynchronous in (False, True):
+        for ask in (lambda: remote.generate(CHAT), lambda: asyncio.run(read())):
             answered = pool.submit(answer)
             with pytest.raises(ServerError, match=words):
-                if asynchronous:
-                    asyncio.run(read())
-                else:
-                    remote.generate(CHAT)
+                ask()
             answered.result(60)
 
 
