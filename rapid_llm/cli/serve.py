@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, cast
 
 import typer
 
-from rapid_llm.api_key import API_KEY
 from rapid_llm.cli.app import app
 from rapid_llm.cli.options import with_options
 from rapid_llm.config import (
@@ -25,6 +27,8 @@ from rapid_llm.config import (
 from rapid_llm.console import status
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError
 from rapid_llm.server.settings import ServerConfig
+
+_NAME = "rapid-llm"  # of the application on Ray Serve
 
 
 @app.command()
@@ -62,11 +66,7 @@ def serve(
             'run: pip install "rapid-llm[server]"'
         ) from error
     server = server.with_key_of_environment()
-    if not server.local and server.api_key is None:
-        raise InvalidParameterError(
-            f"--host {server.host} lets other machines ask, so that a key is needed: give one as "
-            f"--api-key or in {API_KEY}"
-        )
+    port = _port(server.host, server.port)
     engine = replace(engine, model=model)
     defaults: dict[str, Any] = {
         "retrieval": retrieval,
@@ -78,7 +78,10 @@ def serve(
 
         require_retrieval(retrieval)
     if server.replicas > 1:
-        _replicate(engine, server, defaults)
+        server = replace(server, port=port)  # Ray would not say which it took
+        with TemporaryDirectory(prefix="rapid-llm-") as folder:  # of uploads, which end with it
+            defaults["retrieval"] = replace(retrieval, store=retrieval.store or folder)
+            _replicate(engine, server, defaults)
         return
     with status(f"loading {engine.model}", sys.stderr.isatty()):
         from rapid_llm.decoder import RapidDecoder
@@ -96,6 +99,38 @@ def serve(
         timeout_graceful_shutdown=server.shutdown_seconds,
         server_header=False,
     )
+
+
+def _port(host: str, port: int) -> int:
+    """The port that the server listens on, a free one for 0; asked for before models are loaded.
+
+    Raises:
+        InvalidParameterError: it cannot listen there.
+    """
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        bound = [_bound(*place) for place in places]
+        ports = [each for each in bound if isinstance(each, int)]
+        if not ports:  # some of a name's addresses may not be in use here
+            raise cast(OSError, bound[0])
+        return ports[0]
+    except OSError as error:
+        raise InvalidParameterError(
+            f"--host {host} --port {port} cannot be listened on ({error.strerror}): end what "
+            "listens there, or choose another; port 0 is a free one"
+        ) from error
+
+
+def _bound(family: int, kind: int, protocol: int, _: str, address: Any) -> int | OSError:
+    """The port that could be bound, or why none could."""
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            # As servers do, so that connections that were closed just now hold no port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        return error
 
 
 def _replicate(engine: EngineConfig, server: ServerConfig, defaults: Mapping[str, Any]) -> None:
@@ -120,10 +155,13 @@ def _replicate(engine: EngineConfig, server: ServerConfig, defaults: Mapping[str
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray's own handler aborts
     try:
-        serve.run(web)
-        print(f"{server.replicas} replicas run on http://{server.host}:{server.port}", flush=True)
-        while not stopped.wait(1):  # a signal may reach another thread than this
-            pass
+        serve.run(web, name=_NAME)
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        print(f"{server.replicas} replicas run on http://{host}:{server.port}", flush=True)
+        with suppress(KeyboardInterrupt):
+            while not stopped.wait(1):  # a signal may reach another thread than this
+                pass
+        serve.delete(_NAME)  # which lets what runs finish, as a shutdown does not
     finally:
         serve.shutdown()
         ray.shutdown()
