@@ -49,13 +49,14 @@ from langchain_rapid.structured import (
 from langchain_rapid.tools import (
     as_openai_tools,
     generation_chunk,
+    mark_cut_calls,
     says_something,
     taken_options,
-    with_cut_calls,
 )
 
 if TYPE_CHECKING:
     from rapid_llm.tools.answers import ChatDelta
+    from rapid_llm.tools.calls import ToolCallDelta
 
 
 class ChatRapid(RapidModel, BaseChatModel):
@@ -228,9 +229,11 @@ class ChatRapid(RapidModel, BaseChatModel):
         call = self._call(stop, kwargs)
         if draft is None:
             require_read(self.documents, messages, call)
+        calls: list[ToolCallDelta] = []
         for delta in self._answer(to_chat(messages), draft, call):
+            calls += delta.tool_calls
             if says_something(delta):
-                yield generation_chunk(delta, call)
+                yield generation_chunk(delta, call, calls)
 
     async def _astream(
         self,
@@ -248,11 +251,13 @@ class ChatRapid(RapidModel, BaseChatModel):
         if draft is None:
             require_read(self.documents, messages, call)
         chat = to_chat(messages)
+        calls: list[ToolCallDelta] = []
         deltas = iterate_in_thread(partial(self._answer, chat, draft, call))
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
+                calls += delta.tool_calls
                 if says_something(delta):
-                    yield generation_chunk(delta, call)
+                    yield generation_chunk(delta, call, calls)
 
     def _generate(
         self,
@@ -261,8 +266,9 @@ class ChatRapid(RapidModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        chunks = list(self._stream(messages, stop, run_manager, **kwargs))
-        return with_cut_calls(generate_from_stream(iter(chunks)), chunks)
+        result = generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
+        mark_cut_calls([result.generations])
+        return result
 
     async def _agenerate(
         self,
@@ -272,8 +278,9 @@ class ChatRapid(RapidModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         stream = self._astream(messages, stop, run_manager, **kwargs)
-        chunks = [chunk async for chunk in stream]
-        return with_cut_calls(generate_from_stream(iter(chunks)), chunks)
+        result = generate_from_stream(iter([chunk async for chunk in stream]))
+        mark_cut_calls([result.generations])
+        return result
 
     def _answer(
         self,
@@ -316,14 +323,18 @@ class ChatRapid(RapidModel, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """LangChain's method; each chat with something retrieved for it is grounded first."""
-        if not any(self._is_ungrounded(chat, kwargs) for chat in messages):
-            return super().generate(messages, stop, callbacks, **kwargs)
-        config = beside({"callbacks": callbacks, **kwargs})
-        results = []
-        for chat in messages:
-            grounded, found = self._ground(chat, config, kwargs)
-            results.append(super().generate([grounded], stop, callbacks, **(kwargs | found)))
-        return joined(results)
+        if any(self._is_ungrounded(chat, kwargs) for chat in messages):
+            config = beside({"callbacks": callbacks, **kwargs})
+            results = []
+            for chat in messages:
+                grounded, found = self._ground(chat, config, kwargs)
+                own = kwargs | found
+                results.append(super().generate([grounded], stop, callbacks, **own))
+            result = joined(results)
+        else:
+            result = super().generate(messages, stop, callbacks, **kwargs)
+        mark_cut_calls(result.generations)  # LangChain's own streaming leaves out _generate
+        return result
 
     async def agenerate(
         self,
@@ -333,14 +344,18 @@ class ChatRapid(RapidModel, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """:meth:`generate` for asyncio."""
-        if not any(self._is_ungrounded(chat, kwargs) for chat in messages):
-            return await super().agenerate(messages, stop, callbacks, **kwargs)
-        config = beside({"callbacks": callbacks, **kwargs})
-        results = []
-        for chat in messages:
-            grounded, found = await self._aground(chat, config, kwargs)
-            results.append(await super().agenerate([grounded], stop, callbacks, **(kwargs | found)))
-        return joined(results)
+        if any(self._is_ungrounded(chat, kwargs) for chat in messages):
+            config = beside({"callbacks": callbacks, **kwargs})
+            results = []
+            for chat in messages:
+                grounded, found = await self._aground(chat, config, kwargs)
+                own = kwargs | found
+                results.append(await super().agenerate([grounded], stop, callbacks, **own))
+            result = joined(results)
+        else:
+            result = await super().agenerate(messages, stop, callbacks, **kwargs)
+        mark_cut_calls(result.generations)  # LangChain's own streaming leaves out _generate
+        return result
 
     def stream(
         self,
