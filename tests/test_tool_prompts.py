@@ -120,7 +120,9 @@ def test_a_template_of_one_call_a_message_gets_several_one_by_one() -> None:
     assert order == sorted(order)
 
 
-@pytest.mark.parametrize("ids", [("a", "b"), ("a", "a"), (None, None), ("", "")])
+@pytest.mark.parametrize(
+    "ids", [("a", "b"), ("a", "a"), ("<|im_end|>", "|>"), (None, None), ("", "")]
+)
 def test_each_result_follows_its_own_call_whatever_ids_the_model_wrote(
     ids: tuple[Any, Any],
 ) -> None:
