@@ -33,7 +33,12 @@ _JSON_OPTIONS: Any = {
     "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}",
     "coerce_one_of": False,
     "lenient": False,
+    # With u, a property's name could be written as another: "\\u0061" is no property "a" to
+    # llguidance, whose value may then be anything.
+    "json_allowed_escapes": 'nrbtf\\"',
 }
+_CONTROL = re.compile(r"\\u00(?:[01]|7f)")
+"""Control characters in JSON text that only the escape u can write."""
 
 _SCHEMAS = ("items", "additionalItems", "additionalProperties", "contains", "not", "if", "then",
             "else", "propertyNames", "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
@@ -53,6 +58,11 @@ _OTHER_KEYWORDS = (
 _KEYWORDS = {*_SCHEMAS, *_LISTS_OF_SCHEMAS, *_MAPPINGS_OF_SCHEMAS, *_OTHER_KEYWORDS}
 _OUTDATED = ("divisibleBy", "disallow", "extends")  # of draft 3; llguidance ignores them
 _NO_CONDITION = ("binary", "password", "path")  # formats that every string has
+_NOTHING = {"uniqueItems": False, "propertyNames": True, "unevaluatedItems": True,
+            "unevaluatedProperties": True}  # fmt: skip
+"""Values of keywords that demand nothing; llguidance knows the keywords not at all."""
+_NOT_SIGNS_ALONE = "^(?!^[-+.]*$)"
+"""Beginning of pydantic's pattern of a Decimal."""
 
 
 def canonical(given: Any) -> dict[str, Any] | None:
@@ -218,14 +228,39 @@ def _simplify(schema: dict[str, Any]) -> None:
     """Write a schema in keywords that llguidance knows, without a change of what it allows."""
     if schema.get("format") in _NO_CONDITION:
         del schema["format"]
+    for keyword, nothing in _NOTHING.items():
+        if schema.get(keyword) is nothing:
+            del schema[keyword]
+    pattern, both = schema.get("pattern"), schema.get("allOf", [])
+    if isinstance(pattern, str) and pattern.startswith(_NOT_SIGNS_ALONE) and isinstance(both, list):
+        schema["pattern"] = "^" + pattern.removeprefix(_NOT_SIGNS_ALONE)
+        schema["allOf"] = [*both, {"pattern": "[^-+.]"}]
+    branches = schema.get("oneOf")
+    if not isinstance(branches, list):
+        return
+    if _are_different_values(branches) and "anyOf" not in schema:
+        schema["anyOf"] = schema.pop("oneOf")
     tag = schema.get("discriminator")
     name = tag.get("propertyName") if isinstance(tag, dict) else None
-    if isinstance(name, str) and isinstance(schema.get("oneOf"), list):
+    if isinstance(name, str):
         # The tag is required by what the keyword means. llguidance sees that the branches exclude
         # each other where it is required, and pydantic does not say so of tags with a default.
-        for branch in schema["oneOf"]:
+        for branch in branches:
             if isinstance(branch, dict):
                 branch["required"] = list(dict.fromkeys([*(branch.get("required") or ()), name]))
+
+
+def _are_different_values(branches: list[Any]) -> bool:
+    """Whether each of some schemas allows values of its own: numbers, texts, true, false, null."""
+    values: list[Any] = []
+    for branch in branches:
+        if not isinstance(branch, dict) or not branch.keys() & {"const", "enum"}:
+            return False
+        own = [branch["const"]] if "const" in branch else branch["enum"]
+        if not isinstance(own, list) or any(isinstance(each, dict | list) for each in own):
+            return False
+        values += {(isinstance(each, bool), each) for each in own}
+    return len(set(values)) == len(values)
 
 
 # --- the grammar ---------------------------------------------------------------------------------
@@ -241,7 +276,15 @@ def inline_json(schema: Any) -> str:
         InvalidParameterError: it cannot be enforced.
     """
     canonical({"json": schema})
-    return "%json " + json.dumps({**_json(schema), "x-guidance": _JSON_OPTIONS})
+    checked = _json(schema)
+    return "%json " + json.dumps({**checked, "x-guidance": _json_options(checked)})
+
+
+def _json_options(schema: dict[str, Any]) -> dict[str, Any]:
+    """llguidance's options for a schema."""
+    if not _CONTROL.search(json.dumps(schema)):
+        return _JSON_OPTIONS
+    return {**_JSON_OPTIONS, "json_allowed_escapes": _JSON_OPTIONS["json_allowed_escapes"] + "u"}
 
 
 @lru_cache(maxsize=256)
@@ -265,7 +308,7 @@ def llguidance_grammar(constraint: str) -> str:
         ) from error
     try:
         if form == "json":
-            grammar = LLMatcher.grammar_from_json_schema(value, overrides=_JSON_OPTIONS)
+            grammar = LLMatcher.grammar_from_json_schema(value, overrides=_json_options(value))
         elif form == "regex":
             grammar = LLMatcher.grammar_from_regex(_without_anchors(value))
         elif form == "choice":

@@ -97,12 +97,15 @@ class Controls:
         get names that no template finds.
         """
         kind = "a" if message["role"] == "assistant" else "q"
-        return {
+        quoted = {
             key: self._quote_name(value, kind)
             if isinstance(value, str) and key != "content"
             else self.quote(value, kind)
             for key, value in message.items()
         }
+        if "tool_call_id" in message:  # as the call's own, which it is compared with
+            quoted["tool_call_id"] = self.quote(message["tool_call_id"], "a")
+        return quoted
 
     def quote(self, value: Any, kind: str = "q") -> Any:
         """Replace control tokens by secret names in a string, or in all strings of a value."""

@@ -92,20 +92,26 @@ def adapted(
 
 def one_call_each(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages of one call each, followed by its result, for templates that take no more."""
-    results = {m.get("tool_call_id"): m for m in chat if m["role"] == "tool"}
     placed: list[dict[str, Any]] = []
-    split: set[Any] = set()
+    waiting: list[tuple[Any, int]] = []  # ids of calls without a result, and where it belongs
     for message in chat:
+        if message["role"] == "tool":
+            # Ids are the models' own: some write none, or the same ones in each answer.
+            own = message.get("tool_call_id")
+            fits = (n for n, (call, _) in enumerate(waiting) if None in (call, own) or call == own)
+            _, place = waiting.pop(n) if (n := next(fits, None)) is not None else (0, len(placed))
+            placed.insert(place, message)
+            waiting = [(call, at + (at >= place)) for call, at in waiting]
+            continue
         calls = message.get("tool_calls") or ()
-        if len(calls) > 1:
-            for number, call in enumerate(calls):
-                content = "" if number else message["content"]
-                placed.append({**message, "content": content, "tool_calls": [call]})
-                if (result := results.get(call.get("id"))) is not None:
-                    split.add(call["id"])
-                    placed.append(result)
-        elif message["role"] != "tool" or message.get("tool_call_id") not in split:
+        waiting = []
+        if len(calls) <= 1:
             placed.append(message)
+            continue
+        for number, call in enumerate(calls):
+            content = "" if number else message["content"]
+            placed.append({**message, "content": content, "tool_calls": [call]})
+            waiting.append((call.get("id"), len(placed)))
     return placed
 
 

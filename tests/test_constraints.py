@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -284,6 +285,52 @@ TEXT: /(.|\\n)*/
     assert not ours.over(begun)
     whole = TOKENIZER('Well <call>{"name":"","age":1,"roles":[]}</call>').input_ids
     assert ours.legal([], whole) == whole
+
+
+def may_be(constraint: Any, text: str) -> bool:
+    """Whether a text is a whole answer."""
+    ours, ids = matcher(constraint), TOKENIZER(text, add_special_tokens=False).input_ids
+    return ours.legal([], ids) == ids and (ours.over(ids) or EOS in allowed(ours, ids))
+
+
+class Bill(BaseModel):
+    total: Decimal
+    items: list[int] = Field(json_schema_extra={"uniqueItems": False})
+
+
+TITLED = {"oneOf": [{"const": 1, "title": "low"}, {"const": 2.5}, {"enum": ["x", True, None]}]}
+TEXTS: list[tuple[Any, list[str]]] = [
+    (Bill.model_json_schema(), [f'{{"total": {t}, "items": [1, 1]}}' for t in
+                                ("1.5", '"1.5"', '"-.5"', '"."', '""', '"1.5.1"', "null")]),
+    (TITLED, ["1", "2.5", '"x"', "true", "null", "2", "false"]),
+    ({"oneOf": [{"const": True}, {"const": 1}]}, ["true", "1", "0"]),
+    ({"const": "a\x01b\x7f"}, [r'"a\u0001b\u007f"', '"ab"']),
+    ({"enum": ["a\nb", "\\"]}, [r'"a\nb"', r'"\\"', '"ab"']),
+    ({"type": "array", "unevaluatedItems": True, "items": {"type": "null"}}, ["[null]", "[1]"]),
+    ({"type": "object", "propertyNames": True}, ["{}", '{"a": 1}', "1"]),
+    ({"$ref": "#/$defs/a", "maxLength": 2, "$defs": {"a": {"type": "string"}}}, ['"ab"', '"abc"']),
+    ({"type": "integer", "maximum": 2**53 + 1}, [str(2**53), str(2**53 + 2)]),
+    ({"type": "string", "enum": ["a", 1]}, ['"a"', "1"]),
+    ({"allOf": [{"enum": [1, 2, 3]}, {"minimum": 2}]}, ["1", "3"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "texts"), TEXTS, ids=lambda value: str(value)[:40])
+def test_a_text_may_be_the_answer_where_it_is_valid(schema: Any, texts: list[str]) -> None:
+    validator = jsonschema.Draft202012Validator(schema)
+    valid = [validator.is_valid(json.loads(text)) for text in texts]
+    assert [may_be({"json": schema}, text) for text in texts] == valid
+    assert True in valid
+    assert False in valid
+
+
+def test_a_property_has_no_other_spelling_with_other_values() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for form in (schema, {**schema, "patternProperties": {"^b": {"type": "integer"}}}):
+        assert may_be(form, '{"a": 1, "c": "x"}')
+        for name in ("a", r"\u0061", "b", r"\u0062") if form is not schema else ("a", r"\u0061"):
+            assert not may_be(form, f'{{"{name}": "x"}}'), name
+            assert not may_be(form, f'{{"c": 1, "{name}": "x"}}'), name
 
 
 # --- answers -------------------------------------------------------------------------------------

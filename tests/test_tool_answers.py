@@ -63,6 +63,14 @@ def sampled(seed: int, tokens: int = 400, **options: Any) -> SamplingParams:
     return SamplingParams(temperature=1.0, seed=seed, max_new_tokens=tokens, **options)
 
 
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 @each_family
 @pytest.mark.parametrize("choice", ["required", "weather"])
 def test_a_model_that_must_call_a_tool_calls_one_with_arguments_of_its_schema(
@@ -129,11 +137,10 @@ def test_a_call_that_the_length_cuts_is_told_as_cut() -> None:
         for n in lengths
     ]
     cut = [a for a in answers if a.finish_reason == "length"]
-    assert any(answer.tool_calls for answer in cut)
-    for answer in cut:
-        for call in answer.tool_calls:
-            with pytest.raises(ValueError, match=r"."):
-                json.loads(call.arguments + " x")
+    calls = [call for answer in cut for call in answer.tool_calls]
+    assert calls
+    assert not all(is_json(call.arguments) for call in calls)
+    assert all(is_json(call.arguments) for a in answers if a not in cut for call in a.tool_calls)
 
 
 def test_deltas_joined_are_the_answer_and_asyncio_gives_the_same() -> None:
@@ -250,6 +257,20 @@ def test_markers_that_are_special_tokens_are_read_and_others_dropped() -> None:
 def test_an_answer_ends_before_a_stop_string() -> None:
     assert parts("qwen", "one two three", stop=(" three",)).content == "one two"
     assert parts("qwen", "one two", finish="length").finish_reason == "length"
+
+
+def test_a_call_that_a_stop_string_cuts_is_no_call_to_be_made() -> None:
+    text = '<tool_call>\n{"name": "stop", "arguments": {"a": "one. two"}}\n</tool_call>'
+    for stop in (". ", '"arguments"', "name"):
+        assert parts("qwen", text, stop=(stop,)).finish_reason == "stop"
+    (call,) = parts("qwen", text, stop=(". ",)).tool_calls
+    assert call.arguments == '{"a": "one'
+    for stop in ("\n</tool_call>", "}\n"):
+        whole = parts("qwen", text, stop=(stop,))
+        assert whole.finish_reason == "tool_calls"
+        assert [c.arguments for c in whole.tool_calls] == ['{"a": "one. two"}']
+    named = parts("mistral-named", '[TOOL_CALLS]stop[ARGS]{"a": "one. two"}', stop=(". ",))
+    assert named.finish_reason == "stop"
 
 
 def test_the_end_of_a_turn_is_no_text_even_if_it_is_no_special_token() -> None:

@@ -47,6 +47,13 @@ def tool(name: Any = "add", parameters: Any = OBJECT, **more: Any) -> dict[str, 
         ({"tools": [tool()], "parallel_tool_calls": 2}, r"parallel_tool_calls=2 is not allowed"),
         ({"response_format": {"type": "xml"}}, r"response_format=.* is not allowed"),
         ({"response_format": "json"}, r"response_format='json' is not allowed"),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"schema": OBJECT}}},
+            r"of the type 'json_object' has a 'json_schema', which it does not take",
+        ),
+        ({"response_format": {"type": "text", "schema": OBJECT}}, r"'text' has a 'schema'"),
+        ({"response_format": {**SCHEMA, "schema": OBJECT}}, r"'json_schema' has a 'schema'"),
+        ({"response_format": {"type": "json_object", "schema": 3}}, r"schema is of type int"),
         ({"response_format": {"type": "json_schema"}}, r"is of type NoneType, which is no JSON"),
         (
             {"tools": [tool()], "tool_choice": "add", "response_format": SCHEMA},
@@ -111,6 +118,8 @@ def test_tools_that_may_not_be_called_are_still_shown() -> None:
         (None, None),
         ({"type": "text"}, None),
         ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_object", "schema": OBJECT}, OBJECT),
+        ({"type": "text", "json_schema": None}, None),
         (SCHEMA, OBJECT),
     ],
 )

@@ -120,6 +120,30 @@ def test_a_template_of_one_call_a_message_gets_several_one_by_one() -> None:
     assert order == sorted(order)
 
 
+@pytest.mark.parametrize(
+    "ids", [("a", "b"), ("a", "a"), ("<|im_end|>", "|>"), (None, None), ("", "")]
+)
+def test_each_result_follows_its_own_call_whatever_ids_the_model_wrote(
+    ids: tuple[Any, Any],
+) -> None:
+    def turn(*results: str) -> list[dict[str, Any]]:
+        calls, told = [], []
+        for own, name, result in zip(ids, ("weather", "time"), results, strict=True):
+            known = {} if own is None else {"id": own}
+            function = {"name": name, "arguments": json.dumps({"for": result})}
+            calls.append({**known, "type": "function", "function": function})
+            known = {} if own is None else {"tool_call_id": own}
+            told.append({**known, "role": "tool", "content": result})
+        return [*user("q"), {"role": "assistant", "content": "", "tool_calls": calls}, *told]
+
+    chat = [*turn("sunny", "noon"), {"role": "assistant", "content": "So."}, *turn("rain", "dusk")]
+    text = rendered(chat, with_template(TEMPLATES["llama"]), tools=[WEATHER])
+    order = [text.index(f'"for": "{word}"') for word in ("sunny", "noon", "rain", "dusk")]
+    results = [text.rindex(word) for word in ("sunny", "noon", "rain", "dusk")]
+    both = [at for pair in zip(order, results, strict=True) for at in pair]
+    assert both == sorted(both)
+
+
 def test_ids_become_such_as_the_template_takes() -> None:
     tokenizer = with_template(TEMPLATES["mistral"])
     text = rendered(HISTORY, tokenizer, tools=[WEATHER])

@@ -54,8 +54,8 @@ class ChatDelta:
         tool_calls: additions to the calls.
         token_ids: ids of the round's tokens.
         finish_reason: None but on the last delta: ``tool_calls`` (the answer is complete and calls
-            tools), ``stop`` (it is complete) or ``length`` (``max_new_tokens`` reached; the last
-            call may be incomplete).
+            tools), ``stop`` (it is complete, or a stop string was found) or ``length``
+            (``max_new_tokens`` reached). With the latter two the last call may be incomplete.
         stats: totals so far, complete on the last delta.
         origins: where each of the tokens came from.
     """
@@ -164,7 +164,7 @@ class AnswerStream:
         finish: ChatFinishReason | None = delta.finish_reason
         if finish is not None:
             parsed += [self._parser.feed(self._text.finish()), self._parser.finish()]
-            if finish == "stop" and self._parser.calls:
+            if finish == "stop" and self._parser.calls and not self._parser.cut:
                 finish = "tool_calls"
         return ChatDelta(
             content="".join(each.content for each in parsed),

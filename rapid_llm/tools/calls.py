@@ -109,6 +109,12 @@ class CallReader:
         return _joined(deltas)
 
     @property
+    def cut(self) -> bool:
+        """Whether the last call lacks its arguments or a part of them."""
+        reading = self._read == self._value and self._key in _ARGUMENTS
+        return self._name is not None and (reading or not self._begun)
+
+    @property
     def unread(self) -> str:
         """The part of the text that is no call, once the text has ended."""
         waiting = self._read == self._between or self._name is not None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.grammars import inline_json
+from rapid_llm.grammars import ANY_OBJECT, inline_json
 
 MODES = ("auto", "none", "required")
 """Values of ``tool_choice`` beside the name of a tool."""
@@ -50,7 +50,8 @@ class ChatOptions:
             {"name": …}}``, makes it call that tool. None is ``auto`` where there are tools.
         parallel_tool_calls: whether an answer may hold several calls.
         response_format: format of an answer in text: ``{"type": "json_schema", "json_schema":
-            {"schema": …}}``, ``{"type": "json_object"}``, ``{"type": "text"}`` or None.
+            {"schema": …}}``, ``{"type": "json_object"}``, ``{"type": "text"}`` or None. As
+            llama.cpp has it, ``json_object`` may have a ``schema``.
 
     Attributes:
         checked_tools: the tools.
@@ -258,10 +259,17 @@ def _checked_format(given: Any) -> Mapping[str, Any] | None:
             f"response_format={given!r} is not allowed: pass {{'type': 'json_schema', "
             "'json_schema': {'schema': …}}, {'type': 'json_object'} or {'type': 'text'}"
         )
-    if kind == "json_object":
-        return {"type": "object"}
+    place = {"json_schema": "json_schema", "json_object": "schema"}.get(kind)
+    for key in ("json_schema", "schema"):
+        if key != place and given.get(key) is not None:
+            raise InvalidParameterError(
+                f"response_format of the type {kind!r} has a {key!r}, which it does not take: pass "
+                "{'type': 'json_schema', 'json_schema': {'schema': …}}"
+            )
     if kind == "text":
         return None
-    holder = given.get("json_schema")
-    schema = holder.get("schema") if isinstance(holder, Mapping) else None
+    schema = given.get(place)
+    if kind == "json_object":
+        return ANY_OBJECT if schema is None else check_schema(schema, "response_format's schema")
+    schema = schema.get("schema") if isinstance(schema, Mapping) else None
     return check_schema(schema, "response_format's json_schema.schema")

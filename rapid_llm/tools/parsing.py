@@ -94,6 +94,7 @@ class AnswerParser:
         self._form = form
         self._reader: CallReader | None = None
         self._calls = 0
+        self._cut = False
         self._fresh = False  # whether no content came since reasoning or a call
         self._template = response_template(form, reasoning, names)
         self._parser = ResponseParser(self._template, prefix=opened_reasoning(opening, reasoning))
@@ -102,6 +103,11 @@ class AnswerParser:
     def calls(self) -> int:
         """Number of calls so far."""
         return self._calls
+
+    @property
+    def cut(self) -> bool:
+        """Whether the text ended before the arguments of a call did."""
+        return self._cut
 
     def feed(self, text: str) -> Parsed:
         """Read a piece of the text and return its additions."""
@@ -146,6 +152,7 @@ class AnswerParser:
             if kind == "region_close" or self._reader.after is not None:
                 content.append(self._unread(self._reader))
                 self._calls, self._fresh = self._reader.calls, True
+                self._cut |= self._reader.cut
         return Parsed("".join(content), "".join(reasoning), tuple(calls))
 
     def _unread(self, reader: CallReader) -> str:

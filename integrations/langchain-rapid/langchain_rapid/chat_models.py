@@ -40,13 +40,14 @@ from langchain_rapid.structured import (
 from langchain_rapid.tools import (
     as_openai_tools,
     generation_chunk,
+    mark_cut_calls,
     says_something,
     taken_options,
-    with_cut_calls,
 )
 
 if TYPE_CHECKING:
     from rapid_llm.tools.answers import ChatDelta
+    from rapid_llm.tools.calls import ToolCallDelta
 
 
 class ChatRapid(RetrievingChat):
@@ -217,9 +218,11 @@ class ChatRapid(RetrievingChat):
         call = self._call(stop, kwargs)
         if draft is None:
             require_read(self.documents, messages, call)
+        calls: list[ToolCallDelta] = []
         for delta in self._answer(to_chat(messages), draft, call):
+            calls += delta.tool_calls
             if says_something(delta):
-                yield generation_chunk(delta, call)
+                yield generation_chunk(delta, call, calls)
 
     async def _astream(
         self,
@@ -237,11 +240,13 @@ class ChatRapid(RetrievingChat):
         if draft is None:
             require_read(self.documents, messages, call)
         chat = to_chat(messages)
+        calls: list[ToolCallDelta] = []
         deltas = iterate_in_thread(partial(self._answer, chat, draft, call))
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
+                calls += delta.tool_calls
                 if says_something(delta):
-                    yield generation_chunk(delta, call)
+                    yield generation_chunk(delta, call, calls)
 
     def _generate(
         self,
@@ -250,8 +255,9 @@ class ChatRapid(RetrievingChat):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        chunks = list(self._stream(messages, stop, run_manager, **kwargs))
-        return with_cut_calls(generate_from_stream(iter(chunks)), chunks)
+        result = generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
+        mark_cut_calls([result.generations])
+        return result
 
     async def _agenerate(
         self,
@@ -261,8 +267,9 @@ class ChatRapid(RetrievingChat):
         **kwargs: Any,
     ) -> ChatResult:
         stream = self._astream(messages, stop, run_manager, **kwargs)
-        chunks = [chunk async for chunk in stream]
-        return with_cut_calls(generate_from_stream(iter(chunks)), chunks)
+        result = generate_from_stream(iter([chunk async for chunk in stream]))
+        mark_cut_calls([result.generations])
+        return result
 
     def _answer(
         self,

@@ -19,6 +19,7 @@ from langchain_rapid.messages import documents_of, last_question, search_query, 
 from langchain_rapid.options import overrides
 from langchain_rapid.runs import beside
 from langchain_rapid.settings import RapidModel
+from langchain_rapid.tools import mark_cut_calls
 
 
 class RetrievingChat(RapidModel, BaseChatModel):
@@ -37,14 +38,18 @@ class RetrievingChat(RapidModel, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """LangChain's method; each chat with something retrieved for it is grounded first."""
-        if not any(self._is_ungrounded(chat, kwargs) for chat in messages):
-            return super().generate(messages, stop, callbacks, **kwargs)
-        config = beside({"callbacks": callbacks, **kwargs})
-        results = []
-        for chat in messages:
-            grounded, found = self._ground(chat, config, kwargs)
-            results.append(super().generate([grounded], stop, callbacks, **(kwargs | found)))
-        return joined(results)
+        if any(self._is_ungrounded(chat, kwargs) for chat in messages):
+            config = beside({"callbacks": callbacks, **kwargs})
+            results = []
+            for chat in messages:
+                grounded, found = self._ground(chat, config, kwargs)
+                own = kwargs | found
+                results.append(super().generate([grounded], stop, callbacks, **own))
+            result = joined(results)
+        else:
+            result = super().generate(messages, stop, callbacks, **kwargs)
+        mark_cut_calls(result.generations)  # LangChain's own streaming leaves out _generate
+        return result
 
     async def agenerate(
         self,
@@ -54,14 +59,18 @@ class RetrievingChat(RapidModel, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """:meth:`generate` for asyncio."""
-        if not any(self._is_ungrounded(chat, kwargs) for chat in messages):
-            return await super().agenerate(messages, stop, callbacks, **kwargs)
-        config = beside({"callbacks": callbacks, **kwargs})
-        results = []
-        for chat in messages:
-            grounded, found = await self._aground(chat, config, kwargs)
-            results.append(await super().agenerate([grounded], stop, callbacks, **(kwargs | found)))
-        return joined(results)
+        if any(self._is_ungrounded(chat, kwargs) for chat in messages):
+            config = beside({"callbacks": callbacks, **kwargs})
+            results = []
+            for chat in messages:
+                grounded, found = await self._aground(chat, config, kwargs)
+                own = kwargs | found
+                results.append(await super().agenerate([grounded], stop, callbacks, **own))
+            result = joined(results)
+        else:
+            result = await super().agenerate(messages, stop, callbacks, **kwargs)
+        mark_cut_calls(result.generations)  # LangChain's own streaming leaves out _generate
+        return result
 
     def stream(
         self,

@@ -29,7 +29,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 from rapid_llm.errors import InvalidParameterError
 
-from langchain_rapid.tools import as_openai_choice, as_openai_tools, taken_options
+from langchain_rapid.tools import as_openai_choice, as_openai_tools, is_json, taken_options
 
 if TYPE_CHECKING:
     from langchain_core.language_models import LanguageModelInput
@@ -80,7 +80,7 @@ class BoundChatRapid(RunnableBinding[Any, AIMessage]):  # type: ignore[no-redef]
 
 
 class _Whole(BaseCumulativeTransformOutputParser[Any]):
-    """A parser that refuses answers cut at ``max_tokens``; LangChain would complete their JSON."""
+    """A parser that refuses answers that were cut; LangChain would complete their JSON."""
 
     parser: Any
 
@@ -90,9 +90,11 @@ class _Whole(BaseCumulativeTransformOutputParser[Any]):
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         for generation in result:
             message = generation.message if isinstance(generation, ChatGeneration) else None
-            if message and message.response_metadata.get("finish_reason") == "length":
+            reason = message and message.response_metadata.get("finish_reason")
+            if reason == "length" or (reason == "stop" and not is_json(generation.text)):
                 raise OutputParserException(
-                    "the answer was cut before its JSON was complete: raise max_tokens",
+                    "the answer was cut before its JSON was complete: raise max_tokens, or leave "
+                    "out the stop string that it contains",
                     llm_output=generation.text,
                 )
         return self.parser.parse_result(result, partial=partial)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.tool import invalid_tool_call, tool_call_chunk
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, Generation
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from rapid_llm.errors import InvalidParameterError
@@ -17,6 +18,7 @@ from langchain_rapid.answers import response_metadata, usage
 
 if TYPE_CHECKING:
     from rapid_llm.tools.answers import ChatDelta
+    from rapid_llm.tools.calls import ToolCallDelta
     from rapid_llm.tools.definitions import ChatOptions
 
     from langchain_rapid.options import Call
@@ -81,8 +83,16 @@ def taken_options(arguments: dict[str, Any]) -> ChatOptions:
     return ChatOptions(**given)
 
 
-def generation_chunk(delta: ChatDelta, call: Call) -> ChatGenerationChunk:
-    """Convert a delta of an answer to a chunk of a message."""
+def generation_chunk(
+    delta: ChatDelta, call: Call, calls: Sequence[ToolCallDelta]
+) -> ChatGenerationChunk:
+    """Convert a delta of an answer to a chunk of a message.
+
+    Args:
+        delta: the delta.
+        call: options and retrieval of the answer.
+        calls: additions to the answer's tool calls so far, the delta's own included.
+    """
     fields: dict[str, Any] = {
         "content": delta.content,
         "tool_call_chunks": [
@@ -94,7 +104,7 @@ def generation_chunk(delta: ChatDelta, call: Call) -> ChatGenerationChunk:
         fields["additional_kwargs"] = {"reasoning_content": delta.reasoning_content}
     if delta.finish_reason is not None:
         fields |= {
-            "response_metadata": response_metadata(delta, call),
+            "response_metadata": response_metadata(delta, call) | _cut_call(calls),
             "usage_metadata": usage(delta.stats),
             "chunk_position": "last",
         }
@@ -106,41 +116,40 @@ def says_something(delta: ChatDelta) -> bool:
     return bool(delta.content or delta.reasoning_content or delta.tool_calls or delta.finish_reason)
 
 
-def with_cut_calls(result: ChatResult, chunks: Sequence[ChatGenerationChunk]) -> ChatResult:
-    """Mark tool calls that ``max_tokens`` cut as invalid; LangChain has completed their JSON."""
-    arguments: dict[str, str] = {}
-    ids: dict[Any, str] = {}
-    for chunk in chunks:
-        part = chunk.message
-        assert isinstance(part, AIMessageChunk)
-        for each in part.tool_call_chunks:
-            call = ids.setdefault(each["index"], each["id"] or "")
-            arguments[call] = arguments.get(call, "") + (each["args"] or "")
-    cut = {call for call, text in arguments.items() if not _is_json(text)}
-    message = result.generations[0].message
-    if not cut or not isinstance(message, AIMessage):
-        return result
-    whole = [call for call in message.tool_calls if call["id"] not in cut]
-    invalid = [
-        invalid_tool_call(
-            name=call["name"],
-            args=arguments[call["id"] or ""],
-            id=call["id"],
-            error="the answer was cut before the call was complete: raise max_tokens",
-        )
-        for call in [*message.tool_calls, *message.invalid_tool_calls]
-        if call["id"] in cut
-    ]
-    told = message.model_copy(update={"tool_calls": whole, "invalid_tool_calls": invalid})
-    return ChatResult(
-        generations=[
-            ChatGeneration(message=told, generation_info=result.generations[0].generation_info)
-        ],
-        llm_output=result.llm_output,
-    )
+def _cut_call(calls: Sequence[ToolCallDelta]) -> dict[str, Any]:
+    """Metadata that tells the arguments of a call within which the answer was cut."""
+    from rapid_llm.tools.answers import joined_calls
+
+    *_, last = joined_calls(calls) or (None,)
+    if last is None or is_json(last.arguments):
+        return {}
+    return {"cut_tool_call": {"id": last.id, "args": last.arguments}}
 
 
-def _is_json(text: str) -> bool:
+def mark_cut_calls(generations: Sequence[Sequence[Generation]]) -> None:
+    """Mark tool calls that were cut as invalid; LangChain has completed their JSON."""
+    for generation in chain.from_iterable(generations):
+        message = generation.message if isinstance(generation, ChatGeneration) else None
+        if not isinstance(message, AIMessage) or "cut_tool_call" not in message.response_metadata:
+            continue
+        cut = message.response_metadata["cut_tool_call"]
+        invalid = [
+            invalid_tool_call(
+                name=call["name"],
+                **cut,
+                error="the answer was cut before the call was complete: raise max_tokens, or leave "
+                "out the stop string that it contains",
+            )
+            for call in [*message.tool_calls, *message.invalid_tool_calls]
+            if call["id"] == cut["id"]
+        ]
+        whole = [call for call in message.tool_calls if call["id"] != cut["id"]]
+        changes = {"tool_calls": whole, "invalid_tool_calls": invalid}
+        generation.message = message.model_copy(update=changes)
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is complete JSON."""
     try:
         json.loads(text)  # a call without arguments has {}
     except ValueError:

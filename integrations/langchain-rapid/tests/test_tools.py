@@ -7,6 +7,7 @@ import json
 from typing import Any, Literal
 
 import pytest
+from langchain.agents import create_agent
 from langchain_core.documents import Document
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import (
@@ -140,6 +141,41 @@ def test_a_call_that_was_cut_is_invalid(llm):
     )
 
 
+ROME = '<tool_call>[{"name": "weather", "arguments": {"place": "Rome"}}]</tool_call>'
+CUT = len(ROME[: ROME.index("me")])  # each character is a token
+
+
+@pytest.mark.parametrize("limit", [{"max_tokens": CUT}, {"stop": ["me"]}], ids=str)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cut_call_is_not_completed_whether_or_not_it_streams(limit, streaming):
+    llm = ChatRapid(decoder=Scripted(ROME, ROME, ROME), streaming=streaming).bind_tools([weather])
+    messages = [llm.invoke("How is it?", **limit), asyncio.run(llm.ainvoke("How is it?", **limit))]
+    for message in messages:
+        assert message.tool_calls == []
+        (call,) = message.invalid_tool_calls
+        assert (call["name"], call["args"]) == ("weather", '{"place": "Ro')
+        assert "raise max_tokens" in call["error"]
+        assert message.response_metadata["finish_reason"] in ("length", "stop")
+    (called,) = llm.invoke("How is it?", stop=["</tool_call>"]).tool_calls
+    assert called["args"] == {"place": "Rome"}
+
+
+def test_an_agent_that_streams_makes_no_call_that_was_cut():
+    made: list[str] = []
+
+    @tool
+    def look(place: str) -> str:
+        """Look."""
+        made.append(place)
+        return place
+
+    said = '<tool_call>[{"name": "look", "arguments": {"place": "Rome"}}]</tool_call>'
+    llm = ChatRapid(decoder=Scripted(said), max_tokens=len(said[: said.index("me")]))
+    asked = {"messages": [HumanMessage("Where?")]}
+    assert list(create_agent(llm, [look]).stream(asked, stream_mode="messages"))
+    assert made == []
+
+
 def test_an_agent_calls_its_tool_reads_the_result_and_answers():
     called = '<tool_call>[{"name": "weather", "arguments": {"place": "Oslo"}}]</tool_call>'
     decoder = Scripted(called, "It is sunny in Oslo.")
@@ -202,6 +238,21 @@ def test_the_raw_message_comes_along_and_errors_are_told(llm, method):
     assert "raise max_tokens" in str(result["parsing_error"])
     with pytest.raises(OutputParserException, match="raise max_tokens"):
         llm.with_structured_output(Answer, method=method, max_tokens=8).invoke("Where?")
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_an_answer_that_a_stop_string_cuts_is_not_completed(method):
+    said = '{"place": "Rome. Oslo."}'
+    if method == "function_calling":
+        said = f'<tool_call>[{{"name": "where", "arguments": {said}}}]</tool_call>'
+    schema = {"title": "where", "type": "object", "properties": {"place": {"type": "string"}}}
+    llm = ChatRapid(decoder=Scripted(said, said, said))
+    structured = llm.with_structured_output(schema, method=method)
+    with pytest.raises(OutputParserException, match="the stop string"):
+        structured.invoke("Where?", stop=[". "])
+    with pytest.raises(OutputParserException, match="the stop string"):
+        list(structured.stream("Where?", stop=[". "]))
+    assert structured.invoke("Where?", stop=["Nowhere"]) == {"place": "Rome. Oslo."}
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])

@@ -144,6 +144,27 @@ def test_a_call_that_was_cut_is_not_made(llm, tool):
     assert llm.get_tool_calls_from_response(llm.chat([ChatMessage("?")], max_tokens=1), False) == []
 
 
+def test_a_call_that_a_stop_string_cuts_is_not_made(scripted):
+    made: list[str] = []
+
+    def look(place: str) -> str:
+        """Look."""
+        made.append(place)
+        return place
+
+    said = written("look", place="Rome. Oslo.")
+    llm = RapidLLM(decoder=scripted(said, said, said))
+    ask = {"tools": [FunctionTool.from_defaults(look)], "user_msg": "Where?"}
+    for response in (
+        llm.chat_with_tools(**ask, stop=[". "]),
+        [*llm.stream_chat_with_tools(**ask, stop=[". "])][-1],
+    ):
+        with pytest.raises(InvalidParameterError, match="the stop string"):
+            llm.get_tool_calls_from_response(response)
+    assert llm.predict_and_call(**ask, stop=["Nowhere"]).response == "Rome. Oslo."
+    assert made == ["Rome. Oslo."]
+
+
 @pytest.mark.parametrize(
     ("ask", "says"),
     [

@@ -76,10 +76,8 @@ class ChatReader:
                 beside["thinking_delta"] = part.reasoning_content
             self._add(part.tool_calls)
         self._text += text
-        cut = raw["finish_reason"] == "length"
-        return ChatResponse(
-            message=self._message(cut), delta=text, raw=raw, additional_kwargs=beside
-        )
+        message = self._message(finished=raw["finish_reason"] is not None)
+        return ChatResponse(message=message, delta=text, raw=raw, additional_kwargs=beside)
 
     def _add(self, calls: Any) -> None:
         from rapid_llm.tools.calls import ToolCall
@@ -88,7 +86,7 @@ class ChatReader:
             call = self._calls.get(each.index) or ToolCall(each.id or "", each.name or "", "")
             self._calls[each.index] = replace(call, arguments=call.arguments + each.arguments)
 
-    def _message(self, cut: bool) -> ChatMessage:
+    def _message(self, *, finished: bool) -> ChatMessage:
         blocks: list[ContentBlock] = []
         if self._thoughts:
             blocks.append(ThinkingBlock(content=self._thoughts))
@@ -97,7 +95,7 @@ class ChatReader:
         calls = self._calls.values()
         blocks += [
             ToolCallBlock(
-                tool_call_id=call.id, tool_name=call.name, tool_kwargs=arguments(call, cut)
+                tool_call_id=call.id, tool_name=call.name, tool_kwargs=arguments(call, finished)
             )
             for call in calls
         ]
@@ -112,9 +110,9 @@ def as_openai(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def arguments(call: ToolCall, cut: bool) -> dict[str, Any] | str:
-    """The arguments of a call so far; text where the answer was cut within them."""
-    if cut:
+def arguments(call: ToolCall, finished: bool) -> dict[str, Any] | str:
+    """The arguments of a call so far; text where the answer is finished and they are not."""
+    if finished:
         try:
             json.loads(call.arguments)
         except ValueError:

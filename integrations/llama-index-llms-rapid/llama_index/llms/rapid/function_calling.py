@@ -95,6 +95,6 @@ def _arguments(block: ToolCallBlock) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidParameterError(
             f"the answer was cut before the call of {block.tool_name!r} was complete: raise "
-            "max_tokens"
+            "max_tokens, or leave out the stop string that it contains"
         ) from error
     return known if isinstance(known, dict) else {}
