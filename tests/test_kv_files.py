@@ -273,7 +273,9 @@ def test_weights_that_are_elsewhere_have_no_files_and_a_warning_says_so(saved):
         runner = make_forward()
     assert fingerprint(runner.model) is None
     chain, files = passes_of(runner, [*LONG, 5]), KVFiles(saved.parent)
-    with pytest.warns(UserWarning, match=r"kv_cache_dir has no effect for tiny.*leave kv_cache_dir"):
+    with pytest.warns(
+        UserWarning, match=r"kv_cache_dir has no effect for tiny.*leave kv_cache_dir"
+    ):
         assert files.find(runner, chain, runner.origin(1502)) == (None, 0)
     assert files.find(runner, chain, runner.origin(1502)) == (None, 0)  # once
 

@@ -41,7 +41,7 @@ def fingerprint(model: PreTrainedModel, state: ModelState | None = None) -> str 
         for each, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not (scaled and each.endswith("inv_freq")):
                 whole.update(f"{each} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                whole.update(_digest(shard_of(tensor.detach())))
+                whole.update(_digest(shard_of(tensor).detach()))
     return whole.hexdigest()
 
 
