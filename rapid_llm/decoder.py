@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -30,6 +30,7 @@ from rapid_llm.config import EngineConfig, Quantization, SamplingParams
 from rapid_llm.device_maps import placements
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
+from rapid_llm.engine.device import device_of
 from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
@@ -50,6 +51,7 @@ from rapid_llm.progress import PromptProgress
 from rapid_llm.request import ModelPair, Request
 from rapid_llm.results import Delta, FinishReason, GenerationResult
 from rapid_llm.speculation.constraints import Constraints
+from rapid_llm.tensor_parallel import processes_here
 from rapid_llm.vocabulary import unshared_tokens
 
 __all__ = ["Delta", "FinishReason", "GenerationResult", "Memory", "PromptProgress", "RapidDecoder"]
@@ -107,7 +109,8 @@ class RapidDecoder(Decoder):
             of weights on) and makes no copy elsewhere; None makes no copy. The copy is made at the
             first draft. Models with hooks or replaced methods are not copied.
         kv_cache_bytes: budget in bytes for the KV of prompts kept on the devices between calls
-            (LRU); None is a quarter of the device's memory, 0 keeps nothing there.
+            (LRU); None is a quarter of the device's memory, 0 keeps nothing there. Of the host's
+            memory each rank on a machine takes its part by default.
         kv_cache_host_bytes: budget in bytes for KV that has left a device with memory of its own,
             in pinned host memory; None is an eighth of what the process may use, or 0 where
             ``kv_cache_bytes`` is 0. On a CPU it adds nothing.
@@ -168,9 +171,12 @@ class RapidDecoder(Decoder):
         # Both models run together where one of them is sharded: its drafts must be the same ones.
         self.target.ranks = self.drafter.ranks = self.target.ranks or self.drafter.ranks
         if kv_cache_bytes is None:
-            kv_cache_bytes = (device_memory(self.target.device) or 0) // 4
+            place = self.target.device
+            sharing = 1 if device_of(place).own_memory else processes_here()
+            kv_cache_bytes = (device_memory(place) or 0) // (4 * sharing)
         if kv_cache_host_bytes is None:
-            kv_cache_host_bytes = (host_memory() or 0) // 8 if kv_cache_bytes else 0
+            whole = host_memory() or 0
+            kv_cache_host_bytes = whole // (8 * processes_here()) if kv_cache_bytes else 0
         self._prefixes = PrefixCache(
             kv_cache_bytes,
             None if kv_cache_dir is None else require_folder("kv_cache_dir", kv_cache_dir),
@@ -340,14 +346,15 @@ class RapidDecoder(Decoder):
             RapidError: any error of :meth:`stream` that it does not raise while streaming.
         """
         self._loaded_in.require()
-        return self._pair.request(
-            request.target_prompt,
-            request.draft_prompt,
-            given(request.sampling, SamplingParams, "sampling"),
-            request.speculation,
-            request.confidence,
-            self.chat_template_kwargs | checked_variables(request.chat_template_kwargs),
-        )
+        with self._checking():
+            return self._pair.request(
+                request.target_prompt,
+                request.draft_prompt,
+                given(request.sampling, SamplingParams, "sampling"),
+                request.speculation,
+                request.confidence,
+                self.chat_template_kwargs | checked_variables(request.chat_template_kwargs),
+            )
 
     @arguments_of(GenerationRequest)
     def stream(self, request: GenerationRequest) -> Iterator[Delta]:
@@ -403,6 +410,11 @@ class RapidDecoder(Decoder):
     ) -> Iterator[tuple[int, Delta | Exception]]:
         return self.scheduler._stream_many(requests, return_exceptions)
 
+    def _checking(self) -> AbstractContextManager[None]:
+        """Context in which the arguments of a call are checked."""
+        ranks = self.target.ranks
+        return nullcontext() if ranks is None else ranks.checking()
+
     def log_likelihood(self, prompt: Prompt, continuation: str, *, drafter: bool = False) -> float:
         """Natural logarithm of the probability of a continuation given a prompt.
 
@@ -417,11 +429,12 @@ class RapidDecoder(Decoder):
             NumericalError: the model produced NaN.
             ForkedProcessError: this process was forked from the one that loaded the models.
         """
-        tokens = encode_literal(continuation, self.tokenizer)
-        if not tokens:
-            raise InvalidParameterError(
-                f"continuation={continuation!r} has no tokens; give some text"
-            )
+        with self._checking():
+            tokens = encode_literal(continuation, self.tokenizer)
+            if not tokens:
+                raise InvalidParameterError(
+                    f"continuation={continuation!r} has no tokens; give some text"
+                )
         return fsum(each.logprob for each in self.logprobs(prompt, tokens, drafter=drafter))
 
     def logprobs(
@@ -452,22 +465,25 @@ class RapidDecoder(Decoder):
         """
         self._loaded_in.require()
         runner = self.drafter if drafter else self.target
-        tokens = encode_prompt(token_ids, self.tokenizer)
-        variables = self.chat_template_kwargs | checked_variables(chat_template_kwargs)
-        ids = encode_prompt(prompt, self.tokenizer, variables)
-        self._pair.require_readable([*ids, *tokens], runner)
-        if len(tokens) > (room := self._pair.room(ids, runner)):
-            raise ContextWindowError(
-                f"the prompt of {len(ids)} tokens leaves room for {room} in the context window of "
-                f"{runner.name}, {runner.context_window} tokens, and the continuation has "
-                f"{len(tokens)}; shorten one of them"
-            )
+        with self._checking():
+            tokens = encode_prompt(token_ids, self.tokenizer)
+            variables = self.chat_template_kwargs | checked_variables(chat_template_kwargs)
+            ids = encode_prompt(prompt, self.tokenizer, variables)
+            self._pair.require_readable([*ids, *tokens], runner)
+            if len(tokens) > (room := self._pair.room(ids, runner)):
+                raise ContextWindowError(
+                    f"the prompt of {len(ids)} tokens leaves room for {room} in the context window "
+                    f"of {runner.name}, {runner.context_window} tokens, and the continuation has "
+                    f"{len(tokens)}; shorten one of them"
+                )
         with ExitStack() as stack:
             if runner.ranks is not None:
-                stack.enter_context(runner.ranks.call("logprobs", ids, tokens))
+                stack.enter_context(
+                    runner.ranks.call("logprobs", runner.name, drafter, ids, tokens)
+                )
             held = stack.enter_context(self._prefixes.lease(runner, ids, len(ids) + len(tokens)))
             if runner.ranks is not None:
-                held.cache.rollback(runner.ranks.agree(least=held.reused))
+                held.cache.rollback(runner.ranks.least_kept(held.reused))
             session = Session(runner, held.cache, ids)
             return with_memory(
                 partial(logprobs, session, ids, tokens, top), self._prefixes.free_devices

@@ -266,8 +266,13 @@ class Generation:
 
     def require_time(self) -> None:
         """Raise GenerationTimeoutError if the sampling's ``timeout`` has passed."""
-        sampling = self.sampler.params
-        if sampling.timeout is None or time.perf_counter() - self._started <= sampling.timeout:
+        sampling, ranks = self.sampler.params, self.target.runner.ranks
+        if sampling.timeout is None:
+            return
+        late = time.perf_counter() - self._started > sampling.timeout
+        if ranks is not None:  # or one would stop, and leave the others alone in a pass
+            late = ranks.from_first(late)
+        if not late:
             return
         raise GenerationTimeoutError(
             f"timeout={sampling.timeout:g} s passed after {len(self._output)} of at most "

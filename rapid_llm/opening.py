@@ -10,7 +10,8 @@ from typing import Any
 
 from rapid_llm.encoding import encode_literal
 from rapid_llm.engine.costs import ROOM
-from rapid_llm.engine.kept.prefixes import Lease, PrefixCache
+from rapid_llm.engine.kept.prefixes import PrefixCache
+from rapid_llm.engine.kept.reading import Lease
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
@@ -25,7 +26,6 @@ from rapid_llm.speculation.drafters.base import Drafter
 from rapid_llm.speculation.drafters.lookup import CERTAIN, SIZES, PromptLookupDrafter
 from rapid_llm.speculation.drafters.rag import RagDrafter
 from rapid_llm.speculation.sampling import Sampler
-from rapid_llm.tensor_parallel import Ranks
 from rapid_llm.text import TextStream
 
 
@@ -72,9 +72,8 @@ class Opener:
             joined: whether its passes are joined with those of other generations, with which it
                 then shares the KV of a common document.
         """
-        with ExitStack() as leases:
-            if request.runner.ranks is not None:
-                request = leases.enter_context(_by_all(request, request.runner.ranks))
+        # Ranks tell each other that the call has ended before they write what was read to files.
+        with ExitStack() as leases, self._by_all(request) as request:
 
             def lease(runner: ModelRunner, prompt: Sequence[int]) -> tuple[Session, Lease]:
                 length, new = len(prompt), request.sampling.max_new_tokens
@@ -86,7 +85,7 @@ class Opener:
                     self.prefixes.lease(runner, prompt, capacity, share=share)
                 )
                 if runner.ranks is not None:  # other ranks may have kept more or less of it
-                    borrowed = borrowed.shortened(runner.ranks.agree(least=borrowed.reused))
+                    borrowed = borrowed.shortened(runner.ranks.least_kept(borrowed.reused))
                 return Session(runner, borrowed.cache, prompt, joined=together), borrowed
 
             target, kept = lease(request.runner, request.prompt)
@@ -112,6 +111,22 @@ class Opener:
                 started=started,
                 free_memory=self.prefixes.free_devices,
             )
+
+    @contextmanager
+    def _by_all(self, request: Request) -> Iterator[Request]:
+        """The request as all ranks of a sharded model answer it: with one seed."""
+        ranks, sampling = request.runner.ranks, request.sampling
+        if ranks is None:
+            yield request
+            return
+        models = self.pair.target.name, self.pair.drafter.name
+        prompts = request.method, request.prompt, request.draft_prompt, request.confidence
+        ends = sorted(request.ends), request.least_new_tokens
+        with ranks.call(models, prompts, ends, sampling, request.config):
+            if sampling.seed is None:
+                seed = ranks.from_first(secrets.randbits(62))
+                request = request._replace(sampling=replace(sampling, seed=seed))
+            yield request
 
     def _drafters(
         self,
@@ -160,15 +175,3 @@ def _lookup(request: Request, sizes: Sequence[int]) -> PromptLookupDrafter:
     return PromptLookupDrafter(
         request.prompt, runner.vocab_size, runner.device, sizes, request.constraint
     )
-
-
-@contextmanager
-def _by_all(request: Request, ranks: Ranks) -> Iterator[Request]:
-    """The request as all ranks of a sharded model answer it: with one seed."""
-    sampling = request.sampling
-    alike = request.prompt, request.draft_prompt, request.method, sampling.max_new_tokens
-    with ranks.call(*alike, sampling.temperature, sampling.seed):
-        if sampling.seed is None:
-            seed = ranks.from_first(secrets.randbits(62))
-            request = request._replace(sampling=replace(sampling, seed=seed))
-        yield request

@@ -4,9 +4,11 @@ transformers shards the weights (``DistributedConfig(tp_size=N)``), and each ran
 its own KV heads. Every rank makes the same calls and decodes the same tokens. Three rules ensure
 this, and that no rank waits forever:
 
-- Before each pass all ranks agree that they are about to run the same one. A rank that ends its
-  call (last token, closed stream or error) announces it, and the others raise RankError.
-- Logits, and choices that depend on measured times or on memory, are those of rank 0.
+- Before each pass all ranks agree that they are about to run the same one, of a call with the same
+  arguments. A rank that ends its call (last token, closed stream or error), or refuses its
+  arguments, announces it, and the others raise RankError.
+- Logits, and choices that depend on measured times or on memory, are those of rank 0. Each rank
+  keeps KV by itself, and all reuse what every one of them has.
 - A rank that dies is noticed at once, and one that does not join a pass after
   :data:`PASS_SECONDS`.
 
@@ -35,7 +37,10 @@ from rapid_llm.errors import InvalidParameterError, ModelError, RankError
 PASS_SECONDS = 25
 """Seconds within which all ranks must join a pass, and each of its collectives."""
 
-_CALL_SECONDS = 600  # within which all ranks must begin a call; each may first do other work
+_CALL_SECONDS = 600
+"""Seconds within which all ranks must begin a call, and find kept KV: each may do other work first,
+and one may load what another has in memory."""
+
 _GROUP_SECONDS = 86_400  # of waiting for input that rank 0 reads, such as a typed question
 
 _PASS, _DONE, _CLOSED, _FAILED, _OUT_OF_STEP = range(5)
@@ -54,6 +59,11 @@ def processes() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def processes_here() -> int:
+    """Number of these processes on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if processes() > 1 else 1
 
 
 def is_sharded(model: Any) -> bool:
@@ -145,10 +155,11 @@ class Ranks:
             raise InvalidParameterError(
                 "a sharded model answers one call at a time: end or close the first stream"
             )
-        self._require_whole()
-        self._call, self._step, self._open = self._call + 1, 0, True
-        self._key = zlib.crc32(repr(arguments).encode())
-        ended = _FAILED
+        if self._broken:  # ranks that have not noticed must not wait
+            self._refuse()
+            raise self._no_more()
+        self._begin(arguments)
+        self._open, ended = True, _FAILED
         try:
             yield
             ended = _DONE
@@ -159,12 +170,36 @@ class Ranks:
             self._open = False
             self._tell_others(ended)
 
-    def agree(self, *details: int, least: int = 0) -> int:
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Context in which a call's arguments are checked.
+
+        A rank that refuses them counts the call, and ends it on ranks that have begun it.
+        """
+        try:
+            yield
+        except Exception:
+            if not self._open:  # or no rank begins it
+                self._refuse()
+            raise
+
+    def _refuse(self) -> None:
+        """Count a call that this rank does not begin, and end it on the others."""
+        self._begin(())
+        self._tell_others(_FAILED)
+
+    def _begin(self, arguments: tuple[Any, ...]) -> None:
+        self._call, self._step = self._call + 1, 0
+        self._key = zlib.crc32(repr(arguments).encode())
+
+    def agree(self, *details: int, least: int = 0, seconds: int | None = None) -> int:
         """Wait until all ranks are at this point of the call.
 
         Args:
             details: at most three numbers that must be the same on all ranks.
             least: this rank's number; the minimum over all ranks is returned.
+            seconds: seconds within which all must come; None is :data:`PASS_SECONDS`, or more at
+                the beginning of a call.
 
         Raises:
             RankError: another rank has ended its call, is at another point, or does not respond.
@@ -172,15 +207,15 @@ class Ranks:
         self._require_whole()
         first, self._step = self._step == 0, self._step + 1
         own = [_PASS, self._call, self._step, self._key, *(*details, 0, 0, 0)[:3], least]
-        limit = _CALL_SECONDS if first else PASS_SECONDS
+        limit = seconds or (_CALL_SECONDS if first else PASS_SECONDS)
         if self.rank == 0:
             for other in range(1, self.size):
                 theirs = self._receive(other, limit)
                 if theirs[0] != _PASS or theirs[1:-1] != own[1:-1]:
                     code = theirs[0] or _OUT_OF_STEP
                     self._tell_others(code, of=other)
-                    if code == _OUT_OF_STEP:
-                        self._send(other, [code, *own[1:]])
+                    if code == _OUT_OF_STEP:  # a message on the call that it is at
+                        self._send(other, [code, theirs[1], *[0] * 6])
                     raise self._stopped(other, code)
                 least = min(least, theirs[-1])
             if not first:  # the other ranks have read all earlier messages
@@ -195,6 +230,10 @@ class Ranks:
             raise self._stopped(of, code)
         self._sent.clear()
         return least
+
+    def least_kept(self, tokens: int) -> int:
+        """Number of a prompt's tokens whose KV every rank has kept, of ``tokens`` on this one."""
+        return self.agree(least=tokens, seconds=_CALL_SECONDS)
 
     def from_first(self, value: _T) -> _T:
         """Rank 0's value, for values that may differ between ranks."""
@@ -256,14 +295,16 @@ class Ranks:
         return box[0]
 
     def _tell_others(self, code: int, of: int | None = None) -> None:
-        """Announce that this call has ended; ranks that still run it read the message."""
-        if self._broken:
-            return
+        """Announce that this call has ended; ranks that still run it read the message.
+
+        A rank that is gone needs no message: it may have ended its last call, and its script.
+        """
         message = [code, self._call, self._step, self._key, 0, 0, 0, 0]
         message[6] = self.rank if of is None else of
         for other in range(1, self.size) if self.rank == 0 else (0,):
             if other != of:
-                self._send(other, message)
+                with suppress(RankError):
+                    self._send(other, message)
 
     def _send(self, to: int, message: list[int]) -> None:
         tensor = torch.tensor(message, device="cpu")

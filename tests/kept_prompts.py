@@ -9,7 +9,8 @@ import torch
 from conftest import tiny_model
 
 from rapid_llm.engine.kept.chain import PassChain
-from rapid_llm.engine.kept.prefixes import Lease, PrefixCache
+from rapid_llm.engine.kept.prefixes import PrefixCache
+from rapid_llm.engine.kept.reading import Lease
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 

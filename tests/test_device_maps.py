@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def test_a_model_with_a_device_map_answers_as_without(options, folder, expected)
         assert result.stats.cached_tokens == reused
     assert result.stats.drafted_tokens > 0
     assert decoder.target.lean is (not is_offloaded(decoder.target))
+
+
+def test_files_for_a_model_on_disk_are_not_left_out_in_silence(folder, tmp_path):
+    decoder = RapidDecoder.from_pretrained(folder, device_map=ON_DISK, kv_cache_dir=tmp_path)
+    long = SamplingParams(max_new_tokens=1)
+    with pytest.warns(UserWarning, match="kv_cache_dir has no effect for"):
+        decoder.generate([*PROMPT] * 7, sampling=long)
+    plain = RapidDecoder.from_pretrained(folder, device_map={"": "cpu"}, kv_cache_dir=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        plain.generate([*PROMPT] * 7, sampling=long)
 
 
 def test_a_drafter_has_a_device_map_of_its_own_or_the_targets(folder, expected):

@@ -118,8 +118,21 @@ def test_only_whole_long_prompts_that_no_file_covers_are_written(runner, saved):
     with later(saved).lease(runner, half, 2500) as lease:
         read(runner, half, lease, until=2000)
     assert files() == 1
-    assert ask(later(saved), runner, [*LONG, *text(1100, seed=33)]) == len(LONG)
+    assert ask(later(saved), runner, [*LONG[:700], *text(1100, seed=33)]) == 700
     assert files() == 2
+
+
+def test_a_longer_conversation_takes_the_place_of_its_beginning_only(runner, saved):
+    turn = [*LONG, *text(1100, seed=33), 5]
+    assert ask(later(saved), runner, turn) == len(LONG)
+    (longer,) = files_of(saved.parent)
+    assert longer != saved
+    assert ask(later(saved), runner, [*LONG, 7, 8]) == len(LONG)
+    # Another branch leaves the first one there, which has more than the two share.
+    other = [*turn[:1600], *text(1100, seed=34), 5]
+    assert ask(later(saved), runner, other) == 1600
+    assert len(files_of(saved.parent)) == 2
+    assert ask(later(saved), runner, turn) == len(turn) - 1
 
 
 def test_two_readers_of_one_document_write_it_once(runner, tmp_path):
@@ -255,12 +268,16 @@ def test_int8_layers_over_the_same_weights_are_another_model(runner):
     assert fingerprint(model) != before
 
 
-def test_weights_that_are_elsewhere_have_no_files(saved):
+def test_weights_that_are_elsewhere_have_no_files_and_a_warning_says_so(saved):
     with torch.device("meta"):
         runner = make_forward()
     assert fingerprint(runner.model) is None
-    chain = passes_of(runner, [*LONG, 5])
-    assert KVFiles(saved.parent).find(runner, chain, runner.origin(1502)) == (None, 0)
+    chain, files = passes_of(runner, [*LONG, 5]), KVFiles(saved.parent)
+    with pytest.warns(
+        UserWarning, match=r"kv_cache_dir has no effect for tiny.*leave kv_cache_dir"
+    ):
+        assert files.find(runner, chain, runner.origin(1502)) == (None, 0)
+    assert files.find(runner, chain, runner.origin(1502)) == (None, 0)  # once
 
 
 @pytest.mark.parametrize("what", ["os.replace", "rapid_llm.engine.kept.file_format.save_file"])

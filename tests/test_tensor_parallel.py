@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
-from ranks_worker import FIRST, GREEDY, MODES, PROMPT, answers, decoder_of
+from ranks_worker import FIRST, GREEDY, MODES, PROMPT, REQUESTS, answers, decoder_of, of_letters
 
 from rapid_llm import RapidDecoder
 from rapid_llm.engine import costs
@@ -20,6 +20,7 @@ from rapid_llm.errors import InvalidParameterError, ModelError
 from rapid_llm.models import load_model
 
 RANKS = (0, 1)
+DEATHS = ("exit", "kill", "kill-in-a-pass")
 
 
 def started(*command: str, **options: Any) -> list[subprocess.Popen[str]]:
@@ -57,7 +58,7 @@ def seen_by_ranks(part: str, folder: Path) -> list[dict[str, Any]]:
     worker = str(Path(__file__).with_name("ranks_worker.py"))
     outcomes = ended(started(worker, part, str(folder)))
     reports = [folder / f"{part}-{rank}.json" for rank in RANKS]
-    left = reports if part != "death" else reports[:1]
+    left = reports if part not in DEATHS else reports[:1]
     assert all(report.exists() for report in left), [outcome[2][-2000:] for outcome in outcomes]
     return [json.loads(report.read_text()) for report in left]
 
@@ -155,11 +156,121 @@ def test_a_rank_that_fails_in_a_pass_ends_the_others_in_time(endings):
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_others(folder):
-    (first,) = seen_by_ranks("death", folder)
+@pytest.mark.parametrize("how", DEATHS)
+def test_a_rank_that_dies_ends_the_others(how, folder):
+    (first,) = seen_by_ranks(how, folder)
     outcome, seconds = first["died"]
-    assert outcome == "RankError: rank 1 has ended: start all ranks anew"
+    assert outcome.startswith("RankError: ")
+    assert outcome.endswith(": start all ranks anew")
     assert seconds < 30
+
+
+@pytest.fixture(scope="module")
+def unequal(folder: Path) -> list[dict[str, Any]]:
+    return seen_by_ranks("unequal", folder)
+
+
+ARGUMENTS = (
+    *("constraint", "stop", "ignore_eos", "top_k", "repetition_penalty", "timeout"),
+    *("max_new_tokens", "speculation", "confidence", "draft_prompt"),
+    *("which model scores", "which decoder"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ARGUMENTS)
+def test_an_argument_that_differs_on_one_rank_is_an_error_on_all(what, unequal):
+    for seen in unequal:
+        outcome, after, seconds = seen[what]
+        assert outcome.startswith("RankError: rank ")
+        assert "is at another pass or call" in outcome
+        assert seconds < 30
+        assert after == seen["refused on all"][1]
+
+
+@pytest.mark.slow
+def test_a_call_that_one_rank_refuses_fails_on_the_others(unequal):
+    first, second = unequal
+    for what, why in (("refused on 1", "confidence=7"), ("refused score", "continuation=''")):
+        assert first[what][0].startswith("RankError: rank 1 has failed")
+        assert second[what][0].startswith(f"InvalidParameterError: {why}")
+    for seen in unequal:
+        assert seen["refused on all"][0].startswith("InvalidParameterError: confidence=7")
+        assert len({str(seen[what][1]) for what in seen}) == 1  # what each can do afterwards
+
+
+@pytest.mark.slow
+def test_rank_0_alone_looks_at_the_clock(unequal):
+    for seen in unequal:
+        assert seen["late on 0"][0].startswith("GenerationTimeoutError: timeout=500")
+        outcome, after, _ = seen["late on 1"]
+        assert json.loads(outcome) == after[:8]
+
+
+@pytest.mark.slow
+def test_many_requests_get_the_answers_of_one_process(folder, alone):
+    first, second = seen_by_ranks("many", folder)
+    decoder = of_letters(folder / "model-llama", device="cpu")
+    expected = [result.token_ids for result in decoder.generate_many(REQUESTS)]
+    for seen in (first, second):
+        assert seen["many"] == expected
+        assert seen["after a closed stream"] == seen["after an error"] == alone
+        before, _, after = seen["one fails"]
+        assert before == after == expected[0]
+    assert "RankError('rank 1 has" in first["one fails"][1]
+    assert second["one fails"][1] == "KeyError('progress')"
+
+
+@pytest.mark.slow
+def test_each_rank_keeps_its_own_files_and_all_reuse_what_every_one_has(folder):
+    first, second = seen_by_ranks("files", folder)
+    for seen in (first, second):
+        length = len(PROMPT) - 1
+        assert [seen[name][1:3] for name in ("first", "second")] == [[0, 0], [length, length]]
+        assert seen["without a rank's"][1:3] == [0, 0]
+        assert seen["with both again"][1:3] == [length, length]
+        assert seen["gathered"][1:3] == [0, 0]
+        assert seen["gathered again"][1:3] == [length, length]
+        assert len({str(seen[name][0]) for name in list(seen)[:4]}) == 1
+        assert seen["gathered"][0] == seen["gathered again"][0]
+    assert [len(first[name][3]) for name in first] == [2, 2, 2, 2, 4, 4]
+    decoder = decoder_of(folder / "model-llama", device="cpu", kv_cache_dir=folder / "kept")
+    assert decoder.generate(PROMPT, sampling=GREEDY).stats.cached_tokens == 0
+
+
+SCRIPT = """
+import sys, time
+from rapid_llm import RapidDecoder, SamplingParams
+from rapid_llm.tensor_parallel import ranks
+
+decoder = RapidDecoder.from_pretrained(sys.argv[1])
+sampling = SamplingParams(max_new_tokens=16, ignore_eos=True)
+tokens = []
+for delta in decoder.stream(list(range(3, 40)) + [5, 6, 7], sampling=sampling):
+    tokens += delta.token_ids
+    if ranks().rank == 0 and delta.finish_reason:
+        time.sleep(4)  # the other rank has ended its script by then
+if ranks().rank == 0:
+    print(tokens)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_under_torchrun_may_end_sooner_on_some_ranks(folder, tmp_path, alone):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), str(folder / "model-llama")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == alone
 
 
 @pytest.mark.slow
@@ -207,6 +318,20 @@ def test_heads_that_do_not_divide_are_refused_by_name(name, size, what, tmp_path
     of_many(size)
     with pytest.raises(ModelError, match=what):
         load_model(tmp_path)
+
+
+def test_ranks_on_one_machine_divide_its_memory_for_kept_kv(of_many, monkeypatch):
+    monkeypatch.setattr("rapid_llm.decoder.host_memory", lambda: 64_000)
+    monkeypatch.setattr("rapid_llm.decoder.device_memory", lambda device: 64_000)
+
+    def budgets() -> tuple[int, int]:
+        prefixes = RapidDecoder(tiny_model(), tiny_tokenizer())._prefixes
+        return prefixes._device.budget, prefixes._host.budget
+
+    assert budgets() == (16_000, 8_000)
+    of_many(16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert budgets() == (2_000, 1_000)
 
 
 def test_a_device_map_is_refused_in_several_processes(tmp_path, of_many):

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import TypeAlias
 
 from rapid_llm.engine.kept.chain import PassChain
-from rapid_llm.engine.kept.prefixes import chain_of
+from rapid_llm.engine.kept.reading import prefill_of
 from rapid_llm.errors import GenerationTimeoutError
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
@@ -64,12 +64,17 @@ class Ticket:
     @cached_property
     def chain(self) -> PassChain:
         """The passes of the prefill of its prompt."""
-        return chain_of(self.request.runner, self.request.prompt)
+        return prefill_of(self.request.runner, self.request.prompt)[1]
 
     def late(self) -> GenerationTimeoutError | None:
-        """The error of a request that has waited longer than its timeout; None before that."""
+        """The error of a request that has waited longer than its timeout; None before that.
+
+        None too where several ranks answer it: all begin it, and ask the first for the time.
+        """
         timeout = self.request.sampling.timeout
-        if timeout is None or time.perf_counter() - self.started <= timeout:
+        if timeout is None or self.request.runner.ranks is not None:
+            return None
+        if time.perf_counter() - self.started <= timeout:
             return None
         return GenerationTimeoutError(
             f"timeout={timeout:g} s passed while other requests were answered: raise the timeout "

@@ -125,7 +125,7 @@ class Scheduler(Decoder):
     def _stream_many(
         self, requests: Iterable[GenerationRequest], return_exceptions: bool
     ) -> Iterator[tuple[int, Delta | Exception]]:
-        return self._streamed(self._checked(requests, return_exceptions), return_exceptions)
+        return self._outcomes(self._checked(requests, return_exceptions), return_exceptions)
 
     def _checked(
         self, requests: Iterable[GenerationRequest], return_exceptions: bool
@@ -141,6 +141,35 @@ class Scheduler(Decoder):
                 return _Checked(error, None)
 
         return list(map(checked, requests))
+
+    def _outcomes(
+        self, requests: list[_Checked], return_exceptions: bool
+    ) -> Iterator[tuple[int, Delta | Exception]]:
+        ranks = self.decoder.opener.pair.target.ranks
+        return (self._streamed if ranks is None else self._one_by_one)(requests, return_exceptions)
+
+    def _one_by_one(
+        self, requests: list[_Checked], return_exceptions: bool
+    ) -> Iterator[tuple[int, Delta | Exception]]:
+        """Answer requests in the caller's thread, for a model that is sharded over ranks.
+
+        A thread would be at another pass on each rank when the caller closes the stream.
+        """
+        started = time.perf_counter()
+
+        def outcomes(checked: _Checked) -> Iterator[Delta | Exception]:
+            try:
+                if isinstance(checked.request, Exception):
+                    raise checked.request
+                yield from self.decoder.opener.answer(checked.request, started, checked.progress)
+            except Exception as error:
+                if not return_exceptions:
+                    raise
+                yield error
+
+        for index, each in enumerate(requests):
+            for outcome in outcomes(each):
+                yield index, outcome
 
     def _streamed(
         self, requests: list[_Checked], return_exceptions: bool

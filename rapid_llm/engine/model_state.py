@@ -114,7 +114,10 @@ class ModelState:
 
     @property
     def portable(self) -> bool:
-        """Whether tensors and attributes determine the results in another process too."""
+        """Whether tensors and attributes determine the results in another process too.
+
+        Where the model is divided among processes, in all of them together.
+        """
         return self._last.portable
 
     @property

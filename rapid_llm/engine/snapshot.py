@@ -205,7 +205,8 @@ class Snapshot:
 
     @property
     def copyable(self) -> bool:
-        return not self._injected and self.portable
+        whole = all(shard_of(tensor) is tensor for tensor in self.tensors)
+        return not self._injected and self.portable and whole
 
     @cached_property
     def traceable(self) -> bool:
@@ -214,7 +215,8 @@ class Snapshot:
 
     @cached_property
     def portable(self) -> bool:
-        return self.traceable and self._complete and all(map(is_plain_tensor, self.tensors))
+        plain = all(is_plain_tensor(shard_of(tensor)) for tensor in self.tensors)
+        return self.traceable and self._complete and plain
 
     def _own_values(self, configs: bool = True) -> Iterator[Any]:
         """Values of attributes that not every module has."""
@@ -275,6 +277,12 @@ def is_plain_tensor(tensor: Tensor) -> bool:
         and not tensor.is_meta
         and not tensor.is_quantized
     )
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is divided among several (a DTensor); else itself."""
+    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return shard
 
 
 def _functions(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, Any]]:

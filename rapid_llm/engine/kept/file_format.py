@@ -1,7 +1,8 @@
 """The files of kept KV: safetensors, verified by a checksum when they are loaded.
 
 A file contains ``tokens``, int32 ``[n]``, all tokens that a prefill has read, and for each layer i
-``keys.i`` and ``values.i``, ``[1, kv_heads, n, dim]`` in the model's dtype. Its metadata has the
+``keys.i`` and ``values.i``, ``[1, kv_heads, n, dim]`` in the model's dtype, of a model that is
+divided among processes the heads of one of them. Its metadata has the
 format, a key of the model and a checksum of all tensors. Nothing is unpickled.
 """
 
@@ -81,7 +82,7 @@ def read(
             raise ValueError(f"it has {len(file.keys())} tensors, not {1 + 2 * layers}")
         tokens = file.get_tensor("tokens")
         checksum = xxhash.xxh3_128(bytes_of(tokens))
-        shape = (1, heads, len(tokens), dim)
+        shape = (1, heads // runner.kv_shares, len(tokens), dim)
         for index, layer in enumerate(cache.layers):
             pair = [file.get_tensor(f"{kind}.{index}") for kind in ("keys", "values")]
             for tensor in pair:

@@ -26,9 +26,10 @@ class KVFiles:
 
     Damaged files and failures to write are reported in a warning and otherwise ignored. A file is
     valid for a model with the same bytes of all weights, adapters and settings. Their fingerprint
-    is computed once, and again before a file is written or loaded. There are no files for models
-    with offloaded weights, tensor subclasses, hooks, or methods and classes of the user's own,
-    because tensors and settings do not determine their results.
+    is computed once, and again before a file is written or loaded. Each rank of a model that is
+    divided among processes has files of its own. There are no files for models with offloaded
+    weights, tensor subclasses, hooks, or methods and classes of the user's own, because tensors and
+    settings do not determine their results; a warning says so.
 
     A file's name begins with digests of the model and of the first pass of the prefill, so that
     only headers of files that may serve are read, and each only once.
@@ -111,6 +112,8 @@ class KVFiles:
     def save(self, runner: ModelRunner, tokens: TokenIds, chain: PassChain, cache: KVCache) -> None:
         """Write the KV of a prefill to a file, unless an existing file has most of it.
 
+        Known files of which it has most in turn, as of a conversation's earlier turns, are deleted.
+
         Args:
             runner: the model.
             tokens: tokens of the prefill.
@@ -127,12 +130,17 @@ class KVFiles:
             return
         content = hashlib.sha256(model.encode() + tokens.tobytes()).hexdigest()
         name = f"{_group(model, chain)}-{content[:16]}{SUFFIX}"
+        with self._lock:
+            covered = self._index.covered(model, chain, COVERED)
         try:
-            self._folder.write(
+            written = self._folder.write(
                 name,
                 file_format.nbytes_at_most(model, tokens, cache),
                 lambda path: file_format.write(path, model, tokens, cache),
             )
+            for path in covered if written else ():
+                if path.name != name:
+                    self._folder.discard(path)
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
             warnings.warn(
                 f"the KV of {len(tokens)} tokens could not be written to "
@@ -178,13 +186,23 @@ class KVFiles:
         """Key of files for a model; None if it cannot have files.
 
         It includes everything on which KV depends: the model's fingerprint, its rotary scale, the
-        rounding of its passes, and the sizes of prefill passes.
+        rounding of its passes (with the number of ranks), the rank, and the sizes of prefill
+        passes.
         """
         known = self._contents.setdefault(runner, {})
         if origin.number not in known:
             known[origin.number] = fingerprint(runner.model, runner.state)
+            if known[origin.number] is None:
+                warnings.warn(
+                    f"kv_cache_dir has no effect for {runner.name}, whose weights are offloaded or "
+                    "in a format of their own, or which has hooks, so that no file can be told to "
+                    "be its own: leave kv_cache_dir out, or load plain weights",
+                    stacklevel=2,
+                )
         name = known[origin.number]
-        return name and f"{name} beyond {origin.scale}, {rounding(runner)}, {runner.prefill_sizes}"
+        rank = "" if runner.ranks is None else f" of rank {runner.ranks.rank}"
+        passes = f"{rounding(runner)}, {runner.prefill_sizes}"
+        return name and f"{name}{rank} beyond {origin.scale}, {passes}"
 
     def _is_unchanged(self, runner: ModelRunner, origin: KVOrigin) -> bool:
         """Whether the fingerprint still matches: some edits of weights are not detected."""

@@ -9,12 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapid_llm.engine.model_state import ModelState
+from rapid_llm.engine.snapshot import shard_of
 
 _CHUNK = 1 << 26  # bytes of a tensor that are hashed at a time on a device
 
 
 def fingerprint(model: PreTrainedModel, state: ModelState | None = None) -> str | None:
     """Hash of everything that determines a model's results: modules, tensors and settings.
+
+    Of a model that is divided among processes it is the hash of this one's part.
 
     Settings are the plain data in modules and configs, such as the active adapter. The current
     frequencies of scaled rotary embeddings are left out, as they change from pass to pass.
@@ -38,7 +41,7 @@ def fingerprint(model: PreTrainedModel, state: ModelState | None = None) -> str 
         for each, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not (scaled and each.endswith("inv_freq")):
                 whole.update(f"{each} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                whole.update(_digest(tensor.detach()))
+                whole.update(_digest(shard_of(tensor).detach()))
     return whole.hexdigest()
 
 

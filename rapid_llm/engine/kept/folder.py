@@ -96,6 +96,14 @@ class Folder:
         with suppress(OSError):
             os.utime(path)
 
+    def discard(self, path: Path) -> bool:
+        """Delete a file; returns whether it is gone."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:  # on Windows it may be open
+            return False
+        return True
+
     def write(self, name: str, nbytes: int, write: Callable[[Path], None]) -> bool:
         """Write a file, so that readers never see half of it and the budget holds at any moment.
 
@@ -152,8 +160,7 @@ class Folder:
         for file in files:
             if total + nbytes <= budget:
                 break
-            with suppress(OSError):  # on Windows it may be open
-                file.path.unlink()
+            if self.discard(file.path):
                 total -= file.nbytes
         return total + nbytes <= budget
 

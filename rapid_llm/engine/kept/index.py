@@ -63,6 +63,14 @@ class PrefixIndex(Generic[T]):
         here = self._middles.get(state, {})
         return [item for digest in chain.digests for item in here.get(digest, ())]
 
+    def covered(self, state: Hashable, chain: PassChain, share: float) -> list[T]:
+        """Items that share at least so much of their tokens, from a half up, with a prefill."""
+        return [
+            item
+            for item in self.mostly_in(state, chain)
+            if (own := self._items[item][1]).common(chain) >= share * own.tokens
+        ]
+
 
 def _discard(
     where: dict[Hashable, dict[bytes, list[T]]],

@@ -14,15 +14,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from rapid_llm.engine.kept.chain import PassChain, TokenIds
 from rapid_llm.engine.kept.files import KVFiles
 from rapid_llm.engine.kept.host import DevicePrefix, HostPrefix, HostTier
+from rapid_llm.engine.kept.reading import Lease, Reading, prefill_of
 from rapid_llm.engine.kept.tiers import PrefixTier, ReaderState, Tier
 from rapid_llm.engine.kv_cache import KVCache, kv_nbytes
 from rapid_llm.engine.memory import with_memory
@@ -34,89 +32,6 @@ WORTH_LOADING = 256
 
 WORTH_SAVING = 1024
 """Minimum number of newly read prompt tokens for which a file is written."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    """A cache in use for one prompt.
-
-    Attributes:
-        cache: KV cache with the prompt's first ``reused`` tokens and the requested capacity. The
-            rest of ``prompt[:-1]`` is read into it by :meth:`Session.prefill`. Of these tokens only
-            the last may be changed later, because another lease may be copying them.
-        origins: number of reused tokens by the tier that they come from.
-    """
-
-    cache: KVCache
-    origins: Mapping[Tier, int]
-
-    @property
-    def reused(self) -> int:
-        """Number of tokens that need not be read, at most ``len(prompt) - 1``, because the last
-        token must be read for its logits."""
-        return sum(self.origins.values())
-
-    def shortened(self, tokens: int) -> Lease:
-        """The lease with at most its first ``tokens`` reused; the cache is rolled back to them."""
-        self.cache.rollback(tokens)
-        origins: dict[Tier, int] = {}
-        for tier, count in self.origins.items():
-            origins[tier] = min(count, tokens - sum(origins.values()))
-        return Lease(self.cache, origins)
-
-
-@dataclass(eq=False)
-class _Reading:
-    """A leased cache, and the prefill that fills it.
-
-    Attributes:
-        runner: model that computes the KV.
-        rounding: description of the rounding of its passes.
-        cache: KV cache.
-        tokens: tokens of the prefill.
-        chain: passes of the prefill.
-        kept: number of first tokens whose KV the prefill's own passes have computed; None for all.
-            What follows a borrowed document is read by joined passes, which round differently.
-    """
-
-    runner: ModelRunner
-    rounding: str
-    cache: KVCache
-    tokens: TokenIds
-    chain: PassChain
-    kept: int | None = None
-
-    @property
-    def state(self) -> ReaderState:
-        """State of the model that computed the cache's current contents."""
-        return ReaderState(self.runner, self.cache.origin, self.rounding)
-
-    @property
-    def held(self) -> int:
-        """Number of the prefill's tokens that were read."""
-        return min(len(self.tokens), self.cache.length)
-
-    def shared(self, state: ReaderState, chain: PassChain, *, joined: bool = False) -> int:
-        """Number of its first tokens whose KV another prefill can reuse now.
-
-        Args:
-            state: state of the other prefill's model.
-            chain: passes of the other prefill.
-            joined: whether KV of joined passes will do, because it is not kept.
-        """
-        if self.cache.origin is None or self.state != state:
-            return 0
-        # A drafter may read the last token of the prefill again.
-        settled = min(self.held, len(self.tokens) - 1)
-        if self.kept is not None and not joined:
-            settled = min(settled, self.kept)
-        return self.chain.up_to(settled).common(chain)
-
-    def will_share(self, runner: ModelRunner, chain: PassChain) -> int:
-        """Number of its first tokens that another prefill can reuse once it has read them."""
-        if runner is not self.runner:
-            return 0
-        return self.chain.up_to(len(self.tokens) - 1).common(chain)
 
 
 class PrefixCache:
@@ -159,7 +74,7 @@ class PrefixCache:
         self._files = None if directory is None else KVFiles(directory, directory_bytes)
         self._device: PrefixTier[DevicePrefix] = PrefixTier(budget_bytes)
         self._host = HostTier(host_bytes)
-        self._reading: list[_Reading] = []
+        self._reading: list[Reading] = []
         # Reentrant, because the garbage collector may close an abandoned stream, and so end its
         # lease, in a thread that has the lock.
         self._lock = threading.RLock()
@@ -205,7 +120,7 @@ class PrefixCache:
         Returns:
             Number of the prompt's tokens whose KV is kept.
         """
-        chain = chain_of(runner, prompt)
+        _, chain = prefill_of(runner, prompt)
         state = ReaderState.now(runner, len(prompt))
         with self._lock:
             best, shared = self._device.longest(state, chain)
@@ -236,8 +151,7 @@ class PrefixCache:
         Raises:
             torch.OutOfMemoryError: no memory for a copy, even after all idle KV was freed.
         """
-        tokens = _token_ids(prompt[:-1])
-        chain = _chain(runner, tokens)
+        tokens, chain = prefill_of(runner, prompt)
         acquire = partial(self._acquire, runner, tokens, chain, capacity, share)
         reading, origins = with_memory(acquire, self.free_devices)
         lease = Lease(reading.cache, origins)
@@ -254,7 +168,7 @@ class PrefixCache:
 
         Args:
             runner: model that reads the prompt.
-            chain: passes of its prefill, see :func:`chain_of`.
+            chain: passes of its prefill, see :func:`.reading.prefill_of`.
             length: length of the prompt in tokens.
         """
         state = ReaderState.now(runner, length)
@@ -272,7 +186,7 @@ class PrefixCache:
         chain: PassChain,
         capacity: int,
         share: bool,
-    ) -> tuple[_Reading, Mapping[Tier, int]]:
+    ) -> tuple[Reading, Mapping[Tier, int]]:
         if share:
             # Before the lock, as it waits for a pass that another thread runs, in which the garbage
             # collector may end a lease.
@@ -286,14 +200,14 @@ class PrefixCache:
         # After the search for a file, which can detect that the model has changed.
         state = ReaderState.now(runner, len(tokens) + 1)
         if loaded is not None:
-            reading = _Reading(runner, state.rounding, loaded, tokens, chain)
+            reading = Reading(runner, state.rounding, loaded, tokens, chain)
             origins: dict[Tier, int] = {"disk": loaded.length}
         else:
             with self._lock:
                 # The host first: a prefix evicted for this prompt may evict that one there.
                 further, shared = self._host.longest(state, chain)
                 cache = self._from_device(state, chain, capacity)
-            reading = _Reading(runner, state.rounding, cache, tokens, chain)
+            reading = Reading(runner, state.rounding, cache, tokens, chain)
             origins = {"device": cache.length, "host": 0}
             # Outside the lock, because it takes long.
             if further is not None and shared > cache.length and further.copied.result():
@@ -307,7 +221,7 @@ class PrefixCache:
 
     def _borrowed(
         self, state: ReaderState, tokens: TokenIds, chain: PassChain, capacity: int
-    ) -> _Reading | None:
+    ) -> Reading | None:
         """A cache that borrows most of a prompt; None where no other holds so much of it."""
         idle, kept = self._device.longest(state, chain)
         reading, read = self._most_read(state, chain, joined=True)
@@ -324,7 +238,7 @@ class PrefixCache:
             exact = reading.shared(state, chain)
         self._make_room(_planned(state.runner, capacity - shared))
         cache = source.borrow(shared, capacity)
-        borrowed = _Reading(state.runner, state.rounding, cache, tokens, chain, exact)
+        borrowed = Reading(state.runner, state.rounding, cache, tokens, chain, exact)
         self._reading.append(borrowed)
         return borrowed
 
@@ -374,10 +288,10 @@ class PrefixCache:
 
     def _most_read(
         self, state: ReaderState, chain: PassChain, *, joined: bool = False
-    ) -> tuple[_Reading | None, int]:
+    ) -> tuple[Reading | None, int]:
         """The running prefill that shares the most tokens, the latest of equals.
 
-        ``joined`` is that of :meth:`_Reading.shared`.
+        ``joined`` is that of :meth:`Reading.shared`.
         """
         best, most = None, 0
         for reading in reversed(self._reading):
@@ -385,7 +299,7 @@ class PrefixCache:
                 best, most = reading, shared
         return best, most
 
-    def _save(self, reading: _Reading, reused: int) -> None:
+    def _save(self, reading: Reading, reused: int) -> None:
         """Write the prompt's KV to a file, unless it was mostly reused or not read to its end."""
         # Called while the cache is in use, so that no other thread rolls it back.
         tokens, cache = reading.tokens, reading.cache
@@ -399,7 +313,7 @@ class PrefixCache:
         ):
             self._files.save(reading.runner, tokens, reading.chain, cache)
 
-    def _release(self, reading: _Reading) -> None:
+    def _release(self, reading: Reading) -> None:
         """Keep the KV of a prompt, in place of earlier ones on the same document."""
         with self._lock:
             if reading in self._reading:
@@ -453,19 +367,6 @@ def require_folder_for_limit(directory: Path | str | None, directory_bytes: int 
 def _is_most(shared: int, chain: PassChain) -> bool:
     """Whether so many of a prefill's first tokens are worth sharing: at least half of them."""
     return shared > 0 and 2 * shared >= chain.tokens
-
-
-def _token_ids(tokens: Sequence[int]) -> TokenIds:
-    return np.asarray(tokens, dtype=np.int32)
-
-
-def chain_of(runner: ModelRunner, prompt: Sequence[int]) -> PassChain:
-    """The passes of the prefill of a prompt: all but its last token."""
-    return _chain(runner, _token_ids(prompt[:-1]))
-
-
-def _chain(runner: ModelRunner, tokens: TokenIds) -> PassChain:
-    return PassChain.of(tokens, runner.prefill_sizes)
 
 
 def _planned(runner: ModelRunner, capacity: int) -> int:
