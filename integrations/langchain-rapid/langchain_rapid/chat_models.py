@@ -27,6 +27,7 @@ from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
 from langchain_rapid.answers import joined
+from langchain_rapid.batches import Batches
 from langchain_rapid.encoding import Encoder
 from langchain_rapid.messages import (
     documents_of,
@@ -38,7 +39,7 @@ from langchain_rapid.messages import (
 )
 from langchain_rapid.options import Call, overrides
 from langchain_rapid.runs import beside, child_of
-from langchain_rapid.settings import VERSION, RapidModel, at_once
+from langchain_rapid.settings import VERSION, RapidModel
 from langchain_rapid.structured import (
     BoundChatRapid,
     Method,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from rapid_llm.tools.answers import ChatDelta
 
 
-class ChatRapid(RapidModel, BaseChatModel):
+class ChatRapid(RapidModel, Batches[LanguageModelInput, AIMessage], BaseChatModel):
     """Chat model with retrieval-augmented speculative decoding.
 
     The messages are the target's prompt. The drafter's comes from one of four places:
@@ -184,35 +185,6 @@ class ChatRapid(RapidModel, BaseChatModel):
         return profile
 
     # --- generation ----------------------------------------------------------------------------
-
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """LangChain's; the inputs are answered at once, and a common document is read once.
-
-        At most ``max_sequences`` are under way, and no more than ``max_concurrency`` of the config.
-        """
-        with at_once():
-            return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
-
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """:meth:`batch` for asyncio."""
-        with at_once():
-            return await super().abatch(
-                inputs, config, return_exceptions=return_exceptions, **kwargs
-            )
 
     def _stream(
         self,
