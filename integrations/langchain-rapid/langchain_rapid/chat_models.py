@@ -29,7 +29,7 @@ from langchain_rapid.messages import require_read, to_chat
 from langchain_rapid.options import Call
 from langchain_rapid.retrieving import RetrievingChat
 from langchain_rapid.runs import child_of
-from langchain_rapid.settings import VERSION, at_once
+from langchain_rapid.settings import VERSION
 from langchain_rapid.structured import (
     BoundChatRapid,
     Method,
@@ -174,35 +174,6 @@ class ChatRapid(RetrievingChat):
         return profile
 
     # --- generation ----------------------------------------------------------------------------
-
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """LangChain's; the inputs are answered at once, and a common document is read once.
-
-        At most ``max_sequences`` are under way, and no more than ``max_concurrency`` of the config.
-        """
-        with at_once():
-            return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
-
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """:meth:`batch` for asyncio."""
-        with at_once():
-            return await super().abatch(
-                inputs, config, return_exceptions=return_exceptions, **kwargs
-            )
 
     def _stream(
         self,

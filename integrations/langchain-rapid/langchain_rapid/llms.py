@@ -14,7 +14,7 @@ from langchain_core.callbacks import (
     Callbacks,
 )
 from langchain_core.documents import Document
-from langchain_core.language_models import BaseLLM, LangSmithParams
+from langchain_core.language_models import BaseLLM, LangSmithParams, LanguageModelInput
 from langchain_core.outputs import GenerationChunk, LLMResult
 from pydantic import ConfigDict, PrivateAttr, model_validator
 from rapid_llm.aio import in_thread
@@ -22,6 +22,7 @@ from rapid_llm.errors import InvalidParameterError
 from typing_extensions import Self
 
 from langchain_rapid.answers import response_metadata, usage
+from langchain_rapid.batches import Batches, aanswers_of, answers_of
 from langchain_rapid.options import Call
 from langchain_rapid.runs import child_of
 from langchain_rapid.settings import VERSION, RapidModel
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from rapid_llm.decoder import Delta
 
 
-class RapidLLM(RapidModel, BaseLLM):
+class RapidLLM(RapidModel, Batches[LanguageModelInput, str], BaseLLM):
     """LLM that completes text; no chat template is applied (use ``ChatRapid`` for that).
 
     Control tokens in a prompt, which inserted documents may contain, are ordinary text, unless
@@ -154,9 +155,10 @@ class RapidLLM(RapidModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return _result(
-            [list(self._completed(prompt, stop, run_manager, kwargs)) for prompt in prompts]
-        )
+        def complete(prompt: str) -> list[GenerationChunk]:
+            return list(self._completed(prompt, stop, run_manager, kwargs))
+
+        return _result(answers_of(prompts, complete))
 
     async def _agenerate(
         self,
@@ -165,11 +167,11 @@ class RapidLLM(RapidModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        answers = []
-        for prompt in prompts:
+        async def complete(prompt: str) -> list[GenerationChunk]:
             chunks = self._acompleted(prompt, stop, run_manager, kwargs)
-            answers.append([chunk async for chunk in chunks])
-        return _result(answers)
+            return [chunk async for chunk in chunks]
+
+        return _result(await aanswers_of(prompts, complete))
 
     def _completed(
         self,

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import RunnableConfig
 from rapid_llm.aio import in_thread
 
 from langchain_rapid.answers import joined
+from langchain_rapid.batches import Batches
 from langchain_rapid.messages import documents_of, last_question, search_query, text_of
 from langchain_rapid.options import overrides
 from langchain_rapid.runs import beside
@@ -22,7 +23,7 @@ from langchain_rapid.settings import RapidModel
 from langchain_rapid.tools import mark_cut_calls
 
 
-class RetrievingChat(RapidModel, BaseChatModel):
+class RetrievingChat(RapidModel, Batches[LanguageModelInput, AIMessage], BaseChatModel):
     """Base class of ChatRapid: its public calls retrieve first.
 
     So both prompts are in the key of LangChain's cache.

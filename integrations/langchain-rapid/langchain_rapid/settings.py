@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
-from contextvars import ContextVar
+from contextlib import aclosing
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -23,6 +22,7 @@ from rapid_llm.options import options_of, require, without_secrets
 from typing_extensions import Self
 
 from langchain_rapid import hub
+from langchain_rapid.batches import AT_ONCE
 from langchain_rapid.documents import FullDocuments
 from langchain_rapid.encoding import Written
 from langchain_rapid.errors import RetrievalError
@@ -51,21 +51,8 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     VERSION = "0+unknown"
 
-AT_ONCE: ContextVar[bool] = ContextVar("at_once", default=False)
-"""Whether calls are those of a batch, to be answered at once."""
-
 # LangChain's standard parameter of hosted models, which has no meaning here.
 _HOSTED = ("max_retries",)
-
-
-@contextmanager
-def at_once() -> Iterator[None]:
-    """Context in which calls, of any threads and tasks that begin in it, are those of a batch."""
-    before = AT_ONCE.set(True)
-    try:
-        yield
-    finally:
-        AT_ONCE.reset(before)
 
 
 class Contexts(NamedTuple):

@@ -65,6 +65,20 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sequences each joined pass took; empty while answers are given one by one."""
+    sizes: list[int] = []
+    original = ModelRunner.joined
+
+    def joined(runner: ModelRunner, parts: Any) -> Any:
+        sizes.append(len(parts))
+        return original(runner, parts)
+
+    monkeypatch.setattr(ModelRunner, "joined", joined)
+    return sizes
+
+
+@pytest.fixture
 def slow_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Forward passes that take 20 ms, and how many tokens each has read."""
     passes: list[int] = []

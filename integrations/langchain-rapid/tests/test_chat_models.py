@@ -29,7 +29,6 @@ from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import ContextWindowError, InvalidParameterError, ModelError
 from tiny import BOS, WINDOW, tiny_decoder, tiny_model, tiny_tokenizer
 
@@ -429,17 +428,9 @@ def test_threads_get_the_answers_they_get_alone(llm):
     assert [m.content for m in llm.batch(texts)] == [llm.invoke(t).content for t in texts]
 
 
-async def test_batches_are_answered_at_once_and_single_calls_alone(llm, monkeypatch):
+async def test_batches_are_answered_at_once_and_single_calls_alone(llm, together):
     texts = [f"Question {i}" for i in range(4)]
     alone = [llm.invoke(text).content for text in texts]
-    together: list[int] = []
-    original = ModelRunner.joined
-
-    def joined(runner: ModelRunner, parts: Any) -> Any:
-        together.append(len(parts))
-        return original(runner, parts)
-
-    monkeypatch.setattr(ModelRunner, "joined", joined)
     assert [llm.invoke(text).content for text in texts] == alone
     assert together == []
     assert [message.content for message in llm.batch(texts)] == alone

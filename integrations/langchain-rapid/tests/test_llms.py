@@ -36,6 +36,35 @@ async def test_every_way_to_call_agrees(llm):
     assert await llm.abatch(["Once upon", "Twice"]) == [answer, other]
 
 
+async def test_batches_are_answered_at_once_and_single_calls_alone(llm, together):
+    texts = ["Once upon", "Twice", "Thrice"]
+    alone = [llm.invoke(text) for text in texts]
+    assert together == []
+    assert llm.batch(texts) == alone
+    assert await llm.abatch(texts) == alone
+    assert [g[0].text for g in llm.generate(texts).generations] == alone
+    assert [g[0].text for g in (await llm.agenerate(texts)).generations] == alone
+    assert max(together) == len(texts)
+    together.clear()
+    assert llm.batch(texts, {"max_concurrency": 1}) == alone
+    assert max(together, default=1) == 1
+
+
+async def test_an_error_of_one_prompt_leaves_the_others_of_a_batch(llm):
+    texts = ["Once upon", "x" * 2 * WINDOW, "Twice"]
+    for answers in (
+        llm.batch(texts, return_exceptions=True),
+        await llm.abatch(texts, return_exceptions=True),
+    ):
+        assert [answers[0], answers[2]] == [llm.invoke(texts[0]), llm.invoke(texts[2])]
+        assert isinstance(answers[1], ContextWindowError)
+    with pytest.raises(ContextWindowError):
+        llm.batch(texts)
+    with pytest.raises(ContextWindowError):
+        await llm.agenerate(texts)
+    assert llm.invoke(texts[0]) == answers[0]
+
+
 def test_a_call_may_have_a_draft_and_options_of_its_own(llm, prompts):
     answer = llm.invoke("Once upon")
     prompts.clear()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from unittest.mock import AsyncMock
 
 import pytest
 from llama_index.core import (
@@ -23,6 +25,7 @@ from llama_index.core.tools import QueryEngineTool
 
 from llama_index.llms.rapid import RapidLLM, RapidSynthesizer
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.model_runner import ModelRunner
 
 EMBED = MockEmbedding(8)
 LAMP = "The lighthouse was built in 1871 by Ida Brandt.\n\nIts lamp went out in 1968 for good."
@@ -128,6 +131,41 @@ def test_an_answer_to_a_sub_question_stays(documents, llm, plain, spy, monkeypat
         assert answer in spy.target()
         assert LAMP not in spy.target()
         assert FERRY not in spy.target()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["query", "aquery"])
+async def test_sub_questions_are_answered_at_once(documents, llm, monkeypatch, asynchronous):
+    index = VectorStoreIndex.from_documents(documents, embed_model=EMBED)
+    asked = ["When was it built?", "Who built it?", "When did its lamp go out?"]
+    questions = [SubQuestion(sub_question=question, tool_name="docs") for question in asked]
+    monkeypatch.setattr(LLMQuestionGenerator, "generate", lambda *_, **__: questions)
+    monkeypatch.setattr(LLMQuestionGenerator, "agenerate", AsyncMock(return_value=questions))
+    tool = QueryEngineTool.from_defaults(
+        index.as_query_engine(llm=llm, similarity_top_k=1), name="docs", description="all"
+    )
+    alone = [str(tool.query_engine.query(question)) for question in asked]
+
+    sizes: list[int] = []
+    original = ModelRunner.joined
+    monkeypatch.setattr(
+        ModelRunner, "joined", lambda self, parts: sizes.append(len(parts)) or original(self, parts)
+    )
+    engine = SubQuestionQueryEngine.from_defaults(
+        [tool],
+        llm=llm,
+        question_gen=LLMQuestionGenerator.from_defaults(llm=llm),
+        response_synthesizer=get_response_synthesizer(llm=llm),
+        use_async=True,
+        verbose=False,
+    )
+    if asynchronous:
+        response = await engine.aquery("How old is it?")
+    else:
+        response = await asyncio.to_thread(engine.query, "How old is it?")
+    assert max(sizes) == len(asked)
+    for question, answer in zip(asked, alone, strict=True):
+        expected = f"Sub question: {question}\nResponse: {answer}"
+        assert expected in [node.node.text for node in response.source_nodes]
 
 
 @pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize", "simple_summarize"])
