@@ -39,6 +39,8 @@ def require_folder(option: str, path: str | Path) -> Path:
             f"may write to, or leave {option} out"
         )
     return folder
+
+
 def packaged_text(name: str) -> str:
     """Text of a file in the package's folder ``data``."""
     return (resources.files("rapid_llm") / "data" / name).read_text("utf-8")

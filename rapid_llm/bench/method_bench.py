@@ -247,7 +247,8 @@ class MethodBench(Bench):
         self._decoder.generate(work.target, sampling=replace(sampling, max_new_tokens=1))
         ways = {}
         for name, draft in (("lc", None), ("rapid", work.draft)):
-            asked = [GenerationRequest(work.target, draft, sampling=sampling)] * max(self._questions)
+            request = GenerationRequest(work.target, draft, sampling=sampling)
+            asked = [request] * max(self._questions)
             ways[name] = partial(tokens_per_second, self._decoder, self._decoder.opener, asked)
         yield from question_rows(self._questions, ways, self._turns(self._repeats))
         self._decoder.clear_cache()  # the peer fills the memory that is free

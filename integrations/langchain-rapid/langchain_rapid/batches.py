@@ -68,9 +68,7 @@ class Batches(Runnable[Input, Output]):
             )
 
 
-def answers_of(
-    prompts: Sequence[_Prompt], answer: Callable[[_Prompt], _Answer]
-) -> list[_Answer]:
+def answers_of(prompts: Sequence[_Prompt], answer: Callable[[_Prompt], _Answer]) -> list[_Answer]:
     """Answers of prompts, at once where they are several."""
     if len(prompts) == 1:
         return [answer(prompts[0])]
