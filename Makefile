@@ -45,10 +45,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard rapid_llm
 demo: install ## the main job on a real document; needs no hub and no key
 	$(BIN)/rapid-llm demo
 
-test: install ## the tests, but for those that take minutes each
-	$(PYTEST) -m "not slow"
-	for wheel in $(WHEELS); do $(PYTEST) -m "not slow" -c $$wheel/pyproject.toml $$wheel || exit 1; done
-	$(PYTEST) --nbmake --nbmake-timeout=900 cookbook
+test: install ## the tests, but for those that take minutes each; all run, and what failed is named at the end
+	@failed=; \
+	$(PYTEST) -m "not slow" || failed="$$failed tests"; \
+	for wheel in $(WHEELS); do $(PYTEST) -m "not slow" -c $$wheel/pyproject.toml $$wheel || failed="$$failed $$wheel"; done; \
+	$(PYTEST) --nbmake --nbmake-timeout=900 cookbook || failed="$$failed cookbook"; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 slow: install ## those
 	$(PYTEST) -m slow
