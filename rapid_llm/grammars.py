@@ -280,7 +280,7 @@ def inline_json(schema: Any) -> str:
     return "%json " + json.dumps({**checked, "x-guidance": _json_options(checked)})
 
 
-def _json_options(schema: dict[str, Any]) -> dict[str, Any]:
+def _json_options(schema: dict[str, Any]) -> Any:
     """llguidance's options for a schema."""
     if not _CONTROL.search(json.dumps(schema)):
         return _JSON_OPTIONS
