@@ -129,7 +129,9 @@ def _cut_call(calls: Sequence[ToolCallDelta]) -> dict[str, Any]:
 def mark_cut_calls(generations: Sequence[Sequence[Generation]]) -> None:
     """Mark tool calls that were cut as invalid; LangChain has completed their JSON."""
     for generation in chain.from_iterable(generations):
-        message = generation.message if isinstance(generation, ChatGeneration) else None
+        if not isinstance(generation, ChatGeneration):
+            continue
+        message = generation.message
         if not isinstance(message, AIMessage) or "cut_tool_call" not in message.response_metadata:
             continue
         cut = message.response_metadata["cut_tool_call"]
