@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,11 +214,18 @@ def require_file(location: str, names: Sequence[str], **options: Any) -> Path:
         OSError: there is none of them.
     """
     files = {key: options[key] for key in _FILES & options.keys() - {"trust_remote_code"}}
-    *others, last = names
-    for name in others:
-        with suppress(OSError):
-            return Path(cached_file(location, name, **files))
-    return Path(cached_file(location, last, **files))
+    missing = OSError(f"{location} has none of the files")
+    for name in names:
+        try:
+            found = cached_file(location, name, **files)
+        except OSError as error:
+            missing = error
+            continue
+        if found is not None:
+            return Path(found)
+        # transformers raises no error for the config of a folder.
+        missing = OSError(f"{location} has no file named {name}")
+    raise missing
 
 
 def load_config(source: str | Path) -> PretrainedConfig:

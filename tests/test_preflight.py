@@ -138,6 +138,8 @@ def test_a_folder_without_permission_is_refused(
 def test_what_a_retriever_could_not_use_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="embedding model 'nowhere'"):
         require_retrieval(RetrievalConfig(embedder="nowhere"))
+    with pytest.raises(ModelError, match="embedding model"):
+        require_retrieval(RetrievalConfig(embedder=str(tmp_path)))  # a folder without a model
     (tmp_path / "file").touch()
     bad = RetrievalConfig(store=str(tmp_path / "file"))
     with pytest.raises(InvalidParameterError, match="cannot be opened or used"):
