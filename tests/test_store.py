@@ -19,7 +19,7 @@ from conftest import tiny_tokenizer
 from rapid_llm.context import ContextBuilder, Span
 from rapid_llm.context import store as store_module
 from rapid_llm.context.embedding import Vectors
-from rapid_llm.context.store import ChunkStore
+from rapid_llm.context.store import ChunkStore, StoredChunks
 from rapid_llm.errors import ForkedProcessError, InvalidParameterError, ModelError
 
 
@@ -251,3 +251,27 @@ def test_a_folder_that_is_deleted_under_a_store_is_made_again(tmp_path: Path) ->
     assert stored.missing() == [0, 1]
     stored.add([0, 1], random_vectors(2))
     assert stored.missing() == []
+
+
+def test_vectors_in_memory_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, vectors = ChunkStore(), random_vectors(2)
+    monkeypatch.setattr(store_module, "MEMORY_BYTES", 3 * vectors.nbytes)
+
+    def missing(name: str) -> bool:
+        return bool(store.open({name: [Span(0, 2, 1), Span(2, 4, 1)]}, "limited").missing())
+
+    def add(name: str) -> StoredChunks:
+        stored = store.open({name: [Span(0, 2, 1), Span(2, 4, 1)]}, "limited")
+        stored.add([0, 1], vectors)
+        return stored
+
+    for name in ("aaaa", "bbbb", "cccc"):
+        add(name)
+    assert not any(map(missing, ("bbbb", "aaaa")))  # which are searched last
+    add("dddd")
+    assert [missing(name) for name in ("aaaa", "bbbb", "cccc", "dddd")] == [False, False, True,
+                                                                          False]  # fmt: skip
+    searched = [add(name) for name in ("eeee", "ffff", "gggg", "hhhh")]  # all are needed
+    for stored in searched:
+        assert stored.cosines(vectors[0])[0] == pytest.approx(1)
+    assert missing("aaaa")

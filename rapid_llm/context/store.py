@@ -6,11 +6,12 @@ import hashlib
 import uuid
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 from filelock import FileLock
@@ -33,10 +34,17 @@ if TYPE_CHECKING:
 LOCK_SECONDS = 300
 """Time limit for the lock of a folder, which a process holds for one operation at a time."""
 
+MEMORY_BYTES = 2**29
+"""Maximum bytes of the vectors in memory, see :class:`ChunkStore`."""
+
 _AT_ONCE = 256  # chunks per query, whose vectors are in memory beside Chroma's own
 _MOST_OPEN = 8  # folders kept open; each takes about 20 open files
 # Name prefixes of collections: one per embedder; in version 0.1.0 one per document.
 _COLLECTION, _OLD_COLLECTION = "rapid-llm-", "rapid-"
+
+
+_Owner: TypeAlias = tuple[str, str]
+"""What vectors belong to: the embedder's name, and the key of a document."""
 
 
 class _Chunk(NamedTuple):
@@ -47,12 +55,17 @@ class _Chunk(NamedTuple):
 
 
 class StoredChunks:
-    """Chunks of some documents in document order, and their stored vectors of one embedder."""
+    """Chunks of some documents in document order, and their stored vectors of one embedder.
+
+    Attributes:
+        owners: the embedder's name with the key of each document.
+    """
 
     def __init__(self, store: ChunkStore, embedder: str, chunks: Sequence[_Chunk]) -> None:
         self._store = store
         self._embedder = embedder
         self._chunks = chunks
+        self.owners = frozenset((embedder, chunk.document) for chunk in chunks)
 
     def missing(self) -> list[int]:
         """Indices of chunks without a stored vector."""
@@ -86,6 +99,8 @@ class StoredChunks:
                     for chunk in added
                 ],
             )
+        owners = [(self._embedder, chunk.document) for chunk in added]
+        self._store.added(owners, vectors.itemsize * vectors.shape[1])
 
     def cosines(self, query: Vectors) -> list[float]:
         """Cosine similarities of all chunks to a query; the vectors of all must be stored.
@@ -130,7 +145,8 @@ class ChunkStore:
 
     Args:
         directory: folder of the database, created if need be with access for its owner only; None
-            keeps the vectors in memory, shared by the whole process.
+            keeps the vectors in memory, shared by the whole process. There the vectors of the
+            documents that were searched least recently are dropped beyond :data:`MEMORY_BYTES`.
 
     Raises:
         InvalidParameterError: Chroma cannot open the directory.
@@ -156,7 +172,13 @@ class ChunkStore:
         for text, spans in documents.items():
             key = _key(text, spans, embedder)
             chunks += [_Chunk(f"{key}-{i}", key, text, span) for i, span in enumerate(spans)]
-        return StoredChunks(self, embedder, chunks)
+        stored = StoredChunks(self, embedder, chunks)
+        _database(self._directory).search(stored)
+        return stored
+
+    def added(self, owners: Iterable[_Owner], size: int) -> None:
+        """Note that vectors of ``size`` bytes each were added, and drop what is too much."""
+        _database(self._directory).added(owners, size)
 
     @contextmanager
     def collection(self, embedder: str) -> Iterator[Collection]:
@@ -189,6 +211,33 @@ def _other_length(reason: str) -> ModelError:
     )
 
 
+class _Recent:
+    """Bytes of the vectors in memory, those of the documents least recently searched first."""
+
+    def __init__(self) -> None:
+        self._bytes: OrderedDict[_Owner, int] = OrderedDict()
+        self._searched: WeakSet[StoredChunks] = WeakSet()
+
+    def search(self, chunks: StoredChunks) -> None:
+        """Note that chunks are searched, while the object lives."""
+        self._searched.add(chunks)
+        for owner in chunks.owners & self._bytes.keys():
+            self._bytes.move_to_end(owner)
+
+    def add(self, owners: Iterable[_Owner], size: int) -> list[_Owner]:
+        """Count vectors of ``size`` bytes each; returns whose are to be dropped."""
+        for owner in owners:
+            self._bytes[owner] = self._bytes.pop(owner, 0) + size
+        needed = {owner for chunks in self._searched for owner in chunks.owners}
+        total, dropped = sum(self._bytes.values()), list[_Owner]()
+        for owner in [each for each in self._bytes if each not in needed]:
+            if total <= MEMORY_BYTES:
+                break
+            total -= self._bytes.pop(owner)
+            dropped.append(owner)
+        return dropped
+
+
 class _Database:
     """A Chroma database with exclusive access for one thread of one process at a time.
 
@@ -203,6 +252,7 @@ class _Database:
         self._thread = RLock()
         self._system: Any = None
         self._collections: dict[str, Collection] = {}
+        self._recent = _Recent()
         self._process: Any = None
         chromadb = import_extra("chromadb", "retrieval", "a store of vectors")
         self._errors = (
@@ -237,6 +287,20 @@ class _Database:
                 # No embedding function of Chroma's: all vectors come from the embedder.
                 self._collections[embedder] = Collection(server, model, embedding_function=None)
             yield self._collections[embedder]
+
+    def search(self, chunks: StoredChunks) -> None:
+        """Keep the vectors of chunks in memory while they are searched."""
+        if self._directory is None:
+            with self._thread:
+                self._recent.search(chunks)
+
+    def added(self, owners: Iterable[_Owner], size: int) -> None:
+        """Note that vectors of ``size`` bytes each are in memory, and drop what is too much."""
+        if self._directory is None:
+            with self._thread:
+                for embedder, document in self._recent.add(owners, size):
+                    with self.collection(embedder) as collection:
+                        collection.delete(where={"document": document})
 
     @contextmanager
     def _exclusive(self) -> Iterator[ServerAPI]:
@@ -277,6 +341,7 @@ class _Database:
         """Release files and memory; the next operation opens the database again."""
         with self._thread:
             self._collections.clear()
+            self._recent = _Recent()
             system, self._system = self._system, None
             if system is not None:
                 system.stop()
