@@ -379,10 +379,16 @@ class _Reader:
             self._progress(cast(Any, told[1]), int(told[2]), int(told[3]))
         if not line.startswith("data: ") or line == "data: [DONE]":
             return None
-        event = json.loads(line.removeprefix("data: "))
-        if "error" in event:
+        try:
+            event = json.loads(line.removeprefix("data: "))
+            delta = None if "error" in event else _delta(event)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerError(
+                "the server's answer cannot be read: check base_url, and that rapid-llm serve runs "
+                "there, in a version that fits"
+            ) from error
+        if delta is None:
             raise _raised(event["error"], None)
-        delta = _delta(event)
         self._ended = delta.finish_reason is not None
         return delta
 

@@ -7,6 +7,7 @@ import copy
 import pickle
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from dataclasses import replace
 from typing import Any
@@ -121,6 +122,53 @@ def test_errors_are_those_of_a_decoder(remote: RemoteDecoder) -> None:
         remote.generate(CHAT, confidence=2.0)
     with pytest.raises(InvalidParameterError, match="both None"):
         remote.stream(None)
+
+
+PIECE = (
+    b'data: {"choices": [{"text": "a", "finish_reason": null}], '
+    b'"rapid": {"stats": {}, "tokens": []}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "words"),
+    [
+        (b"", b"", "closed the connection"),
+        (b"200 OK", b"", "closed the connection within an answer"),
+        (b"200 OK", PIECE + b"\n\n", "closed the connection within an answer"),
+        (b"200 OK\r\nContent-Length: 9999", PIECE + b"\n\n", "closed the connection"),
+        (b"200 OK", b"data: <html>\n\n", "cannot be read"),
+        (b"200 OK", b'data: {"choices": []}\n\n', "cannot be read"),
+        (b"200 OK", b'data: {"error": {"message": "it died"}}\n\n', "it died"),
+        (b"502 Bad Gateway", b"<html>", "status 502"),
+        (b"301 Moved\r\nLocation: https://example.org", b"", "status 301"),
+    ],
+)
+def test_a_server_that_fails_within_an_answer_is_a_server_s_error(
+    server: Server, head: bytes, body: bytes, words: str
+) -> None:
+    remote = RemoteDecoder(server.url)
+    assert remote.tokenizer  # of the real server; the answer is of another
+    with socket.create_server(("127.0.0.1", 0)) as failing, ThreadPoolExecutor(1) as pool:
+
+        def answer() -> None:
+            connection, _ = failing.accept()
+            with connection:
+                while not connection.recv(1 << 16).endswith(b"}"):
+                    pass
+                if head:
+                    connection.sendall(b"HTTP/1.1 " + head + b"\r\n\r\n" + body)
+
+        async def read() -> None:
+            async for _ in remote.astream(CHAT):
+                pass
+
+        remote.base_url = f"http://127.0.0.1:{failing.getsockname()[1]}"
+        for ask in (lambda: remote.generate(CHAT), lambda: asyncio.run(read())):
+            answered = pool.submit(answer)
+            with pytest.raises(ServerError, match=words):
+                ask()
+            answered.result(60)
 
 
 def test_a_closed_stream_stops_the_server(remote: RemoteDecoder, server: Server) -> None:
