@@ -75,6 +75,59 @@ def test_a_question_on_a_document_is_answered_in_colours(
     assert page.inner_text("#error") == ""
 
 
+def test_a_question_waits_for_the_documents_that_were_chosen(
+    server: Server, browser: Any, document: Path
+) -> None:
+    page, held = browser.new_page(), list[Any]()
+    page.route("**/v1/files", held.append)
+    page.goto(server.url)
+    page.set_input_files("#file", str(document))
+    page.wait_for_selector("#ask:disabled")
+    while not held:
+        page.wait_for_timeout(20)
+    held[0].continue_()
+    page.wait_for_selector("#ask:enabled")
+    assert "owl.txt" in page.inner_text("#files")
+
+
+def test_what_goes_wrong_is_told_as_text(browser: Any, tmp_path: Path) -> None:
+    long, evil = tmp_path / "long.txt", tmp_path / "<b id=evil>.png"
+    long.write_text("x" * 20_000)
+    evil.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    with served(tiny_decoder(), max_body_bytes=10_000) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+
+        def told(words: str) -> None:
+            page.wait_for_selector(f"#error:has-text('{words}')", timeout=60_000)
+            page.wait_for_selector("#ask:enabled")
+            assert page.query_selector("#evil") is None
+
+        page.set_input_files("#file", str(long))
+        told("the body is longer than 10,000 bytes")
+        page.set_input_files("#file", str(evil))
+        told("<b id=evil>.png")
+        page.fill("#question", "Where does the owl sleep?")
+        page.fill("#length", "0")
+        page.click("#ask")
+        told("max_new_tokens=0")
+        page.fill("#length", "5")
+        answers = "**/v1/chat/completions"
+        page.route(answers, lambda route: route.fulfill(
+            content_type="text/event-stream", body='data: {"rapid": {"tokens": []}}\n\n'
+        ))  # fmt: skip
+        page.click("#ask")
+        told("the server closed the connection within the answer")
+        page.unroute(answers)
+        page.route(answers, lambda route: route.abort())
+        page.click("#ask")
+        told("fetch")
+        page.unroute(answers)
+        page.click("#ask")
+        page.wait_for_selector("#speeds tbody tr", timeout=60_000)
+        assert page.inner_text("#error") == ""
+
+
 def test_a_stopped_answer_stops_the_server(server: Server, browser: Any) -> None:
     page = browser.new_page()
     page.goto(server.url)
