@@ -27,7 +27,7 @@ logger = logging.getLogger("rapid_llm.server")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request that is answered, by which the log tells of its errors."""
 
-_NO_RETRY = {"x-should-retry": "false"}
+NO_RETRY = {"x-should-retry": "false"}
 """Header by which OpenAI's client does not send a request again that would fail again."""
 
 
@@ -101,19 +101,19 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, InvalidParameterError | DocumentError | TokenizerMismatchError):
         return ApiError(400, str(error))
     if isinstance(error, GenerationTimeoutError):
-        return ApiError(504, str(error), param="timeout", code="timeout", headers=_NO_RETRY)
+        return ApiError(504, str(error), param="timeout", code="timeout", headers=NO_RETRY)
     if isinstance(error, MissingDependencyError):
-        return ApiError(501, str(error), code="not_installed", headers=_NO_RETRY)
+        return ApiError(501, str(error), code="not_installed", headers=NO_RETRY)
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     places = " < ".join(f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in reversed(frames))
     logger.error("%s %s at %s", request_id.get(), type(error).__name__, places)
     if isinstance(error, RapidError):
-        return ApiError(500, str(error), headers=_NO_RETRY)
+        return ApiError(500, str(error), headers=NO_RETRY)
     return ApiError(
         500,
         f"the server failed ({type(error).__name__}); its log says where, under the request's id",
         code="internal_error",
-        headers=_NO_RETRY,
+        headers=NO_RETRY,
     )
 
 

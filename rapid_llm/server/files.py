@@ -6,8 +6,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -17,7 +17,7 @@ from typing import IO
 
 from rapid_llm.context.documents import SUFFIXES, read_document
 from rapid_llm.errors import DocumentError
-from rapid_llm.server.errors import ApiError
+from rapid_llm.server.errors import NO_RETRY, ApiError
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 _BLOCK = 1 << 20
@@ -79,12 +79,12 @@ class FileStore:
 
         Raises:
             DocumentError: the format is unknown, or there is no text.
-            ApiError: the texts together exceed the limit.
+            ApiError: the texts together exceed the limit, or the disk is full.
             MissingDependencyError: the package that reads its format is not installed.
         """
         name = f"file-{token_hex(16)}"
         suffix = Path(filename).suffix.lower()
-        with self._lock:
+        with self._lock, _room():
             handle, path = mkstemp(
                 prefix=name, suffix=suffix if suffix in SUFFIXES else "", dir=self._folder
             )
@@ -107,8 +107,7 @@ class FileStore:
                     "bytes: delete files that are no longer needed",
                     code="storage_full",
                 )
-            self._write(f"{name}.txt", data)
-            self._write(f"{name}.json", about)
+            self._write({f"{name}.txt": data, f"{name}.json": about})
         return stored
 
     def get(self, file_id: str) -> StoredFile:
@@ -160,11 +159,19 @@ class FileStore:
             raise _missing(file_id)
         return self._folder / f"{file_id}.{suffix}"
 
-    def _write(self, name: str, data: bytes) -> None:
-        handle, path = mkstemp(dir=self._folder)  # readable by its owner only
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(path, self._folder / name)
+    def _write(self, files: Mapping[str, bytes]) -> None:
+        """Write files, all or none of them; the last is the one that tells of the others."""
+        written: dict[str, str] = {}
+        try:
+            for name, data in files.items():
+                handle, written[name] = mkstemp(dir=self._folder)  # readable by its owner only
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+            for name, path in written.items():
+                os.replace(path, self._folder / name)
+        finally:
+            for path in written.values():
+                Path(path).unlink(missing_ok=True)
 
     def _used(self) -> int:
         sizes = 0
@@ -172,6 +179,19 @@ class FileStore:
             with suppress(OSError):
                 sizes += path.stat().st_size
         return sizes
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ApiError(
+            507,
+            f"the server cannot keep the file ({error.strerror}): make room on its disk",
+            code="storage_failed",
+            headers=NO_RETRY,
+        ) from error
 
 
 def _read(path: str, filename: str) -> str:
