@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -47,11 +48,23 @@ def until(holds: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen within a minute")
 
 
-def send(server: Server, body: dict[str, Any], path: str = PATH) -> socket.socket:
-    """Send a request, and do not wait for its answer."""
+def send(
+    server: Server, body: dict[str, Any], path: str = PATH, buffer: int | None = None
+) -> socket.socket:
+    """Send a request, and do not wait for its answer.
+
+    Args:
+        server: the server.
+        body: body of the request.
+        path: path of the request.
+        buffer: bytes of the answer that wait on this side to be read; by default the system's.
+    """
     request = httpx.Request("POST", server.url + path, json=body)
     head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-    connection = socket.create_connection(("127.0.0.1", request.url.port or 0))
+    connection = socket.socket()
+    if buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.connect(("127.0.0.1", request.url.port or 0))
     connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + request.content)
     return connection
 
@@ -189,6 +202,19 @@ def test_a_client_that_leaves_the_queue_takes_no_turn(server: Server) -> None:
     until(lambda: admission.queued == 0)
     running.close()
     until(lambda: admission.active == 0)
+
+
+def test_a_client_that_does_not_read_keeps_its_answer_and_no_turn(server: Server) -> None:
+    body = LONG | {"stream": True, "rapid": {"return_tokens": True}}
+    with closing(send(server, body, buffer=4096)) as connection:
+        until(lambda: server.service.admission.active == 1)
+        until(lambda: server.service.admission.active == 0)
+        assert httpx.post(server.url + PATH, json=SHORT, timeout=60).status_code == 200
+        received = b""
+        while b"data: [DONE]" not in received[-64:]:
+            received += (part := connection.recv(1 << 20))
+            assert part
+    assert len(received) > 1 << 19  # more than lies in buffers on the way
 
 
 # --- the queue ---------------------------------------------------------------------------------

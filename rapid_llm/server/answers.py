@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from rapid_llm.server.errors import Json, api_error
 from rapid_llm.server.protocol import ChatRequest, Request
-from rapid_llm.server.service import Part, Scored, Service, Started, unless_gone
+from rapid_llm.server.service import Part, Scored, Service, Started, ended, unless_gone
 from rapid_llm.speculation.sampling import generation_config, stop_strings
 from rapid_llm.stats import Stats
 from rapid_llm.text import TextStream
@@ -100,21 +100,10 @@ async def _patiently(parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Part |
                 yield None
             part = step.result()
         finally:
-            await _ended(step)
+            await ended(step)
         if part is None:
             return
         yield part
-
-
-async def _ended(step: asyncio.Future[Any]) -> None:
-    """Cancel a step and wait for its end, before which its generator cannot be closed.
-
-    Starlette cancels a stream again at each of its awaits, so that one wait is not enough.
-    """
-    step.cancel()
-    while not step.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({step})
 
 
 def _event(body: dict[str, Any]) -> bytes:

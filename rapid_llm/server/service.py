@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,11 +124,27 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        async with self.admission.turn():
-            parts = iterate_in_thread(lambda check: self._parts(request, check))
-            async with aclosing(parts):
-                async for part in parts:
-                    yield part
+        parts: asyncio.Queue[Part | None] = asyncio.Queue()
+
+        async def work() -> None:
+            try:
+                async with self.admission.turn():
+                    made = iterate_in_thread(lambda check: self._parts(request, check))
+                    async with aclosing(made):
+                        async for part in made:
+                            parts.put_nowait(part)
+            finally:
+                parts.put_nowait(None)
+
+        # Apart from the reader, so that a client that reads slowly, or not at all, keeps its answer
+        # but not its turn.
+        task = asyncio.create_task(work())
+        try:
+            while (part := await parts.get()) is not None:
+                yield part
+            await task
+        finally:
+            await ended(task)
 
     def _parts(self, request: Request, check: Callable[[], None]) -> Iterator[Part]:
         """All of an answer, in a thread; ``check`` raises once nobody waits for it."""
@@ -275,6 +291,19 @@ def _as_parts(deltas: Iterator[Delta]) -> Iterator[ChatDelta]:
         for delta in deltas:
             finish: FinishReason | None = delta.finish_reason
             yield ChatDelta(delta.text, "", (), delta.token_ids, finish, delta.stats, delta.origins)
+
+
+async def ended(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait for its end, before which what it uses cannot be closed.
+
+    Starlette cancels a stream again at each of its awaits, so that one wait is not enough.
+    """
+    task.cancel()
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # asyncio would log it, with what it may quote
 
 
 async def unless_gone(request: HttpRequest, work: Coroutine[Any, Any, _T]) -> _T:
