@@ -6,6 +6,7 @@ server build theirs from :func:`options_of` and do not declare any option again.
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -308,6 +309,14 @@ def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if name not in SECRET and not hasattr(value, "get_secret_value")
     }
+
+
+def json_or_text(value: str) -> Any:
+    """The value that a text is in JSON; the text itself where it is not JSON."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def whole(value: Any) -> int | None:

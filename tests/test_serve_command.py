@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -82,7 +83,8 @@ def test_sigterm_lets_a_running_request_finish(command: Any, model: str) -> None
     with httpx.stream("POST", server.url + PATH, json=body, headers=headers, timeout=60) as reply:
         lines = reply.iter_lines()
         next(lines)
-        server.process.send_signal(signal.SIGTERM)
+        for _ in range(2):  # a second one does not hurry it
+            server.process.send_signal(signal.SIGTERM)
         rest = list(lines)
     assert rest[-2] == "data: [DONE]"
     assert '"finish_reason": "length"' in "".join(rest)
@@ -123,6 +125,33 @@ def test_what_cannot_be_served_is_refused_at_once(
     monkeypatch.delenv("RAPID_LLM_API_KEY", raising=False)
     assert cli.main(["serve", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "words"), [("127.0.0.1", "in use"), ("no.such.host.example", "--host no.such")]
+)
+def test_a_place_that_cannot_be_listened_on_is_refused_before_a_model_is_loaded(
+    host: str, words: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAPID_LLM_API_KEY", "key")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "nowhere/at/all", "--host", host, "--port", port]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert "nowhere" not in told
+
+
+def test_it_listens_on_ipv6_too(command: Any, model: str) -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    server = command(model, "--dtype", "float32", "--host", "::1")
+    assert "[::1]" in server.url
+    assert httpx.get(server.url + "/v1/models").status_code == 200
+    assert httpx.get(server.url + "/v1/models", headers={"host": "example.org"}).status_code == 403
 
 
 def test_help_lists_every_option_once(capsys: Any) -> None:

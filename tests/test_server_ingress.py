@@ -11,19 +11,23 @@ from typing import Any
 import pytest
 from conftest import installed
 from starlette.requests import Request
+from starlette.testclient import TestClient
 
 installed("ray")
 from ray.exceptions import ActorDiedError, TaskCancelledError  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 
+from rapid_llm import InvalidParameterError  # noqa: E402
+from rapid_llm.server import ray  # noqa: E402
 from rapid_llm.server.errors import ApiError  # noqa: E402
-from rapid_llm.server.ray import Ingress, session_of  # noqa: E402
+from rapid_llm.server.ray import Ingress, _web, session_of  # noqa: E402
+from rapid_llm.server.settings import ServerConfig  # noqa: E402
 
 CHAT = "/v1/chat/completions"
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
-def request(body: Any = None, path: str = CHAT, **headers: str) -> Request:
+def request(body: Any = None, path: str = CHAT, root: str = "", **headers: str) -> Request:
     data = json.dumps(body).encode()
 
     async def receive() -> dict[str, Any]:
@@ -33,6 +37,7 @@ def request(body: Any = None, path: str = CHAT, **headers: str) -> Request:
         "type": "http",
         "method": "POST",
         "path": path,
+        "root_path": root,
         "query_string": b"",
         "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()],
     }
@@ -62,9 +67,9 @@ class Replicas:
             yield pickle.dumps(message)
 
 
-def answered(replicas: Replicas, path: str = CHAT) -> tuple[int, bytes]:
+def answered(replicas: Replicas, path: str = CHAT, root: str = "") -> tuple[int, bytes]:
     async def ask() -> tuple[int, bytes]:
-        response: Any = await Ingress(replicas).answer(request({}, path))
+        response: Any = await Ingress(replicas).answer(request({}, path, root))
         return response.status_code, b"".join([part async for part in response.body_iterator])
 
     return asyncio.run(ask())
@@ -95,6 +100,11 @@ def test_prompts_that_begin_alike_have_one_session(begin: Any) -> None:
     assert session({"prompt": common[5:] if isinstance(begin, str) else [8]}) != first
 
 
+def test_a_body_that_is_nested_too_deeply_is_a_replica_s_to_refuse() -> None:
+    for broken in (b"[" * 100_000, b'{"documents": ' + b"[" * 100_000, b"\xff", b""):
+        assert session_of(request(), broken) is None
+
+
 @pytest.mark.parametrize("body", [{}, {"documents": []}, {"documents": None}, [], "text", 3])
 def test_what_has_no_documents_goes_anywhere(body: Any) -> None:
     assert session(body) is None
@@ -110,11 +120,19 @@ def test_a_replica_that_dies_before_it_answers_is_replaced() -> None:
     assert dead.asked == 3
 
 
-def test_an_upload_is_not_sent_twice() -> None:
+@pytest.mark.parametrize("root", ["", "/here"])
+def test_an_upload_is_not_sent_twice(root: str) -> None:
     replicas = Replicas([ActorDiedError()], says("well"))
     with pytest.raises(ApiError):
-        answered(replicas, "/v1/files")
+        answered(replicas, f"{root}/v1/files", root)
     assert replicas.asked == 1
+
+
+def test_what_the_ingress_itself_refuses_has_the_form_of_an_error() -> None:
+    with TestClient(_web(ServerConfig()), base_url="http://127.0.0.1") as client:
+        reply = client.put(CHAT)
+    assert reply.status_code == 405
+    assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_a_request_whose_client_left_is_not_sent_again() -> None:
@@ -137,3 +155,32 @@ def test_a_death_within_an_answer_ends_a_stream_with_an_error_and_breaks_another
     assert json.loads(died.removeprefix(b"data: "))["error"]["code"] == "replica_died"
     with pytest.raises(ActorDiedError):
         answered(Replicas([*says("{"), ActorDiedError()]))
+
+
+def test_options_of_the_command_line_of_ray_reach_the_application(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: dict[str, Any] = {}
+
+    def application(*options: Any, **deployment: Any) -> None:
+        made.update({type(each).__name__: each for each in options}, deployment=deployment)
+
+    monkeypatch.setattr(ray, "application", application)
+    ray.app(
+        {"model": "2024", "gamma": "3", "dtype": "float32", "retriever": "bm25", "max_queue": 5,
+         "ray_actor_options": '{"num_gpus": 1}', "num_replicas": "auto"}
+    )  # fmt: skip
+    assert (made["EngineConfig"].model, made["EngineConfig"].dtype) == ("2024", "float32")
+    assert made["SpeculationConfig"].gamma == 3
+    assert made["RetrievalConfig"].retriever == "bm25"
+    assert made["SamplingParams"].seed is None
+    assert made["ServerConfig"].max_queue == 5
+    assert made["deployment"] == {"ray_actor_options": {"num_gpus": 1}, "num_replicas": "auto"}
+    with pytest.raises(InvalidParameterError, match="unknown option 'gama'"):
+        ray.app({"gama": "3"})
+
+
+def test_an_application_that_others_reach_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAPID_LLM_API_KEY", raising=False)
+    with pytest.raises(InvalidParameterError, match="a key is needed"):
+        ray.application(server=ServerConfig(host="0.0.0.0"))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
-from rapid_llm.options import Declared, options_of, sorted_into
+from rapid_llm.options import Declared, json_or_text, options_of, sorted_into
 
 _NONE = "none"
 """Word for None in options whose default is another value."""
@@ -153,15 +153,8 @@ def _pairs(declared: Declared, given: Sequence[str]) -> dict[str, Any]:
                 f"{shown} is not allowed: give a name and a value, as in name=value",
                 param_hint=_flag(declared),
             )
-        pairs[name] = _json_or_text(value)
+        pairs[name] = json_or_text(value)
     return pairs
-
-
-def _json_or_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def number_or_word(words: Sequence[str]) -> Callable[[str], Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, cast
 
 import typer
 
-from rapid_llm.api_key import API_KEY
 from rapid_llm.cli.app import app
 from rapid_llm.cli.options import with_options
 from rapid_llm.config import (
@@ -24,6 +27,8 @@ from rapid_llm.config import (
 from rapid_llm.console import status
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError
 from rapid_llm.server.settings import ServerConfig
+
+_NAME = "rapid-llm"  # of the application on Ray Serve
 
 
 @app.command()
@@ -61,14 +66,13 @@ def serve(
             'run: pip install "rapid-llm[server]"'
         ) from error
     server = server.with_key_of_environment()
-    if not server.local and server.api_key is None:
-        raise InvalidParameterError(
-            f"--host {server.host} lets other machines ask, so that a key is needed: give one as "
-            f"--api-key or in {API_KEY}"
-        )
+    port = _port(server.host, server.port)
     engine = replace(engine, model=model)
     if server.replicas > 1:
-        _replicate(engine, retrieval, sampling, speculation, server)
+        server = replace(server, port=port)  # Ray would not say which it took
+        with TemporaryDirectory(prefix="rapid-llm-") as folder:  # of uploads, which end with it
+            retrieval = replace(retrieval, store=retrieval.store or folder)
+            _replicate(engine, retrieval, sampling, speculation, server)
         return
     with status(f"loading {engine.model}", sys.stderr.isatty()):
         from rapid_llm.decoder import RapidDecoder
@@ -88,6 +92,38 @@ def serve(
         timeout_graceful_shutdown=server.shutdown_seconds,
         server_header=False,
     )
+
+
+def _port(host: str, port: int) -> int:
+    """The port that the server listens on, a free one for 0; asked for before models are loaded.
+
+    Raises:
+        InvalidParameterError: it cannot listen there.
+    """
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        bound = [_bound(*place) for place in places]
+        ports = [each for each in bound if isinstance(each, int)]
+        if not ports:  # some of a name's addresses may not be in use here
+            raise cast(OSError, bound[0])
+        return ports[0]
+    except OSError as error:
+        raise InvalidParameterError(
+            f"--host {host} --port {port} cannot be listened on ({error.strerror}): end what "
+            "listens there, or choose another; port 0 is a free one"
+        ) from error
+
+
+def _bound(family: int, kind: int, protocol: int, _: str, address: Any) -> int | OSError:
+    """The port that could be bound, or why none could."""
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            # As servers do, so that connections that were closed just now hold no port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        return error
 
 
 def _replicate(
@@ -125,10 +161,16 @@ def _replicate(
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray's own handler aborts
     try:
-        serve.run(web)
-        print(f"{server.replicas} replicas run on http://{server.host}:{server.port}", flush=True)
-        while not stopped.wait(1):  # a signal may reach another thread than this
-            pass
+        serve.run(web, name=_NAME)
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        print(f"{server.replicas} replicas run on http://{host}:{server.port}", flush=True)
+        with suppress(KeyboardInterrupt):
+            while not stopped.wait(1):  # a signal may reach another thread than this
+                pass
+        serve.delete(_NAME, _blocking=False)  # which lets what runs finish, as a shutdown does not
+        until = time.monotonic() + server.shutdown_seconds
+        while _NAME in serve.status().applications and time.monotonic() < until:
+            time.sleep(0.1)
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -21,7 +21,7 @@ from rapid_llm.aio import in_thread
 from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.server.answers import respond
 from rapid_llm.server.errors import ApiError, Json, api_error, validation_error
-from rapid_llm.server.guards import Guards
+from rapid_llm.server.guards import Guards, path_of
 from rapid_llm.server.models import about
 from rapid_llm.server.protocol import ChatRequest, CompletionRequest
 from rapid_llm.server.service import ClientGoneError, Service
@@ -108,7 +108,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             service.metrics.cancelled()
             return Response(status_code=499)
         if isinstance(error, RequestValidationError):
-            body = _BODIES.get(request.url.path)
+            body = _BODIES.get(path_of(request.scope))
             known = () if body is None else tuple(body.model_fields)
             shown = validation_error(error.errors(), known)
         else:

@@ -91,7 +91,7 @@ class Guards:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, f"pages of {origin!r} may not use this server")
-        if self._key is not None and scope["path"] not in OPEN:
+        if self._key is not None and path_of(scope) not in OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             same = hmac.compare_digest(given.strip().encode(), self._key)
             if scheme.lower() != "bearer" or not same:
@@ -125,6 +125,12 @@ class Guards:
             "or send fewer",
             code="body_too_long",
         )
+
+
+def path_of(scope: Scope) -> str:
+    """Path of a request within the application, which may stand under a path of another one."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _name_of(host: str) -> str | None:

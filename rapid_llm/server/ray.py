@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -18,23 +19,28 @@ from dataclasses import replace
 from tempfile import mkdtemp
 from typing import Any, cast
 
+import torch
 from fastapi import FastAPI, Request
 from ray import serve
 from ray.exceptions import RayError, TaskCancelledError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message
 
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.options import json_or_text, options_of, sorted_into
 from rapid_llm.server.errors import ApiError, Json, api_error
-from rapid_llm.server.guards import Guards
+from rapid_llm.server.guards import Guards, path_of
 from rapid_llm.server.settings import ServerConfig
 
-_KEPT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
+_KEPT = ("type", "http_version", "method", "scheme", "path", "raw_path", "root_path",
+         "query_string", "headers")  # fmt: skip
 """Parts of a request that a replica needs."""
 
+_DEPLOYMENT = inspect.signature(serve.deployment).parameters
 _ONGOING = 1000  # requests at one replica, whose own queue refuses what is too much
 _ATTEMPTS = 3  # of a request whose replica died before it said anything
 
@@ -115,7 +121,7 @@ class Ingress:
         body = await request.body()
         scope = {name: request.scope[name] for name in _KEPT if name in request.scope}
         key = session_of(request, body)
-        changes = request.method != "GET" and request.url.path.startswith("/v1/files")
+        changes = request.method != "GET" and path_of(request.scope).startswith("/v1/files")
         attempts = 1 if changes else _ATTEMPTS  # a file is not to be kept twice
         for attempt in range(attempts):
             messages = self._messages(scope, body, key)
@@ -178,9 +184,12 @@ def session_of(request: Request, body: bytes) -> str | None:
     if given := request.headers.get("x-session-id"):
         return given
     try:
-        asked = json.loads(body)
-    except ValueError:
+        return _session_of(json.loads(body))
+    except (ValueError, RecursionError):  # a replica says what is wrong with it
         return None
+
+
+def _session_of(asked: Any) -> str | None:
     if not isinstance(asked, dict):
         return None
     if given := asked.get("prompt_cache_key"):
@@ -213,13 +222,16 @@ def application(
         engine, retrieval, sampling, speculation, server: options, as of ``rapid-llm serve``. The
             store must be a folder that all replicas reach; without one it is a temporary folder.
         deployment: arguments of Ray's ``serve.deployment`` for the replicas: ``num_replicas``,
-            ``autoscaling_config``, ``ray_actor_options`` (``{"num_gpus": 1}``), ….
+            ``autoscaling_config``, ``ray_actor_options``, …. Unless they say otherwise there are
+            ``server.replicas``, with a GPU each where this process sees one.
     """
     server = (server or ServerConfig()).with_key_of_environment()
     retrieval = retrieval or RetrievalConfig()
     if retrieval.store is None:  # uploaded files are every replica's
         retrieval = replace(retrieval, store=mkdtemp(prefix="rapid-llm-"))
     settings: dict[str, Any] = {
+        **({} if "autoscaling_config" in deployment else {"num_replicas": server.replicas}),
+        "ray_actor_options": {"num_gpus": 1} if torch.cuda.is_available() else {"num_cpus": 0.5},
         "max_ongoing_requests": _ONGOING,
         "graceful_shutdown_timeout_s": server.shutdown_seconds,
         "request_router_config": RequestRouterConfig(
@@ -234,7 +246,11 @@ def application(
         replace(server, api_key=None),  # the ingress checks it
     )
     web = _web(server)
-    ingress = serve.deployment(max_ongoing_requests=_ONGOING)(serve.ingress(web)(_Bound))
+    ingress = serve.deployment(
+        max_ongoing_requests=_ONGOING,
+        graceful_shutdown_timeout_s=server.shutdown_seconds,
+        ray_actor_options={"num_cpus": 0},  # it only passes on
+    )(serve.ingress(web)(_Bound))
     return ingress.bind(replicas)
 
 
@@ -254,7 +270,7 @@ def _web(server: ServerConfig) -> FastAPI:
         shown = api_error(error)
         return Json(shown.body(), shown.status_code, shown.headers)
 
-    web.add_exception_handler(ApiError, refuse)
+    web.add_exception_handler(HTTPException, refuse)
     web.add_middleware(
         Guards,
         api_key=server.api_key,
@@ -269,7 +285,24 @@ def _uncounted(scope: Any, status: int) -> None:
     """Ray counts requests itself."""
 
 
-def __getattr__(name: str) -> Any:
-    if name == "app":  # serve run rapid_llm.server.ray:app
-        return application()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def app(arguments: dict[str, Any]) -> serve.Application:
+    """The application for ``serve run rapid_llm.server.ray:app model=… num_replicas=2``.
+
+    Args:
+        arguments: options of ``rapid-llm serve`` and arguments of Ray's ``serve.deployment``, by
+            name; a text is read as JSON where it is some, and its option takes more than texts.
+
+    Raises:
+        InvalidParameterError: an unknown name, or a value outside its range.
+    """
+    groups = (EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig, ServerConfig)
+    known = {word: each for each in options_of(*groups).values()
+             for word in (each.name, *each.option.aliases)}  # fmt: skip
+    read = {
+        name: json_or_text(value)
+        if isinstance(value, str) and (name not in known or known[name].kinds != (str,))
+        else value
+        for name, value in arguments.items()
+    }
+    deployment = {n: read.pop(n) for n in _DEPLOYMENT.keys() & read.keys()}
+    return application(*sorted_into({"seed": None} | read, *groups), **deployment)

@@ -9,6 +9,7 @@ from ipaddress import ip_address
 from typing import Annotated, ClassVar
 
 from rapid_llm.api_key import API_KEY, KEY_LIMIT, is_key
+from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import Option, check
 
 _WHOLE = "a whole number of at least 1"
@@ -130,8 +131,18 @@ class ServerConfig:
         return is_loopback(self.host)
 
     def with_key_of_environment(self) -> "ServerConfig":
-        """The options, with the key of ``RAPID_LLM_API_KEY`` where they have none."""
-        return replace(self, api_key=self.api_key or os.environ.get(API_KEY) or None)
+        """The options, with the key of ``RAPID_LLM_API_KEY`` where they have none.
+
+        Raises:
+            InvalidParameterError: there is no key, and other machines reach the server.
+        """
+        made = replace(self, api_key=self.api_key or os.environ.get(API_KEY) or None)
+        if not made.local and made.api_key is None:
+            raise InvalidParameterError(
+                f"host={made.host!r} lets other machines ask, so that a key is needed: give one as "
+                f"api_key or in {API_KEY}"
+            )
+        return made
 
 
 def is_loopback(name: str) -> bool:
