@@ -126,7 +126,11 @@ def test_langchain_openai_works(server: Server) -> None:
 def test_llamaindex_openai_like_works(server: Server) -> None:
     # Its releases take no newer openai than 2, so it is not among the pinned packages.
     if importlib.util.find_spec("llama_index.llms.openai_like") is None:
-        pytest.skip("llama-index-llms-openai-like is not installed")
+        pytest.skip(
+            "llama-index-llms-openai-like is not installed, and takes no openai 3: run "
+            "pip install --no-deps --target FOLDER llama-index-llms-openai-like "
+            "llama-index-llms-openai 'openai<3', and the test with FOLDER first in PYTHONPATH"
+        )
     from llama_index.core.llms import ChatMessage
     from llama_index.llms.openai_like import OpenAILike
 
