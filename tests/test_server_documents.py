@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -343,6 +344,22 @@ def test_files_have_a_limit_together(upload: Any, server: Server) -> None:
 def test_what_is_kept_beside_the_texts_counts_too(upload: Any) -> None:
     error = refused(upload("a.txt", b"a", purpose="p" * 6_000), 413)
     assert error["code"] == "storage_full"
+
+
+def test_a_full_disk_is_told_and_nothing_stays(
+    upload: Any, server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("rapid_llm.server.files.os.replace", full)
+    response = upload("owl.txt", OWL.encode())
+    assert "No space left" in refused(response, 507)["message"]
+    assert response.headers["x-should-retry"] == "false"
+    assert list((folder / "files").iterdir()) == []
+    monkeypatch.undo()
+    kept = upload("owl.txt", b"owl").json()["id"]
+    assert httpx.delete(f"{server.url}/v1/files/{kept}").json()["deleted"] is True
 
 
 def test_forms_are_checked(server: Server) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -161,7 +162,10 @@ def _replicate(engine: EngineConfig, server: ServerConfig, defaults: Mapping[str
         with suppress(KeyboardInterrupt):
             while not stopped.wait(1):  # a signal may reach another thread than this
                 pass
-        serve.delete(_NAME)  # which lets what runs finish, as a shutdown does not
+        serve.delete(_NAME, _blocking=False)  # which lets what runs finish, as a shutdown does not
+        until = time.monotonic() + server.shutdown_seconds
+        while _NAME in serve.status().applications and time.monotonic() < until:
+            time.sleep(0.1)
     finally:
         serve.shutdown()
         ray.shutdown()
