@@ -24,7 +24,8 @@ from rapid_llm import (
     SpeculationConfig,
 )
 from rapid_llm.context.prompts import build_messages, retrieval_query
-from rapid_llm.pipeline import METHODS, RapidPipeline
+from rapid_llm.pipeline import RapidPipeline
+from rapid_llm.questions import METHODS
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 FIRST = " ".join(f"w{3 + i % 20}" for i in range(90))
