@@ -38,15 +38,17 @@ FIRST = (PassCost(1.0, 0.02), PassCost(5.0, 4.0))
 """Costs that each rank measures: the second would draft nothing, or less."""
 
 REQUESTS = [
-    GenerationRequest(PROMPT, PROMPT[8:], GREEDY),
+    GenerationRequest(PROMPT, PROMPT[8:], sampling=GREEDY),
     GenerationRequest(PROMPT, sampling=SamplingParams(max_new_tokens=12, stop=["e", "7"])),
     GenerationRequest(
         [*PROMPT, 9],
         PROMPT[4:],
-        SamplingParams(max_new_tokens=12, constraint=["abcd", "ab12"]),
-        SpeculationConfig(mode="exact"),
+        sampling=SamplingParams(max_new_tokens=12, constraint=["abcd", "ab12"]),
+        speculation=SpeculationConfig(mode="exact"),
     ),
-    GenerationRequest(PROMPT[5:], PROMPT[8:], SamplingParams(max_new_tokens=9, temperature=1)),
+    GenerationRequest(
+        PROMPT[5:], PROMPT[8:], sampling=SamplingParams(max_new_tokens=9, temperature=1)
+    ),
 ]
 
 

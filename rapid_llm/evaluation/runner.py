@@ -212,9 +212,9 @@ class Evaluation:
         deltas = yield GenerationRequest(
             None if alone else turn.prompt,
             draft,
-            turn.sampling,
-            None if base == "lc" else method.speculation,
-            1.0 if read is None else read.confidence,
+            sampling=turn.sampling,
+            speculation=None if base == "lc" else method.speculation,
+            confidence=1.0 if read is None else read.confidence,
         )
         result = GenerationResult.from_deltas(deltas)
         result.stats.omitted_tokens = 0 if alone else turn.omitted_tokens
