@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from importlib import resources
 from textwrap import shorten
 
 from rapid_llm.cli.answers import Job, comparison
 from rapid_llm.cli.app import app
 from rapid_llm.config import PACKAGED_EMBEDDER, PACKAGED_MODEL, SamplingParams
 from rapid_llm.console import Bars, show, status
+from rapid_llm.folders import packaged_text
 
 DEMO_DOCUMENT = "devils-dictionary.txt"
 DEMO_QUESTION = "Quote the definition of PROPHECY."
@@ -62,4 +62,4 @@ def demo() -> None:
 
 def demo_text() -> str:
     """The bundled document."""
-    return (resources.files("rapid_llm") / "data" / DEMO_DOCUMENT).read_text(encoding="utf-8")
+    return packaged_text(DEMO_DOCUMENT)

@@ -146,13 +146,9 @@ def _replicate(engine: EngineConfig, server: ServerConfig, defaults: Mapping[str
             f"--replicas {server.replicas} needs {error.name}, which is not installed; "
             'run: pip install "rapid-llm[ray]"'
         ) from error
-    import torch
-
-    own = {"num_gpus": 1} if torch.cuda.is_available() else {"num_cpus": 0.5}
     ray.init(include_dashboard=False, ignore_reinit_error=True)
     serve.start(http_options={"host": server.host, "port": server.port})
-    deployment = {"num_replicas": server.replicas, "ray_actor_options": own}
-    web = application(engine, server=server, **defaults, **deployment)
+    web = application(engine, server=server, **defaults)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Ray's own handler aborts
     try:

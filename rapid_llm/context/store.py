@@ -228,8 +228,10 @@ class _Recent:
         """Count vectors of ``size`` bytes each; returns whose are to be dropped."""
         for owner in owners:
             self._bytes[owner] = self._bytes.pop(owner, 0) + size
-        needed = {owner for chunks in self._searched for owner in chunks.owners}
         total, dropped = sum(self._bytes.values()), list[_Owner]()
+        if total <= MEMORY_BYTES:
+            return dropped
+        needed = {owner for chunks in self._searched for owner in chunks.owners}
         for owner in [each for each in self._bytes if each not in needed]:
             if total <= MEMORY_BYTES:
                 break

@@ -128,14 +128,7 @@ class Evaluation:
         """The deltas of each request, as soon as it is answered."""
         if self.decoder.max_sequences == 1:
             for key, one in requests.items():
-                stream = self.decoder.stream(
-                    one.target_prompt,
-                    one.draft_prompt,
-                    sampling=one.sampling,
-                    speculation=one.speculation,
-                    confidence=one.confidence,
-                )
-                yield key, list(stream)
+                yield key, list(self.decoder.stream(*one.prompts, **one.options))
             return
         keys, deltas = list(requests), defaultdict[int, list[Delta]](list)
         for index, delta in self.decoder.stream_many(requests.values()):
