@@ -29,12 +29,13 @@ from rapid_llm.errors import (
 from rapid_llm.stats import Stats
 
 if TYPE_CHECKING:
+    from rapid_llm.answers import Answer
     from rapid_llm.context import ContextBuilder, RetrievalContext, read_document
     from rapid_llm.context.prompts import build_messages
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.interface import GenerationRequest
     from rapid_llm.models import LoadedModel, load_model
-    from rapid_llm.pipeline import Answer, Conversation, RapidPipeline
+    from rapid_llm.pipeline import Conversation, RapidPipeline
     from rapid_llm.remote import RemoteDecoder
     from rapid_llm.results import Delta, GenerationResult
 
@@ -44,7 +45,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 _LAZY = {
-    "Answer": "rapid_llm.pipeline",
+    "Answer": "rapid_llm.answers",
     "Delta": "rapid_llm.results",
     "ContextBuilder": "rapid_llm.context",
     "Conversation": "rapid_llm.pipeline",

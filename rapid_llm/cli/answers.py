@@ -14,8 +14,9 @@ from rapid_llm.console import Bars, show
 from rapid_llm.stats import Method, Stats
 
 if TYPE_CHECKING:
+    from rapid_llm.answers import Answer
     from rapid_llm.decoder import Delta
-    from rapid_llm.pipeline import Answer, RapidPipeline
+    from rapid_llm.pipeline import RapidPipeline
 
 COMPARED: tuple[Method, ...] = ("lc", "rag", "sd", "rapid")
 

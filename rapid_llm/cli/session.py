@@ -15,7 +15,8 @@ from rapid_llm.stats import Method
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rapid_llm.pipeline import Answer, Conversation, RapidPipeline
+    from rapid_llm.answers import Answer
+    from rapid_llm.pipeline import Conversation, RapidPipeline
 
 _PROMPT = "> "
 
