@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,6 @@ from weakref import ReferenceType, ref
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rapid_llm.aio import iterate_with_progress
 from rapid_llm.arguments import arguments_of
 from rapid_llm.batching import Scheduler
 from rapid_llm.chat import checked_variables, end_of_turn
@@ -393,18 +392,6 @@ class RapidDecoder(Decoder):
         validated = self.request(*request.prompts, **request.options)
         return self.opener.answer(validated, started, request.progress)
 
-    @arguments_of(GenerationRequest)
-    def astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """:meth:`stream` for asyncio; the models run in a thread and do not block the event loop.
-
-        Cancelling the task or closing the iterator stops the generation after the current round or
-        chunk of the prefill. ``progress`` is called in that thread.
-        """
-        return iterate_with_progress(
-            lambda report: self.stream(*request.prompts, **request.options | {"progress": report}),
-            request.progress,
-        )
-
     def _stream_many(
         self, requests: Sequence[GenerationRequest], return_exceptions: bool
     ) -> Iterator[tuple[int, Delta | Exception]]:
@@ -479,7 +466,9 @@ class RapidDecoder(Decoder):
         with ExitStack() as stack:
             if runner.ranks is not None:
                 stack.enter_context(
-                    runner.ranks.call("logprobs", runner.name, drafter, ids, tokens)
+                    runner.ranks.call(
+                        "logprobs", runner.name, runner.settings, drafter, ids, tokens
+                    )
                 )
             held = stack.enter_context(self._prefixes.lease(runner, ids, len(ids) + len(tokens)))
             if runner.ranks is not None:

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from rapid_llm.aio import iterate_with_progress
 from rapid_llm.arguments import arguments_of
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.progress import PromptProgress
@@ -70,10 +71,17 @@ class Decoder(ABC):
         The iterator has a method ``close``.
         """
 
-    @abstractmethod
     @arguments_of(GenerationRequest)
     def astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """:meth:`stream` for asyncio."""
+        """:meth:`stream` for asyncio, in a thread that does not block the event loop.
+
+        Cancelling the task or closing the iterator stops the generation after the current round or
+        chunk of the prefill. ``progress`` is called in that thread.
+        """
+        return iterate_with_progress(
+            lambda report: self.stream(*request.prompts, **request.options | {"progress": report}),
+            request.progress,
+        )
 
     @overload
     def generate_many(self, requests: Iterable[GenerationRequest]) -> list[GenerationResult]: ...

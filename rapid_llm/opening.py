@@ -119,7 +119,7 @@ class Opener:
         if ranks is None:
             yield request
             return
-        models = self.pair.target.name, self.pair.drafter.name
+        models = [(each.name, each.settings) for each in (self.pair.target, self.pair.drafter)]
         prompts = request.method, request.prompt, request.draft_prompt, request.confidence
         ends = sorted(request.ends), request.least_new_tokens
         with ranks.call(models, prompts, ends, sampling, request.config):

@@ -5,6 +5,7 @@ Usage: ``ranks_worker.py PART FOLDER``, in the environment that ``torchrun`` mak
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -232,6 +233,10 @@ def unequal(folder: Path) -> dict[str, Any]:
     score = partial(decoder.log_likelihood, PROMPT, "a9")
     attempt("which model scores", lambda: score(drafter=RANK == 1))
     other = of_letters(folder / "model-llama")
+    changed = other.target.model.config
+    changed.attention_dropout = float(RANK)  # stands for any plain setting, as an active adapter
+    attempt("which model changed", lambda: other.generate(PROMPT, sampling=GREEDY))
+    changed.attention_dropout = 0.0
     attempt("which decoder", lambda: (decoder, other)[RANK].generate(PROMPT, sampling=GREEDY))
 
     clock = time.perf_counter
@@ -245,6 +250,18 @@ def unequal(folder: Path) -> dict[str, Any]:
         attempt(f"late on {late}", partial(list, chain(first, rest)))
         time.perf_counter = clock
     return seen
+
+
+async def awaited(decoder: Any) -> list[int]:
+    """Tokens of a stream for asyncio, after one that was closed."""
+    stream = decoder.astream(PROMPT, sampling=GREEDY)
+    await anext(stream)
+    await stream.aclose()
+    return [
+        token
+        async for delta in decoder.astream(PROMPT, sampling=GREEDY)
+        for token in delta.token_ids
+    ]
 
 
 def many(folder: Path) -> dict[str, Any]:
@@ -261,6 +278,12 @@ def many(folder: Path) -> dict[str, Any]:
         next(stream)
     stream.close()
     seen["after a closed stream"] = decoder.generate(PROMPT, sampling=GREEDY).token_ids
+    for _ in range(3):  # a thread would be at another pass on each rank
+        stream = decoder.scheduler.stream(PROMPT, sampling=GREEDY)
+        next(stream)
+        stream.close()
+    seen["after a closed request"] = decoder.scheduler.generate(PROMPT, sampling=GREEDY).token_ids
+    seen["for asyncio"] = asyncio.run(awaited(decoder.scheduler))
     wrong = GenerationRequest(PROMPT, sampling=GREEDY, progress=failing)
     outcomes = decoder.generate_many([REQUESTS[0], wrong, REQUESTS[0]], return_exceptions=True)
     seen["one fails"] = [getattr(each, "token_ids", repr(each)) for each in outcomes]

@@ -173,7 +173,7 @@ def unequal(folder: Path) -> list[dict[str, Any]]:
 ARGUMENTS = (
     *("constraint", "stop", "ignore_eos", "top_k", "repetition_penalty", "timeout"),
     *("max_new_tokens", "speculation", "confidence", "draft_prompt"),
-    *("which model scores", "which decoder"),
+    *("which model scores", "which model changed", "which decoder"),
 )
 
 
@@ -215,6 +215,7 @@ def test_many_requests_get_the_answers_of_one_process(folder, alone):
     for seen in (first, second):
         assert seen["many"] == expected
         assert seen["after a closed stream"] == seen["after an error"] == alone
+        assert seen["after a closed request"] == seen["for asyncio"] == alone
         before, _, after = seen["one fails"]
         assert before == after == expected[0]
     assert "RankError('rank 1 has" in first["one fails"][1]

@@ -66,7 +66,8 @@ class Scheduler(Decoder):
     modes with knowledge transfer their law, depend on it as they do on draft lengths.
 
     Joined passes take models of the Llama family with our attention and a fixed rotary embedding;
-    requests to others are answered one by one, and the log says so once.
+    requests to others are answered one by one, and the log says so once. Those to a model that is
+    sharded over ranks run one by one in the thread of the call, beginning at the first delta.
 
     Args:
         decoder: the models.
@@ -91,19 +92,27 @@ class Scheduler(Decoder):
         self._said = False
 
     @arguments_of(GenerationRequest)
-    def stream(self, request: GenerationRequest) -> DeltaStream:
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         """:meth:`.RapidDecoder.stream`, beside other requests.
 
         The request begins at the call. Closing the stream, or dropping it, cancels the request
         before its next pass. ``progress`` is called in the scheduler's thread; an error that it
         raises ends this request alone.
         """
+        validated = self._validated(request)
+        if self._sharded:
+            return self.decoder.opener.answer(validated, time.perf_counter(), request.progress)
         stream = DeltaStream()
-        return stream.of(self._submit(self._validated(request), request.progress, stream.put))
+        return stream.of(self._submit(validated, request.progress, stream.put))
 
     @arguments_of(GenerationRequest)
-    async def astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+    def astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         """:meth:`stream` for asyncio; the request begins at the first delta that is asked for."""
+        if self._sharded:
+            return super().astream(*request.prompts, **request.options)
+        return self._astream(request)
+
+    async def _astream(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         loop, outcomes = asyncio.get_running_loop(), asyncio.Queue[Outcome]()
         validated = await in_thread(partial(self._validated, request))
 
@@ -145,16 +154,21 @@ class Scheduler(Decoder):
     def _outcomes(
         self, requests: list[_Checked], return_exceptions: bool
     ) -> Iterator[tuple[int, Delta | Exception]]:
-        ranks = self.decoder.opener.pair.target.ranks
-        return (self._streamed if ranks is None else self._one_by_one)(requests, return_exceptions)
+        answers = self._one_by_one if self._sharded else self._streamed
+        return answers(requests, return_exceptions)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether the model is sharded over ranks; its requests run in the caller's thread.
+
+        The scheduler's would be at another pass on each rank when the caller closes a stream.
+        """
+        return self.decoder.opener.pair.target.ranks is not None
 
     def _one_by_one(
         self, requests: list[_Checked], return_exceptions: bool
     ) -> Iterator[tuple[int, Delta | Exception]]:
-        """Answer requests in the caller's thread, for a model that is sharded over ranks.
-
-        A thread would be at another pass on each rank when the caller closes the stream.
-        """
+        """Answer requests in the caller's thread."""
         started = time.perf_counter()
 
         def outcomes(checked: _Checked) -> Iterator[Delta | Exception]:

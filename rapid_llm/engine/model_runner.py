@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -146,6 +146,13 @@ class ModelRunner:
             except ModelError:
                 return False
             return self._static and self.ranks is None
+
+    @property
+    def settings(self) -> list[tuple[str, str, Any]]:
+        """Plain data in the model's modules and configs, such as its active adapter."""
+        with self._lock:
+            self._refresh()
+            return self.state.settings
 
     @property
     def lock(self) -> threading.RLock:
