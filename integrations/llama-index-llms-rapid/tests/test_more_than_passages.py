@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from unittest.mock import AsyncMock
 
@@ -24,6 +25,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.core.tools import QueryEngineTool
 
 from llama_index.llms.rapid import RapidLLM, RapidSynthesizer
+from rapid_llm.batching import Scheduler
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.model_runner import ModelRunner
 
@@ -134,7 +136,8 @@ def test_an_answer_to_a_sub_question_stays(documents, llm, plain, spy, monkeypat
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["query", "aquery"])
-async def test_sub_questions_are_answered_at_once(documents, llm, monkeypatch, asynchronous):
+def test_sub_questions_are_answered_at_once(documents, decoder, monkeypatch, asynchronous):
+    llm = RapidLLM(decoder=decoder, max_tokens=16, documents=documents)
     index = VectorStoreIndex.from_documents(documents, embed_model=EMBED)
     asked = ["When was it built?", "Who built it?", "When did its lamp go out?"]
     questions = [SubQuestion(sub_question=question, tool_name="docs") for question in asked]
@@ -145,6 +148,21 @@ async def test_sub_questions_are_answered_at_once(documents, llm, monkeypatch, a
     )
     alone = [str(tool.query_engine.query(question)) for question in asked]
 
+    together = threading.Semaphore(0)  # the passes begin when all have asked, however fast they are
+    submit, work = Scheduler._submit, Scheduler._work
+
+    def submitted(self, *arguments):
+        ticket = submit(self, *arguments)
+        together.release()
+        return ticket
+
+    def working(self):
+        for _ in asked if not sizes else ():
+            together.acquire(timeout=10)
+        work(self)
+
+    monkeypatch.setattr(Scheduler, "_submit", submitted)
+    monkeypatch.setattr(Scheduler, "_work", working)
     sizes: list[int] = []
     original = ModelRunner.joined
     monkeypatch.setattr(
@@ -159,9 +177,9 @@ async def test_sub_questions_are_answered_at_once(documents, llm, monkeypatch, a
         verbose=False,
     )
     if asynchronous:
-        response = await engine.aquery("How old is it?")
+        response = asyncio.run(engine.aquery("How old is it?"))
     else:
-        response = await asyncio.to_thread(engine.query, "How old is it?")
+        response = engine.query("How old is it?")
     assert max(sizes) == len(asked)
     for question, answer in zip(asked, alone, strict=True):
         expected = f"Sub question: {question}\nResponse: {answer}"
