@@ -26,13 +26,13 @@ TEXTS = {"a": f"The fact {CONTROL} and more."}
 def read(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The token ids of every prompt that a decoder was given."""
     given: list[list[int]] = []
-    original = RapidDecoder.stream
+    original = RapidDecoder.request  # each call goes through it, alone or in a batch
 
-    def stream(decoder: Any, target: Any, draft: Any = None, **options: Any) -> Any:
+    def request(decoder: Any, target: Any, draft: Any = None, **options: Any) -> Any:
         given.extend(encode_prompt(p, decoder.tokenizer) for p in (target, draft) if p is not None)
         return original(decoder, target, draft, **options)
 
-    monkeypatch.setattr(RapidDecoder, "stream", stream)
+    monkeypatch.setattr(RapidDecoder, "request", request)
     return given
 
 
