@@ -233,10 +233,16 @@ def unequal(folder: Path) -> dict[str, Any]:
     score = partial(decoder.log_likelihood, PROMPT, "a9")
     attempt("which model scores", lambda: score(drafter=RANK == 1))
     other = of_letters(folder / "model-llama")
-    changed = other.target.model.config
-    changed.attention_dropout = float(RANK)  # stands for any plain setting, as an active adapter
-    attempt("which model changed", lambda: other.generate(PROMPT, sampling=GREEDY))
-    changed.attention_dropout = 0.0
+
+    def changed() -> Any:
+        config = other.target.model.config
+        config.attention_dropout = float(RANK)  # stands for any plain setting: an active adapter
+        try:
+            return other.generate(PROMPT, sampling=GREEDY)
+        finally:
+            config.attention_dropout = 0.0
+
+    attempt("which model changed", changed)
     attempt("which decoder", lambda: (decoder, other)[RANK].generate(PROMPT, sampling=GREEDY))
 
     clock = time.perf_counter
