@@ -20,8 +20,8 @@ from torch import Tensor
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.device import FEW_TOKENS
-from rapid_llm.engine.kept.tiers import Tier
 from rapid_llm.engine.memory import attempts
+from rapid_llm.engine.prefix_cache.tiers import Tier
 from rapid_llm.engine.session import Extend, Session, VerifyAlone
 from rapid_llm.engine.steps import Steps, Wanted, alone
 from rapid_llm.errors import GenerationTimeoutError, NumericalError

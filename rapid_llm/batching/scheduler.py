@@ -24,8 +24,8 @@ from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
 from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError, RapidError
+from rapid_llm.generation_factory import GenerationFactory
 from rapid_llm.interface import Decoder, GenerationRequest
-from rapid_llm.opening import Opener
 from rapid_llm.options import changed
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
@@ -39,11 +39,11 @@ class Models(Protocol):
 
     Attributes:
         max_sequences: maximum number of requests under way.
-        opener: opener of generations.
+        generations: factory of generations.
     """
 
     max_sequences: int
-    opener: Opener
+    generations: GenerationFactory
 
     def request(self, *prompts: Any, **options: Any) -> Request:
         """Validate a call, and encode its prompts; no model runs."""
@@ -145,7 +145,7 @@ class Scheduler(Decoder):
     def _outcomes(
         self, requests: list[_Checked], return_exceptions: bool
     ) -> Iterator[tuple[int, Delta | Exception]]:
-        ranks = self.decoder.opener.pair.target.ranks
+        ranks = self.decoder.generations.pair.target.ranks
         return (self._streamed if ranks is None else self._one_by_one)(requests, return_exceptions)
 
     def _one_by_one(
@@ -161,7 +161,9 @@ class Scheduler(Decoder):
             try:
                 if isinstance(checked.request, Exception):
                     raise checked.request
-                yield from self.decoder.opener.answer(checked.request, started, checked.progress)
+                yield from self.decoder.generations.answer(
+                    checked.request, started, checked.progress
+                )
             except Exception as error:
                 if not return_exceptions:
                     raise
@@ -261,7 +263,7 @@ class Scheduler(Decoder):
             # The first is opened as a single call is, so that a request that stays alone gets what
             # a single call gets, to the bit; those beside it borrow from its cache.
             joined = bool(self._running) and self._joins(ticket)
-            started = Sequence(ticket, self.decoder.opener, joined=joined)
+            started = Sequence(ticket, self.decoder.generations, joined=joined)
             started.start()
             if started.wanted is not None:
                 self._running.append(started)
@@ -330,7 +332,7 @@ class Scheduler(Decoder):
             return False
         request = ticket.request
         try:
-            return self.decoder.opener.prefixes.will_share(
+            return self.decoder.generations.prefixes.will_share(
                 request.runner, ticket.chain, len(request.prompt)
             )
         except RapidError:  # of its model, which is told to it when it starts
