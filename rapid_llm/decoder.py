@@ -30,20 +30,20 @@ from rapid_llm.device_maps import placements
 from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.engine.attention import NAME as RAPID_ATTENTION
 from rapid_llm.engine.device import device_of
-from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ContextWindowError, InvalidParameterError
 from rapid_llm.folders import require_folder
 from rapid_llm.forked import Owner, ProcessLock, limit_threads
+from rapid_llm.generation_factory import GenerationFactory
 from rapid_llm.interface import Decoder, GenerationRequest
 from rapid_llm.limits import host_memory
 from rapid_llm.logprobs import TokenLogprob, logprobs
 from rapid_llm.models import device_memory, load_model
 from rapid_llm.old_names import RENAMED, with_new_names
-from rapid_llm.opening import Opener
 from rapid_llm.options import changed, given, options_of, sorted_into
 from rapid_llm.preflight import drafter_options, require_loadable
 from rapid_llm.progress import PromptProgress
@@ -197,7 +197,7 @@ class RapidDecoder(Decoder):
             end_of_turn(tokenizer),
             Constraints(self.tokenizer),
         )
-        self.opener = Opener(self._pair, self._quantized, self._prefixes)
+        self.generations = GenerationFactory(self._pair, self._quantized, self._prefixes)
         self._scheduler: ReferenceType[Scheduler] | None = None
         self._choosing = ProcessLock()
 
@@ -390,7 +390,7 @@ class RapidDecoder(Decoder):
         """
         started = time.perf_counter()
         validated = self.request(*request.prompts, **request.options)
-        return self.opener.answer(validated, started, request.progress)
+        return self.generations.answer(validated, started, request.progress)
 
     def _stream_many(
         self, requests: Sequence[GenerationRequest], return_exceptions: bool

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -21,8 +20,8 @@ from torch import Tensor
 from rapid_llm.config import SpeculationConfig
 from rapid_llm.engine.costs import pass_cost
 from rapid_llm.engine.device import FEW_TOKENS
-from rapid_llm.engine.kept.tiers import Tier
-from rapid_llm.engine.memory import TRIES
+from rapid_llm.engine.memory import attempts
+from rapid_llm.engine.prefix_cache.tiers import Tier
 from rapid_llm.engine.session import Extend, Session, VerifyAlone
 from rapid_llm.engine.steps import Steps, Wanted, alone
 from rapid_llm.errors import GenerationTimeoutError, NumericalError
@@ -256,13 +255,16 @@ class Generation:
         """Run a step; when memory runs out, free idle memory and run the step again."""
         generator = self.sampler.generator
         drawn = generator.get_state()
-        for _ in range(TRIES):
-            with suppress(torch.OutOfMemoryError):  # its traceback would keep tensors alive
-                return (yield from step())
+
+        def start_again() -> None:
             self.target.rollback(self._read)
             generator.set_state(drawn)  # a seed gives the same answer however often it is tried
             self._free_memory()
-        return (yield from step())
+
+        for attempt in attempts(start_again):
+            with attempt:
+                return (yield from step())
+        raise AssertionError("the last attempt returns or raises")
 
     def require_time(self) -> None:
         """Raise GenerationTimeoutError if the sampling's ``timeout`` has passed."""

@@ -8,8 +8,8 @@ import torch
 
 from rapid_llm.chat import checked_variables
 from rapid_llm.config import EngineConfig
-from rapid_llm.engine.kept.prefixes import require_folder_for_limit
 from rapid_llm.engine.model_runner import not_captured
+from rapid_llm.engine.prefix_cache.prefixes import require_folder_for_limit
 from rapid_llm.engine.quantized_drafter import require_format
 from rapid_llm.engine.supported import require_architecture, require_attention
 from rapid_llm.folders import require_folder

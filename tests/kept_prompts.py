@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from conftest import tiny_model
 
-from rapid_llm.engine.kept.chain import PassChain
-from rapid_llm.engine.kept.prefixes import PrefixCache
-from rapid_llm.engine.kept.reading import Lease
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.chain import PassChain
+from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
+from rapid_llm.engine.prefix_cache.reading import Lease
 from rapid_llm.engine.session import Session
 
 BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, head size, float32

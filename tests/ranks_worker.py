@@ -28,7 +28,7 @@ from rapid_llm.batching import GenerationRequest
 from rapid_llm.engine import costs
 from rapid_llm.engine.costs import PassCost
 from rapid_llm.engine.device import Device
-from rapid_llm.engine.kept import prefixes
+from rapid_llm.engine.prefix_cache import prefixes
 from rapid_llm.models import load_model
 
 RANK = int(os.environ.get("RANK", "0"))

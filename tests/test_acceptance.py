@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rapid_llm.config import SpeculationConfig
+from rapid_llm.speculation import acceptance
 from rapid_llm.speculation.acceptance import (
     ETA_HALF_LIFE,
     draw,
@@ -120,6 +121,26 @@ def test_residuals_of_the_three_modes_are_those_of_the_literature():
     torch.testing.assert_close(residual(p, torch.minimum(q, p)), exact)
     torch.testing.assert_close(residual(p_hat, torch.minimum(q, p_hat)), augmented)
     torch.testing.assert_close(residual(p, torch.minimum(q, p_hat)), paper)
+
+
+@pytest.mark.parametrize("mode", ["exact", "augmented", "paper"])
+def test_the_token_after_the_accepted_ones_is_drawn_from_the_modes_residual_or_bonus(
+    mode, monkeypatch
+):
+    weights = []
+    monkeypatch.setattr(acceptance, "draw", lambda given, _: weights.append(given) or NO_DRAFT)
+    s, q = distributions(2)
+    config = SpeculationConfig(mode=mode, eta=5.0)
+    p, p_hat = s.softmax(-1), transfer(s, q, config.transfer_strength, config.alpha).softmax(-1)
+    base = p_hat if mode == "augmented" else p
+    after = {0: (base[0] - torch.minimum(q[0], p_hat[0])).clamp(min=0), 1: base[1]}
+    seen = set()
+    for seed in range(40):
+        draft = torch.multinomial(q[:1], 1, generator=seeded(seed))[0]
+        accepted = int(verify_sampled(s, q, draft, config, seeded(seed))[0])
+        torch.testing.assert_close(weights[-1], after[accepted])
+        seen.add(accepted)
+    assert seen == {0, 1}
 
 
 def test_a_residual_of_zero_falls_back_to_the_base():

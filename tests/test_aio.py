@@ -14,8 +14,8 @@ from conftest import tiny_model, tiny_tokenizer
 from rapid_llm.aio import in_thread, iterate_in_thread
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
 from rapid_llm.errors import InvalidParameterError
 
 PROMPT, DRAFT = [5, 9, 31, 7, 44, 12], [31, 7]

@@ -35,7 +35,7 @@ from rapid_llm.errors import (
     ModelError,
     NumericalError,
 )
-from rapid_llm.opening import Opener
+from rapid_llm.generation_factory import GenerationFactory
 from rapid_llm.results import Delta
 
 LEAN = ["llama", "qwen2", "qwen2-sliding", "qwen3", "mistral", "mistral-sliding"]
@@ -324,10 +324,12 @@ def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
     decoder = decoder_of()
     requests = [mixed(index) for index in (0, 1, 4, 6, 9)]
     alone = [tokens_alone(decoder, request) for request in requests]
-    opened, under_way = Opener.open, [0]
+    opened, under_way = GenerationFactory.open, [0]
 
     @contextmanager
-    def limited(self: Opener, request: Any, started: float, *, joined: bool = False) -> Any:
+    def limited(
+        self: GenerationFactory, request: Any, started: float, *, joined: bool = False
+    ) -> Any:
         if under_way[0] == 2:
             raise torch.OutOfMemoryError("room for two")
         under_way[0] += 1
@@ -337,7 +339,7 @@ def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
         finally:
             under_way[0] -= 1
 
-    monkeypatch.setattr(Opener, "open", limited)
+    monkeypatch.setattr(GenerationFactory, "open", limited)
     scheduler = Scheduler(decoder)
     assert [each.token_ids for each in scheduler.generate_many(requests)] == alone
     _settle(scheduler)

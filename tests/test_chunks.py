@@ -12,7 +12,7 @@ from rapid_llm.engine.chunks import pass_ends
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.device import Device
-from rapid_llm.engine.kept.chain import PassChain
+from rapid_llm.engine.prefix_cache.chain import PassChain
 
 SIZES = [(8,), (8, 4), (8, 4, 2), (8, 2), (9, 4, 3), (8, 3, 1)]
 LONGEST = 34

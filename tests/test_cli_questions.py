@@ -26,7 +26,7 @@ from rapid_llm.cli import documents as cli_documents
 from rapid_llm.cli.documents import read_documents
 from rapid_llm.context import builder, documents
 from rapid_llm.errors import DocumentError, GenerationTimeoutError
-from rapid_llm.opening import Opener
+from rapid_llm.generation_factory import GenerationFactory
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +233,9 @@ def test_an_answer_is_written_while_others_are_under_way(
 ) -> None:
     """With one at a time the second question begins, here, once the first answer is written."""
     written: list[int] = []
-    opened = Opener.open
+    opened = GenerationFactory.open
 
-    def spy(self: Opener, *request: Any, **options: Any) -> Any:
+    def spy(self: GenerationFactory, *request: Any, **options: Any) -> Any:
         deadline = time.monotonic() + 60
         while sum(written) < opening[0] and time.monotonic() < deadline:
             written.append(capsys.readouterr().out.count("\n"))
@@ -244,7 +244,7 @@ def test_an_answer_is_written_while_others_are_under_way(
         return opened(self, *request, **options)
 
     opening = [0]
-    monkeypatch.setattr(Opener, "open", spy)
+    monkeypatch.setattr(GenerationFactory, "open", spy)
     questions = tmp_path / "questions.txt"
     questions.write_text("w5\nw6\nw7\n")
     assert ask("--questions", questions, "--max-sequences", 1).status == 0

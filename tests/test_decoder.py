@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import random
 import threading
@@ -28,9 +29,9 @@ from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import Memory, RapidDecoder
 from rapid_llm.engine import supported
 from rapid_llm.engine.cpu import quantizers
-from rapid_llm.engine.kept import prefixes
 from rapid_llm.engine.kv_cache import PreallocatedLayer
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache import prefixes
 from rapid_llm.engine.quantized import quantized_nbytes
 from rapid_llm.errors import (
     ContextWindowError,
@@ -42,6 +43,7 @@ from rapid_llm.errors import (
     TokenizerMismatchError,
 )
 from rapid_llm.models import LoadedModel
+from rapid_llm.speculation.verification import verify
 
 TARGET_PROMPT = [5, 9, 31, 7, 44, 12, 8, 30, 21, 17, 60, 3]
 DRAFT_PROMPT = [31, 7, 44, 3]
@@ -423,19 +425,39 @@ def test_memory_that_runs_out_in_prefill_is_taken_from_what_is_idle(decoder, mon
     assert ask(decoder, QUESTIONS[0], document=other).stats.cached_tokens == 0
 
 
+def answer_by_seed():
+    return (
+        RapidDecoder(counting_model(0.1), tiny_tokenizer())
+        .generate(
+            [*range(3, 30)],
+            [7, 8],
+            sampling=SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=1.0, seed=1),
+            speculation=SpeculationConfig(mode="exact", gamma=3),
+        )
+        .token_ids
+    )
+
+
 @pytest.mark.parametrize("at", range(12))
 def test_a_seed_gives_the_same_answer_when_memory_runs_out_in_a_round(monkeypatch, at):
-    sampling = SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=1.0, seed=1)
-    config = SpeculationConfig(mode="exact", gamma=3)
-
-    def answer():
-        decoder = RapidDecoder(counting_model(0.1), tiny_tokenizer())
-        return decoder.generate([*range(3, 30)], [7, 8], sampling=sampling, speculation=config)
-
-    expected = answer().token_ids
+    expected = answer_by_seed()
     with monkeypatch.context() as context:
         FailingForward(context, at=at, error=torch.OutOfMemoryError)
-        assert answer().token_ids == expected
+        assert answer_by_seed() == expected
+
+
+def test_a_seed_gives_the_same_answer_when_memory_runs_out_after_the_targets_pass(monkeypatch):
+    rounds = itertools.count()
+
+    def verify_or_fail(*arguments):
+        if next(rounds) == 1:
+            raise torch.OutOfMemoryError
+        return verify(*arguments)
+
+    expected = answer_by_seed()
+    monkeypatch.setattr("rapid_llm.generation.verify", verify_or_fail)
+    assert answer_by_seed() == expected
+    assert next(rounds) > 2
 
 
 @pytest.mark.usefixtures("short_chunks")

@@ -623,7 +623,7 @@ def test_rest_drafts_what_a_quotation_goes_on_with():
     prompt = [*range(3, 64), 3, 4]
     stats = decoder.generate(prompt, sampling=GREEDY, speculation=config).stats
     assert stats.acceptance_ratio == 1
-    assert stats.rounds == 40 / 10
+    assert (stats.rounds, stats.rejections) == (40 / 10, 0)
 
 
 def test_rest_that_finds_nothing_decodes_plainly():
@@ -650,3 +650,8 @@ def test_every_token_says_where_it_came_from() -> None:
             assert len(delta.origins) == len(delta.token_ids)
             assert set(delta.origins[:-1]) <= {drafted, "draft"}
             assert drafted in delta.origins or len(delta.token_ids) < 3
+    sampling = SamplingParams(max_new_tokens=40, temperature=1.0, ignore_eos=True)
+    unsure = RapidDecoder(counting_model(0.1), tiny_tokenizer())
+    deltas = list(unsure.stream(words, [7, 8], sampling=sampling, speculation=speculation))
+    assert deltas[-1].stats.rejections > 0
+    assert {delta.origins[-1] for delta in deltas[:-1]} == {"target"}  # the limit may cut the last

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from kept_prompts import AMPLE, CHUNK, make_forward, read, text
 
-from rapid_llm.engine.kept.chain import PassChain
-from rapid_llm.engine.kept.index import PrefixIndex
-from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.chain import PassChain
+from rapid_llm.engine.prefix_cache.index import PrefixIndex
+from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
 
 SIZES = (8, 4)
 

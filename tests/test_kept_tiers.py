@@ -35,9 +35,9 @@ from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine import device as devices
 from rapid_llm.engine.cpu.device import CPU
-from rapid_llm.engine.kept import host
-from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache import host
+from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
 from rapid_llm.errors import InvalidParameterError
 
 ONE = 70 * BYTES_PER_TOKEN
@@ -129,8 +129,8 @@ def test_bfloat16_comes_back_as_it_was():
 def test_a_document_pushed_out_of_each_tier_comes_back_from_the_next(
     runner, apart, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_SAVING", 50)
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_LOADING", 20)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_SAVING", 50)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_LOADING", 20)
     documents = [text(60, seed) for seed in range(10, 13)]
     cache = PrefixCache(ONE, tmp_path, host_bytes=ONE)  # of one document each
 
@@ -398,8 +398,8 @@ def test_a_decoder_says_which_tier_its_tokens_came_from(apart, tmp_path):
     assert none.memory.kept_kv_host == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rapid_llm.engine.kept.prefixes.WORTH_SAVING", 20)
-        patch.setattr("rapid_llm.engine.kept.prefixes.WORTH_LOADING", 10)
+        patch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_SAVING", 20)
+        patch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_LOADING", 10)
         assert counts(decoder(kv_cache_dir=tmp_path), [*DOCUMENT, 5])[0] == 0
         later = decoder(kv_cache_dir=tmp_path)
         assert counts(later, [*DOCUMENT, 6]) == (60, 0, 0, 60)

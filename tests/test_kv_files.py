@@ -31,12 +31,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rapid_llm.engine.cpu.int8 import Int8Linear
-from rapid_llm.engine.kept import file_format
-from rapid_llm.engine.kept.files import KVFiles
-from rapid_llm.engine.kept.fingerprint import bytes_of, fingerprint
-from rapid_llm.engine.kept.folder import Folder
-from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache import file_format
+from rapid_llm.engine.prefix_cache.files import KVFiles
+from rapid_llm.engine.prefix_cache.fingerprint import bytes_of, fingerprint
+from rapid_llm.engine.prefix_cache.folder import Folder
+from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
 from rapid_llm.errors import InvalidParameterError
 
 pytestmark = pytest.mark.usefixtures("warnings_are_errors")
@@ -85,8 +85,8 @@ def test_another_process_reads_only_the_new_question(saved):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_file_holds_every_architecture(architecture, tmp_path, monkeypatch):
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_SAVING", 40)
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_LOADING", 20)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_SAVING", 40)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_LOADING", 20)
     for reused in (0, len(DOCUMENT)):
         runner = ModelRunner(tiny_model(architecture), "tiny")
         assert ask(PrefixCache(AMPLE, tmp_path), runner, [*DOCUMENT, 5 + bool(reused), 5]) == reused
@@ -189,8 +189,8 @@ def test_a_damaged_file_is_named_ignored_and_replaced(runner, saved, harm):
 
 def test_a_flipped_byte_anywhere_never_changes_an_answer(runner, tmp_path, monkeypatch):
     """``ask`` compares the logits; whether a file is used or warned about may differ."""
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_SAVING", 40)
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_LOADING", 20)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_SAVING", 40)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_LOADING", 20)
     prompt = [*DOCUMENT, 5]
     ask(PrefixCache(AMPLE, tmp_path), runner, prompt)
     (path,) = files_of(tmp_path)
@@ -280,7 +280,9 @@ def test_weights_that_are_elsewhere_have_no_files_and_a_warning_says_so(saved):
     assert files.find(runner, chain, runner.origin(1502)) == (None, 0)  # once
 
 
-@pytest.mark.parametrize("what", ["os.replace", "rapid_llm.engine.kept.file_format.save_file"])
+@pytest.mark.parametrize(
+    "what", ["os.replace", "rapid_llm.engine.prefix_cache.file_format.save_file"]
+)
 def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(runner, tmp_path, monkeypatch, what):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -329,8 +331,8 @@ def test_headers_are_read_once(runner, saved, monkeypatch):
 
 
 def test_the_folder_keeps_what_was_used_last(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_SAVING", 40)
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_LOADING", 20)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_SAVING", 40)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_LOADING", 20)
     documents = [text(60, seed) for seed in range(40, 43)]
 
     def question(document: int, limit: int | None = None) -> int:
@@ -362,7 +364,7 @@ def age(folder: Path, seconds: float = 10.0) -> None:
 WRITER = """
 import random, sys
 from pathlib import Path
-from rapid_llm.engine.kept.folder import Folder
+from rapid_llm.engine.prefix_cache.folder import Folder
 folder, limit, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 draws = random.Random(seed)
 for number in range(40):
@@ -428,7 +430,7 @@ def test_without_a_limit_a_quarter_of_the_free_space_is_used(tmp_path, monkeypat
 KILLED = """
 import os, sys
 from pathlib import Path
-from rapid_llm.engine.kept.folder import Folder
+from rapid_llm.engine.prefix_cache.folder import Folder
 
 def killed(path):
     path.write_bytes(bytes(100))

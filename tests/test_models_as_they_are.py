@@ -31,9 +31,9 @@ from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.cpu.blocks import Int8Blocks
 from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.cpu.quantizers import quantized_copy
-from rapid_llm.engine.kept.fingerprint import fingerprint, mixed
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.model_state import ModelState
+from rapid_llm.engine.prefix_cache.fingerprint import fingerprint, mixed
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError, ModelError, OutdatedKVError
 

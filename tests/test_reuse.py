@@ -23,9 +23,9 @@ from kept_prompts import (
     text,
 )
 
-from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.kv_cache import kv_nbytes
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
 

@@ -45,8 +45,8 @@ def _short(monkeypatch) -> None:
     """Prompts, chunks, and what goes to a file."""
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", CHUNK)
     monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_pieces", PIECES)
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_SAVING", 2 * CHUNK)
-    monkeypatch.setattr("rapid_llm.engine.kept.prefixes.WORTH_LOADING", CHUNK)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_SAVING", 2 * CHUNK)
+    monkeypatch.setattr("rapid_llm.engine.prefix_cache.prefixes.WORTH_LOADING", CHUNK)
     monkeypatch.setattr(compressed, "BUDGET", 64)
 
 

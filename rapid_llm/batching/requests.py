@@ -9,8 +9,8 @@ from functools import cached_property
 from queue import SimpleQueue
 from typing import TypeAlias
 
-from rapid_llm.engine.kept.chain import PassChain
-from rapid_llm.engine.kept.reading import prefill_of
+from rapid_llm.engine.prefix_cache.chain import PassChain
+from rapid_llm.engine.prefix_cache.reading import prefill_of
 from rapid_llm.errors import GenerationTimeoutError
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request

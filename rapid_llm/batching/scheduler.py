@@ -24,8 +24,8 @@ from rapid_llm.batching.rounds import run_round
 from rapid_llm.batching.sequence import Sequence
 from rapid_llm.config import EngineConfig
 from rapid_llm.errors import InvalidParameterError, RapidError
+from rapid_llm.generation_factory import GenerationFactory
 from rapid_llm.interface import Decoder, GenerationRequest
-from rapid_llm.opening import Opener
 from rapid_llm.options import changed
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
@@ -39,11 +39,11 @@ class Models(Protocol):
 
     Attributes:
         max_sequences: maximum number of requests under way.
-        opener: opener of generations.
+        generations: factory of generations.
     """
 
     max_sequences: int
-    opener: Opener
+    generations: GenerationFactory
 
     def request(self, *prompts: Any, **options: Any) -> Request:
         """Validate a call, and encode its prompts; no model runs."""
@@ -101,7 +101,7 @@ class Scheduler(Decoder):
         """
         validated = self._validated(request)
         if self._sharded:
-            return self.decoder.opener.answer(validated, time.perf_counter(), request.progress)
+            return self.decoder.generations.answer(validated, time.perf_counter(), request.progress)
         stream = DeltaStream()
         return stream.of(self._submit(validated, request.progress, stream.put))
 
@@ -163,7 +163,7 @@ class Scheduler(Decoder):
 
         The scheduler's would be at another pass on each rank when the caller closes a stream.
         """
-        return self.decoder.opener.pair.target.ranks is not None
+        return self.decoder.generations.pair.target.ranks is not None
 
     def _one_by_one(
         self, requests: list[_Checked], return_exceptions: bool
@@ -175,7 +175,9 @@ class Scheduler(Decoder):
             try:
                 if isinstance(checked.request, Exception):
                     raise checked.request
-                yield from self.decoder.opener.answer(checked.request, started, checked.progress)
+                yield from self.decoder.generations.answer(
+                    checked.request, started, checked.progress
+                )
             except Exception as error:
                 if not return_exceptions:
                     raise
@@ -275,7 +277,7 @@ class Scheduler(Decoder):
             # The first is opened as a single call is, so that a request that stays alone gets what
             # a single call gets, to the bit; those beside it borrow from its cache.
             joined = bool(self._running) and self._joins(ticket)
-            started = Sequence(ticket, self.decoder.opener, joined=joined)
+            started = Sequence(ticket, self.decoder.generations, joined=joined)
             started.start()
             if started.wanted is not None:
                 self._running.append(started)
@@ -344,7 +346,7 @@ class Scheduler(Decoder):
             return False
         request = ticket.request
         try:
-            return self.decoder.opener.prefixes.will_share(
+            return self.decoder.generations.prefixes.will_share(
                 request.runner, ticket.chain, len(request.prompt)
             )
         except RapidError:  # of its model, which is told to it when it starts

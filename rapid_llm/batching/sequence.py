@@ -13,7 +13,7 @@ from rapid_llm.batching.requests import Ticket
 from rapid_llm.engine.session import Extend
 from rapid_llm.engine.steps import Wanted, answered, sent, thrown
 from rapid_llm.generation import Generation
-from rapid_llm.opening import Opener
+from rapid_llm.generation_factory import GenerationFactory
 from rapid_llm.results import Delta
 
 
@@ -22,7 +22,7 @@ class Sequence:
 
     Args:
         ticket: the request.
-        opener: opens its generation.
+        generations: factory of its generation.
         joined: whether it is opened to share KV and passes with others; one that is not may still
             lend its KV, and join their passes.
 
@@ -33,14 +33,14 @@ class Sequence:
         starved: the error of one that found no memory before its first delta; None otherwise.
     """
 
-    def __init__(self, ticket: Ticket, opener: Opener, *, joined: bool) -> None:
+    def __init__(self, ticket: Ticket, generations: GenerationFactory, *, joined: bool) -> None:
         self.ticket = ticket
         self.wanted: Extend | None = None
         self.by_itself = not joined
         self.starved: torch.OutOfMemoryError | None = None
         self._begun = False
         self._joined = joined
-        self._opener = opener
+        self._generations = generations
         self._context = ExitStack()
         self._generation: Generation | None = None
         self._steps: Generator[Wanted | Delta, Any, None] | None = None
@@ -55,9 +55,9 @@ class Sequence:
         request = self.ticket.request
 
         def begin() -> Wanted | Delta | None:
-            opened = self._opener.open(request, self.ticket.started, joined=self._joined)
+            opened = self._generations.open(request, self.ticket.started, joined=self._joined)
             self._generation = self._context.enter_context(opened)
-            self._steps = self._opener.steps(request, self._generation, self.ticket.progress)
+            self._steps = self._generations.steps(request, self._generation, self.ticket.progress)
             return next(self._steps, None)
 
         self._go_on(begin)

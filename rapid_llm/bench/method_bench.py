@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rapid_llm.batching import GenerationRequest
-from rapid_llm.bench.harness import Bench, Step
+from rapid_llm.bench.base import Bench, Step
 from rapid_llm.bench.questions import peer_tokens_per_second, question_rows, tokens_per_second
 from rapid_llm.bench.report import Row
 from rapid_llm.bench.timing import Stamps
@@ -249,7 +249,7 @@ class MethodBench(Bench):
         for name, draft in (("lc", None), ("rapid", work.draft)):
             request = GenerationRequest(work.target, draft, sampling=sampling)
             asked = [request] * max(self._questions)
-            ways[name] = partial(tokens_per_second, self._decoder, self._decoder.opener, asked)
+            ways[name] = partial(tokens_per_second, self._decoder, self._decoder.generations, asked)
         yield from question_rows(self._questions, ways, self._turns(self._repeats))
         self._decoder.clear_cache()  # the peer fills the memory that is free
         peer = partial(peer_tokens_per_second, self._model, work.target, self._new_tokens)

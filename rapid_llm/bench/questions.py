@@ -20,23 +20,25 @@ from rapid_llm.bench.report import Row
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.steps import Wanted
 from rapid_llm.generation import Generation
-from rapid_llm.opening import Opener
+from rapid_llm.generation_factory import GenerationFactory
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
 from rapid_llm.results import Delta
 
 
 @dataclass(frozen=True)
-class CoinOpener(Opener):
+class CoinFactory(GenerationFactory):
     """Opens generations whose drafted tokens are accepted by coin, with probability a each."""
 
     a: float = 0.8
     coins: random.Random = field(default_factory=lambda: random.Random(0))
 
     @classmethod
-    def of(cls, opener: Opener, a: float) -> CoinOpener:
+    def of(cls, generations: GenerationFactory, a: float) -> CoinFactory:
         """One for the models and the KV of another."""
-        return cls(**{each.name: getattr(opener, each.name) for each in fields(opener)}, a=a)
+        return cls(
+            **{each.name: getattr(generations, each.name) for each in fields(generations)}, a=a
+        )
 
     def steps(
         self, request: Request, generation: Generation, progress: PromptProgress | None
@@ -83,13 +85,18 @@ def question_rows(
 
 
 def tokens_per_second(
-    decoder: RapidDecoder, opener: Opener, requests: Sequence[GenerationRequest], count: int
+    decoder: RapidDecoder,
+    generations: GenerationFactory,
+    requests: Sequence[GenerationRequest],
+    count: int,
 ) -> float | None:
     """Tokens a second of the first ``count`` requests together, while all of them decode.
 
     None if an answer ended before the last one began.
     """
-    models: Any = SimpleNamespace(opener=opener, request=decoder.request, max_sequences=count)
+    models: Any = SimpleNamespace(
+        generations=generations, request=decoder.request, max_sequences=count
+    )
     stream = Scheduler(models).stream_many(requests[:count])
     begun: set[int] = set()
     tokens, started, last = 0, 0.0, 0.0

@@ -20,8 +20,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from rapid_llm.batching import GenerationRequest
-from rapid_llm.bench.harness import QUESTION, Bench, Step
-from rapid_llm.bench.questions import CoinOpener, question_rows, tokens_per_second
+from rapid_llm.bench.base import QUESTION, Bench, Step
+from rapid_llm.bench.questions import CoinFactory, question_rows, tokens_per_second
 from rapid_llm.bench.report import Row
 from rapid_llm.bench.speed_model import require
 from rapid_llm.bench.timing import Stamps, Stopwatch, host_calls, wait_for
@@ -253,7 +253,8 @@ class ShapeBench(Bench):
         """Tokens a second of several questions at once, plainly and with simulated acceptance."""
         with self._open(context, draft=False):
             pass  # the document's KV, which is random, is kept
-        document, opener = self._tokens(context, context)[:-QUESTION], self._decoder.opener
+        document = self._tokens(context, context)[:-QUESTION]
+        generations = self._decoder.generations
         sampling = replace(self._sampling, max_new_tokens=_ASKED)
         plain = [
             GenerationRequest(document + self._tokens(QUESTION), sampling=sampling)
@@ -265,9 +266,9 @@ class ShapeBench(Bench):
             for one in plain
         ]
         speed = partial(tokens_per_second, self._decoder)
-        coins = {f"RAPID, a = {a:g}": CoinOpener.of(opener, a) for a in self._acceptances}
+        coins = {f"RAPID, a = {a:g}": CoinFactory.of(generations, a) for a in self._acceptances}
         ways = {name: partial(speed, coin, drafted) for name, coin in coins.items()}
-        ways = {"plain": partial(speed, opener, plain), **ways}
+        ways = {"plain": partial(speed, generations, plain), **ways}
         yield from question_rows(self._questions, ways, self._turns(2), coins)
 
     # --- helpers -------------------------------------------------------------------------------

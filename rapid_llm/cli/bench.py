@@ -20,7 +20,7 @@ from rapid_llm.errors import InvalidParameterError
 from rapid_llm.figure import draw_bars, new_figure
 
 if TYPE_CHECKING:
-    from rapid_llm.bench.harness import Bench
+    from rapid_llm.bench.base import Bench
 
 _WIDTH = 132
 _DRAWN = ("tokens/s", "ms/token", "ms")  # units of the bar charts

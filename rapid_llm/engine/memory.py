@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TypeVar
 
 import torch
 
-TRIES = 4
-"""Attempts after which memory may run out: a step may capture several graphs."""
+_TRIES = 4  # attempts after which memory may run out: a step may capture several graphs
 
 _T = TypeVar("_T")
+
+
+def attempts(free: Callable[[], object]) -> Iterator[AbstractContextManager[bool | None]]:
+    """Contexts, one an attempt, in which a step that fits into memory is to return.
+
+    All but the last suppress that memory runs out, after which ``free`` is called.
+
+    Args:
+        free: function that frees idle memory.
+    """
+    for _ in range(_TRIES):
+        yield suppress(torch.OutOfMemoryError)  # its traceback would keep tensors alive
+        free()
+    yield nullcontext()
 
 
 def with_memory(step: Callable[[], _T], free: Callable[[], object]) -> _T:
@@ -24,8 +37,7 @@ def with_memory(step: Callable[[], _T], free: Callable[[], object]) -> _T:
     Raises:
         torch.OutOfMemoryError: memory is short although all idle memory was freed.
     """
-    for _ in range(TRIES):
-        with suppress(torch.OutOfMemoryError):  # its traceback would keep tensors alive
+    for attempt in attempts(free):
+        with attempt:
             return step()
-        free()
-    return step()
+    raise AssertionError("the last attempt returns or raises")

@@ -180,7 +180,7 @@ class _Form:
 
     def begin(self, started: Started) -> None:
         """Note what both models read."""
-        self._grounded = started.grounded
+        self._grounded = started.prompts
         self._pieces = None
         if self.request.rapid.return_tokens:
             own = stop_strings(generation_config(self._service.decoder.target.model))

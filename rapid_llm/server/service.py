@@ -19,8 +19,8 @@ from rapid_llm.options import changed
 from rapid_llm.server.admission import Admission
 from rapid_llm.server.errors import ApiError
 from rapid_llm.server.files import FileStore
-from rapid_llm.server.grounding import Grounded, Grounder
 from rapid_llm.server.metrics import Metrics
+from rapid_llm.server.prompts import PromptBuilder, Prompts
 from rapid_llm.server.protocol import ChatRequest, CompletionRequest, Request
 from rapid_llm.server.settings import ServerConfig
 from rapid_llm.stats import Stats
@@ -45,12 +45,12 @@ class Started:
 
     Attributes:
         progress: progress of the prefill: the model, tokens read, tokens in all.
-        grounded: prompts of both models.
+        prompts: prompts of both models.
         sampling: the sampling options in effect.
     """
 
     progress: list[tuple[str, int, int]]
-    grounded: Grounded
+    prompts: Prompts
     sampling: SamplingParams
 
 
@@ -94,7 +94,9 @@ class Service:
         self.metrics = Metrics(decoder, self.admission)
         folder = None if retrieval.store is None else Path(retrieval.store) / "files"
         self.files = FileStore(folder, config.max_files_bytes)
-        self._grounder = Grounder(decoder, self.files, retrieval, config.max_documents, embedder)
+        self._prompt_builder = PromptBuilder(
+            decoder, self.files, retrieval, config.max_documents, embedder
+        )
         self._engine = decoder.scheduler  # requests are answered at once
         self._models = SimpleNamespace(
             tokenizer=decoder.tokenizer,
@@ -159,14 +161,14 @@ class Service:
             asked = self._chat(request, call)
         else:
             asked = self._completion(cast(CompletionRequest, request), call)
-        grounded, tokens = asked.grounded, list[int]()
+        prompts, tokens = asked.prompts, list[int]()
         last: Stats | None = None
         try:
             with closing(cast(Any, asked.parts)):
-                yield Started(call.progress, grounded, sampling)
+                yield Started(call.progress, prompts, sampling)
                 for part in asked.parts:
-                    part.stats.omitted_tokens = grounded.omitted_tokens
-                    part.stats.draft_skipped = grounded.skipped or part.stats.draft_skipped
+                    part.stats.omitted_tokens = prompts.omitted_tokens
+                    part.stats.draft_skipped = prompts.skipped or part.stats.draft_skipped
                     last = part.stats
                     tokens += part.token_ids
                     if part.finish_reason is not None and request.scored is not None and tokens:
@@ -183,24 +185,24 @@ class Service:
             request.parallel_tool_calls,
             request.response_format,
         )
-        grounded = self._ground(request, request.messages, options, call)
-        if grounded.empty:
-            return _nothing(grounded)
+        prompts = self._build_prompts(request, request.messages, options, call)
+        if prompts.empty:
+            return _nothing(prompts)
         parts = stream_chat(
             cast("RapidDecoder", self._models),
-            grounded.target,
-            grounded.draft,
+            prompts.target,
+            prompts.draft,
             options=options,
-            confidence=grounded.confidence,
+            confidence=prompts.confidence,
             **call.arguments,
         )
         variables = {**call.variables, **options.template_variables()}
-        return _Asked(grounded, grounded.target, grounded.draft, variables, parts)
+        return _Asked(prompts, prompts.target, prompts.draft, variables, parts)
 
     def _completion(self, request: CompletionRequest, call: _Call) -> _Asked:
         prompt: Any = request.one_prompt
         draft: Any = request.rapid.draft_prompt
-        grounded = Grounded(None, None, request.rapid.confidence)
+        prompts = Prompts(None, None, request.rapid.confidence)
         if request.documents is not None:
             if draft is not None:
                 raise InvalidParameterError(
@@ -208,18 +210,16 @@ class Service:
                     "documents in it, or leave the draft to the server"
                 )
             question = [{"role": "user", "content": prompt}]
-            grounded = self._ground(request, question, ChatOptions(), call)
-            if grounded.empty:
-                return _nothing(grounded)
-            prompt, draft = grounded.target, grounded.draft
+            prompts = self._build_prompts(request, question, ChatOptions(), call)
+            if prompts.empty:
+                return _nothing(prompts)
+            prompt, draft = prompts.target, prompts.draft
         elif request.rapid.method == "rag":
             prompt = None
         elif request.rapid.method == "lc":
             draft = None
-        deltas = self._engine.stream(
-            prompt, draft, confidence=grounded.confidence, **call.arguments
-        )
-        return _Asked(grounded, prompt, draft, call.variables, _as_parts(deltas))
+        deltas = self._engine.stream(prompt, draft, confidence=prompts.confidence, **call.arguments)
+        return _Asked(prompts, prompt, draft, call.variables, _as_parts(deltas))
 
     def _scored(self, asked: _Asked, tokens: list[int], top: int) -> Scored:
         """Probabilities of the tokens for the model that answered."""
@@ -233,14 +233,16 @@ class Service:
         ended = tokens[-1] in self.decoder.tokenizer.all_special_ids
         return Scored(tuple(logprobs[: len(logprobs) - ended]))
 
-    def _ground(
+    def _build_prompts(
         self, request: Request, messages: list[dict[str, Any]], options: ChatOptions, call: _Call
-    ) -> Grounded:
+    ) -> Prompts:
         """What both models read, where tools are shown to them too."""
         own = self.decoder.chat_template_kwargs
         variables = {**own, **call.variables, **options.template_variables()}
         draft = request.rapid.draft_messages
-        return self._grounder.ground(request, messages, draft, call.sampling, variables, call.check)
+        return self._prompt_builder.build(
+            request, messages, draft, call.sampling, variables, call.check
+        )
 
 
 class _Call(NamedTuple):
@@ -271,20 +273,20 @@ class _Call(NamedTuple):
 class _Asked(NamedTuple):
     """What the models were asked: both prompts, variables of the template, and the answer."""
 
-    grounded: Grounded
+    prompts: Prompts
     target: Any
     draft: Any
     variables: dict[str, Any]
     parts: Iterator[ChatDelta]
 
 
-def _nothing(grounded: Grounded) -> _Asked:
+def _nothing(prompts: Prompts) -> _Asked:
     """The empty answer where nothing was retrieved."""
 
     def parts() -> Iterator[ChatDelta]:
         yield ChatDelta("", "", (), (), "stop", Stats())
 
-    return _Asked(grounded, None, None, {}, parts())
+    return _Asked(prompts, None, None, {}, parts())
 
 
 def _as_parts(deltas: Iterator[Delta]) -> Iterator[ChatDelta]:

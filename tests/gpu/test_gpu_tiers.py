@@ -12,8 +12,8 @@ from gpu_models import DEVICE, PASSES, cuda_only, exact_products, model_on_devic
 from rapid_llm.config import SamplingParams
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.device import device_of
-from rapid_llm.engine.kept.prefixes import PrefixCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
 from rapid_llm.engine.session import Session
 
 pytestmark = [*on_gpu, cuda_only]

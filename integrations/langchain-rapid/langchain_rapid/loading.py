@@ -1,4 +1,4 @@
-"""Load the models that options name, once for all copies of an object; take a given decoder."""
+"""Take a given decoder, or the models of a server, in the place of the options that load models."""
 
 from __future__ import annotations
 
@@ -7,49 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from rapid_llm.config import EngineConfig, RemoteConfig
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.forked import Owner, ProcessLock
 from rapid_llm.options import options_of
 
 if TYPE_CHECKING:
-    from rapid_llm.decoder import RapidDecoder
     from rapid_llm.remote import RemoteDecoder
-
-
-class LoadedDecoders:
-    """Loaded decoders by their configs, shared by copies of a model.
-
-    Pickled models and forked processes load their own.
-    """
-
-    def __init__(self) -> None:
-        self._decoders: list[tuple[EngineConfig, RapidDecoder]] = []
-        self._lock = ProcessLock()
-        self._loaded_in = Owner("the models")
-
-    def get(self, config: EngineConfig) -> RapidDecoder:
-        """The decoder of a config, loaded at the first use."""
-        with self._lock:
-            if not self._loaded_in.here:
-                self._decoders, self._loaded_in = [], Owner("the models")
-            for known, decoder in self._decoders:
-                if known == config:
-                    return decoder
-            from rapid_llm.decoder import RapidDecoder
-
-            decoder = RapidDecoder.from_config(config)
-            self._decoders.append((config, decoder))
-            return decoder
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LoadedDecoders)  # models are equal whatever they have loaded
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: object) -> LoadedDecoders:
-        return self
-
-    def __reduce__(self) -> tuple[type[LoadedDecoders], tuple[()]]:
-        return LoadedDecoders, ()
 
 
 def on_server(values: Mapping[str, Any]) -> RemoteDecoder:

@@ -17,6 +17,7 @@ from rapid_llm.config import EngineConfig, RetrievalConfig
 from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.field_help import with_field_help
+from rapid_llm.loaded_decoders import LoadedDecoders
 from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import options_of, require, without_secrets
 from typing_extensions import Self
@@ -26,7 +27,7 @@ from langchain_rapid.batches import AT_ONCE
 from langchain_rapid.documents import FullDocuments
 from langchain_rapid.encoding import Written
 from langchain_rapid.errors import RetrievalError
-from langchain_rapid.loading import LoadedDecoders, names_of_decoder, on_server
+from langchain_rapid.loading import names_of_decoder, on_server
 from langchain_rapid.options import (
     OPTIONS,
     Call,

@@ -19,8 +19,8 @@ from llama_index.core.utils import get_tokenizer
 from llama_index.llms.rapid import RapidLLM, RapidSynthesizer
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.generation_factory import GenerationFactory
 from rapid_llm.models import LoadedModel
-from rapid_llm.opening import Opener
 
 QA = PromptTemplate("Text: {context_str}\nQuestion: {query_str}\nAnswer:")
 LINE = "The lighthouse was built in 1871."
@@ -269,13 +269,13 @@ def test_variables_of_the_template_reach_the_prompt(make_decoder, monkeypatch):
     decoder = make_decoder()
     decoder.tokenizer.chat_template = THINKING
     read = []
-    original = Opener.open
+    original = GenerationFactory.open
 
     def opened(self, request, *arguments, **options):
         read.append(decoder.tokenizer.decode(request.prompt)[-6:].strip())
         return original(self, request, *arguments, **options)
 
-    monkeypatch.setattr(Opener, "open", opened)
+    monkeypatch.setattr(GenerationFactory, "open", opened)
     thinks = RapidLLM(decoder=decoder, max_tokens=1)
     answers = RapidLLM(
         decoder=decoder, max_tokens=1, chat_template_kwargs={"enable_thinking": False}

@@ -31,6 +31,20 @@ _STABLE_KEYS = ("file_path", "url", "file_name")
 _ID, _OWN = "ref_doc_id", "node_id"
 
 
+def require_whole(documents: object) -> None:
+    """Refuse documents that cannot be searched for a retrieved text.
+
+    Raises:
+        InvalidParameterError: they are a docstore.
+    """
+    if isinstance(documents, BaseDocumentStore):
+        raise InvalidParameterError(
+            "a docstore is not allowed as RapidLLM(documents=...), which looks for the retrieved "
+            "text in every document, because a docstore may hold chunks only: pass the list of "
+            "documents, or give the docstore to RapidSynthesizer"
+        )
+
+
 class Library:
     """The given documents, in any form.
 

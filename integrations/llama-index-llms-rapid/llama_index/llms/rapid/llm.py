@@ -21,14 +21,13 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.prompts import BasePromptTemplate
-from llama_index.core.storage.docstore import BaseDocumentStore
 
 from llama_index.llms.rapid import loading
 from llama_index.llms.rapid.calls import Call, alast_of, last_of
 from llama_index.llms.rapid.catalog import DocumentKey
 from llama_index.llms.rapid.chats import chat_call, taken_options
 from llama_index.llms.rapid.counting import count_with
-from llama_index.llms.rapid.documents import Library
+from llama_index.llms.rapid.documents import Library, require_whole
 from llama_index.llms.rapid.fields import (
     KNOWN,
     WORDS,
@@ -52,9 +51,8 @@ from llama_index.llms.rapid.templates import (
 from llama_index.llms.rapid.windows import grounded_call, template_variables
 from rapid_llm.aio import in_thread
 from rapid_llm.config import EngineConfig
-from rapid_llm.errors import InvalidParameterError
 from rapid_llm.field_help import with_field_help
-from rapid_llm.forked import Owner, ProcessLock
+from rapid_llm.loaded_decoders import LoadedDecoders
 from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import without_secrets
 
@@ -134,10 +132,8 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         "are parts of one; by default file_path.",
     )
 
-    _loaded: dict[str, tuple[EngineConfig, Any]] = PrivateAttr(default_factory=dict)
-    _loaded_in: Owner = PrivateAttr(default_factory=lambda: Owner("the models"))
-    _loading: ProcessLock = PrivateAttr(default_factory=ProcessLock)
-    _was_given: bool = PrivateAttr(default=False)
+    _loaded: LoadedDecoders = PrivateAttr(default_factory=LoadedDecoders)
+    _given: tuple[EngineConfig | None, Any] = PrivateAttr(default=(None, None))
     _known: tuple[Any, DocumentKey | None, Library] | None = PrivateAttr(default=None)
 
     def __init__(
@@ -164,15 +160,9 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
             given["model"] = decoder.target.name
         super().__init__(**fields, **given)
         if decoder is not None:
-            self._was_given = True
-            self._loaded = {self.model: (loading.of_models(self._options({}).engine), decoder)}
-        if isinstance(self.documents, BaseDocumentStore):
-            raise InvalidParameterError(
-                "a docstore is not allowed as RapidLLM(documents=...), which looks for the "
-                "retrieved text in every document, because a docstore may hold chunks only: pass "
-                "the list of documents, or give the docstore to RapidSynthesizer"
-            )
+            self._given = loading.of_models(self._options({}).engine, own=True), decoder
         if self.documents is not None:
+            require_whole(self.documents)
             Library(self.documents, self.document_key)
         watch_engines()
         if preload:
@@ -196,8 +186,6 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         # Without secrets; where the pickle is opened, the environment has the token.
         bare = self.model_copy(update={n: without_secrets(getattr(self, n)) for n in private})
         bare._known = bare.api_key = None
-        if not self._was_given:  # the pickle names the models, which are loaded where it is opened
-            bare._loaded = {}
         return super(RapidLLM, bare).__getstate__()
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
@@ -219,16 +207,15 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         return self._decoder_for(self._options({}).engine)
 
     def _decoder_for(self, engine: EngineConfig) -> RapidDecoder:
-        """The models of a call, loaded at the first use and when their options change."""
-        wanted = loading.of_models(engine)
-        with self._loading:  # calls at once share one decoder, which reads a document once
-            if not (self._was_given or self._loaded_in.here):  # a forked process loads them anew
-                self._loaded, self._loaded_in = {}, Owner("the models")
-            loaded, decoder = self._loaded.get(wanted.model, (None, None))
-            if loaded != wanted:
-                decoder = loading.load(wanted, own=wanted.model == self.model)
-                self._loaded = {**self._loaded, wanted.model: (wanted, decoder)}
-        return cast("RapidDecoder", decoder)
+        """The models of a call: those that were given, or loaded ones."""
+        own = engine.model == self.model
+        wanted = loading.of_models(engine, own=own)
+        load = partial(loading.load, own=own)
+        return self._given_for(wanted) or self._loaded.get(wanted, load)
+
+    def _given_for(self, wanted: EngineConfig) -> RapidDecoder | None:
+        options, decoder = self._given
+        return cast("RapidDecoder", decoder) if options == wanted else None
 
     @property
     def _library(self) -> Library:
@@ -262,8 +249,8 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
 
     def to_payload(self) -> dict[str, Any]:
         """Description of this LLM for callbacks and events."""
-        loaded, _ = self._loaded.get(self.model, (None, None))
-        if loaded != loading.of_models(self._options({}).engine):
+        wanted = loading.of_models(self._options({}).engine, own=True)
+        if self._given_for(wanted) is None and self._loaded.find(wanted) is None:
             # Callbacks must not load the model, least of all in an event loop.
             return {"class_name": self.class_name(), "model_name": self.model}
         return super().to_payload()

@@ -17,9 +17,20 @@ if TYPE_CHECKING:
     from rapid_llm.remote import RemoteDecoder
 
 
-def of_models(engine: EngineConfig) -> EngineConfig:
-    """Options that loaded models depend on: all but the template's variables, which calls give."""
-    return replace(engine, chat_template_kwargs={})
+def of_models(engine: EngineConfig, *, own: bool) -> EngineConfig:
+    """Options that loaded models depend on: all but the template's variables, which calls give.
+
+    Args:
+        engine: options of a call.
+        own: whether they name the object's own model; ``hub_options`` of another ``model`` of a
+            call are only those for access to a hub.
+    """
+    hub = dict(engine.hub_options)
+    if hub and not own:
+        from rapid_llm.models import HUB_ACCESS
+
+        hub = {name: value for name, value in hub.items() if name in HUB_ACCESS}
+    return replace(engine, chat_template_kwargs={}, hub_options=hub)
 
 
 def load(engine: EngineConfig, *, own: bool) -> RapidDecoder:
@@ -27,19 +38,13 @@ def load(engine: EngineConfig, *, own: bool) -> RapidDecoder:
 
     Args:
         engine: the config.
-        own: whether they are the object's own models, with whose tokenizer LlamaIndex is to count,
-            rather than another ``model`` of a call, to which only ``hub_options`` for access to a
-            hub apply.
+        own: whether they are the object's own models, with whose tokenizer LlamaIndex is to count.
 
     Raises:
         ModelError: a model cannot be loaded.
     """
     from rapid_llm.decoder import RapidDecoder
-    from rapid_llm.models import HUB_ACCESS
 
-    if not own:
-        access = {k: v for k, v in engine.hub_options.items() if k in HUB_ACCESS}
-        engine = replace(engine, hub_options=access)
     decoder = RapidDecoder.from_config(engine)
     if own:
         count_with(decoder.tokenizer)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rapid_llm.engine.kept.chain import PassChain, TokenIds
-from rapid_llm.engine.kept.tiers import ReaderState, Tier
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.chain import PassChain, TokenIds
+from rapid_llm.engine.prefix_cache.tiers import ReaderState, Tier
 
 
 @dataclass(frozen=True)

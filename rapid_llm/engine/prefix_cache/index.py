@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-from rapid_llm.engine.kept.chain import PassChain
+from rapid_llm.engine.prefix_cache.chain import PassChain
 
 T = TypeVar("T", bound=Hashable)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
-from rapid_llm.engine.kept.chain import PassChain
-from rapid_llm.engine.kept.index import PrefixIndex
 from rapid_llm.engine.kv_cache import KVOrigin
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.chain import PassChain
+from rapid_llm.engine.prefix_cache.index import PrefixIndex
 from rapid_llm.engine.rounding import rounding
 
 Tier = Literal["device", "host", "disk"]

@@ -208,7 +208,7 @@ class Bench(ABC):
         request = self._decoder.request(
             prompt, retrieved, sampling=self._sampling, speculation=speculation
         )
-        with self._decoder.opener.open(request, time.perf_counter()) as generation:
+        with self._decoder.generations.open(request, time.perf_counter()) as generation:
             if generation.target.length == 0:
                 self._decoder.clear_cache()  # no other kept KV is used again
             self._fill(generation.target, prompt[:-1])

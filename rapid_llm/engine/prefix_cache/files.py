@@ -10,14 +10,14 @@ from weakref import WeakKeyDictionary
 
 from safetensors import SafetensorError
 
-from rapid_llm.engine.kept import file_format
-from rapid_llm.engine.kept.chain import PassChain, TokenIds
-from rapid_llm.engine.kept.fingerprint import fingerprint
-from rapid_llm.engine.kept.folder import SUFFIX, Folder, Version, version_of
-from rapid_llm.engine.kept.host import COVERED
-from rapid_llm.engine.kept.index import PrefixIndex
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache import file_format
+from rapid_llm.engine.prefix_cache.chain import PassChain, TokenIds
+from rapid_llm.engine.prefix_cache.fingerprint import fingerprint
+from rapid_llm.engine.prefix_cache.folder import SUFFIX, Folder, Version, version_of
+from rapid_llm.engine.prefix_cache.host import COVERED
+from rapid_llm.engine.prefix_cache.index import PrefixIndex
 from rapid_llm.engine.rounding import rounding
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine.device import device_of
-from rapid_llm.engine.kept.chain import PassChain
-from rapid_llm.engine.kept.tiers import PrefixTier, ReaderState
 from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.prefix_cache.chain import PassChain
+from rapid_llm.engine.prefix_cache.tiers import PrefixTier, ReaderState
 
 COVERED = 0.9
 """Share of a prefix that a farther tier must hold already for the prefix not to be copied there."""

@@ -10,10 +10,10 @@ from typing import Any
 
 from rapid_llm.encoding import encode_literal
 from rapid_llm.engine.costs import ROOM
-from rapid_llm.engine.kept.prefixes import PrefixCache
-from rapid_llm.engine.kept.reading import Lease
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
+from rapid_llm.engine.prefix_cache.reading import Lease
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
 from rapid_llm.engine.steps import Wanted, each_alone
@@ -30,8 +30,8 @@ from rapid_llm.text import TextStream
 
 
 @dataclass(frozen=True)
-class Opener:
-    """Opens generations.
+class GenerationFactory:
+    """Makes the generations of validated requests.
 
     Attributes:
         pair: target and drafter.

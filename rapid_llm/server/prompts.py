@@ -36,7 +36,7 @@ _BUILDERS = 16  # retrievers kept, one for each set of options that requests bri
 
 
 @dataclass(frozen=True)
-class Grounded:
+class Prompts:
     """Prompts of both models.
 
     Attributes:
@@ -93,8 +93,8 @@ class _Draft:
     chunks: tuple[dict[str, Any], ...] = field(default=())
 
 
-class Grounder:
-    """Finds out what both models read.
+class PromptBuilder:
+    """Builds the prompts of both models for requests.
 
     Args:
         decoder: the models.
@@ -122,7 +122,7 @@ class Grounder:
         self._builders: OrderedDict[RetrievalConfig, ContextBuilder] = OrderedDict()
         self._lock = Lock()
 
-    def ground(
+    def build(
         self,
         request: Request,
         messages: Sequence[Mapping[str, Any]],
@@ -130,7 +130,7 @@ class Grounder:
         sampling: SamplingParams,
         variables: Mapping[str, Any],
         check: Callable[[], None],
-    ) -> Grounded:
+    ) -> Prompts:
         """Build the prompts of a request; the documents stand in the first user message.
 
         Args:
@@ -156,8 +156,8 @@ class Grounder:
                     f"method={method!r} needs documents, or a draft of rapid: pass one of them"
                 )
             if method == "rag":
-                return Grounded(None, own, request.rapid.confidence)
-            return Grounded(chat, None if method == "lc" else own, request.rapid.confidence)
+                return Prompts(None, own, request.rapid.confidence)
+            return Prompts(chat, None if method == "lc" else own, request.rapid.confidence)
         options = changed(self._retrieval, request.options(RetrievalConfig))
         self._limit(request)
         documents = self._documents(request, options)
@@ -166,8 +166,8 @@ class Grounder:
             found = self._draft(request, documents, chat, options, sampling, variables, check)
         names = tuple(document.id for document in documents)
         if found.skipped is not None and options.on_empty == "empty":
-            return Grounded(None, None, skipped=found.skipped, empty=True, document_ids=names)
-        grounded = Grounded(
+            return Prompts(None, None, skipped=found.skipped, empty=True, document_ids=names)
+        prompts = Prompts(
             None,
             with_document(chat, found.text) if found.text else own,
             min(found.confidence, request.rapid.confidence),
@@ -175,8 +175,8 @@ class Grounder:
             document_ids=names,
             chunks=found.chunks,
         )
-        if method == "rag" and grounded.draft is not None:
-            return grounded
+        if method == "rag" and prompts.draft is not None:
+            return prompts
 
         def render(texts: Sequence[str]) -> list[Message]:
             return with_document(chat, SEPARATOR.join(text for text in texts if text.strip()))
@@ -192,7 +192,7 @@ class Grounder:
             chat_template_kwargs=variables,
         )
         target = cast("Sequence[Message]", whole.prompt)  # what render returns
-        return replace(grounded, target=target, omitted_tokens=whole.omitted_tokens)
+        return replace(prompts, target=target, omitted_tokens=whole.omitted_tokens)
 
     def _limit(self, request: Request) -> None:
         for name in ("documents", "chunks"):

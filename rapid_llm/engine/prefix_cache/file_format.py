@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rapid_llm.engine.kept.chain import TokenIds
-from rapid_llm.engine.kept.fingerprint import bytes_of
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin, kv_shape
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.placement import layer_devices
+from rapid_llm.engine.prefix_cache.chain import TokenIds
+from rapid_llm.engine.prefix_cache.fingerprint import bytes_of
 
 FORMAT = "rapid-llm-kv/2"
 

@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from rapid_llm.engine.kept.chain import PassChain, TokenIds
-from rapid_llm.engine.kept.files import KVFiles
-from rapid_llm.engine.kept.host import DevicePrefix, HostPrefix, HostTier
-from rapid_llm.engine.kept.reading import Lease, Reading, prefill_of
-from rapid_llm.engine.kept.tiers import PrefixTier, ReaderState, Tier
 from rapid_llm.engine.kv_cache import KVCache, kv_nbytes
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.prefix_cache.chain import PassChain, TokenIds
+from rapid_llm.engine.prefix_cache.files import KVFiles
+from rapid_llm.engine.prefix_cache.host import DevicePrefix, HostPrefix, HostTier
+from rapid_llm.engine.prefix_cache.reading import Lease, Reading, prefill_of
+from rapid_llm.engine.prefix_cache.tiers import PrefixTier, ReaderState, Tier
 from rapid_llm.errors import InvalidParameterError
 
 WORTH_LOADING = 256
