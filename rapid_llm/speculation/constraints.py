@@ -262,20 +262,19 @@ class Matcher:
 
     def _reach(self, drafted: Sequence[int]) -> None:
         """Read drafted tokens, except those that the previous call has read."""
-        same = 0
-        for known, token in zip(self._drafted, drafted, strict=False):
-            if known != token:
-                break
-            same += 1
-        if same == len(drafted):
+        wanted = list(drafted)
+        same = len(wanted)
+        while self._drafted[:same] != wanted[:same]:
+            same -= 1
+        if same == len(wanted):
             return
         started = time.perf_counter()
-        self._forget(same)
-        for token in drafted[same:]:
+        if same < len(self._drafted):
+            self._forget(same)
+        for token in wanted[same:]:
             # Tokens after the end are never part of the answer. A token that may not follow is
             # drafted only from a q of NaN, which the verification reports.
-            ended = self._read < len(self._drafted) or self._over[-1] or token in self._ends
-            ended = ended or not _has(self._rows[-1], token)
+            ended = self._over[-1] or token in self._ends or not _has(self._rows[-1], token)
             self._drafted.append(token)
             if ended:
                 self._rows.append(self._after_end())
