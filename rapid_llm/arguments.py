@@ -1,4 +1,4 @@
-"""Methods whose arguments are the fields of a dataclass, declared once for all of them."""
+"""Methods and functions whose arguments are the fields of a dataclass, declared once for all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ _T = TypeVar("_T")
 def arguments_of(
     make: Callable[_P, _Made],
 ) -> Callable[[Callable[[_Self, _Made], _T]], Callable[Concatenate[_Self, _P], _T]]:
-    """Decorator of a method that takes one object: it is called with that object's fields instead.
+    """Decorator: a method that takes one object is called with that object's fields instead.
+
+    A function with one argument before the object, in the place of ``self``, is called so too.
 
     Type checkers, editors, ``help`` and ``inspect.signature`` show the fields as its arguments.
 

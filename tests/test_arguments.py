@@ -21,13 +21,17 @@ from rapid_llm import (
 )
 from rapid_llm.batching import Scheduler
 from rapid_llm.questions import Question
+from rapid_llm.tools import answers
+from rapid_llm.tools.answers import ChatRequest
+from rapid_llm.tools.definitions import ChatOptions
 
-CALLS: list[tuple[type, str, type]] = [
+CALLS: list[tuple[Any, str, type]] = [
     *((kind, name, GenerationRequest)
       for kind in (RapidDecoder, RemoteDecoder, Scheduler)
       for name in ("generate", "stream", "astream")),
     (RapidPipeline, "ask", Question),
     (RapidPipeline, "stream", Question),
+    *((answers, name, ChatRequest) for name in ("chat", "stream_chat", "astream_chat")),
 ]  # fmt: skip
 
 
@@ -36,22 +40,25 @@ def decoder(kind: type[RapidDecoder] = RapidDecoder) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "name", "made"), CALLS)
-def test_help_shows_the_arguments_with_their_defaults(kind: type, name: str, made: type) -> None:
+def test_help_shows_the_arguments_with_their_defaults(kind: Any, name: str, made: type) -> None:
     shown = list(inspect.signature(getattr(kind, name)).parameters.values())
-    assert shown[0].name == "self"
+    assert shown[0].name == ("self" if isinstance(kind, type) else "decoder")
     assert shown[1:] == list(inspect.signature(made).parameters.values())
 
 
 @pytest.mark.parametrize(
     ("described", "made"),
-    [(RapidDecoder.stream, GenerationRequest), (RapidPipeline.stream, Question)],
+    [
+        (RapidDecoder.stream, GenerationRequest),
+        (RapidPipeline.stream, Question),
+        (answers.stream_chat, ChatRequest),
+    ],
 )
 def test_every_argument_is_described(described: Callable[..., Any], made: type) -> None:
     text = (inspect.getdoc(described) or "").split("Args:")[1].split("\n\n")[0]
     names = re.findall(r"^    ([a-z_, ]+):", text, re.MULTILINE)
-    assert [name for group in names for name in group.split(", ")] == [
-        field.name for field in fields(made)
-    ]
+    described_names = [name for group in names for name in group.split(", ") if name != "decoder"]
+    assert described_names == [field.name for field in fields(made)]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,14 @@ def test_a_wrong_name_is_an_error_that_names_the_right_one(name: str, remedy: st
             call([5, 6], **wrong)  # type: ignore[arg-type]
         assert f"unknown argument {name!r}" in str(caught.value)
         assert remedy in str(caught.value)
+
+
+def test_a_wrong_name_of_a_chat_s_argument_is_told_too() -> None:
+    for call in (answers.chat, answers.stream_chat, answers.astream_chat):
+        with pytest.raises(InvalidParameterError, match="did you mean 'options'"):
+            call(decoder(), [], option=ChatOptions())  # type: ignore[call-arg]
+        with pytest.raises(InvalidParameterError, match=r"sampling=SamplingParams\(max_new_tokens"):
+            call(decoder(), [], max_tokens=3)  # type: ignore[call-arg]
 
 
 def test_each_of_many_questions_is_asked_with_known_arguments_only() -> None:

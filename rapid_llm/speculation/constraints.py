@@ -6,18 +6,20 @@ mask per position. The rules of all modes apply unchanged to the p and q of mask
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rapid_llm.engine.device import mask_words
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.grammars import llguidance_grammar, one_line
 
@@ -34,8 +36,6 @@ _OCTETS = np.where(
 )
 """Highest logits of 8 tokens by 8 bits of a mask, float32 ``[256, 8]``."""
 
-_Words = NDArray[np.uint32]
-
 
 def masked(logits: Tensor, mask: Tensor) -> Tensor:
     """Logits with -inf for tokens that may not follow.
@@ -49,10 +49,10 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
     """
     highest = _highest(mask, logits.shape[-1])
     kept = torch.minimum(logits, highest)
-    nothing = kept.amax(dim=-1, keepdim=True) == float("-inf")
-    if nothing.device.type == "cpu" and not nothing.any():  # elsewhere the host would wait
+    best = kept.amax(dim=-1, keepdim=True)
+    if best.device.type == "cpu" and -math.inf not in best[:, 0].tolist():  # else the host waits
         return kept
-    return kept.masked_fill_(nothing & (highest > 0), 0.0)
+    return kept.masked_fill_((best == -math.inf) & (highest > 0), 0.0)
 
 
 def _highest(mask: Tensor, width: int) -> Tensor:
@@ -66,9 +66,8 @@ def _highest(mask: Tensor, width: int) -> Tensor:
         float32 ``[n, width]``.
     """
     if mask.device.type == "cpu":  # a table is many times faster than choosing bit by bit
-        octets = mask.numpy().view(np.uint8)
-        highest = np.take(_OCTETS, octets, axis=0).reshape(len(octets), -1)
-        return torch.from_numpy(highest[:, :width])
+        octets = mask.view(torch.uint8).numpy()
+        return torch.from_numpy(_OCTETS.take(octets, axis=0)).flatten(1)[:, :width]
     return _shifted(mask, width)
 
 
@@ -191,23 +190,22 @@ class Matcher:
     ) -> None:
         self.seconds = 0.0
         self._matcher = matcher
+        self._end = end
         self._ends = frozenset(ends)
         self._least = least_new_tokens
         self._committed = 0
         self._drafted: list[int] = []
         self._read = 0  # number of drafted tokens that the grammar has read
-        ending = np.zeros(-(-width // _WORD) * _WORD, dtype=bool)
-        ending[[i for i in self._ends if i < width]] = True
-        others = np.arange(len(ending)) < min(width, tokens)
-        others[end : end + 1] = False
-        self._ending, self._others = _words(ending), _words(others & ~ending)
-        # Each call of numpy costs more than the grammar's own mask once a model's weights have
-        # passed through the caches: so few of them, and the address is asked for once.
-        read = -(-tokens // _WORD)
-        buffer = np.zeros(max(read, len(self._others)), dtype=np.uint32)
-        self._buffer = buffer[: len(self._others)]
-        self._written = buffer.ctypes.data, read * buffer.itemsize
-        self._rows: list[_Words] = []  # mask after each number of drafted tokens
+        # Masks are plain bytes, changed in few places: when a model's weights have just passed
+        # through the caches, each call of numpy costs more than the grammar's own mask.
+        words, read = mask_words(width), mask_words(tokens)
+        self._buffer = bytearray(4 * max(words, read))
+        self._written = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer)), 4 * read
+        self._nothing = bytes(4 * words)
+        beyond = range(width, 8 * len(self._nothing))
+        self._never = _octets((end, *self._ends, *beyond), len(self._buffer))
+        self._ending = _octets((i for i in self._ends if i < width), len(self._nothing))
+        self._rows: list[bytearray] = []  # mask after each number of drafted tokens
         self._over: list[bool] = []  # whether nothing may follow them
         self._look()
 
@@ -224,7 +222,8 @@ class Matcher:
         """
         self._reach(drafted)
         last = len(drafted) + 1
-        return torch.from_numpy(np.array(self._rows[last - rows : last]).view(np.int32))
+        octets = bytearray().join(self._rows[last - rows : last])
+        return torch.frombuffer(octets, dtype=torch.int32).view(rows, -1)
 
     def over(self, drafted: Sequence[int] = ()) -> bool:
         """Whether the grammar is complete after these tokens and nothing may follow."""
@@ -263,20 +262,19 @@ class Matcher:
 
     def _reach(self, drafted: Sequence[int]) -> None:
         """Read drafted tokens, except those that the previous call has read."""
-        same = 0
-        for known, token in zip(self._drafted, drafted, strict=False):
-            if known != token:
-                break
-            same += 1
-        if same == len(drafted):
+        wanted = list(drafted)
+        same = len(wanted)
+        while self._drafted[:same] != wanted[:same]:
+            same -= 1
+        if same == len(wanted):
             return
         started = time.perf_counter()
-        self._forget(same)
-        for token in drafted[same:]:
+        if same < len(self._drafted):
+            self._forget(same)
+        for token in wanted[same:]:
             # Tokens after the end are never part of the answer. A token that may not follow is
             # drafted only from a q of NaN, which the verification reports.
-            ended = self._read < len(self._drafted) or self._over[-1] or token in self._ends
-            ended = ended or not _has(self._rows[-1], token)
+            ended = self._over[-1] or token in self._ends or not _has(self._rows[-1], token)
             self._drafted.append(token)
             if ended:
                 self._rows.append(self._after_end())
@@ -299,20 +297,25 @@ class Matcher:
     def _look(self) -> None:
         """Record the mask after the tokens that the grammar has read."""
         self._matcher.unsafe_compute_mask_ptr(*self._written)
-        row = self._buffer & self._others
-        complete = not row.any()
-        if self._matcher.is_accepting():
-            if complete:
-                row = self._after_end()
-            elif self._committed + len(self._drafted) >= self._least:
-                row |= self._ending
-        elif complete:
+        may_end = _has(self._buffer, self._end)
+        for place, bits in self._never.items():
+            self._buffer[place] &= ~bits
+        row = self._buffer[: len(self._nothing)]
+        complete = row == self._nothing
+        if complete and not may_end:
             raise self._stuck()
+        if complete:
+            row = self._after_end()
+        elif may_end and self._committed + len(self._drafted) >= self._least:
+            _set(row, self._ending)
         self._rows.append(row)
         self._over.append(complete)
 
-    def _after_end(self) -> _Words:
-        return self._ending if self._ending.any() else self._others
+    def _after_end(self) -> bytearray:
+        """Mask of tokens that are never part of the answer: those that end one, or else any."""
+        row = bytearray(self._nothing)
+        _set(row, self._ending or {0: 1})
+        return row
 
     def _stuck(self) -> InvalidParameterError:
         reason = self._matcher.get_error() or "the tokenizer has no token that may follow"
@@ -322,18 +325,26 @@ class Matcher:
         )
 
 
-def _words(flags: NDArray[np.bool_]) -> _Words:
-    """A mask in words, from one flag per token."""
-    return np.packbits(flags, bitorder="little").view(np.uint32)
+def _octets(tokens: Iterable[int], size: int) -> dict[int, int]:
+    """Bits of tokens by the place of their byte in a mask of ``size`` bytes."""
+    octets: dict[int, int] = {}
+    for place, bit in ((token // 8, 1 << token % 8) for token in tokens if token < 8 * size):
+        octets[place] = octets.get(place, 0) | bit
+    return octets
 
 
-def _only(row: _Words) -> int | None:
+def _set(row: bytearray, octets: Mapping[int, int]) -> None:
+    for place, bits in octets.items():
+        row[place] |= bits
+
+
+def _only(row: bytearray) -> int | None:
     """The one bit that is set; None if several are."""
-    used = np.flatnonzero(row)
-    word = int(row[used[0]])
-    alone = len(used) == 1 and not word & (word - 1)
-    return int(used[0]) * _WORD + word.bit_length() - 1 if alone else None
+    begun = row.rstrip(b"\0")
+    last = begun[-1]
+    alone = not last & (last - 1) and begun.count(0) == len(begun) - 1
+    return 8 * (len(begun) - 1) + last.bit_length() - 1 if alone else None
 
 
-def _has(row: _Words, token: int) -> bool:
-    return token < len(row) * _WORD and bool(int(row[token // _WORD]) >> token % _WORD & 1)
+def _has(row: bytearray, token: int) -> bool:
+    return token < 8 * len(row) and bool(row[token // 8] >> token % 8 & 1)

@@ -15,12 +15,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from rapid_llm.aio import iterate_with_progress
+from rapid_llm.arguments import arguments_of
 from rapid_llm.chat import checked_variables, end_of_turn, opening_of_answer, template_of
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.encoding import encode_literal
@@ -287,18 +288,23 @@ def prepare(
     )
 
 
-def stream_chat(
-    decoder: RapidDecoder,
-    messages: Sequence[Message] | None,
-    draft_messages: Sequence[Message] | None = None,
-    *,
-    options: ChatOptions | None = None,
-    sampling: SamplingParams | None = None,
-    speculation: SpeculationConfig | None = None,
-    confidence: float = 1.0,
-    progress: PromptProgress | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Iterator[ChatDelta]:
+@dataclass(frozen=True)
+class ChatRequest:
+    """Arguments of :func:`stream_chat`, which describes them."""
+
+    messages: Sequence[Message] | None
+    draft_messages: Sequence[Message] | None = None
+    _: KW_ONLY
+    options: ChatOptions | None = None
+    sampling: SamplingParams | None = None
+    speculation: SpeculationConfig | None = None
+    confidence: float = 1.0
+    progress: PromptProgress | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+
+@arguments_of(ChatRequest)
+def stream_chat(decoder: RapidDecoder, request: ChatRequest) -> Iterator[ChatDelta]:
     """Answer a chat and yield one delta per round.
 
     Args:
@@ -322,24 +328,51 @@ def stream_chat(
         InvalidParameterError: see :func:`prepare`.
         RapidError: see ``RapidDecoder.stream``.
     """
-    variables = {**decoder.chat_template_kwargs, **checked_variables(chat_template_kwargs)}
-    read = draft_messages if messages is None else messages
+    return _answering(decoder, request)
+
+
+@arguments_of(ChatRequest)
+def chat(decoder: RapidDecoder, request: ChatRequest) -> ChatAnswer:
+    """Answer a chat; arguments and errors are those of :func:`stream_chat`."""
+    return ChatAnswer.from_deltas(list(_answering(decoder, request)))
+
+
+@arguments_of(ChatRequest)
+def astream_chat(decoder: RapidDecoder, request: ChatRequest) -> AsyncIterator[ChatDelta]:
+    """:func:`stream_chat` for asyncio; the models run in a thread and do not block the event loop.
+
+    Cancelling the task or closing the iterator stops the generation after the current round or
+    chunk of the prefill. ``progress`` is called in that thread.
+    """
+    return iterate_with_progress(
+        lambda report: _answering(decoder, replace(request, progress=report)), request.progress
+    )
+
+
+def _answering(decoder: RapidDecoder, request: ChatRequest) -> Iterator[ChatDelta]:
+    own = checked_variables(request.chat_template_kwargs)
+    read = request.draft_messages if request.messages is None else request.messages
     if read is None:
         raise InvalidParameterError(
             "messages and draft_messages are both None; give at least one of them"
         )
-    prepared = prepare(decoder.tokenizer, read, options or ChatOptions(), variables)
-    constrained = prepared.sampling(sampling)
+    prepared = prepare(
+        decoder.tokenizer,
+        read,
+        given(request.options, ChatOptions, "options"),
+        {**decoder.chat_template_kwargs, **own},
+    )
+    sampling = prepared.sampling(request.sampling)
     deltas = decoder.stream(
-        messages,
-        draft_messages,
-        sampling=constrained,
-        speculation=speculation,
-        confidence=confidence,
-        progress=progress,
+        request.messages,
+        request.draft_messages,
+        sampling=sampling,
+        speculation=request.speculation,
+        confidence=request.confidence,
+        progress=request.progress,
         chat_template_kwargs=prepared.chat_template_kwargs,
     )
-    return _pushed(prepared.stream(decoder, constrained), deltas)
+    return _pushed(prepared.stream(decoder, sampling), deltas)
 
 
 def _pushed(answer: AnswerStream, deltas: Iterator[Delta]) -> Iterator[ChatDelta]:
@@ -350,30 +383,3 @@ def _pushed(answer: AnswerStream, deltas: Iterator[Delta]) -> Iterator[ChatDelta
     finally:
         if isinstance(deltas, Generator):
             deltas.close()
-
-
-def chat(
-    decoder: RapidDecoder, messages: Sequence[Message] | None, *args: Any, **kwargs: Any
-) -> ChatAnswer:
-    """Answer a chat; arguments and errors are those of :func:`stream_chat`."""
-    return ChatAnswer.from_deltas(list(stream_chat(decoder, messages, *args, **kwargs)))
-
-
-def astream_chat(
-    decoder: RapidDecoder,
-    messages: Sequence[Message] | None,
-    draft_messages: Sequence[Message] | None = None,
-    *,
-    progress: PromptProgress | None = None,
-    **options: Any,
-) -> AsyncIterator[ChatDelta]:
-    """:func:`stream_chat` for asyncio; the models run in a thread and do not block the event loop.
-
-    Cancelling the task or closing the iterator stops the generation after the current round or
-    chunk of the prefill. ``progress`` is called in that thread.
-    """
-
-    return iterate_with_progress(
-        lambda report: stream_chat(decoder, messages, draft_messages, progress=report, **options),
-        progress,
-    )

@@ -40,7 +40,6 @@ from langchain_rapid.structured import (
 from langchain_rapid.tools import (
     as_openai_tools,
     generation_chunk,
-    mark_cut_calls,
     says_something,
     taken_options,
 )
@@ -226,9 +225,7 @@ class ChatRapid(RetrievingChat):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        result = generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
-        mark_cut_calls([result.generations])
-        return result
+        return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
 
     async def _agenerate(
         self,
@@ -238,9 +235,7 @@ class ChatRapid(RetrievingChat):
         **kwargs: Any,
     ) -> ChatResult:
         stream = self._astream(messages, stop, run_manager, **kwargs)
-        result = generate_from_stream(iter([chunk async for chunk in stream]))
-        mark_cut_calls([result.generations])
-        return result
+        return generate_from_stream(iter([chunk async for chunk in stream]))
 
     def _answer(
         self,

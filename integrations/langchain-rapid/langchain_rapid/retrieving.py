@@ -10,7 +10,7 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.outputs import LLMResult
+from langchain_core.outputs import ChatResult, LLMResult
 from langchain_core.runnables import RunnableConfig
 from rapid_llm.aio import in_thread
 
@@ -20,7 +20,7 @@ from langchain_rapid.messages import documents_of, last_question, search_query, 
 from langchain_rapid.options import overrides
 from langchain_rapid.runs import beside
 from langchain_rapid.settings import RapidModel
-from langchain_rapid.tools import mark_cut_calls
+from langchain_rapid.tools import with_cut_calls
 
 
 class RetrievingChat(RapidModel, Batches[LanguageModelInput, AIMessage], BaseChatModel):
@@ -46,11 +46,8 @@ class RetrievingChat(RapidModel, Batches[LanguageModelInput, AIMessage], BaseCha
                 grounded, found = self._ground(chat, config, kwargs)
                 own = kwargs | found
                 results.append(super().generate([grounded], stop, callbacks, **own))
-            result = joined(results)
-        else:
-            result = super().generate(messages, stop, callbacks, **kwargs)
-        mark_cut_calls(result.generations)  # LangChain's own streaming leaves out _generate
-        return result
+            return joined(results)
+        return super().generate(messages, stop, callbacks, **kwargs)
 
     async def agenerate(
         self,
@@ -67,11 +64,16 @@ class RetrievingChat(RapidModel, Batches[LanguageModelInput, AIMessage], BaseCha
                 grounded, found = await self._aground(chat, config, kwargs)
                 own = kwargs | found
                 results.append(await super().agenerate([grounded], stop, callbacks, **own))
-            result = joined(results)
-        else:
-            result = await super().agenerate(messages, stop, callbacks, **kwargs)
-        mark_cut_calls(result.generations)  # LangChain's own streaming leaves out _generate
-        return result
+            return joined(results)
+        return await super().agenerate(messages, stop, callbacks, **kwargs)
+
+    # LangChain's own streaming leaves out _generate, and callbacks see what these two return.
+
+    def _generate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return with_cut_calls(super()._generate_with_cache(*args, **kwargs))
+
+    async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return with_cut_calls(await super()._agenerate_with_cache(*args, **kwargs))
 
     def stream(
         self,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.tool import invalid_tool_call, tool_call_chunk
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, Generation
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from rapid_llm.errors import InvalidParameterError
@@ -126,28 +125,29 @@ def _cut_call(calls: Sequence[ToolCallDelta]) -> dict[str, Any]:
     return {"cut_tool_call": {"id": last.id, "args": last.arguments}}
 
 
-def mark_cut_calls(generations: Sequence[Sequence[Generation]]) -> None:
-    """Mark tool calls that were cut as invalid; LangChain has completed their JSON."""
-    for generation in chain.from_iterable(generations):
-        if not isinstance(generation, ChatGeneration):
-            continue
-        message = generation.message
-        if not isinstance(message, AIMessage) or "cut_tool_call" not in message.response_metadata:
-            continue
-        cut = message.response_metadata["cut_tool_call"]
-        invalid = [
-            invalid_tool_call(
-                name=call["name"],
-                **cut,
-                error="the answer was cut before the call was complete: raise max_tokens, or leave "
-                "out the stop string that it contains",
-            )
-            for call in [*message.tool_calls, *message.invalid_tool_calls]
-            if call["id"] == cut["id"]
-        ]
-        whole = [call for call in message.tool_calls if call["id"] != cut["id"]]
-        changes = {"tool_calls": whole, "invalid_tool_calls": invalid}
-        generation.message = message.model_copy(update=changes)
+def with_cut_calls(result: ChatResult) -> ChatResult:
+    """A result whose tool calls that were cut are invalid; LangChain has completed their JSON."""
+    return result.model_copy(update={"generations": [*map(_with_cut_call, result.generations)]})
+
+
+def _with_cut_call(generation: ChatGeneration) -> ChatGeneration:
+    message = generation.message
+    if not isinstance(message, AIMessage) or "cut_tool_call" not in message.response_metadata:
+        return generation
+    cut = message.response_metadata["cut_tool_call"]
+    invalid = [
+        invalid_tool_call(
+            name=call["name"],
+            **cut,
+            error="the answer was cut before the call was complete: raise max_tokens, or leave "
+            "out the stop string that it contains",
+        )
+        for call in [*message.tool_calls, *message.invalid_tool_calls]
+        if call["id"] == cut["id"]
+    ]
+    whole = [call for call in message.tool_calls if call["id"] != cut["id"]]
+    changes = {"tool_calls": whole, "invalid_tool_calls": invalid}
+    return generation.model_copy(update={"message": message.model_copy(update=changes)})
 
 
 def is_json(text: str) -> bool:

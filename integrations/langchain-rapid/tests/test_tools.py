@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from langchain.agents import create_agent
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import (
@@ -141,23 +143,43 @@ def test_a_call_that_was_cut_is_invalid(llm):
     )
 
 
-OSLO = '<tool_call>[{"name": "weather", "arguments": {"place": "Oslo"}}]</tool_call>'
-CUT = len(OSLO[: OSLO.index("slo")])  # each character is a token
+ROME = '<tool_call>[{"name": "weather", "arguments": {"place": "Rome"}}]</tool_call>'
+CUT = ROME.index("ome")  # each character is a token
 
 
-@pytest.mark.parametrize("limit", [{"max_tokens": CUT}, {"stop": ["slo"]}], ids=str)
+@pytest.mark.parametrize("limit", [{"max_tokens": CUT}, {"stop": ["ome"]}], ids=str)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_cut_call_is_not_completed_whether_or_not_it_streams(limit, streaming):
-    llm = ChatRapid(decoder=Scripted(OSLO, OSLO, OSLO), streaming=streaming).bind_tools([weather])
+    llm = ChatRapid(decoder=Scripted(ROME, ROME, ROME), streaming=streaming).bind_tools([weather])
     messages = [llm.invoke("How is it?", **limit), asyncio.run(llm.ainvoke("How is it?", **limit))]
     for message in messages:
         assert message.tool_calls == []
         (call,) = message.invalid_tool_calls
-        assert (call["name"], call["args"]) == ("weather", '{"place": "O')
+        assert (call["name"], call["args"]) == ("weather", '{"place": "R')
         assert "raise max_tokens" in call["error"]
         assert message.response_metadata["finish_reason"] in ("length", "stop")
     (called,) = llm.invoke("How is it?", stop=["</tool_call>"]).tool_calls
-    assert called["args"] == {"place": "Oslo"}
+    assert called["args"] == {"place": "Rome"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_callbacks_and_caches_see_no_call_that_was_cut(streaming):
+    class Seen(BaseCallbackHandler):
+        calls: ClassVar[list[Any]] = []
+
+        def on_llm_end(self, response: Any, **_: Any) -> None:
+            self.calls.append(response.generations[0][0].message.tool_calls)
+
+    said = [ROME, ROME]
+    llm = ChatRapid(decoder=Scripted(*said), streaming=streaming, max_tokens=CUT, cache=False)
+    cached = ChatRapid(decoder=Scripted(ROME), streaming=streaming, cache=InMemoryCache())
+    asked = {"config": {"callbacks": [Seen()]}, "tools": [weather]}
+    llm.invoke("How is it?", **asked)
+    asyncio.run(llm.ainvoke("How is it?", **asked))
+    for _ in range(2):
+        message = cached.invoke("How is it?", max_tokens=CUT, **asked)
+        assert (message.tool_calls, len(message.invalid_tool_calls)) == ([], 1)
+    assert Seen.calls == [[], [], [], []]
 
 
 def test_an_agent_that_streams_makes_no_call_that_was_cut():
@@ -169,8 +191,8 @@ def test_an_agent_that_streams_makes_no_call_that_was_cut():
         made.append(place)
         return place
 
-    said = '<tool_call>[{"name": "look", "arguments": {"place": "Oslo"}}]</tool_call>'
-    llm = ChatRapid(decoder=Scripted(said), max_tokens=len(said[: said.index("me")]))
+    said = '<tool_call>[{"name": "look", "arguments": {"place": "Rome"}}]</tool_call>'
+    llm = ChatRapid(decoder=Scripted(said), max_tokens=said.index("ome"))
     asked = {"messages": [HumanMessage("Where?")]}
     assert list(create_agent(llm, [look]).stream(asked, stream_mode="messages"))
     assert made == []
