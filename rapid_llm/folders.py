@@ -17,21 +17,22 @@ def cache_folder() -> Path:
 
 
 def require_folder(option: str, path: str | Path) -> Path:
-    """Refuse a folder in which no file could be written; it is not made yet.
+    """Refuse a folder of which no file could be read or written; it is not made yet.
 
     Args:
         option: name of the option that names it.
-        path: the folder; ``~`` is the user's home.
+        path: the folder, which may be read-only; ``~`` is the user's home.
 
     Raises:
-        InvalidParameterError: it, or one that it is to be made in, is a file, or not writable.
+        InvalidParameterError: it, or one that it is to be made in, is a file; it is not there and
+            cannot be made; or its files cannot be read.
     """
     folder = Path(path).expanduser()
     there = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
     reason = None
     if not there.is_dir():
         reason = f"{there} is no folder"
-    elif not os.access(there, os.W_OK | os.X_OK):
+    elif not is_read_only(folder) and not os.access(there, os.W_OK | os.X_OK):
         reason = f"{there} is not writable"
     if reason is not None:
         raise InvalidParameterError(
@@ -39,6 +40,13 @@ def require_folder(option: str, path: str | Path) -> Path:
             f"may write to, or leave {option} out"
         )
     return folder
+
+
+def is_read_only(folder: Path) -> bool:
+    """Whether a folder's files can be read, and none can be written."""
+    if not folder.is_dir() or os.access(folder, os.W_OK):
+        return False
+    return os.access(folder, os.R_OK | os.X_OK)
 
 
 def packaged_text(name: str) -> str:

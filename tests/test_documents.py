@@ -68,6 +68,8 @@ JAPANESE = "これは日本語の文章です。漢字も仮名も含みます�
         ("Die Mühle am Fluß wurde 1871 gebaut; schöne Grüße.", "cp850"),
         ("Die Mühle am Fluß wurde 1871 gebaut; schöne Grüße.", "mac_roman"),
         ("Le moulin près de la rivière était fermé. « Où ? » — l\u2019œuvre…", "mac_roman"),
+        ("Die Gebühren für die Prüfung übernahm Größe & Söhne, Straße 5.", "mac_roman"),
+        ("\u201cTomas Lind\u201d wrote the report \u2014 it cost £40.", "mac_roman"),
         (RUSSIAN, "cp1251"),
         (RUSSIAN, "mac_cyrillic"),
         (RUSSIAN, "koi8-r"),
@@ -132,7 +134,7 @@ def test_a_few_words_of_another_script_or_language_stay_so(
         assert read_document(write(tmp_path / "a.txt", text.encode(encoding))) == text
 
 
-@pytest.mark.parametrize("text", [PROSE, RUSSIAN, JAPANESE])
+@pytest.mark.parametrize("text", [PROSE, RUSSIAN, JAPANESE, "昨天下雨。大家都在家里看书喝茶。" * 9])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf16_without_a_mark_is_guessed_with_a_warning(
     tmp_path: Path, text: str, encoding: str

@@ -296,6 +296,17 @@ def test_a_failure_to_write_is_a_warning_and_leaves_no_litter(runner, tmp_path, 
     assert ask(cache, runner, LONG) == len(LONG) - 1
 
 
+def test_a_folder_that_is_read_only_is_read_from(runner, saved, monkeypatch):
+    # The system's answer: the superuser may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    monkeypatch.setattr(Folder, "write", lambda *_: pytest.fail("written to"))
+    with pytest.warns(UserWarning, match=f"kv_cache_dir='{saved.parent}' is read-only: kept KV"):
+        cache = later(saved)
+    assert ask(cache, runner, [*LONG, 9]) == len(LONG)
+    assert ask(cache, runner, text(1500, seed=4)) == 0  # one warning is enough
+    assert files_of(saved.parent) == [saved]
+
+
 def test_a_directory_that_cannot_be_one_is_a_warning(runner, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="could not be written"):

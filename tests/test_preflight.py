@@ -113,7 +113,7 @@ def test_the_text_model_of_a_larger_one_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "link"])
-def test_a_folder_for_kv_that_cannot_be_written_to_is_refused(
+def test_a_folder_for_kv_that_cannot_be_one_is_refused(
     model: Path, tmp_path: Path, place: str
 ) -> None:
     (tmp_path / "file").touch()
@@ -131,6 +131,11 @@ def test_a_folder_without_permission_is_refused(
     assert require_folder("store", "~/kv") == tmp_path / "kv"
     # The system's answer: the superuser may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InvalidParameterError, match=r"store='.*' cannot be used.* is not writable"):
+        require_folder("store", tmp_path)  # can be neither written to nor read
+    # One that is there can be read from.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    assert require_folder("store", tmp_path) == tmp_path
     with pytest.raises(InvalidParameterError, match=r"store='.*' cannot be used.* is not writable"):
         require_folder("store", tmp_path / "some" / "where")
 

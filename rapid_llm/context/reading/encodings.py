@@ -64,13 +64,14 @@ _WORDS_WITHIN = 20_000  # bytes whose words are compared
 # Letters of other alphabets than Latin; Chinese, Japanese and Korean words stand beside Latin ones.
 _OTHER = r"[\p{L}--[\p{Latin}\p{Han}\p{Hiragana}\u30a0-\u30ff\p{Bopomofo}\p{Hangul}]]"
 # What no word holds, in the order of the lines: a symbol between letters (but for apostrophes,
-# dashes and the like), a capital after a small letter, letters of two alphabets side by side, and
-# controls of ISO-8859 or undecodable bytes.
+# dashes and the like), a capital after a small letter, letters of two alphabets side by side, an
+# accent on no letter, Korean within a Latin word, and controls of ISO-8859 or undecodable bytes.
 _MISFIT = regex.compile(
     r"(?<=[\p{Ll}\p{Lu}])[^\p{L}\p{M}\p{Z}\p{Cf}\x00-\x9f\u00b4\u00b7\u2010-\u2019\u2026](?=\p{Ll})"
     r"|(?<=\p{Ll})[\p{Lu}--[A-Z]]"
     rf"|(?<=[A-Za-z]){_OTHER}|{_OTHER}(?=[A-Za-z])"
     r"|(?<=\p{L})[\u2500-\u259f]|[\u2500-\u259f](?=\p{L})"
+    r"|(?<![\p{L}\p{M}])\p{Mn}|(?<=[a-z])\p{Hangul}+(?=[a-z])"
     r"|[\x80-\x9f\ufffd]",
     flags=regex.VERSION1,
 )
@@ -140,7 +141,7 @@ def require_text(head: bytes, name: str) -> None:
 def _require_wide(data: bytes, guess: str | None, name: str) -> None:
     """Refuse data that is not UTF-16 or UTF-32; binary numbers can look like it, but for spaces."""
     text = data.decode(guess, "replace") if guess else ""
-    if not guess or sum(map(text.count, _PUNCTUATION)) < _FEW * len(text):
+    if not guess or not _is_punctuated(text):
         raise _binary(name)
 
 
@@ -196,7 +197,7 @@ def _guess(data: bytes, name: str) -> str | None:
         ) from error
     guesses = {guess["encoding"]: guess["confidence"] for guess in chardet.detect_all(data)}
     if None in guesses:
-        return None
+        return _utf16(data)
     era = chardet.EncodingEra
     # Not those of DOS, old Macs and mainframes.
     eras = era.MODERN_WEB | era.LEGACY_ISO | era.LEGACY_REGIONAL
@@ -221,6 +222,15 @@ def _guess(data: bytes, name: str) -> str | None:
         close = _CLOSE_IF_UNSURE
     best = max(guesses.values())
     return min((name for name in guesses if guesses[name] * close >= best), key=rank)
+
+
+def _utf16(data: bytes) -> str | None:
+    """Byte order of UTF-16 whose characters have few NUL bytes, as of Chinese; None for others."""
+    for codec in ("utf-16-le", "utf-16-be"):
+        text = data.decode(codec, "replace")
+        if _is_text(text) and _is_punctuated(text):
+            return codec
+    return None
 
 
 def _misfits(guesses: Iterable[str], data: bytes) -> dict[str, int]:
@@ -270,6 +280,10 @@ def _is_text(text: str) -> bool:
     counts = Counter(text[:_SAMPLE])
     odd = sum(count for character, count in counts.items() if _is_odd(character))
     return odd <= max(1, _FEW * counts.total()) and "\0" not in text
+
+
+def _is_punctuated(text: str) -> bool:
+    return sum(map(text.count, _PUNCTUATION)) >= _FEW * len(text)
 
 
 def _is_odd(character: str) -> bool:

@@ -19,12 +19,14 @@ from rapid_llm.engine.prefix_cache.folder import SUFFIX, Folder, Version, versio
 from rapid_llm.engine.prefix_cache.host import COVERED
 from rapid_llm.engine.prefix_cache.index import PrefixIndex
 from rapid_llm.engine.rounding import rounding
+from rapid_llm.folders import is_read_only
 
 
 class KVFiles:
     """KV files of any number of models in a folder; safe to use from several threads.
 
-    Damaged files and failures to write are reported in a warning and otherwise ignored. A file is
+    Damaged files and failures to write are reported in a warning and otherwise ignored. A folder
+    that is read-only at first is read from, and never written to. A file is
     valid for a model with the same bytes of all weights, adapters and settings. Their fingerprint
     is computed once, and again before a file is written or loaded. Each rank of a model that is
     divided among processes has files of its own. There are no files for models with offloaded
@@ -41,6 +43,13 @@ class KVFiles:
 
     def __init__(self, directory: Path, budget: int | None = None) -> None:
         self._folder = Folder(directory, budget)
+        self._read_only = is_read_only(directory)
+        if self._read_only:
+            warnings.warn(
+                f"kv_cache_dir='{directory}' is read-only: kept KV is read from it, and that of "
+                "other prompts is not kept there",
+                stacklevel=2,
+            )
         self._contents: WeakKeyDictionary[ModelRunner, dict[int, str | None]] = WeakKeyDictionary()
         # The version of each file seen, with its header; None for a file that is not usable.
         self._seen: dict[Path, tuple[Version, file_format.Header | None]] = {}
@@ -120,6 +129,8 @@ class KVFiles:
             chain: passes of the prefill.
             cache: cache that begins with all of them.
         """
+        if self._read_only:
+            return
         assert cache.origin is not None
         model = self._model(runner, cache.origin)
         if (
