@@ -324,15 +324,19 @@ def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
     decoder = decoder_of()
     requests = [mixed(index) for index in (0, 1, 4, 6, 9)]
     alone = [tokens_alone(decoder, request) for request in requests]
-    opened, under_way = GenerationFactory.open, [0]
+    opened, under_way, room = GenerationFactory.open, [0], 2
+    counts: list[int] = []
+    prompts: list[list[int]] = []
 
     @contextmanager
     def limited(
         self: GenerationFactory, request: Any, started: float, *, joined: bool = False
     ) -> Any:
-        if under_way[0] == 2:
+        if under_way[0] == room:
             raise torch.OutOfMemoryError("room for two")
         under_way[0] += 1
+        counts.append(under_way[0])
+        prompts.append(request.prompt)
         try:
             with opened(self, request, started, joined=joined) as generation:
                 yield generation
@@ -342,7 +346,15 @@ def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
     monkeypatch.setattr(GenerationFactory, "open", limited)
     scheduler = Scheduler(decoder)
     assert [each.token_ids for each in scheduler.generate_many(requests)] == alone
+    in_order = [decoder.request(*each.prompts, **each.options).prompt for each in requests]
+    assert prompts == in_order  # those that found no memory were the next ones
+    assert max(counts) == 2
     _settle(scheduler)
+    room = 9  # memory is there again
+    scheduler.generate_many(requests)
+    assert max(counts) > 2
+    _settle(scheduler)
+    room = 2
     under_way[0] = 2
     with pytest.raises(torch.OutOfMemoryError, match="room for two"):
         scheduler.generate_many(requests[:1])
