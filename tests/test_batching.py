@@ -20,7 +20,7 @@ from conftest import threads, tiny_model, tiny_tokenizer
 from grammar_models import piece_tokenizer
 from scipy.stats import chi2_contingency
 
-from rapid_llm.batching import GenerationRequest, Scheduler
+from rapid_llm.batching import GenerationRequest, Scheduler, rounds
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.device import Device
@@ -159,6 +159,26 @@ def test_the_rounds_of_all_are_joined(monkeypatch):
     assert max(map(len, decoding)) == 4
     assert sum(map(len, decoding)) == 40
     assert len(decoding) <= 13
+
+
+def test_a_joined_pass_has_no_more_tokens_than_its_limit(monkeypatch):
+    monkeypatch.setattr(rounds, "MOST_TOKENS", 7)
+    decoder = decoder_of()
+    passes = count_passes(monkeypatch)
+    speculation = SpeculationConfig(gamma=2, lookup=False)
+    requests = [
+        GenerationRequest(
+            [5 + i, 6, 7],
+            [8, 9 + i],
+            sampling=sampling(i, max_new_tokens=10),
+            speculation=speculation,
+        )
+        for i in range(5)
+    ]
+    Scheduler(decoder).generate_many(requests)
+    verifying = [each for each in passes if len(each) > 1 and 3 in each]
+    assert verifying
+    assert max(map(sum, verifying)) <= 7
 
 
 def test_drafters_step_together_and_drafts_are_verified_in_one_pass(monkeypatch):
