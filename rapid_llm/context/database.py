@@ -1,4 +1,4 @@
-"""Chroma databases: one a folder, used by one thread of one process at a time, few of them open."""
+"""Chroma databases, one per folder, each used by one thread of one process at a time."""
 
 from __future__ import annotations
 

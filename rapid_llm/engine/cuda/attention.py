@@ -258,7 +258,7 @@ def attend(
 def attend_part(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`rapid_llm.engine.sdpa.attend_part`; keys are read once, whatever the tokens."""
+    """See :func:`rapid_llm.engine.sdpa.attend_part`; each key is read once."""
     if mask is not None and not causal:  # a sliding window that ends within the part
         return sdpa.attend_part(query, key, value, scaling, mask, causal)
     kv_heads, rows, dim = query.shape
