@@ -156,7 +156,7 @@ def test_questions_at_once_are_measured_beside_transformers(
         times = [[0.5 * late + i for i in range(tokens)] for late in range(len(prompts))]
         return {i: SimpleNamespace(error=None, timestamps=each) for i, each in enumerate(times)}
 
-    monkeypatch.setattr(decoder.target.model, "generate_batch", generate_batch)
+    monkeypatch.setattr(type(decoder.target.model), "generate_batch", staticmethod(generate_batch))
     rows = {row.key: row for row in bench._asked(WORK)}
     ways = "lc", "rapid", "transformers generate_batch"
     assert list(rows) == [f"questions_{n}_{way}" for way in ways for n in (1, 3)]
@@ -171,7 +171,7 @@ def test_questions_at_once_are_measured_beside_transformers(
     def refuse(prompts: Any, **options: Any) -> Any:
         return {0: SimpleNamespace(error="no paged attention", timestamps=None)}
 
-    monkeypatch.setattr(decoder.target.model, "generate_batch", refuse)
+    monkeypatch.setattr(type(decoder.target.model), "generate_batch", staticmethod(refuse))
     *ours, last = bench._asked(WORK)
     assert [row.key for row in ours] == list(rows)[:4]
     assert last.samples == []
