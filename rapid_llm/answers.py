@@ -57,7 +57,7 @@ class AnswerStream(Iterator[Delta]):
 
 @dataclass(frozen=True)
 class PreparedAnswer:
-    """A question for which was retrieved, ready to be answered.
+    """A question with its retrieved context, ready to be answered.
 
     Attributes:
         question: the question.

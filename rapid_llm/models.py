@@ -35,7 +35,8 @@ from rapid_llm.forked import ProcessLock, in_child, limit_threads
 from rapid_llm.gguf import load_gguf
 from rapid_llm.limits import host_memory
 from rapid_llm.old_names import refuse_old_names
-from rapid_llm.tensor_parallel import processes, ranks, require_divisible
+from rapid_llm.tensor_parallel import processes, ranks
+from rapid_llm.tensor_parallel_plan import require_divisible
 
 HUB_ACCESS = frozenset(
     {

@@ -8,10 +8,9 @@ import torch
 
 from rapid_llm.chat import checked_variables
 from rapid_llm.config import EngineConfig
-from rapid_llm.engine.model_runner import not_captured
 from rapid_llm.engine.prefix_cache.prefixes import require_folder_for_limit
 from rapid_llm.engine.quantized_drafter import require_format
-from rapid_llm.engine.supported import require_architecture, require_attention
+from rapid_llm.engine.supported import not_captured, require_architecture, require_attention
 from rapid_llm.folders import require_folder
 from rapid_llm.models import HUB_ACCESS, require_model
 

@@ -75,7 +75,7 @@ def require_method(method: str) -> None:
 
 
 def checked_history(history: Sequence[Message]) -> tuple[Message, ...]:
-    """The history, validated as far as the documents' place in it asks for.
+    """The history, validated as far as the place of the documents depends on it.
 
     Raises:
         InvalidParameterError: it is no list, or does not begin with a user's message of text.

@@ -179,7 +179,7 @@ class RemoteDecoder(Decoder):
 
     @property
     def scheduler(self) -> RemoteDecoder:
-        """Itself: the server answers at once what reaches it at once."""
+        """This decoder: the server joins the passes of requests that reach it at once."""
         return self
 
     @arguments_of(GenerationRequest)

@@ -27,7 +27,7 @@ from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.errors import InvalidParameterError, ModelError
 from rapid_llm.folders import packaged_text
 from rapid_llm.models import load_config
-from rapid_llm.tensor_parallel import head_divisor
+from rapid_llm.tensor_parallel_plan import head_divisor
 
 Precision = Literal["bf16", "int8", "int4", "int4g64"]
 """Formats of weights: ``int4`` of GGUF files and of our drafter on a CPU, ``int4g64`` on CUDA."""

@@ -20,7 +20,7 @@ from conftest import threads, tiny_model, tiny_tokenizer
 from grammar_models import piece_tokenizer
 from scipy.stats import chi2_contingency
 
-from rapid_llm.batching import GenerationRequest, Scheduler
+from rapid_llm.batching import GenerationRequest, Scheduler, rounds
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.device import Device
@@ -159,6 +159,26 @@ def test_the_rounds_of_all_are_joined(monkeypatch):
     assert max(map(len, decoding)) == 4
     assert sum(map(len, decoding)) == 40
     assert len(decoding) <= 13
+
+
+def test_a_joined_pass_has_no_more_tokens_than_its_limit(monkeypatch):
+    monkeypatch.setattr(rounds, "MOST_TOKENS", 7)
+    decoder = decoder_of()
+    passes = count_passes(monkeypatch)
+    speculation = SpeculationConfig(gamma=2, lookup=False)
+    requests = [
+        GenerationRequest(
+            [5 + i, 6, 7],
+            [8, 9 + i],
+            sampling=sampling(i, max_new_tokens=10),
+            speculation=speculation,
+        )
+        for i in range(5)
+    ]
+    Scheduler(decoder).generate_many(requests)
+    verifying = [each for each in passes if len(each) > 1 and 3 in each]
+    assert verifying
+    assert max(map(sum, verifying)) <= 7
 
 
 def test_drafters_step_together_and_drafts_are_verified_in_one_pass(monkeypatch):
@@ -324,15 +344,19 @@ def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
     decoder = decoder_of()
     requests = [mixed(index) for index in (0, 1, 4, 6, 9)]
     alone = [tokens_alone(decoder, request) for request in requests]
-    opened, under_way = GenerationFactory.open, [0]
+    opened, under_way, room = GenerationFactory.open, [0], 2
+    counts: list[int] = []
+    prompts: list[list[int]] = []
 
     @contextmanager
     def limited(
         self: GenerationFactory, request: Any, started: float, *, joined: bool = False
     ) -> Any:
-        if under_way[0] == 2:
+        if under_way[0] == room:
             raise torch.OutOfMemoryError("room for two")
         under_way[0] += 1
+        counts.append(under_way[0])
+        prompts.append(request.prompt)
         try:
             with opened(self, request, started, joined=joined) as generation:
                 yield generation
@@ -342,7 +366,15 @@ def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
     monkeypatch.setattr(GenerationFactory, "open", limited)
     scheduler = Scheduler(decoder)
     assert [each.token_ids for each in scheduler.generate_many(requests)] == alone
+    in_order = [decoder.request(*each.prompts, **each.options).prompt for each in requests]
+    assert prompts == in_order  # those that found no memory were the next ones
+    assert max(counts) == 2
     _settle(scheduler)
+    room = 9  # memory is there again
+    scheduler.generate_many(requests)
+    assert max(counts) > 2
+    _settle(scheduler)
+    room = 2
     under_way[0] = 2
     with pytest.raises(torch.OutOfMemoryError, match="room for two"):
         scheduler.generate_many(requests[:1])

@@ -60,6 +60,8 @@ def test_an_old_name_names_the_new_one(old: str, new: str) -> None:
 def test_old_names_of_attributes_name_the_new_ones() -> None:
     with pytest.raises(AttributeError, match=r"from_chunks is now GenerationResult\.from_deltas"):
         _ = GenerationResult.from_chunks
+    with pytest.raises(AttributeError, match=r"RapidDecoder\.draft_runner"):
+        _ = rapid_llm.RapidDecoder.draft_forward
     with pytest.raises(ImportError, match=r"rapid_llm\.Inquiry is now rapid_llm\.RapidPipeline"):
         _ = rapid_llm.Inquiry
 

@@ -146,11 +146,12 @@ def test_two_readers_of_one_document_write_it_once(runner, tmp_path):
     assert len(files_of(tmp_path)) == 1
 
 
-def test_memory_wins_over_a_file_that_has_little_more(runner, saved, monkeypatch):
+@pytest.mark.parametrize("more", [[], LONG[::-1]], ids=["the file's prompt", "a longer prompt"])
+def test_memory_wins_over_a_file_that_has_little_more(runner, saved, monkeypatch, more):
     cache = later(saved)
     assert ask(cache, runner, LONG[:1300]) == 1290
     monkeypatch.setattr(KVFiles, "load", None)
-    assert ask(cache, runner, LONG) == 1290
+    assert ask(cache, runner, [*LONG, *more]) == 1290
 
 
 def test_a_file_wins_over_memory_that_has_much_less(runner, saved):

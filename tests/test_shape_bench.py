@@ -15,7 +15,7 @@ import torch
 from conftest import installed
 
 from rapid_llm import InvalidParameterError, cli
-from rapid_llm.bench import harness, shape_bench
+from rapid_llm.bench import base, shape_bench
 from rapid_llm.bench.report import Report, Row, Section
 from rapid_llm.bench.shape_bench import ShapeBench
 from rapid_llm.bench.timing import Stopwatch
@@ -36,8 +36,8 @@ def _few() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as few:
         few.setattr(shape_bench, "_REPEATS", 2)
         few.setattr(shape_bench, "_TURNS", 2)
-        few.setattr(harness, "_REPEATS", 2)
-        few.setattr(harness, "_NUMBERS", {"cpu": 2**16})
+        few.setattr(base, "_REPEATS", 2)
+        few.setattr(base, "_NUMBERS", {"cpu": 2**16})
         yield
 
 

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from conftest import tiny_tokenizer
 
-from rapid_llm.context import ContextBuilder, Span
-from rapid_llm.context import store as store_module
+from rapid_llm.context import ContextBuilder, Span, database
 from rapid_llm.context.embedding import Vectors
 from rapid_llm.context.store import ChunkStore, StoredChunks
 from rapid_llm.errors import ForkedProcessError, InvalidParameterError, ModelError
@@ -42,8 +41,8 @@ linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts fi
 @pytest.fixture(autouse=True)
 def _databases_of_this_test() -> Iterator[None]:
     yield
-    for directory in [d for d in store_module._databases if d is not None]:
-        store_module._databases.pop(directory).close()
+    for directory in [d for d in database._databases if d is not None]:
+        database._databases.pop(directory).close()
 
 
 @linux
@@ -186,7 +185,7 @@ def test_a_folder_that_another_process_does_not_let_go_of_is_named(
 ) -> None:
     import filelock
 
-    monkeypatch.setattr(store_module, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(database, "LOCK_SECONDS", 0.1)
     stored = ChunkStore(tmp_path).open(texts(1), "held")
     with filelock.FileLock(tmp_path / "rapid-llm.lock"):
         with pytest.raises(InvalidParameterError, match=r"store='.*another process"):
@@ -257,7 +256,7 @@ def test_a_folder_that_is_deleted_under_a_store_is_made_again(tmp_path: Path) ->
 
 def test_vectors_in_memory_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     store, vectors = ChunkStore(), random_vectors(2)
-    monkeypatch.setattr(store_module, "MEMORY_BYTES", 3 * vectors.nbytes)
+    monkeypatch.setattr(database, "MEMORY_BYTES", 3 * vectors.nbytes)
 
     def missing(name: str) -> bool:
         return bool(store.open({name: [Span(0, 2, 1), Span(2, 4, 1)]}, "limited").missing())

@@ -90,7 +90,7 @@ class DeltaStream(Iterator[Delta]):
         self._ticket: Ticket | None = None
 
     def of(self, ticket: Ticket) -> DeltaStream:
-        """The stream as that of a ticket whose outcomes are put into it."""
+        """Attach the ticket whose outcomes are put into the stream; returns the stream."""
         self._ticket = ticket
         return self
 

@@ -28,17 +28,15 @@ from rapid_llm.results import Delta
 
 @dataclass(frozen=True)
 class CoinFactory(GenerationFactory):
-    """Opens generations whose drafted tokens are accepted by coin, with probability a each."""
+    """Makes generations whose drafted tokens are accepted by coin, with probability a each."""
 
     a: float = 0.8
     coins: random.Random = field(default_factory=lambda: random.Random(0))
 
     @classmethod
-    def of(cls, generations: GenerationFactory, a: float) -> CoinFactory:
-        """One for the models and the KV of another."""
-        return cls(
-            **{each.name: getattr(generations, each.name) for each in fields(generations)}, a=a
-        )
+    def of(cls, factory: GenerationFactory, a: float) -> CoinFactory:
+        """A factory over the models and the KV of another."""
+        return cls(**{each.name: getattr(factory, each.name) for each in fields(factory)}, a=a)
 
     def steps(
         self, request: Request, generation: Generation, progress: PromptProgress | None
@@ -86,7 +84,7 @@ def question_rows(
 
 def tokens_per_second(
     decoder: RapidDecoder,
-    generations: GenerationFactory,
+    factory: GenerationFactory,
     requests: Sequence[GenerationRequest],
     count: int,
 ) -> float | None:
@@ -94,9 +92,7 @@ def tokens_per_second(
 
     None if an answer ended before the last one began.
     """
-    models: Any = SimpleNamespace(
-        generations=generations, request=decoder.request, max_sequences=count
-    )
+    models: Any = SimpleNamespace(generations=factory, request=decoder.request, max_sequences=count)
     stream = Scheduler(models).stream_many(requests[:count])
     begun: set[int] = set()
     tokens, started, last = 0, 0.0, 0.0
@@ -116,7 +112,7 @@ def tokens_per_second(
 def peer_tokens_per_second(
     model: Any, prompt: list[int], new_tokens: int, count: int
 ) -> float | None:
-    """The same of transformers' continuous batching, ``count`` times the same prompt.
+    """Tokens a second of transformers' continuous batching, with ``count`` times one prompt.
 
     Raises:
         RuntimeError: a request failed.

@@ -14,9 +14,9 @@ _T = TypeVar("_T")
 
 
 def attempts(free: Callable[[], object]) -> Iterator[AbstractContextManager[bool | None]]:
-    """Contexts, one an attempt, in which a step that fits into memory is to return.
+    """Contexts for the attempts at a step, which is to return within the first that succeeds.
 
-    All but the last suppress that memory runs out, after which ``free`` is called.
+    All but the last suppress running out of memory, and ``free`` is called after them.
 
     Args:
         free: function that frees idle memory.

@@ -22,14 +22,16 @@ from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
 from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.placement import input_device
 from rapid_llm.engine.supported import (
+    not_captured,
     require_layers_in_order,
     require_supported,
     require_tokens_alike,
 )
 from rapid_llm.engine.transformers_pass import TransformersPass
-from rapid_llm.errors import InvalidParameterError, ModelError, OutdatedKVError
+from rapid_llm.errors import ModelError, OutdatedKVError
 from rapid_llm.forked import ProcessLock, in_child
-from rapid_llm.tensor_parallel import head_divisor, is_sharded, ranks_of
+from rapid_llm.tensor_parallel import is_sharded, ranks_of
+from rapid_llm.tensor_parallel_plan import head_divisor
 
 register("cpu", CPU())
 register("cuda", CUDA())
@@ -45,15 +47,6 @@ def _lock_of(model: PreTrainedModel) -> threading.RLock:
     """The lock of a model, shared by all runners of it."""
     with _locks_guard:
         return _locks.setdefault(model, threading.RLock())
-
-
-def not_captured(name: str, device: torch.device) -> InvalidParameterError:
-    """The error for ``cuda_graphs=True`` where passes cannot be captured."""
-    return InvalidParameterError(
-        f"cuda_graphs=True, but passes of {name} on {device} cannot be captured: that takes a "
-        "model of the Llama family with our attention, Triton, and an Ampere GPU or a newer one; "
-        "leave cuda_graphs out to capture where it can be done"
-    )
 
 
 class ModelRunner:

@@ -17,11 +17,11 @@ Y = TypeVar("Y")
 
 
 class Wanted(ABC):
-    """A pass that a computation wants, or several; what it is sent is the result."""
+    """Forward passes that a computation asks for, whose result is then sent to it."""
 
     @abstractmethod
     def run(self) -> Any:
-        """Run it, by itself."""
+        """Run the passes by themselves; returns their result."""
 
 
 Steps: TypeAlias = Generator[Wanted, Any, T]
@@ -43,7 +43,7 @@ def alone(steps: Steps[T]) -> T:
 
 
 def each_alone(steps: Generator[Wanted | Y, Any, None]) -> Iterator[Y]:
-    """Run the passes of a computation one by one; yields what else it yields.
+    """Run the passes of a computation one by one; yields its other items.
 
     The computation runs in inference mode, the caller's code in between does not.
     """

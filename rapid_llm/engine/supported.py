@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from rapid_llm.engine import attention
-from rapid_llm.errors import MissingDependencyError, ModelError
+from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError
 
 SUPPORTED = frozenset(
     {
@@ -30,6 +31,15 @@ SUPPORTED = frozenset(
 """Supported values of ``config.model_type``: those that the tests compare with transformers."""
 
 ATTENTION = (attention.NAME, "sdpa", "flash_attention_2", "eager")
+
+
+def not_captured(name: str, device: torch.device) -> InvalidParameterError:
+    """The error for ``cuda_graphs=True`` where passes cannot be captured."""
+    return InvalidParameterError(
+        f"cuda_graphs=True, but passes of {name} on {device} cannot be captured: that takes a "
+        "model of the Llama family with our attention, Triton, and an Ampere GPU or a newer one; "
+        "leave cuda_graphs out to capture where it can be done"
+    )
 
 
 def require_supported(model: PreTrainedModel, name: str, attn_implementation: str) -> None:

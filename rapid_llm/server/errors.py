@@ -32,7 +32,7 @@ NO_RETRY = {"x-should-retry": "false"}
 
 
 class Json(JSONResponse):
-    """A response in ASCII, which takes strings that UTF-8 does not: a client's lone surrogates."""
+    """A response in ASCII, which carries a client's lone surrogates, as UTF-8 does not."""
 
     def render(self, content: Any) -> bytes:
         """The body."""

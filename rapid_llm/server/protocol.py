@@ -130,7 +130,7 @@ _chunks = partial(_formed, forms=_CHUNKS, what="chunk")
 
 
 class Documents(Strict):
-    """What a request says of documents."""
+    """Fields of a request about its documents."""
 
     documents: Annotated[
         Any, BeforeValidator(partial(_formed, forms=_DOCUMENTS, what="document"))
@@ -175,14 +175,14 @@ _Template: Any = create_model(
 
 
 class StreamOptions(Strict):
-    """What a stream holds beside the answer."""
+    """Parts of a stream beside the answer."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
 class Request(Documents, _Sampling, _Template):
-    """What both kinds of requests have."""
+    """Fields of both kinds of requests."""
 
     model: str | None = None
     stream: bool = False

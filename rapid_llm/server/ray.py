@@ -165,7 +165,7 @@ async def _bodies(
 
 
 def session_of(request: Request, body: bytes) -> str | None:
-    """What requests have in common that one replica is to serve; None where any may.
+    """Key of requests that one replica is to serve; None where any replica may.
 
     The header ``x-session-id`` goes first, then ``prompt_cache_key``, the documents, and the
     beginning of a prompt.

@@ -44,7 +44,7 @@ class Batches(Runnable[Input, Output]):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[Output]:
-        """LangChain's; the inputs are answered at once, and a common document is read once.
+        """LangChain's method; the inputs are answered at once, and a common document is read once.
 
         At most ``max_sequences`` are under way, and no more than ``max_concurrency`` of the config.
         """

@@ -107,7 +107,7 @@ def documents_of(message: BaseMessage) -> list[Document]:
 
 
 def require_read(documents: Any, messages: Sequence[BaseMessage], call: Call) -> None:
-    """Refuse a call that would leave a model's ``documents=`` out in silence.
+    """Refuse a call that would silently leave out a model's ``documents=``.
 
     Raises:
         InvalidParameterError: nothing was retrieved for the call, and it has no tool to do so.

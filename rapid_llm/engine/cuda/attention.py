@@ -9,8 +9,7 @@ The log-sum-exp can be returned, to merge the result with attention over other k
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rapid_llm.engine import sdpa
+from rapid_llm.engine.cuda.attention_config import FEWEST_ROWS, Config, best_config
 from rapid_llm.engine.cuda.state import BUFFERS, CAPACITY, PAST
 
 _LOG2_E = 1.4426950408889634
@@ -26,24 +26,7 @@ _PAST = tl.constexpr(PAST)
 _CAPACITY = tl.constexpr(CAPACITY)
 _BUFFERS = tl.constexpr(BUFFERS)
 
-_FEWEST_ROWS, _MOST_ROWS = 16, 64  # rows of a tile: query heads per KV head times new tokens
-_MAX_SPLITS = 128
-
-
-class Config(NamedTuple):
-    """Launch parameters of the attention kernel.
-
-    Attributes:
-        splits: number of parts into which the keys are divided.
-        block: number of keys in a step.
-        warps: warps of a program.
-        stages: stages of its pipeline.
-    """
-
-    splits: int
-    block: int
-    warps: int
-    stages: int
+_MOST_ROWS = 64  # of a tile: query heads per KV head times new tokens
 
 
 @triton.jit
@@ -275,7 +258,7 @@ def attend(
 def attend_part(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`rapid_llm.engine.sdpa.attend_part`; keys are read once, whatever the tokens."""
+    """See :func:`rapid_llm.engine.sdpa.attend_part`; each key is read once."""
     if mask is not None and not causal:  # a sliding window that ends within the part
         return sdpa.attend_part(query, key, value, scaling, mask, causal)
     kv_heads, rows, dim = query.shape
@@ -329,7 +312,7 @@ def _launch(
     rows = heads // kv_heads * n
     width = max(16, triton.next_power_of_2(dim))
     most = _MOST_ROWS if width * query.itemsize <= 512 else 32  # limited by the shared memory
-    tile = min(most, max(_FEWEST_ROWS, triton.next_power_of_2(rows)))
+    tile = min(most, max(FEWEST_ROWS, triton.next_power_of_2(rows)))
     tiles = triton.cdiv(rows, tile)
     config = config or best_config(query.device, query.dtype, dim, tile, kv_heads * tiles)
     # Results that will be merged are not rounded before.
@@ -389,38 +372,3 @@ def _launch(
         **shared,
     )
     return out
-
-
-def best_config(
-    device: torch.device, dtype: torch.dtype, dim: int, tile: int, groups: int
-) -> Config:
-    """Best launch parameters for a device; on an H100 within 2 % of the optimum.
-
-    The number of parts gives each multiprocessor two programs of the smallest tiles, or one of
-    larger ones.
-
-    Args:
-        device: device of the tensors.
-        dtype: dtype of keys and values.
-        dim: head size.
-        tile: rows of a tile.
-        groups: number of (KV head, tile) pairs.
-    """
-    wide = triton.next_power_of_2(dim) * dtype.itemsize  # bytes of a key
-    block = max(16, min(64, 16384 // wide))
-    programs = (2 if tile == _FEWEST_ROWS else 1) * _multiprocessors(device)
-    splits = max(1, min(_MAX_SPLITS, programs // groups))
-    return Config(splits, block, warps=4, stages=3 if _has_room(device) else 2)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8  # Triton's interpreter; gives several parts, for tests
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _has_room(device: torch.device) -> bool:
-    """Whether shared memory has room for three stages: 160 KB and more, as on A100 and H100."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))

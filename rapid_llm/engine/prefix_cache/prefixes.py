@@ -352,10 +352,10 @@ class PrefixCache:
 
 
 def require_folder_for_limit(directory: Path | str | None, directory_bytes: int | None) -> None:
-    """Refuse a limit of bytes without the folder that it is the limit of.
+    """Refuse a limit in bytes of a folder that is not given.
 
     Raises:
-        InvalidParameterError: it is one.
+        InvalidParameterError: there is a limit and no folder.
     """
     if directory is None and directory_bytes is not None:
         raise InvalidParameterError(

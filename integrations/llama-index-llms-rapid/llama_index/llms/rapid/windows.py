@@ -27,7 +27,7 @@ def template_variables(decoder: RapidDecoder, options: Options) -> dict[str, Any
 def latest_turns(
     prompt: Prompt, decoder: RapidDecoder, model: ModelRunner, options: Options
 ) -> Prompt:
-    """A chat without as many of its oldest turns as do not fit; other prompts are not changed."""
+    """Drop the oldest turns of a chat that does not fit; other prompts are not changed."""
     if not _is_chat(prompt):
         return prompt
     from rapid_llm.encoding import drop_oldest_turns
