@@ -10,7 +10,13 @@ import pytest
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.tools import create_retriever_tool
 from pydantic import BaseModel
@@ -90,6 +96,27 @@ def test_an_agent_drafts_from_what_its_tool_found(way):
     assert rapid["chunks"] == [{"document_id": "lamp", "start_index": LAMP.index("It")}]
     kept = said["messages"][-2]
     assert kept.content == "It burns oil."
+
+
+@pytest.mark.parametrize("way", ["invoke", "astream"])
+def test_an_agent_drafts_from_what_all_calls_of_one_answer_found(way):
+    calls = [{"name": "search", "arguments": {"query": query}} for query in ("burns", "ferry")]
+    decoder = Scripted(f"<tool_call>{json.dumps(calls)}</tool_call>", "Oil, and Freya.")
+    agent = create_agent(ChatRapid(decoder=decoder, documents=TEXTS), [search()])
+    asked = {"messages": [HumanMessage("What does it burn, and what is the ferry called?")]}
+
+    async def streamed() -> str:
+        parts = [part async for part, _ in agent.astream(asked, stream_mode="messages")]
+        return "".join(part.content for part in parts if isinstance(part, AIMessageChunk))
+
+    if way == "invoke":
+        assert agent.invoke(asked)["messages"][-1].content == "Oil, and Freya."
+    else:
+        assert asyncio.run(streamed()) == "Oil, and Freya."
+    target, draft = read(decoder, 1)
+    assert all(text in target for text in (LAMP, FERRY))
+    assert all(found.page_content in draft for found in CHUNKS)
+    assert "steps" not in draft
 
 
 def test_without_full_documents_the_drafter_reads_the_last_question_and_what_was_found():
