@@ -155,6 +155,32 @@ def test_an_agent_answers_in_a_schema(strategy):
     assert "It burns oil." in read(decoder, 1)[1]
 
 
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_a_retriever_tools_and_a_schema_go_together(method):
+    last = called("Answer", fuel="oil") if method == "function_calling" else '{"fuel": "oil"}'
+    decoders = [Scripted(last) for _ in range(4)]
+
+    def ask(decoder: Scripted) -> Any:
+        llm = ChatRapid(decoder=decoder, retriever=Found(), documents=TEXTS)
+        return llm.bind_tools([search()]).with_structured_output(Answer, method=method)
+
+    async def streamed() -> Any:
+        return [part async for part in ask(decoders[3]).astream("What burns oil?")][-1]
+
+    said = [
+        ask(decoders[0]).invoke("What burns oil?"),
+        asyncio.run(ask(decoders[1]).ainvoke("What burns oil?")),
+        list(ask(decoders[2]).stream("What burns oil?"))[-1],
+        asyncio.run(streamed()),
+    ]
+    assert said == [Answer(fuel="oil")] * 4
+    for decoder in decoders:
+        target, draft = read(decoder, 0)
+        assert LAMP in target
+        assert "It burns oil." in draft
+        assert "steps" not in draft
+
+
 def test_a_document_is_read_once_however_often_it_is_found():
     decoder = Scripted("Yes.", "Yes.")
     llm = ChatRapid(decoder=decoder, documents=TEXTS)
