@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import installed
+from conftest import installed, smollm2
+from mask_time import ANSWERS, masked_answer
 from masked_drafts import compare
 
 from rapid_llm import RapidDecoder
 from rapid_llm.cli import main
 from rapid_llm.models import LoadedModel
+from rapid_llm.speculation.constraints import Constraints
 
 installed("llguidance")
 jsonschema = installed("jsonschema")
@@ -37,6 +39,14 @@ def test_drafts_are_accepted_under_a_schema_as_often_as_without(
     )
     assert masked.acceptance_rate >= free.acceptance_rate
     assert masked.tokens_per_round > unmasked.tokens_per_round
+
+
+def test_masks_take_less_than_a_tenth_of_a_millisecond_a_token() -> None:
+    constraints = Constraints(smollm2())
+    for constraint, text in ANSWERS.values():  # compiled once for a decoder
+        masked_answer(constraints, constraint, text)
+    took = [masked_answer(constraints, constraint, text) for constraint, text in ANSWERS.values()]
+    assert sum(seconds for _, seconds, _ in took) / sum(tokens for tokens, *_ in took) < 1e-4
 
 
 def test_ask_answers_in_the_schema_of_a_file(tmp_path: Path, capsys) -> None:

@@ -1,9 +1,13 @@
-"""Generated JSON schemas: every finished answer is valid, what is refused is refused by name."""
+"""Generated JSON schemas: every finished answer is valid, what is refused is refused by name.
+
+``python tests/test_constraints_schemas.py 500`` asks the packaged model for as many answers.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from random import Random
 from typing import Any
 
@@ -214,7 +218,15 @@ def test_answers_in_a_real_vocabulary_are_valid() -> None:
 
 @pytest.mark.slow
 def test_answers_of_the_packaged_model_are_valid() -> None:
-    decoder = RapidDecoder.from_pretrained("smollm2-135m", dtype="bfloat16", device="cpu")
-    counts = check(decoder, 120, 0, 160, "Describe the red car in JSON:")
+    counts = check_packaged(120)
     assert counts["stop"] > 60
     assert counts["refused"] > 5
+
+
+def check_packaged(count: int) -> dict[str, int]:
+    decoder = RapidDecoder.from_pretrained("smollm2-135m", dtype="bfloat16", device="cpu")
+    return check(decoder, count, 0, 160, "Describe the red car in JSON:")
+
+
+if __name__ == "__main__":
+    print(check_packaged(int(sys.argv[1])))

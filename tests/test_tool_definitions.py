@@ -17,6 +17,13 @@ def tool(name: Any = "add", parameters: Any = OBJECT, **more: Any) -> dict[str, 
     return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
 
 
+def nested(depth: int) -> dict[str, Any]:
+    made: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        made = {"type": "object", "properties": {"a": made}}
+    return made
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -37,7 +44,23 @@ def tool(name: Any = "add", parameters: Any = OBJECT, **more: Any) -> dict[str, 
             {"tools": [tool(parameters={"properties": {"a": {"type": "integre"}}})]},
             r"parameters of the tool 'add'.*integre",
         ),
+        (
+            {"tools": [tool(parameters={"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#"}}})]},
+            r"parameters of the tool 'add'.*look for a \$ref",
+        ),
+        ({"tools": [tool(parameters={"$ref": "#/$defs/b"})]}, r"'/\$defs/b' does not exist"),
+        (
+            {"tools": [tool(parameters={"properties": {"a": {"$ref": "https://x.org/a"}}})]},
+            r"'https://x.org/a' is not present",
+        ),
+        (
+            {"tools": [tool(parameters={"properties": {"a": {"enum": []}}, "required": ["a"]})]},
+            r"the tool 'add'.*Unsatisfiable",
+        ),
+        ({"tools": [tool(parameters=nested(3_000))]}, r"the tool 'add'.*recursion"),
         ({"tools": [tool()], "tool_choice": "sub"}, r"tool_choice='sub' names no tool; .* add"),
+        ({"tools": [tool()], "tool_choice": ""}, r"tool_choice='' names no tool; .* add"),
+        ({"tools": [tool()], "tool_choice": 3}, r"tool_choice=3 names no tool; .* add"),
         (
             {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "sub"}}},
             r"tool_choice='sub' names no tool",

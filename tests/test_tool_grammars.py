@@ -93,10 +93,11 @@ def reads(
     reasoning: Reasoning | None = None,
     opening: str = "",
     special: dict[str, int] | None = None,
+    tools: Any = TOOLS,
     **options: Any,
 ) -> str:
     """``whole`` where a text is an answer, ``open`` where it may begin one, else ``refused``."""
-    checked = ChatOptions(TOOLS, **options)
+    checked = ChatOptions(tools, **options)
     constraint = answer_constraint(checked, form, reasoning, opening, (special or {}).get)
     matcher = llguidance.LLMatcher(tokens(), llguidance_grammar(json.dumps(constraint)))
     assert not matcher.get_error()
@@ -120,6 +121,38 @@ def test_calls_of_the_tools_are_answers_unless_none_may_be(
         assert reads(text, form, reasoning, tool_choice="none") == "refused"
         named = reads(text, form, reasoning, tool_choice="add")
         assert named == ("whole" if '"add"' in text or "]add[" in text else "refused")
+
+
+NODE = {
+    "type": "object",
+    "properties": {
+        "code": {"enum": [f"code {n}" for n in range(3_000)]},
+        "odd": {"enum": ["\u2028ü", "</tool_call>", "a\x01b", "\\"]},
+        "next": {"$ref": "#"},
+    },
+    "required": ["code"],
+}
+
+
+@each_format
+def test_schemas_of_tools_may_refer_to_themselves_and_list_thousands(form: ToolFormat) -> None:
+    tools = [{"type": "function", "function": {"name": name, "parameters": NODE}} for name in "ab"]
+
+    def called(arguments: Any) -> str:
+        written = json.dumps(arguments, ensure_ascii=False)
+        if form.shape == "named":
+            return f"{form.begin}b{form.separator}{written}"
+        call = json.dumps({"name": "b", form.arguments: None}).replace("null", written)
+        return form.begin + (f"[{call}]" if form.shape == "list" else call) + form.end
+
+    for choice in ("auto", "required", "b"):
+        for odd in NODE["properties"]["odd"]["enum"]:
+            inner = {"code": "code 2999", "odd": odd, "next": {"code": "code 0"}}
+            text = called({"code": "code 17", "next": inner})
+            assert reads(text, form, tools=tools, tool_choice=choice) == "whole"
+        for wrong in ({"code": "code 3000"}, {"code": "code 1", "next": {"odd": "x"}}):
+            text = called(wrong)
+            assert reads(text, form, tools=tools, tool_choice="b") == "refused"
 
 
 @each_format

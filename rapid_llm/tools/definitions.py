@@ -216,6 +216,7 @@ def _checked_tool(given: Any, position: int) -> Tool:
             f"{what} are of the type {parameters['type']!r}: arguments are an object, pass "
             '{"type": "object", "properties": {…}}'
         )
+    check_schema(parameters, what)  # as the objects that they are
     parameters.setdefault("properties", {})
     definition = {
         "type": "function",

@@ -80,9 +80,13 @@ class BoundChatRapid(RunnableBinding[Any, AIMessage]):  # type: ignore[no-redef]
 
 
 class _Whole(BaseCumulativeTransformOutputParser[Any]):
-    """A parser that refuses answers that were cut; LangChain would complete their JSON."""
+    """A parser that refuses answers that were cut; LangChain would complete their JSON.
+
+    It refuses calls of other tools too, which LangChain would take for an empty text.
+    """
 
     parser: Any
+    of_text: bool
 
     def parse(self, text: str) -> Any:
         return self.parser.parse(text)
@@ -91,6 +95,12 @@ class _Whole(BaseCumulativeTransformOutputParser[Any]):
         for generation in result:
             message = generation.message if isinstance(generation, ChatGeneration) else None
             reason = message and message.response_metadata.get("finish_reason")
+            if self.of_text and isinstance(message, AIMessage) and reason == "tool_calls":
+                names = ", ".join(call["name"] for call in message.tool_calls)
+                raise OutputParserException(
+                    f"the model called {names} instead of answering in the schema: leave the tools "
+                    "out, or pass include_raw=True, make the calls of 'raw', and ask again"
+                )
             if reason == "length" or (reason == "stop" and not is_json(generation.text)):
                 raise OutputParserException(
                     "the answer was cut before its JSON was complete: raise max_tokens, or leave "
@@ -173,7 +183,7 @@ def structured(
         shown = traced if schema is not None else {}
         bound = model.bind(**{"response_format": response_format, **shown, **kwargs})
         parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
-    parser = _Whole(parser=parser)
+    parser = _Whole(parser=parser, of_text=method != "function_calling")
     if not include_raw:
         return bound | parser  # type: ignore[no-any-return]
     parsed = RunnablePassthrough.assign(

@@ -10,7 +10,13 @@ import pytest
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.tools import create_retriever_tool
 from pydantic import BaseModel
@@ -92,6 +98,27 @@ def test_an_agent_drafts_from_what_its_tool_found(way):
     assert kept.content == "It burns oil."
 
 
+@pytest.mark.parametrize("way", ["invoke", "astream"])
+def test_an_agent_drafts_from_what_all_calls_of_one_answer_found(way):
+    calls = [{"name": "search", "arguments": {"query": query}} for query in ("burns", "ferry")]
+    decoder = Scripted(f"<tool_call>{json.dumps(calls)}</tool_call>", "Oil, and Freya.")
+    agent = create_agent(ChatRapid(decoder=decoder, documents=TEXTS), [search()])
+    asked = {"messages": [HumanMessage("What does it burn, and what is the ferry called?")]}
+
+    async def streamed() -> str:
+        parts = [part async for part, _ in agent.astream(asked, stream_mode="messages")]
+        return "".join(part.content for part in parts if isinstance(part, AIMessageChunk))
+
+    if way == "invoke":
+        assert agent.invoke(asked)["messages"][-1].content == "Oil, and Freya."
+    else:
+        assert asyncio.run(streamed()) == "Oil, and Freya."
+    target, draft = read(decoder, 1)
+    assert all(text in target for text in (LAMP, FERRY))
+    assert all(found.page_content in draft for found in CHUNKS)
+    assert "steps" not in draft
+
+
 def test_without_full_documents_the_drafter_reads_the_last_question_and_what_was_found():
     decoder = Scripted(called(query="burns"), "Oil.")
     agent = create_agent(ChatRapid(decoder=decoder), [search()], system_prompt="Be brief.")
@@ -126,6 +153,32 @@ def test_an_agent_answers_in_a_schema(strategy):
     said = agent.invoke({"messages": [HumanMessage("What does it burn?")]})
     assert said["structured_response"] == Answer(fuel="oil")
     assert "It burns oil." in read(decoder, 1)[1]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_a_retriever_tools_and_a_schema_go_together(method):
+    last = called("Answer", fuel="oil") if method == "function_calling" else '{"fuel": "oil"}'
+    decoders = [Scripted(last) for _ in range(4)]
+
+    def ask(decoder: Scripted) -> Any:
+        llm = ChatRapid(decoder=decoder, retriever=Found(), documents=TEXTS)
+        return llm.bind_tools([search()]).with_structured_output(Answer, method=method)
+
+    async def streamed() -> Any:
+        return [part async for part in ask(decoders[3]).astream("What burns oil?")][-1]
+
+    said = [
+        ask(decoders[0]).invoke("What burns oil?"),
+        asyncio.run(ask(decoders[1]).ainvoke("What burns oil?")),
+        list(ask(decoders[2]).stream("What burns oil?"))[-1],
+        asyncio.run(streamed()),
+    ]
+    assert said == [Answer(fuel="oil")] * 4
+    for decoder in decoders:
+        target, draft = read(decoder, 0)
+        assert LAMP in target
+        assert "It burns oil." in draft
+        assert "steps" not in draft
 
 
 def test_a_document_is_read_once_however_often_it_is_found():

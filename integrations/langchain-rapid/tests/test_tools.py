@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -275,6 +276,61 @@ def test_an_answer_that_a_stop_string_cuts_is_not_completed(method):
     with pytest.raises(OutputParserException, match="the stop string"):
         list(structured.stream("Where?", stop=[". "]))
     assert structured.invoke("Where?", stop=["Nowhere"]) == {"place": "Rome. Oslo."}
+
+
+OSLO = '{"place": "Oslo", "sure": true}'
+
+
+def asked_in_every_way(make: Callable[[], Any]) -> list[Any]:
+    """What invoke, ainvoke, and the last of stream and astream give; or their errors."""
+
+    async def streamed() -> Any:
+        return [part async for part in make().astream("Where?")][-1]
+
+    ways: list[Callable[[], Any]] = [
+        lambda: make().invoke("Where?"),
+        lambda: asyncio.run(make().ainvoke("Where?")),
+        lambda: list(make().stream("Where?"))[-1],
+        lambda: asyncio.run(streamed()),
+    ]
+
+    def told(way: Callable[[], Any]) -> Any:
+        try:
+            return way()
+        except OutputParserException as error:
+            return str(error)
+
+    return [told(way) for way in ways]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_a_model_with_tools_may_still_answer_in_the_schema(method):
+    call = f'<tool_call>[{{"name": "Answer", "arguments": {OSLO}}}]</tool_call>'
+    said = call if method == "function_calling" else OSLO
+
+    def make(**options: Any) -> Any:
+        bound = ChatRapid(decoder=Scripted(said)).bind_tools([weather])
+        return bound.with_structured_output(Answer, method=method, **options)
+
+    answer = Answer(place="Oslo", sure=True)
+    assert asked_in_every_way(make) == [answer] * 4
+    parts = list(make(include_raw=True).stream("Where?"))
+    whole = {key: value for part in parts for key, value in part.items()}
+    assert (whole["parsed"], whole["parsing_error"]) == (answer, None)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "json_mode"])
+def test_a_call_in_the_place_of_an_object_is_told(method):
+    def make(**options: Any) -> Any:
+        bound = ChatRapid(decoder=Scripted(ROME)).bind_tools([weather])
+        return bound.with_structured_output(Answer, method=method, **options)
+
+    for told in asked_in_every_way(make):
+        assert "the model called weather instead of answering" in told
+    raw = make(include_raw=True).invoke("Where?")
+    assert raw["raw"].tool_calls[0]["args"] == {"place": "Rome"}
+    assert raw["parsed"] is None
+    assert "the model called weather" in str(raw["parsing_error"])
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])

@@ -232,6 +232,29 @@ def test_an_agent_calls_a_retriever_and_answers_from_it(scripted, streaming):
     assert "<tool_response>" in decoder.prompts[1]
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_agent_makes_the_calls_of_one_answer_and_reads_all_their_results(scripted, streaming):
+    asked: list[str] = []
+
+    def look_up(place: str) -> str:
+        """Look up a place."""
+        asked.append(place)
+        return f"{place} is sunny."
+
+    calls = [{"name": "look_up", "arguments": {"place": place}} for place in ("Rome", "Oslo")]
+    decoder = scripted(f"<tool_call>{json.dumps(calls)}</tool_call>", "Both are sunny.")
+    llm, tools = RapidLLM(decoder=decoder), [FunctionTool.from_defaults(look_up)]
+    agent = FunctionAgent(tools=tools, llm=llm, streaming=streaming, timeout=60)
+
+    async def run() -> str:
+        return str(await agent.run("How are Rome and Oslo?"))
+
+    assert asyncio.run(run()) == "Both are sunny."
+    assert sorted(asked) == ["Oslo", "Rome"]
+    assert json.dumps(calls) in decoder.prompts[1]
+    assert decoder.prompts[1].count("is sunny.") == 2
+
+
 def test_agents_are_chosen_by_what_the_model_can(llm, tool, make_decoder):
     (agent,) = AgentWorkflow.from_tools_or_functions([tool], llm=llm).agents.values()
     assert isinstance(agent, FunctionAgent)
@@ -266,8 +289,23 @@ def engines(llm):
     ]
 
 
+def ask(engine, way, question):
+    """The response of a query engine."""
+    if way == "query":
+        return engine.query(question)
+
+    async def later():
+        return await engine.aquery(question)
+
+    return asyncio.run(later())
+
+
+ways = pytest.mark.parametrize("way", ["query", "aquery"])
+
+
+@ways
 @pytest.mark.parametrize("multi", [False, True])
-def test_a_router_selects_with_its_default_selector(scripted, multi):
+def test_a_router_selects_with_its_default_selector(scripted, multi, way):
     chosen = {"index": 2, "reason": "It is about a ferry."}
     call = (
         written("MultiSelection", selections=[chosen])
@@ -278,11 +316,39 @@ def test_a_router_selects_with_its_default_selector(scripted, multi):
     llm = RapidLLM(decoder=decoder)
     router = RouterQueryEngine.from_defaults(engines(llm), llm=llm, select_multi=multi)
     assert isinstance(router._selector, PydanticSingleSelector) is not multi
-    response = router.query("What is the ferry's name?")
+    response = ask(router, way, "What is the ferry's name?")
     assert str(response) == "Freya."
     assert decoder.constraints[0] is not None
     assert FERRY in decoder.prompts[1]
     assert LAMP not in decoder.prompts[1]
+
+
+@ways
+def test_a_router_gathers_the_answers_of_all_engines_that_it_selects(scripted, way):
+    chosen = [{"index": n, "reason": "It may tell."} for n in (1, 2)]
+    decoder = scripted(written("MultiSelection", selections=chosen), "One.", "Two.", "Both.")
+    llm = RapidLLM(decoder=decoder)
+    router = RouterQueryEngine.from_defaults(engines(llm), llm=llm, select_multi=True)
+    assert str(ask(router, way, "What is there?")) == "Both."
+    assert "One." in decoder.prompts[3]
+    assert "Two." in decoder.prompts[3]
+
+
+def test_an_engine_that_a_router_selects_answers_with_a_drafted_object(scripted):
+    class Built(BaseModel):
+        year: int
+
+    decoder = scripted(written("SingleSelection", index=1, reason="the only one"), '{"year": 1871}')
+    whole = Document(text=f"{LAMP}\n\nIts bell cracked.", id_="lamp")
+    llm = RapidLLM(decoder=decoder, documents=[whole])
+    index = VectorStoreIndex.from_documents([Document(text=LAMP)], embed_model=EMBED)
+    engine = QueryEngineTool.from_defaults(
+        index.as_query_engine(llm=llm, output_cls=Built), name="lamp", description="The lighthouse."
+    )
+    response = RouterQueryEngine.from_defaults([engine], llm=llm).query("When was it built?")
+    assert response.response == Built(year=1871)
+    assert response.metadata["rapid"]["document_ids"] == ["lamp"]
+    assert "Its bell cracked." in decoder.prompts[1]
 
 
 @pytest.fixture
@@ -300,8 +366,9 @@ def openai_question_gen(monkeypatch):
     monkeypatch.setitem(sys.modules, package.__name__, package)
 
 
+@ways
 @pytest.mark.parametrize("given", [False, True])
-def test_sub_questions_are_gathered(scripted, openai_question_gen, given):
+def test_sub_questions_are_gathered(scripted, openai_question_gen, given, way):
     asked = {
         "items": [
             {"sub_question": "When was it built?", "tool_name": "lighthouse"},
@@ -315,10 +382,11 @@ def test_sub_questions_are_gathered(scripted, openai_question_gen, given):
         engines(llm),
         llm=llm,
         question_gen=LLMQuestionGenerator.from_defaults(held) if given else None,
-        use_async=False,
+        use_async=way == "aquery",
         verbose=False,
     )
-    assert str(engine.query("When was it built, and what is it called?")) == "In 1871, and Freya."
+    said = ask(engine, way, "When was it built, and what is it called?")
+    assert str(said) == "In 1871, and Freya."
     assert decoder.constraints == [{"json": ANY} if given else None, None, None, None]
     assert "In 1871." in decoder.prompts[3]
     assert "Freya." in decoder.prompts[3]
