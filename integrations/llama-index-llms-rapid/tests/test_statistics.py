@@ -113,6 +113,18 @@ def test_a_plain_engines_response_adds_up_its_calls(index, llm, spy, mode, metho
     assert pickle.loads(pickle.dumps(report)) == copy.deepcopy(report) == report
 
 
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("method", ["query", "aquery"])
+def test_a_plain_engine_without_documents_has_statistics(index, make_decoder, template, method):
+    decoder = make_decoder()
+    if not template:
+        decoder.tokenizer.chat_template = None
+    llm = RapidLLM(decoder=decoder, max_tokens=6)
+    report = answers(index.as_query_engine(llm=llm), method).metadata["rapid"]
+    assert (report["method"], report["completion_tokens"]) == ("lc", 6)
+    assert report["draft_skipped"] == "no draft prompt was given"
+
+
 def test_what_was_cut_and_cached_is_shown(make_decoder):
     text = "\n\n".join(f"Keeper {i} kept a diary of {i} storms, all of them." for i in range(99))
     documents = [Document(text=text, id_="diary")]
@@ -128,8 +140,6 @@ def test_what_was_cut_and_cached_is_shown(make_decoder):
 def test_a_response_without_a_call_has_no_statistics(index, llm):
     plain = index.as_query_engine(llm=MockLLM())
     assert "rapid" not in plain.query(QUESTION).metadata
-    bare = index.as_query_engine(llm=RapidLLM(decoder=llm.decoder, max_tokens=2))
-    assert "rapid" not in bare.query(QUESTION).metadata
 
 
 def test_concurrent_answers_have_their_own_statistics(index, llm):

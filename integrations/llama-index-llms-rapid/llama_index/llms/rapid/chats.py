@@ -107,8 +107,9 @@ def chat_call(
         draft,
         options,
         notes={"dropped_messages": dropped(whole, target)},
-        # A template without retrieved text does not answer: it condenses, reranks or extracts.
-        reports=() if isinstance(messages, FilledMessages) else reports(),
+        # Outside a synthesizer, a template without retrieved text does not answer: it condenses,
+        # reranks or extracts.
+        reports=reports(filled=isinstance(messages, FilledMessages)),
         reader=reader,
     )
 

@@ -363,7 +363,8 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
                 decoder, lambda text: writer.from_engine(fill(text)), prompt.context, chosen
             )
         if isinstance(prompt, FilledPrompt):  # engines pass formatted=True for any prompt
-            return Call(decoder, writer.from_engine(prompt), None, chosen)
+            target, answers = writer.from_engine(prompt), reports(filled=True)
+            return Call(decoder, target, None, chosen, reports=answers)
         draft = None if draft_prompt is None else writer.from_text(draft_prompt, formatted)
         target = writer.from_text(prompt, formatted)
         return Call(decoder, target, draft, chosen)

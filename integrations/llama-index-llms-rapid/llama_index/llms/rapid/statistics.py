@@ -92,11 +92,13 @@ class _Answer:
     Attributes:
         span: id of the span that ends with the answer.
         confidence: confidence of the retrieval; 1 where the span does not show the nodes.
+        synthesized: whether a synthesizer makes it, all of whose calls belong to it.
         report: statistics of the answer's calls.
     """
 
     span: str
     confidence: float
+    synthesized: bool
     report: Report = field(default_factory=Report)
 
 
@@ -104,9 +106,17 @@ _open: ContextVar[tuple[_Answer, ...]] = ContextVar("rapid_answers", default=())
 """Answers that calls of this thread or task belong to, the innermost last."""
 
 
-def reports() -> tuple[Report, ...]:
-    """Reports of the answers that the current call belongs to."""
-    return tuple(answer.report for answer in _open.get())
+def reports(*, filled: bool = False) -> tuple[Report, ...]:
+    """Reports of the answers that the current call belongs to.
+
+    Args:
+        filled: whether the call answers a template without a context, which a chat engine fills
+            before its answer, and a synthesizer for it.
+    """
+    answers = _open.get()
+    if filled and not any(answer.synthesized for answer in answers):
+        return ()
+    return tuple(answer.report for answer in answers)
 
 
 def retrieval_confidence() -> float:
@@ -139,7 +149,8 @@ class _AnswerSpans(NullSpanHandler):
         if any(isinstance(instance, kind) and method in names for kind, names in _ANSWERING):
             nodes = bound_args.arguments.get("nodes")
             sure = 1.0 if nodes is None else confidence_of(nodes)
-            _open.set((*_open.get(), _Answer(id_, sure)))
+            answer = _Answer(id_, sure, isinstance(instance, BaseSynthesizer))
+            _open.set((*_open.get(), answer))
 
     def span_exit(
         self,
