@@ -17,7 +17,7 @@ from conftest import smollm2, tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
 from rapid_llm import ContextWindowError, InvalidParameterError, RapidDecoder, cli
-from rapid_llm.bench import harness
+from rapid_llm.bench import base
 from rapid_llm.bench.method_bench import MethodBench, Run, our_methods, peer_methods
 from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload
@@ -37,8 +37,8 @@ def decoder() -> RapidDecoder:
 
 @pytest.fixture
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_REPEATS", 2)
-    monkeypatch.setattr(harness, "_NUMBERS", {"cpu": 2**16})
+    monkeypatch.setattr(base, "_REPEATS", 2)
+    monkeypatch.setattr(base, "_NUMBERS", {"cpu": 2**16})
 
 
 def test_every_method_decodes_the_tokens_asked_for(decoder: RapidDecoder) -> None:
