@@ -153,10 +153,6 @@ class PromptBuilder:
         if method == "lc":
             own = None  # the target answers alone
         if request.documents is None:
-            if method in ("rag", "sd") and own is None and request.rapid.draft_prompt is None:
-                raise InvalidParameterError(
-                    f"method={method!r} needs documents, or a draft of rapid: pass one of them"
-                )
             if method == "rag":
                 return Prompts(None, own, request.rapid.confidence)
             return Prompts(chat, own, request.rapid.confidence)
