@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial, partialmethod
 from typing import Any
 
 import pytest
@@ -378,6 +379,38 @@ def test_a_request_that_finds_no_memory_waits_for_another_to_end(monkeypatch):
     under_way[0] = 2
     with pytest.raises(torch.OutOfMemoryError, match="room for two"):
         scheduler.generate_many(requests[:1])
+
+
+def test_requests_that_leave_each_other_no_memory_are_answered_in_turn(monkeypatch):
+    decoder = decoder_of()
+    requests = [GenerationRequest([5 + i], sampling=sampling(i, max_new_tokens=1)) for i in (0, 1)]
+    alone = [tokens_alone(decoder, request) for request in requests]
+    opened, extend, under_way = GenerationFactory.open, Session.extend, [0]
+    both_asked = threading.Event()
+
+    @contextmanager
+    def counted(*args: Any, **options: Any) -> Any:
+        assert both_asked.wait(60)
+        under_way[0] += 1
+        try:
+            with opened(*args, **options) as generation:
+                yield generation
+        finally:
+            under_way[0] -= 1
+
+    def room_for_one(run: Callable[..., Any], *args: Any) -> Any:
+        if under_way[0] > 1:
+            raise torch.OutOfMemoryError("room for one")
+        return run(*args)
+
+    monkeypatch.setattr(GenerationFactory, "open", counted)
+    monkeypatch.setattr(Session, "extend", partialmethod(lambda *a: room_for_one(extend, *a)))
+    monkeypatch.setattr(rounds, "extend_all", partial(room_for_one, rounds.extend_all))
+    scheduler = Scheduler(decoder)
+    streams = [scheduler.stream(*each.prompts, **each.options) for each in requests]
+    both_asked.set()
+    tokens = [[t for delta in stream for t in delta.token_ids] for stream in streams]
+    assert tokens == alone
 
 
 def test_weights_that_change_are_noticed_by_all():

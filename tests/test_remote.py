@@ -6,6 +6,7 @@ import asyncio
 import copy
 import pickle
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
@@ -20,11 +21,14 @@ from test_server_clients import until
 
 from rapid_llm import (
     ContextWindowError,
+    Delta,
+    GenerationRequest,
     GenerationTimeoutError,
     InvalidParameterError,
     RapidDecoder,
     RapidPipeline,
     RemoteDecoder,
+    SamplingParams,
     ServerError,
 )
 from rapid_llm.tools.answers import chat
@@ -186,6 +190,38 @@ def test_a_closed_stream_stops_the_server(remote: RemoteDecoder, server: Server)
 
     asyncio.run(cancelled())
     until(lambda: server.service.admission.active == 0)
+
+
+def test_closed_streams_stop_prompts_that_the_server_still_reads(
+    remote: RemoteDecoder, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, given_up = server.service._engine.stream, threading.Event()
+
+    def reading(*prompts: Any, progress: Any, **options: Any) -> Iterator[Delta]:
+        while not given_up.wait(0.01):
+            progress("target", 0, 9)
+        yield from answer(*prompts, progress=progress, **options)
+
+    def stream(*prompts: Any, sampling: SamplingParams, **options: Any) -> Iterator[Delta]:
+        begun = answer if sampling.max_new_tokens == 1 else reading
+        return begun(*prompts, sampling=sampling, **options)
+
+    monkeypatch.setattr("rapid_llm.server.answers._PATIENCE", 0.01)
+    monkeypatch.setattr(server.service._engine, "stream", stream)
+    told: list[int] = []
+    short, long = (replace(SAMPLING, max_new_tokens=n) for n in (1, 9))
+    requests = [
+        GenerationRequest(CHAT, sampling=long, progress=lambda *each: told.append(1)),
+        GenerationRequest(CHAT, sampling=short),
+    ]
+    try:
+        with closing(remote.stream_many(requests)) as deltas:  # type: ignore[type-var]
+            assert next(deltas)[0] == 1
+            until(lambda: bool(told))
+            assert server.service.admission.active >= 1
+        until(lambda: server.service.admission.active == 0)
+    finally:
+        given_up.set()
 
 
 def test_characters_that_end_lines_elsewhere_are_text(remote: RemoteDecoder) -> None:

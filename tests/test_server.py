@@ -308,6 +308,8 @@ def test_what_cannot_be_served_is_refused_with_its_field(
         ({"prompt": "x", "messages": []}, "unknown field 'messages'"),
         ({"prompt": "x", "rapid": {"draft_messages": CHAT}}, "rapid.draft_prompt"),
         ({"prompt": [5], "documents": ["x"]}, "token ids"),
+        ({"prompt": "x", "rapid": {"method": "rag"}}, "needs documents"),
+        ({"prompt": "x", "rapid": {"method": "sd"}}, "needs documents"),
     ],
 )
 def test_a_completion_is_refused_likewise(post: Any, body: Any, words: str) -> None:

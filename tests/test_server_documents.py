@@ -105,6 +105,15 @@ def test_an_answer_about_documents_is_the_pipeline_s(
         assert chunk["document_id"] == "doc_1"
 
 
+def test_lc_drafts_nothing_whatever_draft_is_given(ask: Any, decoder: RapidDecoder) -> None:
+    expected = pipeline(decoder, [FOX, OWL]).ask(QUESTION, "lc")
+    response = ask(
+        documents=[FOX, OWL], rapid={"method": "lc", "draft_messages": user("The tree.")}
+    )
+    assert tokens(response) == expected.token_ids
+    assert response.json()["rapid"]["stats"]["drafted_tokens"] == 0
+
+
 @pytest.mark.parametrize(
     "document",
     [OWL, {"text": OWL}, {"text": OWL, "id": "o"}, {"data": OWL}, {"data": {"text": OWL}}],

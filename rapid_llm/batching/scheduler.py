@@ -265,14 +265,15 @@ class Scheduler(Decoder):
 
     def _admit(self) -> bool:
         """End what was cancelled and start what may start; returns whether anything is left."""
+        alone = len(self._running) == 1
         for each in self._running:
             if each.ticket.cancelled:
                 _end(each)
         ended = [each for each in self._running if each.wanted is None]
         self._running = [each for each in self._running if each.wanted is not None]
         self._most = min(self._most + len(ended), self.max_sequences)
-        for each in ended:
-            self._wait_for_memory(each)
+        for each in reversed(ended):  # so that the first is the next one again
+            self._wait_for_memory(each, alone)
         while (ticket := self._next()) is not None:
             # The first is opened as a single call is, so that a request that stays alone gets what
             # a single call gets, to the bit; those beside it borrow from its cache.
@@ -282,21 +283,21 @@ class Scheduler(Decoder):
             if started.wanted is not None:
                 self._running.append(started)
             else:
-                self._wait_for_memory(started)
+                self._wait_for_memory(started, not self._running)
         with self._lock:
             if self._running or self._waiting:
                 return True
             self._thread = None
             return False
 
-    def _wait_for_memory(self, ended: Sequence) -> None:
-        """Let a request that found no memory be the next one, once another has ended."""
+    def _wait_for_memory(self, ended: Sequence, alone: bool) -> None:
+        """Let a request that found no memory beside others be the next one, once one has ended."""
         if ended.starved is None:
             return
-        if not self._running:
+        if alone:
             ended.ticket.deliver(ended.starved)
             return
-        self._most = len(self._running)
+        self._most = max(1, len(self._running))
         with self._lock:
             self._waiting.insert(0, ended.ticket)
 

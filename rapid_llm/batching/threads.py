@@ -6,12 +6,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import Any
 
 from rapid_llm.interface import GenerationRequest
 from rapid_llm.results import Delta
 
 MOST_THREADS = 32
 """Maximum number of requests under way; further ones wait."""
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the answer any more, whose prompt is still read. Callers never see it."""
 
 
 def stream_in_threads(
@@ -30,10 +35,16 @@ def stream_in_threads(
     stopped = threading.Event()
 
     def answer(index: int, request: GenerationRequest) -> None:
+        def report(*values: Any) -> None:
+            if stopped.is_set():
+                raise _StoppedError
+            if request.progress is not None:
+                request.progress(*values)
+
         if stopped.is_set():
             return
         try:
-            for delta in stream(*request.prompts, **request.options):
+            for delta in stream(*request.prompts, **request.options | {"progress": report}):
                 outcomes.put((index, delta))
                 if stopped.is_set():
                     return  # drops the stream, which ends the request

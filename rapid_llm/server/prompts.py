@@ -150,14 +150,12 @@ class PromptBuilder:
         chat = [checked_message(message) for message in messages]
         own = None if draft_messages is None else [checked_message(m) for m in draft_messages]
         method: Method = request.rapid.method
+        if method == "lc":
+            own = None  # the target answers alone
         if request.documents is None:
-            if method in ("rag", "sd") and own is None and request.rapid.draft_prompt is None:
-                raise InvalidParameterError(
-                    f"method={method!r} needs documents, or a draft of rapid: pass one of them"
-                )
             if method == "rag":
                 return Prompts(None, own, request.rapid.confidence)
-            return Prompts(chat, None if method == "lc" else own, request.rapid.confidence)
+            return Prompts(chat, own, request.rapid.confidence)
         options = changed(self._retrieval, request.options(RetrievalConfig))
         self._limit(request)
         documents = self._documents(request, options)

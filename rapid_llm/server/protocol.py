@@ -228,6 +228,11 @@ class Request(Documents, _Sampling, _Template):
                 "the target reads"
             )
         own_draft = self.rapid.draft_messages is not None or self.rapid.draft_prompt is not None
+        if self.rapid.method in ("rag", "sd") and self.documents is None and not own_draft:
+            raise ValueError(
+                f"method={self.rapid.method!r} needs documents, or a draft of rapid: pass one of "
+                "them"
+            )
         if own_draft and self.chunks is not None:
             raise ValueError(
                 "chunks and a draft of rapid were given, which both are the drafter's context: "
