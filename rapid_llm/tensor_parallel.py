@@ -104,7 +104,8 @@ class Ranks:
         """
         if self._open:
             raise InvalidParameterError(
-                "a sharded model answers one call at a time: end or close the first stream"
+                "a sharded model answers one call at a time: end or close the first stream, or ask "
+                "many questions by generate_many"
             )
         if self._broken:  # ranks that have not noticed must not wait
             self._refuse()
