@@ -55,7 +55,11 @@ def command() -> Iterator[Any]:
     for each in started:
         if each.poll() is None:
             each.send_signal(signal.SIGINT)
-            each.wait(60)
+            try:
+                each.wait(30)
+            except subprocess.TimeoutExpired:  # Ray's own command may miss it; so end all it began
+                os.killpg(each.pid, signal.SIGKILL)
+                each.wait(30)
 
 
 def free_port() -> int:
