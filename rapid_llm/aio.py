@@ -12,6 +12,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar, cast
 
+from rapid_llm import daemons
+
 T = TypeVar("T")
 
 _Work: TypeAlias = "SimpleQueue[Callable[[], None] | None]"
@@ -32,7 +34,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._work: _Work = SimpleQueue()
-        threading.Thread(target=_run, args=(self._work,), name="rapid-llm", daemon=True).start()
+        daemons.start(_run, self._work, name="rapid-llm", end=partial(self._work.put, None))
         # An iterator whose event loop was closed is never closed itself, only collected.
         weakref.finalize(self, self._work.put, None).atexit = False
 
@@ -96,7 +98,7 @@ async def iterate_in_thread(
     abandoned = threading.Event()
 
     def check() -> None:
-        if abandoned.is_set():
+        if abandoned.is_set() or daemons.ENDING.is_set():
             raise _AbandonedError
 
     worker = _Worker()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from rapid_llm import daemons
 from rapid_llm.aio import in_thread
 from rapid_llm.arguments import arguments_of
 from rapid_llm.batching.requests import DeltaStream, Outcome, Ticket
@@ -236,16 +237,20 @@ class Scheduler(Decoder):
         with self._lock:
             self._waiting.append(ticket)
             if self._thread is None:
-                thread = threading.Thread(
-                    target=self._work, name="rapid-llm-scheduler", daemon=True
-                )
-                try:
-                    thread.start()  # its first act waits for the lock
+                try:  # its first act waits for the lock
+                    self._thread = daemons.start(
+                        self._work, name="rapid-llm-scheduler", end=self._cancel_all
+                    )
                 except BaseException:  # later requests must not wait for it
                     self._waiting.remove(ticket)
                     raise
-                self._thread = thread
         return ticket
+
+    def _cancel_all(self) -> None:
+        with self._lock:
+            tickets = [*self._waiting, *(each.ticket for each in self._running)]
+        for ticket in tickets:
+            ticket.cancel()
 
     @torch.inference_mode()
     def _work(self) -> None:
