@@ -199,6 +199,7 @@ class Device:
 
     Attributes:
         quantizers: quantizers for drafters by weight format, the fastest first.
+        joins_copies: whether joined passes are faster with a quantized copy than without.
         prefill_chunk: number of tokens of a prefill pass, which bounds the memory of activations.
         prefill_pieces: numbers of tokens of passes over the rest of a prompt, descending, less
             than a chunk. The next question on a document reads about the smallest of them again,
@@ -208,6 +209,7 @@ class Device:
 
     own_memory: ClassVar[bool] = False
     quantizers: ClassVar[Mapping[WeightKind, Quantizer]] = {}
+    joins_copies: ClassVar[bool] = True
     prefill_chunk = 512
     prefill_pieces: tuple[int, ...] = ()
 
