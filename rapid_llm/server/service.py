@@ -17,7 +17,7 @@ from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, Spec
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.options import changed
 from rapid_llm.server.admission import Admission
-from rapid_llm.server.errors import ApiError
+from rapid_llm.server.errors import ApiError, logger
 from rapid_llm.server.files import FileStore
 from rapid_llm.server.metrics import Metrics
 from rapid_llm.server.prompts import PromptBuilder, Prompts
@@ -97,6 +97,8 @@ class Service:
         self._prompt_builder = PromptBuilder(
             decoder, self.files, retrieval, config.max_documents, embedder
         )
+        self._unfinished: set[asyncio.Queue[Part | ApiError | None]] = set()  # parts of answers
+        self._stopped = False
         self._engine = decoder.scheduler  # requests are answered at once
         self._models = SimpleNamespace(
             tokenizer=decoder.tokenizer,
@@ -109,6 +111,18 @@ class Service:
         """Delete what was kept for this process only."""
         self.files.close()
 
+    def stop(self) -> None:
+        """End all answers that run or wait with an error, and begin no other."""
+        self._stopped = True
+        if self._unfinished:
+            logger.warning(
+                "%d requests outlasted shutdown_seconds=%d and were ended with status 503",
+                len(self._unfinished),
+                self.config.shutdown_seconds,
+            )
+        for parts in self._unfinished:
+            parts.put_nowait(_shut_down())
+
     async def answer(self, request: Request) -> AsyncGenerator[Part, None]:
         """Answer a request, once it is its turn; closing the generator stops the models.
 
@@ -116,7 +130,7 @@ class Service:
             What the models read, then a part of the answer for each round.
 
         Raises:
-            ApiError: too many requests wait, or another model is asked for.
+            ApiError: too many requests wait, another model is asked for, or the server shuts down.
             RapidError: the request cannot be served.
         """
         if request.model not in (None, self.name):
@@ -127,7 +141,10 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        parts: asyncio.Queue[Part | None] = asyncio.Queue()
+        if self._stopped:
+            raise _shut_down()
+        parts: asyncio.Queue[Part | ApiError | None] = asyncio.Queue()
+        self._unfinished.add(parts)
 
         async def work() -> None:
             try:
@@ -142,8 +159,11 @@ class Service:
         # Apart from the reader, so that a client that reads slowly, or not at all, keeps its answer
         # but not its turn.
         task = asyncio.create_task(work())
+        task.add_done_callback(lambda _: self._unfinished.discard(parts))
         try:
             while (part := await parts.get()) is not None:
+                if isinstance(part, ApiError):
+                    raise part
                 yield part
             await task
         finally:
@@ -243,6 +263,14 @@ class Service:
         return self._prompt_builder.build(
             request, messages, draft, call.sampling, variables, call.check
         )
+
+
+def _shut_down() -> ApiError:
+    return ApiError(
+        503,
+        "the server shuts down and ended this request: send it again once it runs",
+        code="server_shutdown",
+    )
 
 
 class _Call(NamedTuple):
