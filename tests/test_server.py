@@ -340,10 +340,23 @@ def test_an_error_in_a_stream_is_an_event(post: Any) -> None:
     assert post().status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"{", b"[1]", b"", b"\xff", b'{"messages": ' + b"[" * 100_000])
-def test_what_is_no_json_is_refused(server: Server, body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{", "not JSON (Expecting property name"),
+        (b"[1]", "not a JSON object"),
+        (b"", "the body is missing"),
+        (b'{"user": "\xff"}', "not JSON (its bytes are not UTF-8)"),
+        (b'{"messages": ' + b"[" * 100_000, "not JSON (it is nested too deep)"),
+        (b'{"seed": ' + b"1" * 5_000 + b"}", "not JSON (a number in it has too many digits)"),
+    ],
+)
+def test_what_is_no_json_is_refused_with_the_reason(
+    server: Server, body: bytes, words: str
+) -> None:
     headers = {"content-type": "application/json"}
-    refused(httpx.post(server.url + "/v1/chat/completions", content=body, headers=headers))
+    response = httpx.post(server.url + "/v1/chat/completions", content=body, headers=headers)
+    assert words in refused(response)["message"]
 
 
 def test_a_form_in_the_place_of_json_is_told_what_to_send(server: Server) -> None:
@@ -402,6 +415,15 @@ def test_metrics_count_what_was_answered(server: Server, post: Any) -> None:
     assert value("rapid_llm_tokens_per_round") >= 1
     assert value('rapid_llm_kv_bytes{tier="device"}') > 0
     assert value("rapid_llm_time_to_first_token_seconds_count") >= 1
+
+
+@pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/metrics"])
+def test_a_probe_may_ask_for_the_head_alone(server: Server, path: str) -> None:
+    response = httpx.head(server.url + path)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == httpx.get(server.url + path).headers["content-type"]
+    assert response.content == b""
+    assert httpx.head(server.url + "/v1/chat/completions").status_code == 405
 
 
 def test_every_response_has_an_id(server: Server) -> None:

@@ -378,6 +378,21 @@ def test_forms_are_checked(server: Server) -> None:
     assert refused(extra)["code"] == "unknown_parameter"
 
 
+def test_a_file_without_a_form_is_told_what_to_send_and_is_not_repeated(server: Server) -> None:
+    for headers in ({"content-type": "application/x-www-form-urlencoded"}, {}):
+        response = httpx.post(f"{server.url}/v1/files", content=OWL.encode(), headers=headers)
+        error = refused(response)
+        assert "multipart/form-data with a field file" in error["message"]
+        assert error["param"] == "file"
+        assert "owl" not in response.text
+
+
+def test_a_file_that_is_too_long_is_told_the_option(upload: Any) -> None:
+    error = refused(upload("a.txt", b"a" * 300_000), 413)
+    assert "--max-body-bytes, 200,000" in error["message"]
+    assert "/v1/files" not in error["message"]
+
+
 def test_a_long_body_is_refused_before_it_is_read(server: Server, ask: Any) -> None:
     assert refused(ask(documents=["x" * 300_000]), 413)["code"] == "body_too_long"
 

@@ -42,6 +42,7 @@ _PAGE = {
 """Headers of the page, which loads nothing and asks this server alone."""
 
 _FILE = "/v1/files/{file_id}"
+_FORM = "multipart/form-data"
 
 
 def create_app(
@@ -132,6 +133,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 def _add_files(app: FastAPI, service: Service) -> None:
     @app.post("/v1/files", response_model=None)
     async def upload(request: Request) -> dict[str, Any]:
+        if not request.headers.get("content-type", "").lower().startswith(_FORM):
+            raise ApiError(
+                400, f"the body is no form: send {_FORM} with a field file", param="file"
+            )
         async with request.form(max_files=1, max_fields=4) as form:
             file, purpose = form.get("file"), form.get("purpose", "user_data")
             if unknown := form.keys() - {"file", "purpose"}:

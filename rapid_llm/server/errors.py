@@ -81,6 +81,13 @@ _TYPES = {
     429: "rate_limit_error",
 }
 
+_UNREADABLE: dict[type, str] = {
+    UnicodeDecodeError: "its bytes are not UTF-8",
+    RecursionError: "it is nested too deep",
+    ValueError: "a number in it has too many digits",
+}
+"""What is wrong with a body that FastAPI cannot parse, by the error that it keeps as the cause."""
+
 
 def _type_of(status: int) -> str:
     return "invalid_request_error" if status < 500 else "server_error"
@@ -95,6 +102,8 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
+        if (reason := _UNREADABLE.get(type(error.__cause__))) is not None:
+            return ApiError(400, f"the body is not JSON ({reason})")
         return ApiError(error.status_code, error.detail, headers=error.headers)
     if isinstance(error, ContextWindowError):
         return ApiError(400, str(error), code="context_length_exceeded")
