@@ -336,9 +336,11 @@ def test_no_path_or_url_is_opened_for_a_client(ask: Any, file_id: str) -> None:
 def test_what_holds_no_text_is_refused_without_a_path_of_the_server(
     upload: Any, folder: Path
 ) -> None:
-    for name, data in (("empty.txt", b" "), ("image.png", b"\x89PNG\r\n\x1a\n" + bytes(99)),
-                       ("broken.pdf", b"%PDF-1.4 x")):  # fmt: skip
-        message = refused(upload(name, data))["message"]
+    for name, data in (("empty.txt", b" "), ("none.txt", b""), ("broken.pdf", b"%PDF-1.4 x"),
+                       ("image.png", b"\x89PNG\r\n\x1a\n" + bytes(99))):  # fmt: skip
+        error = refused(upload(name, data))
+        message = error["message"]
+        assert error["param"] == "file"
         assert name in message
         assert str(folder) not in message
     assert list((folder / "files").iterdir()) == []

@@ -14,10 +14,10 @@ from starlette.requests import Request as HttpRequest
 
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
-from rapid_llm.errors import InvalidParameterError
+from rapid_llm.errors import ContextWindowError
 from rapid_llm.options import changed
 from rapid_llm.server.admission import Admission
-from rapid_llm.server.errors import ApiError, logger
+from rapid_llm.server.errors import ApiError, logger, of_field
 from rapid_llm.server.files import FileStore
 from rapid_llm.server.metrics import Metrics
 from rapid_llm.server.prompts import PromptBuilder, Prompts
@@ -177,14 +177,18 @@ class Service:
             speculation = replace(speculation, mode="exact")
         variables = request.options(EngineConfig).get("chat_template_kwargs", {})
         call = _Call(sampling, speculation, variables, check, [])
-        if isinstance(request, ChatRequest):
-            asked = self._chat(request, call)
-        else:
-            asked = self._completion(cast(CompletionRequest, request), call)
+        with of_field(request.question, ContextWindowError):
+            if isinstance(request, ChatRequest):
+                asked = self._chat(request, call)
+            else:
+                asked = self._completion(cast(CompletionRequest, request), call)
         prompts, tokens = asked.prompts, list[int]()
         last: Stats | None = None
         try:
-            with closing(cast(Any, asked.parts)):
+            with (
+                of_field(request.question, ContextWindowError),
+                closing(cast(Any, asked.parts)),
+            ):
                 yield Started(call.progress, prompts, sampling)
                 for part in asked.parts:
                     part.stats.omitted_tokens = prompts.omitted_tokens
@@ -199,12 +203,11 @@ class Service:
                 self.metrics.generated(last)
 
     def _chat(self, request: ChatRequest, call: _Call) -> _Asked:
-        options = ChatOptions(
-            request.tools,
-            request.tool_choice,
-            request.parallel_tool_calls,
-            request.response_format,
-        )
+        given: dict[str, Any] = {"parallel_tool_calls": request.parallel_tool_calls}
+        for name in ("tools", "tool_choice", "response_format"):
+            given[name] = getattr(request, name)
+            with of_field(name):  # beside those before it, which are right
+                options = ChatOptions(**given)
         prompts = self._build_prompts(request, request.messages, options, call)
         if prompts.empty:
             return _nothing(prompts)
@@ -225,9 +228,11 @@ class Service:
         prompts = Prompts(None, None, request.rapid.confidence)
         if request.documents is not None:
             if draft is not None:
-                raise InvalidParameterError(
+                raise ApiError(
+                    400,
                     "documents and rapid.draft_prompt were given: pass the prompt with the "
-                    "documents in it, or leave the draft to the server"
+                    "documents in it, or leave the draft to the server",
+                    param="rapid.draft_prompt",
                 )
             question = [{"role": "user", "content": prompt}]
             prompts = self._build_prompts(request, question, ChatOptions(), call)
