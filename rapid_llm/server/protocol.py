@@ -169,17 +169,18 @@ RapidOptions: Any = create_model(
 )
 
 _length = options_of(SamplingParams)[_LENGTH]
+_lengths: dict[str, Any] = {
+    name: (
+        Annotated[Any, BeforeValidator(replace(_length, name=name).checked)],  # errors name it so
+        Field(_length.default, description=_length.option.help),
+    )
+    for name in _LENGTHS
+}
 _Sampling: Any = create_model(
     "_Sampling",
     __base__=Strict,
     **pydantic_fields(SamplingParams, leave_out=(_LENGTH,)),
-    **{
-        name: (
-            Annotated[Any, BeforeValidator(replace(_length, name=name).checked)],  # told so
-            Field(_length.default, description=_length.option.help),
-        )
-        for name in _LENGTHS
-    },
+    **_lengths,
 )
 _Template: Any = create_model(
     "_Template",
