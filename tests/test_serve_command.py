@@ -119,7 +119,7 @@ def test_after_the_limit_running_requests_end_with_an_error(command: Any, model:
     assert answer.json()["error"]["code"] == "server_shutdown"
     server.process.wait(60)
     log = "".join(server.log)
-    assert log.count("2 requests outlasted shutdown_seconds=0") == 1
+    assert log.count("outlasted shutdown_seconds=0 and were ended with an error: 2") == 1
     assert "Traceback" not in log
 
 

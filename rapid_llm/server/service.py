@@ -116,9 +116,9 @@ class Service:
         self._stopped = True
         if self._unfinished:
             logger.warning(
-                "%d requests outlasted shutdown_seconds=%d and were ended with status 503",
-                len(self._unfinished),
+                "requests that outlasted shutdown_seconds=%d and were ended with an error: %d",
                 self.config.shutdown_seconds,
+                len(self._unfinished),
             )
         for parts in self._unfinished:
             parts.put_nowait(_shut_down())
