@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,30 @@ def test_sigterm_lets_a_running_request_finish(command: Any, model: str) -> None
         httpx.get(server.url + "/health")
 
 
-def test_after_the_limit_a_running_request_is_stopped(command: Any, model: str) -> None:
+def test_after_the_limit_running_requests_end_with_an_error(command: Any, model: str) -> None:
     server = command(model, "--dtype", "float32", "--shutdown-seconds", "0")
-    body = {"messages": user("fox"), "stream": True, "max_tokens": 1900, "ignore_eos": True}
-    with httpx.stream("POST", server.url + PATH, json=body, timeout=60) as reply:
+    body = {"messages": user("fox"), "max_tokens": 1900, "ignore_eos": True}
+    url = server.url + PATH
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as reply,
+    ):
+        whole = pool.submit(httpx.post, url, json=body, timeout=60)
         lines = reply.iter_lines()
         next(lines)
+        while "requests_running 2" not in httpx.get(server.url + "/metrics").text:
+            assert not whole.done()
         server.process.send_signal(signal.SIGTERM)
-        server.process.wait(60)
-        rest: list[str] = []
-        with suppress(httpx.HTTPError):
-            rest.extend(lines)
-    assert "data: [DONE]" not in rest
+        *_, last, _, done, _ = lines  # to the end, without an error of the connection
+        answer = whole.result()
+    assert done == "data: [DONE]"
+    assert answer.status_code == 503
+    assert json.loads(last.removeprefix("data: ")) == answer.json()
+    assert answer.json()["error"]["code"] == "server_shutdown"
+    server.process.wait(60)
+    log = "".join(server.log)
+    assert log.count("outlasted shutdown_seconds=0 and were ended with an error: 2") == 1
+    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize(

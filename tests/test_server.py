@@ -255,65 +255,95 @@ def test_an_answer_has_the_form_of_its_schema(post: Any, form: Any) -> None:
     ("body", "param", "words"),
     [
         ({"temprature": 1}, "temprature", "unknown field 'temprature'; known are"),
-        ({"rapid": {"gama": 3}}, "rapid.gama", "unknown field 'rapid.gama'"),
+        ({"rapid": {"gama": 3}}, "rapid.gama", "unknown field 'rapid.gama'; known are method, "),
+        (
+            {"stream_options": {"usage": 1}, "stream": True},
+            "stream_options.usage",
+            "known are include_usage",
+        ),
         ({"reasoning_effort": "low"}, "reasoning_effort", "unknown field"),
         ({"temperature": -1}, "temperature", "temperature=-1"),
         ({"rapid": {"gamma": 0}}, "rapid.gamma", "gamma=0"),
         ({"rapid": {"embedder": "x"}}, "rapid.embedder", "unknown field"),
         ({"rapid": {"store": "/"}}, "rapid.store", "unknown field"),
-        ({"n": 2}, None, "n=2 is not supported, only 1: send the request n times"),
-        ({"frequency_penalty": 0.5}, None, "frequency_penalty=0.5"),
-        ({"logit_bias": {"5": 1}}, None, "logit_bias"),
-        ({"max_tokens": 5, "max_completion_tokens": 6}, None, "are one option"),
-        ({"top_logprobs": 2}, None, "needs logprobs=true"),
-        ({"stream_options": {"include_usage": True}}, None, "is for streams"),
+        ({"n": 2}, "n", "n=2 is not supported, only 1: send the request n times"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty=0.5"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens=0 is not allowed: max_tokens must be"),
+        ({"max_completion_tokens": "x"}, "max_completion_tokens", "max_completion_tokens='x'"),
+        ({"temprature": 1}, "temprature", " max_tokens,"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "are one"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs=true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "is for streams"),
         (
             {"stream_options": {"include_obfuscation": True}},
             "stream_options.include_obfuscation",
             "include_obfuscation",
         ),
         ({"messages": []}, "messages", "messages"),
-        ({"messages": [{"content": "x"}]}, None, "role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "image_url"),
-        ({"tools": TOOLS, "tool_choice": "pray"}, None, "pray"),
-        ({"response_format": {"type": "xml"}}, None, "response_format"),
+        ({"messages": [{"content": "x"}]}, "messages", "role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+            "image_url",
+        ),
+        ({"messages": user("fox " * 2500)}, "messages", "context window"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools[0]"),
+        ({"tools": TOOLS, "tool_choice": "pray"}, "tool_choice", "pray"),
+        ({"response_format": {"type": "xml"}}, "response_format", "response_format"),
         ({"constraint": {"regex": "("}}, "constraint", "constraint"),
-        ({"chunks": ["x"]}, None, "without documents"),
-        ({"rapid": {"method": "rag"}}, None, "needs documents"),
+        ({"chunks": ["x"]}, "chunks", "without documents"),
+        ({"rapid": {"method": "rag"}}, "rapid.method", "needs documents"),
         ({"documents": [{"txt": "x"}]}, "documents", "documents[0]"),
         ({"documents": [{"text": "x", "url": "y"}]}, "documents", "unknown field 'url'"),
-        ({"documents": []}, None, "documents is empty"),
-        ({"documents": [" "]}, None, "all documents are empty"),
+        ({"documents": []}, "documents", "documents is empty"),
+        ({"documents": [" "]}, "documents", "all documents are empty"),
+        ({"documents": [{"text": "x", "id": "a"}] * 2}, "documents", "have the id 'a'"),
+        ({"documents": ["x", "y"], "chunks": ["z"]}, "chunks", ""),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_its_field(
-    post: Any, body: Any, param: str | None, words: str
+    post: Any, body: Any, param: str, words: str
 ) -> None:
     for stream in (True, False):
-        error = refused(post(**body, stream=stream and "stream_options" not in body))
+        own = {"stream": stream and "stream_options" not in body}
+        error = refused(post(**own | body))
         assert words in error["message"]
         assert error["type"] == "invalid_request_error"
-        if param is not None:
-            assert error["param"] == param
+        assert error["param"] == param
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "param", "words"),
     [
-        ({}, "the field 'prompt' is missing"),
-        ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": ["a", "b"]}, "2 prompts were given"),
-        ({"prompt": [1, 100_000]}, "outside the vocabulary"),
-        ({"prompt": "x", "echo": True}, "echo=True"),
-        ({"prompt": "x", "messages": []}, "unknown field 'messages'"),
-        ({"prompt": "x", "rapid": {"draft_messages": CHAT}}, "rapid.draft_prompt"),
-        ({"prompt": [5], "documents": ["x"]}, "token ids"),
-        ({"prompt": "x", "rapid": {"method": "rag"}}, "needs documents"),
-        ({"prompt": "x", "rapid": {"method": "sd"}}, "needs documents"),
+        ({}, "prompt", "the field 'prompt' is missing"),
+        ({"prompt": ""}, "prompt", "the prompt is empty"),
+        ({"prompt": ["a", "b"]}, "prompt", "2 prompts were given"),
+        ({"prompt": "fox " * 2500}, "prompt", "context window"),
+        ({"prompt": [1, 100_000]}, None, "outside the vocabulary"),
+        ({"prompt": "x", "echo": True}, "echo", "echo=True"),
+        ({"prompt": "x", "messages": []}, "messages", "unknown field 'messages'"),
+        (
+            {"prompt": "x", "rapid": {"draft_messages": CHAT}},
+            "rapid.draft_messages",
+            "rapid.draft_prompt",
+        ),
+        (
+            {"prompt": "x", "documents": ["x"], "rapid": {"draft_prompt": "x"}},
+            "rapid.draft_prompt",
+            "leave the draft to the server",
+        ),
+        ({"prompt": [5], "documents": ["x"]}, "documents", "token ids"),
+        ({"prompt": "x", "rapid": {"method": "rag"}}, "rapid.method", "needs documents"),
+        ({"prompt": "x", "rapid": {"method": "sd"}}, "rapid.method", "needs documents"),
     ],
 )
-def test_a_completion_is_refused_likewise(post: Any, body: Any, words: str) -> None:
-    assert words in refused(post("/v1/completions", **body))["message"]
+def test_a_completion_is_refused_likewise(
+    post: Any, body: Any, param: str | None, words: str
+) -> None:
+    error = refused(post("/v1/completions", **body))
+    assert words in error["message"]
+    assert error["param"] == param
 
 
 def test_another_model_is_not_found(post: Any) -> None:
@@ -340,10 +370,23 @@ def test_an_error_in_a_stream_is_an_event(post: Any) -> None:
     assert post().status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"{", b"[1]", b"", b"\xff", b'{"messages": ' + b"[" * 100_000])
-def test_what_is_no_json_is_refused(server: Server, body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{", "not JSON (Expecting property name"),
+        (b"[1]", "not a JSON object"),
+        (b"", "the body is missing"),
+        (b'{"user": "\xff"}', "not JSON (its bytes are not UTF-8)"),
+        (b'{"messages": ' + b"[" * 100_000, "not JSON (it is nested too deep)"),
+        (b'{"seed": ' + b"1" * 5_000 + b"}", "not JSON (a number in it has too many digits)"),
+    ],
+)
+def test_what_is_no_json_is_refused_with_the_reason(
+    server: Server, body: bytes, words: str
+) -> None:
     headers = {"content-type": "application/json"}
-    refused(httpx.post(server.url + "/v1/chat/completions", content=body, headers=headers))
+    response = httpx.post(server.url + "/v1/chat/completions", content=body, headers=headers)
+    assert words in refused(response)["message"]
 
 
 def test_a_form_in_the_place_of_json_is_told_what_to_send(server: Server) -> None:
@@ -402,6 +445,15 @@ def test_metrics_count_what_was_answered(server: Server, post: Any) -> None:
     assert value("rapid_llm_tokens_per_round") >= 1
     assert value('rapid_llm_kv_bytes{tier="device"}') > 0
     assert value("rapid_llm_time_to_first_token_seconds_count") >= 1
+
+
+@pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/metrics"])
+def test_a_probe_may_ask_for_the_head_alone(server: Server, path: str) -> None:
+    response = httpx.head(server.url + path)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == httpx.get(server.url + path).headers["content-type"]
+    assert response.content == b""
+    assert httpx.head(server.url + "/v1/chat/completions").status_code == 405
 
 
 def test_every_response_has_an_id(server: Server) -> None:

@@ -336,9 +336,11 @@ def test_no_path_or_url_is_opened_for_a_client(ask: Any, file_id: str) -> None:
 def test_what_holds_no_text_is_refused_without_a_path_of_the_server(
     upload: Any, folder: Path
 ) -> None:
-    for name, data in (("empty.txt", b" "), ("image.png", b"\x89PNG\r\n\x1a\n" + bytes(99)),
-                       ("broken.pdf", b"%PDF-1.4 x")):  # fmt: skip
-        message = refused(upload(name, data))["message"]
+    for name, data in (("empty.txt", b" "), ("none.txt", b""), ("broken.pdf", b"%PDF-1.4 x"),
+                       ("image.png", b"\x89PNG\r\n\x1a\n" + bytes(99))):  # fmt: skip
+        error = refused(upload(name, data))
+        message = error["message"]
+        assert error["param"] == "file"
         assert name in message
         assert str(folder) not in message
     assert list((folder / "files").iterdir()) == []
@@ -376,6 +378,21 @@ def test_forms_are_checked(server: Server) -> None:
     assert refused(httpx.post(url, data={"purpose": "x"}))["param"] == "file"
     extra = httpx.post(url, files={"file": ("a.txt", b"a")}, data={"path": "/etc"})
     assert refused(extra)["code"] == "unknown_parameter"
+
+
+def test_a_file_without_a_form_is_told_what_to_send_and_is_not_repeated(server: Server) -> None:
+    for headers in ({"content-type": "application/x-www-form-urlencoded"}, {}):
+        response = httpx.post(f"{server.url}/v1/files", content=OWL.encode(), headers=headers)
+        error = refused(response)
+        assert "multipart/form-data with a field file" in error["message"]
+        assert error["param"] == "file"
+        assert "owl" not in response.text
+
+
+def test_a_file_that_is_too_long_is_told_the_option(upload: Any) -> None:
+    error = refused(upload("a.txt", b"a" * 300_000), 413)
+    assert "--max-body-bytes, 200,000" in error["message"]
+    assert "/v1/files" not in error["message"]
 
 
 def test_a_long_body_is_refused_before_it_is_read(server: Server, ask: Any) -> None:

@@ -104,7 +104,7 @@ def test_what_goes_wrong_is_told_as_text(browser: Any, tmp_path: Path) -> None:
             assert page.query_selector("#evil") is None
 
         page.set_input_files("#file", str(long))
-        told("the body is longer than 10,000 bytes")
+        told("--max-body-bytes, 10,000")
         page.set_input_files("#file", str(evil))
         told("<b id=evil>.png")
         page.fill("#question", "Where does the owl sleep?")

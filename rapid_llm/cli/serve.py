@@ -59,8 +59,10 @@ def serve(
     """
     try:
         import uvicorn
+        from uvicorn.config import STARTUP_FAILURE
 
         from rapid_llm.server.app import create_app
+        from rapid_llm.server.draining import DrainingServer
     except ImportError as error:
         raise MissingDependencyError(
             f"a server needs {error.name}, which is not installed; "
@@ -92,14 +94,18 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("rapid_llm.server").setLevel(logging.INFO)
     web = create_app(decoder, server, **defaults)
-    uvicorn.run(
+    config = uvicorn.Config(
         web,
         host=server.host,
         port=server.port,
         access_log=False,  # the application logs its requests, without queries
-        timeout_graceful_shutdown=server.shutdown_seconds,
         server_header=False,
     )
+    running = DrainingServer(config, web.state.service, server.shutdown_seconds)
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
+        running.run()
+    if not running.started:
+        sys.exit(STARTUP_FAILURE)
 
 
 def _port(host: str, port: int) -> int:

@@ -19,8 +19,9 @@ from starlette.types import Scope
 import rapid_llm
 from rapid_llm.aio import in_thread
 from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.errors import DocumentError
 from rapid_llm.server.answers import respond
-from rapid_llm.server.errors import ApiError, Json, api_error, validation_error
+from rapid_llm.server.errors import ApiError, Json, api_error, of_field, validation_error
 from rapid_llm.server.guards import Guards, path_of
 from rapid_llm.server.models import about
 from rapid_llm.server.protocol import ChatRequest, CompletionRequest
@@ -42,6 +43,7 @@ _PAGE = {
 """Headers of the page, which loads nothing and asks this server alone."""
 
 _FILE = "/v1/files/{file_id}"
+_FORM = "multipart/form-data"
 
 
 def create_app(
@@ -108,9 +110,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             service.metrics.cancelled()
             return Response(status_code=499)
         if isinstance(error, RequestValidationError):
-            body = _BODIES.get(path_of(request.scope))
-            known = () if body is None else tuple(body.model_fields)
-            shown = validation_error(error.errors(), known)
+            shown = validation_error(error.errors(), _BODIES.get(path_of(request.scope)))
         else:
             shown = api_error(error)
         return Json(shown.body(), shown.status_code, shown.headers)
@@ -132,6 +132,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 def _add_files(app: FastAPI, service: Service) -> None:
     @app.post("/v1/files", response_model=None)
     async def upload(request: Request) -> dict[str, Any]:
+        if not request.headers.get("content-type", "").lower().startswith(_FORM):
+            raise ApiError(
+                400, f"the body is no form: send {_FORM} with a field file", param="file"
+            )
         async with request.form(max_files=1, max_fields=4) as form:
             file, purpose = form.get("file"), form.get("purpose", "user_data")
             if unknown := form.keys() - {"file", "purpose"}:
@@ -146,7 +150,8 @@ def _add_files(app: FastAPI, service: Service) -> None:
                     400, "the form has no file: send one as the field file", param="file"
                 )
             name = file.filename or "document"
-            stored = await in_thread(lambda: service.files.add(file.file, name, str(purpose)))
+            with of_field("file", DocumentError):
+                stored = await in_thread(lambda: service.files.add(file.file, name, str(purpose)))
         return stored.as_dict()
 
     @app.get("/v1/files")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, get_args
 
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -74,12 +76,47 @@ class ApiError(HTTPException):
         }
 
 
+class FieldError(ValueError):
+    """A field whose value does not go with the others of its request.
+
+    Args:
+        field: the field, with a dot before each part.
+        message: description of the error.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@contextmanager
+def of_field(field: str, kind: type[RapidError] = RapidError) -> Iterator[None]:
+    """Name the field that errors of a kind are of, where they are raised without one.
+
+    Raises:
+        ApiError: an error of this kind was raised within.
+    """
+    try:
+        yield
+    except kind as error:
+        shown = api_error(error)
+        shown.param = shown.param or field
+        raise shown from error
+
+
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
 }
+
+_UNREADABLE: dict[type, str] = {
+    UnicodeDecodeError: "its bytes are not UTF-8",
+    RecursionError: "it is nested too deep",
+    ValueError: "a number in it has too many digits",
+}
+"""What is wrong with a body that FastAPI cannot parse, by the error that it keeps as the cause."""
 
 
 def _type_of(status: int) -> str:
@@ -95,6 +132,8 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
+        if (reason := _UNREADABLE.get(type(error.__cause__))) is not None:
+            return ApiError(400, f"the body is not JSON ({reason})")
         return ApiError(error.status_code, error.detail, headers=error.headers)
     if isinstance(error, ContextWindowError):
         return ApiError(400, str(error), code="context_length_exceeded")
@@ -117,21 +156,27 @@ def api_error(error: BaseException) -> ApiError:
     )
 
 
-def validation_error(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -> ApiError:
+def validation_error(
+    errors: Sequence[Mapping[str, Any]], body: type[BaseModel] | None = None
+) -> ApiError:
     """The error of a body that pydantic refuses: the first of its errors, in a sentence.
 
     Args:
         errors: pydantic's errors.
-        known: the body's fields, told where one is unknown at its top level.
+        body: form of the body, whose fields are told where one is unknown.
     """
     first = errors[0]
     where = [part for part in first["loc"] if part != "body"]
-    field = ".".join(map(str, where)) or None
+    raised = first.get("ctx", {}).get("error")
+    field = raised.field if isinstance(raised, FieldError) else ".".join(map(str, where)) or None
     kind = first["type"]
     if kind == "extra_forbidden":
-        more = f"; known are {', '.join(known)}" if len(where) == 1 and known else ""
+        known = ", ".join(_fields(body, where[:-1]))
         return ApiError(
-            400, f"unknown field {field!r}{more}", param=field, code="unknown_parameter"
+            400,
+            f"unknown field {field!r}" + (f"; known are {known}" if known else ""),
+            param=field,
+            code="unknown_parameter",
         )
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error', '')})")
@@ -146,3 +191,12 @@ def validation_error(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) 
     if kind != "value_error":  # pydantic's own sentences do not name the field
         message = f"{field}: {message}" if field else message
     return ApiError(400, message, param=field)
+
+
+def _fields(form: type[BaseModel] | None, path: Sequence[Any]) -> list[str]:
+    """Fields of a part of a body: of the body itself where the path is empty."""
+    for name in path:
+        annotation = form.model_fields[name].annotation if form else None
+        parts = get_args(annotation) or (annotation,)  # those of a union
+        form = next((p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), None)
+    return list(form.model_fields) if form else []

@@ -59,6 +59,8 @@ class Guards:
         name = f"req_{uuid4().hex}"
         request_id.set(name)
         started, status = time.monotonic(), _UNANSWERED
+        if scope["method"] == "HEAD":  # is answered as GET, and the web server sends no body
+            scope = {**scope, "method": "GET"}
 
         async def identified(message: Message) -> None:
             nonlocal status
@@ -69,7 +71,7 @@ class Guards:
 
         try:
             self._check(scope)
-            await self._app(scope, self._limited(receive), identified)
+            await self._app(scope, self._limited(receive, path_of(scope)), identified)
         except ClientDisconnect:  # within its body: there is nobody to answer
             pass
         except Exception as error:
@@ -103,9 +105,9 @@ class Guards:
                 )
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._most:
-            raise self._too_long()
+            raise self._too_long(path_of(scope))
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, path: str) -> Receive:
         read = 0
 
         async def limited() -> Message:
@@ -113,16 +115,20 @@ class Guards:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._most:
-                raise self._too_long()
+                raise self._too_long(path)
             return message
 
         return limited
 
-    def _too_long(self) -> ApiError:
+    def _too_long(self, path: str) -> ApiError:
+        if path == "/v1/files":
+            remedy = "upload a part of the document"
+        else:
+            remedy = "upload documents with /v1/files once, or send fewer"
         return ApiError(
             413,
-            f"the body is longer than {self._most:,} bytes: upload documents with /v1/files once, "
-            "or send fewer",
+            f"the body is longer than the server's --max-body-bytes, {self._most:,}: {remedy}, or "
+            "raise it there",
             code="body_too_long",
         )
 

@@ -21,9 +21,9 @@ from rapid_llm.context.prompts import (
     with_document,
 )
 from rapid_llm.context.retrieved import SEPARATOR, Passage, ground, texts_by_id
-from rapid_llm.errors import DocumentError, InvalidParameterError
+from rapid_llm.errors import DocumentError
 from rapid_llm.options import changed
-from rapid_llm.server.errors import ApiError
+from rapid_llm.server.errors import ApiError, of_field
 from rapid_llm.server.files import FileStore
 from rapid_llm.server.protocol import DataDocument, FileDocument, Request, TextDocument
 from rapid_llm.stats import Method
@@ -142,13 +142,15 @@ class PromptBuilder:
             check: function that raises once nobody waits for the answer.
 
         Raises:
-            InvalidParameterError: a message is malformed, or there is no question.
-            DocumentError: a document is blank, two have one id, or a chunk's is not among them.
-            ApiError: there is no such file, or there are too many documents or chunks.
+            ApiError: a message is malformed, there is no question, a document is blank, two have
+                one id, a chunk's is not among them, there is no such file, or there are too many
+                documents or chunks.
             ContextWindowError: the documents do not fit.
         """
-        chat = [checked_message(message) for message in messages]
-        own = None if draft_messages is None else [checked_message(m) for m in draft_messages]
+        with of_field("messages"):
+            chat = [checked_message(message) for message in messages]
+        with of_field("rapid.draft_messages"):
+            own = None if draft_messages is None else [checked_message(m) for m in draft_messages]
         method: Method = request.rapid.method
         if method == "lc":
             own = None  # the target answers alone
@@ -158,7 +160,8 @@ class PromptBuilder:
             return Prompts(chat, own, request.rapid.confidence)
         options = changed(self._retrieval, request.options(RetrievalConfig))
         self._limit(request)
-        documents = self._documents(request, options)
+        with of_field("documents", DocumentError):
+            documents = self._documents(request, options)
         found = _Draft("", [[] for _ in documents])
         if method != "lc" and own is None:
             found = self._draft(request, documents, chat, options, sampling, variables, check)
@@ -244,11 +247,15 @@ class PromptBuilder:
         check: Callable[[], None],
     ) -> _Draft:
         if request.chunks is not None:
-            return self._given(request.chunks, documents, options)
+            with of_field("chunks", DocumentError):
+                return self._given(request.chunks, documents, options)
         questions = [str(message["content"]) for message in chat if message["role"] == "user"]
         if not questions:
-            raise InvalidParameterError(
-                "no message has the role 'user', which documents are searched for: add the question"
+            raise ApiError(
+                400,
+                "no message has the role 'user', which documents are searched for: add the "
+                "question",
+                param="messages",
             )
         window = min(self._decoder.target.context_window, self._decoder.drafter.context_window)
         context = self._builder(options).build(

@@ -6,8 +6,9 @@ A field that is not declared here is refused by its name. null is the same as no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,12 +22,16 @@ from pydantic import (
 
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.options import options_of, pydantic_fields
+from rapid_llm.server.errors import FieldError
 from rapid_llm.stats import Method
 
 _SERVERS_OWN = ("embedder", "store")
 """Retrieval options that name models and folders of the server."""
 
-_LENGTHS = ("max_completion_tokens", "max_tokens", "max_new_tokens")
+_LENGTH = "max_new_tokens"
+_LENGTHS = ("max_completion_tokens", "max_tokens", _LENGTH)
+"""Names of the maximum length of an answer."""
+
 _NEUTRAL: dict[str, tuple[Any, str]] = {
     "n": (1, "send the request n times"),
     "best_of": (1, "send the request several times"),
@@ -163,7 +168,20 @@ RapidOptions: Any = create_model(
     **pydantic_fields(SpeculationConfig, RetrievalConfig, leave_out=_SERVERS_OWN),
 )
 
-_Sampling: Any = create_model("_Sampling", __base__=Strict, **pydantic_fields(SamplingParams))
+_length = options_of(SamplingParams)[_LENGTH]
+_lengths: dict[str, Any] = {
+    name: (
+        Annotated[Any, BeforeValidator(replace(_length, name=name).checked)],  # errors name it so
+        Field(_length.default, description=_length.option.help),
+    )
+    for name in _LENGTHS
+}
+_Sampling: Any = create_model(
+    "_Sampling",
+    __base__=Strict,
+    **pydantic_fields(SamplingParams, leave_out=(_LENGTH,)),
+    **_lengths,
+)
 _Template: Any = create_model(
     "_Template",
     __base__=Strict,
@@ -199,18 +217,16 @@ class Request(Documents, _Sampling, _Template):
     logit_bias: Any = None
     store: Any = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_length(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        given = {n: values[n] for n in _LENGTHS if values.get(n) is not None}
-        if len({repr(value) for value in given.values()}) > 1:
-            raise ValueError(f"{' and '.join(given)} are one option: give one of them")
-        rest = {name: value for name, value in values.items() if name not in given}
+    @model_validator(mode="after")
+    def _one_length(self) -> Request:
+        given = {n: getattr(self, n) for n in _LENGTHS if n in self.model_fields_set}
+        if len(set(given.values())) > 1:
+            raise FieldError(
+                next(iter(given)), f"{' and '.join(given)} are one option: give one of them"
+            )
         for value in given.values():
-            rest["max_new_tokens"] = value
-        return rest
+            setattr(self, _LENGTH, value)
+        return self
 
     @model_validator(mode="after")
     def _served(self) -> Request:
@@ -219,26 +235,37 @@ class Request(Documents, _Sampling, _Template):
             if (value := getattr(self, name)) != only or isinstance(value, bool) != isinstance(
                 only, bool
             ):
-                raise ValueError(f"{name}={value!r} is not supported, only {only!r}: {instead}")
+                raise FieldError(
+                    name, f"{name}={value!r} is not supported, only {only!r}: {instead}"
+                )
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams: leave it out, or pass stream=true")
+            raise FieldError(
+                "stream_options",
+                "stream_options is for streams: leave it out, or pass stream=true",
+            )
         if self.chunks is not None and self.documents is None:
-            raise ValueError(
+            raise FieldError(
+                "chunks",
                 "chunks were given without documents: pass the documents that they are from, which "
-                "the target reads"
+                "the target reads",
             )
         own_draft = self.rapid.draft_messages is not None or self.rapid.draft_prompt is not None
         if self.rapid.method in ("rag", "sd") and self.documents is None and not own_draft:
-            raise ValueError(
+            raise FieldError(
+                "rapid.method",
                 f"method={self.rapid.method!r} needs documents, or a draft of rapid: pass one of "
-                "them"
+                "them",
             )
         if own_draft and self.chunks is not None:
-            raise ValueError(
+            raise FieldError(
+                "chunks",
                 "chunks and a draft of rapid were given, which both are the drafter's context: "
-                "leave one of them out"
+                "leave one of them out",
             )
         return self
+
+    question: ClassVar[str]
+    """Field that is asked: ``messages`` or ``prompt``."""
 
     @property
     def scored(self) -> int | None:
@@ -254,6 +281,8 @@ class Request(Documents, _Sampling, _Template):
 class ChatRequest(Request):
     """Body of ``/v1/chat/completions``."""
 
+    question = "messages"
+
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -266,9 +295,14 @@ class ChatRequest(Request):
     @model_validator(mode="after")
     def _chat(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
+            raise FieldError(
+                "top_logprobs", f"top_logprobs={self.top_logprobs} needs logprobs=true"
+            )
         if self.rapid.draft_prompt is not None:
-            raise ValueError("rapid.draft_prompt is for completions: pass rapid.draft_messages")
+            raise FieldError(
+                "rapid.draft_prompt",
+                "rapid.draft_prompt is for completions: pass rapid.draft_messages",
+            )
         return self
 
     @property
@@ -279,6 +313,8 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """Body of ``/v1/completions``."""
 
+    question = "prompt"
+
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Any = 1
@@ -288,12 +324,16 @@ class CompletionRequest(Request):
     @model_validator(mode="after")
     def _completion(self) -> CompletionRequest:
         if self.rapid.draft_messages is not None:
-            raise ValueError("rapid.draft_messages are for chats: pass rapid.draft_prompt")
+            raise FieldError(
+                "rapid.draft_messages",
+                "rapid.draft_messages are for chats: pass rapid.draft_prompt",
+            )
         prompt = self.one_prompt
         if self.documents is not None and not isinstance(prompt, str):
-            raise ValueError(
+            raise FieldError(
+                "documents",
                 "documents were given with token ids: pass the question as text, or the prompt "
-                "with the documents in it"
+                "with the documents in it",
             )
         return self
 
@@ -307,10 +347,10 @@ class CompletionRequest(Request):
         prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
-                raise ValueError(
-                    f"{len(prompt)} prompts were given: send a request for each of them"
+                raise FieldError(
+                    "prompt", f"{len(prompt)} prompts were given: send a request for each of them"
                 )
             prompt = prompt[0]
         if not prompt:
-            raise ValueError("the prompt is empty: pass at least one character or token")
+            raise FieldError("prompt", "the prompt is empty: pass at least one character or token")
         return prompt

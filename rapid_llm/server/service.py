@@ -14,10 +14,10 @@ from starlette.requests import Request as HttpRequest
 
 from rapid_llm.aio import iterate_in_thread
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
-from rapid_llm.errors import InvalidParameterError
+from rapid_llm.errors import ContextWindowError
 from rapid_llm.options import changed
 from rapid_llm.server.admission import Admission
-from rapid_llm.server.errors import ApiError
+from rapid_llm.server.errors import ApiError, logger, of_field
 from rapid_llm.server.files import FileStore
 from rapid_llm.server.metrics import Metrics
 from rapid_llm.server.prompts import PromptBuilder, Prompts
@@ -97,6 +97,8 @@ class Service:
         self._prompt_builder = PromptBuilder(
             decoder, self.files, retrieval, config.max_documents, embedder
         )
+        self._unfinished: set[asyncio.Queue[Part | ApiError | None]] = set()  # parts of answers
+        self._stopped = False
         self._engine = decoder.scheduler  # requests are answered at once
         self._models = SimpleNamespace(
             tokenizer=decoder.tokenizer,
@@ -109,6 +111,18 @@ class Service:
         """Delete what was kept for this process only."""
         self.files.close()
 
+    def stop(self) -> None:
+        """End all answers that run or wait with an error, and begin no other."""
+        self._stopped = True
+        if self._unfinished:
+            logger.warning(
+                "requests that outlasted shutdown_seconds=%d and were ended with an error: %d",
+                self.config.shutdown_seconds,
+                len(self._unfinished),
+            )
+        for parts in self._unfinished:
+            parts.put_nowait(_shut_down())
+
     async def answer(self, request: Request) -> AsyncGenerator[Part, None]:
         """Answer a request, once it is its turn; closing the generator stops the models.
 
@@ -116,7 +130,7 @@ class Service:
             What the models read, then a part of the answer for each round.
 
         Raises:
-            ApiError: too many requests wait, or another model is asked for.
+            ApiError: too many requests wait, another model is asked for, or the server shuts down.
             RapidError: the request cannot be served.
         """
         if request.model not in (None, self.name):
@@ -127,7 +141,10 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        parts: asyncio.Queue[Part | None] = asyncio.Queue()
+        if self._stopped:
+            raise _shut_down()
+        parts: asyncio.Queue[Part | ApiError | None] = asyncio.Queue()
+        self._unfinished.add(parts)
 
         async def work() -> None:
             try:
@@ -142,8 +159,11 @@ class Service:
         # Apart from the reader, so that a client that reads slowly, or not at all, keeps its answer
         # but not its turn.
         task = asyncio.create_task(work())
+        task.add_done_callback(lambda _: self._unfinished.discard(parts))
         try:
             while (part := await parts.get()) is not None:
+                if isinstance(part, ApiError):
+                    raise part
                 yield part
             await task
         finally:
@@ -157,14 +177,18 @@ class Service:
             speculation = replace(speculation, mode="exact")
         variables = request.options(EngineConfig).get("chat_template_kwargs", {})
         call = _Call(sampling, speculation, variables, check, [])
-        if isinstance(request, ChatRequest):
-            asked = self._chat(request, call)
-        else:
-            asked = self._completion(cast(CompletionRequest, request), call)
+        with of_field(request.question, ContextWindowError):
+            if isinstance(request, ChatRequest):
+                asked = self._chat(request, call)
+            else:
+                asked = self._completion(cast(CompletionRequest, request), call)
         prompts, tokens = asked.prompts, list[int]()
         last: Stats | None = None
         try:
-            with closing(cast(Any, asked.parts)):
+            with (
+                of_field(request.question, ContextWindowError),
+                closing(cast(Any, asked.parts)),
+            ):
                 yield Started(call.progress, prompts, sampling)
                 for part in asked.parts:
                     part.stats.omitted_tokens = prompts.omitted_tokens
@@ -179,12 +203,11 @@ class Service:
                 self.metrics.generated(last)
 
     def _chat(self, request: ChatRequest, call: _Call) -> _Asked:
-        options = ChatOptions(
-            request.tools,
-            request.tool_choice,
-            request.parallel_tool_calls,
-            request.response_format,
-        )
+        given: dict[str, Any] = {"parallel_tool_calls": request.parallel_tool_calls}
+        for name in ("tools", "tool_choice", "response_format"):
+            given[name] = getattr(request, name)
+            with of_field(name):  # beside those before it, which are right
+                options = ChatOptions(**given)
         prompts = self._build_prompts(request, request.messages, options, call)
         if prompts.empty:
             return _nothing(prompts)
@@ -205,9 +228,11 @@ class Service:
         prompts = Prompts(None, None, request.rapid.confidence)
         if request.documents is not None:
             if draft is not None:
-                raise InvalidParameterError(
+                raise ApiError(
+                    400,
                     "documents and rapid.draft_prompt were given: pass the prompt with the "
-                    "documents in it, or leave the draft to the server"
+                    "documents in it, or leave the draft to the server",
+                    param="rapid.draft_prompt",
                 )
             question = [{"role": "user", "content": prompt}]
             prompts = self._build_prompts(request, question, ChatOptions(), call)
@@ -243,6 +268,14 @@ class Service:
         return self._prompt_builder.build(
             request, messages, draft, call.sampling, variables, call.check
         )
+
+
+def _shut_down() -> ApiError:
+    return ApiError(
+        503,
+        "the server shuts down and ended this request: send it again once it runs",
+        code="server_shutdown",
+    )
 
 
 class _Call(NamedTuple):
