@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args
 
 import pytest
+import typer
 from conftest import tiny_model, tiny_tokenizer
 from transformers.utils import logging
 
@@ -519,6 +521,28 @@ def test_help_and_no_arguments_show_the_commands(run: Any) -> None:
         assert (status, err) == (0, "")
         assert "ask" in out
         assert "demo" in out
+
+
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_option_in_full_in_a_narrow_terminal(
+    run: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(name, "--help").out
+    names = [each for p in COMMANDS[name].params for each in (*p.opts, *p.secondary_opts)]
+    for option in ("--help", *(each for each in names if each.startswith("-"))):
+        assert re.search(rf"(?<!\S){option}(?![\w-])", shown), option
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_list_of_commands_cuts_no_description(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in run("--help").out.replace("[ARGS]...", "")
 
 
 def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
