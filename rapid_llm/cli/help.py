@@ -7,6 +7,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from rapid_llm.cli.flags import with_flags
+
 
 class Application(typer.Typer):
     """An application whose commands show their options by group, as plain text.
@@ -28,7 +30,8 @@ class _Command(TyperCommand):
             own = "Arguments" if parameter.param_type_name == "argument" else "Options"
             title = getattr(parameter, "rich_help_panel", None) or own
             if (record := parameter.get_help_record(ctx)) is not None:
-                sections.setdefault(title, []).append(record)
+                name, text = record
+                sections.setdefault(title, []).append((name, with_flags(text)))
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rapid_llm.cli.documents import warned
+from rapid_llm.cli.flags import with_flags
 from rapid_llm.console import show
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError, RapidError
 
@@ -79,7 +80,7 @@ def print_answers(
         if isinstance(answer, Exception):
             if not isinstance(answer, RapidError) or isinstance(answer, _OF_ALL):
                 raise answer
-            outcome, failed = {"error": str(answer)}, failed + 1
+            outcome, failed = {"error": with_flags(str(answer))}, failed + 1
         else:
             outcome = answer
         line = {"id": question.id, "question": question.text} | outcome
