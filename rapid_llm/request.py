@@ -155,7 +155,7 @@ class ModelPair:
             raise ContextWindowError(
                 f"the prompt has {len(prompt)} tokens, the context window of {runner.name} "
                 f"{window}, and the answer needs at least one; shorten the prompt by "
-                f"{len(prompt) + 1 - window} tokens, or truncate the document"
+                f"{len(prompt) + 1 - window} tokens"
             )
         return window - len(prompt)
 

@@ -255,9 +255,9 @@ sys.exit(main(["bench", "--help"]))
 @pytest.mark.parametrize(
     ("options", "mention"),
     [
-        (("--task", "singing"), "'singing'"),
-        (("--method", "magic"), "'magic'"),
-        (("--context", "100"), "context=100"),
+        (("--task", "singing"), "--task singing is"),
+        (("--method", "magic"), "--method magic names"),
+        (("--context", "100"), "--context 100"),
         (("--model", "no-such-folder"), "'no-such-folder'"),
     ],
 )

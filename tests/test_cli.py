@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args
 
 import pytest
+import typer
 from conftest import tiny_model, tiny_tokenizer
 from transformers.utils import logging
 
@@ -24,6 +26,7 @@ from rapid_llm import ContextBuilder, RapidDecoder, cli
 from rapid_llm.answers import PreparedAnswer
 from rapid_llm.cli import demo
 from rapid_llm.cli.answers import COMPARED
+from rapid_llm.cli.flags import with_flags
 from rapid_llm.config import Attention
 from rapid_llm.context import builder
 from rapid_llm.engine.supported import ATTENTION
@@ -338,24 +341,24 @@ def test_variables_of_the_chat_template_are_json_or_text(
         (["--method", "magic"], ["'magic'", "rapid", "sd", "lc", "rag"]),
         (["--mode", "fast"], ["'fast'", "exact", "augmented", "paper"]),
         (["--truncate", "end"], ["'end'", "middle"]),
-        (["--dtype", "int8"], ["'int8'", "bfloat16"]),
+        (["--dtype", "int8"], ["--dtype int8 is", "bfloat16"]),
         (["--attn-implementation", "flash"], ["'flash'", "sdpa"]),
-        (["--gamma", "0"], ["gamma", "0", "at least 1"]),
+        (["--gamma", "0"], ["--gamma 0 is", "--gamma must be", "at least 1"]),
         (["--gamma", "many"], ["gamma", "many", "auto", "whole number"]),
         (["--eta", "-1"], ["eta", "-1.0", "at least 0"]),
         (["--eta", "nan"], ["eta", "nan"]),
         (["--alpha", "2"], ["alpha", "2.0", "[0, 1]"]),
         (["--temperature", "-0.5"], ["temperature", "-0.5", "at least 0"]),
-        (["--top-p", "0"], ["top_p", "0.0", "(0, 1]"]),
-        (["--top-p", "1.5"], ["top_p", "1.5", "(0, 1]"]),
-        (["--top-k", "-1"], ["top_k", "-1", "at least 0"]),
+        (["--top-p", "0"], ["--top-p", "0.0", "(0, 1]"]),
+        (["--top-p", "1.5"], ["--top-p", "1.5", "(0, 1]"]),
+        (["--top-k", "-1"], ["--top-k", "-1", "at least 0"]),
         (["--seed", "-1"], ["seed", "-1"]),
-        (["--max-new-tokens", "0"], ["max_new_tokens", "0", "at least 1"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens", "0", "at least 1"]),
         (["--max-new-tokens", "1e3"], ["max-new-tokens", "1e3"]),
         (["--stop", ""], ["stop"]),
-        (["--chunk-tokens", "31"], ["chunk_tokens", "31", "32"]),
+        (["--chunk-tokens", "31"], ["--chunk-tokens", "31", "32"]),
         (["--threshold", "1.5"], ["threshold", "1.5", "1"]),
-        (["--retrieval-tokens", "31"], ["retrieval_tokens", "31", "32"]),
+        (["--retrieval-tokens", "31"], ["--retrieval-tokens", "31", "32"]),
         (["--compression", "0.5"], ["compression", "0.5", "1"]),
         (["--chat-template-kwarg", "thinking"], ["'thinking'", "a name and a value"]),
         (["--chat-template-kwarg", "=1"], ["'=1'", "a name and a value"]),
@@ -408,13 +411,13 @@ def test_unreadable_documents_are_refused(
         (["bench", "--repeats", "0"], "repeats"),
         (["bench", "--new-tokens", "1"], "new-tokens"),
         (["plan"], "--context"),
-        (["plan", "--context", "9", "--device", "h1000"], "'h1000'"),
+        (["plan", "--context", "9", "--device", "h1000"], "--device h1000 is"),
         (["plan", "--context", "9", "--acceptance", "2"], "acceptance"),
         (["plan", "--context", "9", "--bandwidth", "300"], "--tflops"),
         (["plan", "--context", "9", "--memory", "24"], "--bandwidth"),
         (["plan", "--context", "9", "--device", "h100", "--tflops", "9"], "--device h100"),
-        (["plan", "--context", "9", "--bandwidth", "0", "--tflops", "9"], "bandwidth=0"),
-        (["plan", "--context", "9", "--bandwidth", "9", "--tflops", "nan"], "tflops=nan"),
+        (["plan", "--context", "9", "--bandwidth", "0", "--tflops", "9"], "--bandwidth 0"),
+        (["plan", "--context", "9", "--bandwidth", "9", "--tflops", "nan"], "--tflops nan"),
     ],
 )
 def test_bad_usage_is_refused(run: Any, arguments: list[str], mention: str) -> None:
@@ -451,9 +454,42 @@ def test_a_name_of_nothing_is_refused_before_any_model_is_loaded(
     assert_refused(ask(option, place), "nowhere", says)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("cut its middle (truncate='middle')", "cut its middle (--truncate middle)"),
+        ("lower max_new_tokens.", "lower --max-new-tokens."),
+        ("set cuda_graphs=True.", "set --cuda-graphs."),
+        ("give drafter= and no top_p", "give --drafter and no --top-p"),
+        ("seed=-1: seed must be 0", "--seed -1: --seed must be 0"),
+        ("the seed and the model", "the seed and the model"),
+        ("not chat_template_kwargs", "not --chat-template-kwarg"),
+        ("EngineConfig(device='cpu')", "EngineConfig(device='cpu')"),
+        ("/top_k/max_new_tokens.txt has 'top_p'", "/top_k/max_new_tokens.txt has 'top_p'"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(text: str, told: str) -> None:
+    assert with_flags(text) == told
+
+
+def test_a_key_is_asked_for_by_its_option(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAPID_LLM_API_KEY", raising=False)
+    assert_refused(run("serve", "--host", "0.0.0.0"), "give one as --api-key")
+
+
+def test_a_schema_that_is_not_json_names_its_file_and_option(
+    run: Any, document: str, tmp_path: Path
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text("a string")
+    outcome = run("ask", document, "-q", "w5", "--schema", schema)
+    assert_refused(outcome, f"--schema {schema}: ", "JSON")
+    assert "constraint" not in outcome.err
+
+
 def test_a_long_document_is_refused_or_truncated(ask: Any, document: str) -> None:
     Path(document).write_text(" ".join([TEXT] * 4), encoding="utf-8")
-    assert_refused(ask(), "512", "12", "truncate")
+    assert_refused(ask(), "512", "--max-new-tokens 12", "--truncate middle")
     outcome = ask("--truncate", "middle", "--json")
     assert outcome.status == 0
     stats = json.loads(outcome.out)["stats"]
@@ -519,6 +555,28 @@ def test_help_and_no_arguments_show_the_commands(run: Any) -> None:
         assert (status, err) == (0, "")
         assert "ask" in out
         assert "demo" in out
+
+
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_option_in_full_in_a_narrow_terminal(
+    run: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(name, "--help").out
+    names = [each for p in COMMANDS[name].params for each in (*p.opts, *p.secondary_opts)]
+    for option in ("--help", *(each for each in names if each.startswith("-"))):
+        assert re.search(rf"(?<!\S){option}(?![\w-])", shown), option
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_list_of_commands_cuts_no_description(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in run("--help").out.replace("[ARGS]...", "")
 
 
 def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -655,7 +713,10 @@ sys.exit(main(sys.argv[1:]))
     ("arguments", "told"),
     [
         (["ask", "--help"], ["--foo", "Number of foos.", "[default: 7]"]),
-        (["ask", "nowhere.txt", "-q", "w5", "--foo", "0"], ["foo=0 is not allowed", "at least 1"]),
+        (
+            ["ask", "nowhere.txt", "-q", "w5", "--foo", "0"],
+            ["--foo 0 is not allowed", "--foo must be at least 1"],
+        ),
     ],
     ids=["help", "check"],
 )
@@ -699,7 +760,7 @@ def test_a_token_without_a_name_is_not_shown(ask: Any) -> None:
 
 @pytest.mark.parametrize("option", ["--store", "--embedder", "--kv-cache-dir"])
 def test_an_empty_name_is_refused(ask: Any, option: str) -> None:
-    assert_refused(ask(option, ""), f"{option[2:].replace('-', '_')}='' is not allowed")
+    assert_refused(ask(option, ""), f"{option} '' is not allowed")
 
 
 def test_a_seed_of_none_draws_afresh(ask: Any) -> None:

@@ -292,7 +292,8 @@ def test_all_methods_answer_each_question(ask: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "mentions"),
     [
-        ("", ["questions.txt", "no text"]),
+        ("", ["--questions ", "questions.txt holds no question", "on each line"]),
+        (" \n\n", ["questions.txt holds no question", "on each line"]),
         ('{"question": "w5"}\nw6\n', ["line 2 of", "not JSON"]),
         ('{"question": "w5"}\n\n{"Question": "w6"}\n', ["line 3 of", "no question"]),
         ('{"question": 5}\n', ["line 1 of", "no question"]),

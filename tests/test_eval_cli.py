@@ -111,7 +111,7 @@ def test_answers_at_once_are_the_same_and_said_to_have_no_speed(run: Any, tmp_pa
     assert all(row["tokens_per_second"] > 0 for row in alone)
     settings = json.loads((tmp_path / "together" / SETTINGS).read_text(encoding="utf-8"))
     assert settings["max_sequences"] == 3
-    assert_refused(run(out="together"), "max_sequences=3", "now it is 1")
+    assert_refused(run(out="together"), "--max-sequences 3", "now it is 1")
 
 
 def test_options_are_swept(run: Any) -> None:
@@ -168,21 +168,21 @@ def test_settings_are_written_and_hold_no_path(run: Any, tmp_path: Path, model: 
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    "options",
     [
-        (["--seed", 1], "seed"),
-        (["--dtype", "bfloat16"], "dtype"),
-        (["--gamma", 5], "gamma"),
-        (["--mode", "augmented"], "mode"),
-        (["--context-tokens", 50], "context_tokens"),
-        (["--layers", 1], "layers"),
-        (["--attn-implementation", "eager"], "attn_implementation"),
-        (["--drafter-quantization", "none"], "drafter_quantization"),
+        ("--seed", 1),
+        ("--dtype", "bfloat16"),
+        ("--gamma", 5),
+        ("--mode", "augmented"),
+        ("--context-tokens", 50),
+        ("--layers", 1),
+        ("--attn-implementation", "eager"),
+        ("--drafter-quantization", "none"),
     ],
 )
-def test_other_settings_are_refused(run: Any, options: list[object], name: str) -> None:
+def test_other_settings_are_refused(run: Any, options: tuple[str, object]) -> None:
     assert run("--method", "lc", "--limit", 1).status == 0
-    assert_refused(run("--method", "lc", *options), f"{name}=", "--out")
+    assert_refused(run("--method", "lc", *options), f"{options[0]} ", "--out")
 
 
 def test_other_data_is_refused(run: Any, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_the_first_layers_can_be_the_target(
     assert decoder.target.config.num_hidden_layers == 1
     assert decoder.drafter.config.num_hidden_layers == 2
     assert "first 1 layers" in decoder.target.name
-    assert_refused(run("--layers", 3, out="other"), "layers=3", "2 layers")
+    assert_refused(run("--layers", 3, out="other"), "--layers 3", "2 layers")
 
 
 def test_an_interrupt_leaves_a_folder_to_go_on_with(
@@ -256,12 +256,12 @@ def test_an_interrupt_leaves_a_folder_to_go_on_with(
 @pytest.mark.parametrize(
     ("options", "mentions"),
     [
-        (["--method", "magic"], ["'magic'", "speculative-rag"]),
-        (["--eta", "-1"], ["eta=-1.0"]),
+        (["--method", "magic"], ["--method magic is", "speculative-rag"]),
+        (["--eta", "-1"], ["--eta -1.0"]),
         (["--gamma", "many"], ["many", "auto"]),
-        (["--gamma", "0"], ["gamma=0"]),
-        (["--mode", "fast"], ["'fast'", "augmented"]),
-        (["--retriever", "sparse"], ["'sparse'", "hybrid"]),
+        (["--gamma", "0"], ["--gamma 0"]),
+        (["--mode", "fast"], ["--mode fast is", "augmented"]),
+        (["--retriever", "sparse"], ["--retriever sparse is", "hybrid"]),
         (["--dtype", "int8"], ["int8"]),
         (["--layers", "1", "--drafter", "x"], ["--layers 1", "--drafter x"]),
         (["--layers", "1", "--drafter-device", "cpu"], ["--layers 1", "--drafter-device cpu"]),

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from rapid_llm.config import Truncate
 from rapid_llm.context.prompts import INSTRUCTION, build_messages, fit_documents
 from rapid_llm.context.retrieved import Passage
 from rapid_llm.context.truncation import OMISSION, CuttableDocument, share_out
-from rapid_llm.encoding import encode_literal, encode_prompt
+from rapid_llm.encoding import Prompt, encode_literal, encode_prompt
 from rapid_llm.errors import ContextWindowError, DocumentError, InvalidParameterError
 
 PARAGRAPH = (
@@ -176,9 +177,21 @@ def test_a_long_document_is_refused_with_both_numbers() -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("truncate", [None, "middle"])
+def test_a_long_question_is_blamed_and_not_its_short_document(truncate: Truncate | None) -> None:
+    def render(texts: Sequence[str]) -> Prompt:
+        return build_messages(texts[0], "Why? " * 300)
+
+    passages = [[Passage(PARAGRAPH)]]
+    with pytest.raises(ContextWindowError) as caught:
+        fit_documents([PARAGRAPH], render, smollm2(), 200, 6, truncate, passages=passages)
+    assert "window of 200 tokens: shorten the question" in str(caught.value)
+    assert "truncate" not in str(caught.value)
+
+
 @pytest.mark.parametrize("window", [1, 20, 44])
 def test_a_window_without_room_for_any_of_the_document_is_refused(window: int) -> None:
-    with pytest.raises(ContextWindowError, match=rf"max_new_tokens=30.* {window} tokens"):
+    with pytest.raises(ContextWindowError, match=rf" {window} tokens: shorten the question"):
         fit_documents([PARAGRAPH], asked, smollm2(), window, 30, "middle")
 
 

@@ -126,9 +126,9 @@ def test_after_the_limit_running_requests_end_with_an_error(command: Any, model:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--port", "70000"], "port=70000"),
+        (["--port", "70000"], "--port 70000"),
         (["--host", "0.0.0.0"], "RAPID_LLM_API_KEY"),
-        (["--max-queue", "-1"], "max_queue=-1"),
+        (["--max-queue", "-1"], "--max-queue -1"),
         (["nowhere/at/all"], "nowhere/at/all"),
         (["--embedder", "nowhere/to/embed"], "embedding model 'nowhere/to/embed'"),
         (["--store", os.devnull], "cannot be opened or used"),

@@ -309,7 +309,7 @@ def test_json_is_all_that_is_printed_and_a_failure_is_the_status(
     [
         (("--shape", "tiny", "--task", "free"), "--task"),
         (("--shape", "tiny", "--repeats", "2"), "--repeats"),
-        (("--shape", "huge"), "shape='huge' is unknown"),
+        (("--shape", "huge"), "--shape huge is unknown"),
         (("--acceptance", "0.9"), "--acceptance"),
         (("--seconds", "9"), "--seconds"),
     ],

@@ -15,13 +15,15 @@ from typing import Annotated, Any
 import typer
 
 import rapid_llm
+from rapid_llm.cli.flags import with_flags
+from rapid_llm.cli.help import Application
 from rapid_llm.cli.ranks import RANK, printing_once, require_shareable
 from rapid_llm.errors import DocumentError, InvalidParameterError, RankError, RapidError
 from rapid_llm.old_names import RENAMED
 
 _LEAVE = 5  # seconds
 
-app = typer.Typer(
+app = Application(
     help="Answers about long documents, drafted from what was retrieved (RAPID).",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(status: int, message: str) -> int:
     who = f"rank {RANK}: " if RANK else ""
-    print(f"rapid-llm: {who}error:", " ".join(message.split()), file=sys.stderr)
+    print(f"rapid-llm: {who}error:", " ".join(with_flags(message).split()), file=sys.stderr)
     return _left(status)
 
 

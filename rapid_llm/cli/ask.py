@@ -162,7 +162,11 @@ def _with_schema(sampling: SamplingParams, path: str) -> SamplingParams:
         raise InvalidParameterError(
             f"--schema {path}: the file cannot be read ({error}); give one with a JSON schema"
         ) from error
-    return replace(sampling, constraint={"json": text})
+    try:
+        return replace(sampling, constraint={"json": text})
+    except InvalidParameterError as error:
+        reason = str(error).removeprefix("constraint: ")
+        raise InvalidParameterError(f"--schema {path}: {reason}") from error
 
 
 def _check_question(

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rapid_llm.cli.documents import warned
+from rapid_llm.cli.flags import with_flags
 from rapid_llm.console import show
-from rapid_llm.errors import InvalidParameterError, MissingDependencyError, ModelError, RapidError
+from rapid_llm.errors import (
+    DocumentError,
+    InvalidParameterError,
+    MissingDependencyError,
+    ModelError,
+    RapidError,
+)
 
 _OF_ALL = (MissingDependencyError, ModelError)
 """What is wrong with the models, and so with all questions."""
@@ -34,8 +41,13 @@ def read_questions(path: str) -> list[Question]:
     """
     from rapid_llm.context.documents import read_document
 
-    text = warned(lambda: read_document(path))
+    text = warned(lambda: read_document(path, may_be_blank=True))
     lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise DocumentError(
+            f"--questions {path} holds no question: put one on each line, as plain text or as "
+            '{"question": "…", "id": "…"}'
+        )
     as_json = lines[0][1].startswith("{")
     return [
         _from_json(line, f"line {place} of {path}", number) if as_json else Question(number, line)
@@ -79,7 +91,7 @@ def print_answers(
         if isinstance(answer, Exception):
             if not isinstance(answer, RapidError) or isinstance(answer, _OF_ALL):
                 raise answer
-            outcome, failed = {"error": str(answer)}, failed + 1
+            outcome, failed = {"error": with_flags(str(answer))}, failed + 1
         else:
             outcome = answer
         line = {"id": question.id, "question": question.text} | outcome

@@ -7,6 +7,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from rapid_llm.cli.answers import Job, note_unread, printed, unread
+from rapid_llm.cli.flags import with_flags
 from rapid_llm.cli.ranks import read_once
 from rapid_llm.console import Bars, show
 from rapid_llm.errors import ContextWindowError, MissingDependencyError, ModelError, RapidError
@@ -72,7 +73,7 @@ def _answered(conversation: Conversation, question: str, bars: Bars) -> Answer |
     except (MissingDependencyError, ModelError):
         raise
     except RapidError as error:
-        show(f"\nError: {error}", stderr=True)
+        show(f"\nError: {with_flags(str(error))}", stderr=True)
     else:
         note_unread(answer.stats)
         if unread(answer.stats):

@@ -154,17 +154,23 @@ def fit_documents(
     room = window - min(max_new_tokens, window // 2) if truncate else window - 1
     if tokens <= room:
         return Fitted(prompt, 0)
-    if truncate is None:
-        raise ContextWindowError(
-            f"the prompt of {tokens} tokens leaves no room for an answer (max_new_tokens="
-            f"{max_new_tokens}) in the context window of {window} tokens: shorten the document or "
-            "truncate its middle (truncate='middle')"
-        )
     cuttable = [
         CuttableDocument(text, found, tokenizer, mark)
         for text, found in zip(documents, passages or [()] * len(documents), strict=True)
     ]
     frame = tokens - sum(document.own_tokens for document in cuttable)
+    the_documents = "the document" if len(documents) == 1 else "the documents"
+    if frame >= window:
+        raise ContextWindowError(
+            f"the prompt has {frame} tokens without {the_documents}, too many for the context "
+            f"window of {window} tokens: shorten the question"
+        )
+    if truncate is None:
+        raise ContextWindowError(
+            f"the prompt of {tokens} tokens leaves no room for an answer (max_new_tokens="
+            f"{max_new_tokens}) in the context window of {window} tokens: shorten {the_documents} "
+            "or truncate the middle (truncate='middle')"
+        )
     least = sum(document.least for document in cuttable)
     limit = window - 1 if any(passages) else room  # passages matter more than a long answer
     keep = max(room - frame, least)
@@ -188,7 +194,7 @@ def fit_documents(
         )
     what = "it" if len(documents) == 1 else f"{len(documents)} of them"
     raise ContextWindowError(
-        f"the prompt has {frame} tokens without the document{'s' * (len(documents) != 1)}, which "
-        f"with max_new_tokens={max_new_tokens} leaves no room for {what} in the context window of "
+        f"the prompt has {frame} tokens without {the_documents}, which with "
+        f"max_new_tokens={max_new_tokens} leaves no room for {what} in the context window of "
         f"{window} tokens: shorten the question or lower max_new_tokens"
     )
