@@ -569,6 +569,7 @@ def test_help_shows_every_option_in_full_in_a_narrow_terminal(
     names = [each for p in COMMANDS[name].params for each in (*p.opts, *p.secondary_opts)]
     for option in ("--help", *(each for each in names if each.startswith("-"))):
         assert re.search(rf"(?<!\S){option}(?![\w-])", shown), option
+    assert "\\[" not in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 

@@ -30,7 +30,7 @@ class _Command(TyperCommand):
             own = "Arguments" if parameter.param_type_name == "argument" else "Options"
             title = getattr(parameter, "rich_help_panel", None) or own
             if (record := parameter.get_help_record(ctx)) is not None:
-                name, text = record
+                name, text = record[0], record[1].replace("\\[", "[")  # old typer escapes for rich
                 sections.setdefault(title, []).append((name, with_flags(text)))
         for title, records in sections.items():
             with formatter.section(title):
