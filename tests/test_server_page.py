@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import httpx
 import pytest
 from conftest import installed
 from serving import Server, served, tiny_decoder
+
+from rapid_llm.batching import scheduler
+from rapid_llm.batching.rounds import run_round
 
 OWL = "The owl sleeps in the tree. " * 12
 KEY = "the key"
@@ -79,7 +83,7 @@ def test_a_question_waits_for_the_documents_that_were_chosen(
     server: Server, browser: Any, document: Path
 ) -> None:
     page, held = browser.new_page(), list[Any]()
-    page.route("**/v1/files", held.append)
+    page.route("**/v1/files", lambda route: held.append(route))
     page.goto(server.url)
     page.set_input_files("#file", str(document))
     page.wait_for_selector("#ask:disabled")
@@ -110,7 +114,7 @@ def test_what_goes_wrong_is_told_as_text(browser: Any, tmp_path: Path) -> None:
         page.fill("#question", "Where does the owl sleep?")
         page.fill("#length", "0")
         page.click("#ask")
-        told("max_new_tokens=0")
+        told("max_tokens=0")
         page.fill("#length", "5")
         answers = "**/v1/chat/completions"
         page.route(answers, lambda route: route.fulfill(
@@ -128,7 +132,14 @@ def test_what_goes_wrong_is_told_as_text(browser: Any, tmp_path: Path) -> None:
         assert page.inner_text("#error") == ""
 
 
-def test_a_stopped_answer_stops_the_server(server: Server, browser: Any) -> None:
+def test_a_stopped_answer_stops_the_server(
+    server: Server, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow_round(running: Any) -> None:  # so that the answer is under way at the click
+        time.sleep(0.05)
+        run_round(running)
+
+    monkeypatch.setattr(scheduler, "run_round", slow_round)
     page = browser.new_page()
     page.goto(server.url)
     page.fill("#question", "Where does the owl sleep?")
