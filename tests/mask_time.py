@@ -154,11 +154,11 @@ def in_answers(seeds: range = range(2), new: int = 64) -> None:
                     speculation=SpeculationConfig(**way) if way else None,
                 )
                 tokens += result.stats.completion_tokens
-        per_token = [1e6 * clock.seconds / tokens for clock in (read, masks, applied)]
+        filling, matcher, masking = (1e6 * each.seconds / tokens for each in (read, masks, applied))
         print(
             f"{way or 'target alone'!s:34} {tokens:4} tokens  µs a token: reading tokens and "
-            "filling masks {:.1f}, with all other calls of the matcher {:.1f}, masking logits "
-            "{:.1f}".format(*per_token),
+            f"filling masks {filling:.1f}, with all other calls of the matcher {matcher:.1f}, "
+            f"masking logits {masking:.1f}",
             flush=True,
         )
 
