@@ -144,16 +144,16 @@ class GenerationFactory:
         if config.drafting == "rest":
             return [_lookup(request, SIZES)]
 
-        def quantized() -> ModelRunner:
+        def draft_runner() -> ModelRunner:
             if joined and not device_of(drafter.device).joins_copies:
                 return drafter
             return with_memory(lambda: self.quantized.runner, self.prefixes.free_devices)
 
         if config.drafting in compressed.DRAFTERS:
-            own = quantized() if drafter is self.pair.target else runner
+            own = draft_runner() if drafter is self.pair.target else runner
             kind = compressed.DRAFTERS[config.drafting]
             return [kind(target, own, request.prompt, sampler, config)]
-        session, _ = lease(quantized(), request.draft_prompt)
+        session, _ = lease(draft_runner(), request.draft_prompt)
         if drafter.device != runner.device:
             model = runner.model
             sampler = Sampler(

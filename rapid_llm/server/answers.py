@@ -180,7 +180,7 @@ class _Form:
 
     def begin(self, started: Started) -> None:
         """Note what both models read."""
-        self._grounded = started.prompts
+        self._prompts = started.prompts
         self._pieces = None
         if self.request.rapid.return_tokens:
             own = stop_strings(generation_config(self._service.decoder.target.model))
@@ -211,7 +211,7 @@ class _Form:
 
     def rapid(self, stats: Stats) -> dict[str, Any]:
         """Statistics, and where the retrieved chunks stand."""
-        return {"stats": stats.as_dict(), **self._grounded.report()}
+        return {"stats": stats.as_dict(), **self._prompts.report()}
 
     def object(self, choice: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
         """An answer or a part of one."""
