@@ -276,33 +276,6 @@ def test_kv_of_joined_passes_is_lent_but_neither_copied_nor_kept():
         assert read([*prompt, 2], share=False) == document
 
 
-def test_requests_beside_others_draft_with_the_drafters_own_weights(monkeypatch):
-    """On a CPU quantized weights are fast for one sequence; several would dequantize each pass."""
-    model = tiny_model().bfloat16()
-    decoder = RapidDecoder(model, piece_tokenizer(PIECES), drafter_quantization="int8")
-    passes: list[tuple[bool, int]] = []
-    joined = ModelRunner.joined
-
-    def spy(runner: ModelRunner, parts: list[Part]) -> Any:
-        passes.append((runner.model is model, len(parts)))
-        return joined(runner, parts)
-
-    monkeypatch.setattr(ModelRunner, "joined", spy)
-    document = DOCUMENTS[0]
-    requests = [
-        GenerationRequest(
-            [*document, 5 + i], [*document[:20], 5 + i], sampling=sampling(),
-            speculation=SpeculationConfig(gamma=3),
-        )
-        for i in range(4)
-    ]  # fmt: skip
-    results = Scheduler(decoder).generate_many(requests)
-    assert decoder.draft_runner.model is not model
-    assert all(result.stats.draft_passes for result in results)
-    assert max(number for _, number in passes) >= 3
-    assert all(own for own, _ in passes)
-
-
 def test_models_that_cannot_join_are_run_one_by_one_and_the_log_says_so_once(caplog):
     decoder = decoder_of("granite")
     requests = [mixed(index) for index in (0, 1, 4, 5)]

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from rapid_llm.engine import attention, positions
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
-from rapid_llm.engine.device import Pass, ReplayedPass, device_of, register
-from rapid_llm.engine.joined import Part, joined_logits
+from rapid_llm.engine.device import JoinedPass, Pass, ReplayedPass, device_of, register
+from rapid_llm.engine.joined import Part, sharing_order
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
-from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
+from rapid_llm.engine.lean import has_fixed_rotary, is_lean
+from rapid_llm.engine.lean_pass import LeanPass
 from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.placement import input_device
 from rapid_llm.engine.supported import (
@@ -314,7 +315,12 @@ class ModelRunner:
                     f"{self.name} cannot read several sequences at once: that takes a model of the "
                     "Llama family with our attention and a fixed rotary embedding"
                 )
-            return [logits.float() for logits in joined_logits(self.model, parts)]
+            order = sharing_order(parts)
+            arranged = [parts[index] for index in order]
+            passes = (each for each in self._passes if isinstance(each, JoinedPass))
+            logits = next(each for each in passes if each.joins(arranged)).joined(arranged)
+            at = {index: place for place, index in enumerate(order)}
+            return [logits[at[index]].float() for index in range(len(parts))]
 
     def replay(
         self,
