@@ -11,9 +11,10 @@ from conftest import threads, tiny_model, tiny_tokenizer
 from rapid_llm.batching import GenerationRequest
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine import lean_pass
+from rapid_llm.engine import lean_pass, sdpa
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.cpu import blocks, kernels
+from rapid_llm.engine.cpu.attention import attend_part
 from rapid_llm.engine.cpu.blocks import BlockLinear, Int4Blocks, Int8Blocks
 from rapid_llm.engine.cpu.compiled import MAX_JOINED_TOKENS, MAX_TOKENS, CompiledPass
 from rapid_llm.engine.cpu.int8 import Int8Linear
@@ -138,6 +139,27 @@ def test_few_tokens_never_reach_pytorch_and_many_do(build, monkeypatch):
     assert seen == [50]
     run(runner, torch.arange(60), [MAX_TOKENS + 1, MAX_TOKENS - 10])
     assert seen == [50, 5, MAX_TOKENS + 1]
+
+
+@pytest.mark.parametrize("tokens", [70, 33, 64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_many_tokens_to_a_part_of_the_keys_can_be_merged(build, tokens, causal):
+    """As the only other way is PyTorch's operators, which take several times as long."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 3 * tokens, 32).bfloat16()
+    key, value = (torch.randn(2, 1400, 32).bfloat16() for _ in range(2))
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).triu(1) if causal else None
+    arguments = query, key[:, 3:1300], value[:, 3:1300]
+    called = []
+    serves = kernels.serves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "fast_dtype", lambda dtype: torch.float32)  # as where it is AVX2
+        patch.setattr(kernels, "serves", lambda *each: called.append(serves(*each)) or called[-1])
+        out, lse = attend_part(*arguments, 0.3, mask, causal)
+    assert called == [True]
+    exact, expected = sdpa.attend_part(*(x.float() for x in arguments), 0.3, mask, causal)
+    torch.testing.assert_close(lse, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out, exact, rtol=2e-2, atol=1e-2)
 
 
 def tree(runner, ids):

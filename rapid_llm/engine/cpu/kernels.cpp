@@ -189,13 +189,15 @@ extern "C" void rapid_forward(const Model* model, const Batch* tokens, int64_t t
     }
 }
 
-// Causal attention of n queries to the `length` keys before them and to their own.
-//   queries, out: [heads, n, dim]. keys, values: [kv_heads, length + n, dim], with heads `stride`
-//   numbers apart.
+// Attention of n queries to `all` keys, of which query i sees those before `visible + i` within `window`.
+//   queries: [heads, n, dim]. keys, values: [kv_heads, all, dim], with heads `stride` numbers apart.
+//   out: [heads, n, dim]. Or, to be merged with the results for other keys, part, of the same shape, and
+//   lse: [heads, n], the natural log-sum-exp of the scores.
 extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
                              const BFloat16* values, int64_t heads, int64_t kv_heads, int64_t n,
-                             int64_t length, int64_t dim, int64_t stride, int64_t window,
-                             float scaling, int64_t threads, BFloat16* out) {
+                             int64_t visible, int64_t all, int64_t dim, int64_t stride,
+                             int64_t window, float scaling, int64_t threads, BFloat16* out,
+                             float* part, float* lse) {
     const int64_t group = heads / kv_heads, blocks = (n + BLOCK - 1) / BLOCK;
     const size_t most = group * BLOCK;
     const size_t own = lines(Scratch::size(most, dim) + most * (2 * dim + 2));
@@ -211,21 +213,27 @@ extern "C" void rapid_attend(const BFloat16* queries, const BFloat16* keys,
         const Scratch scratch(rest, rows, dim);
         auto* running = reinterpret_cast<Running*>(rest + Scratch::size(rows, dim));
         const auto place = [&](int64_t r) {
-            return ((head * group + r % group) * n + first + r / group) * dim;
+            return (head * group + r % group) * n + first + r / group;
         };
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t d = 0; d < dim; ++d)
-                factors[r * dim + d] = factor(queries[place(r) + d]);
+                factors[r * dim + d] = factor(queries[place(r) * dim + d]);
         int64_t ends[BLOCK];
-        for (int64_t i = 0; i < count; ++i) ends[i] = length + first + i + 1;
-        const int64_t lowest = std::max<int64_t>(0, length + first + 1 - window);
+        for (int64_t i = 0; i < count; ++i) ends[i] = std::min(all, visible + first + i);
+        const int64_t lowest = std::max<int64_t>(0, ends[0] - window);
         const int64_t at = head * stride + lowest * dim;
         attend({ends, lowest, group, window, scaling}, factors, rows, keys + at, values + at,
-               length + first + count - lowest, keys + at, dim, scratch, running, mixed);
+               ends[count - 1] - lowest, keys + at, dim, scratch, running, mixed);
         for (int64_t r = 0; r < rows; ++r) {
-            BFloat16* to = out + place(r);
-            for (int64_t d = 0; d < dim; ++d)
-                to[d] = rounded(mixed[r * dim + mixed_at(d)] / running[r].total);
+            const int64_t to = place(r);
+            if (lse) lse[to] = running[r].maximum + std::log(running[r].total);
+            for (int64_t d = 0; d < dim; ++d) {
+                const float result = mixed[r * dim + mixed_at(d)] / running[r].total;
+                if (lse)
+                    part[to * dim + d] = result;
+                else
+                    out[to * dim + d] = rounded(result);
+            }
         }
     }
 }
