@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from rapid_llm.encoding import encode_literal
 from rapid_llm.engine.costs import ROOM
@@ -16,7 +18,7 @@ from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
 from rapid_llm.engine.prefix_cache.reading import Lease
 from rapid_llm.engine.quantized_drafter import QuantizedDrafter
 from rapid_llm.engine.session import Session
-from rapid_llm.engine.steps import Wanted, each_alone
+from rapid_llm.engine.steps import Wanted, answered
 from rapid_llm.generation import DRAFTED, Generation, answering
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import ModelPair, Request
@@ -46,9 +48,21 @@ class GenerationFactory:
     def answer(
         self, request: Request, started: float, progress: PromptProgress | None
     ) -> Iterator[Delta]:
-        """Answer a request by itself and yield one delta per round, see :func:`.answering`."""
-        with self.open(request, started) as generation:
-            yield from each_alone(self.steps(request, generation, progress))
+        """Answer a request by itself and yield one delta per round, see :func:`.answering`.
+
+        Passes run in inference mode, the caller's code between two deltas does not.
+        """
+        with (
+            self.open(request, started) as generation,
+            closing(self.steps(request, generation, progress)) as steps,
+        ):
+            with torch.inference_mode():
+                item = next(steps, None)
+            while item is not None:
+                if isinstance(item, Delta):
+                    yield item
+                with torch.inference_mode():
+                    item = answered(steps, item)
 
     def steps(
         self, request: Request, generation: Generation, progress: PromptProgress | None

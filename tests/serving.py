@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -11,11 +12,13 @@ from functools import cache
 from typing import Any
 from zlib import crc32
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 import uvicorn
 from chat_templates import TEMPLATES, with_template
 from conftest import tiny_model
+from test_encoding import user
 
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
@@ -39,6 +42,14 @@ class WordEmbedder:
         return self.embed_documents([text])[0]
 
 
+CHAT = user("The fox lives in the den.")
+PLACE = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": PLACE}}]
 RETRIEVAL = RetrievalConfig(chunk_tokens=32, retrieval_tokens=64, threshold=-1)
 SAMPLING = SamplingParams(max_new_tokens=16, seed=None)
 SPECULATION = SpeculationConfig(gamma=3)  # auto measures anew with every test
@@ -89,3 +100,26 @@ class Server:
 
     def __init__(self, url: str, service: Any) -> None:
         self.url, self.service = url, service
+
+    def post(self, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
+        """Send a request; a chat has messages where none are given."""
+        if path == "/v1/chat/completions":
+            body.setdefault("messages", CHAT)
+        return httpx.post(self.url + path, json=body, timeout=60)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """Objects of a stream, which ends as OpenAI's does."""
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *lines, done = [line for line in response.text.split("\n\n") if line]
+    assert done == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    """The error of a refusal, which has OpenAI's form."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error

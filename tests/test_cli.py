@@ -694,22 +694,6 @@ def test_the_demo_s_question_finds_its_passage(smollm2_float32: LoadedModel) -> 
     assert context.tokens <= demo.DEMO_RETRIEVAL_TOKENS
 
 
-FOO = """
-import dataclasses, sys
-from typing import Annotated
-from rapid_llm import config
-from rapid_llm.options import Option, check
-
-@dataclasses.dataclass(frozen=True)
-class SpeculationConfig(config.SpeculationConfig):
-    foo: Annotated[int, Option("Number of foos.", "at least 1", lambda n: n >= 1)] = 7
-
-config.SpeculationConfig = SpeculationConfig
-from rapid_llm.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -724,12 +708,14 @@ sys.exit(main(sys.argv[1:]))
 def test_an_option_that_is_declared_is_an_option_here(
     arguments: list[str], told: list[str]
 ) -> None:
+    code = "import new_option, sys; from rapid_llm.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", FOO, *arguments],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"COLUMNS": "200"},
+        cwd=Path(__file__).parent,
     )
     for part in told:
         assert part in done.stdout + done.stderr

@@ -15,9 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Server, served, tiny_decoder
+from serving import Server, events, refused, served, tiny_decoder
 from test_encoding import user
-from test_server import events, refused
 
 from rapid_llm import InvalidParameterError, RapidDecoder
 from rapid_llm.api_key import API_KEY

@@ -10,8 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import installed
-from serving import Server, served
-from test_server import events, refused
+from serving import Server, events, refused, served
 
 from rapid_llm.config import PACKAGED_EMBEDDER, RetrievalConfig, SamplingParams
 

@@ -15,9 +15,18 @@ from typing import Any
 import httpx
 import pytest
 from pdfs import pdf
-from serving import RETRIEVAL, SAMPLING, SPECULATION, Server, WordEmbedder, served, tiny_decoder
+from serving import (
+    RETRIEVAL,
+    SAMPLING,
+    SPECULATION,
+    Server,
+    WordEmbedder,
+    events,
+    refused,
+    served,
+    tiny_decoder,
+)
 from test_encoding import user
-from test_server import events, refused
 
 from rapid_llm import RapidDecoder, RapidPipeline
 from rapid_llm.context.prompts import build_messages, with_document

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,8 +36,6 @@ from rapid_llm.tensor_parallel_plan import head_divisor
 
 register("cpu", CPU())
 register("cuda", CUDA())
-
-_T = TypeVar("_T")
 
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _locks_guard = ProcessLock()
@@ -115,6 +113,7 @@ class ModelRunner:
         replayed = (each for each in self._passes if isinstance(each, ReplayedPass))
         self._replayed: ReplayedPass | None = next(replayed, None)
         self._chosen = self.state.number
+        self._origin = KVOrigin(self.state.number, 0)
 
     def _refresh(self) -> None:
         """Select passes again if the model has changed; the caller has its lock."""
@@ -272,25 +271,20 @@ class ModelRunner:
             return self.joined([Part(ids, cache, keep_logits)])[0]
         length = max(cache.expected, cache.length + cache.position_offset + ids.shape[0])
 
-        def launch(replayed: ReplayedPass) -> Tensor | None:
-            if not replayed.serves(ids, cache, keep_logits):
-                return None
-            return replayed(ids, ids, cache, keep_logits)
-
-        with self._lock:
-            logits = self.replay(ids.shape[0], cache, launch)
-            if logits is None:
-                with self._pass_context(cache, length):
-                    at = self._positions(ids, cache, length)
-                    run = next(p for p in self._passes if p.serves(ids, cache, keep_logits))
-                    if self.ranks is None:
-                        logits = run(ids, at, cache, keep_logits)
-                    else:
-                        details = ids.shape[0], cache.length, keep_logits
-                        with self.ranks.running(self.model, self.device, *details):
-                            own = run(ids, at, cache, keep_logits)
-                            logits = self.ranks.first_logits(own.to(self.device, torch.float32))
-                            self.synchronize()  # time limits count from the launch
+        with self.replaying(cache, ids.shape[0]) as replayed:
+            if replayed is not None and replayed.serves(ids, cache, keep_logits):
+                return replayed(ids, ids, cache, keep_logits).float()
+        with self._pass_context(cache, length):
+            at = self._positions(ids, cache, length)
+            run = next(p for p in self._passes if p.serves(ids, cache, keep_logits))
+            if self.ranks is None:
+                logits = run(ids, at, cache, keep_logits)
+            else:
+                details = ids.shape[0], cache.length, keep_logits
+                with self.ranks.running(self.model, self.device, *details):
+                    own = run(ids, at, cache, keep_logits)
+                    logits = self.ranks.first_logits(own.to(self.device, torch.float32))
+                    self.synchronize()  # time limits count from the launch
             return logits.to(self.device, torch.float32)
 
     def joined(self, parts: Sequence[Part]) -> list[Tensor]:
@@ -322,81 +316,80 @@ class ModelRunner:
             at = {index: place for place, index in enumerate(order)}
             return [logits[at[index]].float() for index in range(len(parts))]
 
-    def replay(
-        self,
-        new: int,
-        cache: KVCache,
-        launch: Callable[[ReplayedPass], _T | None],
-        generator: torch.Generator | None = None,
-    ) -> _T | None:
-        """Launch work of the replayed pass, and check the model for changes while it runs.
+    @contextmanager
+    def replaying(
+        self, cache: KVCache, new: int, generator: torch.Generator | None = None
+    ) -> Iterator[ReplayedPass | None]:
+        """Context of work of the replayed pass; the model is checked for changes while it runs.
+
+        Cache and generator are restored after an error.
 
         Args:
-            new: number of tokens that are appended to the cache.
-            cache: KV cache with room for them.
-            launch: function that launches the work, or returns None where the pass does not serve
-                it; called again if the model has changed.
+            cache: KV cache.
+            new: number of tokens that the work may append to the cache.
             generator: random generator that the work draws from.
 
-        Returns:
-            The result; None, with cache and generator unchanged, where nothing was launched.
+        Yields:
+            The pass; None where the cache is not one for it.
 
         Raises:
             OutdatedKVError: the cached KV was computed with another state of the model.
             ModelError: an unsupported adapter was added.
         """
         with self._lock:
-            if self._replayed is None or self.ranks is not None:  # drafts differ where logits do
-                return None
-            if cache.prefix:  # a graph knows one buffer a layer
-                return None
-            start, drawn = cache.length, None if generator is None else generator.get_state()
-            if cache.origin == KVOrigin(self.state.number, 0):
-                try:
-                    # Autocast is off, because a capture serves later calls too.
-                    with torch.autocast(self.device.type, enabled=False):
-                        result = launch(self._replayed)
-                    if self.state.look() == self._chosen:
-                        return result
-                except BaseException:
-                    cache.rollback(start)
-                    raise
-                cache.rollback(start)
+            # Drafts of ranks differ where their logits do, and a graph knows one buffer a layer.
+            single = self.ranks is None and not cache.prefix
+            if self._replayed is None or not single or cache.origin != self._origin:
+                yield None
+                return
+            drawn = None if generator is None else generator.get_state()
+            try:
+                length = cache.length + cache.position_offset + new
+                with self._pass_context(cache, length, late=True):
+                    yield self._replayed
+            except BaseException:
                 if generator is not None and drawn is not None:
                     generator.set_state(drawn)
-            with self._pass_context(cache, start + cache.position_offset + new):
-                return None if self._replayed is None else launch(self._replayed)
+                raise
 
     @contextmanager
-    def _pass_context(self, cache: KVCache, length: int) -> Iterator[None]:
+    def _pass_context(self, cache: KVCache, length: int, *, late: bool = False) -> Iterator[None]:
         """Context of a pass: checks the cache's origin, and restores the cache after an error.
 
-        Autocast is off, because KV outlives the caller's autocast context.
+        Autocast is off, because KV outlives the caller's autocast context, and a capture its call.
 
         Args:
             cache: KV cache.
             length: length of the whole sequence in tokens.
+            late: whether the origin is checked after the pass instead of before it.
         """
         start = cache.length
         with self._lock:
-            origin = self.origin(length)
-            if start == 0:
-                cache.origin = origin
-            elif cache.origin not in (None, origin):
-                raise OutdatedKVError(
-                    f"{self.name} has changed since it read the first "
-                    f"{start + cache.position_offset} tokens; read them again with the weights and "
-                    "the adapter that it has now"
-                )
+            if not late:
+                self._require_current(cache, start, length)
             try:
                 with torch.autocast(self.device.type, enabled=False):
                     yield
+                if late:
+                    self._require_current(cache, start, length)
             except BaseException:
                 cache.rollback(start)
                 raise
             finally:
                 if not self._static:
                     self.state.absorb()
+
+    def _require_current(self, cache: KVCache, held: int, length: int) -> None:
+        """Raise OutdatedKVError if another state of the model has read ``held`` cached tokens."""
+        origin = self.origin(length)
+        if held == 0:
+            cache.origin = origin
+        elif cache.origin not in (None, origin):
+            raise OutdatedKVError(
+                f"{self.name} has changed since it read the first "
+                f"{held + cache.position_offset} tokens; read them again with the weights and "
+                "the adapter that it has now"
+            )
 
     def _positions(self, ids: Tensor, cache: KVCache, length: int) -> Tensor:
         """Positions of new tokens, and the sequence's last one if rotary scaling depends on it."""

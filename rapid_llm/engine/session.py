@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rapid_llm.engine.chunks import pass_ends
-from rapid_llm.engine.device import Judge, NextMask, ReplayedPass, TokenSampler
+from rapid_llm.engine.device import Judge, NextMask, TokenSampler
 from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
@@ -175,18 +175,15 @@ class Session:
         if start == 0 or self._lost is not None or self.cache.capacity - start < new:
             return None
 
-        def launch(replayed: ReplayedPass) -> tuple[Tensor, Tensor]:
-            return replayed.loop(choice)(pending, steps, self.cache, generator, masks)
-
         try:
-            drafted = self.runner.replay(new, self.cache, launch, generator)
+            with self.runner.replaying(self.cache, new, generator) as replayed:
+                if replayed is None:
+                    return None
+                loop = replayed.loop(choice)
+                tokens, rows = loop(pending, steps, self.cache, generator, masks)
         except OutdatedKVError:
             return None  # the next pass computes the KV again
-        if drafted is None:
-            return None
-        tokens, rows = drafted
-        if self._has_tokens:
-            self._tokens[start : self.cache.length] = torch.cat([pending, tokens[:-1]])
+        self._remember(torch.cat([pending, tokens[:-1]]), start)
         return tokens, rows
 
     def verify(
@@ -215,17 +212,15 @@ class Session:
             return None
         self.cache.expected = self.length + n
 
-        def launch(replayed: ReplayedPass) -> Tensor | None:
-            if not replayed.serves(tokens, self.cache, n):
-                return None
-            return replayed.verification(judge)(tokens, q, eta, self.cache, generator, mask)
-
         try:
-            verdict = self.runner.replay(n, self.cache, launch, generator)
+            with self.runner.replaying(self.cache, n, generator) as replayed:
+                if replayed is None or not replayed.serves(tokens, self.cache, n):
+                    return None
+                verification = replayed.verification(judge)
+                verdict = verification(tokens, q, eta, self.cache, generator, mask)
         except OutdatedKVError:
             return None  # the next pass computes the KV again
-        if verdict is not None and self._has_tokens:
-            self._tokens[start : self.cache.length] = tokens
+        self._remember(tokens, start)
         return verdict
 
     def rollback(self, length: int) -> None:

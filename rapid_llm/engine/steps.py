@@ -7,7 +7,7 @@ An algorithm is written once, from top to bottom: :func:`alone` runs its passes 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -42,30 +42,12 @@ def alone(steps: Steps[T]) -> T:
     return results[0]
 
 
-def each_alone(steps: Generator[Wanted | Y, Any, None]) -> Iterator[Y]:
-    """Run the passes of a computation one by one; yields its other items.
-
-    The computation runs in inference mode, the caller's code in between does not.
-    """
+def answered(steps: Generator[Wanted | Y, Any, None], item: Wanted | Y) -> Wanted | Y | None:
+    """Go on after an item, with the result or error of a pass run by itself; None at the end."""
+    if not isinstance(item, Wanted):
+        return next(steps, None)
     try:
-        with torch.inference_mode():
-            item = next(steps, None)
-        while item is not None:
-            if isinstance(item, Wanted):
-                with torch.inference_mode():
-                    item = answered(steps, item)
-            else:
-                yield item
-                with torch.inference_mode():
-                    item = next(steps, None)
-    finally:
-        steps.close()
-
-
-def answered(steps: Generator[Wanted | Y, Any, None], wanted: Wanted) -> Wanted | Y | None:
-    """Run a pass by itself, and go on with its result or error; None at the end."""
-    try:
-        result = wanted.run()
+        result = item.run()
     except torch.OutOfMemoryError as error:
         failed: BaseException = error.with_traceback(None)  # it would keep tensors alive
     except BaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +19,25 @@ MAX_TOKENS = 17
 
 _WARM_UP = 2  # runs before a capture, for setup work of libraries that cannot be captured
 
-Replay = Callable[[], Tensor]
+Work = Callable[[], Tensor]
+"""Function that launches work on the device, and returns its result without waiting for it."""
 
 _log = logging.getLogger(__name__)
 
 _capturing = ProcessLock()
 """Held during a capture: all models capture on one stream, which records whatever is launched."""
+
+
+class Captured(NamedTuple):
+    """Captured work.
+
+    Attributes:
+        graph: launches the work anew by its ``replay``.
+        result: result of the work, in memory that each replay overwrites.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    result: Tensor
 
 
 class GraphCapture:
@@ -34,12 +48,12 @@ class GraphCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(
-        self, run: Replay, changes: Sequence[Tensor], generator: torch.Generator | None
-    ) -> Replay:
-        """Capture a function and return one that replays it.
+        self, run: Work, changes: Sequence[Tensor], generator: torch.Generator | None
+    ) -> Captured:
+        """Capture work.
 
         Args:
-            run: function that launches the work, without waiting for it.
+            run: the work.
             changes: tensors that it changes and the next run depends on; restored afterwards.
             generator: random generator that it uses, restored afterwards; None for none.
         """
@@ -62,7 +76,7 @@ class GraphCapture:
                         run()
                         again()
                     torch.cuda.synchronize()
-                    out = self._record(graph, run)
+                    result = self._record(graph, run)
             except BaseException:
                 here.wait_stream(aside)
                 again()
@@ -70,23 +84,18 @@ class GraphCapture:
             here.wait_stream(aside)
         if generator is not None and drawn is not None:
             generator.set_state(drawn)
+        return Captured(graph, result)
 
-        def replay() -> Tensor:
-            graph.replay()
-            return out
-
-        return replay
-
-    def _record(self, graph: torch.cuda.CUDAGraph, run: Replay) -> Tensor:
+    def _record(self, graph: torch.cuda.CUDAGraph, run: Work) -> Tensor:
         # thread_local, so that other threads can use the device meanwhile.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            out = run()
+            result = run()
             graph.capture_end()
         except BaseException:
             self._abandon(graph)
             raise
-        return out
+        return result
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a failed capture; release its pool, which PyTorch leaves open if it is invalid."""
@@ -117,9 +126,9 @@ class Recorder:
         self._short = self._warned = False
 
     def __call__(
-        self, run: Replay, changes: Sequence[Tensor], generator: torch.Generator | None
-    ) -> Replay | None:
-        """Capture a function, see :class:`GraphCapture`; None where this fails.
+        self, run: Work, changes: Sequence[Tensor], generator: torch.Generator | None
+    ) -> Captured | None:
+        """Capture work, see :class:`GraphCapture`; None where this fails.
 
         After a failure ``generator`` must not be used again: its state may be that of a capture.
 
@@ -131,7 +140,7 @@ class Recorder:
             torch.cuda.empty_cache()  # a capture cannot use memory cached by PyTorch
         try:
             with _capturing:
-                replay = self._capture(run, changes, generator)
+                captured = self._capture(run, changes, generator)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) and not self._short:
                 self._short = True
@@ -149,7 +158,7 @@ class Recorder:
                 self._warned = True
             return None
         self._short = False
-        return replay
+        return captured
 
 
 class Graphs:
@@ -165,35 +174,36 @@ class Graphs:
     def __init__(self, record: Recorder, device: torch.device) -> None:
         self._record = record
         self._device = device
-        self._replays: dict[Hashable, Replay] = {}
+        self._captured: dict[Hashable, Captured] = {}
         self._uncaptured: set[Hashable] = set()
 
-    def __call__(self, key: Hashable, run: Replay, changes: Sequence[Tensor] = ()) -> Tensor:
+    def __call__(self, key: Hashable, run: Work, changes: Sequence[Tensor] = ()) -> Tensor:
         """Replay the graph of a key, captured from ``run`` at the first call.
 
         Args:
             key: key of the graph.
-            run: function that launches the work; called directly where the capture failed.
+            run: the work; called directly where the capture failed.
             changes: tensors that it changes and the next run depends on.
 
         Returns:
             The result of ``run``, in memory that the next launch may overwrite.
         """
         key = key, torch.get_float32_matmul_precision()  # a graph keeps that of its capture
-        if key not in self._replays and key not in self._uncaptured:
+        if key not in self._captured and key not in self._uncaptured:
             self._make(key, run, changes)
-        if key in self._replays:
-            return self._replays[key]()
+        if key in self._captured:
+            self._captured[key].graph.replay()
+            return self._captured[key].result
         index = self._device.index if self._device.type == "cuda" else -1
         with torch.cuda.device(index):  # Triton launches on the current device
             return run()
 
-    def _make(self, key: Hashable, run: Replay, changes: Sequence[Tensor]) -> None:
-        replay = self._record(run, changes, self.generator)
-        if replay is None:
+    def _make(self, key: Hashable, run: Work, changes: Sequence[Tensor]) -> None:
+        captured = self._record(run, changes, self.generator)
+        if captured is None:
             self._uncaptured.add(key)
         else:
-            self._replays[key] = replay
+            self._captured[key] = captured
 
 
 class DrawingGraphs(Graphs):
@@ -214,14 +224,14 @@ class DrawingGraphs(Graphs):
         with torch.inference_mode(False):
             return torch.Generator(self._device)
 
-    def _make(self, key: Hashable, run: Replay, changes: Sequence[Tensor]) -> None:
+    def _make(self, key: Hashable, run: Work, changes: Sequence[Tensor]) -> None:
         drawn = self.generator.get_state()
         try:
             super()._make(key, run, changes)
         finally:
-            if key not in self._replays:
+            if key not in self._captured:
                 # The generator is not usable any more, nor are the graphs captured with it.
-                self._replays.clear()
+                self._captured.clear()
                 self.generator = self._new_generator()
                 self.generator.set_state(drawn)
 
