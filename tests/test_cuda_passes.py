@@ -25,10 +25,10 @@ from rapid_llm.speculation.verification import Judge, Verdict, verify
 
 installed("triton")
 
+from uncaptured import Live
+
 from rapid_llm.engine.cpu.device import CPU
-from rapid_llm.engine.cuda import device as cuda_device
 from rapid_llm.engine.cuda import graphs
-from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.cuda.fused import fuse
 from rapid_llm.engine.cuda.graphs import MAX_TOKENS
 
@@ -38,42 +38,6 @@ FAMILY = [name for name in ARCHITECTURES if ModelRunner(tiny_model(name), name).
 IDS = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
 HERE = torch.device("cpu")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-class Again:
-    """In the place of captured work and of its graph: runs it anew, into the same memory."""
-
-    def __init__(self, run):
-        self.graph, self.run, self.result = self, run, None
-
-    def replay(self):
-        Live.launched += 1
-        fresh = self.run()
-        self.result = fresh.clone() if self.result is None else self.result.copy_(fresh)
-
-
-class Live:
-    """In the place of a capture."""
-
-    made: int
-    launched: int
-
-    def __init__(self, device: torch.device) -> None:
-        pass
-
-    def __call__(self, run, changes, generator):
-        Live.made += 1
-        return Again(run)
-
-
-@pytest.fixture
-def live(monkeypatch):
-    """Forward passes take the CUDA engine's path on a CPU."""
-    Live.made = Live.launched = 0
-    monkeypatch.setattr(graphs, "GraphCapture", Live)
-    monkeypatch.setattr(cuda_device, "has_kernels", lambda device: True)
-    monkeypatch.setattr(CPU, "passes", CUDA.passes)
-    return Live
 
 
 def spoilt(runner: ModelRunner, tokens: torch.Tensor, capacity: int = 64) -> KVCache:

@@ -158,6 +158,9 @@ def test_kernels_for_parts_agree(kind, keys, tokens, masked):
     arguments = query, key[:, 4:-5], value[:, 4:-5], 0.3, mask, mask is not None
     ours, expected = attend_part(*arguments), sdpa.attend_part(*arguments)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    # Heads of one token stand together where each has a KV head of its own.
+    apart = query.transpose(0, 1).contiguous().transpose(0, 1), *arguments[1:]
+    torch.testing.assert_close(attend_part(*apart), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_owner_that_goes_back_leaves_what_is_borrowed_alone():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -274,7 +274,7 @@ class ModelRunner:
         with self.replaying(cache, ids.shape[0]) as replayed:
             if replayed is not None and replayed.serves(ids, cache, keep_logits):
                 return replayed(ids, ids, cache, keep_logits).float()
-        with self._pass_context(cache, length):
+        with self._pass_context((cache, length)):
             at = self._positions(ids, cache, length)
             run = next(p for p in self._passes if p.serves(ids, cache, keep_logits))
             if self.ranks is None:
@@ -300,11 +300,10 @@ class ModelRunner:
             OutdatedKVError: a cache was computed with another state of the model.
             ModelError: passes over several sequences are not known to be exact for the model.
         """
-        with self._lock, ExitStack() as contexts:
-            for part in parts:
-                length = part.cache.length + part.cache.position_offset + len(part.ids)
-                contexts.enter_context(self._pass_context(part.cache, length))
-            if not self.joins:
+        planned = [(part.cache, part.position + len(part.ids)) for part in parts]
+        late = self._replayed is not None and all(at.origin == self._origin for at, _ in planned)
+        with self._pass_context(*planned, late=late):
+            if not self._static or self.ranks is not None:
                 raise ModelError(
                     f"{self.name} cannot read several sequences at once: that takes a model of the "
                     "Llama family with our attention and a fixed rotary embedding"
@@ -345,7 +344,7 @@ class ModelRunner:
             drawn = None if generator is None else generator.get_state()
             try:
                 length = cache.length + cache.position_offset + new
-                with self._pass_context(cache, length, late=True):
+                with self._pass_context((cache, length), late=True):
                     yield self._replayed
             except BaseException:
                 if generator is not None and drawn is not None:
@@ -353,43 +352,45 @@ class ModelRunner:
                 raise
 
     @contextmanager
-    def _pass_context(self, cache: KVCache, length: int, *, late: bool = False) -> Iterator[None]:
-        """Context of a pass: checks the cache's origin, and restores the cache after an error.
+    def _pass_context(self, *planned: tuple[KVCache, int], late: bool = False) -> Iterator[None]:
+        """Context of a pass: checks the caches' origins, and restores the caches after an error.
 
         Autocast is off, because KV outlives the caller's autocast context, and a capture its call.
 
         Args:
-            cache: KV cache.
-            length: length of the whole sequence in tokens.
-            late: whether the origin is checked after the pass instead of before it.
+            planned: caches, and the lengths of the whole sequences in tokens.
+            late: whether the origins are checked after the pass instead of before it.
         """
-        start = cache.length
+        held = [cache.length for cache, _ in planned]
         with self._lock:
             if not late:
-                self._require_current(cache, start, length)
+                self._require_current(planned, held)
             try:
                 with torch.autocast(self.device.type, enabled=False):
                     yield
                 if late:
-                    self._require_current(cache, start, length)
+                    self._require_current(planned, held)
             except BaseException:
-                cache.rollback(start)
+                for (cache, _), start in zip(planned, held, strict=True):
+                    cache.rollback(start)
                 raise
             finally:
                 if not self._static:
                     self.state.absorb()
 
-    def _require_current(self, cache: KVCache, held: int, length: int) -> None:
-        """Raise OutdatedKVError if another state of the model has read ``held`` cached tokens."""
-        origin = self.origin(length)
-        if held == 0:
-            cache.origin = origin
-        elif cache.origin not in (None, origin):
-            raise OutdatedKVError(
-                f"{self.name} has changed since it read the first "
-                f"{held + cache.position_offset} tokens; read them again with the weights and "
-                "the adapter that it has now"
-            )
+    def _require_current(self, planned: Sequence[tuple[KVCache, int]], held: list[int]) -> None:
+        """Raise OutdatedKVError if another state of the model has read cached tokens."""
+        self._refresh()
+        for (cache, length), start in zip(planned, held, strict=True):
+            origin = KVOrigin(self.state.number, self._scale(length))
+            if start == 0:
+                cache.origin = origin
+            elif cache.origin not in (None, origin):
+                raise OutdatedKVError(
+                    f"{self.name} has changed since it read the first "
+                    f"{start + cache.position_offset} tokens; read them again with the weights and "
+                    "the adapter that it has now"
+                )
 
     def _positions(self, ids: Tensor, cache: KVCache, length: int) -> Tensor:
         """Positions of new tokens, and the sequence's last one if rotary scaling depends on it."""

@@ -108,7 +108,7 @@ def attend_part(
         # Without a mask all rows are alike, whatever head and token they belong to.
         group = next(each for each in (4, 3, 2, 1) if count % each == 0)
         tokens = count // group if mask is None else mask.shape[0]
-        by_head = query.view(-1, tokens, query.shape[-1])
+        by_head = query.reshape(-1, tokens, query.shape[-1])
         if kernels.serves(by_head, key, value):
             out, lse = kernels.attend_part(by_head, key, value, scaling, causal)
             return out.view(kv_heads, count, -1), lse.view(kv_heads, count)
