@@ -26,7 +26,7 @@ kernels = [
     Extension(
         f"rapid_llm.engine.cpu._kernels_{name}",
         sources=[f"{FOLDER}/kernels.cpp"],
-        depends=[f"{FOLDER}/{header}.h" for header in ("attention", "linear", "vectors")],
+        depends=[f"{FOLDER}/{header}.h" for header in ("attention", "batch", "linear", "vectors")],
         extra_compile_args=["-std=c++17", "-O3", "-fopenmp", *flags],
         extra_link_args=["-fopenmp"],
         optional=True,

@@ -12,7 +12,6 @@ import torch
 
 from rapid_llm.encoding import encode_literal
 from rapid_llm.engine.costs import ROOM
-from rapid_llm.engine.device import device_of
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
@@ -116,7 +115,7 @@ class GenerationFactory:
                 target=target,
                 prompt=request.prompt,
                 cached=kept.origins,
-                drafters=self._drafters(request, target, sampler, lease, joined),
+                drafters=self._drafters(request, target, sampler, lease),
                 drafter_name=self.pair.drafter.name,
                 sampler=sampler,
                 config=request.config,
@@ -149,7 +148,6 @@ class GenerationFactory:
         target: Session,
         sampler: Sampler,
         lease: Callable[[ModelRunner, Sequence[int]], tuple[Session, Lease]],
-        joined: bool,
     ) -> list[Drafter]:
         """Drafters of a request: none, one, or two to choose from in each round."""
         config, runner, drafter = request.config, request.runner, self.pair.drafter
@@ -159,8 +157,6 @@ class GenerationFactory:
             return [_lookup(request, SIZES)]
 
         def draft_runner() -> ModelRunner:
-            if joined and not device_of(drafter.device).joins_copies:
-                return drafter
             return with_memory(lambda: self.quantized.runner, self.prefixes.free_devices)
 
         if config.drafting in compressed.DRAFTERS:

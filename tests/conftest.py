@@ -218,6 +218,14 @@ def smollm2() -> Any:
 
 
 @pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> type:
+    """Counts captures and launches of the CUDA engine, whose path passes take on a CPU."""
+    from uncaptured import take_the_place_of_captures  # needs Triton
+
+    return take_the_place_of_captures(monkeypatch)
+
+
+@pytest.fixture
 def warnings_are_errors() -> Iterator[None]:
     """Every warning of rapid-llm for users is raised as an error."""
     with warnings.catch_warnings():

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from rapid_llm import ContextWindowError, InvalidParameterError, RapidDecoder, cli
 from rapid_llm.bench import base
 from rapid_llm.bench.method_bench import MethodBench, Run, our_methods, peer_methods
+from rapid_llm.bench.questions import peer_tokens_per_second
 from rapid_llm.bench.timing import Stamps
 from rapid_llm.bench.workload import QUESTIONS, Workload, make_workload
 from rapid_llm.cli.bench import draw, section_text
@@ -180,6 +181,13 @@ def test_questions_at_once_are_measured_beside_transformers(
     assert [row.key for row in ours] == list(rows)[:4]
     assert last.samples == []
     assert last.note == "does not run here (RuntimeError: no paged attention)"
+
+
+@pytest.mark.slow
+def test_continuous_batching_of_transformers_runs_in_the_bench(decoder: RapidDecoder) -> None:
+    with torch.inference_mode():
+        speed = peer_tokens_per_second(decoder.target.model, TARGET, 8, 2)
+    assert speed is None or speed > 0
 
 
 def test_a_prompt_beyond_the_window_is_refused(decoder: RapidDecoder) -> None:

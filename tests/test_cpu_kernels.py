@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from conftest import threads, tiny_model
+from conftest import threads, tiny_model, tiny_tokenizer
 
-from rapid_llm.engine import lean as lean_module
+from rapid_llm.batching import GenerationRequest
+from rapid_llm.config import SamplingParams, SpeculationConfig
+from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine import lean_pass, sdpa
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.cpu import blocks, kernels
+from rapid_llm.engine.cpu.attention import attend_part
 from rapid_llm.engine.cpu.blocks import BlockLinear, Int4Blocks, Int8Blocks
-from rapid_llm.engine.cpu.compiled import MAX_TOKENS, CompiledPass
+from rapid_llm.engine.cpu.compiled import MAX_JOINED_TOKENS, MAX_TOKENS, CompiledPass
 from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.cpu.products import fast_dtype
 from rapid_llm.engine.cpu.quantizers import quantized_copy
+from rapid_llm.engine.joined import Part, joined_logits
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ModelError
@@ -122,9 +129,9 @@ def test_a_pass_is_as_near_to_float32_as_pytorch_is(build, name):
 def test_few_tokens_never_reach_pytorch_and_many_do(build, monkeypatch):
     runner = ModelRunner(bfloat16_model()[0], "model")
     seen = []
-    lean = lean_module.lean_logits
+    lean = lean_pass.lean_logits
     monkeypatch.setattr(
-        lean_module,
+        lean_pass,
         "lean_logits",
         lambda m, ids, *rest: seen.append(len(ids)) or lean(m, ids, *rest),
     )
@@ -132,6 +139,124 @@ def test_few_tokens_never_reach_pytorch_and_many_do(build, monkeypatch):
     assert seen == [50]
     run(runner, torch.arange(60), [MAX_TOKENS + 1, MAX_TOKENS - 10])
     assert seen == [50, 5, MAX_TOKENS + 1]
+
+
+@pytest.mark.parametrize("tokens", [70, 33, 64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_many_tokens_to_a_part_of_the_keys_can_be_merged(build, tokens, causal):
+    """As the only other way is PyTorch's operators, which take several times as long."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 3 * tokens, 32).bfloat16()
+    key, value = (torch.randn(2, 1400, 32).bfloat16() for _ in range(2))
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).triu(1) if causal else None
+    arguments = query, key[:, 3:1300], value[:, 3:1300]
+    called = []
+    serves = kernels.serves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "fast_dtype", lambda dtype: torch.float32)  # as where it is AVX2
+        patch.setattr(kernels, "serves", lambda *each: called.append(serves(*each)) or called[-1])
+        out, lse = attend_part(*arguments, 0.3, mask, causal)
+    assert called == [True]
+    exact, expected = sdpa.attend_part(*(x.float() for x in arguments), 0.3, mask, causal)
+    torch.testing.assert_close(lse, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out, exact, rtol=2e-2, atol=1e-2)
+
+
+def tree(runner, ids):
+    """Caches of six sequences, in which some begin with what another has, and their tokens."""
+    texts = [ids[:200].tolist()]
+    caches = [runner.new_cache(300)]
+    Session(runner, caches[0]).prefill(texts[0])
+    for lender, length, tail in ((0, 200, 3), (0, 150, 60), (2, 180, 1), (0, 200, 0)):
+        caches.append(caches[lender].borrow(length, 300))
+        texts.append(texts[lender][:length] + ids[210 : 210 + tail].tolist())
+        if tail:
+            Session(runner, caches[-1]).extend(torch.tensor(texts[-1][length:]))
+    texts.append([5, 7, 9])
+    caches.append(runner.new_cache(20))
+    Session(runner, caches[-1]).extend(torch.tensor(texts[-1]))
+    return caches, texts
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_sequences_that_share_their_beginnings_get_the_logits_of_each_alone(
+    build, name, quantized, monkeypatch
+):
+    model, _ = bfloat16_model(name)
+    if quantized:
+        model = quantized_copy(model, Int8Blocks)
+    runner = ModelRunner(model, "native")
+    ids = torch.randint(3, 60, (300,), generator=torch.Generator().manual_seed(1))
+    new = [[11], [12, 13, 14], [15, 16], [17], [18, 19, 20, 21], [22, 23]]
+    with torch.inference_mode():
+        caches, texts = tree(runner, ids)
+        expected = []
+        for text, own in zip(texts, new, strict=True):
+            cache = runner.new_cache(300)
+            Session(runner, cache).extend(torch.tensor(text))
+            expected.append(Session(runner, cache).extend(torch.tensor(own)))
+        monkeypatch.setattr("rapid_llm.engine.lean_pass.joined_logits", None)
+        for keep in (1, None):
+            parts = [
+                Part(torch.tensor(own), cache, keep or len(own))
+                for own, cache in zip(new, caches, strict=True)
+            ]
+            for logits, exact in zip(runner.joined(parts), expected, strict=True):
+                exact = exact[-(keep or len(exact)) :]
+                torch.testing.assert_close(logits, exact, rtol=0.03, atol=0.06)
+            for cache, text in zip(caches, texts, strict=True):
+                assert cache.length == len(text) + len(new[caches.index(cache)])
+                cache.rollback(len(text))
+
+
+def test_too_many_tokens_of_several_sequences_go_to_pytorch(build):
+    runner = ModelRunner(bfloat16_model()[0], "model")
+    compiled = compiled_pass_of(runner)
+    caches, _ = tree(runner, torch.randint(3, 60, (300,)))
+    ids = torch.full((MAX_JOINED_TOKENS // 6,), 5)
+    parts = [Part(ids, cache, 1) for cache in caches[:5]]
+    assert compiled.joins(parts)
+    rest = torch.full((MAX_JOINED_TOKENS - 5 * len(ids) + 1,), 5)
+    caches[5].grow(len(rest) + 3)
+    assert compiled.joins([*parts, Part(rest[1:], caches[5], 1)])
+    assert not compiled.joins([*parts, Part(rest, caches[5], 1)])
+
+
+def test_requests_beside_one_another_are_answered_by_the_kernels_drafts_included(
+    build, monkeypatch
+):
+    decoder = RapidDecoder(
+        bfloat16_model()[0], tiny_tokenizer(), drafter_quantization="int8", kv_cache_dir=None
+    )
+    compiled, rest = Counter(), []
+    joined = CompiledPass.joined
+
+    def by_kernels(self, parts):
+        compiled[self is compiled_pass_of(decoder.draft_runner), len(parts)] += 1
+        return joined(self, parts)
+
+    def by_pytorch(model, parts):
+        rest.append(len(parts))
+        return joined_logits(model, parts)
+
+    monkeypatch.setattr(CompiledPass, "joined", by_kernels)
+    monkeypatch.setattr(lean_pass, "joined_logits", by_pytorch)
+    document = (torch.arange(200) % 60 + 3).tolist()
+    requests = [
+        GenerationRequest(
+            [*document, 5 + i],
+            [*document[:40], 5 + i],
+            sampling=SamplingParams(max_new_tokens=20, ignore_eos=True),
+            speculation=SpeculationConfig(gamma=3),
+        )
+        for i in range(4)
+    ]
+    results = decoder.generate_many(requests)
+    assert [result.stats.completion_tokens for result in results] == [20] * 4
+    assert compiled[True, 4] > 3
+    assert compiled[False, 4] > 3
+    assert not rest
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

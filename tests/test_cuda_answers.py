@@ -7,14 +7,8 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import counting_model, installed, tiny_model, tiny_tokenizer
-from cuda_uncaptured import (  # noqa: F401  (a fixture)
-    ON_A_CPU,
-    WAYS,
-    Live,
-    decode,
-    live_fixture,
-)
 from grammar_models import byte_tokenizer
+from uncaptured import ON_A_CPU, WAYS, Live, decode
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder

@@ -36,7 +36,7 @@ def test_kernels_compile_and_fit_into_shared_memory(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     needs = [line.split() for line in ran.stdout.splitlines()]
-    assert len(needs) == 4 * len(CASES)
+    assert len(needs) == 7 * len(CASES)
     for gpu, kernel, shared in needs:
         assert int(shared) <= 1024 * SHARED[int(gpu)], kernel
 
@@ -47,7 +47,7 @@ def compile_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rapid_llm.engine.cuda import attention, elementwise
+    from rapid_llm.engine.cuda import attention, batch_attention, elementwise
 
     def compile_one(kernel: Any, gpu: int, types: dict[str, str], **constants: Any) -> None:
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
@@ -87,15 +87,40 @@ def compile_all() -> None:
             num_stages=3,
             **shared,
         )
+        for joined in (False, True):
+            compile_one(
+                elementwise._rotate_and_store,
+                gpu,
+                dict.fromkeys(("qkv", "cosine", "sine", "query_norm", "key_norm"), data)
+                | {"epsilon": "fp32", "state": "*i64", "tokens": "*i64"},
+                DIM=dim,
+                WIDTH=width,
+                NORMS=True,
+                JOINED=joined,
+                num_warps=1,
+                num_stages=3,
+            )
+        batch = parts | dict.fromkeys(("tokens", "caches", "pieces"), "*i64")
         compile_one(
-            elementwise._rotate_and_store,
+            batch_attention._attend_piece,
             gpu,
-            dict.fromkeys(("qkv", "cosine", "sine", "query_norm", "key_norm"), data)
-            | {"epsilon": "fp32", "state": "*i64"},
+            batch | {"query": data, "scale": "fp32"},
             DIM=dim,
             WIDTH=width,
-            NORMS=True,
-            num_warps=1,
+            ROWS=rows,
+            BLOCK=block,
+            WINDOWED=rows == 32,
+            num_warps=4,
+            num_stages=stages,
+        )
+        compile_one(
+            batch_attention._merge_pieces,
+            gpu,
+            batch | {"out": data},
+            DIM=dim,
+            COLUMNS=64,
+            SLOTS=256,
+            num_warps=4,
             num_stages=3,
         )
         compile_one(

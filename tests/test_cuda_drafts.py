@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_model
-from cuda_uncaptured import (  # noqa: F401  (a fixture)
+from uncaptured import (
     CLOSE,
     HERE,
     IDS,
@@ -14,7 +14,6 @@ from cuda_uncaptured import (  # noqa: F401  (a fixture)
     VOCABULARY,
     WAYS,
     assert_same_kv,
-    live_fixture,
     spoilt,
 )
 

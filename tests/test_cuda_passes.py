@@ -6,19 +6,9 @@ import threading
 
 import pytest
 import torch
-from conftest import tiny_model
-from cuda_uncaptured import (  # noqa: F401  (a fixture)
-    CLOSE,
-    FAMILY,
-    HERE,
-    IDS,
-    ON_A_CPU,
-    Live,
-    assert_same_kv,
-    live_fixture,
-    spoilt,
-)
+from conftest import ARCHITECTURES, tiny_model
 from torch import nn
+from uncaptured import CLOSE, HERE, IDS, ON_A_CPU, Live, assert_same_kv, spoilt
 
 from rapid_llm.engine.cuda import graphs
 from rapid_llm.engine.cuda.fused import fuse
@@ -28,6 +18,8 @@ from rapid_llm.engine.session import Session
 from rapid_llm.errors import OutdatedKVError
 
 pytestmark = ON_A_CPU
+
+FAMILY = [name for name in ARCHITECTURES if ModelRunner(tiny_model(name), name).lean]
 
 
 @pytest.mark.parametrize("architecture", FAMILY)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from conftest import installed, tiny_model
 
 from rapid_llm.engine import sdpa
 from rapid_llm.engine.device import Device, device_of
-from rapid_llm.engine.joined import Part, reads_of
+from rapid_llm.engine.joined import Part, reads_of, sharing_order
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Extend, Session, extend_all
@@ -72,12 +74,33 @@ def test_each_key_is_read_once_for_all_that_have_it():
     document = read(runner, DOCUMENT)
     caches = [document, *borrowers(runner, document)]
     parts = [Part(torch.tensor([7, 8]), cache, 1) for cache in caches]
-    reads = [r for r in reads_of(parts, runner.device) if r.cache is document]
+    order = sharing_order(parts)
+    assert order == [2, 1, 3, 4, 0]  # the one that borrows least, and the owner at the end
+    reads = [r for r in reads_of([parts[i] for i in order]) if r.cache is document]
     n = len(DOCUMENT)
     assert [(r.start, r.end, r.new) for r in reads] == [(0, n - 1, 0), (n - 1, n, 0), (n, n + 2, 2)]
-    seen = [list(range(10))[r.tokens] if isinstance(r.tokens, slice) else r.tokens.tolist()
-            for r in reads]  # fmt: skip
-    assert seen == [list(range(10)), [0, 1, 2, 3, 6, 7, 8, 9], [0, 1]]
+    assert [r.tokens for r in reads] == [slice(0, 10), slice(2, 10), slice(8, 10)]
+
+
+def test_readers_of_a_stretch_stand_together_in_any_family_of_sequences():
+    model = runner_of("llama")
+    random = Random(0)
+    for _ in range(200):
+        caches = [read(model, DOCUMENT) for _ in range(2)]
+        for _ in range(random.randint(1, 10)):
+            lender = random.choice(caches)
+            caches.append(lender.borrow(random.randint(1, lender.length), 40))
+            if random.random() < 0.8:  # else without tokens of its own
+                caches[-1].allocate()
+                caches[-1].advance(random.randint(1, 3))
+        random.shuffle(caches)
+        parts = [Part(torch.arange(random.randint(1, 3)), each, 1) for each in caches]
+        reads = reads_of([parts[index] for index in sharing_order(parts)])  # or it raises
+        assert sum(
+            (r.end - r.start - r.new) * (r.tokens.stop - r.tokens.start) for r in reads
+        ) + sum(r.new * r.new for r in reads) == sum(
+            (part.cache.length + len(part.ids)) * len(part.ids) for part in parts
+        )
 
 
 def test_a_borrowed_prefix_is_not_copied_and_takes_no_memory():
@@ -135,6 +158,9 @@ def test_kernels_for_parts_agree(kind, keys, tokens, masked):
     arguments = query, key[:, 4:-5], value[:, 4:-5], 0.3, mask, mask is not None
     ours, expected = attend_part(*arguments), sdpa.attend_part(*arguments)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    # Heads of one token stand together where each has a KV head of its own.
+    apart = query.transpose(0, 1).contiguous().transpose(0, 1), *arguments[1:]
+    torch.testing.assert_close(attend_part(*apart), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_owner_that_goes_back_leaves_what_is_borrowed_alone():
@@ -171,7 +197,7 @@ def test_what_an_owner_in_another_thread_does_changes_no_reads():
     parts = [Part(torch.tensor([7, 8]), document.borrow(len(DOCUMENT), 40), 1)]
     for layer in document.layers:
         layer.length = 0
-    assert [read.new for read in reads_of(parts, runner.device)] == [0, 2]
+    assert [read.new for read in reads_of(parts)] == [0, 2]
 
 
 def test_a_sliding_window_within_the_new_tokens_is_not_told_to_be_causal(monkeypatch):

@@ -37,6 +37,7 @@ from rapid_llm.engine.prefix_cache.files import KVFiles
 from rapid_llm.engine.prefix_cache.fingerprint import bytes_of, fingerprint
 from rapid_llm.engine.prefix_cache.folder import Folder
 from rapid_llm.engine.prefix_cache.prefixes import PrefixCache
+from rapid_llm.engine.prefix_cache.reading import prefill_of
 from rapid_llm.errors import InvalidParameterError
 
 pytestmark = pytest.mark.usefixtures("warnings_are_errors")
@@ -495,7 +496,7 @@ def test_a_folder_that_has_not_changed_is_not_listed_again(runner, saved, monkey
     stat = Path.stat
     with monkeypatch.context() as context:
         context.setattr(Path, "stat", lambda path, **k: looked_at.append(path) or stat(path, **k))
-        assert cache._from_file(runner, passes_of(runner, [*LONG, 6]), 1501, 1501) is not None
+        assert cache._from_file(runner, prefill_of(runner, [*LONG, 6]), 1501) is not None
     assert set(looked_at) <= {saved, saved.parent}
 
 

@@ -373,6 +373,28 @@ def test_the_least_of_a_few_measurements_counts(monkeypatch):
     assert cost == PassCost(1, (5 - 1) / 4)
 
 
+def test_joined_passes_cost_what_those_of_several_sequences_on_one_document_do(monkeypatch):
+    clock = iter([at for took in (2.0, 5.2) * 10 for at in (0, took)])
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
+    runner = ModelRunner(tiny_model(), "tiny")
+    session, seen = session_of(runner, 20), set()
+    session.joined = True
+    joined = ModelRunner.joined
+
+    def spy(self, parts):
+        seen.add((len(parts), *{part.cache.prefix for part in parts}))
+        return joined(self, parts)
+
+    monkeypatch.setattr(ModelRunner, "joined", spy)
+    with torch.inference_mode():
+        cost = costs.measure(session)
+    assert seen == {(8, session.cache.segments(20))}
+    assert cost.seconds(8) == pytest.approx(2.0)
+    assert cost.seconds(40) == pytest.approx(5.2)
+    seen.clear()  # which has held the borrowers' segments
+    assert (session.length, session.cache.lent) == (20, 0)
+
+
 def test_the_least_answer_leaves_room_to_measure(measured):
     """So that what is kept does not depend on how many tokens the first call asked for."""
     decoder = RapidDecoder(tiny_model(), tiny_tokenizer())

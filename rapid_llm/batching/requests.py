@@ -9,8 +9,7 @@ from functools import cached_property
 from queue import SimpleQueue
 from typing import TypeAlias
 
-from rapid_llm.engine.prefix_cache.chain import PassChain
-from rapid_llm.engine.prefix_cache.reading import prefill_of
+from rapid_llm.engine.prefix_cache.reading import Prefill, prefill_of
 from rapid_llm.errors import GenerationTimeoutError
 from rapid_llm.progress import PromptProgress
 from rapid_llm.request import Request
@@ -62,9 +61,9 @@ class Ticket:
             self.cancel()
 
     @cached_property
-    def chain(self) -> PassChain:
+    def prefill(self) -> Prefill:
         """The passes of the prefill of its prompt."""
-        return prefill_of(self.request.runner, self.request.prompt)[1]
+        return prefill_of(self.request.runner, self.request.prompt)
 
     def late(self) -> GenerationTimeoutError | None:
         """The error of a request that has waited longer than its timeout; None before that.

@@ -320,7 +320,7 @@ class Scheduler(Decoder):
         room = bool(waiting) and self._has_room(waiting[0])
         # The next ones only, as each look takes a millisecond, and thousands may wait.
         ahead = waiting[: self.max_sequences] if room else []
-        found = next((each for each in ahead if not self._will_share(each)), None)
+        found = next((each for each in ahead if not self._will_borrow(each)), None)
         if found is not None and not self._has_room(found):
             found = None
         with self._lock:
@@ -346,15 +346,13 @@ class Scheduler(Decoder):
             )
         return runner.joins
 
-    def _will_share(self, ticket: Ticket) -> bool:
+    def _will_borrow(self, ticket: Ticket) -> bool:
         """Whether another request is reading most of the prompt right now."""
         if not any(each.reading for each in self._running):
             return False
         request = ticket.request
         try:
-            return self.decoder.generations.prefixes.will_share(
-                request.runner, ticket.chain, len(request.prompt)
-            )
+            return self.decoder.generations.prefixes.will_lend(request.runner, ticket.prefill)
         except RapidError:  # of its model, which is told to it when it starts
             return False
 

@@ -13,6 +13,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from rapid_llm.batching import GenerationRequest, Scheduler
@@ -109,6 +110,7 @@ def tokens_per_second(
     return tokens / (last - started) if tokens else None
 
 
+@torch.inference_mode(False)  # its thread writes to what is allocated here
 def peer_tokens_per_second(
     model: Any, prompt: list[int], new_tokens: int, count: int
 ) -> float | None:

@@ -36,6 +36,7 @@ ROOM = 5
 """Number of free tokens that a cache needs for a measurement."""
 
 _REPEATS = 10
+_SEQUENCES = 8  # in joined passes
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,13 @@ def pass_cost(session: Session) -> PassCost:
 def measure(session: Session) -> PassCost:
     """Measure the cost of passes of 1 and of :data:`ROOM` tokens, alternating.
 
-    The minimum of several measurements is taken, because disturbances only add time.
+    Joined passes are of so many tokens of each of several sequences, which share all that the
+    session holds. The minimum of several measurements is taken, because disturbances only add time.
     """
     runner, cache, device = session.runner, session.cache, session.runner.device
     held, expected = cache.length, cache.expected
     times: dict[int, list[float]] = {1: [], ROOM: []}
-    back = min(ROOM, session.length)
+    back = 0 if session.joined else min(ROOM, session.length)
     # Other threads' passes are kept out: of the measurement, and as they may read what the sequence
     # lends, at its positions.
     with runner.lock:
@@ -106,29 +108,34 @@ def measure(session: Session) -> PassCost:
         cache.position_offset -= back
         # Passes that decode end their sequence, unless its KV belongs to a longer one.
         cache.expected = session.length + back + 1 if runner.switches else 0
+        together = [cache]
+        if session.joined:
+            together = [cache.borrow(held, held + ROOM) for _ in range(_SEQUENCES)]
         try:
             for n in (1, ROOM) * _REPEATS:
                 tokens = torch.zeros(n, dtype=torch.long, device=device)
                 started = time.perf_counter()
                 if session.joined:
-                    runner.joined([Part(tokens, cache, n)])
+                    runner.joined([Part(tokens, each, n) for each in together])
                 else:
                     runner(tokens, cache, n)
                 runner.synchronize()
                 times[n].append(time.perf_counter() - started)
-                cache.rollback(held)
+                for each in together:
+                    each.rollback(held)
         finally:
             cache.position_offset += back
             cache.expected = expected
     one, several = min(times[1]), min(times[ROOM])
-    return PassCost(one, max(0.0, several - one) / (ROOM - 1))
+    row = max(0.0, several - one) / (ROOM - 1) / len(together)
+    return PassCost(max(one - row * (len(together) - 1), one / len(together)), row)
 
 
 def _key(session: Session) -> str:
     """Hash of everything that a cost depends on."""
     runner, length = session.runner, session.cache.length
     bucket = round(2 * log2(length + 1))
-    kind = " joined" if session.joined else ""
+    kind = f" {_SEQUENCES} joined" if session.joined else ""
     description = f"{_architecture(runner.model)} {rounding(runner)} {bucket}{kind}"
     return hashlib.sha256(description.encode()).hexdigest()
 

@@ -19,6 +19,7 @@ from rapid_llm.engine import sdpa
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rapid_llm.engine.joined import Part
     from rapid_llm.engine.kv_cache import KVCache
     from rapid_llm.engine.model_state import ModelState
 
@@ -55,6 +56,24 @@ class Pass(Protocol):
 
         Returns:
             Logits ``[keep, vocab]`` in float32 or the model's dtype.
+        """
+
+
+@runtime_checkable
+class JoinedPass(Pass, Protocol):
+    """A pass that also reads new tokens of several sequences at once."""
+
+    def joins(self, parts: Sequence[Part]) -> bool:
+        """Whether it supports a joined pass with these arguments."""
+
+    def joined(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Run a model with a fixed rotary embedding on new tokens of several sequences.
+
+        Args:
+            parts: new tokens and caches, in an order of :func:`.joined.sharing_order`.
+
+        Returns:
+            For each part logits ``[keep, vocab]`` in float32 or the model's dtype.
         """
 
 
@@ -199,7 +218,6 @@ class Device:
 
     Attributes:
         quantizers: quantizers for drafters by weight format, the fastest first.
-        joins_copies: whether joined passes are faster with a quantized copy than without.
         prefill_chunk: number of tokens of a prefill pass, which bounds the memory of activations.
         prefill_pieces: numbers of tokens of passes over the rest of a prompt, descending, less
             than a chunk. The next question on a document reads about the smallest of them again,
@@ -209,12 +227,11 @@ class Device:
 
     own_memory: ClassVar[bool] = False
     quantizers: ClassVar[Mapping[WeightKind, Quantizer]] = {}
-    joins_copies: ClassVar[bool] = True
     prefill_chunk = 512
     prefill_pieces: tuple[int, ...] = ()
 
     def passes(self, model: Any, state: ModelState, cuda_graphs: bool | None) -> list[Pass]:
-        """Passes for a lean model that are faster than :class:`.lean.LeanPass`, the fastest first.
+        """Passes for a lean model that are faster than :class:`.LeanPass`, the fastest first.
 
         Args:
             model: lean model, see :func:`rapid_llm.engine.lean.is_lean`.

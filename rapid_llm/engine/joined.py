@@ -34,6 +34,11 @@ class Part(NamedTuple):
     cache: KVCache
     keep: int
 
+    @property
+    def position(self) -> int:
+        """Position of the first new token."""
+        return self.cache.length + self.cache.position_offset
+
 
 class Read(NamedTuple):
     """A stretch of one cache's keys, and the new tokens that attend to it.
@@ -41,7 +46,7 @@ class Read(NamedTuple):
     Attributes:
         cache: the cache that holds the keys.
         start, end: the stretch, in its own tokens.
-        tokens: the new tokens, by their places in the pass: a slice or int64 indices.
+        tokens: the new tokens, by their places in the pass.
         new: number of the stretch's last keys that are those tokens' own; 0 for a stretch that all
             of them see as a whole.
         distance: the largest distance between the position of a token and that of the first key.
@@ -50,22 +55,42 @@ class Read(NamedTuple):
     cache: KVCache
     start: int
     end: int
-    tokens: slice | Tensor
+    tokens: slice
     new: int
     distance: int
 
     @property
     def position(self) -> int:
         """Position of the first key in the sequences."""
-        return self.cache.position_offset + self.cache.prefix_length + self.start
+        return self.cache.first_position + self.start
 
 
-def reads_of(parts: Sequence[Part], device: torch.device) -> list[Read]:
-    """The stretches of keys that a joined pass reads, each once.
+def sharing_order(parts: Sequence[Part]) -> list[int]:
+    """An order of the parts in which those that read one stretch stand one behind the other.
+
+    Sequences form a tree: what two of them have in common is the beginning of both.
 
     Args:
         parts: sequences with different caches.
-        device: device of the indices.
+
+    Returns:
+        Indices of the parts.
+    """
+    ranks: dict[KVCache, int] = {}
+
+    def path(index: int) -> list[tuple[int, int]]:
+        cache, ids = parts[index].cache, parts[index].ids
+        segments = cache.segments(cache.length + len(ids))
+        return [(ranks.setdefault(holder, len(ranks)), end) for holder, end in segments]
+
+    return sorted(range(len(parts)), key=path)
+
+
+def reads_of(parts: Sequence[Part]) -> list[Read]:
+    """The stretches of keys that a joined pass reads, each once.
+
+    Args:
+        parts: sequences with different caches, in an order of :func:`sharing_order`.
     """
     places = list(pairwise(accumulate((len(part.ids) for part in parts), initial=0)))
     readers: dict[KVCache, list[tuple[int, int]]] = {}  # (tokens read of it, sequence)
@@ -77,22 +102,28 @@ def reads_of(parts: Sequence[Part], device: torch.device) -> list[Read]:
         start = 0
         for end in sorted({end for end, _ in reading}):
             seen = [index for last, index in reading if last >= end]
+            assert seen == list(range(seen[0], seen[-1] + 1)), "the parts are out of order"
             # Only the owner of a cache reads its last stretch, which has the new tokens. Whether
             # it does is not seen by the cache's length, which another thread may set back.
             owner = parts[seen[0]] if parts[seen[0]].cache is holder else None
             new = 0 if owner is None or len(seen) > 1 else len(owner.ids)
-            at = [place for index in seen for place in range(*places[index])]
-            one = at == list(range(at[0], at[-1] + 1))
-            tokens = slice(at[0], at[-1] + 1) if one else torch.tensor(at, device=device)
+            tokens = slice(places[seen[0]][0], places[seen[-1]][1])
             read = Read(holder, start, end, tokens, new, distance=0)
-            latest = max(_first_position(parts[i]) + len(parts[i].ids) for i in seen) - 1
+            latest = max(parts[i].position + len(parts[i].ids) for i in seen) - 1
             found.append(read._replace(distance=latest - read.position))
             start = end
     return found
 
 
-def _first_position(part: Part) -> int:
-    return part.cache.length + part.cache.position_offset
+def positions_of(parts: Sequence[Part]) -> list[int]:
+    """Positions of the new tokens of all parts."""
+    return [part.position + i for part in parts for i in range(len(part.ids))]
+
+
+def kept_tokens(parts: Sequence[Part]) -> list[int]:
+    """Places in the pass of the tokens for which logits are computed."""
+    ends = accumulate(len(part.ids) for part in parts)
+    return [at for part, end in zip(parts, ends, strict=True) for at in range(end - part.keep, end)]
 
 
 def joined_logits(model: Any, parts: Sequence[Part]) -> list[Tensor]:
@@ -100,21 +131,18 @@ def joined_logits(model: Any, parts: Sequence[Part]) -> list[Tensor]:
 
     Args:
         model: lean model with a fixed rotary embedding, see :mod:`rapid_llm.engine.lean`.
-        parts: sequences with different caches.
+        parts: sequences with different caches, in an order of :func:`sharing_order`.
 
     Returns:
         For each part logits ``[keep, vocab]`` in the model's dtype.
     """
     ids = torch.cat([part.ids for part in parts])
     device, lengths = ids.device, [len(part.ids) for part in parts]
-    firsts = map(_first_position, parts)
-    spans = [range(at, at + n) for at, n in zip(firsts, lengths, strict=True)]
-    positions = torch.tensor([position for span in spans for position in span], device=device)
-    ends = list(accumulate(lengths))
-    kept = [at for part, end in zip(parts, ends, strict=True) for at in range(end - part.keep, end)]
+    positions = torch.tensor(positions_of(parts), device=device)
+    kept = kept_tokens(parts)
     everything = len(kept) == len(ids)
     rows = slice(None) if everything else torch.tensor(kept, device=device)
-    reads = reads_of(parts, device)
+    reads = reads_of(parts)
     masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def mask_of(number: int, window: int | None) -> tuple[Tensor | None, bool]:
@@ -163,7 +191,7 @@ class Merged:
         self.output = torch.zeros(*shape, dtype=torch.float32, device=device)
         self._lse = torch.full(shape[:3], float("-inf"), device=device)
 
-    def add(self, tokens: slice | Tensor, out: Tensor, lse: Tensor) -> None:
+    def add(self, tokens: slice, out: Tensor, lse: Tensor) -> None:
         """Merge the results for one stretch.
 
         Args:

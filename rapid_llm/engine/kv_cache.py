@@ -144,6 +144,17 @@ class KVCache(Cache):
         tensors = [t for layer in self.layers for t in (layer.keys, layer.values)]
         return sum(t.nbytes for t in tensors if t is not None)
 
+    @property
+    def first_position(self) -> int:
+        """Position in the sequence of the first token in the layers."""
+        return self.position_offset + self.prefix_length
+
+    def allocate(self) -> None:
+        """Allocate buffers like those of the cache that it borrows from, if there are none yet."""
+        for layer, like in zip(self.layers, self.prefix[0].cache.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(like.keys, like.values)
+
     def advance(self, tokens: int) -> None:
         """Increase the length by tokens whose keys and values are already in the buffers."""
         assert self.length + tokens <= self.capacity

@@ -44,19 +44,6 @@ def has_fixed_rotary(model: Any) -> bool:
     return getattr(model.model.rotary_emb, "rope_type", None) in _FIXED_ROTARY
 
 
-class LeanPass:
-    """:func:`lean_logits` as a :class:`rapid_llm.engine.device.Pass`."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
-        return not cache.prefix
-
-    def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
-        return lean_logits(self._model, ids, positions, cache, keep)
-
-
 Mix = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]
 """Attention of a layer over a cache to which the new tokens are written.
 

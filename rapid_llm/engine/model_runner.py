@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from rapid_llm.engine import attention, positions
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
-from rapid_llm.engine.device import Pass, ReplayedPass, device_of, register
-from rapid_llm.engine.joined import Part, joined_logits
+from rapid_llm.engine.device import JoinedPass, Pass, ReplayedPass, device_of, register
+from rapid_llm.engine.joined import Part, sharing_order
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
-from rapid_llm.engine.lean import LeanPass, has_fixed_rotary, is_lean
+from rapid_llm.engine.lean import has_fixed_rotary, is_lean
+from rapid_llm.engine.lean_pass import LeanPass
 from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.placement import input_device
 from rapid_llm.engine.supported import (
@@ -273,7 +274,7 @@ class ModelRunner:
         with self.replaying(cache, ids.shape[0]) as replayed:
             if replayed is not None and replayed.serves(ids, cache, keep_logits):
                 return replayed(ids, ids, cache, keep_logits).float()
-        with self._pass_context(cache, length):
+        with self._pass_context((cache, length)):
             at = self._positions(ids, cache, length)
             run = next(p for p in self._passes if p.serves(ids, cache, keep_logits))
             if self.ranks is None:
@@ -299,16 +300,20 @@ class ModelRunner:
             OutdatedKVError: a cache was computed with another state of the model.
             ModelError: passes over several sequences are not known to be exact for the model.
         """
-        with self._lock, ExitStack() as contexts:
-            for part in parts:
-                length = part.cache.length + part.cache.position_offset + len(part.ids)
-                contexts.enter_context(self._pass_context(part.cache, length))
-            if not self.joins:
+        planned = [(part.cache, part.position + len(part.ids)) for part in parts]
+        late = self._replayed is not None and all(at.origin == self._origin for at, _ in planned)
+        with self._pass_context(*planned, late=late):
+            if not self._static or self.ranks is not None:
                 raise ModelError(
                     f"{self.name} cannot read several sequences at once: that takes a model of the "
                     "Llama family with our attention and a fixed rotary embedding"
                 )
-            return [logits.float() for logits in joined_logits(self.model, parts)]
+            order = sharing_order(parts)
+            arranged = [parts[index] for index in order]
+            passes = (each for each in self._passes if isinstance(each, JoinedPass))
+            logits = next(each for each in passes if each.joins(arranged)).joined(arranged)
+            at = {index: place for place, index in enumerate(order)}
+            return [logits[at[index]].float() for index in range(len(parts))]
 
     @contextmanager
     def replaying(
@@ -339,7 +344,7 @@ class ModelRunner:
             drawn = None if generator is None else generator.get_state()
             try:
                 length = cache.length + cache.position_offset + new
-                with self._pass_context(cache, length, late=True):
+                with self._pass_context((cache, length), late=True):
                     yield self._replayed
             except BaseException:
                 if generator is not None and drawn is not None:
@@ -347,43 +352,45 @@ class ModelRunner:
                 raise
 
     @contextmanager
-    def _pass_context(self, cache: KVCache, length: int, *, late: bool = False) -> Iterator[None]:
-        """Context of a pass: checks the cache's origin, and restores the cache after an error.
+    def _pass_context(self, *planned: tuple[KVCache, int], late: bool = False) -> Iterator[None]:
+        """Context of a pass: checks the caches' origins, and restores the caches after an error.
 
         Autocast is off, because KV outlives the caller's autocast context, and a capture its call.
 
         Args:
-            cache: KV cache.
-            length: length of the whole sequence in tokens.
-            late: whether the origin is checked after the pass instead of before it.
+            planned: caches, and the lengths of the whole sequences in tokens.
+            late: whether the origins are checked after the pass instead of before it.
         """
-        start = cache.length
+        held = [cache.length for cache, _ in planned]
         with self._lock:
             if not late:
-                self._require_current(cache, start, length)
+                self._require_current(planned, held)
             try:
                 with torch.autocast(self.device.type, enabled=False):
                     yield
                 if late:
-                    self._require_current(cache, start, length)
+                    self._require_current(planned, held)
             except BaseException:
-                cache.rollback(start)
+                for (cache, _), start in zip(planned, held, strict=True):
+                    cache.rollback(start)
                 raise
             finally:
                 if not self._static:
                     self.state.absorb()
 
-    def _require_current(self, cache: KVCache, held: int, length: int) -> None:
-        """Raise OutdatedKVError if another state of the model has read ``held`` cached tokens."""
-        origin = self.origin(length)
-        if held == 0:
-            cache.origin = origin
-        elif cache.origin not in (None, origin):
-            raise OutdatedKVError(
-                f"{self.name} has changed since it read the first "
-                f"{held + cache.position_offset} tokens; read them again with the weights and "
-                "the adapter that it has now"
-            )
+    def _require_current(self, planned: Sequence[tuple[KVCache, int]], held: list[int]) -> None:
+        """Raise OutdatedKVError if another state of the model has read cached tokens."""
+        self._refresh()
+        for (cache, length), start in zip(planned, held, strict=True):
+            origin = KVOrigin(self.state.number, self._scale(length))
+            if start == 0:
+                cache.origin = origin
+            elif cache.origin not in (None, origin):
+                raise OutdatedKVError(
+                    f"{self.name} has changed since it read the first "
+                    f"{start + cache.position_offset} tokens; read them again with the weights and "
+                    "the adapter that it has now"
+                )
 
     def _positions(self, ids: Tensor, cache: KVCache, length: int) -> Tensor:
         """Positions of new tokens, and the sequence's last one if rotary scaling depends on it."""

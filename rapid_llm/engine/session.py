@@ -76,7 +76,7 @@ class Session:
         """Read the tokens of a prompt that are not in the cache yet, in passes.
 
         The length of the cache must be 0 or the end of one of the passes of a whole prefill, see
-        :mod:`rapid_llm.engine.chunks`.
+        :mod:`rapid_llm.engine.chunks`, unless it borrows: what it adds is not kept.
 
         Args:
             tokens: token ids of the prompt without its last one, which is read later.
@@ -88,7 +88,7 @@ class Session:
         """The passes of :meth:`prefill`."""
         self._ends = pass_ends(len(tokens), self.runner.prefill_sizes)
         held = self.length
-        assert held in (0, *self._ends)
+        assert held in (0, *self._ends) or self.cache.prefix
         for start, end in pairwise((held, *(end for end in self._ends if end > held))):
             if progress is not None:
                 progress(start, len(tokens))

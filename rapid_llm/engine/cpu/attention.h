@@ -136,18 +136,12 @@ struct Scratch {
           weights(reinterpret_cast<Factor*>(scores + rows * KEYS)) {}
 };
 
-// Causal mask: row r of the queries is token r % n, which attends to its own key, at `length` + r % n,
-// and to those before it within `window`.
+// Causal mask: row r of the queries is token r / group, which attends to the keys before ends[r / group],
+// its own the last, within `window`. Keys count from `first` on.
 struct View {
-    int64_t n, length, window;
+    const int64_t* ends;
+    int64_t first, group, window;
     float scaling;
-};
-
-// Division of keys into at most `most` parts of `size` keys, a multiple of KEYS.
-struct Parts {
-    int64_t size, count;
-    Parts(int64_t keys, int64_t most)
-        : size(((keys + most - 1) / most + KEYS - 1) / KEYS * KEYS), count((keys + size - 1) / size) {}
 };
 
 // Attention of the queries of one KV head over `all` keys. At the end prefetches the keys at `next`.
@@ -165,7 +159,7 @@ void attend(const View& view, const Factor* queries, int64_t rows, const BFloat1
         }
         for (int64_t r = 0; r < rows; ++r) {
             float* scores = own.scores + r * KEYS;
-            const int64_t end = view.length + r % view.n + 1 - start;
+            const int64_t end = view.ends[r / view.group] - view.first - start;
             const int64_t begin = std::clamp<int64_t>(end - view.window, 0, count);
             std::fill(scores, scores + begin, HIDDEN);
             std::fill(scores + std::clamp<int64_t>(end, 0, count), scores + padded, HIDDEN);

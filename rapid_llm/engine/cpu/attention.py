@@ -15,6 +15,7 @@ from rapid_llm.engine.sdpa import FEW_QUERIES, causal_mask, softmax_part
 # Tuned in bfloat16:
 _QUERY_BLOCK = 64  # queries per block, which bounds the score matrix to [group * 64, keys]
 _SHORT = 1024  # keys up to which one batched product with a copy beats one product per head
+_MANY_ROWS = 64  # rows of a KV head from which the compiled kernel is faster than products
 _KEY_PARTS = 4  # parts of a long sum over keys for few queries, which else runs on one thread
 
 
@@ -98,7 +99,19 @@ def _attend_products(
 def attend_part(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`rapid_llm.engine.sdpa.attend_part`; two matrix products per KV head."""
+    """See :func:`rapid_llm.engine.sdpa.attend_part`; by the kernel for many tokens.
+
+    Else by two matrix products per KV head.
+    """
+    kv_heads, count, _ = query.shape
+    if count > _MANY_ROWS and (mask is None or causal):
+        # Without a mask all rows are alike, whatever head and token they belong to.
+        group = next(each for each in (4, 3, 2, 1) if count % each == 0)
+        tokens = count // group if mask is None else mask.shape[0]
+        by_head = query.reshape(-1, tokens, query.shape[-1])
+        if kernels.serves(by_head, key, value):
+            out, lse = kernels.attend_part(by_head, key, value, scaling, causal)
+            return out.view(kv_heads, count, -1), lse.view(kv_heads, count)
     if key.shape[1] <= _SHORT:  # batched products are fast in float32 alone
         query, key, value = query.float(), key.float(), value.float()
         return sdpa.attend_part(query, key, value, scaling, mask, causal)

@@ -7,6 +7,7 @@ and rounds less: the residual stream stays in float32.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rapid_llm.engine.cpu import kernels
 from rapid_llm.engine.cpu.blocks import BLOCK_BYTES, GROUP, ROWS, BlockLinear
+from rapid_llm.engine.joined import Part, kept_tokens, positions_of, reads_of
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
 from rapid_llm.engine.quantized import QuantizedLinear
@@ -22,6 +24,9 @@ from rapid_llm.errors import ModelError
 
 MAX_TOKENS = 32
 """Maximum number of tokens in a pass; for more, PyTorch's matrix products are faster."""
+
+MAX_JOINED_TOKENS = 128
+"""The same for several sequences, which PyTorch's operators read in more passes over the keys."""
 
 
 class _Linear(ctypes.Structure):
@@ -41,8 +46,6 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((f"{name}_norm", ctypes.c_void_p) for name in ("input", "post", "query", "key")),
         *((name, _Linear) for name in _LINEARS),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
         ("window", ctypes.c_int64),
     ]
 
@@ -55,13 +58,34 @@ class _Model(ctypes.Structure):
         ("kv_heads", ctypes.c_int64),
         ("dim", ctypes.c_int64),
         ("intermediate", ctypes.c_int64),
-        ("capacity", ctypes.c_int64),
         ("epsilon", ctypes.c_float),
         ("scaling", ctypes.c_float),
         ("embedding", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("head", _Linear),
         ("layer", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        ("keys", ctypes.POINTER(ctypes.c_void_p)),
+        ("values", ctypes.POINTER(ctypes.c_void_p)),
+        ("capacity", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+    ]
+
+
+class _Stretch(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("cache", "start", "end", "token", "tokens")]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "kept", "stretches")),
+        *((name, ctypes.c_void_p) for name in ("ids", "owner", "ends", "keep", "cosine", "sine")),
+        ("cache", ctypes.POINTER(_Cache)),
+        ("stretch", ctypes.POINTER(_Stretch)),
     ]
 
 
@@ -181,35 +205,65 @@ class CompiledPass:
 
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
         """Whether the tokens are few and valid, and the cache is in use and has room for them."""
-        n, model = ids.shape[0], self._table.model
-        if not (0 < keep <= n <= MAX_TOKENS and ids.dtype == torch.int64 and cache.length > 0):
+        return len(ids) <= MAX_TOKENS and self.joins([Part(ids, cache, keep)])
+
+    def joins(self, parts: Sequence[Part]) -> bool:
+        """The same for several sequences, of which some may have no token of their own yet."""
+        if sum(len(part.ids) for part in parts) > MAX_JOINED_TOKENS:
             return False
-        shape = (1, model.kv_heads, cache.capacity, model.dim)
-        if len(cache.layers) != model.layers or not all(
+        lenders = {segment.cache for part in parts for segment in part.cache.prefix}
+        return all(map(self._fits, lenders)) and all(map(self._takes, parts))
+
+    def _takes(self, part: Part) -> bool:
+        ids, cache, keep = part
+        held = cache.layers[0].length
+        if not (0 < keep <= len(ids) and ids.dtype == torch.int64 and cache.length > 0):
+            return False
+        if any(layer.length != held for layer in cache.layers):
+            return False
+        unused = bool(cache.prefix) and not any(layer.is_initialized for layer in cache.layers)
+        lowest, highest = ids.aminmax()
+        return (
+            (unused or self._fits(cache))
+            and cache.length + len(ids) <= cache.capacity
+            and int(lowest) >= 0
+            and int(highest) < self._table.vocab_size
+        )
+
+    def _fits(self, cache: KVCache) -> bool:
+        """Whether the kernels can read the buffers of a cache."""
+        model = self._table.model
+        shape = (1, model.kv_heads, cache.capacity - cache.prefix_length, model.dim)
+        return len(cache.layers) == model.layers and all(
             layer.is_initialized
-            and layer.length == cache.length
             and layer.keys.shape == layer.values.shape == shape
             and layer.keys.dtype == layer.values.dtype == torch.bfloat16
             and layer.keys.is_contiguous()
             and layer.values.is_contiguous()
             for layer in cache.layers
-        ):
-            return False
-        lowest, highest = ids.aminmax()
-        return (
-            cache.length + n <= cache.capacity
-            and int(lowest) >= 0
-            and int(highest) < self._table.vocab_size
         )
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache, keep: int) -> Tensor:
         """See :func:`rapid_llm.engine.lean.lean_logits`; returns float32 ``[keep, vocab]``."""
-        n, length = ids.shape[0], cache.length
-        for entry, layer in zip(self._table.layers, cache.layers, strict=True):
-            entry.keys, entry.values = layer.keys.data_ptr(), layer.values.data_ptr()
-        model = self._table.model
-        model.capacity = cache.capacity
-        ids = ids.contiguous()
+        return self._run([Part(ids, cache, keep)], positions)
+
+    def joined(self, parts: Sequence[Part]) -> list[Tensor]:
+        """See :func:`rapid_llm.engine.joined.joined_logits`; returns float32 logits."""
+        for part in parts:
+            if part.cache.prefix:
+                part.cache.allocate()
+        logits = self._run(parts, _longs(positions_of(parts)))
+        return list(logits.split([part.keep for part in parts]))
+
+    def _run(self, parts: Sequence[Part], positions: Tensor) -> Tensor:
+        """Logits of all parts, float32 ``[kept tokens, vocab]``."""
+        model, reads, kept = self._table.model, reads_of(parts), _longs(kept_tokens(parts))
+        caches = list(dict.fromkeys(read.cache for read in reads))
+        number = {cache: index for index, cache in enumerate(caches)}
+        ids = torch.cat([part.ids for part in parts])
+        owner = _longs([number[part.cache] for part in parts for _ in range(len(part.ids))])
+        n = len(ids)
+        ends = positions[:n] + 1
         # The model's own module, for all kinds of scaling; float32, the dtype of its argument.
         rotary = self._rotary(_buffer(1), position_ids=positions[None])
         cosine, sine = (part[0, :n].contiguous() for part in rotary)
@@ -218,20 +272,41 @@ class CompiledPass:
                 f"the rotary embedding gives {cosine.dtype} {list(cosine.shape)} for heads of size "
                 f"{model.dim}; set head_dim or partial_rotary_factor in the model's config"
             )
-        logits = _buffer(keep, model.head.out)
+        logits = _buffer(len(kept), model.head.out)
+        arrays = (tensor.data_ptr() for tensor in (ids, owner, ends, kept, cosine, sine))
+        batch = _Batch(n, len(kept), len(reads), *arrays)
+        batch.cache = (_Cache * len(caches))(*map(_addresses, caches))
+        batch.stretch = (_Stretch * len(reads))(
+            *(
+                _Stretch(number[cache], start, end, tokens.start, tokens.stop - tokens.start)
+                for cache, start, end, tokens, *_ in reads
+            )
+        )
         self._library.rapid_forward(
             ctypes.byref(model),
-            kernels.pointer(ids),
-            ctypes.c_int64(n),
-            ctypes.c_int64(length),
-            kernels.pointer(cosine),
-            kernels.pointer(sine),
-            ctypes.c_int64(keep),
+            ctypes.byref(batch),
             ctypes.c_int64(kernels.threads()),
             kernels.pointer(logits),
         )
-        cache.advance(n)
+        for part in parts:
+            part.cache.advance(len(part.ids))
         return logits
+
+
+def _longs(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _addresses(cache: KVCache) -> _Cache:
+    """Where a cache's buffers lie."""
+    addresses = ctypes.c_void_p * len(cache.layers)
+    keys = addresses(*(layer.keys.data_ptr() for layer in cache.layers))
+    values = addresses(*(layer.values.data_ptr() for layer in cache.layers))
+    capacity = cache.capacity - cache.prefix_length
+    pointer = ctypes.POINTER(ctypes.c_void_p)
+    return _Cache(
+        ctypes.cast(keys, pointer), ctypes.cast(values, pointer), capacity, cache.first_position
+    )
 
 
 def compiled_pass(model: Any) -> CompiledPass | None:

@@ -22,7 +22,6 @@ class CPU(Device):
     """CPU device: compiled kernels where available, PyTorch's operators elsewhere."""
 
     quantizers: ClassVar = {"int4": CPUQuantizer(4), "int8": CPUQuantizer(8)}
-    joins_copies: ClassVar = False  # the kernels for blocks of weights read one sequence
 
     def passes(self, model: Any, state: ModelState, cuda_graphs: bool | None) -> list[Pass]:
         found = compiled_pass(model)

@@ -78,7 +78,7 @@ def fits(size: int) -> bool:
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether :func:`attend` supports these tensors and is the fastest kernel for them.
+    """Whether :func:`attend` and :func:`attend_part` support these tensors and are the fastest.
 
     The build without bfloat16 instructions is fastest only on a CPU without them; elsewhere
     PyTorch's matrix products are as fast.
@@ -105,21 +105,56 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
     """See :func:`rapid_llm.engine.attention.attend`, for tensors accepted by :func:`serves`."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    visible = key.shape[1] - query.shape[1] + 1
+    _attend(query, key, value, scaling, window, visible, (out, None, None))
+    return out
+
+
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention to a part of the keys, for tensors accepted by :func:`serves`.
+
+    Args:
+        query: ``[heads, n, dim]``.
+        key, value: ``[kv_heads, keys, dim]``.
+        scaling: factor on the scores.
+        causal: whether the last keys are the queries' own; else each query sees all keys.
+
+    Returns:
+        Results as of :func:`rapid_llm.engine.sdpa.attend_part`: float32 ``[heads, n, dim]``, and
+        the log-sum-exp, float32 ``[heads, n]``.
+    """
+    out = query.new_empty(query.shape, dtype=torch.float32)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    visible = key.shape[1] - query.shape[1] + 1 if causal else key.shape[1]
+    _attend(query, key, value, scaling, None, visible, (None, out, lse))
+    return out, lse
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None,
+    visible: int,
+    results: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
     library = kernels()
     assert library is not None
     query = query.contiguous()
-    out = torch.empty_like(query)
     heads, n, dim = query.shape
     kv_heads, length = key.shape[:2]
     library.rapid_attend(
         *map(pointer, (query, key, value)),
-        *map(ctypes.c_int64, (heads, kv_heads, n, length - n, dim, key.stride(0))),
+        *map(ctypes.c_int64, (heads, kv_heads, n, visible, length, dim, key.stride(0))),
         ctypes.c_int64(UNLIMITED if window is None else window),
         ctypes.c_float(scaling),
         ctypes.c_int64(threads()),
-        pointer(out),
+        *(None if each is None else pointer(each) for each in results),
     )
-    return out
 
 
 def threads() -> int:

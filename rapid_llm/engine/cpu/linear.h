@@ -19,12 +19,11 @@ struct Layer {
     const BFloat16 *input_norm, *post_norm;
     const BFloat16 *query_norm, *key_norm;  // null but for Qwen3
     Linear query, key, value, output, gate, up, down;
-    BFloat16 *keys, *values;  // [kv_heads, capacity, dim]
-    int64_t window;           // sliding window: keys that a query attends to, its own included
+    int64_t window;  // sliding window: keys that a query attends to, its own included
 };
 
 struct Model {
-    int64_t layers, hidden, heads, kv_heads, dim, intermediate, capacity;
+    int64_t layers, hidden, heads, kv_heads, dim, intermediate;
     float epsilon, scaling;
     const BFloat16* embedding;  // [vocab, hidden]
     const BFloat16* norm;

@@ -78,7 +78,7 @@ def _accumulate(
             v = tl.load(v_at, mask=(columns < DIM)[None, :], other=0.0)
         scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
         if MASKED:
-            seen = places[None, :] <= last[:, None]
+            seen = (places[None, :] <= last[:, None]) & (places < end)[None, :]
             if WINDOWED:
                 seen = seen & (places[None, :] > last[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
@@ -264,7 +264,7 @@ def attend_part(
     kv_heads, rows, dim = query.shape
     # Rows that see all keys are so many heads of the last token.
     tokens = 1 if mask is None else mask.shape[0]
-    heads = query.view(kv_heads * rows // tokens, tokens, dim)
+    heads = query.reshape(kv_heads * rows // tokens, tokens, dim)
     lse = query.new_empty(heads.shape[:2], dtype=torch.float32)
     out = attend(heads, key, value, scaling, lse=lse)
     return out.reshape(query.shape).float(), lse.view(kv_heads, rows)

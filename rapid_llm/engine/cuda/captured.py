@@ -6,15 +6,18 @@ model, see :mod:`rapid_llm.engine.cuda.state`. All code but the capture itself r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapid_llm.engine.cuda.fused import FusedPass
+from rapid_llm.engine.cuda.fused import FusedPass, HostKV, StateKV
 from rapid_llm.engine.cuda.graphs import MAX_TOKENS, Graphs, Recorder
+from rapid_llm.engine.cuda.joined import JoinedGraphs
 from rapid_llm.engine.cuda.state import describe, size_of
+from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import KVCache
 
 
@@ -30,6 +33,7 @@ class CapturedPasses:
         record: recorder for graphs of this model.
         tokens: input buffer for token ids, int64 ``[MAX_TOKENS]`` on the device.
         state: state of the cache, int64 on the device, see :mod:`rapid_llm.engine.cuda.state`.
+        kv: the cache of that state.
     """
 
     def __init__(self, model: Any, insist: bool) -> None:
@@ -40,7 +44,9 @@ class CapturedPasses:
             self.tokens = torch.zeros(MAX_TOKENS, dtype=torch.long, device=device)
             layers = len(model.model.layers)
             self.state = torch.zeros(size_of(layers), dtype=torch.long, device=device)
+        self.kv = StateKV(self.state)
         self._graphs = Graphs(self.record, device)
+        self._joined = JoinedGraphs(self.fused, self.record, device)
 
     def serves(self, ids: Tensor, cache: KVCache, keep: int) -> bool:
         """Whether the tokens are few, and the cache is in use."""
@@ -50,17 +56,25 @@ class CapturedPasses:
         """See :class:`rapid_llm.engine.device.ReplayedPass`; ``positions`` is ignored."""
         n = ids.shape[0]
         self.begin(ids, cache, n)
-        logits = self._graphs(n, partial(self.fused, self.tokens[:n], self.state))
+        logits = self._graphs(n, partial(self.fused, self.tokens[:n], self.kv))
         logits = logits[-keep:].clone()  # the next pass overwrites this memory
         cache.advance(n)
         return logits
+
+    def joins(self, parts: Sequence[Part]) -> bool:
+        """See :class:`rapid_llm.engine.device.JoinedPass`."""
+        return self._joined.serves(parts)
+
+    def joined(self, parts: Sequence[Part]) -> list[Tensor]:
+        """See :class:`rapid_llm.engine.device.JoinedPass`."""
+        return self._joined(parts)
 
     def read(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
         """Run without a graph, kernel by kernel, for any number of tokens and an empty cache."""
         self.fused.allocate(cache)
         self.begin(ids[:0], cache, ids.shape[0])
         with torch.cuda.device_of(self.state):  # Triton launches on the current device
-            logits = self.fused(ids, self.state, cache, keep)
+            logits = self.fused(ids, HostKV(self.state, cache), keep)
         cache.advance(ids.shape[0])
         return logits
 

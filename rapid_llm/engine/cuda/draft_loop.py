@@ -84,7 +84,7 @@ class DraftLoop:
         passes = self._passes
 
         def run() -> Tensor:
-            logits = passes.fused(passes.tokens[:n], passes.state)[-1:]
+            logits = passes.fused(passes.tokens[:n], passes.kv)[-1:]
             mask = self._mask if constrained else None
             q, token = self._choice(logits.float(), self._graphs.generator, mask)
             slot = passes.state[SLOT : SLOT + 1]

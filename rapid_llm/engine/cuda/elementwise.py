@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rapid_llm.engine.cuda.batch import CACHE, TOKEN, BatchState
 from rapid_llm.engine.cuda.state import BUFFERS, CAPACITY, PAST
 
 _PAST = tl.constexpr(PAST)
 _CAPACITY = tl.constexpr(CAPACITY)
 _BUFFERS = tl.constexpr(BUFFERS)
+_TOKEN = tl.constexpr(TOKEN)
+_CACHE = tl.constexpr(CACHE)
 
 
 @triton.jit
@@ -91,7 +94,7 @@ def _normed(x, weight, columns, there, epsilon, SIZE: tl.constexpr):
     return scaled.to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["layer", "heads", "kv_heads"])
+@triton.jit(do_not_specialize=["layer", "heads", "kv_heads", "cache_size"])
 def _rotate_and_store(
     qkv,
     cosine,
@@ -100,12 +103,15 @@ def _rotate_and_store(
     key_norm,
     epsilon,
     state,
+    tokens,
     layer,
     heads,
     kv_heads,
+    cache_size,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     NORMS: tl.constexpr,
+    JOINED: tl.constexpr,
 ):
     """One head of one token: rotate a query in place, or write a key or value to the cache."""
     token, head = tl.program_id(0), tl.program_id(1)
@@ -133,17 +139,28 @@ def _rotate_and_store(
         tl.store(row + columns, x, mask=there)
     else:
         which = (head - heads) // kv_heads  # 0 for a key, 1 for a value
-        place = tl.load(state + _PAST) + token
-        at = (head - heads) % kv_heads * tl.load(state + _CAPACITY) + place
-        buffer = tl.load(state + _BUFFERS + 2 * layer + which).to(qkv.dtype)
-        tl.store(buffer + at * DIM + columns, x, mask=there)
+        if JOINED:  # state holds several caches, and each token says which is its own
+            cache = tl.load(tokens + token * _TOKEN + 1)
+            mine = there & (cache >= 0)
+            place = tl.load(tokens + token * _TOKEN + 2)
+            of_cache = state + tl.maximum(cache, 0) * cache_size
+            capacity = tl.load(of_cache)
+            address = of_cache + _CACHE
+        else:
+            mine = there
+            place = tl.load(state + _PAST) + token
+            capacity = tl.load(state + _CAPACITY)
+            address = state + _BUFFERS
+        at = (head - heads) % kv_heads * capacity + place
+        buffer = tl.load(address + 2 * layer + which).to(qkv.dtype)
+        tl.store(buffer + at * DIM + columns, x, mask=mine)
 
 
 def rotate_and_store(
     qkv: Tensor,
     rotary: tuple[Tensor, Tensor],
     norms: tuple[Tensor, Tensor, float] | None,
-    state: Tensor,
+    state: Tensor | BatchState,
     layer: int,
     heads: int,
     kv_heads: int,
@@ -156,7 +173,8 @@ def rotate_and_store(
         rotary: cosines and sines of the new positions, ``[n, dim]`` each.
         norms: weights ``[dim]`` of the RMS norms of queries and keys, and their epsilon (Qwen3);
             None for models without.
-        state: state of the cache, int64, see :mod:`rapid_llm.engine.cuda.state`.
+        state: state of the cache, int64, see :mod:`rapid_llm.engine.cuda.state`, or of the caches
+            of a joined pass.
         layer: index of the layer.
         heads, kv_heads: numbers of query heads and KV heads.
 
@@ -167,19 +185,26 @@ def rotate_and_store(
     split = qkv.view(n, heads + 2 * kv_heads, -1)
     dim = split.shape[-1]
     query_norm, key_norm, epsilon = norms or (qkv, qkv, 0.0)
+    if isinstance(state, BatchState):
+        where, tokens = state.caches, state.tokens
+    else:
+        where = tokens = state
     _rotate_and_store[(n, heads + 2 * kv_heads)](
         qkv,
         *rotary,
         query_norm,
         key_norm,
         epsilon,
-        state,
+        where,
+        tokens,
         layer,
         heads,
         kv_heads,
+        where.shape[-1],
         DIM=dim,
         WIDTH=triton.next_power_of_2(dim),
         NORMS=norms is not None,
+        JOINED=isinstance(state, BatchState),
         num_warps=1,
     )
     return split[:, :heads]

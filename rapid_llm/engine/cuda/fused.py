@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from rapid_llm.engine.attention import attend
 from rapid_llm.engine.cuda.attention import attend_cached
+from rapid_llm.engine.cuda.batch import BatchState
 from rapid_llm.engine.cuda.elementwise import add_rms_norm, rotate_and_store, silu_times
 from rapid_llm.engine.cuda.state import PAST, POSITION_OFFSET
-from rapid_llm.engine.kv_cache import KVCache, PreallocatedLayer
+from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
 
 Product = Callable[[Tensor], Tensor]
@@ -30,7 +31,9 @@ class _Norm(NamedTuple):
     epsilon: float
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
+    """Weights and numbers of a layer."""
+
     before: _Norm
     projections: Product
     head_norms: tuple[Tensor, Tensor, float] | None
@@ -45,61 +48,109 @@ class _Layer(NamedTuple):
     down: Product
 
 
+class KV(Protocol):
+    """Keys and values that a pass writes and reads.
+
+    Attributes:
+        state: state for kernels, of one cache or of several, see
+            :mod:`rapid_llm.engine.cuda.state` and :mod:`rapid_llm.engine.cuda.batch`.
+    """
+
+    @property
+    def state(self) -> Tensor | BatchState: ...
+
+    def positions(self, n: int) -> Tensor:
+        """Positions of the n new tokens, int64 ``[n]`` on the device."""
+
+    def attend(self, query: Tensor, index: int, layer: Layer) -> Tensor:
+        """Attention of the new tokens in a layer, which has their keys and values by now.
+
+        Args:
+            query: rotated queries, ``[n, heads, dim]``.
+            index: index of the layer.
+            layer: the layer.
+
+        Returns:
+            ``[n, heads, dim]``.
+        """
+
+
+class StateKV:
+    """The cache that a state describes, with attention that can be captured."""
+
+    def __init__(self, state: Tensor) -> None:
+        self.state = state
+
+    def positions(self, n: int) -> Tensor:
+        first = self.state[PAST] + self.state[POSITION_OFFSET]
+        return first + torch.arange(n, device=self.state.device)
+
+    def attend(self, query: Tensor, index: int, layer: Layer) -> Tensor:
+        return attend_cached(query, self.state, index, layer.kv_heads, layer.scaling, layer.window)
+
+
+class HostKV(StateKV):
+    """The same, with the fastest attention for each number of tokens, chosen by the host."""
+
+    def __init__(self, state: Tensor, cache: KVCache) -> None:
+        super().__init__(state)
+        self._cache = cache
+
+    def attend(self, query: Tensor, index: int, layer: Layer) -> Tensor:
+        kv = self._cache.layers[index]
+        end = kv.length + query.shape[0]
+        keys, values = kv.keys[0, :, :end], kv.values[0, :, :end]
+        mixed = attend(query.transpose(0, 1), keys, values, layer.scaling, layer.window)
+        return mixed.transpose(0, 1)
+
+
 class FusedPass:
     """Forward passes over the current weights of a lean model.
 
     Args:
         model: lean model, see :func:`rapid_llm.engine.lean.is_lean`.
+
+    Attributes:
+        embedding: weight of the token embedding, ``[vocab, hidden]``.
+        layers: the model's layers.
     """
 
     def __init__(self, model: Any) -> None:
         body = model.model
-        self._embedding = body.embed_tokens.weight
+        self.embedding = body.embed_tokens.weight
         self._rotary = body.rotary_emb
         self._norm = _norm(body.norm)
         self._head = _product(model.lm_head)
-        self._layers = [_layer(layer) for layer in body.layers]
+        self.layers = [_layer(layer) for layer in body.layers]
 
-    def __call__(
-        self, tokens: Tensor, state: Tensor, cache: KVCache | None = None, keep: int | None = None
-    ) -> Tensor:
-        """Run the model on new tokens and write their KV to the cache that ``state`` describes.
-
-        The lengths in the cache and in ``state`` do not change; the caller updates them.
+    def __call__(self, tokens: Tensor, kv: KV, keep: int | None = None) -> Tensor:
+        """Run the model on new tokens and write their KV.
 
         Args:
             tokens: token ids, int64 ``[n]`` on the device.
-            state: state of the cache, int64, see :mod:`rapid_llm.engine.cuda.state`.
-            cache: the same cache, to use the fastest attention for n tokens with the length from
-                the host; None for attention that can be captured.
+            kv: the KV cache, or those of several sequences. Its lengths do not change; the caller
+                updates them.
             keep: number of last tokens for which logits are computed; None for all.
 
         Returns:
             Logits ``[keep, vocab]`` in the model's dtype.
         """
         n = tokens.shape[0]
-        x = F.embedding(tokens, self._embedding)
-        first = state[PAST] + state[POSITION_OFFSET]
-        positions = first + torch.arange(n, device=tokens.device)
-        cosine, sine = self._rotary(x, position_ids=positions[None])
+        x = F.embedding(tokens, self.embedding)
+        cosine, sine = self._rotary(x, position_ids=kv.positions(n)[None])
         rotary = cosine[0].contiguous(), sine[0].contiguous()
         delta = None
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             query = rotate_and_store(
                 layer.projections(add_rms_norm(x, delta, *layer.before)),
                 rotary,
                 layer.head_norms,
-                state,
+                kv.state,
                 index,
                 layer.heads,
                 layer.kv_heads,
             )
-            if cache is None:
-                mixed = attend_cached(
-                    query, state, index, layer.kv_heads, layer.scaling, layer.window
-                )
-            else:
-                mixed = _attend(query, cache.layers[index], layer)
+            mixed = kv.attend(query, index, layer)
             normed = add_rms_norm(x, layer.output(mixed.reshape(n, -1)), *layer.between)
             delta = layer.down(silu_times(layer.gate_up(normed)))
         last = slice(n - (keep or n), n)
@@ -108,27 +159,20 @@ class FusedPass:
 
     def allocate(self, cache: KVCache) -> None:
         """Allocate the memory of a new cache."""
-        for kv, layer in zip(cache.layers, self._layers, strict=True):
+        for kv, layer in zip(cache.layers, self.layers, strict=True):
             if not kv.is_initialized:
-                sample = self._embedding.new_empty(1, layer.kv_heads, 0, layer.dim)
+                sample = self.embedding.new_empty(1, layer.kv_heads, 0, layer.dim)
                 kv.lazy_initialization(sample, sample)
 
 
-def _attend(query: Tensor, kv: PreallocatedLayer, layer: _Layer) -> Tensor:
-    """Attention of queries ``[n, heads, dim]`` over a layer, including the n new tokens in it."""
-    end = kv.length + query.shape[0]
-    keys, values = kv.keys[0, :, :end], kv.values[0, :, :end]
-    return attend(query.transpose(0, 1), keys, values, layer.scaling, layer.window).transpose(0, 1)
-
-
-def _layer(module: Any) -> _Layer:
+def _layer(module: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     dim = attention.head_dim
     norms = None
     if hasattr(attention, "q_norm"):  # Qwen3
         query_norm, key_norm = attention.q_norm, attention.k_norm
         norms = query_norm.weight, key_norm.weight, query_norm.variance_epsilon
-    return _Layer(
+    return Layer(
         before=_norm(module.input_layernorm),
         projections=_fused_product(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
         head_norms=norms,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rapid_llm.engine.device import Pass
-from rapid_llm.engine.lean import LeanPass
+from rapid_llm.engine.lean_pass import LeanPass
 from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.quantized import (
     MAX_QUANTIZED_ROWS,

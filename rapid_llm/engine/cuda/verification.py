@@ -65,7 +65,7 @@ class Verification:
 
         def run() -> Tensor:
             read = passes.tokens[:n]
-            logits = passes.fused(read, passes.state).float()
+            logits = passes.fused(read, passes.kv).float()
             its_eta = self._eta[:rows] if changing else None
             its_mask = self._mask[:n] if constrained else None
             draws = self._graphs.generator

@@ -12,7 +12,7 @@ has more, or loads a file that has much more than both.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,10 @@ from pathlib import Path
 from rapid_llm.engine.kv_cache import KVCache, kv_nbytes
 from rapid_llm.engine.memory import with_memory
 from rapid_llm.engine.model_runner import ModelRunner
-from rapid_llm.engine.prefix_cache.chain import PassChain, TokenIds
+from rapid_llm.engine.prefix_cache.chain import PassChain
 from rapid_llm.engine.prefix_cache.files import KVFiles
 from rapid_llm.engine.prefix_cache.host import DevicePrefix, HostPrefix, HostTier
-from rapid_llm.engine.prefix_cache.reading import Lease, Reading, prefill_of
+from rapid_llm.engine.prefix_cache.reading import Lease, Prefill, Reading, prefill_of
 from rapid_llm.engine.prefix_cache.tiers import PrefixTier, ReaderState, Tier
 from rapid_llm.errors import InvalidParameterError
 
@@ -151,8 +151,7 @@ class PrefixCache:
         Raises:
             torch.OutOfMemoryError: no memory for a copy, even after all idle KV was freed.
         """
-        tokens, chain = prefill_of(runner, prompt)
-        acquire = partial(self._acquire, runner, tokens, chain, capacity, share)
+        acquire = partial(self._acquire, runner, prefill_of(runner, prompt), capacity, share)
         reading, origins = with_memory(acquire, self.free_devices)
         lease = Lease(reading.cache, origins)
         try:
@@ -163,40 +162,38 @@ class PrefixCache:
             finally:
                 self._release(reading)
 
-    def will_share(self, runner: ModelRunner, chain: PassChain, length: int) -> bool:
-        """Whether a running prefill has yet to read most of a prompt, which can then be shared.
+    def will_lend(self, runner: ModelRunner, prefill: Prefill) -> bool:
+        """Whether a running prefill has yet to read most of a prompt, which can then be borrowed.
 
         Args:
             runner: model that reads the prompt.
-            chain: passes of its prefill, see :func:`.reading.prefill_of`.
-            length: length of the prompt in tokens.
+            prefill: its prefill.
         """
-        state = ReaderState.now(runner, length)
+        state = ReaderState.now(runner, len(prefill.tokens) + 1)
         with self._lock:
-            best = max((r.will_share(runner, chain) for r in self._reading), default=0)
-            now = max(
-                self._device.longest(state, chain)[1], self._most_read(state, chain, joined=True)[1]
-            )
-        return best > now and _is_most(best, chain)
+            best = max((each.will_lend(runner, prefill) for each in self._reading), default=0)
+            kept = self._device.longest(state, prefill.chain)[1]
+            now = max(kept, self._lender(state, prefill)[1])
+        return best > now and _is_most(best, prefill.chain)
 
     def _acquire(
         self,
         runner: ModelRunner,
-        tokens: TokenIds,
-        chain: PassChain,
+        prefill: Prefill,
         capacity: int,
         share: bool,
     ) -> tuple[Reading, Mapping[Tier, int]]:
+        tokens, chain = prefill
         if share:
             # Before the lock, as it waits for a pass that another thread runs, in which the garbage
             # collector may end a lease.
             state = ReaderState.now(runner, len(tokens) + 1)
             with self._lock:
-                reading = self._borrowed(state, tokens, chain, capacity)
+                reading = self._borrowed(state, prefill, capacity)
             if reading is not None:
                 return reading, {"device": reading.cache.length, "host": 0}
         capacity = runner.capacity_for(capacity)
-        loaded = self._from_file(runner, chain, len(tokens) + 1, capacity)
+        loaded = self._from_file(runner, prefill, capacity)
         # After the search for a file, which can detect that the model has changed.
         state = ReaderState.now(runner, len(tokens) + 1)
         if loaded is not None:
@@ -206,7 +203,7 @@ class PrefixCache:
             with self._lock:
                 # The host first: a prefix evicted for this prompt may evict that one there.
                 further, shared = self._host.longest(state, chain)
-                cache = self._from_device(state, chain, capacity)
+                cache = self._from_device(state, prefill, capacity)
             reading = Reading(runner, state.rounding, cache, tokens, chain)
             origins = {"device": cache.length, "host": 0}
             # Outside the lock, because it takes long.
@@ -219,12 +216,11 @@ class PrefixCache:
                 self._reading.append(reading)
         return reading, origins
 
-    def _borrowed(
-        self, state: ReaderState, tokens: TokenIds, chain: PassChain, capacity: int
-    ) -> Reading | None:
+    def _borrowed(self, state: ReaderState, prefill: Prefill, capacity: int) -> Reading | None:
         """A cache that borrows most of a prompt; None where no other holds so much of it."""
+        chain = prefill.chain
         idle, kept = self._device.longest(state, chain)
-        reading, read = self._most_read(state, chain, joined=True)
+        reading, read = self._lender(state, prefill)
         shared = max(kept, read)
         if not _is_most(shared, chain) or self._host.longest(state, chain)[1] > shared:
             return None
@@ -235,26 +231,25 @@ class PrefixCache:
         else:
             assert reading is not None
             source = reading.cache
-            exact = reading.shared(state, chain)
+            exact = reading.shared(state, prefill)
         self._make_room(_planned(state.runner, capacity - shared))
         cache = source.borrow(shared, capacity)
-        borrowed = Reading(state.runner, state.rounding, cache, tokens, chain, exact)
+        borrowed = Reading(state.runner, state.rounding, cache, *prefill, exact)
         self._reading.append(borrowed)
         return borrowed
 
-    def _from_file(
-        self, runner: ModelRunner, chain: PassChain, length: int, capacity: int
-    ) -> KVCache | None:
+    def _from_file(self, runner: ModelRunner, prefill: Prefill, capacity: int) -> KVCache | None:
         """Load the prefix in a file, if it is much longer than the one in memory.
 
         It runs outside the lock because it takes long; no other thread sees this cache yet.
         """
         if self._files is None:
             return None
-        state = ReaderState.now(runner, length)
+        chain = prefill.chain
+        state = ReaderState.now(runner, len(prefill.tokens) + 1)
         with self._lock:
             kept = self._device.longest(state, chain), self._host.longest(state, chain)
-            held = max(shared for _, shared in (self._most_read(state, chain), *kept))
+            held = max(shared for _, shared in (self._most_read(state, prefill), *kept))
         if state.origin is None or chain.tokens < held + WORTH_LOADING:
             return None
         path, stored = self._files.find(runner, chain, state.origin)
@@ -263,10 +258,10 @@ class PrefixCache:
         self._make_room(_planned(runner, capacity))
         return self._files.load(path, runner, state.origin, stored, capacity)
 
-    def _from_device(self, state: ReaderState, chain: PassChain, capacity: int) -> KVCache:
+    def _from_device(self, state: ReaderState, prefill: Prefill, capacity: int) -> KVCache:
         """Take over the cache of an idle prefix of the same document, or copy what is shared."""
-        idle, shared = self._device.longest(state, chain)
-        reading, read = self._most_read(state, chain)
+        idle, shared = self._device.longest(state, prefill.chain)
+        reading, read = self._most_read(state, prefill)
         planned = _planned(state.runner, capacity)
         if reading is not None and read > shared:
             self._make_room(planned)
@@ -286,16 +281,19 @@ class PrefixCache:
             idle.cache.grow(capacity)
         return idle.cache
 
-    def _most_read(
-        self, state: ReaderState, chain: PassChain, *, joined: bool = False
-    ) -> tuple[Reading | None, int]:
-        """The running prefill that shares the most tokens, the latest of equals.
+    def _most_read(self, state: ReaderState, prefill: Prefill) -> tuple[Reading | None, int]:
+        """The running prefill whose KV can be reused for the most tokens, bit for bit."""
+        return self._latest_best(lambda reading: reading.shared(state, prefill))
 
-        ``joined`` is that of :meth:`Reading.shared`.
-        """
+    def _lender(self, state: ReaderState, prefill: Prefill) -> tuple[Reading | None, int]:
+        """The running prefill from which joined passes can borrow the most tokens."""
+        return self._latest_best(lambda reading: reading.lendable(state, prefill))
+
+    def _latest_best(self, tokens: Callable[[Reading], int]) -> tuple[Reading | None, int]:
+        """The running prefill that has most of something, the latest of equals, and how much."""
         best, most = None, 0
         for reading in reversed(self._reading):
-            if (shared := reading.shared(state, chain, joined=joined)) > most:
+            if (shared := tokens(reading)) > most:
                 best, most = reading, shared
         return best, most
 

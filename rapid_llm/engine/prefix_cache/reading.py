@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,30 +74,51 @@ class Reading:
         """Number of the prefill's tokens that were read."""
         return min(len(self.tokens), self.cache.length)
 
-    def shared(self, state: ReaderState, chain: PassChain, *, joined: bool = False) -> int:
-        """Number of its first tokens whose KV another prefill can reuse now.
+    def shared(self, state: ReaderState, other: Prefill) -> int:
+        """Number of its first tokens whose KV another prefill can reuse now, bit for bit.
 
         Args:
             state: state of the other prefill's model.
-            chain: passes of the other prefill.
-            joined: whether KV of joined passes will do, because it is not kept.
+            other: the other prefill.
         """
+        settled = self._settled(state)
+        settled = settled if self.kept is None else min(settled, self.kept)
+        return self.chain.up_to(settled).common(other.chain)
+
+    def lendable(self, state: ReaderState, other: Prefill) -> int:
+        """The same for joined passes, whose KV is not kept and may be rounded otherwise."""
+        return min(self._settled(state), self.will_lend(state.runner, other))
+
+    def will_lend(self, runner: ModelRunner, other: Prefill) -> int:
+        """Number of its first tokens that joined passes can reuse once it has read them."""
+        if runner is not self.runner:
+            return 0
+        # A drafter may read the last token of the prefill again.
+        most = min(len(self.tokens), len(other.tokens)) - 1
+        differing = np.flatnonzero(self.tokens[:most] != other.tokens[:most])
+        return int(differing[0]) if len(differing) else max(0, most)
+
+    def _settled(self, state: ReaderState) -> int:
+        """Number of its first tokens that were read and do not change."""
         if self.cache.origin is None or self.state != state:
             return 0
         # A drafter may read the last token of the prefill again.
-        settled = min(self.held, len(self.tokens) - 1)
-        if self.kept is not None and not joined:
-            settled = min(settled, self.kept)
-        return self.chain.up_to(settled).common(chain)
-
-    def will_share(self, runner: ModelRunner, chain: PassChain) -> int:
-        """Number of its first tokens that another prefill can reuse once it has read them."""
-        if runner is not self.runner:
-            return 0
-        return self.chain.up_to(len(self.tokens) - 1).common(chain)
+        return max(0, min(self.held, len(self.tokens) - 1))
 
 
-def prefill_of(runner: ModelRunner, prompt: Sequence[int]) -> tuple[TokenIds, PassChain]:
-    """The tokens of the prefill of a prompt, all but its last one, and its passes."""
+class Prefill(NamedTuple):
+    """What is read of a prompt before its first answer token: all but its last token.
+
+    Attributes:
+        tokens: token ids, int32 ``[n]``.
+        chain: the passes over them.
+    """
+
+    tokens: TokenIds
+    chain: PassChain
+
+
+def prefill_of(runner: ModelRunner, prompt: Sequence[int]) -> Prefill:
+    """The prefill of a prompt by a model."""
     tokens = np.asarray(prompt[:-1], dtype=np.int32)
-    return tokens, PassChain.of(tokens, runner.prefill_sizes)
+    return Prefill(tokens, PassChain.of(tokens, runner.prefill_sizes))

@@ -1,25 +1,23 @@
-"""The CUDA engine's path on a CPU, where captured work is run anew in Triton's interpreter."""
+"""The CUDA engine on a CPU: uncaptured, with its kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, installed, tiny_model, tiny_tokenizer
+from conftest import installed, tiny_tokenizer
 
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
+from rapid_llm.engine.cpu.device import CPU
+from rapid_llm.engine.cuda import device as cuda_device
+from rapid_llm.engine.cuda import graphs
+from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
 
 installed("triton")
 
-from rapid_llm.engine.cpu.device import CPU
-from rapid_llm.engine.cuda import device as cuda_device
-from rapid_llm.engine.cuda import graphs
-from rapid_llm.engine.cuda.device import CUDA
-
 ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has these")
-FAMILY = [name for name in ARCHITECTURES if ModelRunner(tiny_model(name), name).lean]
 IDS = torch.randint(3, 64, (60,), generator=torch.Generator().manual_seed(1))
 HERE = torch.device("cpu")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -51,8 +49,7 @@ class Live:
         return Again(run)
 
 
-@pytest.fixture(name="live")
-def live_fixture(monkeypatch):
+def take_the_place_of_captures(monkeypatch: pytest.MonkeyPatch) -> type[Live]:
     """Forward passes take the CUDA engine's path on a CPU."""
     Live.made = Live.launched = 0
     monkeypatch.setattr(graphs, "GraphCapture", Live)
