@@ -23,13 +23,9 @@ from rapid_llm.models import LoadedModel
 HUB = {"token": "t", "revision": "v1", "cache_dir": "/c", "trust_remote_code": True}
 
 
-def test_an_old_name_of_an_option_names_the_new_one():
-    with pytest.raises(InvalidParameterError, match="'target' is now 'model'"):
-        RapidDecoder.from_pretrained(target="org/target")
+def test_an_old_name_of_an_argument_names_the_new_one():
     with pytest.raises(InvalidParameterError, match="'target' is now 'model'"):
         RapidDecoder(target=tiny_model(), tokenizer=tiny_tokenizer())
-    with pytest.raises(InvalidParameterError, match="'attention' is now 'attn_implementation'"):
-        RapidDecoder.from_pretrained("org/target", attention="sdpa")
 
 
 def test_an_option_that_the_model_does_not_have_is_named(tmp_path):
