@@ -5,6 +5,7 @@ Most names are imported at first use, so that importing the package does not imp
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from rapid_llm.errors import (
     ServerError,
     TokenizerMismatchError,
 )
+from rapid_llm.old_names import MovedModules
 from rapid_llm.stats import Stats
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ try:
     __version__ = version("rapid-llm")
 except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
+
+sys.meta_path.append(MovedModules())
 
 _LAZY = {
     "Answer": "rapid_llm.answers",

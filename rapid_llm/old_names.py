@@ -1,9 +1,10 @@
-"""Old names of options and attributes: their use is an error that names the new one."""
+"""Old names of options, attributes and modules: their use is an error that names the new one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
+from importlib.abc import MetaPathFinder
 from inspect import signature
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -17,6 +18,12 @@ RENAMED = {
     "target": "model",
 }
 """New name of an option by its old one."""
+
+MOVED = {
+    "rapid_llm.evaluation.records": "rapid_llm.evaluation.journal",
+    "rapid_llm.evaluation.report": "rapid_llm.evaluation.journal",
+}
+"""New place of a module's contents by its old name."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -64,3 +71,11 @@ class OldName:
 
     def __get__(self, instance: object, owner: type) -> NoReturn:
         raise AttributeError(f"{owner.__name__}.{self._name} is now {owner.__name__}.{self._new}")
+
+
+class MovedModules(MetaPathFinder):
+    """The last finder of ``sys.meta_path``: asked for modules that no other one has found."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname in MOVED:
+            raise ModuleNotFoundError(f"{fullname} is now {MOVED[fullname]}", name=fullname)

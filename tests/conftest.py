@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rapid_llm.decoder import RapidDecoder
 from rapid_llm.models import LoadedModel, load_model, packaged_model
 
 TINY: dict[str, Any] = {
@@ -185,6 +186,12 @@ def tiny_tokenizer(size: int = 64) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+@pytest.fixture
+def decoder() -> RapidDecoder:
+    """A tiny model that drafts for itself."""
+    return RapidDecoder(tiny_model(), tiny_tokenizer())
 
 
 def transformers_greedy(

@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-from conftest import tiny_model, tiny_tokenizer
 
 from rapid_llm.aio import in_thread, iterate_in_thread
 from rapid_llm.config import SamplingParams
@@ -20,11 +19,6 @@ from rapid_llm.errors import InvalidParameterError
 
 PROMPT, DRAFT = [5, 9, 31, 7, 44, 12], [31, 7]
 SAMPLING = SamplingParams(max_new_tokens=30, ignore_eos=True)
-
-
-@pytest.fixture
-def decoder() -> RapidDecoder:
-    return RapidDecoder(tiny_model(), tiny_tokenizer())
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import (  # noqa: F401  (a fixture of every test)
+from cli_runs import (  # noqa: F401  (fixtures)
     TEXT,
     Outcome,
-    _load_embedder,
-    _no_loading_bars,
     assert_refused,
-    save,
+    load_embedder_once,
+    model_fixture,
+    no_loading_bars,
 )
 
 from rapid_llm import RapidDecoder, cli
@@ -29,16 +29,11 @@ from rapid_llm.errors import DocumentError, GenerationTimeoutError
 from rapid_llm.generation_factory import GenerationFactory
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
 def run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Outcome]:
-    monkeypatch.setattr(builder, "load_embedder", _load_embedder)
+    monkeypatch.setattr(builder, "load_embedder", load_embedder_once)
 
     def run(*arguments: object) -> Outcome:
         status = cli.main([str(argument) for argument in arguments])

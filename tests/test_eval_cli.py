@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Outcome, assert_refused, save
+from cli_runs import (  # noqa: F401  (fixtures)
+    Outcome,
+    assert_refused,
+    model_fixture,
+)
 from test_eval_methods import WordCounts, item, words
 from transformers.utils import logging
 
@@ -29,11 +33,6 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("rapid_llm.context.embedder_loading.require_embedder", lambda name: None)
     yield
     logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

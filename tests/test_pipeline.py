@@ -13,7 +13,6 @@ from asking import Asked
 from conftest import tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-import rapid_llm
 from rapid_llm import (
     ContextBuilder,
     ContextWindowError,
@@ -325,13 +324,6 @@ def test_what_fails_or_is_closed_is_no_part_of_a_chat(
     stream.close()
     assert chat.messages == []
     assert chat.ask("w31").token_ids == pipeline_of(decoder, embedder).ask("w31").token_ids
-
-
-def test_the_old_name_names_the_new_one() -> None:
-    with pytest.raises(ImportError, match=r"Inquiry is now rapid_llm\.RapidPipeline"):
-        rapid_llm.Inquiry  # noqa: B018
-    with pytest.raises(ImportError, match=r"Inquiry is now rapid_llm\.RapidPipeline"):
-        exec("from rapid_llm import Inquiry")
 
 
 def test_several_questions_are_no_string(decoder: RapidDecoder, embedder: CountingEmbedder) -> None:

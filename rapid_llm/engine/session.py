@@ -17,6 +17,7 @@ from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.steps import Steps, Wanted, alone
 from rapid_llm.errors import OutdatedKVError
+from rapid_llm.old_names import OldName
 from rapid_llm.progress import Progress
 
 Purpose = Literal["read", "draft", "verify"]
@@ -56,6 +57,8 @@ class Session:
             held = torch.tensor(tokens[: cache.length], dtype=torch.long, device="cpu")
             # Ids that the model lacks were replaced by its last one, see RagDrafter.
             self._tokens[: cache.length] = held.clamp(max=runner.vocab_size - 1)
+
+    forward = OldName("runner")
 
     @property
     def length(self) -> int:
