@@ -15,6 +15,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -25,6 +26,8 @@ from rapid_llm.grammars import llguidance_grammar, one_line
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+Floats = npt.NDArray[np.float32]
 
 _WORD = 32  # bits of a word of a mask
 _KEPT = 64  # compiled grammars that are kept
@@ -47,15 +50,25 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
         logits: float32 ``[n, vocab]``.
         mask: a bit for each token, int32 ``[n, at least vocab / 32]``, the lowest bit first.
     """
-    highest = _highest(mask, logits.shape[-1])
+    if logits.device.type == "cpu":
+        return torch.from_numpy(_masked_on_host(logits.numpy(force=True), mask.numpy()))
+    highest = _shifted(mask, logits.shape[-1])
     kept = torch.minimum(logits, highest)
     best = kept.amax(dim=-1, keepdim=True)
-    if best.device.type == "cpu" and -math.inf not in best[:, 0].tolist():  # else the host waits
-        return kept
     return kept.masked_fill_((best == -math.inf) & (highest > 0), 0.0)
 
 
-def _highest(mask: Tensor, width: int) -> Tensor:
+def _masked_on_host(logits: Floats, mask: npt.NDArray[np.int32]) -> Floats:
+    """:func:`masked` in few calls: after a pass each call of torch costs more than its work."""
+    kept = _highest(mask, logits.shape[-1])
+    np.minimum(logits, kept, out=kept)
+    best = kept.max(axis=-1, keepdims=True)
+    if -math.inf in best:
+        kept[(best == -math.inf) & (_highest(mask, logits.shape[-1]) > 0)] = 0.0
+    return kept
+
+
+def _highest(mask: npt.NDArray[np.int32], width: int) -> Floats:
     """Highest logits by a mask: +inf for tokens that may follow, -inf for others.
 
     Args:
@@ -65,10 +78,8 @@ def _highest(mask: Tensor, width: int) -> Tensor:
     Returns:
         float32 ``[n, width]``.
     """
-    if mask.device.type == "cpu":  # a table is many times faster than choosing bit by bit
-        octets = mask.view(torch.uint8).numpy()
-        return torch.from_numpy(_OCTETS.take(octets, axis=0)).flatten(1)[:, :width]
-    return _shifted(mask, width)
+    octets = mask.view(np.uint8)  # a table is many times faster than choosing bit by bit
+    return _OCTETS.take(octets, axis=0).reshape(len(mask), -1)[:, :width]
 
 
 def _shifted(mask: Tensor, width: int) -> Tensor:
@@ -223,7 +234,7 @@ class Matcher:
         self._reach(drafted)
         last = len(drafted) + 1
         octets = bytearray().join(self._rows[last - rows : last])
-        return torch.frombuffer(octets, dtype=torch.int32).view(rows, -1)
+        return torch.from_numpy(np.frombuffer(octets, np.int32).reshape(rows, -1))
 
     def over(self, drafted: Sequence[int] = ()) -> bool:
         """Whether the grammar is complete after these tokens and nothing may follow."""
@@ -235,13 +246,14 @@ class Matcher:
 
         The masked p and q of each are the same point mass, in any mode and at any temperature.
         """
-        forced: list[int] = []
-        while len(forced) < limit:
-            seen = [*drafted, *forced]
-            if self.over(seen) or (only := _only(self._rows[len(seen)])) is None:
+        seen = list(drafted)
+        while len(seen) < len(drafted) + limit:
+            self._reach(seen)
+            only = None if self._over[len(seen)] else _only(self._rows[len(seen)])
+            if only is None:
                 break
-            forced.append(only)
-        return forced
+            seen.append(only)
+        return seen[len(drafted) :]
 
     def legal(self, drafted: Sequence[int], guess: Sequence[int]) -> list[int]:
         """The longest beginning of a guess that may follow ``drafted``."""
@@ -340,10 +352,11 @@ def _set(row: bytearray, octets: Mapping[int, int]) -> None:
 
 def _only(row: bytearray) -> int | None:
     """The one bit that is set; None if several are."""
-    begun = row.rstrip(b"\0")
-    last = begun[-1]
-    alone = not last & (last - 1) and begun.count(0) == len(begun) - 1
-    return 8 * (len(begun) - 1) + last.bit_length() - 1 if alone else None
+    octets = row.strip(b"\0")
+    only = octets[0]
+    if len(octets) > 1 or only & (only - 1):
+        return None
+    return 8 * row.index(only) + only.bit_length() - 1
 
 
 def _has(row: bytearray, token: int) -> bool:
