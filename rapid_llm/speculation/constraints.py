@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.engine.device import mask_words
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.grammar_limits import in_deep_stack
 from rapid_llm.grammars import llguidance_grammar, one_line
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ class Constraints:
 
         if self._tokens is None:
             self._tokens = self._read_tokenizer()
-        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        tokens = self._tokens
+        matcher = in_deep_stack(lambda: LLMatcher(tokens, grammar, log_level=0))
         if error := matcher.get_error():
             raise InvalidParameterError(f"constraint cannot be enforced: {one_line(error)}")
         return matcher
