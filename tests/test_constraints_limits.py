@@ -94,11 +94,11 @@ def test_what_is_too_large_is_refused_in_one_line_with_its_size_the_limit_and_a_
         ),
         (
             5_000,
-            r"""'start: r0\n' + ''.join(f'r{i}: "a" r{i + 1}\n' for i in range(n)) + f'r{n}: "b"'""",
+            r"""'start: r0\n' + ''.join(f'r{i}: "a" r{i+1}\n' for i in range(n)) + f'r{n}: "b"'""",
         ),
         (
             5_000,
-            r"""'start: R0\n' + ''.join(f'R{i}: "a" R{i + 1}\n' for i in range(n)) + f'R{n}: "b"'""",
+            r"""'start: R0\n' + ''.join(f'R{i}: "a" R{i+1}\n' for i in range(n)) + f'R{n}: "b"'""",
         ),
     ],
     ids=["schemas within schemas", "references", "rules", "terminals"],
