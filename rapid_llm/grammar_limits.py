@@ -32,7 +32,7 @@ GBNF = re.compile(r"^\s*root\s*::=", re.MULTILINE)
 _STACK_BYTES = 512 * 2**20
 """Stack for the longest chain of rules; memory is taken only for what is used of it."""
 
-_TOO_LARGE = re.compile(r"too (?:big|large|complex)|fuel|u16::MAX")
+_TOO_LARGE = re.compile(r"(?<!range end )too (?:big|large|complex)|fuel|u16::MAX")
 """In llguidance's messages about grammars beyond its limits."""
 
 _starting = threading.Lock()

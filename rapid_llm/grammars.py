@@ -92,7 +92,7 @@ def canonical(given: Any) -> dict[str, Any] | None:
         return None
     form, value = _sorted(given)
     made: dict[str, Any] = {form: _VALUES[form](value)}
-    _require_size(form, made[form])
+    _require_readable(form, made[form])
     llguidance_grammar(json.dumps(made))
     return made
 
@@ -161,7 +161,7 @@ def _json(value: Any) -> Any:
         raise _unusable("json", f"the schema is no JSON: {error}") from error
     if not isinstance(schema, dict):
         raise _unusable("json", f"{value!r} is no JSON schema: give a mapping with its keywords")
-    _require_size("json", schema)
+    _require_readable("json", schema)
     for each in _subschemas(schema):
         _require_enforceable(each)
         _simplify(each)
@@ -198,9 +198,17 @@ _VALUES = {
 }
 
 
-def _require_size(form: Form, value: Any) -> None:
+def _require_readable(form: Form, value: Any) -> None:
+    """Refuse what is too large, and text that is no Unicode."""
     if problem := too_large(form, value, len(json.dumps(value))):
         raise _unusable(form, problem)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        lone = error.object[error.start]
+        raise _unusable(
+            form, f"it has the lone surrogate {lone!r}, which is no character: remove it"
+        ) from error
 
 
 # --- JSON schemas --------------------------------------------------------------------------------

@@ -79,6 +79,22 @@ def test_what_is_too_large_is_refused_in_one_line_with_its_size_the_limit_and_a_
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"enum": ["a", "\ud800"]},
+        {"properties": {"\ud800": {}}},
+        ["\ud800"],
+        "\ud800",
+        'start: "\ud800"',
+    ],
+    ids=["value", "name", "choice", "expression", "grammar"],
+)
+def test_a_lone_surrogate_is_named(given: Any) -> None:
+    with pytest.raises(InvalidParameterError, match=r"lone surrogate '\\ud800', .* remove it"):
+        SamplingParams(constraint=given)
+
+
+@pytest.mark.parametrize(
     ("rules", "chain"),
     [
         (
@@ -117,6 +133,10 @@ print("may begin", bool(matcher.mask([], 1).any()))
     done = subprocess.run(run, capture_output=True, text=True, cwd="tests", timeout=300)
     assert done.returncode == 0, done.stderr[-300:]
     assert "may begin True" in done.stdout
+
+
+def test_a_grammar_of_tokens_that_only_a_model_has_is_not_too_large() -> None:
+    assert SamplingParams(constraint="start: <[100000-100010]>").constraint
 
 
 def test_many_choices_are_followed_to_the_one_that_is_chosen() -> None:
