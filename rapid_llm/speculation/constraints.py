@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ from rapid_llm.grammars import llguidance_grammar, one_line
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
+Mask: TypeAlias = npt.NDArray[np.int32]
 
 _WORD = 32  # bits of a word of a mask
 _KEPT = 64  # compiled grammars that are kept
@@ -41,7 +42,7 @@ _OCTETS = np.where(
 """Highest logits of 8 tokens by 8 bits of a mask, float32 ``[256, 8]``."""
 
 
-def masked(logits: Tensor, mask: Tensor) -> Tensor:
+def masked(logits: Tensor, mask: Tensor | Mask) -> Tensor:
     """Logits with -inf for tokens that may not follow.
 
     If earlier logits processors forbid every allowed token, such as a suppressed token that the
@@ -49,27 +50,28 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         logits: float32 ``[n, vocab]``.
-        mask: a bit for each token, int32 ``[n, at least vocab / 32]``, the lowest bit first.
+        mask: a bit for each token, int32 ``[n, at least vocab / 32]``, the lowest bit first; an
+            array for logits on the host.
     """
-    if logits.device.type == "cpu":
-        return torch.from_numpy(_masked_on_host(logits.numpy(force=True), mask.numpy()))
+    if not isinstance(mask, Tensor):
+        return torch.from_numpy(_masked_on_host(logits.numpy(force=True), mask))
     highest = _shifted(mask, logits.shape[-1])
     kept = torch.minimum(logits, highest)
     best = kept.amax(dim=-1, keepdim=True)
     return kept.masked_fill_((best == -math.inf) & (highest > 0), 0.0)
 
 
-def _masked_on_host(logits: Floats, mask: npt.NDArray[np.int32]) -> Floats:
-    """:func:`masked` in few calls: after a pass each call of torch costs more than its work."""
+def _masked_on_host(logits: Floats, mask: Mask) -> Floats:
+    """:func:`masked` in few calls: after a model's pass each costs more than its work."""
     kept = _highest(mask, logits.shape[-1])
     np.minimum(logits, kept, out=kept)
-    best = kept.max(axis=-1, keepdims=True)
-    if -math.inf in best:
-        kept[(best == -math.inf) & (_highest(mask, logits.shape[-1]) > 0)] = 0.0
+    for row, best in enumerate(kept.argmax(axis=-1).tolist()):
+        if kept[row, best] == -math.inf:
+            kept[row, _highest(mask[row : row + 1], logits.shape[-1])[0] > 0] = 0.0
     return kept
 
 
-def _highest(mask: npt.NDArray[np.int32], width: int) -> Floats:
+def _highest(mask: Mask, width: int) -> Floats:
     """Highest logits by a mask: +inf for tokens that may follow, -inf for others.
 
     Args:
@@ -222,7 +224,7 @@ class Matcher:
         self._over: list[bool] = []  # whether nothing may follow them
         self._look()
 
-    def mask(self, drafted: Sequence[int], rows: int) -> Tensor:
+    def mask(self, drafted: Sequence[int], rows: int) -> Mask:
         """Masks of the position after all of ``drafted``, and of those before it.
 
         Args:
@@ -231,12 +233,12 @@ class Matcher:
                 before it for that after all but one, and so on.
 
         Returns:
-            A bit for each token, int32 ``[rows, vocab / 32]`` on the host, see :func:`masked`.
+            A bit for each token, int32 ``[rows, vocab / 32]``, see :func:`masked`.
         """
         self._reach(drafted)
         last = len(drafted) + 1
         octets = bytearray().join(self._rows[last - rows : last])
-        return torch.from_numpy(np.frombuffer(octets, np.int32).reshape(rows, -1))
+        return np.frombuffer(octets, np.int32).reshape(rows, -1)
 
     def over(self, drafted: Sequence[int] = ()) -> bool:
         """Whether the grammar is complete after these tokens and nothing may follow."""
