@@ -12,6 +12,7 @@ from rapid_llm.options import Declared, options_of
 
 OPTIONS = "<!-- table of options -->"
 COMMANDS = "<!-- commands -->"
+_SHORT = re.compile(r"<code>(?=[^<\s]{1,32}</code>)")
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?\.?([^<]*)</code>")
 
 
@@ -25,8 +26,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Shows Sphinx's roles in docstrings as code."""
-    return _ROLE.sub(r"<code>\1</code>", html)
+    """Shows Sphinx's roles in docstrings as code, and keeps short words of code in one line."""
+    return _SHORT.sub('<code class="whole">', _ROLE.sub(r"<code>\1</code>", html))
 
 
 def groups() -> tuple[type, ...]:
@@ -45,7 +46,7 @@ def options_table() -> str:
 
 
 def _lines() -> Iterator[str]:
-    yield "| option | values | default | in a call | meaning |"
+    yield "| option | meaning | values | default | in a call |"
     yield "|---|---|---|---|---|"
     for group in groups():
         yield f"| **{group.title}** (`{group.__name__}`) | | | | |"  # type: ignore[attr-defined]
@@ -58,7 +59,7 @@ def _row(declared: Declared) -> str:
     names = ", ".join(f"`{name}`" for name in (declared.name, *option.aliases))
     default = declared.default
     shown = "" if default in ({}, ()) else f"`{default!r}`"
-    cells = names, declared.limit, shown, "yes" if option.per_call else "no", option.help
+    cells = names, option.help, declared.limit, shown, "yes" if option.per_call else "no"
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -80,12 +81,13 @@ def _parameters(command: Any) -> str:
     known = options_of(*groups())
     lines, shared = ["| parameter | meaning |", "|---|---|"], []
     for each in command.params:
-        if each.name in known and each.help and each.help.startswith(known[each.name].option.help):
+        option = each.param_type_name == "option" and known.get(each.name)
+        if option and (each.help or "").lower().startswith(option.option.help.lower()):
             shared.append(f"`{each.opts[0]}`")
         elif not getattr(each, "hidden", False):
             names = ", ".join(f"`{name}`" for name in each.opts)
             if each.param_type_name == "argument":
-                names = f"`{each.metavar or each.name.upper()}`"
+                names = f"`{each.metavar}`"
             text = (getattr(each, "help", None) or "").replace("|", "\\|")
             lines.append(f"| {names} | {text} |")
     table = "\n".join(lines) if len(lines) > 2 else ""
