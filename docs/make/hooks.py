@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from rapid_llm.options import Declared, options_of
 
 OPTIONS = "<!-- table of options -->"
 COMMANDS = "<!-- commands -->"
+FIELDS = re.compile(r"<!-- fields of ([\w.]+)\.(\w+) -->")
 _SHORT = re.compile(r"<code>(?=[^<\s]{1,32}</code>)")
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?\.?([^<]*)</code>")
 
@@ -22,7 +24,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(OPTIONS, options_table())
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, commands())
-    return markdown
+    return FIELDS.sub(lambda found: fields_table(*found.groups()), markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -61,6 +63,27 @@ def _row(declared: Declared) -> str:
     shown = "" if default in ({}, ()) else f"`{default!r}`"
     cells = names, option.help, declared.limit, shown, "yes" if option.per_call else "no"
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def shared_names() -> Iterator[str]:
+    """Names of the options that both wheels take as they are, and their aliases."""
+    for name, declared in options_of(SamplingParams, SpeculationConfig, EngineConfig).items():
+        yield from (name, *declared.option.aliases)
+
+
+def fields_table(module: str, name: str) -> str:
+    """The fields of a wheel's class, without its framework's and those of :func:`shared_names`."""
+    made = getattr(importlib.import_module(module), name)
+    left_out = set(shared_names())
+    for base in made.__mro__:
+        if "rapid" not in base.__module__:
+            left_out.update(getattr(base, "model_fields", ()))
+    lines = ["| field | meaning | default |", "|---|---|---|"]
+    for each, field in made.model_fields.items():
+        if each not in left_out:
+            text = " ".join(field.description.split()).replace("``", "`").replace("|", "\\|")
+            lines.append(f"| `{each}` | {text} | `{field.default!r}` |")
+    return "\n".join(lines)
 
 
 def commands() -> str:
