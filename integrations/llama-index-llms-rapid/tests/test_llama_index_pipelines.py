@@ -661,7 +661,7 @@ def test_chat_engines_have_the_history_in_both_prompts(index, decoder, spy, mode
 def test_the_synthesizer_checks_its_arguments(decoder, llm):
     with pytest.raises(InvalidParameterError, match="MockLLM is not allowed"):
         RapidSynthesizer(MockLLM(), documents="x")
-    with pytest.raises(InvalidParameterError, match="documents of type list"):
+    with pytest.raises(InvalidParameterError, match=r"documents\[0\] of type str is not allowed"):
         RapidSynthesizer(llm, documents=["no", "ids"])
     with pytest.raises(InvalidParameterError, match="docstore"):
         RapidLLM(decoder=decoder, documents=SimpleDocumentStore())

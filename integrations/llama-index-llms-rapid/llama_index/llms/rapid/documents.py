@@ -95,9 +95,17 @@ class Library:
         elif callable(source):
             self.function = source
         else:
+            wrong: tuple[str, object] = "documents", source
+            if isinstance(source, Sequence):
+                wrong = next(
+                    (f"documents[{number}]", each)
+                    for number, each in enumerate(source)
+                    if not isinstance(each, BaseNode)
+                )
             raise InvalidParameterError(
-                f"documents of type {type(source).__name__} are not allowed: give one text, a list "
-                "of Documents, a mapping from ids to texts or Documents, a docstore, or a function"
+                f"{wrong[0]} of type {type(wrong[1]).__name__} is not allowed: give one text, a "
+                "list of Documents, a mapping from ids to texts or Documents, a docstore, or a "
+                "function"
             )
         self._made_from = self._state()
 
