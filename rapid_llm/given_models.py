@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rapid_llm.errors import InvalidParameterError
-from rapid_llm.interface import Decoder
 from rapid_llm.remote import RemoteDecoder
 
+if TYPE_CHECKING:
+    from rapid_llm.decoder import RapidDecoder
 
-def not_the_model(asked: str, decoder: Decoder) -> InvalidParameterError:
+
+def not_the_model(asked: str, decoder: RapidDecoder | RemoteDecoder) -> InvalidParameterError:
     """The error for another model's name beside a decoder."""
     name = decoder.target.name
     if isinstance(decoder, RemoteDecoder):
@@ -20,7 +24,7 @@ def not_the_model(asked: str, decoder: Decoder) -> InvalidParameterError:
     )
 
 
-def not_for_given(option: str, decoder: Decoder) -> InvalidParameterError:
+def not_for_given(option: str, decoder: RapidDecoder | RemoteDecoder) -> InvalidParameterError:
     """The error for an option that belongs to the loading of models."""
     if isinstance(decoder, RemoteDecoder):
         return InvalidParameterError(
