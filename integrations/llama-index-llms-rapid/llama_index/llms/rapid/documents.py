@@ -12,6 +12,7 @@ from llama_index.core.storage.docstore import BaseDocumentStore
 
 from llama_index.llms.rapid.catalog import Catalog, DocumentKey, group_of, key_value
 from llama_index.llms.rapid.fulltext import FullText, telling
+from rapid_llm.context.validation import require_read
 from rapid_llm.errors import DocumentError, InvalidParameterError
 
 DocumentSource: TypeAlias = (
@@ -66,6 +67,7 @@ class Library:
         function: the function that was given; None for other sources.
 
     Raises:
+        DocumentError: a Document of a list holds the bytes of a PDF.
         InvalidParameterError: the source is of another type; two Documents that are not of one
             file have the same id; ``document_key`` is in no Document's metadata; files cannot be
             told apart.
@@ -90,6 +92,9 @@ class Library:
         elif isinstance(source, Mapping):
             self._source = _Mapped(source)
         elif isinstance(source, Sequence) and all(isinstance(part, BaseNode) for part in source):
+            for document in cast(Sequence[BaseNode], source):
+                name = document.metadata.get("file_path", document.node_id)
+                require_read(f"the document {name!r}", document.get_content())
             self._source = _Listed(cast(Sequence[BaseNode], source))
             Catalog(self._source.entries(), document_key)  # checks the list
         elif callable(source):
