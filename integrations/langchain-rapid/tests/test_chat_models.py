@@ -1,16 +1,8 @@
-"""ChatRapid on tiny models: prompts, parameters, metadata, streams, asyncio, caching."""
+"""``ChatRapid``: prompts, parameters, the window, what an answer says of itself."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
-import subprocess
-import sys
-import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +10,6 @@ from conftest import SMOLLM2, Everything
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import (
     AIMessage,
-    AIMessageChunk,
     ChatMessage,
     FunctionMessage,
     HumanMessage,
@@ -26,13 +17,12 @@ from langchain_core.messages import (
 )
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
-from pydantic import ValidationError
+from messages import answer, joined
 from rapid_llm.config import SamplingParams
-from rapid_llm.decoder import RapidDecoder
-from rapid_llm.errors import ContextWindowError, InvalidParameterError, ModelError
-from tiny import BOS, WINDOW, tiny_decoder, tiny_model, tiny_tokenizer
+from rapid_llm.errors import ContextWindowError, InvalidParameterError
+from tiny import BOS, WINDOW, tiny_decoder
 
-from langchain_rapid import ChatRapid, GenerationTimeoutError, RapidLLM
+from langchain_rapid import ChatRapid, GenerationTimeoutError
 
 CHAT = [
     SystemMessage("Be brief."),
@@ -41,125 +31,11 @@ CHAT = [
     ChatMessage("Aside.", role="narrator"),
     HumanMessage([{"type": "text", "text": "And"}, "who else?"]),
 ]
+
 CHAT_PROMPT = (
     "<s>[system]Be brief.\n[user]Who?\n[assistant]Ann.\n[narrator]Aside.\n"
     "[user]And\nwho else?\n[assistant]"
 )
-
-
-def answer(message: AIMessage) -> str:
-    assert isinstance(message.content, str)
-    return message.content
-
-
-def joined(chunks: list[AIMessageChunk]) -> AIMessageChunk:
-    whole = chunks[0]
-    for chunk in chunks[1:]:
-        whole += chunk
-    return whole
-
-
-# --- construction ------------------------------------------------------------------------------
-
-
-def test_neither_import_nor_construction_imports_torch():
-    code = (
-        "import sys; from langchain_rapid import ChatRapid, RapidLLM; ChatRapid(); RapidLLM(); "
-        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_a_model_is_looked_for_when_it_is_needed():
-    llm = ChatRapid(model="no-such-file.gguf")
-    with pytest.raises(ModelError, match="no-such-file"):
-        llm.invoke("Hello")
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"tempature": 1.0}, "tempature"),
-        ({"temperature": -1.0}, "at least 0"),
-        ({"max_tokens": 0}, "at least 1"),
-        ({"timeout": 0}, "above 0"),
-        ({"mode": "fast"}, "mode"),
-        ({"gamma": 0}, "at least 1"),
-        ({"gamma": "all"}, "gamma"),
-        ({"drafter_quantization": "int3"}, "drafter_quantization"),
-        ({"kv_cache_bytes": -1}, "kv_cache_bytes"),
-        ({"stop": [""]}, "non-empty"),
-        ({"truncate": "end"}, "truncate"),
-    ],
-)
-def test_wrong_fields_are_refused_at_once(wrong, message):
-    with pytest.raises(ValidationError, match=message):
-        ChatRapid(**wrong)
-
-
-def test_standard_parameters_of_hosted_models_are_accepted(tiny_folder):
-    ChatRapid(api_key="none", max_retries=2, timeout=60)
-    llm = ChatRapid(model=Path(tiny_folder), max_tokens=2)
-    assert llm.invoke("Hello").response_metadata["model_name"] == tiny_folder
-
-
-def test_traces_name_the_versions():
-    for llm in (ChatRapid(), RapidLLM()):
-        assert llm.metadata is not None
-        assert llm.metadata["lc_versions"].keys() >= {"langchain-core", "langchain-rapid"}
-
-
-def test_a_decoder_names_the_model(decoder):
-    assert ChatRapid(decoder=decoder).model == "tiny-0"
-    assert ChatRapid(decoder=decoder).drafter is None
-    with pytest.raises(ValidationError, match="leave one of them out"):
-        ChatRapid(decoder=decoder, model="other")
-    with pytest.raises(ValidationError, match="type str is not allowed"):
-        ChatRapid(decoder="smollm2-135m")
-    two = RapidDecoder(
-        tiny_model(0), tiny_tokenizer(), tiny_model(1), name="one", drafter_name="two"
-    )
-    assert ChatRapid(decoder=two).drafter == "two"
-
-
-def test_objects_share_one_copy_of_the_weights_and_free_it(tiny_folder):
-    def weights(llm: ChatRapid | RapidLLM) -> Any:
-        return llm._decoder_for(llm.model).target.model
-
-    first, second = ChatRapid(model=tiny_folder), ChatRapid(model=tiny_folder, temperature=1.0)
-    text = RapidLLM(model=tiny_folder)
-    assert weights(first) is weights(second) is weights(text)
-    assert weights(first.model_copy(update={"seed": 3})) is weights(first)
-    alive = weakref.ref(weights(first))
-    del first, second, text
-    gc.collect()
-    assert alive() is None
-
-
-def test_the_decoders_own_options_reach_it(tiny_folder, tmp_path):
-    options = {"model": tiny_folder, "max_tokens": 4, "drafter_quantization": "int8"}
-    prompt, kept = "abcdefgh" * 150, tmp_path / "kv"
-    for cached in (False, True):  # from the folder, as nothing is kept in memory
-        llm = ChatRapid(**options, kv_cache_bytes=0, kv_cache_dir=kept)
-        for again in (False, True):
-            rapid = llm.invoke(prompt).response_metadata["rapid"]
-            assert (rapid["cached_tokens"] > 0) == (cached or again)
-        assert len(list(kept.glob("*.safetensors"))) == 1
-    assert llm._decoder_for(tiny_folder).draft_runner.name == f"{tiny_folder} (int8)"
-    assert llm._identifying_params["drafter_quantization"] == "int8"
-    without = ChatRapid(**options, kv_cache_bytes=0)
-    for _ in range(2):
-        assert without.invoke(prompt).response_metadata["rapid"]["cached_tokens"] == 0
-
-
-def test_neither_dump_nor_repr_holds_decoder_or_documents(decoder):
-    from langchain_core.load import dumps
-    from langchain_core.runnables import RunnableLambda
-
-    llm = ChatRapid(decoder=decoder, retriever=RunnableLambda(lambda _: []), documents="SECRET")
-    for shown in (repr(llm), str(llm), dumps(llm), str(llm.asdict()), str(llm.model_dump())):
-        assert "SECRET" not in shown
-        assert "RapidDecoder" not in shown
 
 
 # --- prompts -----------------------------------------------------------------------------------
@@ -410,125 +286,6 @@ def test_another_model_is_another_cache_key(prompts):
     for seed in (0, 1):
         ChatRapid(decoder=tiny_decoder(seed), max_tokens=5, cache=cache).invoke("Hello")
     assert len(prompts) == 2
-
-
-# --- concurrency -------------------------------------------------------------------------------
-
-
-def test_threads_get_the_answers_they_get_alone(llm):
-    calls = [
-        (f"Question {i}", {"temperature": 1.0, "seed": i, "draft_messages": f"Q{i}"})
-        for i in range(8)
-    ]
-    alone = [llm.invoke(text, **options).content for text, options in calls]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda call: llm.invoke(call[0], **call[1]).content, calls))
-    assert together == alone
-    texts = [text for text, _ in calls]
-    assert [m.content for m in llm.batch(texts)] == [llm.invoke(t).content for t in texts]
-
-
-async def test_batches_are_answered_at_once_and_single_calls_alone(llm, together):
-    texts = [f"Question {i}" for i in range(4)]
-    alone = [llm.invoke(text).content for text in texts]
-    assert [llm.invoke(text).content for text in texts] == alone
-    assert together == []
-    assert [message.content for message in llm.batch(texts)] == alone
-    assert max(together) > 1
-    together.clear()
-    assert [message.content for message in await llm.abatch(texts)] == alone
-    assert max(together) > 1
-    for config in ({"max_concurrency": 2}, {"max_concurrency": 1}):
-        together.clear()
-        assert [message.content for message in llm.batch(texts, config)] == alone
-        assert max(together, default=0) <= config["max_concurrency"]
-
-
-async def test_tasks_get_the_answers_they_get_alone(llm):
-    texts = [f"Question {i}" for i in range(6)]
-    alone = [llm.invoke(text).content for text in texts]
-    assert [m.content for m in await llm.abatch(texts)] == alone
-
-    async def streamed(text: str) -> Any:
-        return joined([chunk async for chunk in llm.astream(text)]).content
-
-    assert await asyncio.gather(*map(streamed, texts)) == alone
-
-
-async def test_the_event_loop_runs_during_a_generation(llm, slow_passes):
-    task, ticks = asyncio.ensure_future(llm.ainvoke("Hello")), 0
-    while not task.done():
-        ticks += 1
-        await asyncio.sleep(0.001)
-    # A blocked loop would tick once a pass at most, in the gaps between them.
-    assert ticks > 2 * len(slow_passes)
-
-
-async def test_a_model_is_loaded_once_and_not_in_the_loop(tiny_folder, monkeypatch):
-    loop_thread, loading_threads = threading.get_ident(), []
-    original = RapidDecoder.from_config
-
-    def recorded(*args: Any, **options: Any) -> RapidDecoder:
-        loading_threads.append(threading.get_ident())
-        return original(*args, **options)
-
-    monkeypatch.setattr(RapidDecoder, "from_config", recorded)
-    llm = ChatRapid(model=tiny_folder, max_tokens=2)
-    assert (await llm.ainvoke("Hello")).content == llm.invoke("Hello").content
-    assert len(loading_threads) == 1
-    assert loop_thread not in loading_threads
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-async def test_a_cancelled_task_stops_within_one_round(llm, slow_passes, streaming):
-    async def consume() -> None:
-        options = {"draft_messages": "Hi", "max_tokens": 500, "gamma": 4}
-        if streaming:
-            async for _ in llm.astream("Hello", **options):
-                pass
-        else:
-            await llm.ainvoke("Hello", **options)
-
-    task = asyncio.ensure_future(consume())
-    while len(slow_passes) < 12:
-        await asyncio.sleep(0.001)
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    at_cancel = len(slow_passes)
-    await asyncio.sleep(0.4)
-    assert len(slow_passes) - at_cancel <= 5  # the rest of one round
-    assert len(answer(llm.invoke("Hello"))) == 20
-
-
-async def test_a_cancelled_prefill_stops_at_the_next_chunk(llm, slow_passes, monkeypatch):
-    monkeypatch.setattr("rapid_llm.engine.device.Device.prefill_chunk", 10)
-    task = asyncio.ensure_future(llm.ainvoke("x" * 1500))
-    while len(slow_passes) < 3:
-        await asyncio.sleep(0.001)
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    await asyncio.sleep(0.2)
-    assert len(slow_passes) < 8
-
-
-def test_a_closed_stream_stops_at_once(llm, slow_passes):
-    stream = llm.stream("Hello", max_tokens=500)
-    next(stream)
-    stream.close()
-    passes = len(slow_passes)
-    assert len(answer(llm.invoke("Hello", max_tokens=3))) == 3
-    assert len(slow_passes) <= passes + 4
-
-
-async def test_a_closed_async_stream_stops_within_one_round(llm, slow_passes):
-    stream = llm.astream("Hello", max_tokens=500)
-    await anext(stream)
-    await stream.aclose()
-    passes = len(slow_passes)
-    await asyncio.sleep(0.2)
-    assert len(slow_passes) <= passes + 1
 
 
 # --- one real model ----------------------------------------------------------------------------
