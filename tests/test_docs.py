@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +195,19 @@ def test_every_page_is_in_the_navigation_once() -> None:
     ]
     pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
     assert sorted(listed) == sorted(pages)
+
+
+def test_the_speeds_of_the_readme_are_those_of_the_page_on_speed() -> None:
+    def ratios(page: str, heading: str, columns: slice) -> list[tuple[str, ...]]:
+        """Plain decoding ÷ generate, RAPID ÷ plain and lossless ÷ plain, of each machine."""
+        table = (ROOT / page).read_text().partition(f"\n## {heading}\n")[2].split("\n## ")[0]
+        rows = [line.split("|")[columns] for line in table.splitlines() if line.startswith("|")]
+        found = (re.findall(r"\d+\.\d+", " ".join(row)) for row in rows)
+        return sorted(tuple(row) for row in found if row)
+
+    short = ratios("README.md", "Speed, and its limits", slice(2, 4))
+    assert len(short) >= 4
+    assert short == ratios("docs/explanation/speed.md", "Measured", slice(3, 6))
 
 
 def test_the_readme_is_short() -> None:
