@@ -14,6 +14,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rapid_llm.errors import InvalidParameterError, MissingDependencyError
+from rapid_llm.grammar_limits import (
+    in_deep_stack,
+    is_of_size,
+    too_deep,
+    too_large,
+    too_large_for_llguidance,
+    too_many_entries,
+)
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -61,6 +69,7 @@ _NO_CONDITION = ("binary", "password", "path")  # formats that every string has
 _NOTHING = {"uniqueItems": False, "propertyNames": True, "unevaluatedItems": True,
             "unevaluatedProperties": True}  # fmt: skip
 """Values of keywords that demand nothing; llguidance knows the keywords not at all."""
+_SHOWN = 100  # characters at each end of a long message
 _NOT_SIGNS_ALONE = "^(?!^[-+.]*$)"
 """Beginning of pydantic's pattern of a Decimal."""
 
@@ -83,6 +92,7 @@ def canonical(given: Any) -> dict[str, Any] | None:
         return None
     form, value = _sorted(given)
     made: dict[str, Any] = {form: _VALUES[form](value)}
+    _require_readable(form, made[form])
     llguidance_grammar(json.dumps(made))
     return made
 
@@ -145,10 +155,13 @@ def _json(value: Any) -> Any:
         return {}
     try:
         schema = json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise _unusable("json", too_deep("too many")) from error
+    except (TypeError, ValueError) as error:
         raise _unusable("json", f"the schema is no JSON: {error}") from error
     if not isinstance(schema, dict):
         raise _unusable("json", f"{value!r} is no JSON schema: give a mapping with its keywords")
+    _require_readable("json", schema)
     for each in _subschemas(schema):
         _require_enforceable(each)
         _simplify(each)
@@ -185,6 +198,19 @@ _VALUES = {
 }
 
 
+def _require_readable(form: Form, value: Any) -> None:
+    """Refuse what is too large, and text that is no Unicode."""
+    if problem := too_large(form, value, len(json.dumps(value))):
+        raise _unusable(form, problem)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        lone = error.object[error.start]
+        raise _unusable(
+            form, f"it has the lone surrogate {lone!r}, which is no character: remove it"
+        ) from error
+
+
 # --- JSON schemas --------------------------------------------------------------------------------
 
 
@@ -208,6 +234,8 @@ def _require_enforceable(schema: dict[str, Any]) -> None:
         raise _unusable(
             "json", f"{schema!r} is no JSON schema: none of its keys is a keyword, such as 'type'"
         )
+    if problem := too_many_entries(schema):
+        raise _unusable("json", problem)
     for keyword in _OUTDATED:
         if keyword in schema:
             raise _unusable("json", f"the keyword {keyword!r} of JSON schema's draft 3 is unknown")
@@ -312,16 +340,16 @@ def llguidance_grammar(constraint: str) -> str:
         elif form == "regex":
             grammar = LLMatcher.grammar_from_regex(_without_anchors(value))
         elif form == "choice":
-            grammar = grammar_from("choice", json.dumps(value))
+            grammar = grammar_from("lark", "start: ANY\nANY: " + " | ".join(map(json.dumps, value)))
         elif value.lstrip().startswith('{"grammars"'):
             grammar = value
         else:
             grammar = grammar_from("grammar", value)
-        problem = LLMatcher.validate_grammar(grammar) or _nothing_begins(grammar)
     except ValueError as refused:  # of GBNF, and of JSON that is no grammar
         raise _unusable(form, refused) from refused
+    problem = in_deep_stack(lambda: LLMatcher.validate_grammar(grammar) or _nothing_begins(grammar))
     if problem:
-        raise _unusable(form, problem)
+        raise _unusable(form, too_large_for_llguidance(form, value, len(constraint), problem))
     return grammar
 
 
@@ -330,11 +358,14 @@ def _nothing_begins(grammar: str) -> str:
     from llguidance import LLMatcher
 
     matcher = LLMatcher(_bytes(), grammar, log_level=0)
-    if matcher.get_error():  # of a token that only a model's own tokenizer has
-        return ""
+    if error := matcher.get_error():
+        # Other errors are of tokens that only a model's own tokenizer has.
+        return error if is_of_size(error) else ""
     matcher.compute_bitmask()
-    if not matcher.is_error():
+    if not (error := matcher.get_error()):
         return ""
+    if is_of_size(error):
+        return error
     return "no text satisfies it; look for a $ref or a rule to itself alone"
 
 
@@ -363,11 +394,12 @@ def _unusable(form: str, problem: object) -> InvalidParameterError:
 
 
 def one_line(problem: object) -> str:
-    """llguidance's message in one line: for a regular expression the expression and its error."""
+    """A message in one short line: for a regular expression the expression and its error."""
     text = str(problem).strip().partition(". Enable 'coerce_one_of'")[0]
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.splitlines()] or [type(problem).__name__]
+    line = lines[0].removesuffix(":")
     found = next((line for line in lines if line.startswith("error: ")), None)
     if found is not None and "regex parse error" in text:
         after = next(i for i, line in enumerate(lines) if line.endswith("regex parse error:"))
-        return f"pattern {lines[after + 1]!r}: {found.removeprefix('error: ')}"
-    return lines[0].removesuffix(":") if lines else type(problem).__name__
+        line = f"pattern {lines[after + 1]!r}: {found.removeprefix('error: ')}"
+    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"

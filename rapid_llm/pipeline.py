@@ -21,7 +21,7 @@ from rapid_llm.context.retrieved import SEPARATOR, Passage, texts_by_id
 from rapid_llm.context.validation import require_documents, require_text
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.encoding import Message, Prompt
-from rapid_llm.errors import DocumentError
+from rapid_llm.errors import DocumentError, RapidError
 from rapid_llm.interface import GenerationRequest
 from rapid_llm.options import changed, given
 from rapid_llm.progress import StageProgress
@@ -110,7 +110,7 @@ class RapidPipeline:
 
         Raises:
             DocumentError: one string was given instead of several.
-            RapidError: any other error of :meth:`stream`.
+            RapidError: any other error of :meth:`stream`; the message says of which question.
         """
         return cast("list[Answer]", list(self.answers(questions, method, **call)))
 
@@ -135,15 +135,17 @@ class RapidPipeline:
                 f"questions={questions!r} is one string: give a list of questions, or use ask"
             )
 
-        def prepared(question: str) -> PreparedAnswer | Exception:
-            try:
-                return self._prepared(from_arguments(Question, question, method, **call))
-            except Exception as error:
-                if not return_exceptions:
-                    raise
-                return error
+        asked = list(questions)
 
-        return self._answered(list(map(prepared, questions)), return_exceptions)
+        def prepared(place: int) -> PreparedAnswer | Exception:
+            try:
+                return self._prepared(from_arguments(Question, asked[place], method, **call))
+            except Exception as error:
+                if return_exceptions:
+                    return error
+                raise _of_question(error, place, len(asked)) from error
+
+        return self._answered(list(map(prepared, range(len(asked)))), return_exceptions)
 
     def _answered(
         self, prepared: Sequence[PreparedAnswer | Exception], return_exceptions: bool
@@ -178,7 +180,7 @@ class RapidPipeline:
                 elif return_exceptions:
                     yield outcome
                 else:
-                    raise outcome
+                    raise _of_question(outcome, place, len(outcomes)) from outcome
 
     def chat(self, method: Method = "rapid") -> Conversation:
         """Begin a conversation about the documents; each question sees the earlier ones."""
@@ -382,3 +384,10 @@ class _Prompts(NamedTuple):
     target: Prompt | None
     draft: Prompt | None
     omitted_tokens: int
+
+
+def _of_question(error: Exception, place: int, count: int) -> Exception:
+    """The error of one of several questions, with its number; another's than ours as it is."""
+    if not isinstance(error, RapidError):
+        return error
+    return type(error)(f"question {place + 1} of {count}: {error}")

@@ -163,7 +163,7 @@ def test_the_rounds_of_all_are_joined(monkeypatch):
 
 
 def test_a_joined_pass_has_no_more_tokens_than_its_limit(monkeypatch):
-    monkeypatch.setattr(rounds, "MOST_TOKENS", 7)
+    monkeypatch.setattr(rounds, "MOST_DECODED", 7)
     decoder = decoder_of()
     passes = count_passes(monkeypatch)
     speculation = SpeculationConfig(gamma=2, lookup=False)

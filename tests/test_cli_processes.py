@@ -66,6 +66,20 @@ def test_help_shows_every_option_in_full_in_a_narrow_terminal(
     assert max(map(len, shown.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_describes_every_argument_and_option(run: Any, name: str) -> None:
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, parameter.name
+        if parameter.param_type_name == "argument":
+            assert f"\n  {parameter.metavar}" in run(name, "--help").out
+
+
+def test_help_says_none_where_it_is_typed(run: Any) -> None:
+    shown = " ".join(run("ask", "--help").out.split())
+    assert "none uses the original weights" in shown
+    assert "None" not in shown
+
+
 def test_the_list_of_commands_cuts_no_description(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

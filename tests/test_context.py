@@ -213,6 +213,7 @@ def test_unicode_documents_are_searched(tokenizer: PreTrainedTokenizerBase) -> N
             "q",
             r"document 2 of 2 is PosixPath, not text: .*read_document",
         ),
+        (["%PDF-1.7 1 0 obj"], "q", "the document holds the bytes of a PDF and not its text"),
         (b"bytes", "q", "documents of type bytes are not allowed: .*list of texts"),
         ({"id": "text"}, "q", "documents of type dict are not allowed"),
         ({"text"}, "q", "documents of type set are not allowed"),

@@ -176,6 +176,16 @@ def test_the_table_of_options_has_each_once_with_its_default() -> None:
             assert declared.option.help.split("|")[0] in row.replace("\\|", "|")
 
 
+@pytest.mark.skipif(not WHEELS, reason="the classes are those of the wheels")
+def test_fields_that_only_a_wheel_has_are_listed_with_their_meaning() -> None:
+    for module in ("langchain_rapid.ChatRapid", "llama_index.llms.rapid.RapidLLM"):
+        rows = hooks().fields_table(*module.rsplit(".", 1)).splitlines()[2:]
+        names = [row.split("`")[1] for row in rows]
+        assert {"documents", "base_url", "truncate"} <= set(names)
+        assert not {"temperature", "max_tokens", "callbacks", "callback_manager"} & set(names)
+        assert all(len(row.split("|")[2]) > 20 for row in rows)
+
+
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = [
         line.split(":")[-1].strip(" -")

@@ -19,7 +19,6 @@ from conftest import tiny_model
 from test_eval_methods import WordCounts, item, tokenizer, words
 
 from rapid_llm import InvalidParameterError, RapidDecoder, Stats
-from rapid_llm.engine.device import Device
 from rapid_llm.errors import DataError
 from rapid_llm.evaluation import retrieval as retrieval_module
 from rapid_llm.evaluation.journal import RESULTS, SETTINGS, Journal, Record, read_records
@@ -255,8 +254,6 @@ def test_answers_at_once_are_those_of_one_by_one(tmp_path: Path, changes: dict[s
 def test_the_questions_and_methods_on_a_document_are_asked_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunk = 40
-    monkeypatch.setattr(Device, "prefill_chunk", chunk)  # the unit in which KV is shared
     decoder, groups = make_decoder(max_sequences=8), []
     many = decoder.stream_many
     monkeypatch.setattr(
@@ -269,7 +266,7 @@ def test_the_questions_and_methods_on_a_document_are_asked_at_once(
     for record in records:
         if record.base in ("lc", "sd"):  # one document is read once for all
             assert record.stats["prompt_tokens"] == 99
-            assert record.stats["cached_tokens"] in (2 * chunk, 98)  # all of it: the first asked
+            assert record.stats["cached_tokens"] > 90
 
 
 @pytest.mark.parametrize("stop", [1, 7, 22, 30])
@@ -404,7 +401,9 @@ def test_more_items_and_methods_may_be_asked(
 def test_kv_that_is_not_kept_changes_no_answer(
     tmp_path: Path, uninterrupted: list[dict[str, Any]]
 ) -> None:
-    forgetful = RapidDecoder(tiny_model(eos_token_id=None), tokenizer(), kv_cache_bytes=0)
+    forgetful = RapidDecoder(
+        tiny_model(eos_token_id=None), tokenizer(), kv_cache_bytes=0, max_sequences=1
+    )
     records = run(tmp_path, make_task(), decoder=forgetful)
     assert all(record.stats["cached_tokens"] == 0 for record in records)
     assert [r.answer for r in records] == [r["answer"] for r in uninterrupted]

@@ -331,6 +331,24 @@ def test_several_questions_are_no_string(decoder: RapidDecoder, embedder: Counti
         pipeline_of(decoder, embedder).ask_many("w31 w32")
 
 
+def test_an_error_of_several_questions_says_which_one_failed(
+    decoder: RapidDecoder, embedder: CountingEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipeline_of(decoder, embedder)
+    with pytest.raises(DocumentError, match="question 2 of 3: the question is empty"):
+        pipeline.ask_many(["w31", " ", "w32"])
+    error, _, other = pipeline.answers([" ", "w31", 5], return_exceptions=True)  # type: ignore[list-item]
+    assert str(error).startswith("the question is empty")
+    assert isinstance(other, Exception)
+
+    def late(requests: Any, return_exceptions: bool) -> Any:
+        yield 0, ContextWindowError("too long")
+
+    monkeypatch.setattr(decoder, "_stream_many", late)
+    with pytest.raises(ContextWindowError, match="question 1 of 2: too long"):
+        pipeline.ask_many(["w31", "w32"])
+
+
 @pytest.mark.parametrize(
     ("history", "told"),
     [

@@ -234,6 +234,17 @@ def test_a_required_tool_is_called_streamed_or_not(post: Any, decoder: RapidDeco
     assert arguments == call["function"]["arguments"]
 
 
+def test_a_stream_has_no_part_without_text_or_a_call_or_an_end(post: Any) -> None:
+    calling = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 100}
+    for body in (calling, {"response_format": {"type": "json_object"}}):
+        streamed = events(post(stream=True, chat_template_kwargs=PLAINLY, **body))
+        for (choice,) in (part["choices"] for part in streamed):
+            assert any(choice["delta"].values()) or choice["finish_reason"]
+    told = events(post(stream=True, rapid=TOKENS, chat_template_kwargs=PLAINLY, **calling))
+    rounds = [part["rapid"]["tokens"] for part in told if "rapid" in part]
+    assert all(rounds)  # but where tokens are asked for, each round tells its own
+
+
 def test_results_of_tools_are_read(post: Any) -> None:
     call = {"id": "abcdefghi", "type": "function",
             "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}  # fmt: skip

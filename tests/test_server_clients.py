@@ -89,8 +89,10 @@ def server(decoder: RapidDecoder) -> Iterator[Server]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_stops_its_generation(
-    server: Server, decoder: RapidDecoder, stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    server: Server, decoder: RapidDecoder, stream: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO", "rapid_llm.server")
     rounds: list[int] = []
     counted = server.service.metrics.generated
     monkeypatch.setattr(
@@ -109,7 +111,9 @@ def test_a_client_that_leaves_stops_its_generation(
             received += more
     connection.close()
     until(lambda: server.service.admission.active == 0)
+    until(lambda: f"POST '{PATH}' 499" in caplog.text)
     assert httpx.post(server.url + PATH, json=SHORT, timeout=60).status_code == 200
+    assert f"POST '{PATH}' 200" in caplog.text
     assert cancelled(server) == gone + 1
     assert rounds == [4] or rounds[0] < 1500
     assert rounds[-1] == 4

@@ -362,8 +362,17 @@ def test_files_have_a_limit_together(upload: Any, server: Server) -> None:
 
 
 def test_what_is_kept_beside_the_texts_counts_too(upload: Any) -> None:
-    error = refused(upload("a.txt", b"a", purpose="p" * 6_000), 413)
+    error = refused(upload("é" * 1_000 + ".txt", b"a"), 413)  # six bytes each in JSON
     assert error["code"] == "storage_full"
+
+
+def test_a_purpose_that_files_are_not_read_for_is_refused(upload: Any, server: Server) -> None:
+    error = refused(upload("a.txt", b"a", purpose="fine-tune"))
+    assert error["param"] == "purpose"
+    assert "files are read as documents, so take user_data or assistants" in error["message"]
+    kept = upload("a.txt", b"a", purpose="assistants").json()
+    assert kept["purpose"] == "assistants"
+    httpx.delete(f"{server.url}/v1/files/{kept['id']}")
 
 
 def test_a_full_disk_is_told_and_nothing_stays(

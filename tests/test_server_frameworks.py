@@ -102,6 +102,30 @@ def test_a_model_on_a_server_is_copied_without_its_key(
         langchain_rapid.ChatRapid(base_url=there.base_url, api_key="wrong")
 
 
+def test_a_model_that_the_server_does_not_run_is_told_with_the_one_that_it_runs(
+    server: Server,
+) -> None:
+    there = {"base_url": server.url, "api_key": KEY}
+    served = f"model='other' is not served by base_url='{server.url}', only 'tiny'"
+    with pytest.raises(ValidationError, match=served):
+        langchain_rapid.ChatRapid(model="other", **there)
+    with pytest.raises(InvalidParameterError, match=served):
+        langchain_rapid.ChatRapid(**there).invoke("Hello", model="other")
+    with pytest.raises(InvalidParameterError, match=served):
+        llama_index_rapid.RapidLLM("other", **there)
+    with pytest.raises(InvalidParameterError, match=served):
+        llama_index_rapid.RapidLLM(**there).complete("Hello", model="other")
+
+
+def test_an_option_of_loading_beside_base_url_is_the_servers(server: Server) -> None:
+    there = {"base_url": server.url, "api_key": KEY}
+    with pytest.raises(ValidationError, match="give it to rapid-llm serve"):
+        langchain_rapid.ChatRapid(drafter="other", **there)
+    for option in ({"drafter": "other"}, {"token": "t"}):
+        with pytest.raises(InvalidParameterError, match="give it to rapid-llm serve"):
+            llama_index_rapid.RapidLLM(**option, **there)
+
+
 @pytest.fixture
 def llms(server: Server, decoder: RapidDecoder) -> Any:
     def llms(**more: Any) -> tuple[Any, Any]:

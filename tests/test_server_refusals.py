@@ -173,8 +173,25 @@ def test_a_form_in_the_place_of_json_is_told_what_to_send(server: Server) -> Non
 
 
 def test_unknown_paths_and_methods_have_errors_of_the_same_form(server: Server) -> None:
-    refused(httpx.get(server.url + "/v1/embeddings"), 404)
-    refused(httpx.get(server.url + "/v1/chat/completions"), 405)
+    unknown = refused(httpx.get(server.url + "/v1/embeddings"), 404)["message"]
+    assert "known are /v1/chat/completions, " in unknown
+    doubled = refused(httpx.post(server.url + "/v1/v1/chat/completions", json={}), 404)
+    assert "ends in /v1, once" in doubled["message"]
+    response = httpx.get(server.url + "/v1/chat/completions")
+    assert "does not take GET: send POST" in refused(response, 405)["message"]
+    assert response.headers["allow"] == "POST"
+    response = httpx.delete(server.url + "/v1/files")
+    assert refused(response, 405)["message"].endswith("send GET or POST")
+
+
+def test_a_role_that_openai_does_not_know_is_refused_by_its_name(post: Any) -> None:
+    wizard = {"role": "wizard", "content": "Who?"}
+    error = refused(post(messages=[*user("Hello"), wizard]))
+    assert error["param"] == "messages.1.role"
+    assert "'wizard' is not allowed: take one of system, developer, user" in error["message"]
+    draft = refused(post(rapid={"draft_messages": [wizard]}))
+    assert draft["param"] == "rapid.draft_messages.0.role"
+    assert post(messages=[{"role": "developer", "content": "Be brief."}, *user("Hi")]).is_success
 
 
 def test_an_unexpected_error_quotes_nothing(

@@ -57,7 +57,7 @@ def nested(depth: int) -> dict[str, Any]:
             {"tools": [tool(parameters={"properties": {"a": {"enum": []}}, "required": ["a"]})]},
             r"the tool 'add'.*Unsatisfiable",
         ),
-        ({"tools": [tool(parameters=nested(3_000))]}, r"the tool 'add'.*recursion"),
+        ({"tools": [tool(parameters=nested(3_000))]}, r"the tool 'add'.*levels deep"),
         ({"tools": [tool()], "tool_choice": "sub"}, r"tool_choice='sub' names no tool; .* add"),
         ({"tools": [tool()], "tool_choice": ""}, r"tool_choice='' names no tool; .* add"),
         ({"tools": [tool()], "tool_choice": 3}, r"tool_choice=3 names no tool; .* add"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from rapid_llm.options import Declared, options_of
 
 OPTIONS = "<!-- table of options -->"
 COMMANDS = "<!-- commands -->"
+FIELDS = re.compile(r"<!-- fields of ([\w.]+)\.(\w+) -->")
+_SHORT = re.compile(r"<code>(?=[^<\s]{1,32}</code>)")
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?\.?([^<]*)</code>")
 
 
@@ -21,12 +24,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(OPTIONS, options_table())
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, commands())
-    return markdown
+    return FIELDS.sub(lambda found: fields_table(*found.groups()), markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Shows Sphinx's roles in docstrings as code."""
-    return _ROLE.sub(r"<code>\1</code>", html)
+    """Shows Sphinx's roles in docstrings as code, and keeps short words of code in one line."""
+    return _SHORT.sub('<code class="whole">', _ROLE.sub(r"<code>\1</code>", html))
 
 
 def groups() -> tuple[type, ...]:
@@ -45,7 +48,7 @@ def options_table() -> str:
 
 
 def _lines() -> Iterator[str]:
-    yield "| option | values | default | in a call | meaning |"
+    yield "| option | meaning | values | default | in a call |"
     yield "|---|---|---|---|---|"
     for group in groups():
         yield f"| **{group.title}** (`{group.__name__}`) | | | | |"  # type: ignore[attr-defined]
@@ -58,8 +61,29 @@ def _row(declared: Declared) -> str:
     names = ", ".join(f"`{name}`" for name in (declared.name, *option.aliases))
     default = declared.default
     shown = "" if default in ({}, ()) else f"`{default!r}`"
-    cells = names, declared.limit, shown, "yes" if option.per_call else "no", option.help
+    cells = names, option.help, declared.limit, shown, "yes" if option.per_call else "no"
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def shared_names() -> Iterator[str]:
+    """Names of the options that both wheels take as they are, and their aliases."""
+    for name, declared in options_of(SamplingParams, SpeculationConfig, EngineConfig).items():
+        yield from (name, *declared.option.aliases)
+
+
+def fields_table(module: str, name: str) -> str:
+    """The fields of a wheel's class, without its framework's and those of :func:`shared_names`."""
+    made = getattr(importlib.import_module(module), name)
+    left_out = set(shared_names())
+    for base in made.__mro__:
+        if "rapid" not in base.__module__:
+            left_out.update(getattr(base, "model_fields", ()))
+    lines = ["| field | meaning | default |", "|---|---|---|"]
+    for each, field in made.model_fields.items():
+        if each not in left_out:
+            text = " ".join(field.description.split()).replace("``", "`").replace("|", "\\|")
+            lines.append(f"| `{each}` | {text} | `{field.default!r}` |")
+    return "\n".join(lines)
 
 
 def commands() -> str:
@@ -80,12 +104,13 @@ def _parameters(command: Any) -> str:
     known = options_of(*groups())
     lines, shared = ["| parameter | meaning |", "|---|---|"], []
     for each in command.params:
-        if each.name in known and each.help and each.help.startswith(known[each.name].option.help):
+        option = each.param_type_name == "option" and known.get(each.name)
+        if option and (each.help or "").lower().startswith(option.option.help.lower()):
             shared.append(f"`{each.opts[0]}`")
         elif not getattr(each, "hidden", False):
             names = ", ".join(f"`{name}`" for name in each.opts)
             if each.param_type_name == "argument":
-                names = f"`{each.metavar or each.name.upper()}`"
+                names = f"`{each.metavar}`"
             text = (getattr(each, "help", None) or "").replace("|", "\\|")
             lines.append(f"| {names} | {text} |")
     table = "\n".join(lines) if len(lines) > 2 else ""

@@ -12,8 +12,11 @@ from rapid_llm.batching.sequence import Sequence
 from rapid_llm.engine.model_runner import ModelRunner
 from rapid_llm.engine.session import Extend, Purpose, extend_all
 
-MOST_TOKENS = 512
-"""Maximum number of tokens in a joined pass, which bounds the memory of its activations."""
+MOST_READ = 512
+"""Maximum number of tokens of a joined pass over prompts, which bounds its activations' memory."""
+
+MOST_DECODED = 128
+"""The same for drafts and verifications: for more, devices have no passes for few tokens."""
 
 
 def run_round(sequences: list[Sequence]) -> None:
@@ -69,12 +72,13 @@ def _run(sequences: list[Sequence]) -> None:
 
 
 def _parts(group: list[Sequence]) -> list[list[Sequence]]:
-    """The group in parts of at most :data:`MOST_TOKENS` tokens."""
+    """The group in parts of as many tokens as a pass may have."""
+    most = MOST_READ if any(each.reading for each in group) else MOST_DECODED
     parts: list[list[Sequence]] = []
-    tokens = MOST_TOKENS
+    tokens = 0
     for each in group:
         new = len(_wanted(each).tokens)
-        if not parts or tokens + new > MOST_TOKENS:
+        if not parts or tokens + new > most:
             parts.append([])
             tokens = 0
         parts[-1].append(each)

@@ -51,7 +51,9 @@ _NOT_RECORDED = ("cuda_graphs", "kv_cache_host_bytes", "kv_cache_dir", "kv_cache
 def evaluate(
     engine: EngineConfig,
     ctx: typer.Context,
-    task: Annotated[str, Argument(help="needle, squad, nq, …; another name lists all.")],
+    task: Annotated[
+        str, Argument(metavar="TASK", help="needle, squad, nq, …; another name lists all.")
+    ],
     method: Annotated[
         _Names,
         Option(

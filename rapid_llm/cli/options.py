@@ -63,7 +63,7 @@ def with_options(
 def _annotation(declared: Declared) -> Any:
     option, kinds = declared.option, declared.kinds
     settings: dict[str, Any] = {
-        "help": option.help,
+        "help": option.help.replace("None", _NONE) if _NONE in _words(declared) else option.help,
         "metavar": option.metavar,
         "rich_help_panel": declared.group.title,
     }

@@ -36,7 +36,10 @@ _WIDTH = 1000  # of report.md's tables, whose cells have a line each
 def report(
     folders: Annotated[
         list[Path],
-        Argument(help="Folders that rapid-llm eval wrote, or a folder of such folders."),
+        Argument(
+            metavar="FOLDER",
+            help="Folders that rapid-llm eval wrote, or a folder of such folders.",
+        ),
     ],
     out: Annotated[Path | None, Option(help="Folder to write; by default the first one.")] = None,
 ) -> None:

@@ -50,7 +50,10 @@ def serve(
     speculation: SpeculationConfig,
     model: Annotated[
         str,
-        typer.Argument(help="Target: hub id, folder, GGUF file, or the packaged model's name."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Target: hub id, folder, GGUF file, or the packaged model's name.",
+        ),
     ] = PACKAGED_MODEL,
 ) -> None:
     """Serve a model by OpenAI's protocol, with documents that stay read.

@@ -13,7 +13,7 @@ def require_documents(documents: str | Iterable[str]) -> tuple[str, ...]:
 
     Raises:
         DocumentError: the value is not a list of texts, one is not text (see
-            :func:`require_text`), or all are blank.
+            :func:`require_text` and :func:`require_read`), or all are blank.
     """
     if isinstance(documents, str):
         documents = (documents,)
@@ -32,10 +32,24 @@ def require_documents(documents: str | Iterable[str]) -> tuple[str, ...]:
         name = "the document is" if len(texts) == 1 else f"all {len(texts)} documents are"
         raise DocumentError(f"{name} empty: give a text that is more than white space")
     for number, text in read:
-        require_text(
-            f"document {number} of {len(texts)}" if len(texts) > 1 else "the document", text
-        )
+        name = f"document {number} of {len(texts)}" if len(texts) > 1 else "the document"
+        require_text(name, text)
+        require_read(name, text)
     return tuple(map(without_surrogates, texts))
+
+
+def require_read(name: str, text: str) -> None:
+    """Refuse the bytes of a PDF, which a loader that does not read PDF gives for its text.
+
+    Raises:
+        DocumentError: the text is the bytes of a PDF.
+    """
+    if text.startswith("%PDF-"):
+        raise DocumentError(
+            f"{name} holds the bytes of a PDF and not its text: read the file with "
+            "rapid_llm.read_document, or install what its loader needs for PDF (LlamaIndex's "
+            "SimpleDirectoryReader: llama-index-readers-file)"
+        )
 
 
 def require_text(name: str, text: object) -> str:

@@ -196,7 +196,7 @@ class Session:
         eta: Tensor | None,
         judge: Judge,
         generator: torch.Generator,
-        mask: Tensor | None = None,
+        mask: Callable[[], Tensor | None] | None = None,
     ) -> Tensor | None:
         """Read a draft and verify it on the device, without the host.
 
@@ -204,8 +204,9 @@ class Session:
             tokens: int64 ``[γ+1]``: one that is not in the cache yet, and the draft after it.
             q, eta, generator: see :class:`rapid_llm.engine.device.Judge`.
             judge: verification to run.
-            mask: mask of allowed tokens, see :class:`rapid_llm.engine.device.Judge`; None without
-                a constraint.
+            mask: function for the mask of allowed tokens, see
+                :class:`rapid_llm.engine.device.Judge`, called only where this is possible; None
+                without a constraint.
 
         Returns:
             The judge's verdict; None, with nothing read, where this is not possible.
@@ -220,7 +221,8 @@ class Session:
                 if replayed is None or not replayed.serves(tokens, self.cache, n):
                     return None
                 verification = replayed.verification(judge)
-                verdict = verification(tokens, q, eta, self.cache, generator, mask)
+                allowed = None if mask is None else mask()
+                verdict = verification(tokens, q, eta, self.cache, generator, allowed)
         except OutdatedKVError:
             return None  # the next pass computes the KV again
         self._remember(tokens, start)
@@ -287,8 +289,8 @@ class VerifyAlone(Wanted):
     mask: Callable[[], Tensor | None]
 
     def run(self) -> Tensor | None:
-        mask = self.mask()
-        return self.session.verify(self.tokens, self.q, self.eta, self.judge, self.generator, mask)
+        judge, generator = self.judge, self.generator
+        return self.session.verify(self.tokens, self.q, self.eta, judge, generator, self.mask)
 
 
 def extend_all(wanted: Sequence[Extend]) -> list[Tensor]:

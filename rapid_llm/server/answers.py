@@ -219,10 +219,13 @@ class _Form:
         return {**self._head, "choices": choices, **more}
 
     def chunks(self, delta: ChatDelta) -> list[dict[str, Any]]:
-        """What a stream says of a delta."""
+        """What a stream says of a delta: nothing of one that holds text or a call back."""
         last = delta.finish_reason is not None
         told = self.tokens(delta)
-        choice = self.part(delta) | {"finish_reason": delta.finish_reason}
+        part = self.part(delta)
+        if not (last or told or any(part.values())):
+            return []
+        choice = part | {"finish_reason": delta.finish_reason}
         if self.request.scored is not None:
             choice["logprobs"] = self.logprobs() if last else None
         more: dict[str, Any] = {}

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 import rapid_llm
@@ -22,6 +24,7 @@ from rapid_llm.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rapid_llm.errors import DocumentError
 from rapid_llm.server.answers import respond
 from rapid_llm.server.errors import ApiError, Json, api_error, of_field, validation_error
+from rapid_llm.server.files import PURPOSES
 from rapid_llm.server.guards import Guards, path_of
 from rapid_llm.server.models import about
 from rapid_llm.server.protocol import ChatRequest, CompletionRequest
@@ -111,12 +114,33 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             return Response(status_code=499)
         if isinstance(error, RequestValidationError):
             shown = validation_error(error.errors(), _BODIES.get(path_of(request.scope)))
+        elif type(error) is HTTPException and error.status_code in (404, 405):
+            shown = _not_served(app, request.scope)
         else:
             shown = api_error(error)
         return Json(shown.body(), shown.status_code, shown.headers)
 
     for kind in (RequestValidationError, HTTPException, rapid_llm.RapidError, ClientGoneError):
         app.add_exception_handler(kind, refuse)
+
+
+def _not_served(app: FastAPI, scope: Scope) -> ApiError:
+    """What is served, where a path is unknown or is asked by another method."""
+    path = path_of(scope)
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    asked = [route for route in routes if route.matches(scope)[0] is not Match.NONE]
+    if asked:
+        methods = sorted({method for route in asked for method in route.methods or ()})
+        return ApiError(
+            405,
+            f"{path!r} does not take {scope['method']}: send {' or '.join(methods)}",
+            headers={"Allow": ", ".join(methods)},
+        )
+    known = ", ".join(dict.fromkeys(route.path for route in routes))
+    return ApiError(
+        404,
+        f"{path!r} is not served; known are {known}: the base URL of a client ends in /v1, once",
+    )
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
@@ -137,7 +161,7 @@ def _add_files(app: FastAPI, service: Service) -> None:
                 400, f"the body is no form: send {_FORM} with a field file", param="file"
             )
         async with request.form(max_files=1, max_fields=4) as form:
-            file, purpose = form.get("file"), form.get("purpose", "user_data")
+            file, purpose = form.get("file"), form.get("purpose", PURPOSES[0])
             if unknown := form.keys() - {"file", "purpose"}:
                 raise ApiError(
                     400,
@@ -148,6 +172,13 @@ def _add_files(app: FastAPI, service: Service) -> None:
             if not isinstance(file, UploadFile):
                 raise ApiError(
                     400, "the form has no file: send one as the field file", param="file"
+                )
+            if purpose not in PURPOSES:
+                raise ApiError(
+                    400,
+                    f"purpose={purpose!r} is not allowed: files are read as documents, so take "
+                    f"{' or '.join(PURPOSES)}",
+                    param="purpose",
                 )
             name = file.filename or "document"
             with of_field("file", DocumentError):

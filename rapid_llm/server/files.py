@@ -22,6 +22,9 @@ from rapid_llm.server.errors import NO_RETRY, ApiError
 _ID = re.compile(r"file-[0-9a-f]{32}")
 _BLOCK = 1 << 20
 
+PURPOSES = ("user_data", "assistants")
+"""OpenAI's purposes of files that are read as documents; the first one is the default."""
+
 
 @dataclass(frozen=True)
 class StoredFile:
@@ -75,7 +78,7 @@ class FileStore:
         Args:
             file: the uploaded bytes.
             filename: the client's name of it, which tells the format by its suffix.
-            purpose: the client's word for what it is for.
+            purpose: the client's word for what it is for, one of :data:`PURPOSES`.
 
         Raises:
             DocumentError: the format is unknown, or there is no text.

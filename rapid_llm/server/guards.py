@@ -58,15 +58,16 @@ class Guards:
             return
         name = f"req_{uuid4().hex}"
         request_id.set(name)
-        started, status = time.monotonic(), _UNANSWERED
+        started, status, ended = time.monotonic(), _UNANSWERED, False
         if scope["method"] == "HEAD":  # is answered as GET, and the web server sends no body
             scope = {**scope, "method": "GET"}
 
         async def identified(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = name
+            ended = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
         try:
@@ -80,7 +81,10 @@ class Guards:
             if status == _UNANSWERED:
                 response = Json(shown.body(), shown.status_code, shown.headers)
                 await response(scope, receive, identified)
+            status, ended = shown.status_code, True
         finally:
+            if not ended:  # the client left, perhaps in the middle of its stream
+                status = _UNANSWERED
             self._answered(scope, status)
             seconds = time.monotonic() - started
             logger.info("%s %s %r %d %.3f s", name, scope["method"], scope["path"], status, seconds)

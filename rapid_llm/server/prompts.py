@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +25,7 @@ from rapid_llm.context.prompts import (
 from rapid_llm.context.retrieved import SEPARATOR, Passage, ground, texts_by_id
 from rapid_llm.errors import DocumentError
 from rapid_llm.options import changed
-from rapid_llm.server.errors import ApiError, of_field
+from rapid_llm.server.errors import ApiError, logger, of_field
 from rapid_llm.server.files import FileStore
 from rapid_llm.server.protocol import DataDocument, FileDocument, Request, TextDocument
 from rapid_llm.stats import Method
@@ -330,7 +332,7 @@ class PromptBuilder:
         with self._lock:
             device = str(self._decoder.target.device)
             if self._embedder is None and options.retriever != "bm25":
-                self._embedder = load_embedder(self._source, device)
+                self._embedder = self._load(device)
             builder = self._builders.pop(options, None) or ContextBuilder(
                 self._decoder.tokenizer, self._embedder, config=options, device=device
             )
@@ -338,6 +340,17 @@ class PromptBuilder:
             if len(self._builders) > _BUILDERS:
                 self._builders.popitem(last=False)
             return builder
+
+    def _load(self, device: str) -> Embedder:
+        if not isinstance(self._source, str | Path):
+            return load_embedder(self._source, device)
+        started = time.monotonic()
+        logger.info(
+            "the embedder %s is loaded, for the first documents without chunks", self._source
+        )
+        embedder = load_embedder(self._source, device)
+        logger.info("the embedder is loaded, after %.1f s", time.monotonic() - started)
+        return embedder
 
 
 def _text_of(data: str | Mapping[str, Any]) -> str:

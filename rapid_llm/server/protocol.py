@@ -25,6 +25,9 @@ from rapid_llm.options import options_of, pydantic_fields
 from rapid_llm.server.errors import FieldError
 from rapid_llm.stats import Method
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Roles of messages; a chat template would write any other word as it is."""
+
 _SERVERS_OWN = ("embedder", "store")
 """Retrieval options that name models and folders of the server."""
 
@@ -303,11 +306,23 @@ class ChatRequest(Request):
                 "rapid.draft_prompt",
                 "rapid.draft_prompt is for completions: pass rapid.draft_messages",
             )
+        _require_roles("messages", self.messages)
+        _require_roles("rapid.draft_messages", self.rapid.draft_messages or [])
         return self
 
     @property
     def scored(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
+
+
+def _require_roles(field: str, messages: list[dict[str, Any]]) -> None:
+    for number, message in enumerate(messages):
+        role = message.get("role")
+        if isinstance(role, str) and role not in ROLES:  # without one it is refused later
+            name = f"{field}.{number}.role"
+            raise FieldError(
+                name, f"{name}={role!r} is not allowed: take one of {', '.join(ROLES)}"
+            )
 
 
 class CompletionRequest(Request):

@@ -12,19 +12,24 @@ import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rapid_llm.engine.device import mask_words
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.grammar_limits import in_deep_stack
 from rapid_llm.grammars import llguidance_grammar, one_line
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Mask: TypeAlias = npt.NDArray[np.int32]
 
 _WORD = 32  # bits of a word of a mask
 _KEPT = 64  # compiled grammars that are kept
@@ -37,7 +42,7 @@ _OCTETS = np.where(
 """Highest logits of 8 tokens by 8 bits of a mask, float32 ``[256, 8]``."""
 
 
-def masked(logits: Tensor, mask: Tensor) -> Tensor:
+def masked(logits: Tensor, mask: Tensor | Mask) -> Tensor:
     """Logits with -inf for tokens that may not follow.
 
     If earlier logits processors forbid every allowed token, such as a suppressed token that the
@@ -45,17 +50,28 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         logits: float32 ``[n, vocab]``.
-        mask: a bit for each token, int32 ``[n, at least vocab / 32]``, the lowest bit first.
+        mask: a bit for each token, int32 ``[n, at least vocab / 32]``, the lowest bit first; an
+            array for logits on the host.
     """
-    highest = _highest(mask, logits.shape[-1])
+    if not isinstance(mask, Tensor):
+        return torch.from_numpy(_masked_on_host(logits.numpy(force=True), mask))
+    highest = _shifted(mask, logits.shape[-1])
     kept = torch.minimum(logits, highest)
     best = kept.amax(dim=-1, keepdim=True)
-    if best.device.type == "cpu" and -math.inf not in best[:, 0].tolist():  # else the host waits
-        return kept
     return kept.masked_fill_((best == -math.inf) & (highest > 0), 0.0)
 
 
-def _highest(mask: Tensor, width: int) -> Tensor:
+def _masked_on_host(logits: Floats, mask: Mask) -> Floats:
+    """:func:`masked` in few calls: after a model's pass each costs more than its work."""
+    kept = _highest(mask, logits.shape[-1])
+    np.minimum(logits, kept, out=kept)
+    for row, best in enumerate(kept.argmax(axis=-1).tolist()):
+        if kept[row, best] == -math.inf:
+            kept[row, _highest(mask[row : row + 1], logits.shape[-1])[0] > 0] = 0.0
+    return kept
+
+
+def _highest(mask: Mask, width: int) -> Floats:
     """Highest logits by a mask: +inf for tokens that may follow, -inf for others.
 
     Args:
@@ -65,10 +81,8 @@ def _highest(mask: Tensor, width: int) -> Tensor:
     Returns:
         float32 ``[n, width]``.
     """
-    if mask.device.type == "cpu":  # a table is many times faster than choosing bit by bit
-        octets = mask.view(torch.uint8).numpy()
-        return torch.from_numpy(_OCTETS.take(octets, axis=0)).flatten(1)[:, :width]
-    return _shifted(mask, width)
+    octets = mask.view(np.uint8)  # a table is many times faster than choosing bit by bit
+    return _OCTETS.take(octets, axis=0).reshape(len(mask), -1)[:, :width]
 
 
 def _shifted(mask: Tensor, width: int) -> Tensor:
@@ -129,7 +143,8 @@ class Constraints:
 
         if self._tokens is None:
             self._tokens = self._read_tokenizer()
-        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        tokens = self._tokens
+        matcher = in_deep_stack(lambda: LLMatcher(tokens, grammar, log_level=0))
         if error := matcher.get_error():
             raise InvalidParameterError(f"constraint cannot be enforced: {one_line(error)}")
         return matcher
@@ -209,7 +224,7 @@ class Matcher:
         self._over: list[bool] = []  # whether nothing may follow them
         self._look()
 
-    def mask(self, drafted: Sequence[int], rows: int) -> Tensor:
+    def mask(self, drafted: Sequence[int], rows: int) -> Mask:
         """Masks of the position after all of ``drafted``, and of those before it.
 
         Args:
@@ -218,12 +233,12 @@ class Matcher:
                 before it for that after all but one, and so on.
 
         Returns:
-            A bit for each token, int32 ``[rows, vocab / 32]`` on the host, see :func:`masked`.
+            A bit for each token, int32 ``[rows, vocab / 32]``, see :func:`masked`.
         """
         self._reach(drafted)
         last = len(drafted) + 1
         octets = bytearray().join(self._rows[last - rows : last])
-        return torch.frombuffer(octets, dtype=torch.int32).view(rows, -1)
+        return np.frombuffer(octets, np.int32).reshape(rows, -1)
 
     def over(self, drafted: Sequence[int] = ()) -> bool:
         """Whether the grammar is complete after these tokens and nothing may follow."""
@@ -235,13 +250,14 @@ class Matcher:
 
         The masked p and q of each are the same point mass, in any mode and at any temperature.
         """
-        forced: list[int] = []
-        while len(forced) < limit:
-            seen = [*drafted, *forced]
-            if self.over(seen) or (only := _only(self._rows[len(seen)])) is None:
+        seen = list(drafted)
+        while len(seen) < len(drafted) + limit:
+            self._reach(seen)
+            only = None if self._over[len(seen)] else _only(self._rows[len(seen)])
+            if only is None:
                 break
-            forced.append(only)
-        return forced
+            seen.append(only)
+        return seen[len(drafted) :]
 
     def legal(self, drafted: Sequence[int], guess: Sequence[int]) -> list[int]:
         """The longest beginning of a guess that may follow ``drafted``."""
@@ -340,10 +356,11 @@ def _set(row: bytearray, octets: Mapping[int, int]) -> None:
 
 def _only(row: bytearray) -> int | None:
     """The one bit that is set; None if several are."""
-    begun = row.rstrip(b"\0")
-    last = begun[-1]
-    alone = not last & (last - 1) and begun.count(0) == len(begun) - 1
-    return 8 * (len(begun) - 1) + last.bit_length() - 1 if alone else None
+    octets = row.strip(b"\0")
+    only = octets[0]
+    if len(octets) > 1 or only & (only - 1):
+        return None
+    return 8 * row.index(only) + only.bit_length() - 1
 
 
 def _has(row: bytearray, token: int) -> bool:

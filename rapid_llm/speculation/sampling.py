@@ -27,7 +27,7 @@ from rapid_llm.config import SamplingParams
 from rapid_llm.engine.device import device_of
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.speculation.acceptance import draw
-from rapid_llm.speculation.constraints import Matcher, masked
+from rapid_llm.speculation.constraints import Mask, Matcher, masked
 
 _MAX_TEMPERATURE = 1e30
 """Upper limit that is applied: larger values change nothing, but could overflow float32."""
@@ -198,7 +198,10 @@ class Sampler:
             Processed logits s, float32 ``[n, vocab]``; their softmax is p (or q).
         """
         n, total = logits.shape[0], drafted.shape[0]
-        mask = None if self.constraint is None else self.mask(drafted.tolist(), n)
+        mask: Tensor | Mask | None = None
+        if self.constraint is not None:
+            on_host = logits.device.type == "cpu"
+            mask = (self.constraint if on_host else self).mask(drafted.tolist(), n)
         if self._history is None:
             return self._processed(None, logits, mask)
         rows = [
@@ -211,7 +214,7 @@ class Sampler:
         ]
         return torch.cat(rows)
 
-    def _processed(self, ids: Tensor | None, logits: Tensor, mask: Tensor | None) -> Tensor:
+    def _processed(self, ids: Tensor | None, logits: Tensor, mask: Tensor | Mask | None) -> Tensor:
         if mask is None:
             return self.processors(ids, logits)
         return self._after_mask(ids, masked(self._before_mask(ids, logits), mask))
@@ -224,7 +227,8 @@ class Sampler:
         if self.constraint is None:
             return None
         device = self.generator.device
-        return device_of(device).upload(self.constraint.mask(drafted, rows), device)
+        mask = torch.from_numpy(self.constraint.mask(drafted, rows))
+        return device_of(device).upload(mask, device)
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """Choose a token: the argmax when greedy, a draw otherwise.

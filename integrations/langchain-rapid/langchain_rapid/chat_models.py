@@ -67,10 +67,10 @@ class ChatRapid(RetrievingChat):
     ``dynamic_eta``.
 
     Example:
-        .. code-block:: python
-
-            llm = ChatRapid(model="meta-llama/Llama-3.1-8B-Instruct", dtype="bfloat16")
-            llm.invoke("Hello", max_tokens=20)
+        ```python
+        llm = ChatRapid(model="meta-llama/Llama-3.1-8B-Instruct", dtype="bfloat16")
+        llm.invoke("Hello", max_tokens=20)
+        ```
 
     Raises:
         pydantic.ValidationError: an unknown field, or a value outside its range.

@@ -98,8 +98,15 @@ class FullDocuments:
             loaded = cast("Sequence[Document]", documents)
             self._texts = self._listed(self._joined(loaded, join_files=id_key is not None))
         else:
+            wrong: tuple[str, object] = "documents", documents
+            if isinstance(documents, Sequence):  # that is none of Document
+                wrong = next(
+                    (f"documents[{number}]", each)
+                    for number, each in enumerate(documents)
+                    if not isinstance(each, Document)
+                )
             raise DocumentError(
-                f"documents of type {type(documents).__name__} are not allowed: pass one text, a "
+                f"{wrong[0]} of type {type(wrong[1]).__name__} is not allowed: pass one text, a "
                 "mapping from id to text, a list of Document, or a function from id to text"
             )
         if not self._texts:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rapid_llm.config import EngineConfig, RemoteConfig
 from rapid_llm.errors import InvalidParameterError
+from rapid_llm.given_models import not_for_given, not_the_model
 from rapid_llm.options import options_of
 
 if TYPE_CHECKING:
@@ -50,19 +51,14 @@ def names_of_decoder(values: Mapping[str, Any]) -> dict[str, str]:
         )
     name, given = decoder.target.name, values.get("model")
     if given is not None and str(given) != name:
-        raise InvalidParameterError(
-            f"model={str(given)!r} and a decoder of {name!r} were given; pass one of them"
-        )
+        raise not_the_model(str(given), decoder)
     for option, declared in options_of(EngineConfig).items():
         allowed = [declared.default]
         if option == "drafter":
             allowed.append(decoder.drafter.name)  # as in the fields of an existing object
         given = values.get(option, declared.default)
         if not declared.option.per_call and declared.checked(given) not in allowed:
-            raise InvalidParameterError(
-                f"{option} cannot be used for a loaded decoder: give it to "
-                "RapidDecoder.from_pretrained"
-            )
+            raise not_for_given(option, decoder)
     if decoder.drafter is decoder.target:
         return {"model": name}
     return {"model": name, "drafter": decoder.drafter.name}

@@ -17,6 +17,7 @@ from rapid_llm.config import EngineConfig, RetrievalConfig
 from rapid_llm.context.retrieved import SEPARATOR
 from rapid_llm.errors import InvalidParameterError
 from rapid_llm.field_help import with_field_help
+from rapid_llm.given_models import not_the_model
 from rapid_llm.loaded_decoders import LoadedDecoders
 from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import options_of, require, without_secrets
@@ -184,6 +185,8 @@ class RapidModel(OptionFields):
         """The decoder, loaded at the first use; objects with the same models share weights."""
         if self.decoder is not None and model == self.model:
             return self.decoder
+        if self.base_url is not None and self.decoder is not None:
+            raise not_the_model(model, self.decoder)
         config = replace(
             self._call(None, {"model": model}).engine,
             chat_template_kwargs={},  # each call passes all variables

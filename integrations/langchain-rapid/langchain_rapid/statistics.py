@@ -87,11 +87,11 @@ class RapidStatsCallbackHandler(BaseCallbackHandler):
     Calls of other models, failed calls, and answers from LangChain's cache are left out.
 
     Example:
-        .. code-block:: python
-
-            callback = RapidStatsCallbackHandler()
-            chain.invoke(inputs, config={"callbacks": [callback]})
-            callback.total.acceptance_ratio
+        ```python
+        callback = RapidStatsCallbackHandler()
+        chain.invoke(inputs, config={"callbacks": [callback]})
+        callback.total.acceptance_ratio
+        ```
 
     Attributes:
         calls: statistics of each finished call, in the order of their ends.
@@ -140,11 +140,11 @@ def get_rapid_stats_callback() -> Iterator[RapidStatsCallbackHandler]:
     both.
 
     Example:
-        .. code-block:: python
-
-            with get_rapid_stats_callback() as callback:
-                agent.invoke(inputs)
-            callback.total.drafted_tokens, callback.total.draft_skipped
+        ```python
+        with get_rapid_stats_callback() as callback:
+            agent.invoke(inputs)
+        callback.total.drafted_tokens, callback.total.draft_skipped
+        ```
 
     Yields:
         The handler.

@@ -68,7 +68,7 @@ def test_traces_name_the_versions():
 def test_a_decoder_names_the_model(decoder):
     assert ChatRapid(decoder=decoder).model == "tiny-0"
     assert ChatRapid(decoder=decoder).drafter is None
-    with pytest.raises(ValidationError, match="pass one of them"):
+    with pytest.raises(ValidationError, match="leave one of them out"):
         ChatRapid(decoder=decoder, model="other")
     with pytest.raises(ValidationError, match="type str is not allowed"):
         ChatRapid(decoder="smollm2-135m")

@@ -101,7 +101,7 @@ def test_where_a_chunk_is_from_is_said_as_far_as_it_is_known():
         ([], "empty"),
         ({}, "empty"),
         ("", "empty"),
-        (["text"], "type list"),
+        (["text"], r"documents\[0\] of type str is not allowed"),
         (
             [Document("One."), Document("Two.")],
             r"document 0 of 2 has no id.*doc_id/source",

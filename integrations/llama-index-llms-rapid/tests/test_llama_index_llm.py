@@ -119,7 +119,7 @@ def test_the_constructor_checks_its_arguments(decoder):
         RapidLLM(decoder=decoder, top_p=0)
     with pytest.raises(ValueError, match="max_token"):
         RapidLLM(decoder=decoder, max_token=5)
-    with pytest.raises(InvalidParameterError, match="either model="):
+    with pytest.raises(InvalidParameterError, match="leave one of them out"):
         RapidLLM("smollm2-135m", decoder=decoder)
     with pytest.raises(InvalidParameterError, match="RapidDecoder"):
         RapidLLM(decoder=decoder, drafter="other")

@@ -23,6 +23,7 @@ from rapid_llm.errors import InvalidParameterError
 
 LAMP = "The lighthouse was built in 1871 by Ida Brandt.\n\nIts lamp went out in 1968 for good."
 RETRIEVED, BEYOND = LAMP.split("\n\n")
+LAMP_DOCUMENTS = [Document(text=LAMP, id_="lamp")]
 QA = PromptTemplate("Where is {it}?")
 
 
@@ -112,7 +113,7 @@ def index_of_lamp() -> VectorStoreIndex:
 @pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize", "structured_llm", "own"])
 @pytest.mark.parametrize("way", ["query", "aquery"])
 def test_engines_answer_with_objects_that_are_drafted(decoder, spy, mode, way):
-    documents = [Document(text=LAMP, id_="lamp")]
+    documents = LAMP_DOCUMENTS
     llm = RapidLLM(decoder=decoder, max_tokens=200)
     options: dict[str, Any] = {"llm": llm, "output_cls": Answer}
     if mode == "own":
@@ -137,6 +138,36 @@ def test_engines_answer_with_objects_that_are_drafted(decoder, spy, mode, way):
     assert BEYOND in spy.target()
     assert RETRIEVED in spy.draft()
     assert BEYOND not in spy.draft()
+
+
+async def pieces_of(engine: Any) -> list[str]:
+    response = await engine.aquery("Where is it?")
+    return [piece async for piece in response.response_gen]
+
+
+@pytest.mark.parametrize("way", ["query", "aquery"])
+def test_a_synthesizer_streams_an_objects_json(decoder, spy, way):
+    def engine(max_tokens: int, streaming: bool = True) -> Any:
+        llm = RapidLLM(decoder=decoder, max_tokens=max_tokens)
+        own = RapidSynthesizer(
+            llm, documents=LAMP_DOCUMENTS, output_cls=Answer, streaming=streaming
+        )
+        return index_of_lamp().as_query_engine(llm=llm, response_synthesizer=own)
+
+    def pieces(max_tokens: int) -> list[str]:
+        if way == "aquery":
+            return asyncio.run(pieces_of(engine(max_tokens)))
+        return list(engine(max_tokens).query("Where is it?").response_gen)
+
+    told = pieces(200)
+    assert len(told) > 3
+    whole = engine(200, streaming=False).query("Where is it?").response
+    assert Answer.model_validate_json("".join(told)) == whole
+    assert spy.prompts[0] == spy.prompts[1]
+    assert BEYOND in spy.target()
+    assert BEYOND not in spy.draft()
+    with pytest.raises(InvalidParameterError, match="Answer was complete: raise max_tokens"):
+        pieces(8)
 
 
 def test_an_answer_that_was_cut_is_no_object(llm, decoder):
@@ -202,8 +233,8 @@ def test_what_cannot_be_enforced_is_refused(llm, decoder):
         bound.structured_predict(Answer, QA, it="it")
     with pytest.raises(InvalidParameterError, match="is no pydantic class"):
         llm.as_structured_llm(Answer).llm.structured_predict(dict, QA, it="it")
-    with pytest.raises(InvalidParameterError, match="streaming=True"):
-        RapidSynthesizer(llm, documents="a", output_cls=Answer, streaming=True)
+    with pytest.raises(InvalidParameterError, match="is no pydantic class"):
+        RapidSynthesizer(llm, documents="a", output_cls=dict)
 
 
 def test_the_packaged_model_extracts_from_a_document(smollm2):

@@ -237,7 +237,7 @@ def test_traces_hold_the_retrieved_text_only(index, decoder, documents, trace, s
 def test_the_synthesizer_checks_its_arguments(decoder, llm):
     with pytest.raises(InvalidParameterError, match="MockLLM is not allowed"):
         RapidSynthesizer(MockLLM(), documents="x")
-    with pytest.raises(InvalidParameterError, match="documents of type list"):
+    with pytest.raises(InvalidParameterError, match=r"documents\[0\] of type str is not allowed"):
         RapidSynthesizer(llm, documents=["no", "ids"])
     with pytest.raises(InvalidParameterError, match="docstore"):
         RapidLLM(decoder=decoder, documents=SimpleDocumentStore())

@@ -419,3 +419,12 @@ def test_a_recursive_retriever_gives_parents(llm, spy):
         "What?"
     )
     assert asked(spy) == LAMP.text
+
+
+def test_a_pdf_that_its_reader_took_for_text_is_refused_with_what_reads_it(llm, tmp_path):
+    """Of ``SimpleDirectoryReader`` without the package llama-index-readers-file."""
+    path = tmp_path / "report.pdf"
+    path.write_bytes(b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n")
+    documents = [Document(text=path.read_text(), metadata={"file_path": str(path)})]
+    with pytest.raises(DocumentError, match=r"report\.pdf.* bytes of a PDF .*readers-file"):
+        RapidSynthesizer(llm, documents=documents)

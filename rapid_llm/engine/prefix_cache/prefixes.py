@@ -46,7 +46,7 @@ class PrefixCache:
         directory: folder for KV that is kept across processes; None for none. Files contain the
             prompt's tokens.
         host_bytes: maximum bytes of KV kept in host memory, of devices that do not share it. With
-            both budgets at 0 nothing is kept in memory, nor shared by concurrent generations.
+            both budgets at 0 nothing is kept in memory, nor shared but by joined generations.
         directory_bytes: maximum bytes of all files, see :class:`.folder.Folder`.
 
     Raises:

@@ -12,6 +12,7 @@ from llama_index.core.storage.docstore import BaseDocumentStore
 
 from llama_index.llms.rapid.catalog import Catalog, DocumentKey, group_of, key_value
 from llama_index.llms.rapid.fulltext import FullText, telling
+from rapid_llm.context.validation import require_read
 from rapid_llm.errors import DocumentError, InvalidParameterError
 
 DocumentSource: TypeAlias = (
@@ -66,6 +67,7 @@ class Library:
         function: the function that was given; None for other sources.
 
     Raises:
+        DocumentError: a Document of a list holds the bytes of a PDF.
         InvalidParameterError: the source is of another type; two Documents that are not of one
             file have the same id; ``document_key`` is in no Document's metadata; files cannot be
             told apart.
@@ -90,14 +92,25 @@ class Library:
         elif isinstance(source, Mapping):
             self._source = _Mapped(source)
         elif isinstance(source, Sequence) and all(isinstance(part, BaseNode) for part in source):
+            for document in cast(Sequence[BaseNode], source):
+                name = document.metadata.get("file_path", document.node_id)
+                require_read(f"the document {name!r}", document.get_content())
             self._source = _Listed(cast(Sequence[BaseNode], source))
             Catalog(self._source.entries(), document_key)  # checks the list
         elif callable(source):
             self.function = source
         else:
+            wrong: tuple[str, object] = "documents", source
+            if isinstance(source, Sequence):
+                wrong = next(
+                    (f"documents[{number}]", each)
+                    for number, each in enumerate(source)
+                    if not isinstance(each, BaseNode)
+                )
             raise InvalidParameterError(
-                f"documents of type {type(source).__name__} are not allowed: give one text, a list "
-                "of Documents, a mapping from ids to texts or Documents, a docstore, or a function"
+                f"{wrong[0]} of type {type(wrong[1]).__name__} is not allowed: give one text, a "
+                "list of Documents, a mapping from ids to texts or Documents, a docstore, or a "
+                "function"
             )
         self._made_from = self._state()
 

@@ -52,14 +52,15 @@ from llama_index.llms.rapid.windows import grounded_call, template_variables
 from rapid_llm.aio import in_thread
 from rapid_llm.config import EngineConfig
 from rapid_llm.field_help import with_field_help
+from rapid_llm.given_models import not_for_given, not_the_model
 from rapid_llm.loaded_decoders import LoadedDecoders
 from rapid_llm.old_names import refuse_old_names
 from rapid_llm.options import without_secrets
+from rapid_llm.remote import RemoteDecoder
 
 if TYPE_CHECKING:
     from rapid_llm.decoder import RapidDecoder
     from rapid_llm.encoding import Prompt
-    from rapid_llm.remote import RemoteDecoder
 
 
 @with_field_help
@@ -149,12 +150,12 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
         fields |= {"model": model, "drafter": drafter}
         options = {name: fields.pop(name) for name in WORDS & fields.keys()}
         hub = loading.take_hub_access(fields, type(self).model_fields)
-        if hub and (decoder is not None or fields.get("base_url") is not None):
-            raise loading.not_for_loaded(min(hub))
-        options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
-        given = as_fields(options)
         if decoder is None:
             decoder = loading.on_server(fields)
+        if decoder is not None and hub:
+            raise not_for_given(min(hub), decoder)
+        options["hub_options"] = {**(options.get("hub_options") or {}), **hub}
+        given = as_fields(options)
         if decoder is not None:
             loading.require_loaded(decoder, given)
             given["model"] = decoder.target.name
@@ -209,6 +210,8 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
     def _decoder_for(self, engine: EngineConfig) -> RapidDecoder:
         """The models of a call: those that were given, or loaded ones."""
         own = engine.model == self.model
+        if not own and isinstance(self._given[1], RemoteDecoder):
+            raise not_the_model(engine.model, self._given[1])
         wanted = loading.of_models(engine, own=own)
         load = partial(loading.load, own=own)
         return self._given_for(wanted) or self._loaded.get(wanted, load)

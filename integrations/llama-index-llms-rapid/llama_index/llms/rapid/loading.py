@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llama_index.llms.rapid.counting import count_with
 from llama_index.llms.rapid.fields import KNOWN
 from rapid_llm.config import EngineConfig, RemoteConfig
-from rapid_llm.errors import InvalidParameterError
+from rapid_llm.given_models import not_for_given, not_the_model
 from rapid_llm.options import options_of
 
 if TYPE_CHECKING:
@@ -95,18 +95,8 @@ def require_loaded(decoder: RapidDecoder | RemoteDecoder, given: Mapping[str, An
     """
     name = str(given.get("model", decoder.target.name))
     if name != decoder.target.name:
-        raise InvalidParameterError(
-            f"model={name!r} cannot be used for a loaded decoder of {decoder.target.name!r}: give "
-            "either model= (a name) or decoder= (a loaded RapidDecoder)"
-        )
+        raise not_the_model(name, decoder)
     for option, value in given.items():
         known = KNOWN.get(option)
         if known and not known.option.per_call and known.checked(value) != known.default:
-            raise not_for_loaded(option)
-
-
-def not_for_loaded(option: str) -> InvalidParameterError:
-    """The error for an option that has no effect on a loaded decoder."""
-    return InvalidParameterError(
-        f"{option} cannot be used for a loaded decoder: give it to RapidDecoder.from_pretrained"
-    )
+            raise not_for_given(option, decoder)

@@ -89,14 +89,46 @@ async def astreamed(
     yield whole(response, output_cls, messages)
 
 
+def texts(
+    llm: LLM, output_cls: type[BaseModel], messages: Sequence[ChatMessage]
+) -> Generator[str, None, None]:
+    """:func:`streamed` as the pieces of the object's JSON."""
+    response = None
+    with closing(llm.stream_chat(messages, **_arguments(output_cls, None))) as responses:
+        for response in responses:
+            if response.delta:
+                yield response.delta
+    assert response is not None
+    whole(response, output_cls, messages)
+
+
+async def atexts(
+    llm: LLM, output_cls: type[BaseModel], messages: Sequence[ChatMessage]
+) -> AsyncGenerator[str, None]:
+    """:func:`texts` without blocking the event loop."""
+    response = None
+    responses = await llm.astream_chat(messages, **_arguments(output_cls, None))
+    async with aclosing(responses):
+        async for response in responses:
+            if response.delta:
+                yield response.delta
+    assert response is not None
+    whole(response, output_cls, messages)
+
+
 def _arguments(output_cls: type[BaseModel], options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**(options or {}), "response_format": response_format(output_cls)}
 
 
-def response_format(output_cls: type[BaseModel]) -> dict[str, Any]:
-    """Response format of OpenAI for objects of a class."""
+def require_class(output_cls: Any) -> None:
+    """Raise InvalidParameterError if it is no pydantic class."""
     if not (isinstance(output_cls, type) and issubclass(output_cls, BaseModel)):
         raise InvalidParameterError(f"output_cls={output_cls!r} is no pydantic class: pass one")
+
+
+def response_format(output_cls: type[BaseModel]) -> dict[str, Any]:
+    """Response format of OpenAI for objects of a class."""
+    require_class(output_cls)
     from rapid_llm.tools.definitions import closed
 
     described = {"name": output_cls.__name__, "schema": closed(output_cls.model_json_schema())}

@@ -36,6 +36,7 @@ from llama_index.llms.rapid.catalog import DocumentKey
 from llama_index.llms.rapid.documents import DocumentSource, Library
 from llama_index.llms.rapid.grounding import Retrieved, ground_nodes
 from llama_index.llms.rapid.llm import RapidLLM
+from llama_index.llms.rapid.objects import atexts, require_class, texts
 from llama_index.llms.rapid.templates import Context
 from rapid_llm.aio import in_thread
 from rapid_llm.config import OnEmpty, Order, RetrievalConfig
@@ -82,7 +83,7 @@ class RapidSynthesizer(BaseSynthesizer):
             their files and ids, with digits compared as numbers; None takes the LLM's.
         text_qa_template: template with ``context_str`` and ``query_str``; LlamaIndex's by default.
         output_cls: pydantic class of the answers, whose schema is enforced; the response is a
-            ``PydanticResponse``. It excludes ``streaming``.
+            ``PydanticResponse``, and with ``streaming`` a stream of the object's JSON.
         streaming: whether responses stream; ``as_query_engine`` does not pass its own ``streaming``
             on to a given synthesizer.
         callback_manager: LlamaIndex's callback manager.
@@ -90,7 +91,7 @@ class RapidSynthesizer(BaseSynthesizer):
     Raises:
         InvalidParameterError: ``llm`` is not a RapidLLM, ``documents`` is of another type or has an
             id twice, ``document_key`` is in no metadata, ``on_empty`` or ``order`` is unknown, or
-            ``output_cls`` is given with ``streaming``.
+            ``output_cls`` is no pydantic class.
         DocumentError: in a call; a document cannot be found, or is empty.
         ContextWindowError: in a call; the documents do not fit and ``llm.truncate`` is None.
     """
@@ -130,11 +131,8 @@ class RapidSynthesizer(BaseSynthesizer):
         if order is not None:
             require(RetrievalConfig, order=order)
         self._on_empty, self._order = on_empty, order
-        if output_cls is not None and streaming:
-            raise InvalidParameterError(
-                "output_cls cannot be used with streaming=True, as a response streams text and not "
-                "objects: leave one of them out, or use llm.stream_structured_predict"
-            )
+        if output_cls is not None:
+            require_class(output_cls)
         self._output_cls = output_cls
         self._text_qa_template = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
 
@@ -205,6 +203,9 @@ class RapidSynthesizer(BaseSynthesizer):
             return self._empty_response_generator() if self._streaming else self._empty_response
         template = self._text_qa_template.partial_format(query_str=query_str)
         if self._output_cls is not None:
+            if self._streaming:
+                messages = self._llm._get_messages(template, context_str=context, **kwargs)
+                return texts(self._llm, self._output_cls, messages)
             return self._llm.structured_predict(
                 self._output_cls, template, context_str=context, **kwargs
             )
@@ -218,6 +219,10 @@ class RapidSynthesizer(BaseSynthesizer):
             return self._empty_response_agenerator() if self._streaming else self._empty_response
         template = self._text_qa_template.partial_format(query_str=query_str)
         if self._output_cls is not None:
+            if self._streaming:
+                await in_thread(lambda: self._llm.metadata)
+                messages = self._llm._get_messages(template, context_str=context, **kwargs)
+                return atexts(self._llm, self._output_cls, messages)
             return await self._llm.astructured_predict(
                 self._output_cls, template, context_str=context, **kwargs
             )
