@@ -6,9 +6,10 @@ import importlib
 import importlib.util
 import logging
 import os
+import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -215,6 +216,24 @@ def smollm2() -> Any:
     """The packaged model's tokenizer."""
     path = packaged_model()
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@pytest.fixture
+def begins_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets a number of requests that have to wait before a scheduler's first round."""
+    from rapid_llm.batching import Scheduler
+
+    work = Scheduler._work
+
+    def set_number(requests: int) -> None:
+        def later(scheduler: Scheduler) -> None:
+            while len(scheduler._waiting) < requests:
+                time.sleep(0.001)
+            work(scheduler)
+
+        monkeypatch.setattr(Scheduler, "_work", later)
+
+    return set_number
 
 
 @pytest.fixture

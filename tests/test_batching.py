@@ -147,7 +147,8 @@ def test_requests_at_once_get_the_tokens_of_each_alone(architecture):
     assert found == alone
 
 
-def test_the_rounds_of_all_are_joined(monkeypatch):
+def test_the_rounds_of_all_are_joined(monkeypatch, begins_with):
+    begins_with(4)
     decoder = decoder_of()
     passes = count_passes(monkeypatch)
     requests = [
@@ -182,7 +183,8 @@ def test_a_joined_pass_has_no_more_tokens_than_its_limit(monkeypatch):
     assert max(map(sum, verifying)) <= 7
 
 
-def test_drafters_step_together_and_drafts_are_verified_in_one_pass(monkeypatch):
+def test_drafters_step_together_and_drafts_are_verified_in_one_pass(monkeypatch, begins_with):
+    begins_with(3)
     decoder = decoder_of()
     requests = [
         GenerationRequest(

@@ -224,8 +224,9 @@ def test_too_many_tokens_of_several_sequences_go_to_pytorch(build):
 
 
 def test_requests_beside_one_another_are_answered_by_the_kernels_drafts_included(
-    build, monkeypatch
+    build, monkeypatch, begins_with
 ):
+    begins_with(4)
     decoder = RapidDecoder(
         bfloat16_model()[0], tiny_tokenizer(), drafter_quantization="int8", kv_cache_dir=None
     )
@@ -257,6 +258,17 @@ def test_requests_beside_one_another_are_answered_by_the_kernels_drafts_included
     assert compiled[True, 4] > 3
     assert compiled[False, 4] > 3
     assert not rest
+
+
+def test_kernels_of_another_version_are_not_called(monkeypatch):
+    monkeypatch.setattr(kernels, "_INTERFACE", 1)
+    kernels._opened.cache_clear()
+    try:
+        for reason in kernels.refusals().values():
+            assert reason == "its build is of another version: install again, which compiles it"
+        assert not is_compiled(ModelRunner(bfloat16_model()[0], "model"))
+    finally:
+        kernels._opened.cache_clear()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

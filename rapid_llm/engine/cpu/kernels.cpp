@@ -14,6 +14,9 @@
 
 // ---------------------------------------------------------------- exported functions
 
+// Number of the functions and structs that Python and this file have in common; it changes with them.
+extern "C" int rapid_interface() { return 2; }
+
 // Whether this CPU has the instructions that this file was compiled for.
 extern "C" int rapid_supported() {
 #ifdef __AVX512BF16__

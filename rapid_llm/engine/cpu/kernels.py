@@ -17,6 +17,7 @@ from rapid_llm.limits import processors
 
 _PREFERRED = ("_kernels_avx512bf16", "_kernels_avx2")
 _INSTRUCTIONS = ("AVX-512 with bfloat16", "AVX2")
+_INTERFACE = 2  # rapid_interface() of kernels.cpp
 UNLIMITED = 1 << 62
 """Sliding window for full attention: longer than any sequence."""
 
@@ -39,6 +40,8 @@ def _opened(name: str) -> ctypes.CDLL | str:
                 library = ctypes.CDLL(str(path))
             except OSError as error:  # built for another platform, or without the OpenMP library
                 return f"its build cannot be loaded ({error})"
+            if not hasattr(library, "rapid_interface") or library.rapid_interface() != _INTERFACE:
+                return "its build is of another version: install again, which compiles it"
             return library if library.rapid_supported() else "this CPU lacks its instructions"
     return "it was not built: install where there is a C++ compiler, or from a wheel with it"
 
