@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from rapid_llm.engine.joined import Part, sharing_order
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.lean import has_fixed_rotary, is_lean
 from rapid_llm.engine.lean_pass import LeanPass
+from rapid_llm.engine.locks import lock_of
 from rapid_llm.engine.model_state import ModelState
 from rapid_llm.engine.placement import input_device
 from rapid_llm.engine.supported import (
@@ -30,22 +30,11 @@ from rapid_llm.engine.supported import (
 )
 from rapid_llm.engine.transformers_pass import TransformersPass
 from rapid_llm.errors import ModelError, OutdatedKVError
-from rapid_llm.forked import ProcessLock, in_child
 from rapid_llm.tensor_parallel import is_sharded, ranks_of
 from rapid_llm.tensor_parallel_plan import head_divisor
 
 register("cpu", CPU())
 register("cuda", CUDA())
-
-_locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
-_locks_guard = ProcessLock()
-in_child(_locks.clear)
-
-
-def _lock_of(model: PreTrainedModel) -> threading.RLock:
-    """The lock of a model, shared by all runners of it."""
-    with _locks_guard:
-        return _locks.setdefault(model, threading.RLock())
 
 
 class ModelRunner:
@@ -90,7 +79,7 @@ class ModelRunner:
         self.config = model.config.get_text_config()
         self.cuda_graphs = cuda_graphs
         self.ranks = ranks_of(name, model)
-        self._lock = _lock_of(model)
+        self._lock = lock_of(model)
         with self._lock:
             self.state = ModelState(model)
             self._select_passes()
