@@ -25,9 +25,9 @@ from rapid_llm.batching import GenerationRequest, Scheduler, rounds
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
 from rapid_llm.engine.device import Device
-from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import kv_nbytes
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.parts import Part
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import (
     ContextWindowError,

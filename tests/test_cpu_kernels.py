@@ -20,8 +20,9 @@ from rapid_llm.engine.cpu.compiled import MAX_JOINED_TOKENS, MAX_TOKENS, Compile
 from rapid_llm.engine.cpu.int8 import Int8Linear
 from rapid_llm.engine.cpu.products import fast_dtype
 from rapid_llm.engine.cpu.quantizers import quantized_copy
-from rapid_llm.engine.joined import Part, joined_logits
+from rapid_llm.engine.joined import joined_logits
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.parts import Part
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import ModelError
 

@@ -9,9 +9,9 @@ from conftest import ARCHITECTURES, installed, tiny_model, tiny_tokenizer
 from rapid_llm.batching import GenerationRequest, Scheduler
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.parts import Part
 from rapid_llm.engine.session import Session
 from rapid_llm.errors import OutdatedKVError
 

@@ -10,9 +10,10 @@ from conftest import installed, tiny_model
 
 from rapid_llm.engine import sdpa
 from rapid_llm.engine.device import Device, device_of
-from rapid_llm.engine.joined import Part, reads_of, sharing_order
+from rapid_llm.engine.joined import reads_of, sharing_order
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.parts import Part
 from rapid_llm.engine.session import Extend, Session, extend_all
 from rapid_llm.errors import OutdatedKVError
 

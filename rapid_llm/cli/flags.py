@@ -31,14 +31,16 @@ def _names() -> re.Pattern[str]:
     )
 
 
+applications: list[typer.Typer] = []
+"""The applications whose options have flags."""
+
+
 @cache
 def _flags() -> dict[str, str]:
     """Flag of every command's options, by Python name."""
-    from rapid_llm.cli.app import app
-
-    application = typer.main.get_command(app)
     return {
         parameter.name: next(flag for flag in parameter.opts if flag.startswith("--"))
+        for application in map(typer.main.get_command, applications)
         for command in application.commands.values()  # type: ignore[attr-defined]
         for parameter in command.params
         if parameter.param_type_name == "option"

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from rapid_llm.cli.flags import with_flags
+from rapid_llm.cli.flags import applications, with_flags
 
 
 class Application(typer.Typer):
@@ -18,6 +18,7 @@ class Application(typer.Typer):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(rich_markup_mode=None, **settings)
+        applications.append(self)
 
     def command(self, name: str | None = None, **settings: Any) -> Any:
         return super().command(name, **{"cls": _Command, **settings})

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from rapid_llm.engine.joined import Part
+from rapid_llm.engine.parts import Part
 from rapid_llm.engine.rounding import rounding
 from rapid_llm.folders import cache_folder
 from rapid_llm.forked import ProcessLock

@@ -19,9 +19,9 @@ from rapid_llm.engine import sdpa
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rapid_llm.engine.joined import Part
     from rapid_llm.engine.kv_cache import KVCache
     from rapid_llm.engine.model_state import ModelState
+    from rapid_llm.engine.parts import Part
 
 WeightKind = Literal["int8", "int4"]
 """Formats of quantized weights for drafting."""

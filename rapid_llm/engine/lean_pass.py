@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rapid_llm.engine.joined import Part, joined_logits
+from rapid_llm.engine.joined import joined_logits
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import lean_logits
+from rapid_llm.engine.parts import Part
 
 
 class LeanPass:

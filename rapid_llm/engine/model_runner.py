@@ -15,12 +15,13 @@ from rapid_llm.engine import attention, positions
 from rapid_llm.engine.cpu.device import CPU
 from rapid_llm.engine.cuda.device import CUDA
 from rapid_llm.engine.device import JoinedPass, Pass, ReplayedPass, device_of, register
-from rapid_llm.engine.joined import Part, sharing_order
+from rapid_llm.engine.joined import sharing_order
 from rapid_llm.engine.kv_cache import KVCache, KVOrigin
 from rapid_llm.engine.lean import has_fixed_rotary, is_lean
 from rapid_llm.engine.lean_pass import LeanPass
 from rapid_llm.engine.locks import lock_of
 from rapid_llm.engine.model_state import ModelState
+from rapid_llm.engine.parts import Part
 from rapid_llm.engine.placement import input_device
 from rapid_llm.engine.supported import (
     not_captured,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rapid_llm.engine.chunks import pass_ends
 from rapid_llm.engine.device import Judge, NextMask, TokenSampler
-from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.parts import Part
 from rapid_llm.engine.steps import Steps, Wanted, alone
 from rapid_llm.errors import OutdatedKVError
 from rapid_llm.old_names import OldName

@@ -23,9 +23,9 @@ from gpu_models import (
 from rapid_llm.batching import GenerationRequest
 from rapid_llm.config import SamplingParams, SpeculationConfig
 from rapid_llm.decoder import RapidDecoder
-from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.model_runner import ModelRunner
+from rapid_llm.engine.parts import Part
 from rapid_llm.engine.session import Session
 
 pytestmark = on_gpu

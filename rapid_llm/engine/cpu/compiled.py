@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rapid_llm.engine.cpu import kernels
 from rapid_llm.engine.cpu.blocks import BLOCK_BYTES, GROUP, ROWS, BlockLinear
-from rapid_llm.engine.joined import Part, kept_tokens, positions_of, reads_of
+from rapid_llm.engine.joined import reads_of
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
+from rapid_llm.engine.parts import Part, kept_tokens, positions_of
 from rapid_llm.engine.quantized import QuantizedLinear
 from rapid_llm.engine.snapshot import is_plain_tensor
 from rapid_llm.errors import ModelError

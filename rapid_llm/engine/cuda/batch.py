@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from rapid_llm.engine.joined import Part, positions_of, reads_of
+from rapid_llm.engine.joined import reads_of
 from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.parts import Part, positions_of
 
 MOST_SEQUENCES = 16
 """Maximum number of sequences in a pass."""

@@ -17,8 +17,8 @@ from rapid_llm.engine.cuda.fused import FusedPass, HostKV, StateKV
 from rapid_llm.engine.cuda.graphs import MAX_TOKENS, Graphs, Recorder
 from rapid_llm.engine.cuda.joined import JoinedGraphs
 from rapid_llm.engine.cuda.state import describe, size_of
-from rapid_llm.engine.joined import Part
 from rapid_llm.engine.kv_cache import KVCache
+from rapid_llm.engine.parts import Part
 
 
 class CapturedPasses:

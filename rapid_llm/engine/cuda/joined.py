@@ -13,7 +13,7 @@ from rapid_llm.engine.cuda.batch_attention import attend_batch, config_of
 from rapid_llm.engine.cuda.fused import FusedPass, Layer
 from rapid_llm.engine.cuda.graphs import Graphs, Recorder
 from rapid_llm.engine.device import device_of
-from rapid_llm.engine.joined import Part, kept_tokens
+from rapid_llm.engine.parts import Part, kept_tokens
 
 BUCKETS = (16, 32, 64, 128)
 """Numbers of tokens of a captured pass; fewer are filled up."""
