@@ -103,9 +103,8 @@ class RapidLLM(OptionFields, Predictions, ToolCalls):
     Args:
         model: name of the target; by default the packaged model.
         drafter: name of another model that drafts.
-        decoder: loaded models, used instead of named ones, or those of a server, which
-            ``base_url`` is short for. Options that belong to loaded models,
-            and the name of another model, cannot be given with it.
+        decoder: loaded models in the place of named ones, or those of a server (``base_url``); not
+            with options that belong to loaded models, or the name of another model.
         preload: whether to load the models when the object is made, not at its first use.
         fields: other fields by name.
 
