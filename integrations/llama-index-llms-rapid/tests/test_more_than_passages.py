@@ -180,7 +180,7 @@ def test_sub_questions_are_answered_at_once(documents, decoder, monkeypatch, asy
         response = asyncio.run(engine.aquery("How old is it?"))
     else:
         response = engine.query("How old is it?")
-    assert max(sizes) == len(asked)
+    assert len(asked) in sizes  # beside passes that measure costs
     for question, answer in zip(asked, alone, strict=True):
         expected = f"Sub question: {question}\nResponse: {answer}"
         assert expected in [node.node.text for node in response.source_nodes]
