@@ -253,6 +253,18 @@ def test_the_same_question_at_once_reads_its_prompt_once_and_answers_as_alone(mo
     assert sorted(reads) == [1] * 3 + of_drafts + [len(DOCUMENTS[0]) + 1]
 
 
+def test_prompts_of_one_token_are_answered_beside_others():
+    decoder = decoder_of()
+    prompts = ([7], [7, 9], DOCUMENTS[0], [7], [9])
+    requests = [
+        GenerationRequest(prompt, prompt[:1], sampling=sampling(index))
+        for index, prompt in enumerate(prompts)
+    ]
+    alone = [tokens_alone(decoder_of(), request) for request in requests]
+    results = Scheduler(decoder).generate_many(requests)
+    assert [each.token_ids for each in results] == alone
+
+
 def test_kv_kept_by_an_earlier_call_is_shared_and_stays(monkeypatch):
     decoder = decoder_of()
     first = decoder.generate(DOCUMENTS[0] + [5, 9], sampling=sampling())

@@ -97,9 +97,9 @@ class Reading:
         if runner is not self.runner:
             return 0
         # A drafter may read the last token of the prefill again.
-        most = min(len(self.tokens), len(other.tokens)) - 1
+        most = max(0, min(len(self.tokens), len(other.tokens)) - 1)
         differing = np.flatnonzero(self.tokens[:most] != other.tokens[:most])
-        return int(differing[0]) if len(differing) else max(0, most)
+        return int(differing[0]) if len(differing) else most
 
     def _settled(self, state: ReaderState) -> int:
         """Number of its first tokens that were read and do not change."""
