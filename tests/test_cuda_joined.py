@@ -140,7 +140,8 @@ def test_a_graph_has_room_for_the_results_of_the_sequences_that_it_serves(monkey
             caches[-1].allocate()
             caches[-1].advance(2)
         for depth in range(1, 46):
-            parts = [Part(torch.arange(127), caches[depth], 1), Part(torch.tensor([5]), document, 1)]
+            last = Part(torch.tensor([5]), document, 1)
+            parts = [Part(torch.arange(127), caches[depth], 1), last]
             if batch.is_small(parts):
                 state.describe(parts)  # or it raises
                 served.add(depth)

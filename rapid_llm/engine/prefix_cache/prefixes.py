@@ -271,8 +271,8 @@ class PrefixCache:
             self._make_room(planned)
             return state.runner.new_cache(capacity)
         lent = idle.cache.lent
-        # What others borrow stays where it is, as their passes hold its addresses; and a drafter may
-        # read the last token of the prefill again.
+        # What others borrow stays where it is, as their passes hold its addresses; and a drafter
+        # may read the last token of the prefill again.
         kept_for_others = lent > min(shared, len(prefill.tokens) - 1) or (
             lent > 0 and idle.cache.capacity < capacity
         )
