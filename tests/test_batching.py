@@ -253,6 +253,18 @@ def test_the_same_question_at_once_reads_its_prompt_once_and_answers_as_alone(mo
     assert sorted(reads) == [1] * 3 + of_drafts + [len(DOCUMENTS[0]) + 1]
 
 
+def test_prompts_of_one_token_are_answered_beside_others():
+    decoder = decoder_of()
+    prompts = ([7], [7, 9], DOCUMENTS[0], [7], [9])
+    requests = [
+        GenerationRequest(prompt, prompt[:1], sampling=sampling(index))
+        for index, prompt in enumerate(prompts)
+    ]
+    alone = [tokens_alone(decoder_of(), request) for request in requests]
+    results = Scheduler(decoder).generate_many(requests)
+    assert [each.token_ids for each in results] == alone
+
+
 def test_kv_kept_by_an_earlier_call_is_shared_and_stays(monkeypatch):
     decoder = decoder_of()
     first = decoder.generate(DOCUMENTS[0] + [5, 9], sampling=sampling())
@@ -295,6 +307,43 @@ def test_kv_of_joined_passes_is_lent_but_neither_copied_nor_kept():
         assert read(prompt, share=True) == len(DOCUMENTS[0]) - 1  # but for the first one's last
         assert read([*prompt, 2], share=True) == len(prompt) - 2
         assert read([*prompt, 2], share=False) == 3 * CHUNK  # what a prefill's passes have read
+
+
+def test_kv_that_a_changed_model_reads_again_in_a_batch_is_kept_as_far_as_it_is_exact():
+    """What was borrowed to the token is read again by passes that no prefill runs."""
+    decoder = decoder_of()
+    prefixes, runner = decoder._prefixes, decoder.target
+    prompt = [*DOCUMENTS[0], *range(5, 45)]
+    first = [*DOCUMENTS[0], 1]
+    with prefixes.lease(runner, first, 60, share=True) as lender:
+        Session(runner, lender.cache, first).prefill(first[:-1])
+        with prefixes.lease(runner, prompt, 100, share=True) as held:
+            assert held.reused % CHUNK != 0
+            with torch.no_grad():
+                runner.model.model.layers[0].self_attn.k_proj.weight.mul_(2)
+            Session(runner, held.cache, prompt).prefill(prompt[:-1])
+            assert not held.cache.prefix
+    with prefixes.lease(runner, prompt, 100) as again:
+        assert again.reused == held.reused // CHUNK * CHUNK
+
+
+@pytest.mark.parametrize(("question", "longer"), [(True, True), (False, False)])
+def test_a_single_call_moves_and_changes_nothing_that_a_batch_borrows(question, longer):
+    """Passes under way hold its addresses, and a drafter may read a prompt's last token again."""
+    decoder = decoder_of()
+    prefixes, runner = decoder._prefixes, decoder.target
+    prompt = DOCUMENTS[0][:-1] + [6] * question
+    with prefixes.lease(runner, DOCUMENTS[0][:-1], 60) as first:
+        Session(runner, first.cache, DOCUMENTS[0]).prefill(DOCUMENTS[0][:-2])
+    with prefixes.lease(runner, DOCUMENTS[0][:-1], 60, share=True) as borrower:
+        (lent,) = borrower.cache.prefix
+        assert lent.cache is first.cache
+        before = [layer.keys.data_ptr() for layer in lent.cache.layers]
+        with prefixes.lease(runner, prompt, 80 if longer else 60) as call:
+            assert call.reused == lent.end
+            assert call.cache is not lent.cache
+            call.cache.rollback(len(prompt) - 2)
+            assert [layer.keys.data_ptr() for layer in lent.cache.layers] == before
 
 
 def test_models_that_cannot_join_are_run_one_by_one_and_the_log_says_so_once(caplog):

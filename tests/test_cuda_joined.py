@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, installed, tiny_model, tiny_tokenizer
@@ -31,8 +33,7 @@ NEW = [[7], [8, 9, 10], [21, 5], [40, 41, 42, 43], [13]]
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """As the interpreter runs those too that have nothing to do."""
-    for module in (batch, joined):
-        monkeypatch.setattr(module, "MOST_CACHES", 12)
+    monkeypatch.setattr(batch, "MOST_CACHES", 12)
     config = Config(splits=3, block=16, warps=4, stages=2)
     monkeypatch.setattr(joined, "config_of", lambda *_: config)
 
@@ -115,12 +116,36 @@ def test_what_a_graph_does_not_serve_is_run_kernel_by_kernel(live, monkeypatch):
     one, other = ours.joined([Part(torch.tensor(new), cache, 1) for cache in caches[2:4]])
     torch.testing.assert_close(one, alone(plain, texts[2], new)[-1:], **CLOSE)
     torch.testing.assert_close(other, alone(plain, texts[3], new)[-1:], **CLOSE)
-    monkeypatch.setattr(joined, "MOST_SEQUENCES", 1)
+    monkeypatch.setattr(batch, "MOST_SEQUENCES", 1)
     ours.joined([Part(torch.tensor([5]), cache, 1) for cache in caches[:2]])
     monkeypatch.undo()
     empty = [caches[0], ours.new_cache(20)]
     ours.joined([Part(torch.tensor([5]), cache, 1) for cache in empty])
     assert live.launched == 0
+
+
+def test_a_graph_has_room_for_the_results_of_the_sequences_that_it_serves(monkeypatch):
+    """However long the chain of those that each borrow from the one before."""
+    monkeypatch.setattr(batch, "MOST_CACHES", 64)
+    model, random = ModelRunner(tiny_model(), "model"), Random(0)
+    document = model.new_cache(1000)
+    Session(model, document).extend(torch.tensor(TEXT))
+    state = batch.BatchState(128, 2, splits=2, block=16, device=torch.device("cpu"))
+    served = set()
+    for _ in range(20):
+        caches = [document]
+        for _ in range(45):
+            lender = caches[-1]
+            caches.append(lender.borrow(random.randint(lender.length - 1, lender.length), 1000))
+            caches[-1].allocate()
+            caches[-1].advance(2)
+        for depth in range(1, 46):
+            last = Part(torch.tensor([5]), document, 1)
+            parts = [Part(torch.arange(127), caches[depth], 1), last]
+            if batch.is_small(parts):
+                state.describe(parts)  # or it raises
+                served.add(depth)
+    assert served == set(range(1, 31))
 
 
 @torch.no_grad()

@@ -22,6 +22,9 @@ MOST_CACHES = 64
 """Maximum number of caches of all sequences, those counted again that several have in common; also
 the maximum number of stretches of keys."""
 
+MOST_STRETCHES = 2 * MOST_SEQUENCES
+"""Maximum number of stretches of keys that a token attends to."""
+
 TOKEN = 3
 """Numbers of a token: its position, its cache (-1 for a token that only fills the bucket), and its
 place there."""
@@ -33,6 +36,20 @@ addresses of each layer's keys and values follow."""
 PIECE = 6
 """Numbers of a piece: its cache, its first key there, its number of keys, the first of the tokens
 that attend to it, their number, and the number of tokens of all pieces before it."""
+
+
+def is_small(parts: Sequence[Part]) -> bool:
+    """Whether a state has room for the sequences, and for all that they borrow.
+
+    The stretches that a token attends to end where a cache of its own sequence does, or where
+    another sequence leaves it, which each does once.
+    """
+    borrowed = [len(part.cache.prefix) for part in parts]
+    return (
+        len(parts) <= MOST_SEQUENCES
+        and len(parts) + sum(borrowed) <= MOST_CACHES
+        and len(parts) + max(borrowed) <= MOST_STRETCHES
+    )
 
 
 class BatchState:
@@ -56,9 +73,8 @@ class BatchState:
         self, bucket: int, layers: int, splits: int, block: int, device: torch.device
     ) -> None:
         self.bucket, self._splits, self._block = bucket, splits, block
-        # A stretch has a piece more than its share of the splits; a token attends to at most one
-        # stretch for each sequence.
-        self.rows = (splits + MOST_SEQUENCES) * bucket
+        # A stretch has at most a piece more than its share of the splits.
+        self.rows = (splits + MOST_STRETCHES) * bucket
         shapes = (bucket, TOKEN), (MOST_CACHES, CACHE + 2 * layers), (splits + MOST_CACHES, PIECE)
         self._sizes = [rows * columns for rows, columns in shapes]
         with torch.inference_mode(False):  # written in and outside inference mode
@@ -70,8 +86,8 @@ class BatchState:
         """Copy the state of a pass to the device, without waiting.
 
         Args:
-            parts: at most :data:`MOST_SEQUENCES` with allocated caches, at most
-                :data:`MOST_CACHES`, in an order of :func:`.joined.sharing_order`.
+            parts: those of :func:`is_small`, with allocated caches, in an order of
+                :func:`.joined.sharing_order`.
         """
         reads = reads_of(parts)
         caches = list(dict.fromkeys(read.cache for read in reads))
@@ -90,6 +106,7 @@ class BatchState:
                 count = min(size, read.end - start)
                 pieces.append((number[read.cache], start, count, read.tokens.start, readers, rows))
                 rows += readers
+        assert rows <= self.rows  # the kernels do not check it
         tokens += [(0, -1, 0)] * (self.bucket - len(tokens))
         described = [_described(cache) for cache in caches]
         host = torch.zeros(sum(self._sizes), dtype=torch.long, device="cpu")

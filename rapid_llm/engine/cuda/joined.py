@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rapid_llm.engine.cuda.batch import MOST_CACHES, MOST_SEQUENCES, BatchState
+from rapid_llm.engine.cuda.batch import BatchState, is_small
 from rapid_llm.engine.cuda.batch_attention import attend_batch, config_of
 from rapid_llm.engine.cuda.fused import FusedPass, Layer
 from rapid_llm.engine.cuda.graphs import Graphs, Recorder
@@ -63,8 +63,7 @@ class JoinedGraphs:
         """Whether the tokens and the sequences are few, and the caches are in use."""
         return (
             sum(len(part.ids) for part in parts) <= BUCKETS[-1]
-            and len(parts) <= MOST_SEQUENCES
-            and sum(1 + len(part.cache.prefix) for part in parts) <= MOST_CACHES
+            and is_small(parts)
             and all(part.cache.length > 0 for part in parts)
         )
 

@@ -270,7 +270,13 @@ class PrefixCache:
         if idle is None:
             self._make_room(planned)
             return state.runner.new_cache(capacity)
-        if 2 * shared < idle.chain.tokens or idle.cache.lent > shared:
+        lent = idle.cache.lent
+        # What others borrow stays where it is, as their passes hold its addresses; and a drafter
+        # may read the last token of the prefill again.
+        kept_for_others = lent > min(shared, len(prefill.tokens) - 1) or (
+            lent > 0 and idle.cache.capacity < capacity
+        )
+        if 2 * shared < idle.chain.tokens or kept_for_others:
             # Another document behind the same system prompt, or one in use: both are kept.
             self._make_room(planned)
             return idle.cache.copy_prefix(shared, capacity)
@@ -303,7 +309,7 @@ class PrefixCache:
         tokens, cache = reading.tokens, reading.cache
         if (
             self._files is not None
-            and not cache.prefix
+            and reading.kept is None
             and len(tokens) - reused >= WORTH_SAVING
             and reading.held == len(tokens)
             and cache.origin is not None
@@ -318,7 +324,7 @@ class PrefixCache:
                 self._reading.remove(reading)
             if reading.cache.prefix:
                 return
-            chain = reading.chain.up_to(reading.held)
+            chain = reading.chain.up_to(reading.exact)
             traceable = reading.cache.origin is not None and reading.runner.state.traceable
             if not chain.ends or not traceable:
                 return

@@ -74,6 +74,11 @@ class Reading:
         """Number of the prefill's tokens that were read."""
         return min(len(self.tokens), self.cache.length)
 
+    @property
+    def exact(self) -> int:
+        """Number of the prefill's tokens that its own passes have read."""
+        return self.held if self.kept is None else min(self.held, self.kept)
+
     def shared(self, state: ReaderState, other: Prefill) -> int:
         """Number of its first tokens whose KV another prefill can reuse now, bit for bit.
 
@@ -81,9 +86,7 @@ class Reading:
             state: state of the other prefill's model.
             other: the other prefill.
         """
-        settled = self._settled(state)
-        settled = settled if self.kept is None else min(settled, self.kept)
-        return self.chain.up_to(settled).common(other.chain)
+        return self.chain.up_to(min(self._settled(state), self.exact)).common(other.chain)
 
     def lendable(self, state: ReaderState, other: Prefill) -> int:
         """The same for joined passes, whose KV is not kept and may be rounded otherwise."""
@@ -94,9 +97,9 @@ class Reading:
         if runner is not self.runner:
             return 0
         # A drafter may read the last token of the prefill again.
-        most = min(len(self.tokens), len(other.tokens)) - 1
+        most = max(0, min(len(self.tokens), len(other.tokens)) - 1)
         differing = np.flatnonzero(self.tokens[:most] != other.tokens[:most])
-        return int(differing[0]) if len(differing) else max(0, most)
+        return int(differing[0]) if len(differing) else most
 
     def _settled(self, state: ReaderState) -> int:
         """Number of its first tokens that were read and do not change."""
