@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial, partialmethod
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -161,6 +162,24 @@ def test_the_rounds_of_all_are_joined(monkeypatch, begins_with):
     assert max(map(len, decoding)) == 4
     assert sum(map(len, decoding)) == 40
     assert len(decoding) <= 13
+
+
+def test_rests_of_many_prompts_are_read_by_one_pass_between_two_rounds(monkeypatch, begins_with):
+    begins_with(4)
+    monkeypatch.setattr(rounds, "MOST_READ", 20)
+    decoder = decoder_of()
+    passes = count_passes(monkeypatch)
+    requests = [
+        GenerationRequest(
+            DOCUMENTS[0] + [5 + i] * 30, None, sampling=sampling(i, max_new_tokens=30)
+        )
+        for i in range(4)
+    ]
+    Scheduler(decoder).generate_many(requests)
+    begun = next(at for at, each in enumerate(passes) if each == [1])
+    reading = [at for at, each in enumerate(passes) if at > begun and max(each) > 1]
+    assert len(reading) >= 6  # two passes for each rest
+    assert all(later - earlier > 1 for earlier, later in pairwise(reading))
 
 
 def test_a_joined_pass_has_no_more_tokens_than_its_limit(monkeypatch):

@@ -378,21 +378,21 @@ def test_joined_passes_cost_what_those_of_several_sequences_on_one_document_do(m
     monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
     runner = ModelRunner(tiny_model(), "tiny")
     session, seen = session_of(runner, 20), set()
-    session.joined = True
+    session.joined, session.cache.position_offset = True, 7  # as a compressed drafter's
     joined = ModelRunner.joined
 
     def spy(self, parts):
-        seen.add((len(parts), *{part.cache.prefix for part in parts}))
+        seen.add((len(parts), *{part.cache.prefix for part in parts}, parts[0].position))
         return joined(self, parts)
 
     monkeypatch.setattr(ModelRunner, "joined", spy)
     with torch.inference_mode():
         cost = costs.measure(session)
-    assert seen == {(8, session.cache.segments(20))}
+    assert seen == {(8, session.cache.segments(20), 27)}
     assert cost.seconds(8) == pytest.approx(2.0)
     assert cost.seconds(40) == pytest.approx(5.2)
     seen.clear()  # which has held the borrowers' segments
-    assert (session.length, session.cache.lent) == (20, 0)
+    assert (session.length, session.cache.lent) == (27, 0)
 
 
 def test_the_least_answer_leaves_room_to_measure(measured):

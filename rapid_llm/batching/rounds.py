@@ -65,10 +65,12 @@ def _run(sequences: list[Sequence]) -> None:
     for each in sequences:
         by_runner.setdefault(_wanted(each).session.runner, []).append(each)
     for runner, group in by_runner.items():
-        for part in _parts(group) if runner.joins else [[each] for each in group]:
-            _run_joined(part)
+        parts = _parts(group) if runner.joins else [[each] for each in group]
         if any(each.reading for each in group):
+            _run_joined(parts[0])
             return  # one pass over prompts
+        for part in parts:
+            _run_joined(part)
 
 
 def _parts(group: list[Sequence]) -> list[list[Sequence]]:

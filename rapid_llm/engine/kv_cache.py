@@ -208,7 +208,7 @@ class KVCache(Cache):
         They must not change here while the new cache is in use.
         """
         borrowed = KVCache(len(self.layers), capacity, self.segments(length))
-        borrowed.origin = self.origin
+        borrowed.origin, borrowed.position_offset = self.origin, self.position_offset
         for cache, end in borrowed.prefix:
             living = (each for each in cache._borrowers if each[0]() is not None)
             cache._borrowers = (*living, (ref(borrowed), end))
