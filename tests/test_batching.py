@@ -748,7 +748,7 @@ def test_answers_in_a_batch_follow_the_law_and_are_independent():
         assert chi2_contingency(counts).pvalue > 1e-3
 
 
-def test_gamma_follows_what_a_round_of_all_costs(monkeypatch):
+def test_gamma_follows_what_a_round_of_all_costs(monkeypatch, begins_with):
     """A row costs as much as a pass: beside others nothing is drafted."""
     from rapid_llm.engine.costs import PassCost
     from rapid_llm.speculation.drafters import rag
@@ -766,9 +766,12 @@ def test_gamma_follows_what_a_round_of_all_costs(monkeypatch):
         for i in range(8)
     ]
     single = Scheduler(decoder).generate_many(requests[:1])[0].stats
+    begins_with(8)
     crowd = Scheduler(decoder).generate_many(requests)
     assert single.drafted_tokens / single.rounds > 3
-    assert all(each.stats.drafted_tokens < single.drafted_tokens for each in crowd)
+    # The first one is alone while the prompts of the others are read.
+    assert crowd[0].stats.drafted_tokens < single.drafted_tokens
+    assert all(2 * each.stats.drafted_tokens < single.drafted_tokens for each in crowd[1:])
 
 
 def test_a_closed_stream_gives_no_more():
