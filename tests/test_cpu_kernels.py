@@ -215,6 +215,8 @@ def test_too_many_tokens_of_several_sequences_go_to_pytorch(build):
     runner = ModelRunner(bfloat16_model()[0], "model")
     compiled = compiled_pass_of(runner)
     caches, _ = tree(runner, torch.randint(3, 60, (300,)))
+    for cache in caches:
+        cache.allocate()
     ids = torch.full((MAX_JOINED_TOKENS // 6,), 5)
     parts = [Part(ids, cache, 1) for cache in caches[:5]]
     assert compiled.joins(parts)

@@ -70,7 +70,8 @@ class JoinedPass(Pass, Protocol):
         """Run a model with a fixed rotary embedding on new tokens of several sequences.
 
         Args:
-            parts: new tokens and caches, in an order of :func:`.joined.sharing_order`.
+            parts: new tokens and caches, in an order of :func:`.joined.sharing_order`; those that
+                borrow have buffers.
 
         Returns:
             For each part logits ``[keep, vocab]`` in float32 or the model's dtype.

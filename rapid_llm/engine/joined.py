@@ -97,6 +97,12 @@ def reads_of(parts: Sequence[Part]) -> list[Read]:
     return found
 
 
+def caches_of(reads: Sequence[Read]) -> dict[KVCache, int]:
+    """The caches that a pass reads, in order, and their numbers."""
+    caches = dict.fromkeys(read.cache for read in reads)
+    return {cache: number for number, cache in enumerate(caches)}
+
+
 def joined_logits(model: Any, parts: Sequence[Part]) -> list[Tensor]:
     """Run a lean model on new tokens of several sequences, and append their KV to their caches.
 

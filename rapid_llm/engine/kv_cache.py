@@ -150,10 +150,11 @@ class KVCache(Cache):
         return self.position_offset + self.prefix_length
 
     def allocate(self) -> None:
-        """Allocate buffers like those of the cache that it borrows from, if there are none yet."""
-        for layer, like in zip(self.layers, self.prefix[0].cache.layers, strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(like.keys, like.values)
+        """Allocate buffers like those that it borrows, if it borrows and has none yet."""
+        for segment in self.prefix[:1]:
+            for layer, like in zip(self.layers, segment.cache.layers, strict=True):
+                if not layer.is_initialized:
+                    layer.lazy_initialization(like.keys, like.values)
 
     def advance(self, tokens: int) -> None:
         """Increase the length by tokens whose keys and values are already in the buffers."""

@@ -102,6 +102,7 @@ class ModelRunner:
         self._passes.append(TransformersPass(self.model, self.state, self.attn_implementation))
         replayed = (each for each in self._passes if isinstance(each, ReplayedPass))
         self._replayed: ReplayedPass | None = next(replayed, None)
+        self._joining = [each for each in self._passes if isinstance(each, JoinedPass)]
         self._chosen = self.state.number
         self._origin = KVOrigin(self.state.number, 0)
 
@@ -300,10 +301,11 @@ class ModelRunner:
                 )
             order = sharing_order(parts)
             arranged = [parts[index] for index in order]
-            passes = (each for each in self._passes if isinstance(each, JoinedPass))
-            logits = next(each for each in passes if each.joins(arranged)).joined(arranged)
-            at = {index: place for place, index in enumerate(order)}
-            return [logits[at[index]].float() for index in range(len(parts))]
+            for part in parts:
+                part.cache.allocate()
+            run = next(each for each in self._joining if each.joins(arranged))
+            logits = dict(zip(order, run.joined(arranged), strict=True))
+            return [logits[index].float() for index in range(len(parts))]
 
     @contextmanager
     def replaying(

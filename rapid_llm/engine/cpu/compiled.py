@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rapid_llm.engine.cpu import kernels
 from rapid_llm.engine.cpu.blocks import BLOCK_BYTES, GROUP, ROWS, BlockLinear
-from rapid_llm.engine.joined import reads_of
+from rapid_llm.engine.joined import caches_of, reads_of
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.lean import window_of
 from rapid_llm.engine.parts import Part, kept_tokens, positions_of
@@ -209,7 +209,7 @@ class CompiledPass:
         return len(ids) <= MAX_TOKENS and self.joins([Part(ids, cache, keep)])
 
     def joins(self, parts: Sequence[Part]) -> bool:
-        """The same for several sequences, of which some may have no token of their own yet."""
+        """The same for several sequences."""
         if sum(len(part.ids) for part in parts) > MAX_JOINED_TOKENS:
             return False
         lenders = {segment.cache for part in parts for segment in part.cache.prefix}
@@ -222,10 +222,9 @@ class CompiledPass:
             return False
         if any(layer.length != held for layer in cache.layers):
             return False
-        unused = bool(cache.prefix) and not any(layer.is_initialized for layer in cache.layers)
         lowest, highest = ids.aminmax()
         return (
-            (unused or self._fits(cache))
+            self._fits(cache)
             and cache.length + len(ids) <= cache.capacity
             and int(lowest) >= 0
             and int(highest) < self._table.vocab_size
@@ -250,17 +249,13 @@ class CompiledPass:
 
     def joined(self, parts: Sequence[Part]) -> list[Tensor]:
         """See :func:`rapid_llm.engine.joined.joined_logits`; returns float32 logits."""
-        for part in parts:
-            if part.cache.prefix:
-                part.cache.allocate()
         logits = self._run(parts, _longs(positions_of(parts)))
         return list(logits.split([part.keep for part in parts]))
 
     def _run(self, parts: Sequence[Part], positions: Tensor) -> Tensor:
         """Logits of all parts, float32 ``[kept tokens, vocab]``."""
         model, reads, kept = self._table.model, reads_of(parts), _longs(kept_tokens(parts))
-        caches = list(dict.fromkeys(read.cache for read in reads))
-        number = {cache: index for index, cache in enumerate(caches)}
+        number = caches_of(reads)
         ids = torch.cat([part.ids for part in parts])
         owner = _longs([number[part.cache] for part in parts for _ in range(len(part.ids))])
         n = len(ids)
@@ -276,7 +271,7 @@ class CompiledPass:
         logits = _buffer(len(kept), model.head.out)
         arrays = (tensor.data_ptr() for tensor in (ids, owner, ends, kept, cosine, sine))
         batch = _Batch(n, len(kept), len(reads), *arrays)
-        batch.cache = (_Cache * len(caches))(*map(_addresses, caches))
+        batch.cache = (_Cache * len(number))(*map(_addresses, number))
         batch.stretch = (_Stretch * len(reads))(
             *(
                 _Stretch(number[cache], start, end, tokens.start, tokens.stop - tokens.start)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rapid_llm.engine.joined import reads_of
+from rapid_llm.engine.joined import caches_of, reads_of
 from rapid_llm.engine.kv_cache import KVCache
 from rapid_llm.engine.parts import Part, positions_of
 
@@ -90,8 +90,7 @@ class BatchState:
                 :func:`.joined.sharing_order`.
         """
         reads = reads_of(parts)
-        caches = list(dict.fromkeys(read.cache for read in reads))
-        number = {cache: index for index, cache in enumerate(caches)}
+        number = caches_of(reads)
         tokens = [
             (position, number[part.cache], position - part.cache.first_position)
             for part in parts
@@ -108,7 +107,7 @@ class BatchState:
                 rows += readers
         assert rows <= self.rows  # the kernels do not check it
         tokens += [(0, -1, 0)] * (self.bucket - len(tokens))
-        described = [_described(cache) for cache in caches]
+        described = [_described(cache) for cache in number]
         host = torch.zeros(sum(self._sizes), dtype=torch.long, device="cpu")
         for view, numbers in zip(host.split(self._sizes), (tokens, described, pieces), strict=True):
             flat = torch.tensor(numbers, dtype=torch.long, device="cpu").flatten()

@@ -70,8 +70,6 @@ class JoinedGraphs:
     def __call__(self, parts: Sequence[Part]) -> list[Tensor]:
         """See :class:`rapid_llm.engine.device.JoinedPass`."""
         for part in parts:
-            if part.cache.prefix:
-                part.cache.allocate()
             # It is checked here, because the kernels do not check bounds.
             assert part.cache.length + len(part.ids) <= part.cache.capacity
         ids = torch.cat([part.ids for part in parts])
