@@ -6,13 +6,13 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from server_fixtures import decoder_fixture, post_fixture, server_fixture  # noqa: F401
 from serving import (
     CHAT,
     PLACE,
@@ -22,8 +22,6 @@ from serving import (
     Server,
     events,
     refused,
-    served,
-    tiny_decoder,
 )
 from test_encoding import user
 
@@ -33,22 +31,6 @@ from rapid_llm.tools.definitions import ChatOptions
 
 TOKENS = {"return_tokens": True}
 PLAINLY = {"enable_thinking": False}
-
-
-@pytest.fixture(scope="module")
-def decoder() -> RapidDecoder:
-    return tiny_decoder()
-
-
-@pytest.fixture(scope="module")
-def server(decoder: RapidDecoder) -> Iterator[Server]:
-    with served(decoder) as server:
-        yield server
-
-
-@pytest.fixture
-def post(server: Server) -> Any:
-    return server.post
 
 
 # --- answers -----------------------------------------------------------------------------------

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from serving import CHAT, TOOLS, Server, events, refused, served, tiny_decoder
+from server_fixtures import decoder_fixture, post_fixture, server_fixture  # noqa: F401
+from serving import CHAT, TOOLS, Server, events, refused
 from test_encoding import user
 
 from rapid_llm import RapidDecoder
-
-
-@pytest.fixture(scope="module")
-def decoder() -> RapidDecoder:
-    return tiny_decoder()
-
-
-@pytest.fixture(scope="module")
-def server(decoder: RapidDecoder) -> Iterator[Server]:
-    with served(decoder) as server:
-        yield server
-
-
-@pytest.fixture
-def post(server: Server) -> Any:
-    return server.post
 
 
 @pytest.mark.parametrize(
